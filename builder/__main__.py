@@ -1,0 +1,5 @@
+"""`python -m builder` is `ckpt`."""
+
+from builder.cli import main
+
+main()

@@ -1,0 +1,83 @@
+"""The command line: the only place that prints and exits."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any
+
+import click
+
+from builder import __version__
+from builder.errors import CkptError, ExitCode, render
+
+# A command's module is imported when it is asked for: starting stays fast whatever the others need.
+COMMANDS: dict[str, str] = {
+    "components": "The catalog: list its components, show one, learn a new one.",
+    "inspect": "Say what is in a checkpoint, without running or loading it.",
+}
+
+
+class _Commands(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        command = importlib.import_module(f"builder.cli.{name}").command
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(sorted(COMMANDS.items()))
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        from builder.errors import did_you_mean
+
+        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+            hint = did_you_mean(args[0], COMMANDS)
+            ctx.fail(f"no command `{args[0]}`" + (f"\nhint: {hint}" if hint else ""))
+        return super().resolve_command(ctx, args)
+
+
+@click.group(
+    cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
+@click.version_option(__version__, prog_name="ckpt")
+def cli() -> None:
+    """Build model checkpoints from recipes: the same recipe gives the same bytes everywhere."""
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command line and exit with its code (see `builder.errors.ExitCode`)."""
+    sys.exit(run(args))
+
+
+def run(args: list[str] | None = None) -> int:
+    """Run the command line and return its exit code; errors become messages on stderr."""
+    try:
+        result: Any = cli.main(args, prog_name="ckpt", standalone_mode=False)
+    except CkptError as error:
+        click.echo("\n\n".join(render(p) for p in error.problems), err=True)
+        return int(error.exit_code)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        return int(ExitCode.USAGE)
+    except click.UsageError as error:
+        click.echo(f"error: {error.format_message()}", err=True)
+        if error.ctx is not None:
+            click.echo(f"hint: `{error.ctx.command_path} --help` lists what there is", err=True)
+        return int(ExitCode.USAGE)
+    except click.exceptions.Exit as error:
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("error: interrupted", err=True)
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader has gone: nothing more can be said
+        return 141
+    return int(result) if isinstance(result, int) else int(ExitCode.DONE)

@@ -1,0 +1,143 @@
+"""What can go wrong, as data: a fact, its place, the evidence and one hint."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """What the process says to its caller."""
+
+    DONE = 0
+    NO = 1  # the answer is no: a difference, a broken file
+    USAGE = 2
+    RECIPE = 3
+    LOCK = 4
+    FETCH = 5
+    SOURCE = 6  # a source is refused, or is not what was pinned
+    MISMATCH = 7  # an output or an expectation is missed, or cannot be written
+    UNREPRODUCIBLE = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a fact was seen; lines and columns count from 1, `text` is the line itself."""
+
+    path: str
+    line: int | None = None
+    column: int | None = None
+    width: int = 1
+    text: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One fact for a person: what, where, which values show it, and one thing to do."""
+
+    fact: str
+    place: Place | None = None
+    evidence: tuple[str, ...] = ()
+    hint: str | None = None
+
+
+class CkptError(Exception):
+    """Base of every error meant for a person; holds one or more problems."""
+
+    exit_code = ExitCode.NO
+
+    def __init__(self, *problems: Problem) -> None:
+        super().__init__("; ".join(p.fact for p in problems))
+        self.problems = problems
+
+
+class UsageError(CkptError):
+    """The command line asks for something that is not there."""
+
+    exit_code = ExitCode.USAGE
+
+
+class RecipeError(CkptError):
+    """The recipe is invalid; all its problems come in one go."""
+
+    exit_code = ExitCode.RECIPE
+
+
+class CatalogError(CkptError):
+    """A catalog file is invalid."""
+
+    exit_code = ExitCode.USAGE
+
+
+class LockError(CkptError):
+    """The lock is missing, unreadable or stale."""
+
+    exit_code = ExitCode.LOCK
+
+
+class FetchError(CkptError):
+    """A source could not be had from anywhere."""
+
+    exit_code = ExitCode.FETCH
+
+
+class SourceError(CkptError):
+    """A file is refused, is unreadable or is not what was pinned."""
+
+    exit_code = ExitCode.SOURCE
+
+
+class OutputError(CkptError):
+    """An output cannot be written, or an expectation about it is missed."""
+
+    exit_code = ExitCode.MISMATCH
+
+
+class UnreproducibleError(CkptError):
+    """Building again gave other bytes."""
+
+    exit_code = ExitCode.UNREPRODUCIBLE
+
+
+def nearest(word: str, words: Iterable[str]) -> str | None:
+    """The known word most like `word`, or None when none is near."""
+    known = {w.casefold(): w for w in sorted(words, reverse=True)}
+    found = difflib.get_close_matches(word.casefold(), known, n=1, cutoff=0.6)
+    return known[found[0]] if found else None
+
+
+def did_you_mean(word: str, words: Iterable[str]) -> str | None:
+    """The hint that names the nearest known word, or None."""
+    near = nearest(word, words)
+    return f"did you mean `{near}`?" if near else None
+
+
+def printable(text: str) -> str:
+    """`text` with control, bidirectional and other unprintable characters escaped.
+
+    Names come from strangers' files: what they hold must not drive a terminal.
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def render(problem: Problem, severity: str = "error") -> str:
+    """The text of a problem as a person reads it, without a trailing newline."""
+    lines = [f"{severity}: {printable(problem.fact)}"]
+    place = problem.place
+    if place is not None:
+        where = printable(place.path)
+        if place.line is not None:
+            where += f":{place.line}" + (f":{place.column}" if place.column is not None else "")
+        lines.append(f"  --> {where}")
+        if place.line is not None and place.text is not None:
+            text = printable(place.text.replace("\t", " "))
+            gutter = " " * len(str(place.line))
+            lines += [f"{gutter} |", f"{place.line} | {text}"]
+            if place.column is not None:
+                lines.append(f"{gutter} | {' ' * (place.column - 1)}{'^' * max(1, place.width)}")
+    lines += [f"   = {printable(e)}" for e in problem.evidence]
+    if problem.hint:
+        lines.append(f"hint: {printable(problem.hint)}")
+    return "\n".join(lines)

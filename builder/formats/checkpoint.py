@@ -1,0 +1,56 @@
+"""A checkpoint: named lazy tensors, and what else its file says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from types import TracebackType
+
+from builder.formats.blob import Blob
+from builder.tensors import LazyTensor
+
+
+@dataclass(eq=False)
+class Checkpoint(Mapping[str, LazyTensor]):
+    """Named tensors of one file (or sharded set), opened but not read.
+
+    `container` is one of `safetensors`, `safetensors-sharded`, `torch-zip`, `torch-legacy`, `torch-tar`.
+    `size` is in bytes, of all files. `globals` are the names a pickle refers to, none of which was
+    imported. `others` are entries that are not tensors, such as `epoch`, with a short description each.
+    `nesting` is where in the file the tensors lie, such as `state_dict`; names come without it.
+    """
+
+    name: str
+    container: str
+    size: int
+    tensors: dict[str, LazyTensor]
+    metadata: dict[str, str] = field(default_factory=dict)
+    globals: tuple[str, ...] = ()
+    others: dict[str, str] = field(default_factory=dict)
+    nesting: str = ""
+    blobs: tuple[Blob, ...] = ()
+
+    def __getitem__(self, name: str) -> LazyTensor:
+        return self.tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.tensors
+
+    def close(self) -> None:
+        """Close every file; tensors can no longer be read."""
+        for blob in self.blobs:
+            blob.close()
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
