@@ -1,0 +1,169 @@
+"""Named repairs of components, each a mapping → mapping."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from builder.tensors import DType, LazyTensor, MemoryTensor
+
+Tensors = Mapping[str, LazyTensor]
+
+
+class Fixed(NamedTuple):
+    """A component after a fix, and what the fix did in words; no words: it changed nothing."""
+
+    tensors: Tensors
+    changes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Fix:
+    """A repair that a recipe names.
+
+    `apply` takes a component's tensors under their unprefixed names and gives them repaired. It reads no
+    more than a few hundred bytes. `classes` are those it speaks about; others pass untouched.
+    """
+
+    name: str
+    version: int
+    doc: str
+    classes: tuple[str, ...]
+    apply: Callable[[Tensors], Fixed]
+    excludes: tuple[str, ...] = ()
+
+
+POSITION_IDS = "embeddings.position_ids"
+POSITIONS = 77
+CLIP_CLASSES = ("CLIP-v1", "CLIP-XL-AUX", "CLIP-mini")
+VAE_CLASSES = ("VAE-v1", "VAE-mini")
+# A linear layer's weights do for a 1x1 convolution what the convolution's own do, less two dimensions.
+VAE_ATTENTION_NAMES = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+
+
+def exact_position_ids() -> MemoryTensor:
+    """The position ids every text encoder was trained with: int64 0..76, shape [1, 77]."""
+    return MemoryTensor(DType.I64, (1, POSITIONS), array("q", range(POSITIONS)).tobytes())
+
+
+def _clip_position_ids(tensors: Tensors) -> Fixed:
+    held = tensors.get(POSITION_IDS)
+    if held is None:
+        return Fixed(tensors, ())
+    exact = exact_position_ids()
+    if (held.dtype, held.shape) == (exact.dtype, exact.shape) and held.tobytes() == exact.tobytes():
+        return Fixed(tensors, ())
+    return Fixed({**tensors, POSITION_IDS: exact}, (f"made exact: int64 0..{POSITIONS - 1}",))
+
+
+def _position_ids_present(tensors: Tensors) -> Fixed:
+    if POSITION_IDS in tensors:
+        return Fixed(tensors, ())
+    return Fixed({**tensors, POSITION_IDS: exact_position_ids()}, ("position_ids added",))
+
+
+def _position_ids_absent(tensors: Tensors) -> Fixed:
+    if POSITION_IDS not in tensors:
+        return Fixed(tensors, ())
+    return Fixed({n: t for n, t in tensors.items() if n != POSITION_IDS}, ("position_ids removed",))
+
+
+def _vae_attention_shape(tensors: Tensors) -> Fixed:
+    made: dict[str, LazyTensor] = {}
+    renamed = reshaped = 0
+    for name, tensor in tensors.items():
+        head, attention, tail = name.partition(".attn_1.")
+        stem, dot, kind = tail.rpartition(".")
+        new = f"{head}{attention}{VAE_ATTENTION_NAMES.get(stem, stem)}{dot}{kind}" if attention else name
+        renamed += new != name
+        if attention and kind == "weight" and len(tensor.shape) == 2:
+            tensor = Reshaped(tensor, (*tensor.shape, 1, 1))
+            reshaped += 1
+        made[new] = tensor
+    if not renamed and not reshaped:
+        return Fixed(tensors, ())
+    words = [f"{renamed} renamed"] * bool(renamed) + [f"{reshaped} reshaped to [n, n, 1, 1]"] * bool(reshaped)
+    return Fixed(made, tuple(words))
+
+
+class Reshaped(LazyTensor):
+    """The same elements in another shape."""
+
+    __slots__ = ("source",)
+
+    def __init__(self, source: LazyTensor, shape: tuple[int, ...]) -> None:
+        super().__init__(source.dtype, shape)
+        assert self.numel == source.numel
+        self.source = source
+
+    def read_into(self, start: int, out: memoryview) -> None:
+        """Read from the source: the order of elements is the same."""
+        self.source.read_into(start, out)
+
+
+def _nothing(tensors: Tensors) -> Fixed:
+    return Fixed(tensors, ())
+
+
+FIXES: dict[str, Fix] = {
+    fix.name: fix
+    for fix in (
+        Fix(
+            "clip-position-ids",
+            1,
+            "Makes a text encoder's `position_ids` exact: int64 0..76. Merges turn them into floats and "
+            "damage them, and a loader that truncates 75.9975 reads the prompt's tokens in the wrong places.",
+            CLIP_CLASSES,
+            _clip_position_ids,
+        ),
+        Fix(
+            "clip-names",
+            1,
+            "Gives NAI-style text encoders (`cond_stage_model.transformer.encoder…`) the names that loaders "
+            "expect (`…transformer.text_model.encoder…`). It is done by itself wherever such names are found.",
+            CLIP_CLASSES,
+            # Components are unprefixed, and the two spellings differ in nothing but the prefix.
+            _nothing,
+        ),
+        Fix(
+            "vae-attention-shape",
+            1,
+            "Gives a VAE's attention the names and the [512, 512, 1, 1] shapes of the original layout, where "
+            "it has diffusers' `to_q`, `to_k`, `to_v`, `to_out.0` or [512, 512] linear weights.",
+            VAE_CLASSES,
+            _vae_attention_shape,
+        ),
+        Fix(
+            "position-ids-present",
+            1,
+            "Adds exact `position_ids` where a text encoder lacks them, for loaders that insist on the key.",
+            CLIP_CLASSES,
+            _position_ids_present,
+            ("position-ids-absent",),
+        ),
+        Fix(
+            "position-ids-absent",
+            1,
+            "Removes `position_ids`, for loaders that call the key unexpected; they make their own.",
+            CLIP_CLASSES,
+            _position_ids_absent,
+            ("position-ids-present",),
+        ),
+    )
+}
+
+
+def truncated_position_ids(tensors: Tensors) -> Fixed:
+    """`position_ids` of a floating type as int64, truncated towards zero as loaders do."""
+    held = tensors.get(POSITION_IDS)
+    if held is None or not held.dtype.floating:
+        return Fixed(tensors, ())
+    import torch
+
+    values = torch.frombuffer(held.tobytes(), dtype=held.dtype.torch).double().nan_to_num().long()
+    whole = MemoryTensor(DType.I64, held.shape, array("q", values.tolist()).tobytes())
+    wrong = [p for p, v in enumerate(values.tolist()) if p != v]
+    words = f"float position_ids truncated to int64{f', {len(wrong)} of them wrong' if wrong else ''}"
+    return Fixed({**tensors, POSITION_IDS: whole}, (words,))

@@ -1,0 +1,216 @@
+"""Casts of numeric profile 1: round to nearest even, nothing non-finite unless it is asked for."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from builder.errors import CkptError, OutputError, Problem, SourceError
+from builder.tensors import WINDOW, DType, LazyTensor
+
+if TYPE_CHECKING:
+    import torch
+
+PROFILE = 1
+
+Precision = Literal["fp16", "bf16", "fp32", "keep"]
+PRECISIONS: dict[str, DType | None] = {"fp16": DType.F16, "bf16": DType.BF16, "fp32": DType.F32, "keep": None}
+
+Overflow = Literal["error", "clamp", "keep"]
+NonFinite = Literal["error", "keep"]
+
+# Made of numbers that mean nothing without a scale beside them, or that a plain cast would misread.
+_PACKED = {DType.F4, DType.F6_E2M3, DType.F6_E3M2, DType.F8_E8M0}
+_SCALES = (".scale_weight", ".weight_scale", ".scale_input", "scaled_fp8")
+
+
+@dataclass
+class Fault:
+    """Values of one tensor that its new precision cannot hold, or that were never numbers."""
+
+    overflow: int = 0
+    nan: int = 0
+    infinite: int = 0
+    largest: float = 0.0
+
+
+@dataclass
+class Faults:
+    """Collects faults by tensor name while tensors are read; one collector serves many threads."""
+
+    by_name: dict[str, Fault] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def add(self, name: str, fault: Fault) -> None:
+        """Count a window's faults to its tensor's."""
+        with self._lock:
+            known = self.by_name.setdefault(name, Fault())
+            known.overflow += fault.overflow
+            known.nan += fault.nan
+            known.infinite += fault.infinite
+            known.largest = max(known.largest, fault.largest)
+
+    def error(self, what: str, dtype: DType | None) -> CkptError | None:
+        """The error that names every faulty tensor, or None; `what` was to be made of them."""
+        if not self.by_name:
+            return None
+        problems = []
+        for name, fault in sorted(self.by_name.items()):
+            evidence, hints = [], []
+            if fault.overflow:
+                target = dtype.code if dtype is not None else "the output"
+                evidence.append(
+                    f"{fault.overflow:,} finite values are beyond {target}, the largest is {fault.largest:g}"
+                )
+                hints.append('`overflow = "clamp"` or `"keep"`')
+            if fault.nan or fault.infinite:
+                evidence.append(f"{fault.nan:,} are NaN, {fault.infinite:,} are infinite")
+                hints.append('`non_finite = "keep"`')
+            problems.append(
+                Problem(
+                    f"tensor `{name}` of {what} has values that would not survive",
+                    evidence=tuple(evidence),
+                    hint=f"to build all the same, put {' and '.join(hints)} under [output]",
+                )
+            )
+        return OutputError(*problems)
+
+
+class _Scratch(threading.local):
+    """A buffer per thread: fresh memory costs more than the cast itself."""
+
+    def __init__(self) -> None:
+        self.buffer = bytearray(WINDOW)
+
+    def view(self, size: int) -> memoryview:
+        if size > len(self.buffer):
+            self.buffer = bytearray(size)
+        return memoryview(self.buffer)[:size]
+
+
+_scratch = _Scratch()
+
+
+class Cast(LazyTensor):
+    """A tensor in another precision, or in its own but checked.
+
+    FP64 goes through FP32. `overflow` says what becomes of finite values beyond the new type's range:
+    `error` records them in `faults` (and writes what the cast gives), `clamp` takes the nearest finite
+    value, `keep` lets them be infinite. `non_finite` says the same of NaN and infinity in the source.
+    """
+
+    __slots__ = ("faults", "name", "non_finite", "overflow", "source")
+
+    def __init__(
+        self,
+        source: LazyTensor,
+        dtype: DType,
+        *,
+        name: str,
+        faults: Faults,
+        overflow: Overflow = "error",
+        non_finite: NonFinite = "error",
+    ) -> None:
+        super().__init__(dtype, source.shape)
+        self.source = source
+        self.name = name
+        self.faults = faults
+        self.overflow = overflow
+        self.non_finite = non_finite
+
+    def read_into(self, start: int, out: memoryview) -> None:
+        """Read the source's elements and round them, a scratch buffer at a time."""
+        import torch
+
+        size, source_size = self.dtype.itemsize, self.source.dtype.itemsize
+        first, count = start // size, len(out) // size
+        step = WINDOW // source_size
+        for done in range(0, count, step):
+            elements = min(step, count - done)
+            data = _scratch.view(elements * source_size)
+            self.source.read_into((first + done) * source_size, data)
+            target = out[done * size : (done + elements) * size]
+            values = torch.frombuffer(data, dtype=self.source.dtype.torch)
+            result = torch.frombuffer(target, dtype=self.dtype.torch)
+            result.copy_(values.float() if values.dtype == torch.float64 else values)
+            self._check(values, result)
+
+    def _check(self, values: torch.Tensor, result: torch.Tensor) -> None:
+        # NaN and infinity show in the extremes, and finding those costs a tenth of looking at each value.
+        extremes = result.float() if result.element_size() < 2 else result
+        low, high = (float(v) for v in extremes.aminmax())
+        if low - low == 0.0 and high - high == 0.0:
+            return
+        source = values.double()
+        bad_source = ~source.isfinite()
+        overflow = ~result.float().isfinite() & ~bad_source
+        fault = Fault()
+        if self.overflow == "clamp":
+            limit = _largest(self.dtype)
+            result[overflow] = (source[overflow].sign() * limit).to(result.dtype)
+        elif self.overflow == "error" and overflow.any():
+            fault.overflow = int(overflow.sum())
+            fault.largest = float(source[overflow].abs().max())
+        if self.non_finite == "error" and bad_source.any():
+            fault.nan = int(source.isnan().sum())
+            fault.infinite = int(source.isinf().sum())
+        if fault != Fault():
+            self.faults.add(self.name, fault)
+
+
+def _largest(dtype: DType) -> float:
+    import torch
+
+    return float(torch.finfo(dtype.torch).max)
+
+
+def cast_all(
+    tensors: Mapping[str, LazyTensor],
+    precision: Precision,
+    *,
+    faults: Faults,
+    overflow: Overflow = "error",
+    non_finite: NonFinite = "error",
+) -> dict[str, LazyTensor]:
+    """Each floating tensor as a `Cast` to `precision`; integers, booleans and empty tensors as they are.
+
+    Raises SourceError where a plain cast would misread the numbers: packed types, and FP8 that has a
+    scale beside it.
+    """
+    wanted = PRECISIONS[precision]
+    if wanted is not None:
+        _refuse_scaled(tensors)
+    made: dict[str, LazyTensor] = {}
+    for name, tensor in tensors.items():
+        dtype = wanted or tensor.dtype
+        if not tensor.dtype.floating or tensor.numel == 0 or (wanted is None and tensor.dtype in _PACKED):
+            made[name] = tensor
+        else:
+            made[name] = Cast(
+                tensor, dtype, name=name, faults=faults, overflow=overflow, non_finite=non_finite
+            )
+    return made
+
+
+def _refuse_scaled(tensors: Mapping[str, LazyTensor]) -> None:
+    packed = sorted(n for n, t in tensors.items() if t.dtype in _PACKED)
+    scales = sorted(n for n in tensors if n.endswith(_SCALES))
+    eights = [t for t in tensors.values() if t.dtype.floating and t.dtype.bits == 8]
+    if packed:
+        raise SourceError(
+            Problem(
+                f"tensor `{packed[0]}` is {tensors[packed[0]].dtype.code}, which no plain cast can read",
+                evidence=(f"{len(packed):,} such tensors",),
+                hint='keep them as they are with `precision = "keep"`',
+            )
+        )
+    if scales and eights:
+        raise SourceError(
+            Problem(
+                "scaled FP8 weights cannot be cast without their scales",
+                evidence=(f"{len(eights):,} FP8 tensors beside `{scales[0]}`",),
+                hint='keep them as they are with `precision = "keep"`, or start from unscaled weights',
+            )
+        )
