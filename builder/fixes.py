@@ -122,7 +122,7 @@ FIXES: dict[str, Fix] = {
             "clip-names",
             1,
             "Gives NAI-style text encoders (`cond_stage_model.transformer.encoder…`) the names that loaders "
-            "expect (`…transformer.text_model.encoder…`). It is done by itself wherever such names are found.",
+            "expect (`…transformer.text_model.encoder…`). Done by itself wherever such names are found.",
             CLIP_CLASSES,
             # Components are unprefixed, and the two spellings differ in nothing but the prefix.
             _nothing,
