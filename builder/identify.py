@@ -1,0 +1,351 @@
+"""What a set of named tensors is: matched against the catalog by exact names and shapes, never guessed."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    from builder.catalog import Architecture, Catalog, Component
+
+Shape = tuple[int, ...]
+
+# What training leaves behind and no loader asks for. Whatever else matches nothing stays "unknown".
+JUNK = re.compile(
+    r"(?:first_stage_model\.|vae\.)?loss\."  # perceptual loss and discriminator of the autoencoder
+    r"|optimizers?[._]|optimizer_states|lr_schedulers|callbacks\.|loops\.|(?:native_)?amp_scaling_state"
+)
+EMA = "model_ema."
+# Companions of weights in packed 8-bit files: the weights mean nothing without them.
+SCALES = re.compile(r"(?:.*\.)?(?:scaled_fp8|scale_weight|weight_scale|scale_input|input_scale)(?:_2)?")
+# Attention of an autoencoder as diffusers spells it. A linear layer's weights are a 1x1 convolution's
+# less two dimensions, so either shape holds the same numbers.
+_ATTENTION = re.compile(r"(.*\bmid\.attn_1\.)(q|k|v|proj_out)(\.(?:weight|bias))")
+_DIFFUSERS = {"q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
+
+
+class Spec(Protocol):
+    """All that identification looks at; a `LazyTensor` is one."""
+
+    @property
+    def shape(self) -> Shape: ...
+
+
+@dataclass(frozen=True)
+class Match:
+    """A component found whole.
+
+    `prefix` is the component's own inside a full checkpoint, or empty for bare names. `names` gives, for
+    each tensor of the catalog's table that is present, its full name in the file. `renamed` holds the
+    few tables' names that the file spells otherwise, with the file's spelling less the prefix;
+    `reshaped` those whose shape is a linear layer's where the table has a 1x1 convolution.
+    `rank` is the least and the greatest rank of a LoRA. `broken`: prefixed, in a checkpoint that misses
+    other parts.
+    """
+
+    component: Component
+    prefix: str
+    names: Mapping[str, str]
+    missing_optional: tuple[str, ...] = ()
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    reshaped: tuple[str, ...] = ()
+    rank: tuple[int, int] | None = None
+    broken: bool = False
+
+    @property
+    def ema(self) -> bool:
+        """Whether this is an average kept for training rather than the model itself."""
+        return self.component.cls.startswith("EMA-")
+
+    @property
+    def diffusers_attention(self) -> bool:
+        """Whether an autoencoder's attention is named or shaped as diffusers does it."""
+        return bool(self.renamed or self.reshaped)
+
+
+class Misshapen(NamedTuple):
+    """A tensor that is there in another shape; -1 in `expected` is the rank, any size."""
+
+    name: str
+    expected: Shape
+    found: Shape
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """A component that is not there, though some of it is.
+
+    `present` counts required tensors of the right name and shape, `total` all required ones; `missing`
+    are names of the table. `outdone_by` names the component that was chosen for the same tensors when
+    this one is whole too.
+    """
+
+    component: Component
+    prefix: str
+    present: int
+    total: int
+    missing: tuple[str, ...] = ()
+    misshapen: tuple[Misshapen, ...] = ()
+    outdone_by: str | None = None
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What the tensors are.
+
+    `architecture` is an architecture's name; a class's name for one bare component; a class's name and
+    `-BROKEN` for the largest part of a checkpoint that misses others, `incomplete` then being the
+    architecture it is nearest to and `absent` the classes it misses; None: unknown. `rejected` comes
+    nearest first. `optional`, `ema`, `scales`, `junk` and `unknown` are full names of tensors, in the
+    file's order: keys that a full checkpoint may also hold; every averaged weight, known component or
+    not; scales of packed weights; what no loader reads; what nothing explains. `notes` say how
+    ambiguities were resolved.
+    """
+
+    architecture: str | None
+    intact: bool
+    matches: tuple[Match, ...]
+    rejected: tuple[Rejection, ...]
+    notes: tuple[str, ...]
+    optional: tuple[str, ...]
+    ema: tuple[str, ...]
+    scales: tuple[str, ...]
+    junk: tuple[str, ...]
+    unknown: tuple[str, ...]
+    incomplete: str | None = None
+    absent: tuple[str, ...] = ()
+
+    @property
+    def runner_up(self) -> Rejection | None:
+        """The component that came nearest without being chosen."""
+        return self.rejected[0] if self.rejected else None
+
+    @property
+    def vae_attention_shape(self) -> bool:
+        """Whether an autoencoder's attention is named or shaped as diffusers does it."""
+        return any(m.diffusers_attention for m in self.matches)
+
+    def find(self, cls: str) -> Match | None:
+        """The match of a class, or None."""
+        return next((m for m in self.matches if m.component.cls == cls), None)
+
+
+def identify(specs: Mapping[str, Spec], catalog: Catalog) -> Identity:
+    """Find the catalog's components among named tensors, under their prefix and under bare names.
+
+    A component matches when every required tensor is there in exactly its shape. Of components that fit
+    the same tensors, or fill the same class, the one that explains most tensors is chosen; of equals,
+    the one whose class the catalog's architectures name first. Touches no tensor data.
+    """
+    found, rejected = _candidates(specs, catalog)
+    matches, duplicates, outdone, notes = _choose(found, catalog)
+    architecture, intact, incomplete, absent = _architecture(matches, catalog)
+    named = catalog.architectures.get((architecture if intact else incomplete) or "")
+    if named:
+        matches.sort(
+            key=lambda m: named.slots.index(m.component.cls) if m.component.cls in named.slots else 99
+        )
+    if not intact:
+        matches = [replace(m, broken=m.prefix != "" and not m.ema) for m in matches]
+    rest = _sort_leftovers(specs, matches, duplicates, catalog)
+    return Identity(
+        architecture,
+        intact,
+        tuple(matches),
+        tuple(sorted(rejected + outdone, key=lambda r: (-r.present / r.total, -r.present))),
+        tuple(notes),
+        optional=tuple(rest["optional"]),
+        ema=tuple(rest["ema"]),
+        scales=tuple(rest["scales"]),
+        junk=tuple(rest["junk"]),
+        unknown=tuple(rest["unknown"]),
+        incomplete=incomplete,
+        absent=absent,
+    )
+
+
+def _candidates(specs: Mapping[str, Spec], catalog: Catalog) -> tuple[list[Match], list[Rejection]]:
+    prefixes = sorted({c.prefix for c in catalog.components.values() if c.prefix})
+    local: dict[str, dict[str, str]] = {
+        p: {name[len(p) :]: name for name in specs if name.startswith(p)} for p in prefixes
+    }
+    inside = {full for names in local.values() for full in names.values()}
+    # Bare tables need no look where every name has a place in a full checkpoint.
+    bare = any(name not in inside and name not in catalog.optional for name in specs)
+    local[""] = {name: name for name in specs} if bare else {}
+
+    matches, rejections = [], []
+    for component in catalog.components.values():
+        for prefix in dict.fromkeys((component.prefix, "")):
+            result = _compare(component, prefix, local[prefix], specs)
+            if isinstance(result, Match):
+                matches.append(result)
+            elif result is not None:
+                rejections.append(result)
+    return matches, rejections
+
+
+def _compare(
+    component: Component, prefix: str, local: Mapping[str, str], specs: Mapping[str, Spec]
+) -> Match | Rejection | None:
+    """The component against the names under a prefix; None when nothing of it is there."""
+    if not local or component.tensors.keys().isdisjoint(local):
+        return None
+    names: dict[str, str] = {}
+    renamed: dict[str, str] = {}
+    reshaped: list[str] = []
+    missing: list[str] = []
+    missing_optional: list[str] = []
+    misshapen: list[Misshapen] = []
+    ranks: dict[str, int] = {}
+    present = total = 0
+    for name, rule in component.tensors.items():
+        total += not rule.optional
+        here = name
+        attention = _ATTENTION.fullmatch(name) if ".attn_1." in name else None
+        if attention and name not in local:
+            stem, layer, kind = attention.groups()
+            here = stem + _DIFFUSERS[layer] + kind
+        full = local.get(here)
+        if full is None:
+            (missing_optional if rule.optional else missing).append(name)
+            continue
+        expected, shape = rule.shape, specs[full].shape
+        linear = bool(attention) and len(shape) == 2 and expected == (*shape, 1, 1)
+        rank = _rank(expected, shape)
+        module = name.partition(".")[0]
+        fits = linear or (expected == shape if rank is None else ranks.setdefault(module, rank) == rank)
+        if not fits:
+            if rule.optional:
+                missing_optional.append(name)
+            else:
+                misshapen.append(Misshapen(name, expected, shape))
+            continue
+        present += not rule.optional
+        names[name] = full
+        if here != name:
+            renamed[name] = here
+        if linear:
+            reshaped.append(name)
+    if not missing and not misshapen:
+        bounds = (min(ranks.values()), max(ranks.values())) if ranks else None
+        return Match(component, prefix, names, tuple(missing_optional), renamed, tuple(reshaped), bounds)
+    if not present:
+        return None
+    return Rejection(component, prefix, present, total, tuple(missing), tuple(misshapen))
+
+
+def _rank(expected: Shape, shape: Shape) -> int | None:
+    """The size that stands where the table has -1, or None when the table has none or cannot fit."""
+    if -1 not in expected or len(expected) != len(shape):
+        return None
+    rank = shape[expected.index(-1)]
+    return rank if rank > 0 and tuple(rank if e == -1 else e for e in expected) == shape else None
+
+
+def _choose(
+    found: Iterable[Match], catalog: Catalog
+) -> tuple[list[Match], list[Match], list[Rejection], list[str]]:
+    """Matches that share no tensor and no class; second copies of a class; the outdone; notes."""
+    order = _order(catalog)
+    chosen: list[Match] = []
+    duplicates: list[Match] = []
+    outdone: list[Rejection] = []
+    notes: list[str] = []
+    owner: dict[str, Match] = {}
+    for match in sorted(found, key=lambda m: (-len(m.names), order[m.component.name], m.prefix == "")):
+        name = match.component.name
+        rival = next((owner[n] for n in match.names.values() if n in owner), None)
+        if rival is not None:
+            count, more = len(match.names), len(rival.names)
+            why = f"which explains {more} tensors, not {count}" if more > count else "first in the catalog"
+            if match.component.cls != rival.component.cls or more > count:
+                notes.append(f"`{name}` fits the tensors of `{rival.component.name}` too, {why}")
+            outdone.append(
+                Rejection(match.component, match.prefix, count, count, outdone_by=rival.component.name)
+            )
+            continue
+        same = next((m for m in chosen if m.component.cls == match.component.cls), None)
+        if same is not None:
+            duplicates.append(match)
+            notes.append(
+                f"`{name}` at `{match.prefix}` is a second {match.component.cls}: "
+                f"`{same.component.name}` at `{same.prefix}` is taken"
+            )
+        else:
+            chosen.append(match)
+        owner.update(dict.fromkeys(match.names.values(), same or match))
+    chosen.sort(key=lambda m: order[m.component.name])
+    return chosen, duplicates, outdone, notes
+
+
+def _order(catalog: Catalog) -> dict[str, tuple[int, int]]:
+    """Where a component stands among equals: by the first architecture that has a slot for it."""
+    slots = [slot for a in catalog.architectures.values() for slot in a.slots]
+    rank = {cls: index for index, cls in reversed(list(enumerate(slots)))}
+    return {
+        c.name: (rank.get(c.cls, len(slots)), index) for index, c in enumerate(catalog.components.values())
+    }
+
+
+def _architecture(
+    matches: Sequence[Match], catalog: Catalog
+) -> tuple[str | None, bool, str | None, tuple[str, ...]]:
+    """The architecture, whether it is whole, and otherwise which it is nearest to and what that lacks."""
+    model = [m for m in matches if not m.ema] or list(matches)
+    bare = [m for m in model if m.prefix != m.component.prefix]
+    placed = {m.component.cls: m for m in model if m.prefix == m.component.prefix}
+
+    def explained(architecture: Architecture) -> int:
+        return sum(len(placed[slot].names) for slot in architecture.slots)
+
+    whole = [a for a in catalog.architectures.values() if placed.keys() >= set(a.slots)]
+    if whole:
+        return max(whole, key=explained).name, True, None, ()
+    if len(model) == 1 and (bare or not model[0].prefix):
+        return model[0].component.cls, True, None, ()
+    parts = {cls: m for cls, m in placed.items() if m.prefix}
+    if not parts:
+        return None, False, None, ()
+    largest = max(parts.values(), key=lambda m: len(m.names)).component.cls
+    near = max(
+        (a for a in catalog.architectures.values() if parts.keys() & set(a.slots)),
+        key=lambda a: (
+            sum(len(parts[s].names) for s in a.slots if s in parts),
+            -len(set(a.slots) - parts.keys()),
+        ),
+        default=None,
+    )
+    absent = tuple(s for s in near.slots if s not in parts) if near else ()
+    return f"{largest}-BROKEN", False, near.name if near else None, absent
+
+
+def _sort_leftovers(
+    specs: Mapping[str, Spec], matches: Iterable[Match], duplicates: Iterable[Match], catalog: Catalog
+) -> dict[str, list[str]]:
+    """Every tensor that is no part of the model, by what it is."""
+    rest: dict[str, list[str]] = defaultdict(list)
+    model = [m for m in matches if not m.ema] or list(matches)  # an average alone is the model
+    explained = {full for m in model for full in m.names.values()}
+    averaged = {full for m in matches for full in m.names.values()} - explained
+    second = {full for m in duplicates for full in m.names.values()}
+    for name, spec in specs.items():
+        if name in explained:
+            continue
+        if name in averaged:
+            kind = "ema"
+        elif name in catalog.optional and catalog.optional[name] in (None, spec.shape):
+            kind = "optional"
+        elif name.startswith(EMA):
+            kind = "ema"
+        elif SCALES.fullmatch(name):
+            kind = "scales"
+        elif name in second or JUNK.match(name):
+            kind = "junk"
+        else:
+            kind = "unknown"
+        rest[kind].append(name)
+    return rest
