@@ -25,3 +25,14 @@ class Reporter:
 
 
 SILENT = Reporter()
+
+
+def human_bytes(count: float) -> str:
+    """`count` bytes in decimal units, as file managers and model pages give them: `7.7 GB`, `512 B`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < (1000 if unit == "B" else 999.5):
+            break
+        count /= 1000
+    else:
+        unit = "TB"
+    return f"{count:.0f} {unit}" if unit == "B" or abs(count) >= 99.95 else f"{count:.1f} {unit}"
