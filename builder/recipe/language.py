@@ -1,0 +1,578 @@
+"""The recipe language as data: every table, key, kind of value, default and explanation."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from builder.errors import did_you_mean
+from builder.fixes import Fix
+from builder.operations import Operation, Param
+from builder.recipe.kinds import (
+    NO_CONTROLS,
+    NOT_EMPTY,
+    WRONG,
+    Array,
+    At,
+    Boolean,
+    Choice,
+    Either,
+    Key,
+    Kind,
+    Number,
+    Rule,
+    Schema,
+    Struct,
+    Table,
+    Text,
+    fold,
+)
+from builder.recipe.model import FORMAT
+
+if TYPE_CHECKING:
+    from builder.catalog import Architecture, Catalog
+
+NEW = "NEW "
+
+
+PRECISIONS = {
+    "fp16": "half precision",
+    "bf16": "brain floating point",
+    "fp32": "single precision",
+    "keep": "each tensor as its source has it",
+}
+OVERFLOW = {
+    "error": "the build fails and names the tensor",
+    "clamp": "the largest finite value takes its place",
+    "keep": "it becomes infinite",
+}
+PROFILES = {
+    "a1111": "AUTOMATIC1111's webui and Forge",
+    "comfyui": "ComfyUI",
+    "kohya": "kohya's sd-scripts",
+    "diffusers": "the single-file loader of diffusers",
+}
+NON_FINITE = {"error": "the build fails and names the tensor", "keep": "it stays"}
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The words that recipes may use: of the catalog and of the registries."""
+
+    catalog: Catalog
+    operations: Mapping[str, Operation]
+    fixes: Mapping[str, Fix]
+    profiles: Mapping[str, Any]
+
+    def architecture(self, name: str) -> Architecture | None:
+        """The architecture of that name, in any spelling; None: there is none."""
+        return self._architectures.get(fold(name))
+
+    @cached_property
+    def _architectures(self) -> dict[str, Architecture]:
+        known = self.catalog.architectures.values()
+        return {fold(n): a for a in known for n in (*a.aliases, a.name)}
+
+    @cached_property
+    def markers(self) -> tuple[str, ...]:
+        """The optional tensors that hold no value: their presence says it all."""
+        return tuple(n for n, shape in self.catalog.optional.items() if shape is not None and 0 in shape)
+
+    @cached_property
+    def language(self) -> Struct:
+        """The whole recipe, as the kind of its top-level table."""
+        return _language(self)
+
+
+CLEAN = (NOT_EMPTY, NO_CONTROLS)
+NAME = Text(
+    (
+        *CLEAN,
+        Rule(r"^\s|\s$", "{key} begins or ends with a space", forbid=True),
+        Rule(r'[/\\:*?"<>|]', '{key} holds one of / \\ : * ? " < > |, which file names cannot', forbid=True),
+        Rule(r"^\.|\.$", "{key} begins or ends with a dot", forbid=True),
+        Rule(r"^.{1,100}$", "{key} is longer than 100 characters"),
+    ),
+    examples=("anything-v3",),
+)
+WORD = Text(
+    (
+        *CLEAN,
+        Rule(r"^\s|\s$", "{key} begins or ends with a space", forbid=True),
+        Rule(r"^NEW(\s|$)", "{key} reads as a new architecture", "choose another name", forbid=True),
+    )
+)
+REFERENCE = Text(CLEAN, label="name of a source or step")
+PATH = Text(CLEAN, label="path")
+SHA256 = Text(
+    (
+        Rule(
+            r"^[0-9A-Fa-f]{1,63}$",
+            "{key} has {count} digits, a SHA-256 has 64: short hashes collide and pin nothing",
+            "`ckpt inspect --hashes FILE` shows the whole digest",
+            forbid=True,
+        ),
+        Rule(
+            r"^[0-9A-Fa-f]{64}$",
+            "{key} must be a SHA-256: 64 hexadecimal digits",
+            "`ckpt inspect --hashes FILE` shows the digest",
+        ),
+    ),
+    lower=True,
+    label="64 hexadecimal digits",
+)
+URL = Text(
+    (
+        *CLEAN,
+        Rule(
+            r"^http://(?!localhost[:/]|127\.0\.0\.1[:/]|\[::1\][:/])",
+            "`http://` is refused: what it brings can be changed on the way",
+            "use `https://`",
+            forbid=True,
+        ),
+        Rule(
+            r"^(https?://|hf://|civitai:|(urn:)?air:|file:)",
+            "{key} is no known kind of address",
+            "known: `https://…`, `hf://org/name[@revision]/path`, `civitai:VERSION[@FILE]`, "
+            "`urn:air:…`, `file:…`",
+        ),
+        Rule(
+            r"^[a-z]+://[^/?#]*@|[?&](token|api_key|apikey|access_token|key|signature|X-Amz-[A-Za-z]+)=",
+            "{key} holds a secret, and recipes are shared",
+            "leave it out and give the token in the environment",
+            forbid=True,
+        ),
+        Rule(
+            r"^(?!hf:)|^hf://[^/@]+/[^/@]+(@[^/]+)?/.*[^/]$",
+            "{key} is no whole address of a file",
+            "write it as `hf://org/name[@revision]/path`",
+        ),
+        Rule(
+            r"^(?!civitai:)|^civitai:[0-9]+(@[0-9]+)?$",
+            "{key} is no whole address of a file",
+            "write it as `civitai:VERSION[@FILE]`, both of them numbers",
+        ),
+    ),
+    label="address",
+)
+PROSE = Rule(r"[\x00-\x08\x0b-\x1f\x7f]", "{key} holds a control character", forbid=True)
+_INSIDE = (
+    *CLEAN,
+    Rule(r"\\", "{key} holds a backslash, which is no separator elsewhere", "write `/`", forbid=True),
+    Rule(
+        r"^/|^[A-Za-z]:|^~|(^|/)\.\.(/|$)",
+        "{key} leaves the recipe's folder",
+        "give a path inside it; `ckpt build -o FILE` writes elsewhere",
+        forbid=True,
+    ),
+)
+OUTPUT_FILE = Text(
+    (*_INSIDE, Rule(r"[^/]\.safetensors$", "{key} must end in `.safetensors`, the format that is written")),
+    label="path",
+)
+CONFIG_FILE = Text(
+    (*_INSIDE, Rule(r"[^/]\.ya?ml$", "{key} must end in `.yaml`", "give the model's configuration")),
+    label="path",
+)
+METRIC = Text(
+    (
+        Rule(
+            r"^([0-9]{4}|----)/([0-9]{4}|----)/([0-9]{4}|----)$",
+            "{key} must be three groups of four digits: UNET/VAE/CLIP",
+            "write it as `2020/2982/0130`, with `----` for what is absent",
+        ),
+    ),
+    label="metric",
+)
+
+# What the tool says of the product itself: a recipe cannot contradict it.
+RESERVED = Rule(
+    r"^(ckpt\..*|modelspec\.(sai_model_spec|architecture|implementation|hash_sha256))$",
+    "{key} is written by the build itself",
+    "remove it",
+    forbid=True,
+)
+
+
+@dataclass(frozen=True)
+class Metadata(Kind):
+    """Names and strings; a table inside stands for names with a dot. Gives a flat dict."""
+
+    noun: str = "a table"
+    label: str = "table of strings"
+    types: tuple[type, ...] = (dict,)
+
+    def check(self, value: dict[str, Any], at: At) -> Any:
+        found: dict[str, str] = {}
+        self._flatten(value, at, "", found)
+        return found
+
+    def _flatten(self, value: dict[str, Any], at: At, above: str, found: dict[str, str]) -> None:
+        for key, item in value.items():
+            name, below = above + key, at.down(key)
+            if isinstance(item, dict):
+                self._flatten(item, below, f"{name}.", found)
+            elif RESERVED.broken_by(name):
+                below.wrong(RESERVED.fact.format(key=f"`{name}`"), hint=RESERVED.hint, key=True)
+            elif name in found:
+                below.wrong(f"`{name}` is given twice", hint="remove one of the two", key=True)
+            elif (read := METADATA_VALUE.read(item, below)) is not WRONG:
+                found[name] = read
+
+    def schema(self, defs: Schema) -> Schema:
+        nested = {"$ref": "#/$defs/metadata"}
+        defs["metadata"] = {
+            "type": "object",
+            "propertyNames": RESERVED.schema(),
+            "additionalProperties": {"oneOf": [{"type": "string"}, nested]},
+        }
+        return nested
+
+
+METADATA_VALUE = Text()
+
+
+@dataclass(frozen=True)
+class Format(Kind):
+    """The version of the language, which is one."""
+
+    noun: str = "an integer"
+    label: str = f"`{FORMAT}`"
+    types: tuple[type, ...] = (int,)
+
+    def advice(self, value: object) -> str | None:
+        return f"write `format = {FORMAT}`"
+
+    def check(self, value: int, at: At) -> Any:
+        if value != FORMAT:
+            return at.wrong(
+                f"format {value} is not known: this version reads format {FORMAT}",
+                hint="update ckpt-build" if value > FORMAT else f"write `format = {FORMAT}`",
+            )
+        return value
+
+    def schema(self, defs: Schema) -> Schema:
+        return {"const": FORMAT}
+
+
+@dataclass(frozen=True)
+class Base(Kind):
+    """`NEW` and an architecture, or the name of a source or step; gives the words as written."""
+
+    architectures: tuple[str, ...]
+    noun: str = "a string"
+    label: str = "`NEW ARCHITECTURE`, or name of a source or step"
+    types: tuple[type, ...] = (str,)
+
+    def check(self, value: str, at: At) -> Any:
+        return REFERENCE.check(value, at)
+
+    def schema(self, defs: Schema) -> Schema:
+        return {
+            "anyOf": [{"enum": [NEW + a for a in self.architectures]}, {"type": "string", "minLength": 1}]
+        }
+
+
+BLOCKS = {  # by count of numbers: what a string of block weights names, in its order
+    26: ("base", *(f"IN{i:02}" for i in range(12)), "M00", *(f"OUT{i:02}" for i in range(12))),
+    20: ("base", *(f"IN{i:02}" for i in range(9)), "M00", *(f"OUT{i:02}" for i in range(9))),
+}
+_NUMBER = r"[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?"
+
+
+@dataclass(frozen=True)
+class BlockWeights(Kind):
+    """A number for the whole model, or one for each block of its UNET and a base for all the rest.
+
+    Gives a float where all are equal, else a dict: the base, then every block that differs from it. A
+    string has 26 numbers (SD v1 and v2) or 20 (SDXL), in the order of `BLOCKS`.
+    """
+
+    weight: Number
+    noun: str = "a number, a string of 26 numbers or a table of blocks"
+    label: str = "number, string of 26 (SDXL: 20) numbers, or table of blocks"
+    types: tuple[type, ...] = (int, float, str, dict)
+
+    def check(self, value: Any, at: At) -> Any:
+        if isinstance(value, str):
+            value = self._string(value, at)
+        if isinstance(value, dict):
+            return self._table(value, at)
+        return WRONG if value is WRONG else self.weight.check(value, at)
+
+    def _string(self, value: str, at: At) -> Any:
+        words = [w.strip() for w in value.split(",")]
+        if any(not re.fullmatch(_NUMBER, w) for w in words):
+            return at.wrong(f"{at.name} must hold numbers with commas between")
+        if len(words) not in BLOCKS:
+            with_base = len(words) + 1 in BLOCKS
+            hint = "put the base first: the weight of all that is in no block" if with_base else None
+            return at.wrong(f"{at.name} has {len(words)} numbers, not 26 (or 20 for SDXL)", hint=hint)
+        return dict(zip(BLOCKS[len(words)], map(float, words), strict=True))
+
+    def _table(self, value: dict[str, Any], at: At) -> Any:
+        names = BLOCKS[26]
+        found: dict[str, float] = {}
+        for key, item in value.items():
+            if key not in names:
+                hint = (
+                    did_you_mean(key, names) or "known: `base`, `IN00` to `IN11`, `M00`, `OUT00` to `OUT11`"
+                )
+                at.down(key).wrong(f"unknown block `{key}`", hint=hint, key=True)
+            elif (read := self.weight.read(item, at.down(key))) is not WRONG:
+                found[key] = read
+        if "base" not in value:
+            return at.wrong(
+                "`base` is missing", hint="add `base = 0.5`: the weight of all that is in no block"
+            )
+        base = found.get("base", math.nan)
+        blocks = {n: found[n] for n in names if n != "base" and found.get(n, base) != base}
+        return {"base": base, **blocks} if blocks else base
+
+    def schema(self, defs: Schema) -> Schema:
+        number = self.weight.schema(defs)
+        counts = "|".join(f"({_NUMBER}\\s*,\\s*){{{count - 1}}}{_NUMBER}" for count in BLOCKS)
+        table = {
+            "type": "object",
+            "properties": dict.fromkeys(BLOCKS[26], number),
+            "required": ["base"],
+            "additionalProperties": False,
+        }
+        return {"oneOf": [number, {"type": "string", "pattern": f"^\\s*({counts})\\s*$"}, table]}
+
+
+PARAMS: dict[str, Any] = {
+    "number": lambda p: Number(p.minimum, p.maximum),
+    "integer": lambda p: Number(p.minimum, p.maximum, whole=True),
+    "string": lambda p: Text(CLEAN),
+    "boolean": lambda p: Boolean(),
+    "choice": lambda p: Choice("choice", dict.fromkeys(p.choices, "")),
+    "block-weights": lambda p: BlockWeights(Number(p.minimum, p.maximum)),
+}
+
+
+def _param(param: Param) -> Key:
+    kind: Kind = PARAMS[param.kind](param)
+    example = {"number": "0.5", "block-weights": "0.5", "integer": "1", "boolean": "true"}.get(
+        param.kind, '"…"'
+    )
+    return Key(kind, param.doc, example, required=param.default is None, default=param.default)
+
+
+@dataclass(frozen=True)
+class StepKind(Kind):
+    """A step: its operation says which other keys it has."""
+
+    operations: Mapping[str, Struct]
+    noun: str = "a table"
+    label: str = "table"
+    types: tuple[type, ...] = (dict,)
+
+    @property
+    def op(self) -> Choice:
+        """The kind of the key that decides."""
+        return Choice("operation", {n: s.heading for n, s in self.operations.items()})
+
+    def check(self, value: dict[str, Any], at: At) -> Any:
+        if "op" not in value:
+            return at.wrong("`op` is missing", hint='add `op = "…"`, the operation', key=True)
+        op = self.op.read(value["op"], at.down("op"))
+        return WRONG if op is WRONG else self.operations[op].check(value, at)
+
+    def schema(self, defs: Schema) -> Schema:
+        if not self.operations:
+            return {"type": "object", "properties": {"op": {"type": "string"}}, "required": ["op"]}
+        return {"oneOf": [s.schema(defs) for s in self.operations.values()]}
+
+
+def _operation(operation: Operation, classes: Choice) -> Struct:
+    inputs = {n: Key(REFERENCE, "A source or step.", '"…"', required=True) for n in operation.inputs}
+    optional = {n: Key(REFERENCE, "A source or step.", '"…"') for n in operation.optional_inputs}
+    keys = {
+        "op": Key(
+            Choice("operation", {operation.name: ""}), operation.doc, f'"{operation.name}"', required=True
+        ),
+        **inputs,
+        **optional,
+        **{n: _param(p) for n, p in operation.params.items()},
+        "components": Key(
+            Array(classes, minimum=1),
+            "Only these classes; of the others the step has none.",
+            '["UNET-v1"]',
+            default=(),
+            otherwise="the whole model",
+        ),
+        "store": Key(Boolean(), "Keep what is made in the store, for other recipes.", "true", default=False),
+    }
+    return Struct(f"op-{operation.name}", "[steps.NAME]", keys)
+
+
+def _language(words: Vocabulary) -> Struct:
+    catalog = words.catalog
+    classes = Choice("class", dict.fromkeys(catalog.classes, ""), open=True)
+    components = Choice("component", {n: c.note or "" for n, c in catalog.components.items()}, open=True)
+    fixes = Array(Choice("fix", {n: f.doc for n, f in words.fixes.items()}))
+    base = Base(tuple(catalog.architectures))
+    pick = Either(
+        (
+            REFERENCE,
+            Struct(
+                "pick",
+                "[components]",
+                {
+                    "from": Key(REFERENCE, "The source or step that has it.", '"anything"', required=True),
+                    "component": Key(
+                        components,
+                        "Which component of it: one of the class, its EMA twin, or one of the same tensors.",
+                        '"UNET-v1-EMA"',
+                        otherwise="the one it has of the class",
+                    ),
+                },
+            ),
+        )
+    )
+    picks = Table(classes, pick)
+    expect = Struct(
+        "expect",
+        "[expect]",
+        {
+            "metric": Key(METRIC, "The metric, each of its numbers within 1.", '"2020/2982/0130"'),
+            "sha256": Key(SHA256, "SHA-256 of the file.", '"8712e20a5d65…"'),
+            "tensor_digest": Key(
+                SHA256,
+                "SHA-256 over its tensors, metadata left out, as `ckpt inspect` shows it.",
+                '"67a1…"',
+            ),
+            "size": Key(Number(1, whole=True), "Bytes of the file.", "2132626102"),
+        },
+    )
+    base_key = Key(
+        base,
+        "What to start from: `NEW` and an architecture, every slot of which must then be filled; or a source "
+        "or step, whose components fill every slot left open.",
+        '"NEW SD-v1"',
+        required=True,
+    )
+    components_key = Key(
+        picks,
+        "What fills each slot: by class, the name of a source or step, or a table of `from` and `component`. "
+        "`EMA-…` classes may be added to those of the architecture.",
+        '{ VAE-v1 = "nai-vae" }',
+        default={},
+    )
+    fixes_key = Key(fixes, "Repairs to make, in any order.", '["clip-position-ids"]', default=())
+    output = Struct(
+        "output",
+        "[output]",
+        {
+            "name": Key(NAME, "Its name among several.", '"no-ema"', otherwise="the recipe's name"),
+            "file": Key(
+                OUTPUT_FILE,
+                "Path inside the recipe's folder; must end in `.safetensors`.",
+                '"anything-v3.safetensors"',
+                otherwise="NAME.safetensors; of several, RECIPE-NAME.safetensors",
+            ),
+            "precision": Key(
+                Choice("precision", PRECISIONS),
+                "Type of its floating-point tensors.",
+                '"bf16"',
+                default="fp16",
+            ),
+            "overflow": Key(
+                Choice("overflow", OVERFLOW),
+                "What to do with a finite value too large for the precision.",
+                '"clamp"',
+                default="error",
+            ),
+            "non_finite": Key(
+                Choice("non_finite", NON_FINITE),
+                "What to do with NaN and infinities.",
+                '"keep"',
+                default="error",
+            ),
+            "profile": Key(
+                Choice("profile", {n: str(getattr(p, "doc", p)) for n, p in words.profiles.items()}),
+                "The program it is for, whose needs it is checked against.",
+                '"a1111"',
+            ),
+            "keep": Key(
+                Array(Choice("optional tensor", dict.fromkeys(catalog.optional, ""), open=True)),
+                "Optional tensors to carry over from the base, where it has them.",
+                '["alphas_cumprod"]',
+                otherwise="all it has",
+            ),
+            "markers": Key(
+                Array(Choice("marker", dict.fromkeys(words.markers, ""))),
+                "Empty tensors to add, by which programs know the kind of model.",
+                '["v_pred", "ztsnr"]',
+                default=(),
+            ),
+            "config": Key(
+                CONFIG_FILE,
+                "A `.yaml` inside the recipe's folder, to copy beside the output under the output's stem.",
+                '"v1-inference-v.yaml"',
+            ),
+            "metadata": Key(
+                Metadata(),
+                "Strings for the file's metadata. Keys with dots may be written as TOML has them.",
+                '{ author = "…", license = "…" }',
+                default={},
+            ),
+            "base": Key(base, "In place of the recipe's.", '"mix"', otherwise="the recipe's"),
+            "components": Key(
+                picks, "In place of the recipe's, class by class.", '{ VAE-v1 = "other" }', default={}
+            ),
+            "fixes": Key(fixes, "In place of the recipe's.", "[]", otherwise="the recipe's"),
+            "expect": Key(expect, "What must hold of this output.", "{ size = 2132626102 }"),
+        },
+    )
+    source = Struct(
+        "source",
+        "[sources.NAME]",
+        {
+            "file": Key(
+                PATH,
+                "Path relative to the recipe; else found by name, size and digest in `CKPT_MODELS`.",
+                '"Anything-V3.0.ckpt"',
+            ),
+            "sha256": Key(
+                SHA256, "SHA-256 of the file: what pins it. Without it, the lock does.", '"8712e20a5d65…"'
+            ),
+            "size": Key(Number(1, whole=True), "Bytes of the file.", "7703807346"),
+            "urls": Key(
+                Array(URL, minimum=1),
+                "Where to fetch it, tried in order.",
+                '["hf://ckpt/anything-v3.0/Anything-V3.0.ckpt"]',
+                default=(),
+            ),
+            "recipe": Key(PATH, "Another recipe, relative to this one, whose product it is.", '"mix.toml"'),
+            "output": Key(NAME, "Which output of that recipe.", '"no-ema"', otherwise="the only one"),
+        },
+        any_of=("file", "sha256", "urls", "recipe"),
+        excludes={"recipe": ("file", "sha256", "size", "urls")},
+        needs={"output": "recipe"},
+    )
+    steps = StepKind({n: _operation(o, classes) for n, o in words.operations.items()})
+    tables = (source, output, expect)
+    keys = {
+        "format": Key(Format(), "Version of the language.", str(FORMAT), required=True),
+        "name": Key(NAME, "Name of the model and of its files.", '"anything-v3"', required=True),
+        "description": Key(Text((PROSE,)), "What it is, for people.", '"Anything v3"', default=""),
+        "base": base_key,
+        "fixes": fixes_key,
+        "sources": Key(Table(WORD, source), "Checkpoints to take things from.", "{ }", default={}),
+        "components": components_key,
+        "steps": Key(Table(WORD, steps), "Named intermediate models.", "{ }", default={}),
+        "output": Key(
+            Either((output, Array(output, minimum=1))),
+            "What to write: one, or several as `[[output]]`.",
+            "{ }",
+        ),
+        "expect": Key(expect, "What must hold of the only output.", "{ size = 2132626102 }"),
+    }
+    elsewhere = {k: t.heading for t in tables for k in t.keys if k not in keys}
+    return Struct("recipe", "", keys, elsewhere=elsewhere)

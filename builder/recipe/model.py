@@ -1,0 +1,210 @@
+"""What a recipe says, once it is read: frozen values without a trace of how they were written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from builder.errors import Place, Problem
+from builder.toml import Document, Keys
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class NewBase:
+    """An empty architecture, by its name in the catalog: every slot is to be filled."""
+
+    architecture: str
+    at: Keys = field(default=("base",), compare=False)
+
+
+@dataclass(frozen=True)
+class FromBase:
+    """A source or step whose components fill every slot that is left open."""
+
+    name: str
+    at: Keys = field(default=("base",), compare=False)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint to take things from: a file, pinned by SHA-256 (lower-case hex), or another recipe.
+
+    `file` and `recipe` are as written: relative to the recipe's folder, with `/`. `size` is in bytes.
+    `output` picks one output of a recipe that has several.
+    """
+
+    name: str
+    file: str | None = None
+    sha256: str | None = None
+    size: int | None = None
+    urls: tuple[str, ...] = ()
+    recipe: str | None = None
+    output: str | None = None
+
+    def meaning(self) -> dict[str, Any]:
+        """What identifies the checkpoint: its digest, else all that leads to it."""
+        if self.sha256 is not None:
+            return {"sha256": self.sha256}
+        said = {
+            "file": self.file,
+            "size": self.size,
+            "urls": list(self.urls) or None,
+            "recipe": self.recipe,
+            "output": self.output,
+        }
+        return {k: v for k, v in said.items() if v is not None}
+
+
+@dataclass(frozen=True)
+class Pick:
+    """What fills a slot: a component of a source or step, by name or the one it has of the class."""
+
+    cls: str
+    source: str
+    component: str | None = None
+    at: Keys = field(default=(), compare=False)
+
+    def meaning(self) -> dict[str, Any]:
+        """The choice as data."""
+        return {"from": self.source, **({"component": self.component} if self.component else {})}
+
+
+@dataclass(frozen=True)
+class Step:
+    """A named intermediate model that an operation makes.
+
+    `inputs` names a source or step by parameter; `params` holds every parameter in canonical form,
+    defaults included. `components` limits it to these classes (none: the whole model).
+    """
+
+    name: str
+    op: str
+    inputs: Mapping[str, str]
+    params: Mapping[str, Any]
+    components: tuple[str, ...] = ()
+    store: bool = False
+
+    def meaning(self) -> dict[str, Any]:
+        """What the step makes, but not whether that is stored."""
+        return {
+            "op": self.op,
+            "inputs": dict(self.inputs),
+            "params": dict(self.params),
+            "components": sorted(self.components),
+        }
+
+
+@dataclass(frozen=True)
+class Expect:
+    """Assertions about an output; None: nothing is asserted."""
+
+    metric: str | None = None
+    sha256: str | None = None
+    tensor_digest: str | None = None
+    size: int | None = None
+
+
+@dataclass(frozen=True)
+class Output:
+    """A file to write, with everything that holds for it: the recipe's own words or the output's.
+
+    `file` is relative to the recipe's folder and stays inside it. `fixes` are in the order of the registry,
+    in which they are applied. `keep` names the optional tensors that
+    are carried over from the base; None: all it has. `markers` are empty tensors to add. `config` is a
+    file beside the recipe to copy beside the output, under the output's stem.
+    """
+
+    name: str
+    file: str
+    base: NewBase | FromBase
+    components: Mapping[str, Pick]
+    fixes: tuple[str, ...] = ()
+    precision: str = "fp16"
+    overflow: str = "error"
+    non_finite: str = "error"
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    profile: str | None = None
+    keep: tuple[str, ...] | None = None
+    markers: tuple[str, ...] = ()
+    config: str | None = None
+    expect: Expect = Expect()
+    at: Keys = field(default=("output",), compare=False)
+
+    def meaning(self) -> dict[str, Any]:
+        """What decides the file's content: not its name, nor what is expected of it."""
+        base = {"new": self.base.architecture} if isinstance(self.base, NewBase) else {"from": self.base.name}
+        return {
+            "base": base,
+            "components": {c: p.meaning() for c, p in sorted(self.components.items())},
+            "fixes": list(self.fixes),
+            "precision": self.precision,
+            "overflow": self.overflow,
+            "non_finite": self.non_finite,
+            "metadata": dict(sorted(self.metadata.items())),
+            "profile": self.profile,
+            "keep": None if self.keep is None else sorted(self.keep),
+            "markers": sorted(self.markers),
+            "config": self.config,
+        }
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A valid recipe.
+
+    `included` holds the recipes that sources name, by source. `notes` are remarks that are no errors.
+    """
+
+    name: str
+    description: str
+    base: NewBase | FromBase
+    fixes: tuple[str, ...]
+    sources: Mapping[str, Source]
+    components: Mapping[str, Pick]
+    steps: Mapping[str, Step]
+    outputs: tuple[Output, ...]
+    path: Path | None = field(default=None, compare=False)
+    document: Document = field(default=Document("", "", {}), compare=False, repr=False)
+    included: Mapping[str, Recipe] = field(default_factory=dict, repr=False)
+    notes: tuple[Problem, ...] = field(default=(), compare=False)
+
+    def place(self, *keys: str | int, value: bool = False) -> Place:
+        """Where the recipe says something, for messages: as `builder.toml.Document.place`."""
+        return self.document.place(*keys, value=value)
+
+    def output(self, name: str | None = None) -> Output | None:
+        """The output of that name, or the only one; None where there is none."""
+        if name is None:
+            return self.outputs[0] if len(self.outputs) == 1 else None
+        return next((o for o in self.outputs if o.name == name), None)
+
+    def meaning(self) -> dict[str, Any]:
+        """Everything that decides the products' content, as canonical JSON-able data.
+
+        Comments, order, spelling, the file names and addresses of pinned sources, the file names of
+        outputs and what is expected of them are no part of it. An included recipe is known by its digest.
+        """
+        sources = {n: s.meaning() for n, s in sorted(self.sources.items())}
+        for name, recipe in self.included.items():
+            sources[name]["recipe"] = recipe.digest
+        return {
+            "format": FORMAT,
+            "name": self.name,
+            "description": self.description,
+            "sources": sources,
+            "steps": {n: s.meaning() for n, s in sorted(self.steps.items())},
+            "outputs": {o.name: o.meaning() for o in sorted(self.outputs, key=lambda o: o.name)},
+        }
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256, in hex, of the meaning as compact JSON with sorted keys."""
+        text = json.dumps(self.meaning(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()

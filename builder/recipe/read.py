@@ -1,0 +1,236 @@
+"""Reading recipes: text to `Recipe`, with every problem in one error."""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from builder import toml
+from builder.errors import Place, Problem, RecipeError, did_you_mean
+from builder.fixes import FIXES, Fix
+from builder.operations import OPERATIONS, Operation
+from builder.recipe.check import problems_of
+from builder.recipe.kinds import WRONG, At, Item, listed
+from builder.recipe.language import NEW, PROFILES, Format, Vocabulary
+from builder.recipe.model import Expect, FromBase, NewBase, Output, Pick, Recipe, Source, Step
+from builder.toml import Document, Keys
+
+if TYPE_CHECKING:
+    from builder.catalog import Catalog
+
+MAX_SIZE = 1 << 20  # bytes; a recipe is a page, and what is larger is some other file
+
+
+def load_recipe(
+    path: Path,
+    catalog: Catalog,
+    *,
+    operations: Mapping[str, Operation] = OPERATIONS,
+    fixes: Mapping[str, Fix] = FIXES,
+    profiles: Mapping[str, Any] = PROFILES,
+) -> Recipe:
+    """Read a recipe and the recipes that it includes.
+
+    Raises RecipeError with every problem of all of them.
+    """
+    return _Loader(Vocabulary(catalog, operations, fixes, profiles)).load(path)
+
+
+def parse_recipe(
+    text: str,
+    path: str | Path,
+    catalog: Catalog,
+    *,
+    operations: Mapping[str, Operation] = OPERATIONS,
+    fixes: Mapping[str, Fix] = FIXES,
+    profiles: Mapping[str, Any] = PROFILES,
+) -> Recipe:
+    """Read a recipe's text; `path` is its name in messages. Recipes that it includes are not opened.
+
+    Raises RecipeError with every problem.
+    """
+    return _read(toml.parse(text, str(path), RecipeError), Vocabulary(catalog, operations, fixes, profiles))
+
+
+class _Loader:
+    """Recipes and those they include, each read once."""
+
+    def __init__(self, words: Vocabulary) -> None:
+        self.words = words
+        self.problems: list[Problem] = []
+        self.done: dict[Path, Recipe | None] = {}
+        self.open: list[Path] = []  # from the outermost recipe to the one being read
+
+    def load(self, path: Path) -> Recipe:
+        recipe = self._load(path, None)
+        if recipe is None or self.problems:
+            raise RecipeError(*self.problems)
+        return recipe
+
+    def _load(self, path: Path, named: Place | None) -> Recipe | None:
+        real = path.resolve()
+        if real in self.open:
+            inner = [p.name for p in self.open[self.open.index(real) :]]
+            chain = " → ".join([*inner, real.name])
+            self.problems.append(Problem("recipes include each other", named, (chain,), "remove one of them"))
+            return None
+        if real not in self.done:
+            self.open.append(real)
+            self.done[real] = self._read(path, named)
+            self.open.pop()
+        return self.done[real]
+
+    def _read(self, path: Path, named: Place | None) -> Recipe | None:
+        try:
+            recipe = _read(_document(path, named), self.words)
+        except RecipeError as error:
+            self.problems += error.problems
+            return None
+        return replace(recipe, path=path, included=dict(self._included(recipe, path)))
+
+    def _included(self, recipe: Recipe, path: Path) -> Iterator[tuple[str, Recipe]]:
+        for name, source in recipe.sources.items():
+            if source.recipe is None:
+                continue
+            place = recipe.place("sources", name, "recipe", value=True)
+            inner = self._load(path.parent / source.recipe, place)
+            if inner is not None:
+                self._one_output(recipe, source, inner)
+                yield name, inner
+
+    def _one_output(self, recipe: Recipe, source: Source, inner: Recipe) -> None:
+        if inner.output(source.output) is not None:
+            return
+        names = [o.name for o in inner.outputs]
+        if source.output is None:
+            fact, key = f"`{source.recipe}` has several outputs", "recipe"
+            hint: str | None = f'add `output = "{names[0]}"`, or another of {listed(names)}'
+        else:
+            fact, key = f"`{source.recipe}` has no output `{source.output}`", "output"
+            hint = did_you_mean(source.output, names) or f"known: {listed(names)}"
+        place = recipe.place("sources", source.name, key, value=True)
+        self.problems.append(Problem(fact, place, hint=hint))
+
+
+def _document(path: Path, named: Place | None) -> Document:
+    """The document in a file; `named` is the place that names it, if a recipe does."""
+    fact, hint = None, None
+    try:
+        status = path.stat()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        fact = f"cannot read `{path}`: {reason[:1].lower()}{reason[1:]}"
+    else:
+        if stat.S_ISDIR(status.st_mode):
+            fact, hint = f"`{path}` is a folder, not a recipe", "name the recipe in it"
+        elif not stat.S_ISREG(status.st_mode):
+            fact = f"`{path}` is no regular file"
+        elif status.st_size > MAX_SIZE:
+            fact = f"`{path}` is too large for a recipe"
+            hint = "a recipe is a small TOML file that names models; this may be a model itself"
+            raise RecipeError(Problem(fact, named, (f"{status.st_size:,} bytes",), hint))
+    if fact is not None:
+        raise RecipeError(Problem(fact, named, hint=hint))
+    return toml.load(path, RecipeError)
+
+
+def _read(document: Document, words: Vocabulary) -> Recipe:
+    """The recipe in a document; raises RecipeError with every problem, in the order of the text."""
+    problems: list[Problem] = []
+    root = At(document, problems)
+    if not document.data:
+        hint = "`ckpt new FILE… -o RECIPE` writes one to begin with"
+        raise RecipeError(Problem("the recipe is empty", Place(document.path), hint=hint))
+    version = document.data.get("format")
+    if type(version) is int and Format().read(version, root.down("format")) is WRONG:
+        raise RecipeError(*problems)  # what else a foreign format means is not known
+    recipe = _recipe(words.language.read(document.data, root), document, words)
+    problems += problems_of(recipe, words)
+    if problems:
+        raise RecipeError(*sorted(problems, key=_position))
+    return recipe
+
+
+def _position(problem: Problem) -> tuple[int, int]:
+    place = problem.place
+    return (place.line or 0, place.column or 0) if place else (0, 0)
+
+
+def _recipe(said: dict[str, Any], document: Document, words: Vocabulary) -> Recipe:
+    """The model of what could be read; what could not has the value of what is not there."""
+    name = said.get("name", "")
+    base = _base(said.get("base", ""), ("base",), words)
+    fixes = _fixes(said.get("fixes", ()), words)
+    components = _picks(said.get("components", {}))
+    several = type(document.data.get("output")) is list
+    outputs = []
+    for index, one in enumerate(said.get("output") or ({},)) if several else [(0, said.get("output") or {})]:
+        at: Keys = ("output", index) if several else ("output",)
+        its_name = one.get("name") or ("" if several else name)
+        own_base, own_fixes, own_expect = one.get("base"), one.get("fixes"), one.get("expect")
+        expect = own_expect or (None if several else said.get("expect")) or {}
+        stem = f"{name}-{its_name}" if several else name
+        outputs.append(
+            Output(
+                name=its_name,
+                file=one.get("file") or f"{stem}.safetensors",
+                base=base if own_base is None else _base(own_base, (*at, "base"), words),
+                components={**components, **_picks(one.get("components", {}))},
+                fixes=fixes if own_fixes is None else _fixes(own_fixes, words),
+                expect=Expect(**expect),
+                at=at,
+                **{k: one[k] for k in _PLAIN if one.get(k) is not None},
+            )
+        )
+    return Recipe(
+        name=name,
+        description=said.get("description", ""),
+        base=base,
+        fixes=fixes,
+        sources={n: Source(n, **i.value) for n, i in said.get("sources", {}).items()},
+        components=components,
+        steps={n: _step(n, i.value, words) for n, i in said.get("steps", {}).items()},
+        outputs=tuple(outputs),
+        document=document,
+    )
+
+
+_PLAIN = ("precision", "overflow", "non_finite", "metadata", "profile", "keep", "markers", "config")
+
+
+def _base(said: str, at: Keys, words: Vocabulary) -> NewBase | FromBase:
+    if not said.startswith(NEW):
+        return FromBase(said, at)
+    name = said.removeprefix(NEW).strip()
+    architecture = words.architecture(name)
+    return NewBase(name if architecture is None else architecture.name, at)
+
+
+def _fixes(said: tuple[str, ...], words: Vocabulary) -> tuple[str, ...]:
+    return tuple(n for n in words.fixes if n in said)
+
+
+def _picks(said: Mapping[str, Item]) -> dict[str, Pick]:
+    return {cls: _pick(cls, item) for cls, item in said.items()}
+
+
+def _pick(cls: str, item: Item) -> Pick:
+    if isinstance(item.value, str):
+        return Pick(cls, item.value, at=item.keys)
+    return Pick(cls, item.value.get("from", ""), item.value.get("component"), item.keys)
+
+
+def _step(name: str, said: dict[str, Any], words: Vocabulary) -> Step:
+    operation = words.operations[said["op"]]
+    inputs = (*operation.inputs, *operation.optional_inputs)
+    return Step(
+        name,
+        operation.name,
+        {n: said[n] for n in inputs if said.get(n) is not None},
+        {n: said[n] for n in operation.params if n in said},
+        said.get("components", ()),
+        said.get("store", False),
+    )
