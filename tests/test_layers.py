@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent / "builder"
 # From the ground up; a module may import from its left and from every line above.
 LAYERS: list[list[str]] = [
     ["errors", "toml", "tensors", "progress", "digests", "numeric"],
-    ["formats", "fetch", "store", "sources"],
+    ["formats", "fetch", "hashes", "store", "sources"],
     ["catalog", "identify", "scan", "metric"],
     ["fixes", "merges", "lora", "operations"],
     ["recipe", "profiles", "plan", "lock"],

@@ -1,0 +1,183 @@
+"""The published label of a checkpoint's weights, as in `2020/2982/0130` for UNET, VAE and CLIP."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from builder.progress import SILENT, Reporter
+from builder.scan import BINS, scan
+from builder.tensors import LazyTensor
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+ABSENT = "----"
+NOT_A_NUMBER = "NaN!"
+PERIOD = 5000  # from 10000 on, every further step of this size repeats the four digits
+
+
+class Scale(NamedTuple):
+    """How a class's weights become digits: `n = int(abs(sum / base - 1) * k)`.
+
+    A tensor counts when its unprefixed name holds one of `having` (any name, if empty) and none of
+    `lacking`.
+    """
+
+    part: str
+    base: float
+    k: int
+    having: tuple[str, ...] = ()
+    lacking: tuple[str, ...] = ()
+
+    def counts(self, name: str) -> bool:
+        """Whether the tensor of this unprefixed name counts."""
+        held = not self.having or any(part in name for part in self.having)
+        return held and not any(part in name for part in self.lacking)
+
+
+_UNET = Scale("unet", -6131.5400, 10_000)
+_CLIP = ("mlp.",), (".23.",)
+
+# The published definition: the bases are the sums of SD v1's own weights, and of SD v2's text encoder.
+PUBLISHED: dict[str, Scale] = {
+    "UNET-v1": _UNET,
+    "UNET-v1-Pix2Pix": _UNET,
+    "UNET-v2": _UNET,
+    "UNET-v2-Depth": _UNET,
+    "VAE-v1": Scale("vae", 17870.7051, 10_000, ("encoder.", "decoder.")),
+    "CLIP-v1": Scale("clip", -2097.8596, 1_000_000, *_CLIP),
+    "CLIP-v2": Scale("clip", -8757.5630, 10_000, *_CLIP),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """Four digits a part; `----` where the part is absent or has no base to compare with.
+
+    The digits wrap: they label weights and do not identify them. A part that holds NaN is `NaN!`.
+    """
+
+    unet: str = ABSENT
+    vae: str = ABSENT
+    clip: str = ABSENT
+
+    @property
+    def text(self) -> str:
+        """The form in which it is published, `UNET/VAE/CLIP`."""
+        return f"{self.unet}/{self.vae}/{self.clip}"
+
+
+def counted(
+    components: Mapping[str, Mapping[str, str]], scales: Mapping[str, Scale] = PUBLISHED
+) -> dict[str, str]:
+    """The tensors that the metric counts, each with its class: what `scan` takes as `groups`.
+
+    `components` is, by class, unprefixed name to full name.
+    """
+    return {
+        full: cls
+        for cls, names in components.items()
+        if cls in scales
+        for bare, full in names.items()
+        if scales[cls].counts(bare)
+    }
+
+
+def label(histograms: Mapping[str, NDArray[np.int64]], scales: Mapping[str, Scale] = PUBLISHED) -> Metric:
+    """The metric of histograms by class, as `scan` makes them."""
+    parts = {
+        scales[cls].part: digits(weigh(counts), scales[cls]) for cls, counts in sorted(histograms.items())
+    }
+    return Metric(**parts)
+
+
+def measure(
+    components: Mapping[str, Mapping[str, LazyTensor]],
+    scales: Mapping[str, Scale] = PUBLISHED,
+    *,
+    threads: int = 2,
+    reporter: Reporter = SILENT,
+) -> Metric:
+    """The metric of components by class, each a mapping of unprefixed names; reads what it counts."""
+    flat = {f"{cls}/{name}": t for cls, tensors in components.items() for name, t in tensors.items()}
+    groups = counted({cls: {n: f"{cls}/{n}" for n in names} for cls, names in components.items()}, scales)
+    found = scan(
+        {name: flat[name] for name in groups},
+        groups=groups,
+        threads=threads,
+        reporter=reporter,
+        task="metric",
+    )
+    return label(found.histograms, scales)
+
+
+def digits(total: float, scale: Scale) -> str:
+    """A part's sum as four digits."""
+    if math.isnan(total):
+        return NOT_A_NUMBER
+    if total == 0.0:
+        return ABSENT
+    n = int(abs(total / scale.base - 1) * scale.k)
+    if n >= 2 * PERIOD:
+        n = PERIOD + n % PERIOD
+    return f"{n:04d}"
+
+
+def same(found: str, known: int) -> bool:
+    """Whether four digits say a known value: they may be off by one."""
+    return found.isdigit() and abs(int(found) - known) <= 1
+
+
+def weigh(histogram: NDArray[np.int64]) -> float:
+    """The sum of `sigmoid(x) - 0.5` over all elements counted in `histogram` (int64 `[65536]`).
+
+    Correctly rounded, so it depends neither on order nor on threads; NaN if a NaN is counted.
+    """
+    return math.fsum((histogram * _table())[histogram > 0].tolist())
+
+
+@lru_cache(maxsize=1)
+def _table() -> NDArray[np.float64]:
+    """`sigmoid(x) - 0.5` of each float16 by its bit pattern, as float32 arithmetic gives it.
+
+    CLIP is scaled by a million: there the bias of float32's rounding, summed over 57 million weights,
+    moves the last two digits. So the table is what the definition's own arithmetic gives, step by step
+    in operations that every machine rounds alike.
+    """
+    import numpy as np
+
+    with np.errstate(invalid="ignore"):
+        x = np.arange(BINS, dtype=np.uint16).view(np.float16).astype(np.float32)
+    one = np.float32(1)
+    clipped = np.nan_to_num(x, posinf=80, neginf=-80).clip(-80, 80)  # beyond 80 float32 says 0 or 1
+    table = (one / (one + _exp(-clipped)) - np.float32(0.5)).astype(np.float64)
+    table[np.isnan(x)] = np.nan
+    table.setflags(write=False)
+    return table
+
+
+def _exp(x: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The exponential of float32, |x| <= 80, as PyTorch's vector code computes it.
+
+    That is `expf` of the SLEEF library, 1.0 ulp: reduction by ln 2 in two steps, then a polynomial.
+    """
+    import numpy as np
+
+    f = np.float32
+
+    def fma(a: Any, b: Any, c: Any) -> Any:
+        return (np.multiply(a, b, dtype=np.float64) + c).astype(f)  # float64 holds the product exactly
+
+    power = np.rint(x * f(1.442695040888963))
+    s = fma(power, f(-1.428606765330187e-06), fma(power, f(-0.693145751953125), x))
+    u: Any = f(0.00019852761)
+    for coefficient in (0.0013930436, 0.008333361, 0.041666485, 0.16666667, 0.5):
+        u = fma(u, s, f(coefficient))
+    u = f(1) + fma(s * s, u, s)
+    result: NDArray[np.float32] = np.ldexp(u, power.astype(np.int32))
+    return result
