@@ -1,0 +1,108 @@
+"""Sharded sets: several safetensors files and an index that says which tensor lies in which."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from builder.errors import Place, Problem, SourceError
+from builder.formats import safetensors
+from builder.formats.blob import FileBlob
+from builder.formats.checkpoint import Checkpoint
+from builder.tensors import LazyTensor
+
+MAX_INDEX = 32 << 20  # bytes; the index of a model of a million tensors is a third of that
+
+
+def read_index(blob: FileBlob) -> dict[str, Any] | None:
+    """The JSON object of a sharded set's index, or None when the file is no such thing."""
+    if blob.size > MAX_INDEX:
+        return None
+    try:
+        index = json.loads(blob.read(0, blob.size), object_pairs_hook=_unique)
+    except (ValueError, RecursionError):
+        return None
+    return index if isinstance(index, dict) and "weight_map" in index else None
+
+
+def from_index(index: dict[str, Any], path: Path, name: str) -> Checkpoint:
+    """The checkpoint of a sharded set, whose shards lie in the folder of its index at `path`.
+
+    A shard's tensors that the index leaves out belong to it too, as they do for the libraries that load
+    such sets. Metadata is the index's, then the shards'; values that are not strings are left out.
+    Raises SourceError for a shard's name that leaves the folder, a missing or invalid shard, a tensor
+    that is not where the index says, and one that two shards have.
+    """
+    weight_map = _weight_map(index, path)
+    opened: list[Checkpoint] = []
+    try:
+        tensors: dict[str, LazyTensor] = {}
+        found: dict[str, str] = {}
+        for shard in sorted(set(weight_map.values())):
+            checkpoint = _open_shard(path, shard)
+            opened.append(checkpoint)
+            for tensor in checkpoint:
+                if tensor in found:
+                    raise _bad(path, f"two shards have tensor `{tensor}`", f"`{found[tensor]}` and `{shard}`")
+                found[tensor] = shard
+            tensors |= checkpoint.tensors
+        for tensor, shard in weight_map.items():
+            if found.get(tensor) != shard:
+                where = f"it is in `{found[tensor]}`" if tensor in found else "no shard has it"
+                raise _bad(path, f"tensor `{tensor}` is not in its shard `{shard}`", where)
+    except BaseException:
+        for checkpoint in opened:
+            checkpoint.close()
+        raise
+    metadata: dict[str, str] = {}
+    for more in (*(c.metadata for c in reversed(opened)), index.get("metadata")):
+        if isinstance(more, dict):
+            metadata |= {k: v for k, v in more.items() if isinstance(v, str)}
+    return Checkpoint(
+        name=name,
+        container="safetensors-sharded",
+        size=sum(c.size for c in opened),
+        tensors=tensors,
+        metadata=metadata,
+        blobs=tuple(blob for c in opened for blob in c.blobs),
+    )
+
+
+def _weight_map(index: dict[str, Any], path: Path) -> dict[str, str]:
+    weight_map = index["weight_map"]
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise _bad(path, "`weight_map` is not an object of tensor names", f"it is {str(weight_map)[:40]}")
+    for tensor, shard in weight_map.items():
+        if not isinstance(shard, str):
+            raise _bad(path, f"the shard of tensor `{tensor}` is not a name", f"it is {str(shard)[:40]}")
+        if shard in ("", ".", "..") or any(c in shard for c in "/\\\0:"):
+            raise _bad(
+                path,
+                f"the shard `{shard}` of tensor `{tensor}` is not a plain file name",
+                hint="shards lie in the folder of their index; nothing outside it is read",
+            )
+    return weight_map
+
+
+def _open_shard(index: Path, shard: str) -> Checkpoint:
+    path = index.parent / shard
+    if not path.exists():
+        raise _bad(index, f"the shard `{shard}` is missing", hint="download it into the folder of the index")
+    blob = FileBlob(path)
+    try:
+        return safetensors.from_blob(blob, str(path))
+    except BaseException:
+        blob.close()
+        raise
+
+
+def _bad(path: Path, fact: str, *evidence: str, hint: str | None = None) -> SourceError:
+    return SourceError(Problem(fact, Place(str(path)), evidence, hint))
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key comes twice")
+    return found

@@ -1,0 +1,116 @@
+"""What a file is, told by its leading bytes."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+HEAD = 4096  # bytes that are enough to tell
+
+
+class Stranger(NamedTuple):
+    """A file that is no checkpoint: what it is, what shows it, and one thing to do."""
+
+    what: str
+    evidence: tuple[str, ...] = ()
+    hint: str | None = None
+
+
+_CONVERT = "convert it to safetensors with the program that made it"
+_UNPACK = "unpack it first"
+_AGAIN = "download it again, and check its SHA-256"
+
+_MAGIC: dict[bytes, tuple[str, str | None]] = {
+    b"GGUF": ("a GGUF file, which packs its weights", "take the model's safetensors version"),
+    b"lmgg": ("a GGML file, which packs its weights", "take the model's safetensors version"),
+    b"tjgg": ("a GGML file, which packs its weights", "take the model's safetensors version"),
+    b"\x89HDF\r\n\x1a\n": ("an HDF5 file, such as Keras writes", _CONVERT),
+    b"\x93NUMPY": ("a NumPy array", _CONVERT),
+    b"7z\xbc\xaf\x27\x1c": ("a 7z archive", _UNPACK),
+    b"Rar!\x1a\x07": ("a RAR archive", _UNPACK),
+    b"\x1f\x8b": ("a gzip archive", _UNPACK),
+    b"BZh": ("a bzip2 archive", _UNPACK),
+    b"\xfd7zXZ\0": ("an xz archive", _UNPACK),
+    b"\x28\xb5\x2f\xfd": ("a zstd archive", _UNPACK),
+    b"\x89PNG\r\n\x1a\n": ("a PNG image", None),
+    b"\xff\xd8\xff": ("a JPEG image", None),
+    b"GIF8": ("a GIF image", None),
+    b"%PDF-": ("a PDF document", None),
+    b"\x7fELF": ("an ELF program", None),
+    b"MZ": ("a Windows program", None),
+    b"\0\x05\x16\x07": (
+        "a macOS AppleDouble file, which holds no data of its own",
+        "take the one not named `._…`",
+    ),
+}
+_LFS = re.compile(r"version https://git-lfs\.github\.com/spec/v1\n(?:.*\n)*?oid sha256:(\w+)\nsize (\d+)")
+
+
+def is_safetensors(head: bytes) -> bool:
+    """Whether this begins as a safetensors file whose header is under 4 GiB."""
+    return head[4:9] == b"\0\0\0\0{"
+
+
+def is_torch(head: bytes) -> bool:
+    """Whether this begins as one of PyTorch's containers: a zip, a pickle or a tar."""
+    return (
+        (head[:2] == b"PK" and _npz(head) is None)
+        or (head[:1] == b"\x80" and head[1:2] in (b"\1", b"\2", b"\3", b"\4", b"\5"))
+        or head.startswith(b"L119547037146038801333356L")  # the legacy magic number in a protocol 0 pickle
+        or head[257:262] == b"ustar"
+    )
+
+
+def text_of(head: bytes) -> str | None:
+    """The head as text, or None when it is not text."""
+    try:
+        text = head.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        if error.start < len(head) - 3:  # a character cut by the head's end is fine
+            return None
+        text = head[: error.start].decode("utf-8-sig")
+    return text if text.strip() and all(c.isprintable() or c in "\t\n\r\f" for c in text) else None
+
+
+def stranger(head: bytes) -> Stranger | None:
+    """What a file that is no checkpoint is, or None when that is unknown."""
+    if not head:
+        return Stranger("an empty file", hint=_AGAIN)
+    for magic, (what, hint) in _MAGIC.items():
+        if head.startswith(magic):
+            return Stranger(what, hint=hint)
+    if head[4:8] == b"TFL3":
+        return Stranger("a TensorFlow Lite model", hint=_CONVERT)
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return Stranger("a WebP image")
+    if head[:1] == b"\x08" and head[2:3] in (b"\x12", b"\x1a", b"\x22", b"\x28", b"\x32", b"\x3a", b"\x42"):
+        what = "a TensorFlow saved model" if head[1] == 1 else "an ONNX model"
+        return Stranger(what, hint=_CONVERT)
+    if not head.strip(b"\0"):
+        return Stranger(
+            "zeros where its contents should begin", hint=f"the download did not finish: {_AGAIN}"
+        )
+    text = text_of(head)
+    return _npz(head) or (_text(text) if text is not None else None)
+
+
+def _npz(head: bytes) -> Stranger | None:
+    length = int.from_bytes(head[26:28], "little")
+    if head[:4] == b"PK\3\4" and head[30 : 30 + length].endswith(b".npy"):
+        return Stranger("a NumPy archive (.npz)", hint=_CONVERT)
+    return None
+
+
+def _text(text: str) -> Stranger:
+    if pointer := _LFS.match(text):
+        return Stranger(
+            "a Git LFS pointer, not the file it stands for",
+            (f"oid sha256:{pointer[1]}", f"size {int(pointer[2]):,} bytes"),
+            "fetch the file with `git lfs pull`",
+        )
+    start = text.lstrip()[:1]
+    what = {"<": "an HTML or XML page", "{": "JSON", "[": "JSON"}.get(start, "text")
+    plain = re.sub(r"(?s)<(script|style)\b.*?</\1>|<[^>]*>", " ", text) if start == "<" else text
+    words = " ".join(plain.split()) or " ".join(text.split())
+    shown = words if len(words) <= 100 else words[:99] + "…"
+    return Stranger(what, (f"it begins: {shown}",), f"a download may have saved an error page: {_AGAIN}")
