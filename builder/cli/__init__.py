@@ -15,6 +15,7 @@ from builder.errors import CkptError, ExitCode, render
 COMMANDS: dict[str, str] = {
     "components": "The catalog: list its components, show one, learn a new one.",
     "inspect": "Say what is in a checkpoint, without running or loading it.",
+    "schema": "Print the JSON Schema of recipes, for editors.",
 }
 
 

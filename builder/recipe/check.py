@@ -4,31 +4,36 @@ from __future__ import annotations
 
 import posixpath
 from collections.abc import Callable, Collection, Iterator
+from graphlib import CycleError, TopologicalSorter
 from typing import TYPE_CHECKING
 
-from builder.errors import Place, Problem, did_you_mean, nearest
-from builder.recipe.kinds import fold, listed
+from builder.errors import Place, Problem, UsageError, did_you_mean, nearest
+from builder.recipe.kinds import listed
 from builder.recipe.language import NEW, Vocabulary
 from builder.recipe.model import FromBase, NewBase, Output, Pick, Recipe
 from builder.toml import Keys
 
 if TYPE_CHECKING:
-    from builder.catalog import Architecture
+    from builder.catalog import Architecture, Catalog
 
-EMA = "EMA-"
+MAX_CYCLES = 10  # that are shown: steps may be woven into more than anyone reads
 
 
 def problems_of(recipe: Recipe, words: Vocabulary) -> Iterator[Problem]:
     """Every problem of a recipe whose values were read; those that could not be are passed over."""
+    seen: set[Problem] = set()  # what outputs share is looked at once for each of them
     for check in _CHECKS:
-        yield from check(recipe, words)
+        for problem in check(recipe, words):
+            if problem not in seen:
+                seen.add(problem)
+                yield problem
 
 
 def slot_problems(
-    recipe: Recipe, output: Output, architecture: Architecture, held: Collection[str] = ()
+    recipe: Recipe, output: Output, architecture: Architecture, catalog: Catalog, held: Collection[str] = ()
 ) -> Iterator[Problem]:
     """What is wrong with the filling of an architecture's slots; `held` are the classes of its base."""
-    slots = (*architecture.slots, *(EMA + s for s in architecture.slots))
+    slots = (*architecture.slots, *twins(architecture, catalog))
     wrong = [c for c in output.components if c not in slots]
     for cls in wrong:
         place = recipe.place(*output.components[cls].at)
@@ -43,6 +48,13 @@ def slot_problems(
             place,
             hint=f'add `{left[0]} = "…"` under `[components]`, or name a source as base',
         )
+
+
+def twins(architecture: Architecture, catalog: Catalog) -> list[str]:
+    """The classes that go beside an architecture's slots: the same tensors under other names, as EMA."""
+    plain = {c.name: c.cls for c in catalog.components.values()}
+    found = (c.cls for c in catalog.components.values() if c.base and plain[c.base] in architecture.slots)
+    return list(dict.fromkeys(found))
 
 
 def _unread(recipe: Recipe, output: Output) -> list[str]:
@@ -67,7 +79,7 @@ def _names(recipe: Recipe, words: Vocabulary) -> Iterator[Problem]:
             hint = did_you_mean(name, known)
             base = next((o.base for o in recipe.outputs if o.base.at == keys), None)
             if hint is None and base is not None and (found := _new(name, words)):
-                hint = f'write `base = "{NEW}{found}"`'
+                hint = f'write `base = "{NEW} {found}"`'
             elif hint is None:
                 hint = f"known: {listed(known)}" if known else "add it under `[sources]`"
             place = recipe.place(*keys, value=True)
@@ -76,9 +88,11 @@ def _names(recipe: Recipe, words: Vocabulary) -> Iterator[Problem]:
 
 def _new(name: str, words: Vocabulary) -> str | None:
     """The architecture that a base means but for the word before it."""
-    bare = name[3:] if fold(name).startswith("new") else name
-    found = words.architecture(bare)
-    return found.name if found else None
+    bare = name[len(NEW) :] if name.casefold().startswith(NEW.casefold()) else name
+    try:
+        return words.catalog.architecture(bare).name
+    except UsageError:
+        return None
 
 
 def _written(recipe: Recipe, table: str) -> list[str]:
@@ -89,16 +103,11 @@ def _written(recipe: Recipe, table: str) -> list[str]:
 
 def _references(recipe: Recipe) -> Iterator[tuple[str, Keys]]:
     """Every use of a source or step, with its place."""
-    seen: set[Keys] = set()
     for output in recipe.outputs:
-        if isinstance(output.base, FromBase) and output.base.at not in seen:
-            seen.add(output.base.at)
+        if isinstance(output.base, FromBase):
             yield output.base.name, output.base.at
         for pick in output.components.values():
-            keys = _named_at(recipe, pick)
-            if keys not in seen:
-                seen.add(keys)
-                yield pick.source, keys
+            yield pick.source, _named_at(recipe, pick)
     for step in recipe.steps.values():
         for param, name in step.inputs.items():
             yield name, ("steps", step.name, param)
@@ -112,28 +121,25 @@ def _named_at(recipe: Recipe, pick: Pick) -> Keys:
 
 
 def _architectures(recipe: Recipe, words: Vocabulary) -> Iterator[Problem]:
-    seen: set[Keys] = set()
     for output in recipe.outputs:
         base = output.base
         if not isinstance(base, NewBase):
             continue
-        architecture = words.architecture(base.architecture)
-        if architecture is not None:
-            yield from slot_problems(recipe, output, architecture)
-        elif base.at not in seen:
-            seen.add(base.at)
+        name = base.architecture
+        if name in words.catalog.architectures:
+            architecture = words.catalog.architectures[name]
+            yield from slot_problems(recipe, output, architecture, words.catalog)
+        else:
             known = words.catalog.architectures
-            hint = did_you_mean(base.architecture, known) or "`ckpt components` lists the architectures"
-            place = recipe.place(*base.at, value=True)
-            yield Problem(f"unknown architecture `{base.architecture}`", place, hint=hint)
+            hint = did_you_mean(name, known) or f"known: {listed(known)}"
+            fact = f"unknown architecture `{name}`" if name else f"`{NEW}` names no architecture"
+            yield Problem(fact, recipe.place(*base.at, value=True), hint=hint)
 
 
 def _components(recipe: Recipe, words: Vocabulary) -> Iterator[Problem]:
-    seen: set[Keys] = set()
     for pick in (p for o in recipe.outputs for p in o.components.values()):
-        if pick.component is None or pick.at in seen or fits(pick.component, pick.cls, words):
+        if pick.component is None or fits(pick.component, pick.cls, words):
             continue
-        seen.add(pick.at)
         place = recipe.place(*pick.at, "component", value=True)
         known = [c.name for c in words.catalog.components.values() if fits(c.name, pick.cls, words)]
         cls = words.catalog.components[pick.component].cls
@@ -142,38 +148,39 @@ def _components(recipe: Recipe, words: Vocabulary) -> Iterator[Problem]:
 
 
 def fits(component: str, cls: str, words: Vocabulary) -> bool:
-    """Whether a component can fill a slot: one of the class, of its EMA twin, or with the same tensors."""
-    catalog = words.catalog
-    found = catalog.components[component]
-    if found.cls in (cls, EMA + cls):
+    """Whether a component can fill a slot: one of the class, a twin of one, or one of the same tensors."""
+    components = words.catalog.components
+    found = components[component]
+    if found.cls == cls or (found.base is not None and components[found.base].cls == cls):
         return True
-    return any(dict(c.tensors) == dict(found.tensors) for c in catalog.classes.get(cls, ()))
+    shapes = {n: r.shape for n, r in found.tensors.items()}
+    own = words.catalog.classes.get(cls, ())
+    return any({n: r.shape for n, r in c.tensors.items()} == shapes for c in own)
 
 
 def _cycles(recipe: Recipe, words: Vocabulary) -> Iterator[Problem]:
-    done: set[str] = set()
-    for start in recipe.steps:
-        trail: list[str] = []
-        yield from _follow(recipe, start, trail, done)
-
-
-def _follow(recipe: Recipe, name: str, trail: list[str], done: set[str]) -> Iterator[Problem]:
-    if name in trail:
-        chain = [*trail[trail.index(name) :], name]
-        before = recipe.steps[chain[-2]]
-        param = next(p for p, n in before.inputs.items() if n == name)
-        place = recipe.place("steps", before.name, param, value=True)
+    steps = set(recipe.steps)
+    left = {n: steps.intersection(s.inputs.values()) for n, s in recipe.steps.items()}
+    for _ in range(MAX_CYCLES):
+        try:
+            TopologicalSorter(left).prepare()
+        except CycleError as error:
+            chain: list[str] = error.args[1]  # each one is an input of the next
+        else:
+            return
+        step = recipe.steps[chain[1]]
+        param = next(p for p, n in step.inputs.items() if n == chain[0])
         fact = "a step is made from itself" if len(chain) == 2 else "steps are made from each other"
-        yield Problem(fact, place, (" → ".join(reversed(chain)),), "take one of them from a source")
-    elif name not in done and name in recipe.steps:
-        done.add(name)
-        for inner in dict.fromkeys(recipe.steps[name].inputs.values()):
-            yield from _follow(recipe, inner, [*trail, name], done)
+        place = recipe.place("steps", step.name, param, value=True)
+        yield Problem(fact, place, (" → ".join(chain),), "take one of them from a source")
+        left[chain[1]].discard(chain[0])
 
 
 def _unused(recipe: Recipe, words: Vocabulary) -> Iterator[Problem]:
     known = [*_written(recipe, "sources"), *_written(recipe, "steps")]
-    used = {name if name in known else nearest(name, known) for name, _ in _references(recipe)}
+    # What could not be read is not held against what it names.
+    named = {name for name, _ in _references(recipe)} | set(_unread_names(recipe))
+    used = {name if name in known else nearest(name, known) for name in named}
     for table, what in (("sources", "source"), ("steps", "step")):
         for name in _written(recipe, table):
             if name not in used:
@@ -181,13 +188,27 @@ def _unused(recipe: Recipe, words: Vocabulary) -> Iterator[Problem]:
                 yield Problem(f"the {what} `{name}` is not used", recipe.place(table, name), hint=hint)
 
 
+def _unread_names(recipe: Recipe) -> Iterator[str]:
+    data = recipe.document.data
+    said_output = data.get("output")
+    outputs = said_output if isinstance(said_output, list) else [said_output]
+    for said in (data, *outputs):
+        picks = said.get("components") if isinstance(said, dict) else None
+        for pick in picks.values() if isinstance(picks, dict) else ():
+            name = pick.get("from") if isinstance(pick, dict) else pick
+            if isinstance(name, str):
+                yield name
+    for name in _written(recipe, "steps"):
+        step = data["steps"][name]
+        if name not in recipe.steps and isinstance(step, dict):
+            yield from (v for v in step.values() if isinstance(v, str))
+
+
 def _fixes(recipe: Recipe, words: Vocabulary) -> Iterator[Problem]:
     data = recipe.document.data
     for output in recipe.outputs:
         own = (*output.at, "fixes")
         keys = own if _is_written(data, own) else ("fixes",)
-        if keys == ("fixes",) and output is not recipe.outputs[0]:
-            continue
         for index, name in enumerate(output.fixes):
             for other in output.fixes[index + 1 :]:
                 if other in words.fixes[name].excludes or name in words.fixes[other].excludes:

@@ -10,11 +10,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
-from builder.errors import Problem, did_you_mean
+from builder.catalog.model import spelling
+from builder.errors import Problem, RecipeError, did_you_mean
 from builder.toml import Document, Keys
 
 WRONG: Final = object()  # what reading gives for a value whose problem is on the list
 Schema = dict[str, Any]
+MAX_PROBLEMS = 100
 FEW = 12  # words that a hint can list and still be read
 
 _TYPES: dict[type, str] = {
@@ -30,14 +32,17 @@ _TYPES: dict[type, str] = {
 }
 
 
-def fold(word: str) -> str:
-    """`word` as it compares with others: `SDv1`, `SD-v1` and `sd_v1` are one."""
-    return re.sub(r"[-_ .]", "", word).casefold()
-
-
 def listed(words: Iterable[str]) -> str:
     """Words in backticks, with commas."""
     return ", ".join(f"`{w}`" for w in words)
+
+
+def note(problems: list[Problem], problem: Problem) -> None:
+    """Add to the list; raises RecipeError when it gets longer than anyone reads."""
+    if len(problems) == MAX_PROBLEMS:
+        more = Problem(f"there are more problems than the {MAX_PROBLEMS} above")
+        raise RecipeError(*problems, more)
+    problems.append(problem)
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,7 @@ class At:
     def wrong(self, fact: str, *evidence: str, hint: str | None = None, key: bool = False) -> Any:
         """Note a problem with the value, or with its key; gives `WRONG`."""
         place = self.document.place(*self.keys, value=not key)
-        self.problems.append(Problem(fact, place, evidence, hint))
+        note(self.problems, Problem(fact, place, evidence, hint))
         return WRONG
 
     @property
@@ -169,7 +174,7 @@ class Choice(Kind):
     def check(self, value: str, at: At) -> Any:
         if value in self.words:
             return value
-        same = [w for w in self.words if fold(w) == fold(value)] if self.open else []
+        same = [w for w in self.words if spelling(w) == spelling(value)] if self.open else []
         if len(same) == 1:
             return same[0]
         hint = did_you_mean(value, self.words)
@@ -287,6 +292,7 @@ class Item(NamedTuple):
 class Table(Kind):
     """A table with free keys that are all of one kind; gives an `Item` by canonical key."""
 
+    name: str  # of its part of the schema
     key: Text | Choice
     of: Kind
     noun: str = "a table"
@@ -317,12 +323,16 @@ class Table(Kind):
         return found
 
     def schema(self, defs: Schema) -> Schema:
+        if self.name not in defs:
+            defs[self.name] = {"type": "object", **self._keys(defs)}
+        return {"$ref": f"#/$defs/{self.name}"}
+
+    def _keys(self, defs: Schema) -> Schema:
         values = self.of.schema(defs)
         if isinstance(self.key, Choice):
-            named = {w: {"description": d, **values} if d else values for w, d in self.key.words.items()}
-            return {"type": "object", "properties": named, "additionalProperties": values}
+            return {"properties": dict.fromkeys(self.key.words, values), "additionalProperties": values}
         names = {k: v for k, v in self.key.schema(defs).items() if k != "type"}
-        return {"type": "object", "propertyNames": names, "additionalProperties": values}
+        return {"propertyNames": names, "additionalProperties": values}
 
 
 class _KeyAt(At):
@@ -437,6 +447,7 @@ class Either(Kind):
     """A value of one of several kinds that differ in their TOML type."""
 
     kinds: tuple[Kind, ...]
+    name: str = ""  # of its part of the schema, where it has one
 
     @property
     def noun(self) -> str:  # type: ignore[override]
@@ -454,4 +465,8 @@ class Either(Kind):
         return next(k for k in self.kinds if k.takes(value)).check(value, at)
 
     def schema(self, defs: Schema) -> Schema:
-        return {"oneOf": [k.schema(defs) for k in self.kinds]}
+        either = {"oneOf": [k.schema(defs) for k in self.kinds]}
+        if not self.name:
+            return either
+        defs[self.name] = either
+        return {"$ref": f"#/$defs/{self.name}"}

@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from builder.errors import did_you_mean
+from builder.fetch.addresses import FORMS, check_address
 from builder.fixes import Fix
 from builder.operations import Operation, Param
 from builder.recipe.kinds import (
@@ -29,14 +30,13 @@ from builder.recipe.kinds import (
     Struct,
     Table,
     Text,
-    fold,
 )
 from builder.recipe.model import FORMAT
 
 if TYPE_CHECKING:
-    from builder.catalog import Architecture, Catalog
+    from builder.catalog import Catalog
 
-NEW = "NEW "
+NEW = "NEW"
 
 
 PRECISIONS = {
@@ -67,15 +67,6 @@ class Vocabulary:
     operations: Mapping[str, Operation]
     fixes: Mapping[str, Fix]
     profiles: Mapping[str, Any]
-
-    def architecture(self, name: str) -> Architecture | None:
-        """The architecture of that name, in any spelling; None: there is none."""
-        return self._architectures.get(fold(name))
-
-    @cached_property
-    def _architectures(self) -> dict[str, Architecture]:
-        known = self.catalog.architectures.values()
-        return {fold(n): a for a in known for n in (*a.aliases, a.name)}
 
     @cached_property
     def markers(self) -> tuple[str, ...]:
@@ -108,6 +99,18 @@ WORD = Text(
 )
 REFERENCE = Text(CLEAN, label="name of a source or step")
 PATH = Text(CLEAN, label="path")
+
+
+@dataclass(frozen=True)
+class Address(Text):
+    """A string that spells an address; its fine print is known to the module that follows addresses."""
+
+    def check(self, value: str, at: At) -> Any:
+        read = super().check(value, at)
+        fault = check_address(value) if read is not WRONG else None
+        return read if fault is None else at.wrong(fault, hint=f"an address is {FORMS}")
+
+
 SHA256 = Text(
     (
         Rule(
@@ -125,7 +128,7 @@ SHA256 = Text(
     lower=True,
     label="64 hexadecimal digits",
 )
-URL = Text(
+URL = Address(
     (
         *CLEAN,
         Rule(
@@ -135,26 +138,9 @@ URL = Text(
             forbid=True,
         ),
         Rule(
-            r"^(https?://|hf://|civitai:|(urn:)?air:|file:)",
-            "{key} is no known kind of address",
-            "known: `https://…`, `hf://org/name[@revision]/path`, `civitai:VERSION[@FILE]`, "
-            "`urn:air:…`, `file:…`",
-        ),
-        Rule(
-            r"^[a-z]+://[^/?#]*@|[?&](token|api_key|apikey|access_token|key|signature|X-Amz-[A-Za-z]+)=",
-            "{key} holds a secret, and recipes are shared",
-            "leave it out and give the token in the environment",
-            forbid=True,
-        ),
-        Rule(
-            r"^(?!hf:)|^hf://[^/@]+/[^/@]+(@[^/]+)?/.*[^/]$",
-            "{key} is no whole address of a file",
-            "write it as `hf://org/name[@revision]/path`",
-        ),
-        Rule(
-            r"^(?!civitai:)|^civitai:[0-9]+(@[0-9]+)?$",
-            "{key} is no whole address of a file",
-            "write it as `civitai:VERSION[@FILE]`, both of them numbers",
+            r"^(https?://|hf://|civitai:|file:|([A-Za-z0-9_-]+:){3})",
+            "{key} is no address of a known kind",
+            f"an address is {FORMS}",
         ),
     ),
     label="address",
@@ -273,7 +259,10 @@ class Base(Kind):
 
     def schema(self, defs: Schema) -> Schema:
         return {
-            "anyOf": [{"enum": [NEW + a for a in self.architectures]}, {"type": "string", "minLength": 1}]
+            "anyOf": [
+                {"enum": [f"{NEW} {a}" for a in self.architectures]},
+                {"type": "string", "minLength": 1},
+            ]
         }
 
 
@@ -421,7 +410,7 @@ def _language(words: Vocabulary) -> Struct:
         (
             REFERENCE,
             Struct(
-                "pick",
+                "pick-in-full",
                 "[components]",
                 {
                     "from": Key(REFERENCE, "The source or step that has it.", '"anything"', required=True),
@@ -433,9 +422,10 @@ def _language(words: Vocabulary) -> Struct:
                     ),
                 },
             ),
-        )
+        ),
+        name="pick",
     )
-    picks = Table(classes, pick)
+    picks = Table("components", classes, pick)
     expect = Struct(
         "expect",
         "[expect]",
@@ -564,9 +554,9 @@ def _language(words: Vocabulary) -> Struct:
         "description": Key(Text((PROSE,)), "What it is, for people.", '"Anything v3"', default=""),
         "base": base_key,
         "fixes": fixes_key,
-        "sources": Key(Table(WORD, source), "Checkpoints to take things from.", "{ }", default={}),
+        "sources": Key(Table("sources", WORD, source), "Checkpoints to take things from.", "{ }", default={}),
         "components": components_key,
-        "steps": Key(Table(WORD, steps), "Named intermediate models.", "{ }", default={}),
+        "steps": Key(Table("steps", WORD, steps), "Named intermediate models.", "{ }", default={}),
         "output": Key(
             Either((output, Array(output, minimum=1))),
             "What to write: one, or several as `[[output]]`.",

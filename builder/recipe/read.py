@@ -5,15 +5,15 @@ from __future__ import annotations
 import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
 from builder import toml
-from builder.errors import Place, Problem, RecipeError, did_you_mean
+from builder.errors import Place, Problem, RecipeError, UsageError, did_you_mean
 from builder.fixes import FIXES, Fix
 from builder.operations import OPERATIONS, Operation
 from builder.recipe.check import problems_of
-from builder.recipe.kinds import WRONG, At, Item, listed
+from builder.recipe.kinds import WRONG, At, Item, listed, note
 from builder.recipe.language import NEW, PROFILES, Format, Vocabulary
 from builder.recipe.model import Expect, FromBase, NewBase, Output, Pick, Recipe, Source, Step
 from builder.toml import Document, Keys
@@ -148,10 +148,20 @@ def _read(document: Document, words: Vocabulary) -> Recipe:
     if type(version) is int and Format().read(version, root.down("format")) is WRONG:
         raise RecipeError(*problems)  # what else a foreign format means is not known
     recipe = _recipe(words.language.read(document.data, root), document, words)
-    problems += problems_of(recipe, words)
+    for problem in problems_of(recipe, words):
+        note(problems, problem)
     if problems:
         raise RecipeError(*sorted(problems, key=_position))
-    return recipe
+    return replace(recipe, notes=tuple(_notes(recipe)))
+
+
+def _notes(recipe: Recipe) -> Iterator[Problem]:
+    for name, source in recipe.sources.items():
+        for key, path in (("file", source.file), ("recipe", source.recipe)):
+            if path is not None and (PurePosixPath(path).is_absolute() or PureWindowsPath(path).drive):
+                place = recipe.place("sources", name, key, value=True)
+                fact = f"`{key}` is a path of one machine: others will not find it there"
+                yield Problem(fact, place, hint="name the file alone, and its folder in `CKPT_MODELS`")
 
 
 def _position(problem: Problem) -> tuple[int, int]:
@@ -202,11 +212,13 @@ _PLAIN = ("precision", "overflow", "non_finite", "metadata", "profile", "keep", 
 
 
 def _base(said: str, at: Keys, words: Vocabulary) -> NewBase | FromBase:
-    if not said.startswith(NEW):
+    first, _, name = said.partition(" ")
+    if first != NEW:
         return FromBase(said, at)
-    name = said.removeprefix(NEW).strip()
-    architecture = words.architecture(name)
-    return NewBase(name if architecture is None else architecture.name, at)
+    try:
+        return NewBase(words.catalog.architecture(name.strip()).name, at)
+    except UsageError:
+        return NewBase(name.strip(), at)  # to be reported with all the other names
 
 
 def _fixes(said: tuple[str, ...], words: Vocabulary) -> tuple[str, ...]:
