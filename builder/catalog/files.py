@@ -1,0 +1,309 @@
+"""The catalog's files: component tables, architectures, optional keys and well-known weights."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from math import prod
+from pathlib import Path
+from typing import Any, NoReturn
+
+from builder.catalog.braces import BraceError, expand
+from builder.catalog.model import (
+    NAMINGS,
+    RANK,
+    Architecture,
+    KnownFile,
+    KnownMetric,
+    KnownPart,
+    TensorRule,
+)
+from builder.errors import CatalogError, Place, Problem, did_you_mean
+from builder.tensors import BY_CODE
+from builder.toml import Document, Keys, load
+
+Shape = tuple[int, ...]
+
+_COMPONENT = {
+    "name": str,
+    "class": str,
+    "prefix": str,
+    "note": str,
+    "extends": str,
+    "without": list,
+    "naming": str,
+    "modelspec": str,
+    "keys": int,
+    "parameters": int,
+    "tensors": dict,
+}
+_ARCHITECTURE = {
+    "slots": list,
+    "aliases": list,
+    "only": list,
+    "precision": str,
+    "modelspec": str,
+    "modelspec_v": str,
+    "note": str,
+}
+_RULE = {"shape": list, "dtype": str, "optional": bool}
+_METRIC = {"name": str, "class": str, "value": str}
+_FILE = {"name": str, "sha256": str, "hf": str, "civitai_version": int, "note": str, "fix": str}
+_PART = {"name": str, "class": str, "xxh3": str, "sha256": str, "note": str, "fix": str}
+_WORDS = {str: "a string", int: "a number", bool: "true or false", list: "a list", dict: "a table"}
+
+
+class Fields:
+    """One table of a catalog file, checked against the fields that it may have."""
+
+    def __init__(self, document: Document, keys: Keys, allowed: Mapping[str, type], *needed: str) -> None:
+        table: Any = document.data
+        for key in keys:
+            table = table[key]
+        self.document = document
+        self.keys = keys
+        if not isinstance(table, dict):
+            self.fail("a table is due here")
+        self.table: dict[str, Any] = table
+        for name, value in table.items():
+            if name not in allowed:
+                self.fail(f"unknown field `{name}`", name, hint=did_you_mean(name, allowed))
+            if type(value) is not allowed[name]:
+                self.fail(f"`{name}` is not {_WORDS[allowed[name]]}", name, value=True)
+            if type(value) is list and name != "shape" and not all(isinstance(v, str) for v in value):
+                self.fail(f"`{name}` is not a list of strings", name, value=True)
+        for name in needed:
+            if name not in table:
+                self.fail(f"`{name}` is missing")
+
+    def get(self, name: str) -> Any:
+        """The field's value, or None."""
+        return self.table.get(name)
+
+    def strings(self, name: str) -> tuple[str, ...]:
+        """The field's strings, none if it is not given."""
+        return tuple(self.table.get(name, ()))
+
+    def place(self, *keys: str | int, value: bool = False) -> Place:
+        """Where a field of this table stands."""
+        return self.document.place(*self.keys, *keys, value=value)
+
+    def fail(self, fact: str, *keys: str | int, value: bool = False, **more: Any) -> NoReturn:
+        """Raise CatalogError about a field, or about the table as a whole."""
+        raise CatalogError(Problem(fact, self.place(*keys, value=value), **more))
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """A component's file: its fields, and its tensors not yet expanded."""
+
+    fields: Fields
+    name: str
+    extends: str | None
+    naming: str | None
+
+    def expand(self, base: Mapping[str, TensorRule]) -> dict[str, TensorRule]:
+        """The tensors: those of `base` without some, under the naming, then the table's own.
+
+        Raises CatalogError at the line of a bad brace, shape, dtype, a key twice or a wrong checksum.
+        """
+        rules = dict(base)
+        for index, pattern in enumerate(self.fields.strings("without")):
+            for name in self._without(pattern, rules, index):
+                del rules[name]
+        if self.naming is not None:
+            renamed = {NAMINGS[self.naming](name): rule for name, rule in rules.items()}
+            if len(renamed) != len(rules):
+                self.fields.fail(f"two tensors of `{self.extends}` get the same name", "naming", value=True)
+            rules = renamed
+        seen: dict[str, Keys] = {}
+        for pattern, keys, value in _leaves(self.fields.get("tensors") or {}, "", ("tensors",)):
+            for name, rule in self._rules(pattern, keys, value):
+                if name in seen:
+                    first = self.fields.place(*seen[name])
+                    self.fields.fail(
+                        f"`{name}` is declared twice", *keys, evidence=(f"first on line {first.line}",)
+                    )
+                seen[name] = keys
+                rules[name] = rule
+        self._checksums(rules)
+        return rules
+
+    def _names(self, pattern: str, *keys: str | int) -> tuple[list[str], int]:
+        try:
+            return expand(pattern)
+        except BraceError as wrong:
+            self.fields.fail(str(wrong), *keys)
+
+    def _without(self, pattern: str, rules: Mapping[str, TensorRule], index: int) -> list[str]:
+        found: list[str] = []
+        for name in self._names(pattern, "without", index)[0]:
+            glob = name.replace("[", "[[]")
+            matches = [n for n in rules if fnmatchcase(n, glob)] if "*" in name or "?" in name else [name]
+            if not matches or matches[0] not in rules:
+                hint = did_you_mean(name, rules)
+                self.fields.fail(f"`{self.extends}` has no tensor `{name}`", "without", index, hint=hint)
+            found += matches
+        return list(dict.fromkeys(found))
+
+    def _rules(self, pattern: str, keys: Keys, value: Any) -> Iterator[tuple[str, TensorRule]]:
+        names, last = self._names(pattern, *keys)
+        dtype, optional = None, False
+        if isinstance(value, dict):
+            rule = Fields(self.fields.document, (*self.fields.keys, *keys), _RULE, "shape")
+            dtype, optional, value = rule.get("dtype"), rule.get("optional") or False, rule.get("shape")
+            if dtype is not None and dtype not in BY_CODE:
+                rule.fail(f"unknown dtype `{dtype}`", "dtype", value=True, hint=did_you_mean(dtype, BY_CODE))
+            keys = (*keys, "shape")
+        shapes = value if value and isinstance(value[0], list) else [value]
+        rules = [TensorRule(self._shape(shape, keys), dtype, optional) for shape in shapes]
+        if shapes is value and len(rules) != last:
+            braces = (
+                f"the last brace has {last} alternatives" if last > 1 else "there is no brace to pair with"
+            )
+            self.fields.fail(
+                f"{len(rules)} shapes do not pair with the last brace", *keys, value=True, evidence=(braces,)
+            )
+        count = len(rules)
+        return ((name, rules[index % count]) for index, name in enumerate(names))
+
+    def _shape(self, shape: Any, keys: Keys) -> Shape:
+        if not isinstance(shape, list) or not all(type(n) is int and (n >= 0 or n == RANK) for n in shape):
+            self.fields.fail("a shape is a list of numbers", *keys, value=True)
+        return tuple(shape)
+
+    def _checksums(self, rules: Mapping[str, TensorRule]) -> None:
+        if self.fields.get("keys") != len(rules):
+            self._mismatch("keys", len(rules), "tensors")
+        shapes = [rule.shape for rule in rules.values()]
+        if any(RANK in shape for shape in shapes):
+            if self.fields.get("parameters") is not None:
+                self.fields.fail("a table with a rank has no number of `parameters`", "parameters")
+        elif self.fields.get("parameters") != (total := sum(map(prod, shapes))):
+            self._mismatch("parameters", total, "elements")
+
+    def _mismatch(self, field: str, found: int, what: str) -> NoReturn:
+        said = self.fields.get(field)
+        if said is None:
+            self.fields.fail(f"`{field}` is missing", hint=f"the table has `{field} = {found:_}`")
+        self.fields.fail(f"`{field}` is {said:_}, but the table has {found:_} {what}", field, value=True)
+
+
+def _leaves(table: dict[str, Any], head: str, keys: Keys) -> Iterator[tuple[str, Keys, Any]]:
+    """Each key with its headings joined by dots, its path in the document, and its value."""
+    for key, value in table.items():
+        name = f"{head}.{key}" if head else key
+        if isinstance(value, dict) and not isinstance(value.get("shape"), list):
+            yield from _leaves(value, name, (*keys, key))
+        else:
+            yield name, (*keys, key), value
+
+
+def read_table(path: Path, name: str) -> Table:
+    """A component's file, called `name` in messages; its tensors are looked at when it is expanded."""
+    fields = Fields(load(path, CatalogError, name), (), _COMPONENT, "name", "keys")
+    naming = fields.get("naming")
+    if naming is not None and naming not in NAMINGS:
+        fields.fail(f"unknown naming `{naming}`", "naming", value=True, hint=did_you_mean(naming, NAMINGS))
+    if fields.get("extends") is None:
+        for key in ("without", "naming"):
+            if fields.get(key) is not None:
+                fields.fail(f"`{key}` needs `extends`", key)
+        if fields.get("class") is None:
+            fields.fail("`class` is missing")
+    return Table(fields, fields.get("name"), fields.get("extends"), naming)
+
+
+def read_architectures(path: Path, name: str) -> Iterator[tuple[Architecture, Fields]]:
+    """The architectures of a file: one table each."""
+    document = load(path, CatalogError, name)
+    for key in document.data:
+        fields = Fields(document, (key,), _ARCHITECTURE, "slots")
+        yield (
+            Architecture(
+                name=key,
+                slots=fields.strings("slots"),
+                aliases=fields.strings("aliases"),
+                only=fields.strings("only"),
+                precision=fields.get("precision"),
+                modelspec=fields.get("modelspec"),
+                modelspec_v=fields.get("modelspec_v"),
+                note=fields.get("note"),
+                path=name,
+            ),
+            fields,
+        )
+
+
+def read_optional(path: Path, name: str) -> dict[str, Shape | None]:
+    """Keys that any full checkpoint may hold, with their shapes; None where the file says "any"."""
+    document = load(path, CatalogError, name)
+    found: dict[str, Shape | None] = {}
+    for key, shape in document.data.items():
+        if shape != "any" and not (isinstance(shape, list) and all(type(n) is int for n in shape)):
+            raise CatalogError(
+                Problem('a shape is a list of numbers, or "any"', document.place(key, value=True))
+            )
+        found[key] = None if shape == "any" else tuple(shape)
+    return found
+
+
+def read_known(path: Path, name: str) -> Iterator[KnownMetric | KnownFile | KnownPart]:
+    """The well-known weights of a file: [[metric]], [[file]] and [[component]]."""
+    document = load(path, CatalogError, name)
+    kinds: dict[str, Callable[[Fields], KnownMetric | KnownFile | KnownPart]] = {
+        "metric": _metric,
+        "file": _file,
+        "component": _part,
+    }
+    schemas: dict[str, tuple[Mapping[str, type], str]] = {
+        "metric": (_METRIC, "value"),
+        "file": (_FILE, "sha256"),
+        "component": (_PART, "class"),
+    }
+    for kind, entries in document.data.items():
+        if kind not in kinds or not isinstance(entries, list):
+            raise CatalogError(
+                Problem(f"unknown kind `{kind}`", document.place(kind), hint=did_you_mean(kind, kinds))
+            )
+        allowed, needed = schemas[kind]
+        for index in range(len(entries)):
+            yield kinds[kind](Fields(document, (kind, index), allowed, "name", needed))
+
+
+def _metric(fields: Fields) -> KnownMetric:
+    value, cls = fields.get("value"), fields.get("class")
+    if not re.fullmatch(r"\d{4}" if cls else r"(\d{4}|----)(/(\d{4}|----)){2}", value):
+        fields.fail("a metric has four digits, or three times four with `/` for a model", "value", value=True)
+    return KnownMetric(fields.get("name"), cls, value)
+
+
+def _digest(fields: Fields, name: str, digits: int) -> str | None:
+    value = fields.get(name)
+    if value is not None and not re.fullmatch(rf"[0-9a-f]{{{digits}}}", value):
+        fields.fail(f"`{name}` is not {digits} lower-case hex digits", name, value=True)
+    return str(value) if value is not None else None
+
+
+def _file(fields: Fields) -> KnownFile:
+    sha256 = _digest(fields, "sha256", 64)
+    assert sha256 is not None
+    return KnownFile(
+        fields.get("name"),
+        sha256,
+        fields.get("hf"),
+        fields.get("civitai_version"),
+        fields.get("note"),
+        fields.get("fix"),
+    )
+
+
+def _part(fields: Fields) -> KnownPart:
+    xxh3, sha256 = _digest(fields, "xxh3", 32), _digest(fields, "sha256", 64)
+    if xxh3 is None and sha256 is None:
+        fields.fail("`xxh3` or `sha256` is due")
+    return KnownPart(
+        fields.get("name"), fields.get("class"), xxh3, sha256, fields.get("note"), fields.get("fix")
+    )

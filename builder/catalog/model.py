@@ -1,0 +1,225 @@
+"""What the catalog says: components, classes, architectures and well-known weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
+
+from builder.errors import Problem, UsageError, did_you_mean
+
+RANK = -1  # as a dimension: the rank of a LoRA, which may be any number
+
+# How a component may name the tensors of another.
+NAMINGS: dict[str, Callable[[str], str]] = {"without-dots": lambda name: name.replace(".", "")}
+
+
+class TensorRule(NamedTuple):
+    """What a component demands of one tensor.
+
+    `shape` may hold RANK; `dtype` is a safetensors code, or None for whichever; a tensor that is
+    `optional` may be absent from a whole component.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str | None = None
+    optional: bool = False
+
+
+class Tensors(Mapping[str, TensorRule]):
+    """The tensors of a component in the catalog's order, expanded when they are first asked for."""
+
+    def __init__(self, expand: Callable[[], dict[str, TensorRule]]) -> None:
+        self._expand = expand
+
+    @cached_property
+    def rules(self) -> dict[str, TensorRule]:
+        """The same as a plain dict. Raises CatalogError when the table is wrong."""
+        return self._expand()
+
+    def __getitem__(self, name: str) -> TensorRule:
+        return self.rules[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.rules)
+
+    def __len__(self) -> int:
+        return len(self.rules)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}>"
+
+
+@dataclass(frozen=True, eq=False)
+class Component:
+    """One exact table of tensor names and shapes.
+
+    `prefix` stands before the names in a full checkpoint. `parameters` is the number of elements of all
+    tensors, the optional ones too, or None where a rank leaves it open. With a `naming`, the tensors are
+    those of the component `base` under other names, and `promote` leads from each name to that one.
+    """
+
+    name: str
+    cls: str
+    prefix: str
+    tensors: Tensors
+    keys: int
+    parameters: int | None = None
+    note: str | None = None
+    naming: str | None = None
+    base: str | None = None
+    extends: str | None = None
+    modelspec: str | None = None
+    path: str = ""
+    plain: Mapping[str, TensorRule] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def promote(self) -> dict[str, str]:
+        """From each name to the name in `base`; empty without a naming."""
+        return {NAMINGS[self.naming](name): name for name in self.plain} if self.naming else {}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The classes that a full checkpoint consists of, in the order of a file's description.
+
+    `only` names the components that may fill their class's slot here, where not every one may.
+    `precision` is the one that such checkpoints are published in, if not FP16. `modelspec` is the name in
+    ModelSpec metadata, `modelspec_v` that of a checkpoint that predicts v.
+    """
+
+    name: str
+    slots: tuple[str, ...]
+    aliases: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()
+    precision: str | None = None
+    modelspec: str | None = None
+    modelspec_v: str | None = None
+    note: str | None = None
+    path: str = ""
+
+
+@dataclass(frozen=True)
+class KnownMetric:
+    """A published label: the four digits of one class's weights, within 1, or of a whole model."""
+
+    name: str
+    cls: str | None
+    value: str
+
+
+@dataclass(frozen=True)
+class KnownFile:
+    """A public file; `sha256` is of the whole file, `hf` is org/name/path on Hugging Face."""
+
+    name: str
+    sha256: str
+    hf: str | None = None
+    civitai_version: int | None = None
+    note: str | None = None
+    fix: str | None = None
+
+
+@dataclass(frozen=True)
+class KnownPart:
+    """Published weights of one component, by a digest of their content."""
+
+    name: str
+    cls: str
+    xxh3: str | None = None
+    sha256: str | None = None
+    note: str | None = None
+    fix: str | None = None
+
+
+@dataclass(frozen=True)
+class Known:
+    """Well-known weights: names for labels, for files and for contents."""
+
+    metrics: tuple[KnownMetric, ...] = ()
+    files: tuple[KnownFile, ...] = ()
+    parts: tuple[KnownPart, ...] = ()
+
+    def label(self, cls: str, value: int) -> str | None:
+        """The name of the weights of a class whose metric is `value`, within 1."""
+        near = [(abs(int(m.value) - value), m.name) for m in self.metrics if m.cls == cls]
+        return min((n for n in near if n[0] <= 1), default=(0, None))[1]
+
+    def model(self, metric: str) -> str | None:
+        """The name of the model with a whole metric such as `2020/2982/0130`, each part within 1."""
+        for known in self.metrics:
+            if known.cls is None and _near(known.value, metric):
+                return known.name
+        return None
+
+    def file(self, sha256: str) -> KnownFile | None:
+        """The public file with this SHA-256."""
+        return next((f for f in self.files if f.sha256 == sha256.casefold()), None)
+
+    def part(self, digest: str) -> KnownPart | None:
+        """The published weights with this content digest, XXH3-128 or SHA-256, in hex."""
+        return next((p for p in self.parts if digest.casefold() in (p.xxh3, p.sha256)), None)
+
+
+def _near(known: str, metric: str) -> bool:
+    pairs = list(zip(known.split("/"), metric.split("/"), strict=False))
+    return len(pairs) == 3 and all(
+        a.isdigit() and b.isdigit() and abs(int(a) - int(b)) <= 1 for a, b in pairs
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Catalog:
+    """All that is known about checkpoints before one is read.
+
+    `classes` holds the components of each class, the standard one first; `optional` the keys that a full
+    checkpoint may also hold, with their shapes (None for any), which are kept and never required.
+    """
+
+    components: Mapping[str, Component]
+    classes: Mapping[str, tuple[Component, ...]]
+    architectures: Mapping[str, Architecture]
+    optional: Mapping[str, tuple[int, ...] | None]
+    known: Known
+
+    def component(self, name: str) -> Component:
+        """The component of this name. Raises UsageError."""
+        if name in self.components:
+            return self.components[name]
+        raise UsageError(Problem(f"no component `{name}`", hint=did_you_mean(name, self.components)))
+
+    def architecture(self, name: str) -> Architecture:
+        """The architecture of this name or alias, whatever the case and the dashes. Raises UsageError."""
+        found = self._spellings.get(spelling(name))
+        if found is None:
+            names = {n for a in self.architectures.values() for n in (a.name, *a.aliases)}
+            hint = did_you_mean(name, names) or f"there are {', '.join(self.architectures)}"
+            raise UsageError(Problem(f"no architecture `{name}`", hint=hint))
+        return found
+
+    @cached_property
+    def _spellings(self) -> dict[str, Architecture]:
+        return {spelling(n): a for a in self.architectures.values() for n in (a.name, *a.aliases)}
+
+    def candidates(self, cls: str, architecture: str | Architecture) -> tuple[Component, ...]:
+        """The components that may fill the slot `cls` of an architecture, the one to write first."""
+        if isinstance(architecture, str):
+            architecture = self.architecture(architecture)
+        if cls not in architecture.slots:
+            hint = did_you_mean(cls, architecture.slots) or f"its slots are {', '.join(architecture.slots)}"
+            raise UsageError(Problem(f"{architecture.name} has no slot `{cls}`", hint=hint))
+        found = self.classes[cls]
+        return tuple(c for c in found if c.name in architecture.only) or found
+
+    def component_for(self, cls: str, architecture: str | Architecture) -> Component:
+        """The component whose prefix and names a class is written with in an architecture.
+
+        Raises UsageError when the architecture has no such slot.
+        """
+        return self.candidates(cls, architecture)[0]
+
+
+def spelling(name: str) -> str:
+    """A name as it is compared: without case, dashes, underscores and spaces."""
+    return name.casefold().translate({ord(c): None for c in "-_ "})
