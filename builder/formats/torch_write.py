@@ -13,7 +13,7 @@ from pathlib import Path
 from builder.errors import OutputError, Problem
 from builder.formats.atomic import replacing, write_all
 from builder.progress import SILENT, Reporter
-from builder.tensors import WINDOW, DType, LazyTensor, MemoryTensor
+from builder.tensors import DType, LazyTensor, MemoryTensor
 
 ROOT = "archive"
 ALIGNMENT = 64  # of every record's data, as torch does
@@ -195,7 +195,8 @@ def _copy(fd: int, records: Sequence[_Record], threads: int, reporter: Reporter,
         crc, offset = 0, record.start
         for data in record.tensor.windows():
             crc = zlib.crc32(data, crc)
-            write_all(fd, data, offset)
+            if not _blank(data):  # zeros stay a hole
+                write_all(fd, data, offset)
             offset += len(data)
             reporter.advance(task, len(data))
         return crc
@@ -206,6 +207,10 @@ def _copy(fd: int, records: Sequence[_Record], threads: int, reporter: Reporter,
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def _blank(data: memoryview) -> bool:
+    return not any(data[:64]) and data.tobytes().count(0) == len(data)
 
 
 def _write_headers(fd: int, records: Sequence[_Record], sums: Sequence[int]) -> None:

@@ -1,0 +1,1 @@
+"""Full-size checkpoints made on the spot, and what is measured on them."""
