@@ -5,7 +5,7 @@ from __future__ import annotations
 import posixpath
 from collections.abc import Callable, Collection, Iterator
 from graphlib import CycleError, TopologicalSorter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from builder.errors import Place, Problem, UsageError, did_you_mean, nearest
 from builder.recipe.kinds import listed
@@ -57,23 +57,34 @@ def twins(architecture: Architecture, catalog: Catalog) -> list[str]:
     return list(dict.fromkeys(found))
 
 
+def _said(recipe: Recipe, *keys: str | int) -> Any:
+    """What is written there, whether it could be read or not; None: nothing."""
+    found: Any = recipe.document.data
+    for key in keys:
+        try:
+            found = found[key]
+        except (KeyError, IndexError, TypeError):
+            return None
+    return found
+
+
+def _table(recipe: Recipe, *keys: str | int) -> dict[str, Any]:
+    """The table that is written there; empty where there is none."""
+    found = _said(recipe, *keys)
+    return found if isinstance(found, dict) else {}
+
+
 def _unread(recipe: Recipe, output: Output) -> list[str]:
     """Classes as written, for they may be what a slot was meant to be filled with."""
-    data = recipe.document.data
-    if len(output.at) == 2:
-        own = data["output"][output.at[1]]
-    else:
-        own = data.get("output")
-    tables = [t.get("components") for t in (data, own) if isinstance(t, dict)]
-    return [c for t in tables if isinstance(t, dict) for c in t]
+    return [*_table(recipe, "components"), *_table(recipe, *output.at, "components")]
 
 
 def _names(recipe: Recipe, words: Vocabulary) -> Iterator[Problem]:
     for name in recipe.steps:
-        if name in _written(recipe, "sources"):
+        if name in _table(recipe, "sources"):
             place = recipe.place("steps", name)
             yield Problem(f"`{name}` is a source already", place, hint="give the step another name")
-    known = [*_written(recipe, "sources"), *_written(recipe, "steps")]
+    known = [*_table(recipe, "sources"), *_table(recipe, "steps")]
     for name, keys in _references(recipe):
         if name and name not in known:
             hint = did_you_mean(name, known)
@@ -95,12 +106,6 @@ def _new(name: str, words: Vocabulary) -> str | None:
         return None
 
 
-def _written(recipe: Recipe, table: str) -> list[str]:
-    """The names under a heading, of values that could not be read too."""
-    said = recipe.document.data.get(table)
-    return list(said) if isinstance(said, dict) else []
-
-
 def _references(recipe: Recipe) -> Iterator[tuple[str, Keys]]:
     """Every use of a source or step, with its place."""
     for output in recipe.outputs:
@@ -114,10 +119,7 @@ def _references(recipe: Recipe) -> Iterator[tuple[str, Keys]]:
 
 
 def _named_at(recipe: Recipe, pick: Pick) -> Keys:
-    said: object = recipe.document.data
-    for key in pick.at:
-        said = said[key]  # type: ignore[index]
-    return (*pick.at, "from") if isinstance(said, dict) else pick.at
+    return (*pick.at, "from") if _table(recipe, *pick.at) else pick.at
 
 
 def _architectures(recipe: Recipe, words: Vocabulary) -> Iterator[Problem]:
@@ -177,38 +179,32 @@ def _cycles(recipe: Recipe, words: Vocabulary) -> Iterator[Problem]:
 
 
 def _unused(recipe: Recipe, words: Vocabulary) -> Iterator[Problem]:
-    known = [*_written(recipe, "sources"), *_written(recipe, "steps")]
+    known = [*_table(recipe, "sources"), *_table(recipe, "steps")]
     # What could not be read is not held against what it names.
     named = {name for name, _ in _references(recipe)} | set(_unread_names(recipe))
     used = {name if name in known else nearest(name, known) for name in named}
     for table, what in (("sources", "source"), ("steps", "step")):
-        for name in _written(recipe, table):
+        for name in _table(recipe, table):
             if name not in used:
                 hint = "use it in `[components]` or as a base, or remove it"
                 yield Problem(f"the {what} `{name}` is not used", recipe.place(table, name), hint=hint)
 
 
 def _unread_names(recipe: Recipe) -> Iterator[str]:
-    data = recipe.document.data
-    said_output = data.get("output")
-    outputs = said_output if isinstance(said_output, list) else [said_output]
-    for said in (data, *outputs):
-        picks = said.get("components") if isinstance(said, dict) else None
-        for pick in picks.values() if isinstance(picks, dict) else ():
-            name = pick.get("from") if isinstance(pick, dict) else pick
+    for keys in ((), *(o.at for o in recipe.outputs)):
+        for cls, pick in _table(recipe, *keys, "components").items():
+            name = _table(recipe, *keys, "components", cls).get("from", pick)
             if isinstance(name, str):
                 yield name
-    for name in _written(recipe, "steps"):
-        step = data["steps"][name]
-        if name not in recipe.steps and isinstance(step, dict):
-            yield from (v for v in step.values() if isinstance(v, str))
+    for name in _table(recipe, "steps"):
+        if name not in recipe.steps:
+            yield from (v for v in _table(recipe, "steps", name).values() if isinstance(v, str))
 
 
 def _fixes(recipe: Recipe, words: Vocabulary) -> Iterator[Problem]:
-    data = recipe.document.data
     for output in recipe.outputs:
         own = (*output.at, "fixes")
-        keys = own if _is_written(data, own) else ("fixes",)
+        keys = ("fixes",) if _said(recipe, *own) is None else own
         for index, name in enumerate(output.fixes):
             for other in output.fixes[index + 1 :]:
                 if other in words.fixes[name].excludes or name in words.fixes[other].excludes:
@@ -217,61 +213,59 @@ def _fixes(recipe: Recipe, words: Vocabulary) -> Iterator[Problem]:
                     yield Problem(fact, place, hint="remove one of the two")
 
 
-def _is_written(data: object, keys: Keys) -> bool:
-    for key in keys:
-        if not ((isinstance(data, dict) and key in data) or isinstance(data, list)):
-            return False
-        data = data[key]  # type: ignore[index]
-    return True
+def _expectations(recipe: Recipe, words: Vocabulary) -> Iterator[Problem]:
+    if _said(recipe, "expect") is None:
+        return
+    place = recipe.place("expect")
+    if len(recipe.outputs) > 1:
+        hint = "put it into an `[[output]]`, as `[output.expect]`"
+        yield Problem("`expect` does not say which output it is about", place, hint=hint)
+    elif _said(recipe, *recipe.outputs[0].at, "expect") is not None:
+        hint = "remove either `[expect]` or `[output.expect]`"
+        yield Problem("`expect` is given twice", place, hint=hint)
 
 
-def _outputs(recipe: Recipe, words: Vocabulary) -> Iterator[Problem]:
-    data = recipe.document.data
-    several = type(data.get("output")) is list
-    if several and "expect" in data:
-        yield Problem(
-            "`expect` does not say which output it is about",
-            recipe.place("expect"),
-            hint="put it into an `[[output]]`, as `[output.expect]`",
-        )
-    elif _is_written(data, ("output", "expect")) and "expect" in data:
-        yield Problem(
-            "`expect` is given twice",
-            recipe.place("expect"),
-            hint="remove either `[expect]` or `[output.expect]`",
-        )
-    sources = {posixpath.normpath(s.file): s.name for s in recipe.sources.values() if s.file}
-    files: dict[str, Place] = {}
-    names: dict[str, Place] = {}
+def _output_names(recipe: Recipe, words: Vocabulary) -> Iterator[Problem]:
+    first: dict[str, Place] = {}
+    for output in recipe.outputs if len(recipe.outputs) > 1 else ():
+        place = recipe.place(*output.at, "name", value=True)
+        if _said(recipe, *output.at, "name") is None:
+            hint = 'each of several outputs needs a `name = "…"`'
+            yield Problem("`name` is missing", place, hint=hint)
+        elif output.name and output.name in first:
+            evidence = f"the first is in line {first[output.name].line}"
+            yield Problem(
+                f"two outputs are called `{output.name}`", place, (evidence,), "rename one of the two"
+            )
+        first.setdefault(output.name, place)
+
+
+def _files(recipe: Recipe, words: Vocabulary) -> Iterator[Problem]:
+    sources = {_path(s.file): s.name for s in recipe.sources.values() if s.file}
+    first: dict[str, Output] = {}
     for output in recipe.outputs:
+        path = _path(output.file)
         place = recipe.place(*output.at, "file", value=True)
-        path = posixpath.normpath(output.file)
-        if several and not output.name and not _is_written(data, (*output.at, "name")):
-            yield Problem(
-                "`name` is missing",
-                recipe.place(*output.at),
-                hint='of several outputs each needs a `name = "…"`',
-            )
-        elif output.name in names:
-            where = recipe.place(*output.at, "name", value=True)
-            evidence = f"line {names[output.name].line} has it"
-            yield Problem(
-                f"two outputs are called `{output.name}`", where, (evidence,), "rename one of the two"
-            )
-        elif path.casefold() in files:  # as file systems are that take both for one
-            evidence = f"line {files[path.casefold()].line} writes it"
-            yield Problem(f"two outputs write `{output.file}`", place, (evidence,), "give one another `file`")
         if path in sources:
-            hint = "write to another `file`"
-            yield Problem(f"the output would replace the source `{sources[path]}`", place, (path,), hint)
-        names.setdefault(output.name, recipe.place(*output.at, "name", value=True))
-        files.setdefault(path.casefold(), place)
-        if isinstance(output.base, NewBase) and output.keep:
-            yield Problem(
-                "`keep` has no base to carry tensors over from",
-                recipe.place(*output.at, "keep"),
-                hint="name a source as `base`, or remove it",
-            )
+            fact = f"the output would replace the source `{sources[path]}`"
+            yield Problem(fact, place, (f"both are `{output.file}`",), "write to another `file`")
+        elif path in first and first[path].name != output.name:
+            evidence = f"`{first[path].name}` and `{output.name}`"
+            yield Problem(f"two outputs write `{output.file}`", place, (evidence,), "give one another `file`")
+        first.setdefault(path, output)
+
+
+def _path(written: str) -> str:
+    # As file systems see it that take `A` and `a` for one: a recipe is to work on all of them.
+    return posixpath.normpath(written).casefold()
+
+
+def _kept(recipe: Recipe, words: Vocabulary) -> Iterator[Problem]:
+    for output in recipe.outputs:
+        if output.keep and isinstance(output.base, NewBase):
+            place = recipe.place(*output.at, "keep")
+            hint = "name a source as `base`, or remove it"
+            yield Problem("`keep` has no base to carry tensors over from", place, hint=hint)
 
 
 _CHECKS: tuple[Callable[[Recipe, Vocabulary], Iterator[Problem]], ...] = (
@@ -281,5 +275,8 @@ _CHECKS: tuple[Callable[[Recipe, Vocabulary], Iterator[Problem]], ...] = (
     _cycles,
     _unused,
     _fixes,
-    _outputs,
+    _expectations,
+    _output_names,
+    _files,
+    _kept,
 )

@@ -175,17 +175,19 @@ def _recipe(said: dict[str, Any], document: Document, words: Vocabulary) -> Reci
     base = _base(said.get("base", ""), ("base",), words)
     fixes = _fixes(said.get("fixes", ()), words)
     components = _picks(said.get("components", {}))
-    several = type(document.data.get("output")) is list
+    written = said.get("output") or {}
+    table = isinstance(written, dict)
+    several = not table and len(written) > 1
     outputs = []
-    for index, one in enumerate(said.get("output") or ({},)) if several else [(0, said.get("output") or {})]:
-        at: Keys = ("output", index) if several else ("output",)
-        its_name = one.get("name") or ("" if several else name)
+    for index, one in enumerate([written] if table else written):
+        at: Keys = ("output",) if table else ("output", index)
+        own_name = one.get("name") or ("" if several else name)
         own_base, own_fixes, own_expect = one.get("base"), one.get("fixes"), one.get("expect")
         expect = own_expect or (None if several else said.get("expect")) or {}
-        stem = f"{name}-{its_name}" if several else name
+        stem = f"{name}-{own_name}" if several else name
         outputs.append(
             Output(
-                name=its_name,
+                name=own_name,
                 file=one.get("file") or f"{stem}.safetensors",
                 base=base if own_base is None else _base(own_base, (*at, "base"), words),
                 components={**components, **_picks(one.get("components", {}))},
