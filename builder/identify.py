@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -42,8 +42,8 @@ class Match:
     each tensor of the catalog's table that is present, its full name in the file. `renamed` holds the
     few tables' names that the file spells otherwise, with the file's spelling less the prefix;
     `reshaped` those whose shape is a linear layer's where the table has a 1x1 convolution.
-    `rank` is the least and the greatest rank of a LoRA. `broken`: prefixed, in a checkpoint that misses
-    other parts.
+    `rank` is the least and the greatest rank of a LoRA. `usual_prefix` is set where loaders expect the
+    same names under another prefix. `broken`: prefixed, in a checkpoint that misses other parts.
     """
 
     component: Component
@@ -53,6 +53,7 @@ class Match:
     renamed: Mapping[str, str] = field(default_factory=dict)
     reshaped: tuple[str, ...] = ()
     rank: tuple[int, int] | None = None
+    usual_prefix: str | None = None
     broken: bool = False
 
     @property
@@ -76,7 +77,7 @@ class Misshapen(NamedTuple):
 
 @dataclass(frozen=True)
 class Rejection:
-    """A component that is not there, though some of it is.
+    """A component that is not there, though some of it is (less than a twentieth counts as nothing).
 
     `present` counts required tensors of the right name and shape, `total` all required ones; `missing`
     are names of the table. `outdone_by` names the component that was chosen for the same tensors when
@@ -138,16 +139,15 @@ def identify(specs: Mapping[str, Spec], catalog: Catalog) -> Identity:
 
     A component matches when every required tensor is there in exactly its shape. Of components that fit
     the same tensors, or fill the same class, the one that explains most tensors is chosen; of equals,
-    the one whose class the catalog's architectures name first. Touches no tensor data.
+    the one whose class most architectures have a slot for. Touches no tensor data.
     """
     found, rejected = _candidates(specs, catalog)
     matches, duplicates, outdone, notes = _choose(found, catalog)
     architecture, intact, incomplete, absent = _architecture(matches, catalog)
-    named = catalog.architectures.get((architecture if intact else incomplete) or "")
-    if named:
-        matches.sort(
-            key=lambda m: named.slots.index(m.component.cls) if m.component.cls in named.slots else 99
-        )
+    if home := catalog.architectures.get((architecture if intact else incomplete) or ""):
+        place = {slot: index for index, slot in enumerate(home.slots)}
+        matches.sort(key=lambda m: place.get(m.component.cls, len(place)))
+        matches = [replace(m, usual_prefix=_usual_prefix(m, home, catalog)) for m in matches]
     if not intact:
         matches = [replace(m, broken=m.prefix != "" and not m.ema) for m in matches]
     rest = _sort_leftovers(specs, matches, duplicates, catalog)
@@ -192,7 +192,7 @@ def _compare(
     component: Component, prefix: str, local: Mapping[str, str], specs: Mapping[str, Spec]
 ) -> Match | Rejection | None:
     """The component against the names under a prefix; None when nothing of it is there."""
-    if not local or component.tensors.keys().isdisjoint(local):
+    if not local or not any(name in local for name in component.tensors):
         return None
     names: dict[str, str] = {}
     renamed: dict[str, str] = {}
@@ -233,7 +233,7 @@ def _compare(
     if not missing and not misshapen:
         bounds = (min(ranks.values()), max(ranks.values())) if ranks else None
         return Match(component, prefix, names, tuple(missing_optional), renamed, tuple(reshaped), bounds)
-    if not present:
+    if present * 20 < total:
         return None
     return Rejection(component, prefix, present, total, tuple(missing), tuple(misshapen))
 
@@ -261,7 +261,11 @@ def _choose(
         rival = next((owner[n] for n in match.names.values() if n in owner), None)
         if rival is not None:
             count, more = len(match.names), len(rival.names)
-            why = f"which explains {more} tensors, not {count}" if more > count else "first in the catalog"
+            why = (
+                f"which explains {more} tensors, not {count}"
+                if more > count
+                else "whose class is the more common"
+            )
             if match.component.cls != rival.component.cls or more > count:
                 notes.append(f"`{name}` fits the tensors of `{rival.component.name}` too, {why}")
             outdone.append(
@@ -282,12 +286,13 @@ def _choose(
     return chosen, duplicates, outdone, notes
 
 
-def _order(catalog: Catalog) -> dict[str, tuple[int, int]]:
-    """Where a component stands among equals: by the first architecture that has a slot for it."""
-    slots = [slot for a in catalog.architectures.values() for slot in a.slots]
-    rank = {cls: index for index, cls in reversed(list(enumerate(slots)))}
+def _order(catalog: Catalog) -> dict[str, tuple[int, str, int]]:
+    """Where a component stands among equals: most shared class first, then its class's standard one."""
+    slots = Counter(slot for a in catalog.architectures.values() for slot in a.slots)
     return {
-        c.name: (rank.get(c.cls, len(slots)), index) for index, c in enumerate(catalog.components.values())
+        component.name: (-slots[cls], cls, index)
+        for cls, members in catalog.classes.items()
+        for index, component in enumerate(members)
     }
 
 
@@ -299,28 +304,41 @@ def _architecture(
     bare = [m for m in model if m.prefix != m.component.prefix]
     placed = {m.component.cls: m for m in model if m.prefix == m.component.prefix}
 
-    def explained(architecture: Architecture) -> int:
-        return sum(len(placed[slot].names) for slot in architecture.slots)
+    def filled(architecture: Architecture) -> list[Match]:
+        return [
+            m
+            for slot in architecture.slots
+            if (m := placed.get(slot)) and m.component in catalog.candidates(slot, architecture)
+        ]
 
-    whole = [a for a in catalog.architectures.values() if placed.keys() >= set(a.slots)]
+    def explained(architecture: Architecture) -> tuple[int, int]:
+        parts = filled(architecture)
+        return sum(len(m.names) for m in parts), len(parts) - len(architecture.slots)
+
+    whole = [a for a in catalog.architectures.values() if len(filled(a)) == len(a.slots)]
     if whole:
         return max(whole, key=explained).name, True, None, ()
     if len(model) == 1 and (bare or not model[0].prefix):
         return model[0].component.cls, True, None, ()
-    parts = {cls: m for cls, m in placed.items() if m.prefix}
-    if not parts:
+    prefixed = [m for m in placed.values() if m.prefix]
+    if not prefixed:
         return None, False, None, ()
-    largest = max(parts.values(), key=lambda m: len(m.names)).component.cls
-    near = max(
-        (a for a in catalog.architectures.values() if parts.keys() & set(a.slots)),
-        key=lambda a: (
-            sum(len(parts[s].names) for s in a.slots if s in parts),
-            -len(set(a.slots) - parts.keys()),
-        ),
-        default=None,
-    )
-    absent = tuple(s for s in near.slots if s not in parts) if near else ()
-    return f"{largest}-BROKEN", False, near.name if near else None, absent
+    largest = max(prefixed, key=lambda m: len(m.names)).component.cls
+    near = max(catalog.architectures.values(), key=explained)
+    parts = {m.component.cls for m in filled(near)}
+    if not parts:
+        return f"{largest}-BROKEN", False, None, ()
+    return f"{largest}-BROKEN", False, near.name, tuple(s for s in near.slots if s not in parts)
+
+
+def _usual_prefix(match: Match, home: Architecture, catalog: Catalog) -> str | None:
+    """The prefix that loaders expect of the same tensors, when it is another one."""
+    component = match.component
+    if not match.prefix or component.cls not in home.slots:
+        return None
+    usual = catalog.component_for(component.cls, home)
+    other = usual.prefix != match.prefix and usual.tensors.keys() == component.tensors.keys()
+    return usual.prefix if other else None
 
 
 def _sort_leftovers(

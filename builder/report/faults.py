@@ -1,0 +1,163 @@
+"""What is wrong with a checkpoint, in words: a fact, its evidence and one thing to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from builder.errors import Problem
+from builder.identify import Rejection
+from builder.report.positions import Position
+
+if TYPE_CHECKING:
+    from builder.report.model import Report
+
+EXAMPLES = 5
+FP16_MAX = 65504
+
+
+def find_faults(report: Report) -> Iterator[Problem]:
+    """The faults of a report, worst first."""
+    yield from _structure(report)
+    yield from _numbers(report)
+    yield from _positions(report)
+    yield from _spelling(report)
+    yield from _scales(report)
+    yield from _published(report)
+
+
+def describe(rejection: Rejection) -> str:
+    """A rejected component in a line: how much of it is there, and what is not."""
+    r = rejection
+    at = f" under `{r.prefix}`" if r.prefix else ""
+    line = f"`{r.component.name}`{at}: {r.present:,} of {r.total:,} tensors"
+    if r.outdone_by:
+        return f"{line}, all part of `{r.outdone_by}`"
+    if r.missing:
+        line += f"; missing {_listed(r.missing, 1)}"
+    if r.misshapen:
+        name, expected, found = r.misshapen[0]
+        more = f" and {len(r.misshapen) - 1:,} more" if len(r.misshapen) > 1 else ""
+        line += f"; `{name}` is {list(found)}, not {list(expected)}{more}"
+    return line
+
+
+def _structure(report: Report) -> Iterator[Problem]:
+    identity = report.identity
+    if identity.intact:
+        return
+    if not report.tensors:
+        yield Problem("there are no tensors in this file")
+    elif not identity.matches:
+        near = identity.runner_up
+        yield Problem(
+            "nothing in the catalog matches these tensors",
+            evidence=(f"nearest: {describe(near)}",) if near else (),
+            hint="`ckpt components learn FILE` writes a table of them for a catalog of your own",
+        )
+    elif identity.architecture is None:
+        names = ", ".join(m.component.cls for m in identity.matches)
+        yield Problem(f"components without prefixes that make no architecture together: {names}")
+    elif identity.incomplete is None:
+        yield Problem("the component is prefixed as in a full checkpoint, but no architecture has it")
+    else:
+        near = next((r for r in identity.rejected if r.component.cls in identity.absent), None)
+        yield Problem(
+            f"not a whole {identity.incomplete}: {' and '.join(identity.absent)} missing",
+            evidence=(f"nearest: {describe(near)}",) if near else (),
+            hint="what is whole can be extracted, or completed by a recipe from other files",
+        )
+
+
+def _numbers(report: Report) -> Iterator[Problem]:
+    bad = report.non_finite
+    if bad:
+        nan, infinite = (sum(getattr(s, kind) for s in bad.values()) for kind in ("nan", "infinite"))
+        yield Problem(
+            f"{nan:,} NaN and {infinite:,} infinite values in {_count(len(bad), 'tensor')}",
+            evidence=(_listed(tuple(bad)),),
+            hint="the file is damaged, or came out of a broken merge: get another copy",
+        )
+    over = {n: s for n, s in report.scans.items() if s.overflow}
+    if over:
+        largest = max(s.largest for s in over.values())
+        yield Problem(
+            f"{sum(s.overflow for s in over.values()):,} values in {_count(len(over), 'tensor')} "
+            f"do not fit in FP16",
+            evidence=(f"the largest is {largest:g}, FP16 ends at {FP16_MAX:,}", _listed(tuple(over))),
+            hint='keep them in another precision, or let a recipe say `overflow = "clamp"`',
+        )
+
+
+def _positions(report: Report) -> Iterator[Problem]:
+    ids = report.positions
+    for name, tensor in ids.tensors.items():
+        harmful = [p for p in ids.wrong if p.tensor == name and p.harmful]
+        if harmful:
+            listed = ", ".join(map(_position, harmful[:EXAMPLES]))
+            more = f" and {len(harmful) - EXAMPLES:,} more" if len(harmful) > EXAMPLES else ""
+            yield Problem(
+                f"`{name}`: {len(harmful):,} of 77 positions {'is' if len(harmful) == 1 else 'are'} wrong",
+                evidence=(f"{tensor.dtype.code}: {listed}{more}",),
+                hint="the fix `clip-position-ids` makes them exact: int64 0..76",
+            )
+        elif tensor.shape != (1, 77):
+            yield Problem(
+                f"`{name}` has the shape {list(tensor.shape)}, not [1, 77]",
+                hint="the fix `clip-position-ids` makes it exact",
+            )
+
+
+def _position(p: Position) -> str:
+    held = f"{p.value:.7g}" if isinstance(p.value, float) else str(p.value)
+    if p.loaded is None:
+        return f"{p.position} is {held}"
+    return f"{p.position} is {held}" + (f", loaded as {p.loaded}" if p.loaded != p.value else "")
+
+
+def _spelling(report: Report) -> Iterator[Problem]:
+    for match in report.identity.matches:
+        if match.diffusers_attention:
+            example = next(iter(match.renamed.values()), next(iter(match.reshaped), ""))
+            yield Problem(
+                f"the attention of `{match.component.name}` is laid out as diffusers does it",
+                evidence=(
+                    f"{len(match.renamed)} other names, {len(match.reshaped)} other shapes: `{example}`…",
+                ),
+                hint="the fix `vae-attention-shape` gives it the names and shapes that loaders expect",
+            )
+        if match.usual_prefix is not None:
+            yield Problem(
+                f"the names of `{match.component.name}` are not those that loaders expect",
+                evidence=(f"they begin with `{match.prefix}`, not `{match.usual_prefix}`",),
+                hint="a build gives them the usual names by itself",
+            )
+
+
+def _scales(report: Report) -> Iterator[Problem]:
+    if report.identity.scales:
+        yield Problem(
+            f"packed 8-bit weights with {_count(len(report.identity.scales), 'scale')}",
+            evidence=(_listed(report.identity.scales),),
+            hint="a plain cast would misread them: take the source they were made from",
+        )
+
+
+def _published(report: Report) -> Iterator[Problem]:
+    """What is told of weights that are known."""
+    for entry in (report.published, *(p.published for p in report.parts)):
+        if entry is not None and entry.fix:
+            yield Problem(
+                f"these are the weights of `{entry.name}`",
+                evidence=(entry.note,) if entry.note else (),
+                hint=f"`{entry.fix}` takes their place",
+            )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
+def _listed(names: tuple[str, ...], limit: int = EXAMPLES) -> str:
+    shown = ", ".join(f"`{n}`" for n in names[:limit])
+    return shown + (f" and {len(names) - limit:,} more" if len(names) > limit else "")

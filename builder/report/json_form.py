@@ -1,0 +1,132 @@
+"""Reports as one JSON object for programs; its shape is a promise (`schema`)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from builder.errors import Problem
+from builder.identify import Rejection
+from builder.report.model import Part, Report, Share
+from builder.report.positions import Position
+
+SCHEMA = 1
+EXAMPLES = 5
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A file that could not be inspected, and why."""
+
+    path: str
+    problems: tuple[Problem, ...]
+
+
+def to_json(reports: Iterable[Report | Refused]) -> Json:
+    """The reports as plain values, in their order; what each field means is in docs/inspect.md."""
+    return {"schema": SCHEMA, "files": [_refused(r) if isinstance(r, Refused) else _file(r) for r in reports]}
+
+
+def _refused(refused: Refused) -> Json:
+    return {"path": refused.path, "error": [_problem(p) for p in refused.problems]}
+
+
+def _file(report: Report) -> Json:
+    identity = report.identity
+    return {
+        "path": report.path,
+        "container": report.container,
+        "size": report.size,
+        "architecture": identity.architecture,
+        "intact": identity.intact,
+        "incomplete": {"architecture": identity.incomplete, "absent": list(identity.absent)}
+        if identity.incomplete
+        else None,
+        "components": [_part(p) for p in report.parts],
+        "metric": report.metric.text if report.metric else None,
+        "known": {
+            "file": report.known_as,
+            "components": {p.match.component.name: p.known for p in report.parts if p.known},
+        },
+        "junk": _share(report.junk),
+        "ema": {
+            "component": next((p.match.component.name for p in report.parts if p.match.ema), None),
+            **_share(report.ema),
+        },
+        "precision_waste": report.precision_waste,
+        "pruned": report.pruned,
+        "position_ids": {
+            "tensors": {
+                n: {"dtype": t.dtype.code, "shape": list(t.shape)}
+                for n, t in report.positions.tensors.items()
+            },
+            "wrong": [_position(p) for p in report.positions.wrong],
+        },
+        "non_finite": {n: {"nan": s.nan, "infinite": s.infinite} for n, s in report.non_finite.items()},
+        "faults": [_problem(p) for p in report.faults],
+        "rejected": [_rejection(r) for r in identity.rejected],
+        "notes": list(identity.notes),
+        "unknown": list(identity.unknown),
+        "optional": list(identity.optional),
+        "globals": list(report.globals),
+        "nesting": report.nesting,
+        "others": dict(report.others),
+        "metadata": dict(report.metadata),
+        "hashes": dict(report.hashes),
+    }
+
+
+def _part(part: Part) -> Json:
+    match = part.match
+    return {
+        "class": match.component.cls,
+        "component": match.component.name,
+        "prefix": match.prefix,
+        "tensors": part.tensors,
+        "digest": part.digest and f"xxh3:{part.digest}",
+        "parameters": part.parameters,
+        "bytes": part.bytes,
+        "dtypes": dict(part.dtypes),
+        "rank": list(match.rank) if match.rank else None,
+        "missing_optional": list(match.missing_optional),
+    }
+
+
+def _share(share: Share) -> Json:
+    return {"keys": share.keys, "bytes": share.bytes}
+
+
+def _position(p: Position) -> Json:
+    value = p.value if math.isfinite(p.value) else None
+    return {"tensor": p.tensor, "position": p.position, "value": value, "loaded": p.loaded}
+
+
+def _rejection(r: Rejection) -> Json:
+    return {
+        "class": r.component.cls,
+        "component": r.component.name,
+        "prefix": r.prefix,
+        "present": r.present,
+        "total": r.total,
+        "missing": _some(r.missing, r.missing[:EXAMPLES]),
+        "misshapen": _some(
+            r.misshapen,
+            [
+                {"name": m.name, "expected": list(m.expected), "found": list(m.found)}
+                for m in r.misshapen[:EXAMPLES]
+            ],
+        ),
+        "outdone_by": r.outdone_by,
+    }
+
+
+def _some(everything: Sequence[Any], examples: Sequence[Any]) -> Json:
+    return {"count": len(everything), "examples": list(examples)}
+
+
+def _problem(problem: Problem) -> Json:
+    return {"fact": problem.fact, "evidence": list(problem.evidence), "hint": problem.hint}

@@ -1,0 +1,262 @@
+"""What an inspection finds in one checkpoint file, and the finding of it."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from builder.digests import Row, component_digest
+from builder.errors import Problem
+from builder.formats import open_checkpoint
+from builder.formats.checkpoint import Checkpoint
+from builder.identify import Identity, Match, identify
+from builder.progress import SILENT, Reporter
+from builder.report.positions import PositionIds, read_position_ids
+from builder.tensors import LazyTensor
+
+if TYPE_CHECKING:
+    from builder.catalog import Catalog, Known, KnownFile, KnownPart
+    from builder.metric import Metric
+    from builder.scan import TensorScan
+
+
+@dataclass(frozen=True)
+class Share:
+    """Some of a file's tensors: their full names, and the bytes they take."""
+
+    names: tuple[str, ...]
+    bytes: int
+
+    @property
+    def keys(self) -> int:
+        """How many they are."""
+        return len(self.names)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A component of the file.
+
+    `dtypes` counts its tensors by type code, most first. `digest` is the XXH3-128 of its contents (see
+    `builder.digests.component_digest`), None where its data was not read. `known` is the name of its
+    weights, where contents or metric are a published one; `published` is the entry of the former.
+    """
+
+    match: Match
+    tensors: int
+    parameters: int
+    bytes: int
+    dtypes: Mapping[str, int]
+    digest: str | None = None
+    known: str | None = None
+    published: KnownPart | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that was found. Sizes are in bytes; names of tensors are the file's own.
+
+    `metric` and `scans` are None and empty where no data was read. `published` is the entry of the very
+    file, by its SHA-256; `known_as` its name, or that of the model whose metric this is.
+    `precision_waste` is what FP16 or BF16 would save of what stays, and `pruned` the size of the tensors
+    after pruning: no EMA, no junk, no wasted precision. `faults` are what a person should mend or know.
+    """
+
+    path: str
+    container: str
+    size: int
+    identity: Identity
+    tensors: Mapping[str, LazyTensor] = field(repr=False)
+    parts: tuple[Part, ...]
+    positions: PositionIds
+    metadata: Mapping[str, str]
+    globals: tuple[str, ...]
+    others: Mapping[str, str]
+    nesting: str
+    metric: Metric | None = None
+    scans: Mapping[str, TensorScan] = field(default_factory=dict, repr=False)
+    hashes: Mapping[str, str | None] = field(default_factory=dict)
+    published: KnownFile | None = None
+    known_as: str | None = None
+
+    def share(self, names: Iterable[str]) -> Share:
+        """Names together with their size."""
+        kept = tuple(names)
+        return Share(kept, sum(self.tensors[n].nbytes for n in kept))
+
+    @cached_property
+    def ema(self) -> Share:
+        """Averaged weights that training kept beside the model's own."""
+        return self.share(self.identity.ema)
+
+    @cached_property
+    def junk(self) -> Share:
+        """What no loader reads."""
+        return self.share(self.identity.junk)
+
+    @cached_property
+    def unknown(self) -> Share:
+        """What nothing explains."""
+        return self.share(self.identity.unknown)
+
+    @cached_property
+    def optional(self) -> Share:
+        """What a full checkpoint may hold besides."""
+        return self.share(self.identity.optional)
+
+    @cached_property
+    def precision_waste(self) -> int:
+        """Bytes beyond 16 bits a number, in what pruning keeps."""
+        return sum(_beyond_16_bits(self.tensors[n]) for n in self._kept)
+
+    @cached_property
+    def pruned(self) -> int:
+        """Bytes of tensors that pruning to 16 bits leaves."""
+        return sum(self.tensors[n].nbytes for n in self._kept) - self.precision_waste
+
+    @cached_property
+    def non_finite(self) -> Mapping[str, TensorScan]:
+        """Tensors that hold NaN or infinity, among those that were read."""
+        return {n: s for n, s in self.scans.items() if s.nan or s.infinite}
+
+    @property
+    def sound(self) -> bool:
+        """Whether the file is something known, and whole, as far as it was read."""
+        return self.identity.intact and not self.non_finite
+
+    @cached_property
+    def faults(self) -> tuple[Problem, ...]:
+        """What is wrong with the file, or will be on use; worst first."""
+        from builder.report.faults import find_faults
+
+        return tuple(find_faults(self))
+
+    @property
+    def _kept(self) -> Iterable[str]:
+        gone = {*self.identity.ema, *self.identity.junk}
+        return (n for n in self.tensors if n not in gone)
+
+
+def build_report(
+    path: Path | str,
+    *,
+    catalog: Catalog,
+    full: bool = False,
+    metric: bool = True,
+    hashes: bool = False,
+    threads: int | None = None,
+    reporter: Reporter = SILENT,
+) -> Report:
+    """Inspect one checkpoint.
+
+    With `metric`, the data of the model's components is read once: for the metric, for their digests,
+    and for numbers that are none. `full` reads every tensor. With neither, only tables of contents are
+    read, and torch is not imported. `hashes` reads the file once more, for its hashes.
+    Raises SourceError when the file is refused.
+    """
+    with open_checkpoint(path) as checkpoint:
+        identity = identify(checkpoint, catalog)
+        positions = read_position_ids(checkpoint)
+        scans: Mapping[str, TensorScan] = {}
+        label = None
+        if metric and len(checkpoint):
+            scans, label = _scan(identity, checkpoint.tensors, full, threads, reporter)
+        found = _hashes(checkpoint, path, reporter) if hashes else {}
+        published = catalog.known.file(found.get("SHA256") or "")
+        return Report(
+            path=os.fspath(path),
+            container=checkpoint.container,
+            size=checkpoint.size,
+            identity=identity,
+            tensors=checkpoint.tensors,
+            parts=tuple(_part(m, checkpoint.tensors, scans, label, catalog.known) for m in identity.matches),
+            positions=positions,
+            metadata=checkpoint.metadata,
+            globals=checkpoint.globals,
+            others=checkpoint.others,
+            nesting=checkpoint.nesting,
+            metric=label,
+            scans=scans,
+            hashes=found,
+            published=published,
+            known_as=published.name if published else catalog.known.model(label.text) if label else None,
+        )
+
+
+def _scan(
+    identity: Identity, tensors: Mapping[str, LazyTensor], full: bool, threads: int | None, reporter: Reporter
+) -> tuple[Mapping[str, TensorScan], Metric]:
+    """One pass over the data: of the model's components, or of everything."""
+    from builder.metric import counted, label
+    from builder.scan import scan
+
+    side = set() if full else set(identity.ema)
+    components = {m.component.cls: m.names for m in identity.matches}
+    wanted = (
+        dict(tensors)
+        if full
+        else {n: tensors[n] for names in components.values() for n in names.values() if n not in side}
+    )
+    found = scan(
+        wanted,
+        groups=counted(components),
+        digests=True,
+        threads=threads or min(4, os.cpu_count() or 1),
+        reporter=reporter,
+    )
+    return found.tensors, label(found.histograms)
+
+
+def _hashes(checkpoint: Checkpoint, path: Path | str, reporter: Reporter) -> dict[str, str | None]:
+    if checkpoint.container == "safetensors-sharded":
+        return {}  # the hashes in use are of single files
+    from builder.hashes import file_hashes
+
+    return file_hashes(path, reporter=reporter)
+
+
+def _part(
+    match: Match,
+    tensors: Mapping[str, LazyTensor],
+    scans: Mapping[str, TensorScan],
+    label: Metric | None,
+    known: Known,
+) -> Part:
+    held = {bare: tensors[full] for bare, full in match.names.items()}
+    rows = {
+        bare: Row(held[bare].dtype, held[bare].shape, scanned.digest)
+        for bare, full in match.names.items()
+        if (scanned := scans.get(full)) is not None and scanned.digest is not None
+    }
+    digest = component_digest(rows).xxh3 if len(rows) == len(held) else None
+    published = known.part(digest) if digest else None
+    return Part(
+        match,
+        tensors=len(held),
+        parameters=sum(t.numel for t in held.values()),
+        bytes=sum(t.nbytes for t in held.values()),
+        dtypes=dict(Counter(t.dtype.code for t in held.values()).most_common()),
+        digest=digest,
+        known=published.name if published else _labelled(match.component.cls, label, known),
+        published=published,
+    )
+
+
+def _labelled(cls: str, label: Metric | None, known: Known) -> str | None:
+    """The name of the weights whose digits these are."""
+    if label is None:
+        return None
+    from builder.metric import PUBLISHED
+
+    value = getattr(label, PUBLISHED[cls].part) if cls in PUBLISHED else ""
+    return known.label(cls, int(value)) if value.isdigit() else None
+
+
+def _beyond_16_bits(tensor: LazyTensor) -> int:
+    wide = tensor.dtype.floating and tensor.dtype.bits > 16
+    return tensor.nbytes - tensor.numel * 2 if wide else 0

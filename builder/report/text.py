@@ -1,0 +1,237 @@
+"""A report as a person reads it: short, or the whole of it."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Iterator, Sequence
+
+from builder.errors import Problem, printable
+from builder.progress import human_bytes
+from builder.report.faults import describe
+from builder.report.model import Part, Report, Share
+
+CONTAINERS = {
+    "safetensors": "safetensors",
+    "safetensors-sharded": "sharded safetensors",
+    "torch-zip": "PyTorch zip",
+    "torch-legacy": "PyTorch legacy pickle",
+    "torch-tar": "PyTorch tar",
+}
+TYPES = {"F16": "fp16", "BF16": "bf16", "F32": "fp32", "F64": "fp64"}
+LABEL = 11  # columns of the labels at the left
+
+Row = Sequence[str]
+
+
+class Style:
+    """Escape codes of a terminal, or none of them. Nothing is meant by colour alone."""
+
+    def __init__(self, color: bool) -> None:
+        self._color = color
+
+    def __call__(self, code: str, text: str) -> str:
+        return f"\x1b[{code}m{text}\x1b[0m" if self._color and text else text
+
+    def strong(self, text: str) -> str:
+        return self("1", text)
+
+    def dim(self, text: str) -> str:
+        return self("2", text)
+
+    def good(self, text: str) -> str:
+        return self("1;32", text)
+
+    def bad(self, text: str) -> str:
+        return self("1;31", text)
+
+    def caution(self, text: str) -> str:
+        return self("33", text)
+
+
+def render(report: Report, *, full: bool = False, width: int | None = None, color: bool = False) -> str:
+    """The report as text of at most `width` columns (None: lines as long as they come).
+
+    Names out of the file are escaped. The short form fits a screen; the `full` one leaves nothing out.
+    """
+    page = _Page(report, full, width, Style(color))
+    blocks: list[Iterable[str]] = [page.head(), page.table(), page.facts(), page.faults()]
+    if full:
+        blocks += page.appendix()
+    return "\n\n".join("\n".join(block) for b in blocks if (block := list(b)))
+
+
+class _Page:
+    def __init__(self, report: Report, full: bool, width: int | None, style: Style) -> None:
+        self.report, self.full, self.width, self.style = report, full, width, style
+
+    def head(self) -> Iterator[str]:
+        """The file, and in a line what it is."""
+        r, s = self.report, self.style
+        yield s.strong(printable(r.path))
+        name = r.identity.architecture or "unknown"
+        verdict = (s.good if r.identity.intact else s.bad)(name)
+        yield " · ".join([verdict, CONTAINERS.get(r.container, r.container), self.size(r.size)])
+
+    def table(self) -> Iterator[str]:
+        """The components, a line each."""
+        parts = self.report.parts
+        if not parts:
+            return
+        rows = [("class", "component", "type", "tensors", "size"), *(self.row(p) for p in parts)]
+        widths = [max(len(row[i]) for row in rows) for i in range(5)]
+        lines = [
+            "  ".join(
+                cell.rjust(w) if i > 2 else cell.ljust(w)
+                for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+            )
+            for row in rows
+        ]
+        yield self.style.dim(f"  {lines[0]}")
+        for line, part in zip(lines[1:], parts, strict=True):
+            remark = ", ".join(_remarks(part))
+            beside = f"  {line}  {remark}" if remark else f"  {line}"
+            if remark and self.width is not None and len(beside) > self.width:
+                yield f"  {line}"
+                yield f"    {remark}"
+            else:
+                yield beside
+
+    def row(self, part: Part) -> Row:
+        """A component's cells."""
+        component = part.match.component
+        return component.cls, component.name, _types(part), f"{part.tensors:,}", human_bytes(part.bytes)
+
+    def facts(self) -> Iterator[str]:
+        """What else there is to say of the file, a labelled line each."""
+        r = self.report
+        if r.metric is not None:
+            yield from self.fact("metric", f"({r.metric.text})")
+        if r.known_as:
+            yield from self.fact("known as", r.known_as)
+        for label, share in (("EMA", r.ema), ("junk", r.junk), ("unknown", r.unknown)):
+            if share.names:
+                yield from self.fact(label, self.share(share, examples=label != "EMA"))
+        if r.optional.names:
+            by_size = sorted(r.optional.names, key=lambda n: r.tensors[n].nbytes)
+            yield from self.fact("extra", _examples(by_size, 4))
+        if r.precision_waste:
+            yield from self.fact(
+                "precision", f"{self.size(r.precision_waste)} more than 16 bits a number take"
+            )
+        if r.parts and r.pruned < 0.99 * r.size:
+            yield from self.fact("pruned", f"{human_bytes(r.size)} → {self.size(r.pruned)}")
+        if r.metadata and not self.full:
+            yield from self.fact("metadata", f"{len(r.metadata)} keys: {_examples(sorted(r.metadata), 4)}")
+        if r.globals:
+            listed = ", ".join(r.globals) if self.full else _examples(r.globals, 2)
+            yield from self.fact("pickle", f"{len(r.globals)} globals, none run: {listed}")
+
+    def faults(self) -> Iterator[str]:
+        """What is wrong."""
+        for problem in self.report.faults:
+            yield from self.problem(problem)
+
+    def problem(self, problem: Problem) -> Iterator[str]:
+        """A fault: its fact after a mark, evidence and hint below."""
+        s = self.style
+        mark = s.bad("✗") if not self.report.sound and problem is self.report.faults[0] else s.caution("!")
+        for index, line in enumerate(self.wrap(printable(problem.fact), 4)):
+            yield f"  {mark} {line}" if index == 0 else f"    {line}"
+        for text in problem.evidence:
+            yield from (f"    {line}" for line in self.wrap(printable(text), 4))
+        if problem.hint:
+            yield from (s.dim(f"    {line}") for line in self.wrap(f"hint: {printable(problem.hint)}", 4))
+
+    def appendix(self) -> Iterator[Iterable[str]]:
+        """What the short form leaves out, a titled block each."""
+        r = self.report
+        for part in r.parts:
+            yield self.block(f"{part.match.component.name}", self.details(part))
+        yield self.block("Not in this file, though some of it is", map(describe, r.identity.rejected))
+        yield self.block("Notes", r.identity.notes)
+        yield self.block("Unknown", self.listing(r.unknown))
+        yield self.block("Junk", self.listing(r.junk))
+        yield self.block("Extra", self.listing(r.optional))
+        yield self.block("Scales of packed weights", self.listing(r.share(r.identity.scales)))
+        yield self.block(
+            "Positions that are wrong",
+            (f"`{p.tensor}` {p.position}: {p.value!r}, loads as {p.loaded}" for p in r.positions.wrong),
+        )
+        yield self.block(
+            "Not numbers", (f"`{n}`: {s.nan:,} NaN, {s.infinite:,} infinite" for n, s in r.non_finite.items())
+        )
+        yield self.block("Entries that are no tensors", (f"{k}: {v}" for k, v in r.others.items()))
+        yield self.block("Metadata", (f"{k}: {_clipped(v)}" for k, v in sorted(r.metadata.items())))
+
+    def details(self, part: Part) -> Iterator[str]:
+        """All about one component."""
+        match = part.match
+        yield f"{match.component.cls}, {'under `' + match.prefix + '`' if match.prefix else 'bare names'}"
+        types = ", ".join(f"{count:,} {code}" for code, count in part.dtypes.items())
+        yield f"{part.tensors:,} tensors ({types}), {part.parameters:,} parameters, {part.bytes:,} bytes"
+        if part.digest:
+            yield f"content xxh3:{part.digest}"
+        if match.missing_optional:
+            yield f"without the optional {_examples(match.missing_optional, 4)}"
+        if match.component.note:
+            yield match.component.note
+
+    def listing(self, share: Share) -> Iterator[str]:
+        """Tensors by name, with type and shape."""
+        for name in share.names:
+            tensor = self.report.tensors[name]
+            yield f"{name}  {tensor.dtype.code} {list(tensor.shape)}"
+
+    def block(self, title: str, lines: Iterable[str]) -> list[str]:
+        """A title and its lines, indented; nothing when there is no line."""
+        found = [f"  {line}" for text in lines for line in self.wrap(printable(text), 2)]
+        return [self.style.strong(title), *found] if found else []
+
+    def fact(self, label: str, text: str) -> Iterator[str]:
+        """A labelled line, the rest of it below itself."""
+        indent = LABEL + 2
+        for index, line in enumerate(self.wrap(printable(text), indent)):
+            yield f"  {self.style.dim(label.ljust(LABEL)) if index == 0 else ' ' * LABEL}{line}"
+
+    def share(self, share: Share, examples: bool) -> str:
+        """A share's size and count, and what it begins with."""
+        keys = f"{share.keys:,} key{'' if share.keys == 1 else 's'}"
+        listed = f": {_examples(share.names, 2)}" if examples and not self.full else ""
+        return f"{self.size(share.bytes)} in {keys}{listed}"
+
+    def size(self, count: int) -> str:
+        """A size, in the long form to the byte."""
+        return f"{human_bytes(count)} ({count:,} bytes)" if self.full else human_bytes(count)
+
+    def wrap(self, text: str, indent: int) -> list[str]:
+        """The lines that `text` takes behind an indent."""
+        if self.width is None:
+            return [text]
+        room = max(20, self.width - indent)
+        return textwrap.wrap(text, room, break_on_hyphens=False) or [""]
+
+
+def _types(part: Part) -> str:
+    """The number types of a component, without the integers of its tables."""
+    floating = [TYPES.get(code, code.lower()) for code in part.dtypes if code[0] in "FB"]
+    return "+".join(floating or [c.lower() for c in part.dtypes])
+
+
+def _remarks(part: Part) -> Iterator[str]:
+    match = part.match
+    if part.known:
+        yield f"{part.known} {match.component.cls.partition('-')[0]}"
+    if match.rank:
+        low, high = match.rank
+        yield f"rank {low}" if low == high else f"ranks {low} to {high}"
+    if match.component.prefix and not match.prefix:
+        yield "bare names"
+
+
+def _examples(names: Sequence[str], limit: int) -> str:
+    more = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {more:,} more" if more > 0 else "")
+
+
+def _clipped(text: str, limit: int = 500) -> str:
+    return text if len(text) <= limit else f"{text[:limit]}… ({len(text):,} characters)"
