@@ -1,0 +1,1 @@
+"""Sources from the network: addresses, pins, downloads and remote tables of contents."""

@@ -1,0 +1,463 @@
+"""Downloading one file from one address: in segments, resumed, hashed while it arrives."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from builder.fetch.client import Response, Session
+from builder.fetch.failure import Failure, StartOver
+from builder.fetch.ranges import RangedFile, content_range, refuse_encoded, strong_etag
+from builder.fetch.text import file_name
+from builder.progress import Reporter
+
+_READ_BACK = 1 << 20  # bytes hashed at a time
+_SPARE = 64 << 20  # bytes left free on the disk
+
+
+class Received(NamedTuple):
+    """A file that has arrived, not yet compared with anything."""
+
+    sha256: str
+    size: int
+    name: str
+    resumed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What is downloaded, and the size that it must have, where that is known."""
+
+    url: str
+    size: int | None
+    task: str
+
+
+def download(session: Session, wish: Wish, partial: Path, reporter: Reporter) -> Received:
+    """Gather the file in `partial`, from where an earlier download of the same URL left off.
+
+    Resumes only with a strong ETag; an interruption leaves what can be resumed and nothing else.
+    Raises Failure.
+    """
+    journal = _read_journal(partial, wish.url)
+    if journal is not None and wish.size in {None, journal.size}:
+        with contextlib.suppress(StartOver):
+            received = _Segments(session, wish, partial, reporter, journal, None).run()
+            return received._replace(resumed=True)
+    for ranged in (True, True, False):  # a file may change once; after that, parts are no good
+        discard(partial)
+        with contextlib.suppress(StartOver):
+            return _afresh(session, wish, partial, reporter, ranged=ranged)
+    raise AssertionError("a download in one piece does not start over")
+
+
+def discard(partial: Path) -> None:
+    """Delete a partial download and its journal."""
+    for path in (partial, _journal_path(partial)):
+        path.unlink(missing_ok=True)
+
+
+def settle(partial: Path) -> None:
+    """Delete the journal of a download that is complete."""
+    _journal_path(partial).unlink(missing_ok=True)
+
+
+def _journal_path(partial: Path) -> Path:
+    return partial.with_name(partial.name + ".journal")
+
+
+@contextlib.contextmanager
+def sole(partial: Path, reporter: Reporter, task: str) -> Iterator[Path]:
+    """The path to gather a download in: `partial`, once no other process does, by a lock.
+
+    Where the system has no locks it is a name of its own, which is deleted in the end: two processes
+    never write to one file, with or without locks.
+    """
+    lock = _locked(partial.with_name(partial.name + ".lock"), reporter, task)
+    if lock is None:
+        own = partial.with_name(f"{partial.name}.{secrets.token_hex(4)}")
+        try:
+            yield own
+        finally:
+            discard(own)
+        return
+    try:
+        yield partial
+    finally:
+        partial.with_name(partial.name + ".lock").unlink(missing_ok=True)
+        os.close(lock)
+
+
+def _locked(path: Path, reporter: Reporter, task: str) -> int | None:
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    told = False
+    while True:
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Whoever held the lock has deleted its file: a lock on a deleted file keeps nobody out.
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(lock), path.stat()):
+                    return lock
+        except BlockingIOError:
+            if not told:
+                reporter.note(f"another process is downloading {task}: waiting for it")
+                told = True
+            time.sleep(0.1)
+        except OSError as error:
+            os.close(lock)
+            if error.errno in {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EOPNOTSUPP}:
+                return None
+            raise
+        except BaseException:
+            os.close(lock)
+            raise
+        os.close(lock)
+
+
+class _Journal(NamedTuple):
+    """What a partial file is a part of, and how many bytes of each segment are there."""
+
+    etag: str
+    size: int
+    segment: int
+    name: str
+    done: dict[int, int]
+
+
+def _read_journal(partial: Path, url: str) -> _Journal | None:
+    """The journal of a partial download of this very URL; None when it is none, or makes no sense.
+
+    Whatever it claims, the whole file is hashed in the end.
+    """
+    try:
+        head, *lines = _journal_path(partial).read_text("utf-8").splitlines()
+        said = json.loads(head)
+        if said["of"] != _fingerprint(url) or partial.stat().st_size != said["size"]:
+            return None
+        journal = _Journal(str(said["etag"]), int(said["size"]), int(said["segment"]), str(said["name"]), {})
+        for line in lines:
+            index, _, count = line.partition(" ")
+            if index.isdecimal() and count.isdecimal():
+                journal.done[int(index)] = min(int(count), journal.segment)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return journal if journal.size > 0 and journal.segment > 0 else None
+
+
+def _fingerprint(url: str) -> str:
+    return hashlib.sha256(url.encode()).hexdigest()
+
+
+def _afresh(session: Session, wish: Wish, partial: Path, reporter: Reporter, *, ranged: bool) -> Received:
+    response = session.retrying(lambda: _opened(session, wish, ranged=ranged))
+    try:
+        span = content_range(response) if response.status == 206 else None
+        etag = strong_etag(response)
+        if response.status == 206 and not (span and span.first == 0 and span.total and etag):
+            # Ranges that cannot be trusted to fit together: the file is asked for in one piece.
+            response.close()
+            response = session.retrying(lambda: _opened(session, wish, ranged=False))
+            span = None
+        if span is None or span.total is None or etag is None:
+            return session.retrying(_Stream(session, wish, partial, reporter, response).run)
+        _check_size(session, wish, span.total, response)
+        name = file_name(dict(response.headers), wish.url)
+        journal = _Journal(etag, span.total, session.limits.segment, name, {})
+        return _Segments(session, wish, partial, reporter, journal, response).run()
+    finally:
+        response.close()
+
+
+def _opened(session: Session, wish: Wish, *, ranged: bool) -> Response:
+    """The first answer: a 206 for the first segment, or a 200."""
+    headers = {"Range": f"bytes=0-{session.limits.segment - 1}"} if ranged else {}
+    response = session.request("GET", wish.url, headers)
+    if response.status == 416 and ranged:  # a range of an empty file
+        response.explanation()
+        response.close()
+        return _opened(session, wish, ranged=False)
+    if response.status not in ({200, 206} if ranged else {200}):
+        raise response.failure()
+    refuse_encoded(response)
+    return response
+
+
+def _check_size(session: Session, wish: Wish, size: int, response: Response) -> None:
+    if wish.size is not None and size != wish.size:
+        response.refuse_pages(response.read(1 << 12))
+        response.close()
+        raise Failure(f"the file has {size:,} bytes, {wish.size:,} are pinned", mismatch=True)
+    if wish.size is None and size > session.limits.max_bytes:
+        raise Failure(f"the file has {size:,} bytes, more than the {session.limits.max_bytes:,} allowed")
+
+
+def _check_room(partial: Path, needed: int) -> None:
+    free = shutil.disk_usage(partial.parent).free
+    if needed + _SPARE > free:
+        raise Failure(f"the disk has no room: {needed:,} bytes are to come, {free:,} are free")
+
+
+def _unwritable(error: OSError) -> Failure:
+    return Failure(f"the download cannot be written: {error.strerror}")
+
+
+class _Stream:
+    """A download in one piece, which cannot be resumed; each run but the first asks anew."""
+
+    def __init__(
+        self, session: Session, wish: Wish, partial: Path, reporter: Reporter, first: Response
+    ) -> None:
+        self.session, self.wish, self.partial, self.reporter = session, wish, partial, reporter
+        self.first: Response | None = first
+
+    def run(self) -> Received:
+        response, self.first = self.first, None
+        if response is None:
+            response = _opened(self.session, self.wish, ranged=False)
+        task = self.wish.task
+        try:
+            if not response.delimited and self.wish.size is None:
+                raise Failure("the host tells no length: a file that was cut off could not be noticed")
+            start = response.read()
+            response.refuse_pages(start)
+            if response.length is not None:
+                _check_size(self.session, self.wish, response.length, response)
+                _check_room(self.partial, response.length)
+            self.reporter.start(task, response.length or self.wish.size or 0)
+            try:
+                return self._receive(response, start)
+            finally:
+                self.reporter.finish(task)
+        except BaseException:
+            discard(self.partial)
+            raise
+        finally:
+            response.close()
+
+    def _receive(self, response: Response, piece: bytes) -> Received:
+        most = self.session.limits.max_bytes if self.wish.size is None else self.wish.size
+        digest, size = hashlib.sha256(), 0
+        try:
+            with self.partial.open("wb", buffering=0) as file:
+                while piece:
+                    size += len(piece)
+                    if size > most:
+                        raise Failure(
+                            f"the body goes on after {most:,} bytes", mismatch=self.wish.size is not None
+                        )
+                    file.write(piece)
+                    digest.update(piece)
+                    self.reporter.advance(self.wish.task, len(piece))
+                    piece = response.read()
+        except OSError as error:
+            raise _unwritable(error) from None
+        if self.wish.size is not None and size < self.wish.size:
+            fact = f"the body ends after {size:,} bytes, {self.wish.size:,} are pinned"
+            raise Failure(fact, retry=not response.delimited, mismatch=response.delimited)
+        return Received(digest.hexdigest(), size, file_name(dict(response.headers), self.wish.url))
+
+
+class _Segments:
+    """A download in segments over several connections, with a journal of what is there.
+
+    The segments are received by threads and written where they belong; the calling thread hashes what
+    has arrived without a gap, by reading it back from the system's memory.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        wish: Wish,
+        partial: Path,
+        reporter: Reporter,
+        journal: _Journal,
+        first: Response | None,
+    ) -> None:
+        self.session, self.wish, self.partial, self.reporter = session, wish, partial, reporter
+        self.journal = journal
+        self.resuming = first is None
+        self.first = first
+        self.remote = RangedFile(session, wish.url, journal.size, journal.etag)
+        if first is not None:
+            self.remote.near = first.url
+        count = -(-journal.size // journal.segment)
+        self.done = [min(journal.done.get(i, 0), self._length(i)) for i in range(count)]
+        self.pending = deque(i for i in range(count) if self.done[i] < self._length(i))
+        self.news = threading.Condition()
+        self.stop = threading.Event()
+        self.error: BaseException | None = None
+        self.responses: set[Response] = set()
+        self.received = sum(self.done)
+        self.full = 0  # segments from the first on that are complete
+
+    def _length(self, index: int) -> int:
+        return min(self.journal.segment, self.journal.size - index * self.journal.segment)
+
+    def run(self) -> Received:
+        size, task = self.journal.size, self.wish.task
+        resumed = self.received
+        _check_room(self.partial, size - resumed)
+        if resumed:
+            self.reporter.note(f"{task}: {resumed:,} of {size:,} bytes are there already")
+        self.reporter.start(task, size - resumed)
+        try:
+            self._open()
+            return Received(self._work(), size, self.journal.name)
+        except OSError as error:
+            raise _unwritable(error) from None
+        finally:
+            self.reporter.finish(task)
+
+    def _open(self) -> None:
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+        self.file = os.open(self.partial, flags, 0o666)
+        try:
+            os.ftruncate(self.file, self.journal.size)
+            # From here on lines are added only, each in one write: a torn one is skipped when read.
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+            self.log = os.open(
+                _journal_path(self.partial), flags | (0 if self.resuming else os.O_TRUNC), 0o666
+            )
+        except BaseException:
+            os.close(self.file)
+            raise
+        if not self.resuming:
+            about = {
+                "of": _fingerprint(self.wish.url),
+                "etag": self.journal.etag,
+                "size": self.journal.size,
+                "segment": self.journal.segment,
+                "name": self.journal.name,
+            }
+            os.write(self.log, json.dumps(about).encode() + b"\n")
+
+    def _work(self) -> str:
+        count = min(self.session.limits.connections, max(1, len(self.pending)))
+        threads = [threading.Thread(target=self._receive, daemon=True) for _ in range(count)]
+        try:
+            for thread in threads:
+                thread.start()
+            return self._hash()
+        finally:
+            self.stop.set()
+            with self.news:
+                for response in self.responses:
+                    response.abort()
+            deadline = time.monotonic() + 1.0
+            for thread in threads:
+                thread.join(max(0.0, deadline - time.monotonic()))
+            # A thread that hangs while it connects may yet wake up: its files must not be another's then.
+            if not any(thread.is_alive() for thread in threads):
+                os.close(self.file)
+                os.close(self.log)
+
+    def _hash(self) -> str:
+        digest, hashed, told = hashlib.sha256(), 0, self.received
+        buffer = memoryview(bytearray(_READ_BACK))
+        while hashed < self.journal.size:
+            with self.news:
+                wanted = min(hashed + _READ_BACK, self.journal.size)
+                self.news.wait_for(lambda: self.error or self._frontier() >= wanted, 0.2)  # noqa: B023
+                frontier, received, error = self._frontier(), self.received, self.error
+            if error is not None:
+                raise error
+            self.reporter.advance(self.wish.task, received - told)
+            told = received
+            while hashed < frontier:
+                piece = buffer[: min(len(buffer), frontier - hashed)]
+                count = os.preadv(self.file, [piece], hashed)
+                if count == 0:
+                    raise StartOver
+                digest.update(piece[:count])
+                hashed += count
+        return digest.hexdigest()
+
+    def _frontier(self) -> int:
+        """How many bytes are there from the beginning on, without a gap."""
+        while self.full < len(self.done) and self.done[self.full] == self._length(self.full):
+            self.full += 1
+        partly = self.done[self.full] if self.full < len(self.done) else 0
+        return min(self.full * self.journal.segment + partly, self.journal.size)
+
+    def _receive(self) -> None:
+        try:
+            while not self.stop.is_set():
+                with self.news:
+                    if not self.pending:
+                        return
+                    index = self.pending.popleft()
+                self._segment(index)
+        except BaseException as error:
+            with self.news:
+                self.error = self.error or error
+                self.news.notify_all()
+            self.stop.set()
+
+    def _segment(self, index: int) -> None:
+        failures = 0
+        while not self.stop.is_set() and self.done[index] < self._length(index):
+            before = self.done[index]
+            try:
+                self._pull(index)
+            except Failure as failure:
+                failures = 1 if self.done[index] > before else failures + 1
+                if not failure.retry or failures >= self.session.limits.attempts:
+                    raise
+                self.stop.wait(self.session.pause(failures, failure))
+            finally:
+                if self.done[index] > before:
+                    os.write(self.log, f"{index} {self.done[index]}\n".encode())
+
+    def _first(self, index: int) -> Response | None:
+        """The response that the download began with, once: it holds the first segment."""
+        with self.news:
+            if index or self.first is None:
+                return None
+            response, self.first = self.first, None
+            return response
+
+    def _pull(self, index: int) -> None:
+        """Receive what is missing of a segment, as far as one response brings it."""
+        start = index * self.journal.segment + self.done[index]
+        end = index * self.journal.segment + self._length(index)
+        response = self._first(index) or self.remote.part(start, end)
+        with self.news:
+            self.responses.add(response)
+        try:
+            while start < end and not self.stop.is_set():
+                piece = response.read()
+                if self.stop.is_set():
+                    return
+                if not piece:
+                    raise Failure(f"the body ends {end - start:,} bytes early", retry=True)
+                if start == 0:
+                    response.refuse_pages(piece)
+                piece = piece[: end - start]
+                written = os.pwrite(self.file, piece, start)
+                while written < len(piece):
+                    written += os.pwrite(self.file, piece[written:], start + written)
+                start += len(piece)
+                with self.news:
+                    self.done[index] += len(piece)
+                    self.received += len(piece)
+                    self.news.notify_all()
+        finally:
+            with self.news:
+                self.responses.discard(response)
+            response.close()
