@@ -16,6 +16,7 @@ COMMANDS: dict[str, str] = {
     "components": "The catalog: list its components, show one, learn a new one.",
     "inspect": "Say what is in a checkpoint, without running or loading it.",
     "schema": "Print the JSON Schema of recipes, for editors.",
+    "store": "The cache of made components: list it, make room, check it.",
 }
 
 

@@ -1,0 +1,160 @@
+"""`ckpt store`: look into the store of made components, make room in it, check it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from dataclasses import asdict
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from builder.cli.terminal import make_reporter
+from builder.errors import ExitCode, Problem, printable, render
+from builder.progress import human_bytes
+from builder.store import Store
+
+if TYPE_CHECKING:
+    from builder.store.upkeep import Item
+
+UNITS = {"": 1} | {f"{p}{b}": 1000**i for i, p in enumerate("KMGT", 1) for b in ("", "B")}
+UNITS |= {f"{p}IB": 1024**i for i, p in enumerate("KMGT", 1)} | {"B": 1}
+
+
+def _size(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
+    if value is None:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", value.strip())
+    if match is None or match[2].upper() not in UNITS:
+        raise click.BadParameter(f"`{value}` is no size; write it as `10GB`, `500MB` or `0`", ctx, param)
+    return int(float(match[1]) * UNITS[match[2].upper()])
+
+
+@click.group("store")
+def command() -> None:
+    """Look into the store of made components, make room in it, check it."""
+
+
+@command.command()
+def path() -> None:
+    """Print the folder of the store."""
+    click.echo(Store().root)
+
+
+@command.command("list")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def list_(as_json: bool) -> None:
+    """List what is stored, the most recently used first."""
+    from builder.store.upkeep import items
+
+    store = Store()
+    found = [i for i in reversed(items(store)) if i.kind != "digest"]
+    total = sum(i.size for i in found)
+    if as_json:
+        rows = [_as_json(i) for i in found]
+        click.echo(
+            json.dumps({"version": 1, "root": str(store.root), "bytes": total, "items": rows}, indent=2)
+        )
+        return
+    table = [["COMPONENT", "CLASS", "SIZE", "DIGEST", "LAST USED"]]
+    table += [[*_names(i), human_bytes(i.size), i.digest[:12], _ago(i.used)] for i in found]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for row in table if found else []:
+        cells = [
+            c.rjust(w) if n == 2 else c.ljust(w) for n, (c, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        click.echo("  ".join(cells).rstrip())
+    click.echo(f"{len(found)} stored, {human_bytes(total)}, in {store.root}")
+
+
+@command.command()
+@click.option(
+    "--max-size",
+    metavar="SIZE",
+    callback=_size,
+    help="Remove the least recently used until no more than this is kept.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def gc(max_size: int | None, as_json: bool) -> None:
+    """Remove litter and, with --max-size, what was not used for longest.
+
+    A running build goes on: what it has open stays readable to it, and what is gone it makes again.
+    """
+    from builder.store.upkeep import collect
+
+    store = Store()
+    done = collect(store, max_size)
+    freed = sum(i.size for i in done.removed) + done.litter
+    kept = sum(i.size for i in done.kept)
+    if as_json:
+        answer = {
+            "version": 1,
+            "root": str(store.root),
+            "removed": [_as_json(i) for i in done.removed],
+            "records": done.records,
+            "freed": freed,
+            "kept": kept,
+        }
+        click.echo(json.dumps(answer, indent=2))
+        return
+    for item in done.removed:
+        if item.kind != "digest":
+            click.echo(f"removed {' '.join(_names(item))} {item.digest[:12]}, {human_bytes(item.size)}")
+    if done.records:
+        click.echo(f"removed {done.records} records of what is gone")
+    if done.litter:
+        click.echo(f"removed litter, {human_bytes(done.litter)}")
+    click.echo(f"freed {human_bytes(freed)}, kept {human_bytes(kept)}")
+
+
+@command.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def check(as_json: bool) -> int:
+    """Read everything that is stored; set aside what is damaged, and say so with exit code 1."""
+    from builder.store.upkeep import check as run
+    from builder.store.upkeep import items
+
+    store = Store()
+    found = [i for i in items(store) if i.kind in {"component", "download"}]
+    with make_reporter() as reporter:
+        problems = run(store, threads=min(4, os.cpu_count() or 1), reporter=reporter)
+    if as_json:
+        rows = [asdict(p) for p in problems]
+        click.echo(
+            json.dumps(
+                {"version": 1, "root": str(store.root), "checked": len(found), "damaged": rows}, indent=2
+            )
+        )
+    else:
+        for problem in problems:
+            click.echo(render(problem), err=True)
+        click.echo(f"checked {len(found)} of {human_bytes(sum(i.size for i in found))}: {_verdict(problems)}")
+    return ExitCode.NO if problems else ExitCode.DONE
+
+
+def _verdict(problems: list[Problem]) -> str:
+    return f"{len(problems)} damaged, set aside" if problems else "all sound"
+
+
+def _names(item: Item) -> tuple[str, str]:
+    if item.kind == "component":
+        return printable(item.component) or "?", printable(item.cls) or "?"
+    return {"download": "(download)", "partial": "(unfinished download)"}.get(item.kind, item.kind), "-"
+
+
+def _as_json(item: Item) -> dict[str, Any]:
+    used = datetime.fromtimestamp(item.used // 10**9, timezone.utc).isoformat()
+    row = {"kind": item.kind, "digest": item.digest, "size": item.size, "used": used}
+    return row | ({"component": item.component, "class": item.cls} if item.kind == "component" else {})
+
+
+def _ago(used: int) -> str:
+    seconds = max(0, time.time_ns() - used) // 10**9
+    for unit, length in (("day", 86400), ("hour", 3600), ("minute", 60)):
+        if seconds >= length:
+            count = seconds // length
+            return f"{count} {unit}{'s' if count > 1 else ''} ago"
+    return "just now"

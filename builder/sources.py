@@ -1,0 +1,280 @@
+"""Finding the files that a recipe names on this machine, and holding them to their pins."""
+
+from __future__ import annotations
+
+import os
+import stat as modes
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import Protocol
+
+from builder.errors import FetchError, Place, Problem, SourceError
+from builder.progress import SILENT, Reporter
+from builder.store import Store
+
+# Bounds of a search: a folder of models is not a whole disk.
+MAX_DEPTH = 16
+MAX_FILES = 200_000
+
+
+class Wanted(Protocol):
+    """What is looked for: a source as a recipe (or a lock) describes it."""
+
+    @property
+    def name(self) -> str:
+        """What the recipe calls it."""
+
+    @property
+    def file(self) -> str | None:
+        """A path from the recipe's folder; elsewhere its last part counts."""
+
+    @property
+    def sha256(self) -> str | None:
+        """The pinned digest, in lower-case hex."""
+
+    @property
+    def size(self) -> int | None:
+        """The pinned size in bytes."""
+
+    @property
+    def urls(self) -> Sequence[str]:
+        """Where it can be had from."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A source on this machine: its file, and by what it was found.
+
+    `sha256` is None as long as nobody has read the file as it is now; `size` is in bytes.
+    """
+
+    path: Path
+    sha256: str | None
+    size: int
+    how: str
+
+
+def model_folders() -> tuple[Path, ...]:
+    """The folders that `CKPT_MODELS` lists, separated as in PATH."""
+    listed = os.environ.get("CKPT_MODELS", "").split(os.pathsep)
+    return tuple(Path(f).expanduser() for f in listed if f)
+
+
+def hugging_face_cache() -> Path:
+    """Where tools of Hugging Face keep what they download: `HF_HUB_CACHE`, else `HF_HOME`, else by habit."""
+    given = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
+    if given:
+        return Path(given).expanduser()
+    home = os.environ.get("HF_HOME")
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(home or f"{base}/huggingface").expanduser() / "hub"
+
+
+def find_source(
+    wanted: Wanted,
+    *,
+    folder: Path,
+    model_folders: Sequence[Path],
+    store: Store,
+    hashing: bool = True,
+    reporter: Reporter = SILENT,
+) -> Found:
+    """The file on this machine that a source stands for.
+
+    Looked for beside the recipe, in `folder`; in the folders of models, by name and then, if it is
+    pinned, by size and digest; among the store's downloads and in the Hugging Face cache, by digest. What
+    lies beside the recipe is taken as it is; elsewhere a pin decides, for which files that may be it are
+    hashed, once. Without `hashing` the first that may be it is taken unread. In both cases
+    `verify_source` has the last word. Raises FetchError, naming the places, when it is nowhere.
+    """
+    search = _Search(wanted, store, hashing, reporter)
+    if wanted.file is not None:
+        path = folder / wanted.file
+        search.looked.append(f"beside the recipe: `{path}`")
+        if path.exists():
+            stat = path.stat()
+            return Found(path, store.remembered_sha256(stat), stat.st_size, "beside the recipe")
+    found = _in_models(search, model_folders)
+    if found is None and wanted.sha256 is not None:
+        search.looked.append("among the store's downloads")
+        found = search.choose(_stats([store.download_path(wanted.sha256)]), "download")
+    if found is None and wanted.sha256 is not None:
+        cache = hugging_face_cache()
+        search.looked.append(f"in the Hugging Face cache: `{cache}`")
+        # Large files are kept there under their SHA-256.
+        blobs = sorted(cache.glob(f"*/blobs/{wanted.sha256}"))
+        found = search.choose(_stats(blobs), "Hugging Face cache")
+    if found is None:
+        raise search.failure()
+    return found
+
+
+def verify_source(
+    found: Found,
+    pinned: str | None,
+    *,
+    store: Store,
+    known: Callable[[str], str | None] = lambda _: None,
+    reporter: Reporter = SILENT,
+) -> Found:
+    """The same source with its SHA-256, hashed unless that is remembered.
+
+    `known` says what a digest is known as. Raises SourceError when it is not what was pinned, cannot be
+    read, or changes while it is read.
+    """
+    sha256 = store.sha256(found.path, reporter)
+    if pinned is not None and sha256 != pinned:
+        raise SourceError(
+            Problem(
+                f"`{found.path.name}` is not what was pinned",
+                Place(str(found.path)),
+                tuple(
+                    f"{what} {digest}{_known_as(known(digest))}"
+                    for what, digest in (("pinned:", pinned), ("found: ", sha256))
+                ),
+                "get the file that was pinned, or pin this one if it is the one you mean",
+            )
+        )
+    return replace(found, sha256=sha256)
+
+
+@dataclass
+class _Search:
+    """The choice among files for one source, and the story of it."""
+
+    wanted: Wanted
+    store: Store
+    hashing: bool
+    reporter: Reporter
+    looked: list[str] = field(default_factory=list)
+    refused: dict[Path, str] = field(default_factory=dict)
+
+    def choose(self, candidates: Iterable[tuple[Path, os.stat_result]], how: str) -> Found | None:
+        """The first candidate that is what is pinned; those of known digest come first."""
+        pinned, size = self.wanted.sha256, self.wanted.size
+        unread: list[tuple[Path, int]] = []
+        for path, stat in candidates:
+            if path in self.refused:
+                continue
+            digest = self.store.remembered_sha256(stat)
+            if size is not None and stat.st_size != size:
+                self.refused[path] = f"has {stat.st_size:,} bytes instead of {size:,}"
+            elif pinned is None or digest == pinned:
+                return Found(path, digest, stat.st_size, how)
+            elif digest is None:
+                unread.append((path, stat.st_size))
+            else:
+                self.refused[path] = f"has the SHA-256 {digest}"
+        for path, length in unread:
+            if not self.hashing:
+                return Found(path, None, length, how)
+            try:
+                digest = self.store.sha256(path, self.reporter)
+            except SourceError as error:
+                self.refused[path] = str(error)
+                continue
+            if digest == pinned:
+                return Found(path, digest, length, how)
+            self.refused[path] = f"has the SHA-256 {digest}"
+        return None
+
+    def failure(self) -> FetchError:
+        """That it is nowhere, and what was found instead."""
+        wanted = self.wanted
+        refused = [f"not `{path}`: it {why}" for path, why in self.refused.items()]
+        if wanted.urls:
+            hint = f"it can be had from {wanted.urls[0]}"
+        elif wanted.file is not None:
+            hint = "put the file there, or set `CKPT_MODELS` to the folder that holds it"
+        else:
+            hint = "set `CKPT_MODELS` to the folder that holds it"
+        pin = [f"wanted: SHA-256 {wanted.sha256}"] if wanted.sha256 else []
+        return FetchError(
+            Problem(
+                f"the source `{wanted.name}` is nowhere to be found",
+                evidence=(*pin, *self.looked, *refused),
+                hint=hint,
+            )
+        )
+
+
+def _in_models(search: _Search, folders: Sequence[Path]) -> Found | None:
+    wanted = search.wanted
+    if not folders:
+        search.looked.append("in no folder of models: `CKPT_MODELS` is not set")
+        return None
+    search.looked += [f"in the folder of models `{folder}`" for folder in folders]
+    files: list[tuple[Path, os.stat_result]] | None = None
+    if wanted.file is not None:
+        # The very path below a folder is worth a look of its own: it spares walking through them all.
+        path = Path(wanted.file)
+        inside = not path.is_absolute() and ".." not in path.parts
+        found = search.choose(_stats(f / path for f in folders if inside), "folder of models, by name")
+        if found is not None:
+            return found
+        files = _files(folders, search.reporter)
+        same = [f for f in files if f[0].name == path.name]
+        found = search.choose(same, "folder of models, by name")
+        if found is not None:
+            return found
+    if wanted.sha256 is None:
+        return None
+    files = files if files is not None else _files(folders, search.reporter)
+    if wanted.size is not None:
+        alike = [f for f in files if f[1].st_size == wanted.size]
+    else:
+        # Reading every file there is would take minutes: only those of known digest are compared.
+        alike = [f for f in files if search.store.remembered_sha256(f[1]) == wanted.sha256]
+    return search.choose(alike, "folder of models, by digest")
+
+
+def _files(folders: Sequence[Path], reporter: Reporter) -> list[tuple[Path, os.stat_result]]:
+    """Every regular file below the folders, in the order of the folders and then of the names."""
+    seen: set[tuple[int, int]] = set()
+    walk = (found for folder in folders for found in _walk(folder, seen, MAX_DEPTH))
+    files = list(islice(walk, MAX_FILES))
+    if len(files) == MAX_FILES:
+        reporter.warn(
+            Problem(
+                "the folders of models hold too many files to look at all",
+                evidence=(f"{MAX_FILES:,} were looked at",),
+                hint="name smaller folders in `CKPT_MODELS`",
+            )
+        )
+    return files
+
+
+def _walk(folder: Path, seen: set[tuple[int, int]], depth: int) -> Iterator[tuple[Path, os.stat_result]]:
+    """Regular files below a folder, hidden ones left out; links are followed, each folder is met once."""
+    try:
+        here = folder.stat()
+        entries = sorted(folder.iterdir())
+    except OSError:
+        return
+    if depth == 0 or (here.st_dev, here.st_ino) in seen:
+        return
+    seen.add((here.st_dev, here.st_ino))
+    for path, stat in _stats(entries, modes.S_ISREG, modes.S_ISDIR):
+        if path.name.startswith("."):
+            continue
+        if modes.S_ISDIR(stat.st_mode):
+            yield from _walk(path, seen, depth - 1)
+        else:
+            yield path, stat
+
+
+def _stats(paths: Iterable[Path], *kinds: Callable[[int], bool]) -> Iterator[tuple[Path, os.stat_result]]:
+    """Those paths that lead to something of one of the kinds (a regular file), with its stat."""
+    for path in paths:
+        try:
+            stat = path.stat()
+        except OSError:
+            continue
+        if any(kind(stat.st_mode) for kind in kinds or (modes.S_ISREG,)):
+            yield path, stat
+
+
+def _known_as(name: str | None) -> str:
+    return f" (`{name}`)" if name else ""
