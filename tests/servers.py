@@ -10,7 +10,7 @@ import ssl
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -24,6 +24,7 @@ class Handler(BaseHTTPRequestHandler):
     """One request, handed to the route of its path; what goes out is counted."""
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
     server: _Http
 
     def do_GET(self) -> None:
@@ -374,7 +375,7 @@ def civitai(
     return kept
 
 
-def certificate(folder: Path, names: str = "DNS:localhost,IP:127.0.0.1") -> Path:
+def certificate(folder: Path, names: str = "DNS:localhost") -> Path:
     """A self-signed certificate and its key in one file, made by the `openssl` program."""
     made = folder / "server.pem"
     command = [
@@ -398,9 +399,3 @@ def tls_server_context(folder: Path) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(folder / "server.pem", folder / "key.pem")
     return context
-
-
-def serving(*hosts: str) -> Iterator[Server]:
-    """For fixtures: a running server."""
-    with Server(*hosts) as server:
-        yield server

@@ -55,8 +55,8 @@ def page_kind(start: bytes, content_type: str) -> str | None:
 
 def _is_json(body: bytes) -> bool:
     try:
-        json.loads(body)
-    except ValueError:
+        json.loads(body, strict=False)
+    except (ValueError, RecursionError):
         return False
     return True
 
@@ -70,8 +70,8 @@ def host_words(headers: Mapping[str, str], body: bytes) -> str:
 
 def _json_words(body: bytes) -> str | None:
     try:
-        said = json.loads(body)
-    except ValueError:
+        said = json.loads(body, strict=False)
+    except (ValueError, RecursionError):
         return None
     for _ in range(4):
         if isinstance(said, list) and said:
@@ -83,7 +83,7 @@ def _json_words(body: bytes) -> str | None:
 
 
 def _markup_words(body: bytes) -> str | None:
-    text = body.decode("utf-8", "replace")
+    text = body.decode("utf-8-sig", "replace")
     if text.lstrip()[:1] != "<":
         return text if text.isprintable() or text.strip().replace("\n", " ").isprintable() else None
     for tag in ("message", "title", "h1", "code"):
