@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat as modes
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
 from builder.errors import FetchError, Place, Problem, SourceError
+from builder.formats import open_checkpoint, sniff
+from builder.formats.blob import FileBlob
 from builder.progress import SILENT, Reporter
 from builder.store import Store
 
@@ -94,8 +98,7 @@ def find_source(
         path = folder / wanted.file
         search.looked.append(f"beside the recipe: `{path}`")
         if path.exists():
-            stat = path.stat()
-            return Found(path, store.remembered_sha256(stat), stat.st_size, "beside the recipe")
+            return Found(path, _remembered(path, store), _size(path), "beside the recipe")
     found = _in_models(search, model_folders)
     if found is None and wanted.sha256 is not None:
         search.looked.append("among the store's downloads")
@@ -124,7 +127,7 @@ def verify_source(
     `known` says what a digest is known as. Raises SourceError when it is not what was pinned, cannot be
     read, or changes while it is read.
     """
-    sha256 = store.sha256(found.path, reporter)
+    sha256 = _hash(found.path, store, reporter)
     if pinned is not None and sha256 != pinned:
         raise SourceError(
             Problem(
@@ -158,7 +161,7 @@ class _Search:
         for path, stat in candidates:
             if path in self.refused:
                 continue
-            digest = self.store.remembered_sha256(stat)
+            digest = _remembered(path, self.store)
             if size is not None and stat.st_size != size:
                 self.refused[path] = f"has {stat.st_size:,} bytes instead of {size:,}"
             elif pinned is None or digest == pinned:
@@ -171,7 +174,7 @@ class _Search:
             if not self.hashing:
                 return Found(path, None, length, how)
             try:
-                digest = self.store.sha256(path, self.reporter)
+                digest = _hash(path, self.store, self.reporter)
             except SourceError as error:
                 self.refused[path] = str(error)
                 continue
@@ -198,6 +201,45 @@ class _Search:
                 hint=hint,
             )
         )
+
+
+def _files_of(path: Path) -> list[Path]:
+    """The files that a source's tensors lie in: its own, or the shards of a set."""
+    if not path.is_dir():
+        with closing(FileBlob(path)) as blob:
+            head = blob.read(0, min(blob.size, sniff.HEAD))
+        if sniff.is_safetensors(head) or head.lstrip()[:1] != b"{":
+            return [path]
+    with open_checkpoint(path) as checkpoint:
+        return sorted(Path(blob.name) for blob in checkpoint.blobs)
+
+
+def _digest(path: Path, sha256: Callable[[Path], str | None]) -> str | None:
+    """The digest a source is pinned by: a file's SHA-256, for a sharded set that over its shards'.
+
+    For a set it is what `sha256sum SHARD… | sha256sum` prints in its folder, shards sorted by name.
+    """
+    files = _files_of(path)
+    if files == [path]:
+        return sha256(path)
+    digests = [(sha256(file), file.name) for file in files]
+    if any(digest is None for digest, _ in digests):
+        return None
+    return hashlib.sha256("".join(f"{d}  {n}\n" for d, n in digests).encode()).hexdigest()
+
+
+def _hash(path: Path, store: Store, reporter: Reporter) -> str:
+    found = _digest(path, lambda file: store.sha256(file, reporter))
+    assert found is not None
+    return found
+
+
+def _remembered(path: Path, store: Store) -> str | None:
+    return _digest(path, lambda file: store.remembered_sha256(file.stat()))
+
+
+def _size(path: Path) -> int:
+    return sum(file.stat().st_size for file in _files_of(path))
 
 
 def _in_models(search: _Search, folders: Sequence[Path]) -> Found | None:

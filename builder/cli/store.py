@@ -51,7 +51,7 @@ def list_(as_json: bool) -> None:
     from builder.store.upkeep import items
 
     store = Store()
-    found = [i for i in reversed(items(store)) if i.kind != "digest"]
+    found = [i for i in reversed(items(store)) if i.kind != "fact"]
     total = sum(i.size for i in found)
     if as_json:
         rows = [_as_json(i) for i in found]
@@ -101,7 +101,7 @@ def gc(max_size: int | None, as_json: bool) -> None:
         click.echo(json.dumps(answer, indent=2))
         return
     for item in done.removed:
-        if item.kind != "digest":
+        if item.kind != "fact":
             click.echo(f"removed {' '.join(_names(item))} {item.digest[:12]}, {human_bytes(item.size)}")
     if done.records:
         click.echo(f"removed {done.records} records of what is gone")

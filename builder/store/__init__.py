@@ -144,10 +144,12 @@ class Store:
         reporter: Reporter | None = None,
         task: str = "",
         inputs: Iterable[os.stat_result | Path] = (),
+        check: Callable[[], object] = lambda: None,
     ) -> Made:
         """Make a component by reading `tensors`, under bare names, and keep it as what `action` made.
 
         Without an action it is stored by its content alone; `record` can say later what made it.
+        `check` is called when all has been read and before it is kept, and may raise.
         Of two processes that put the same component both succeed. Raises what reading raises, and
         OutputError when there is no room. Nothing is flushed to the disk: a power cut may damage the
         entry, which its next use notices.
@@ -172,6 +174,7 @@ class Store:
                     inputs=inputs,
                     reporter=reporter or self.reporter,
                     task=task,
+                    accept=lambda _: check(),
                 )
                 rows = {
                     n: Row(tensors[n].dtype, tensors[n].shape, written.tensors[n]) for n in sorted(tensors)
@@ -219,17 +222,17 @@ class Store:
 
     def recall(self, kind: str, key: str) -> dict[str, Any] | None:
         """The fact kept under `kind` and `key` (hex), or None; it may have been forgotten at any time."""
-        if self._overlay is not None and (fact := self._overlay.recall(kind, key)) is not None:
-            return fact
-        return read_record(self._fact_path(kind, key))
+        path = self._fact_path(kind, key)
+        fact = read_record(path)
+        if fact is not None:
+            with contextlib.suppress(OSError):
+                os.utime(path)  # a use, which keeps it from being forgotten
+        return fact
 
     def note(self, kind: str, key: str, fact: dict[str, Any]) -> None:
-        """Keep a fact that saves work later; in a store that cannot be written to, do nothing."""
-        with contextlib.suppress(OSError):
+        """Keep a fact that saves work later; where that cannot be, do nothing."""
+        with contextlib.suppress(OSError, OutputError):
             write_record(self._fact_path(kind, key), fact)
-
-    def _fact_path(self, kind: str, key: str) -> Path:
-        return self.root / "facts" / kind / key[:2] / f"{key}.json"
 
     # Digests of files.
 
@@ -272,6 +275,9 @@ class Store:
     def action_path(self, action: str) -> Path:
         """Where the record of this action lies, if there is one."""
         return self.root / "actions" / action[:2] / f"{action}.json"
+
+    def _fact_path(self, kind: str, key: str) -> Path:
+        return self.root / "facts" / kind / key[:2] / f"{key}.json"
 
     def _entry(self, digest: str) -> Entry | None:
         if self._overlay is not None and (entry := self._overlay._entry(digest)) is not None:

@@ -24,7 +24,8 @@ IDLE = 3600 * 10**9
 class Item:
     """Something that a store keeps.
 
-    `kind` is `component`, `download`, `partial` (an unfinished download) or `digest` (a remembered one);
+    `kind` is `component`, `download`, `partial` (an unfinished download) or `fact` (a few bytes that save
+    work, such as the digest of a file); `digest` is of its content or, for a fact, of what it is about;
     `component` and `cls` are empty but for components. `used` is in nanoseconds since the epoch.
     """
 
@@ -51,7 +52,7 @@ class Collected:
 def items(store: Store) -> list[Item]:
     """What a store keeps, the least recently used first."""
     made, _ = _records(store)
-    found = [*_components(store, made), *_downloads(store), *_digests(store)]
+    found = [*_components(store, made), *_downloads(store), *_facts(store)]
     return sorted(found, key=lambda i: (i.used, i.digest))
 
 
@@ -101,11 +102,10 @@ def check(store: Store, *, threads: int = 1, reporter: Reporter = SILENT) -> lis
     records by their seals. What another process removes meanwhile is passed over.
     """
     problems = [p for i in items(store) if (p := _check(store, i, threads, reporter)) is not None]
-    for folder in ("actions", "files"):
-        for path in _files(store.root / folder, "*/*.json"):
-            if path.exists() and read_record(path) is None:
-                store.quarantine(path)
-                problems.append(Problem("a record is damaged", Place(str(path))))
+    for path in _files(store.root / "actions", "*/*.json") + _fact_files(store):
+        if read_record(path) is None and path.exists():
+            store.quarantine(path)
+            problems.append(Problem("a record is damaged", Place(str(path))))
     return problems
 
 
@@ -172,10 +172,14 @@ def _downloads(store: Store) -> Iterator[Item]:
             yield Item("partial", path, path.name, stat.st_size, stat.st_mtime_ns)
 
 
-def _digests(store: Store) -> Iterator[Item]:
-    for path in _files(store.memory.folder, "*/*.json"):
+def _facts(store: Store) -> Iterator[Item]:
+    for path in _fact_files(store):
         if (stat := _stat(path)) is not None:
-            yield Item("digest", path, path.stem, stat.st_size, stat.st_mtime_ns)
+            yield Item("fact", path, path.stem, stat.st_size, stat.st_mtime_ns)
+
+
+def _fact_files(store: Store) -> list[Path]:
+    return _files(store.memory.folder, "*/*.json") + _files(store.root / "facts", "*/*/*.json")
 
 
 def _records(store: Store) -> tuple[dict[str, list[tuple[Path, int]]], list[Path]]:
