@@ -179,6 +179,11 @@ def _cycles(recipe: Recipe, words: Vocabulary) -> Iterator[Problem]:
 
 
 def _unused(recipe: Recipe, words: Vocabulary) -> Iterator[Problem]:
+    if not isinstance(_said(recipe, "base"), str) or type(_said(recipe, "components")) not in (
+        dict,
+        type(None),
+    ):
+        return  # where most names would be used
     known = [*_table(recipe, "sources"), *_table(recipe, "steps")]
     # What could not be read is not held against what it names.
     named = {name for name, _ in _references(recipe)} | set(_unread_names(recipe))

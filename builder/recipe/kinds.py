@@ -7,7 +7,7 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, NamedTuple
 
 from builder.catalog.model import spelling
@@ -57,9 +57,12 @@ class At:
         """The place of something inside this."""
         return At(self.document, self.problems, self.keys + keys)
 
-    def wrong(self, fact: str, *evidence: str, hint: str | None = None, key: bool = False) -> Any:
-        """Note a problem with the value, or with its key; gives `WRONG`."""
+    def wrong(
+        self, fact: str, *evidence: str, hint: str | None = None, key: bool = False, show: bool = True
+    ) -> Any:
+        """Note a problem with the value, or with its key; gives `WRONG`. `show`: with the line itself."""
         place = self.document.place(*self.keys, value=not key)
+        place = place if show else replace(place, text=None)
         note(self.problems, Problem(fact, place, evidence, hint))
         return WRONG
 
@@ -107,13 +110,15 @@ class Kind(ABC):
 class Rule:
     """A pattern that strings must match, or with `forbid` must not; in the syntax Python and ECMA share.
 
-    `fact` may hold `{key}`, the value's name in messages, and `{count}`, its length.
+    `fact` may hold `{key}`, the value's name in messages, and `{count}`, its length. With `secret` the
+    message does not show the line.
     """
 
     pattern: str
     fact: str
     hint: str | None = None
     forbid: bool = False
+    secret: bool = False
 
     def broken_by(self, value: str) -> bool:
         """Whether a string breaks this rule."""
@@ -147,7 +152,8 @@ class Text(Kind):
     def check(self, value: str, at: At) -> Any:
         for rule in self.rules:
             if rule.broken_by(value):
-                return at.wrong(rule.fact.format(key=at.name, count=len(value)), hint=rule.hint)
+                fact = rule.fact.format(key=at.name, count=len(value))
+                return at.wrong(fact, hint=rule.hint, show=not rule.secret)
         return value.lower() if self.lower else value
 
     def schema(self, defs: Schema) -> Schema:
@@ -338,8 +344,14 @@ class Table(Kind):
 class _KeyAt(At):
     """Problems with a name, not with what it names."""
 
-    def wrong(self, fact: str, *evidence: str, hint: str | None = None, key: bool = True) -> Any:
-        return super().wrong(fact, *evidence, hint=hint, key=True)
+    def wrong(
+        self, fact: str, *evidence: str, hint: str | None = None, key: bool = True, show: bool = True
+    ) -> Any:
+        return super().wrong(fact, *evidence, hint=hint, key=True, show=show)
+
+    @property
+    def name(self) -> str:
+        return f"the name `{self.keys[-1]}`"
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -108,7 +107,8 @@ class Address(Text):
     def check(self, value: str, at: At) -> Any:
         read = super().check(value, at)
         fault = check_address(value) if read is not WRONG else None
-        return read if fault is None else at.wrong(fault, hint=f"an address is {FORMS}")
+        # What is no address may be anything, a secret too: it is not shown.
+        return read if fault is None else at.wrong(fault, hint=f"an address is {FORMS}", show=False)
 
 
 SHA256 = Text(
@@ -131,6 +131,13 @@ SHA256 = Text(
 URL = Address(
     (
         *CLEAN,
+        Rule(
+            r"^[A-Za-z]+://[^/?#]*@|[?&][^=&#]*([Tt]oken|[Kk]ey|[Ss]ecret|[Pp]assword|[Ss]ignature)[^=&#]*=",
+            "{key} holds a secret, which would be shared with the recipe",
+            "leave it out: tokens are read from the environment, as `CIVITAI_TOKEN` and `HF_TOKEN`",
+            forbid=True,
+            secret=True,
+        ),
         Rule(
             r"^http://(?!localhost[:/]|127\.0\.0\.1[:/]|\[::1\][:/])",
             "`http://` is refused: what it brings can be changed on the way",
@@ -318,7 +325,9 @@ class BlockWeights(Kind):
             return at.wrong(
                 "`base` is missing", hint="add `base = 0.5`: the weight of all that is in no block"
             )
-        base = found.get("base", math.nan)
+        if "base" not in found:
+            return WRONG
+        base = found["base"]
         blocks = {n: found[n] for n in names if n != "base" and found.get(n, base) != base}
         return {"base": base, **blocks} if blocks else base
 
@@ -473,13 +482,13 @@ def _language(words: Vocabulary) -> Struct:
                 default="fp16",
             ),
             "overflow": Key(
-                Choice("overflow", OVERFLOW),
+                Choice("treatment", OVERFLOW),
                 "What to do with a finite value too large for the precision.",
                 '"clamp"',
                 default="error",
             ),
             "non_finite": Key(
-                Choice("non_finite", NON_FINITE),
+                Choice("treatment", NON_FINITE),
                 "What to do with NaN and infinities.",
                 '"keep"',
                 default="error",

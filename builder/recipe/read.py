@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from builder.catalog import Catalog
 
 MAX_SIZE = 1 << 20  # bytes; a recipe is a page, and what is larger is some other file
+MAX_DEPTH = 32  # recipes in recipes
 
 
 def load_recipe(
@@ -76,6 +77,9 @@ class _Loader:
             inner = [p.name for p in self.open[self.open.index(real) :]]
             chain = " → ".join([*inner, real.name])
             self.problems.append(Problem("recipes include each other", named, (chain,), "remove one of them"))
+            return None
+        if len(self.open) == MAX_DEPTH:
+            self.problems.append(Problem("recipes are nested too deeply", named, (f"{MAX_DEPTH} of them",)))
             return None
         if real not in self.done:
             self.open.append(real)
