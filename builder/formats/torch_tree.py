@@ -15,10 +15,10 @@ _WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "params_ema", 
 # What wrappers of modules put before every name.
 _PREFIXES = ("module.", "_orig_mod.")
 
-# A `model.` before every name is a wrapper's only if full checkpoints' own first words come after it.
+# A `model.` before every name is a wrapper's only if a full checkpoint's own first words come after it.
 _FIRST_WORDS = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "conditioner.")
 
-# Attributes in which a module keeps its parts; they are not in the names of its state dict either.
+# Attributes in which a module keeps its parts; its state dict's names are without them.
 _MODULE_PARTS = frozenset({"_modules", "_parameters", "_buffers"})
 
 MAX_NAMES = 64 << 20  # characters of all names together
@@ -38,123 +38,141 @@ def gather(root: object, file: str) -> Found:
 
     The state dict is, of the root and the dicts at `state_dict`, `model`, `model.state_dict` and their
     like, the one with most tensors; the outermost and first of equals. Its tensors go by their keys, less
-    a prefix that a wrapper put before all of them; all others by their whole path from the root. A
-    container that is met again is listed once, a tensor each time.
+    a prefix that a wrapper put before all of them; all others by their whole path from the root. A storage
+    on its own is a vector. A container that is met again is entered once, a tensor is named each time.
 
     Raises SourceError when two tensors have one name, or names are absurdly long.
     """
     return _Walk(file).run(root)
 
 
-def _entries(value: object, attributes: bool) -> Iterator[tuple[str | None, object]]:
-    """A container's parts with the word that each adds to the path, None for what adds none."""
+class _Part:
+    """Something that a container holds: under a key, or as if it were the container itself."""
+
+    __slots__ = ("attributes", "key", "keyed", "value")
+
+    def __init__(self, key: object, value: object, keyed: bool = True, attributes: bool = False) -> None:
+        self.key = key
+        self.value = value
+        self.keyed = keyed
+        self.attributes = attributes  # of an object, so that a module's parts are known
+
+
+def _parts(value: object, attributes: bool) -> Iterator[_Part]:
     if type(value) is Dict:
-        for key, part in zip(value[::2], value[1::2], strict=True):
-            word = _word(key)
-            yield (None if attributes and word in _MODULE_PARTS else word), part
+        for key, part in value.pairs():
+            yield _Part(key, part, not (attributes and type(key) is str and key in _MODULE_PARTS))
     elif type(value) is list or type(value) is tuple:
-        if attributes and len(value) == 2 and all(v is None or type(v) is Dict for v in value):
-            yield from ((None, v) for v in value)
-        else:
-            yield from ((str(i), v) for i, v in enumerate(value))
+        # Attributes and slots come as a pair, as does what was set twice.
+        pair = attributes and len(value) == 2 and all(v is None or type(v) in (Dict, tuple) for v in value)
+        for index, part in enumerate(value):
+            yield _Part(index, part, not pair, pair)
     elif type(value) is Object:
-        if type(value.args) is tuple:
-            yield from ((f"args.{i}", v) for i, v in enumerate(value.args))
-        yield from ((str(i), v) for i, v in enumerate(value.items or ()))
+        for index, part in enumerate(value.args):
+            yield _Part(f"args.{index}", part)
+        for index, part in enumerate(value.items or ()):
+            yield _Part(index, part)
         pairs = value.pairs or []
-        yield from ((_word(k), v) for k, v in zip(pairs[::2], pairs[1::2], strict=True))
+        for key, part in zip(pairs[::2], pairs[1::2], strict=True):
+            yield _Part(key, part)
     if isinstance(value, (Dict, Object, TensorRef)) and value.state is not None:
-        yield None, value.state
+        yield _Part(None, value.state, False, True)
 
 
-_CONTAINERS = (Dict, list, tuple, Object)
+def _is_container(value: object) -> bool:
+    if isinstance(value, TensorRef):
+        return value.state is not None
+    return type(value) in (Dict, list, tuple, Object)
+
+
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, (TensorRef, Storage))
 
 
 class _Walk:
+    """Two passes over a graph that may be deep, shared and cyclic: which parts hold tensors; their names."""
+
     def __init__(self, file: str) -> None:
         self.file = file
         self.found = Found()
         self.budget = MAX_NAMES
-        self.containers: list[object] = []  # in order of their first visit
+        self.containers: list[object] = []  # in the order of their first visit
         self.parents: list[int] = []
-        self.index: dict[int, int] = {}  # id -> place in `containers`
         self.holds: list[bool] = []
+        self.index: dict[int, int] = {}  # id -> place in the three lists
 
     def run(self, root: object) -> Found:
         self.survey(root)
         path, main = _state_dict(root)
-        prefix = _prefix(main)
-        self.found.nesting = ".".join(path) + ("." if path and prefix else "") + prefix.rstrip(".")
+        prefix = _wrapping(main)
+        self.found.nesting = ".".join([*path, *prefix.split(".")[:-1]])
         self.emit(root, main, len(prefix))
         return self.found
 
     def survey(self, root: object) -> None:
         """Visit every container once, and learn which of them hold tensors."""
-        todo: list[tuple[object, int, bool]] = [(root, -1, False)]
+        todo = [(_Part(None, root), -1)]
         while todo:
-            value, parent, attributes = todo.pop()
-            if isinstance(value, (TensorRef, Storage)) and parent >= 0:
+            part, parent = todo.pop()
+            value = part.value
+            if _is_tensor(value) and parent >= 0:
                 self.holds[parent] = True
             if not _is_container(value) or id(value) in self.index:
                 continue
             here = self.index[id(value)] = len(self.containers)
             self.containers.append(value)
             self.parents.append(parent)
-            self.holds.append(isinstance(value, TensorRef))
-            inner = type(value) is Object
-            parts = [
-                (part, here, word is None and (inner or attributes))
-                for word, part in _entries(value, attributes)
-                if _is_container(part) or isinstance(part, (TensorRef, Storage))
-            ]
-            todo += reversed(parts)
+            self.holds.append(False)
+            inside = _parts(value, part.attributes)
+            todo += [(p, here) for p in inside if _is_tensor(p.value) or _is_container(p.value)][::-1]
         for here in range(len(self.containers) - 1, 0, -1):
             if self.holds[here]:
                 self.holds[self.parents[here]] = True
 
-    def emit(self, root: object, main: object, strip: int) -> None:
-        """Name every tensor, and describe the highest containers that hold none."""
-        todo: list[tuple[str, object, int, bool, bool]] = [("", root, -1, False, False)]
-        names: dict[int, str] = {}
+    def emit(self, root: object, main: Dict | None, strip: int) -> None:
+        """Name every tensor, and describe the outermost parts that hold none."""
+        entered: set[int] = set()
+        todo = [("" if _is_container(root) else "value", _Part(None, root), -1, False)]
         while todo:
-            path, value, parent, attributes, quiet = todo.pop()
+            name, part, parent, quiet = todo.pop()
+            value = part.value
             if isinstance(value, (TensorRef, Storage)):
-                self.tensor(path, value)
+                self.tensor(name, value)
+                quiet = True
             if not _is_container(value):
-                if not quiet and not isinstance(value, (TensorRef, Storage)):
-                    self.other(path, _describe(value))
+                if not quiet:
+                    self.other(name, _describe(value))
                 continue
             here = self.index[id(value)]
-            if here in names or self.parents[here] != parent:
-                if not quiet and not isinstance(value, TensorRef):
-                    self.other(path, "a second mention of what is elsewhere in the file")
-                continue
-            names[here] = path
-            if not self.holds[here]:
+            if here in entered or self.parents[here] != parent:
                 if not quiet:
-                    self.other(path, _describe(value))
+                    self.other(name, "a part of the file that is met elsewhere too")
                 continue
-            inner = type(value) is Object
-            if inner and not quiet:
-                self.other(path, _describe(value))
-            parts = []
-            for word, part in _entries(value, attributes):
-                if value is main and isinstance(part, TensorRef) and word is not None:
-                    name = word[strip:]
+            entered.add(here)
+            if not quiet and (not self.holds[here] or type(value) is Object):
+                self.other(name, _describe(value))
+            if not self.holds[here]:
+                continue
+            # An object is described as a whole; of its inside only tensors matter.
+            hush = type(value) is Object or isinstance(value, TensorRef)
+            inside = []
+            for p in _parts(value, part.attributes):
+                if not p.keyed:
+                    word = name
+                elif value is main and isinstance(p.value, TensorRef):
+                    word = _word(p.key)[strip:]
                 else:
-                    name = path if word is None else f"{path}.{word}" if path else word
-                self.spend(name)
-                parts.append(
-                    (name, part, here, word is None and (inner or attributes), inner or word is None)
-                )
-            todo += reversed(parts)
+                    word = f"{name}.{_word(p.key)}" if name else _word(p.key)
+                self.spend(word)
+                inside.append((word, p, here, hush or not p.keyed or (quiet and part.attributes)))
+            todo += reversed(inside)
 
     def spend(self, name: str) -> None:
         self.budget -= len(name)
         if self.budget < 0:
             raise SourceError(
                 Problem(
-                    "the file's tensors are nested too deeply to be named",
+                    "the file's tensors lie too deep within each other to be named",
                     Place(self.file),
                     (f"their names have more than {MAX_NAMES:,} characters",),
                 )
@@ -176,60 +194,53 @@ class _Walk:
         self.found.others[name] = text if known is None else f"{known}; {text}"
 
 
-def _is_container(value: object) -> bool:
-    return type(value) in _CONTAINERS or (isinstance(value, TensorRef) and value.state is not None)
-
-
-def _tensors(value: Dict) -> list[str]:
-    return [_word(k) for k, v in zip(value[::2], value[1::2], strict=True) if isinstance(v, TensorRef)]
-
-
-def _wrapped(path: tuple[str, ...], value: object) -> Iterator[tuple[tuple[str, ...], Dict]]:
-    if type(value) is Dict:
-        parts = {
-            k: v for k, v in zip(value[::2], value[1::2], strict=True) if type(k) is str and k in _WRAPPERS
-        }
-        for word in _WRAPPERS:
-            part = parts.get(word)
-            if type(part) is Dict:
-                yield (*path, word), part
-
-
 def _state_dict(root: object) -> tuple[tuple[str, ...], Dict | None]:
+    """The path and the value of the dict that names the tensors."""
     if type(root) is not Dict:
         return (), None
-    outer = list(_wrapped((), root))
-    candidates = [((), root), *outer, *(c for path, part in outer for c in _wrapped(path, part))]
-    counts = [len(_tensors(part)) for _, part in candidates]
-    return candidates[counts.index(max(counts))] if any(counts) else ((), None)
+    outer = _wrapped((), root)
+    candidates = [((), root), *outer, *(inner for path, part in outer for inner in _wrapped(path, part))]
+    counts: dict[int, int] = {}
+    for _, part in candidates:
+        if id(part) not in counts:
+            counts[id(part)] = sum(isinstance(v, TensorRef) for _, v in part.pairs())
+    best = max(candidates, key=lambda c: counts[id(c[1])])
+    return best if counts[id(best[1])] else ((), None)
 
 
-def _prefix(main: Dict | None) -> str:
-    """What stands before every tensor's name because of a wrapper around the module."""
-    names = _tensors(main) if main else []
+def _wrapped(path: tuple[str, ...], value: Dict) -> list[tuple[tuple[str, ...], Dict]]:
+    parts = {k: v for k, v in value.pairs() if type(k) is str and k in _WRAPPERS and type(v) is Dict}
+    return [((*path, word), parts[word]) for word in _WRAPPERS if word in parts]
+
+
+def _wrapping(main: Dict | None) -> str:
+    """What stands before the name of every tensor because of a wrapper around the module."""
+    names = [k for k, v in main.pairs() if isinstance(v, TensorRef) and type(k) is str] if main else []
+    if not names or sum(map(len, names)) > MAX_NAMES:
+        return ""
+    assert main is not None
+    if len(names) != sum(isinstance(v, TensorRef) for _, v in main.pairs()):
+        return ""
     prefix = ""
-    while names:
-        here = names[0].partition(".")[0] + "."
-        if not all(n.startswith(here) and len(n) > len(here) for n in names):
+    while len(prefix) < 100:
+        word = names[0].removeprefix(prefix).partition(".")[0] + "."
+        longer = prefix + word
+        if not all(n.startswith(longer) and len(n) > len(longer) for n in names):
             break
-        names = [n[len(here) :] for n in names]
-        if here not in _PREFIXES and not (
-            here == "model." and any(n.startswith(_FIRST_WORDS) for n in names)
-        ):
+        inside = tuple(longer + first for first in _FIRST_WORDS)
+        if word not in _PREFIXES and not (word == "model." and any(n.startswith(inside) for n in names)):
             break
-        prefix += here
+        prefix = longer
     return prefix
 
 
 def _word(key: object) -> str:
+    """A key as a part of a name."""
     if type(key) is str:
         return key
     if key is None or type(key) in (bool, int, float):
         return str(key)
     return key.decode("utf-8", "backslashreplace") if type(key) is bytes else _describe(key)
-
-
-_NUMPY_SCALARS = {"f2": "<e", "f4": "<f", "f8": "<d", "i4": "<i", "i8": "<q", "u1": "<B", "b1": "<?"}
 
 
 def _describe(value: object) -> str:

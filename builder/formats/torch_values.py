@@ -108,34 +108,25 @@ class TensorRef(Stateful):
         return prod(self.shape) * self.elements.itemsize
 
 
+def kind_of(cls: Global) -> Elements:
+    """The element type of a storage class, by its name, as PyTorch does; raises Malformed."""
+    found = _STORAGES.get(cls.qualname)
+    if found is None:
+        raise Malformed(f"`{cls.name}` is not a known kind of storage")
+    return _elements(found)
+
+
 def storage_of(key: object) -> Storage:
-    """The storage that a persistent id of a zip or legacy file means; raises Malformed."""
+    """The storage that a persistent id means; raises Malformed."""
     match key:
-        case (kind, Global() as cls, (str() | bytes() | int()) as name, _, int() as numel, *rest) if (
-            kind in ("storage", b"storage") and len(rest) < 2
+        case (kind, Global() as cls, (str() | bytes() | int()) as name, _, numel) if (
+            kind == "storage" or kind == b"storage"
         ):
-            found = _STORAGES.get(cls.qualname)
-            if found is None:
-                raise Malformed(f"`{cls.name}` is not a known kind of storage")
-            if numel < 0:
-                raise Malformed(f"a storage has {numel} elements")
-            return _view(Storage(_text(name), _elements(found), numel), rest[0] if rest else None)
+            if type(numel) is not int or not 0 <= numel < 1 << 63:
+                raise Malformed("a storage's number of elements is none")
+            text = name.decode("ascii", "backslashreplace") if isinstance(name, bytes) else name
+            return Storage(text, kind_of(cls), numel)
     raise Malformed("it refers to something outside itself that is no storage")
-
-
-def _text(key: object) -> object:
-    return key.decode("ascii", "backslashreplace") if isinstance(key, bytes) else key
-
-
-def _view(root: Storage, view: object) -> Storage:
-    match view:
-        case None:
-            return root
-        case (_, int() as start, int() as numel) if (
-            0 <= start <= root.numel and 0 <= numel <= root.numel - start
-        ):
-            return Storage(root.key, root.elements, numel, start)
-    raise Malformed("a view of a storage goes past it")
 
 
 def elements_of(value: object) -> Elements:
@@ -153,19 +144,23 @@ def elements_of(value: object) -> Elements:
 
 
 def _sizes(value: object) -> tuple[int, ...]:
-    if not isinstance(value, (tuple, list)) or not all(type(v) is int and 0 <= v < 1 << 63 for v in value):
-        raise Malformed("a tensor's shape or strides are not counts")
+    if type(value) is not tuple and type(value) is not list:
+        raise Malformed("a tensor's shape or strides are no tuple")
     if len(value) > MAX_DIMS:
         raise Malformed(f"a tensor has {len(value):,} dimensions")
-    return tuple(v for v in value if isinstance(v, int))
+    for size in value:
+        if type(size) is not int or not 0 <= size < 1 << 63:
+            raise Malformed("a tensor's shape or strides are no counts")
+    return tuple(value)
 
 
-def _tensor(
-    storage: object, offset: object, shape: object, strides: object, elements: Elements | None
-) -> object:
+def tensor_of(
+    storage: object, offset: object, shape: object, strides: object, elements: Elements | None = None
+) -> TensorRef:
+    """A view of a storage, which it must lie in; raises Malformed."""
     sizes, steps = _sizes(shape), _sizes(strides)
     if not isinstance(storage, Storage):
-        raise Malformed("a tensor's storage is not one")
+        raise Malformed("a tensor's storage is none")
     if type(offset) is not int or not 0 <= offset < 1 << 63 or len(sizes) != len(steps):
         raise Malformed("a tensor's offset, shape and strides do not fit together")
     made = TensorRef(storage, elements or storage.elements, offset, sizes, steps)
@@ -177,7 +172,7 @@ def _tensor(
 def _rebuild(args: tuple[object, ...]) -> object:
     if len(args) != 4:
         raise Malformed("a tensor is made of the wrong number of things")
-    return _tensor(args[0], args[1], args[2], args[3], None)
+    return tensor_of(args[0], args[1], args[2], args[3])
 
 
 def _marked(made: object, metadata: object) -> object:
@@ -188,14 +183,15 @@ def _marked(made: object, metadata: object) -> object:
 def _rebuild_v2(args: tuple[object, ...]) -> object:
     if not 4 <= len(args) <= 7:
         raise Malformed("a tensor is made of the wrong number of things")
-    return _marked(_tensor(args[0], args[1], args[2], args[3], None), args[6] if len(args) > 6 else None)
+    return _marked(tensor_of(args[0], args[1], args[2], args[3]), args[6] if len(args) > 6 else None)
 
 
 def _rebuild_v3(args: tuple[object, ...]) -> object:
     if not 7 <= len(args) <= 8:
         raise Malformed("a tensor is made of the wrong number of things")
     return _marked(
-        _tensor(args[0], args[1], args[2], args[3], elements_of(args[6])), args[7] if len(args) > 7 else None
+        tensor_of(args[0], args[1], args[2], args[3], elements_of(args[6])),
+        args[7] if len(args) > 7 else None,
     )
 
 

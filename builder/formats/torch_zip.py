@@ -8,13 +8,12 @@ from builder.errors import Place, Problem, SourceError
 from builder.formats.blob import Blob
 from builder.formats.checkpoint import Checkpoint
 from builder.formats.pickles import load
-from builder.formats.torch_tree import Found, gather
-from builder.formats.torch_values import BUILDERS, Storage, TensorRef, storage_of
-from builder.formats.views import tensor_at
+from builder.formats.torch_assembly import assemble
+from builder.formats.torch_values import BUILDERS, Storage, storage_of
 from builder.formats.zipfiles import Record, content, read_records
-from builder.tensors import LazyTensor
 
-_MAX_DEFLATED_PICKLE = 64 << 20
+_MAX_DEFLATED_PICKLE = 256 << 20
+_PIECE = 1 << 20
 
 # Records that say how the archive was written.
 _HOUSEKEEPING = frozenset(
@@ -23,34 +22,30 @@ _HOUSEKEEPING = frozenset(
 
 
 def open_zip(blob: Blob, name: str) -> Checkpoint:
-    """The checkpoint in a zip that `torch.save` wrote; raises SourceError."""
-    records = {n: r for n, r in read_records(blob, name).items() if not (n.endswith("/") and not r.size)}
+    """The checkpoint in a zip that `torch.save` wrote, which `name` is for messages.
+
+    Raises SourceError when it is none, is damaged, may be read in two ways, or holds code.
+    """
+    records = {n: r for n, r in read_records(blob, name).items() if r.size or not n.endswith("/")}
     root = _root(records, name)
     own = {n.removeprefix(root): r for n, r in records.items() if n.startswith(root)}
     if "constants.pkl" in own or any(n.startswith("code/") for n in own):
         raise _refused(name, "the file is a TorchScript program, not a checkpoint")
-    big_endian = _byte_order(blob, own, name)
-    pickled = _pickle(blob, own["data.pkl"], name)
+    big_endian = _big_endian(blob, own, name)
+    pickled = content(blob, own["data.pkl"], name)
+    _check(pickled, own["data.pkl"], name)
     read = load(pickled, file=name, part="data.pkl", builders=BUILDERS, persistent=storage_of)
     if read.end != pickled.size:
         raise _refused(name, "bytes follow the end of `data.pkl`", f"{pickled.size - read.end:,} bytes")
-    found = gather(read.value, name)
-    archive = _Archive(blob, own, name, big_endian)
-    tensors = archive.tensors(found)
-    for record in records.values():
-        inner = record.name.removeprefix(root) if record.name.startswith(root) else None
-        if inner not in _HOUSEKEEPING and inner not in archive.contents:
-            found.others[record.name] = f"record of {record.size:,} bytes that no tensor uses"
-    return Checkpoint(
-        name,
-        "torch-zip",
-        blob.size,
-        tensors,
-        globals=tuple(sorted(read.globals)),
-        others=found.others,
-        nesting=found.nesting,
-        blobs=(blob,),
+    storages = _Storages(blob, own, name)
+    checkpoint = assemble(
+        blob, name, "torch-zip", read.value, read.globals, storages.locate, big_endian=big_endian
     )
+    used = _HOUSEKEEPING | storages.contents.keys()
+    for path, record in records.items():
+        if not path.startswith(root) or path.removeprefix(root) not in used:
+            checkpoint.others[path] = f"record of {record.size:,} bytes that no tensor uses"
+    return checkpoint
 
 
 def _refused(file: str, fact: str, *evidence: str, hint: str | None = None) -> SourceError:
@@ -66,13 +61,15 @@ def _root(records: dict[str, Record], file: str) -> str:
         raise _refused(
             file,
             "the file is a zip archive, but not one that PyTorch wrote: it has no `data.pkl`",
-            f"it holds {len(records):,} records, such as {', '.join(f'`{n}`' for n in list(records)[:3])}",
-            hint="unpack the archive and use the checkpoint in it",
+            f"its records are {', '.join(f'`{n}`' for n in list(records)[:3])}…"
+            if records
+            else "it is empty",
+            hint="if a checkpoint is packed in it, unpack it first",
         )
     return found[0].removesuffix("data.pkl")
 
 
-def _byte_order(blob: Blob, own: dict[str, Record], file: str) -> bool:
+def _big_endian(blob: Blob, own: dict[str, Record], file: str) -> bool:
     record = own.get("byteorder")
     if record is None:
         return False
@@ -83,84 +80,42 @@ def _byte_order(blob: Blob, own: dict[str, Record], file: str) -> bool:
     raise _refused(file, "the file's byte order is not known", f"its record says {bytes(word)!r}")
 
 
-def _pickle(blob: Blob, record: Record, file: str) -> Blob:
-    """The bytes of `data.pkl`, whose checksum is right."""
+def _check(pickled: Blob, record: Record, file: str) -> None:
+    """Read a pickle once before any of it is believed; archives that know no checksum say 0."""
     if record.deflated and record.size > _MAX_DEFLATED_PICKLE:
-        raise _refused(file, "`data.pkl` is packed and too large to be unpacked", f"{record.size:,} bytes")
-    pickled = content(blob, record, file)
-    if record.deflated:
-        data = bytearray(record.size)
-        pickled.read_into(0, memoryview(data))
-        return _Memory(blob.name, bytes(data))
+        raise _refused(file, "the record `data.pkl` is deflated and too large", f"{record.size:,} bytes")
     crc = 0
-    buffer = memoryview(bytearray(min(record.size, 1 << 20)))
-    for start in range(0, record.size, 1 << 20):
-        piece = buffer[: min(len(buffer), record.size - start)]
+    buffer = memoryview(bytearray(min(record.size, _PIECE)))
+    for start in range(0, record.size, _PIECE):
+        piece = buffer[: record.size - start]
         pickled.read_into(start, piece)
         crc = zlib.crc32(piece, crc)
     if record.crc and crc != record.crc:
         raise _refused(file, "the record `data.pkl` is damaged: its checksum is wrong")
-    return pickled
 
 
-class _Memory:
-    """Bytes at hand, as a blob."""
+class _Storages:
+    """Where the storages are; each record is opened once, however many storages mention it."""
 
-    def __init__(self, name: str, data: bytes) -> None:
-        self.name = name
-        self.size = len(data)
-        self._data = data
-
-    def read_into(self, offset: int, out: memoryview) -> None:
-        out[:] = self._data[offset : offset + len(out)]
-
-    def close(self) -> None:
-        pass
-
-
-class _Archive:
-    """The storages' records, each found and checked once."""
-
-    def __init__(self, blob: Blob, records: dict[str, Record], file: str, big_endian: bool) -> None:
-        self.blob = blob
-        self.records = records
-        self.file = file
-        self.big_endian = big_endian
+    def __init__(self, blob: Blob, records: dict[str, Record], file: str) -> None:
         self.contents: dict[str, tuple[Blob, int]] = {}
+        self._blob = blob
+        self._records = records
+        self._file = file
 
-    def tensors(self, found: Found) -> dict[str, LazyTensor]:
-        """Lazy tensors for references; what has no element type of ours goes to the others."""
-        made: dict[str, LazyTensor] = {}
-        for name, ref in found.tensors.items():
-            blob, offset = self.content(ref.storage, name)
-            dtype = ref.elements.dtype
-            if dtype is None:
-                found.others[name] = _foreign(ref)
-                continue
-            at = offset + ref.offset * dtype.itemsize
-            made[name] = tensor_at(blob, at, dtype, ref.shape, ref.strides, big_endian=self.big_endian)
-        return made
-
-    def content(self, storage: Storage, tensor: str) -> tuple[Blob, int]:
-        """Where a storage's bytes are: a blob and the offset in it."""
-        key = f"data/{storage.key}"
-        record = self.records.get(key)
+    def locate(self, storage: Storage, tensor: str) -> tuple[Blob, int]:
+        """A stored record's bytes are a range of the file; a deflated one is a blob of its own."""
+        path = f"data/{storage.key}"
+        record = self._records.get(path)
         if record is None:
-            raise _refused(self.file, f"the data of `{tensor}` is missing", f"there is no record `{key}`")
-        if storage.nbytes > record.size:
+            raise _refused(self._file, f"the data of `{tensor}` is missing", f"there is no record `{path}`")
+        if storage.nbytes > record.size or (record.deflated and storage.nbytes != record.size):
             raise _refused(
-                self.file,
-                f"the data of `{tensor}` is incomplete",
-                f"its storage has {storage.nbytes:,} bytes, the record `{key}` only {record.size:,}",
+                self._file,
+                f"the data of `{tensor}` is not what its record holds",
+                f"{storage.nbytes:,} bytes of data, {record.size:,} bytes in the record `{path}`",
             )
-        found = self.contents.get(key)
-        if found is None:
-            found = (self.blob, record.offset)
-            if record.deflated:
-                found = (content(self.blob, record, self.file), 0)
-            self.contents[key] = found
-        return found
-
-
-def _foreign(ref: TensorRef) -> str:
-    return f"{ref.elements.name} tensor {list(ref.shape)}, which no component can have"
+        if path not in self.contents:
+            inflated = content(self._blob, record, self._file) if record.deflated else None
+            self.contents[path] = (inflated, 0) if inflated else (self._blob, record.offset)
+        return self.contents[path]
