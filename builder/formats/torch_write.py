@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import struct
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,12 +45,14 @@ def write_torch(
     inputs: Iterable[os.stat_result | Path | str] = (),
     reporter: Reporter = SILENT,
     task: str = "writing",
+    accept: Callable[[int], object] = lambda fd: None,
 ) -> None:
     """Write a dict of tensors as `torch.save` would, but streaming and always the same bytes.
 
     With `nesting` the tensors lie in a dict of that name inside the file's dict. `extras` are further
     entries of the file's dict: the opcodes (pickle protocol 2, without header and STOP) that push each
     value; with none, `torch.load(weights_only=True)` reads the file. The order of tensors is kept.
+    `accept` sees the open file before it takes its place, and may raise.
     Raises OutputError for a type that torch has no tensors of, and as `replacing` does.
     """
     table = _Pickle().file(tensors, nesting, extras or {})
@@ -67,6 +69,7 @@ def write_torch(
         with replacing(path, durable=durable, inputs=inputs) as fd:
             sums = _copy(fd, records, threads, reporter, task)
             _write_headers(fd, records, sums)
+            accept(fd)
     finally:
         reporter.finish(task)
 
@@ -173,7 +176,8 @@ class _Record:
         return self.tensor.nbytes
 
 
-_MAX = 0xFFFFFFFF  # from here on zip needs its 64-bit fields
+_ELSEWHERE = 0xFFFFFFFF  # says that a value is in the 64-bit fields
+_LIMIT = _ELSEWHERE  # which values from here on need
 _DATE = 0x21  # 1980-01-01, the first that zip can say
 
 
@@ -181,7 +185,7 @@ def _lay_out(contents: Mapping[str, LazyTensor]) -> list[_Record]:
     records, offset = [], 0
     for path, tensor in contents.items():
         name = f"{ROOT}/{path}".encode()
-        bare = offset + 30 + len(name) + (20 if tensor.nbytes >= _MAX else 0)
+        bare = offset + 30 + len(name) + (20 if tensor.nbytes >= _LIMIT else 0)
         start = -(-(bare + 4) // ALIGNMENT) * ALIGNMENT  # room for the padding's own header
         records.append(_Record(name, tensor, offset, start))
         offset = start + tensor.nbytes
@@ -216,8 +220,8 @@ def _blank(data: memoryview) -> bool:
 def _write_headers(fd: int, records: Sequence[_Record], sums: Sequence[int]) -> None:
     directory = bytearray()
     for record, crc in zip(records, sums, strict=True):
-        large, far = record.size >= _MAX, record.offset >= _MAX
-        size = _MAX if large else record.size
+        large, far = record.size >= _LIMIT, record.offset >= _LIMIT
+        size = _ELSEWHERE if large else record.size
         version = 45 if large or far else 20
         common = (0x800, 0, 0, _DATE, crc, size, size, len(record.name))  # UTF-8, stored
         sizes = struct.pack("<QQ", record.size, record.size) if large else b""
@@ -228,7 +232,9 @@ def _write_headers(fd: int, records: Sequence[_Record], sums: Sequence[int]) -> 
         write_all(fd, memoryview(local), record.offset)
         extra = _extra(1, sizes + (struct.pack("<Q", record.offset) if far else b""))
         head = (b"PK\x01\x02", version, version, *common, len(extra), 0, 0, 0, 0)
-        directory += struct.pack("<4s6H3I5H2I", *head, _MAX if far else record.offset) + record.name + extra
+        directory += (
+            struct.pack("<4s6H3I5H2I", *head, _ELSEWHERE if far else record.offset) + record.name + extra
+        )
     start = records[-1].start + records[-1].size
     write_all(fd, memoryview(directory + _end(len(records), len(directory), start)), start)
 
@@ -240,8 +246,8 @@ def _extra(kind: int, data: bytes) -> bytes:
 def _end(count: int, size: int, start: int) -> bytes:
     """The end of central directory, with its 64-bit form before it where that is needed."""
     wide = b""
-    if count >= 0xFFFF or size >= _MAX or start >= _MAX:
+    if count >= 0xFFFF or size >= _LIMIT or start >= _LIMIT:
         wide = struct.pack("<4sQ2H2I4Q", b"PK\x06\x06", 44, 45, 45, 0, 0, count, count, size, start)
         wide += struct.pack("<4sIQI", b"PK\x06\x07", 0, start + size, 1)
-    few, small, near = min(count, 0xFFFF), min(size, _MAX), min(start, _MAX)
-    return wide + struct.pack("<4s4H2IH", b"PK\x05\x06", 0, 0, few, few, small, near, 0)
+    fields = (0xFFFF, 0xFFFF, _ELSEWHERE, _ELSEWHERE) if wide else (count, count, size, start)
+    return wide + struct.pack("<4s4H2IH", b"PK\x05\x06", 0, 0, *fields, 0)

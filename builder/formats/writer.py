@@ -20,6 +20,7 @@ from builder.formats.safetensors import MAX_HEADER, METADATA, Entry
 from builder.progress import SILENT, Reporter
 from builder.tensors import WINDOW, DType, LazyTensor
 
+_ALIGN = 16  # bytes; of windows, so that no element is cut
 _FLUSH = 1 << 20  # bytes from which telling the system about a write is worth a call
 _ORDER = {dtype: index for index, dtype in enumerate(DType)}
 
@@ -112,8 +113,8 @@ def write(
 
     Tensors are pulled in windows by `threads` threads, each window being read, hashed and written while
     it is warm; at most `max_memory` bytes of windows exist at once. The bytes depend on the tensors and
-    the metadata alone. `reporter` hears of `task` in bytes of tensors. Without `sha256` digests of tensors are
-    XXH3 alone. `accept` sees what was written before it takes its place, and may raise.
+    the metadata alone. `reporter` hears of `task` in bytes of tensors. Without `sha256`, digests of
+    tensors are XXH3 alone. `accept` sees what was written before it takes its place, and may raise.
     Raises OutputError when the file cannot be written or `path` is one of `inputs`, and what the tensors'
     `read_into` raises, with the tensor named. Of several failures the first in the order of the work is
     raised.
@@ -127,14 +128,13 @@ def write(
         with replacing(path, durable=durable, inputs=inputs) as fd:
             _check_room(path, fd, layout.size)
             write_all(fd, memoryview(layout.head), 0)
-            output = _Output(fd, durable, reporter, task)
+            job = _Job(fd, durable, reporter, task, threads, max_memory)
             hasher = partial(TensorHasher, sha256) if tensor_digests else None
-            if file_digest:
-                whole = hashlib.sha256(layout.head)
-                digests = _in_order(output, spans, whole, hasher, threads, max_memory)
-            else:
-                digests = _by_tensor(output, spans, hasher, threads, max_memory)
-            digest = whole.hexdigest() if file_digest else None
+            whole = hashlib.sha256(layout.head) if file_digest else None
+            digests = (
+                _by_tensor(job, spans, hasher) if whole is None else _in_order(job, spans, whole, hasher)
+            )
+            digest = whole.hexdigest() if whole is not None else None
             written = Written(path, layout.size, digest, digests, data_offset)
             accept(written)
     finally:
@@ -173,26 +173,27 @@ class _Span(NamedTuple):
             raise
 
 
-class _Output:
-    """The file being made, and who hears of it."""
+class _Job:
+    """The file being made, the means to make it, and who hears of it."""
 
-    def __init__(self, fd: int, durable: bool, reporter: Reporter, task: str) -> None:
+    def __init__(
+        self, fd: int, durable: bool, reporter: Reporter, task: str, threads: int, max_memory: int
+    ) -> None:
         self.fd, self.durable, self.reporter, self.task = fd, durable, reporter, task
+        self.window = max(_ALIGN, min(WINDOW, max_memory) // _ALIGN * _ALIGN)
+        self.most = max(1, max_memory // self.window)
+        self.threads = max(1, min(threads, self.most))
 
     def write(self, data: memoryview, offset: int) -> None:
         write_all(self.fd, data, offset)
-        if self.durable and len(data) >= _FLUSH:
+        if self.durable and len(data) >= _FLUSH and hasattr(os, "posix_fadvise"):
             # Starts the way to the disk at once and without waiting, so that little is left for fsync.
             os.posix_fadvise(self.fd, offset, len(data), os.POSIX_FADV_DONTNEED)
         self.reporter.advance(self.task, len(data))
 
 
 def _by_tensor(
-    output: _Output,
-    spans: list[_Span],
-    make_hasher: Callable[[], TensorHasher] | None,
-    threads: int,
-    max_memory: int,
+    job: _Job, spans: list[_Span], make_hasher: Callable[[], TensorHasher] | None
 ) -> dict[str, Digest]:
     """Write each tensor in one thread that digests it too; largest first, so that threads end together."""
     found: dict[str, Digest] = {}
@@ -206,43 +207,37 @@ def _by_tensor(
             span.read_into(start, piece)
             if hasher:
                 hasher.update(piece)
-            output.write(piece, span.offset + start)
+            job.write(piece, span.offset + start)
         if hasher:
             found[span.name] = hasher.digest()
 
-    with _Team(len(order), work, threads, max_memory, hold=False) as team:
+    with _Team(job, len(order), work, buffers=job.threads, hold=False) as team:
         for _ in team:
             pass
     return {span.name: found[span.name] for span in spans} if make_hasher else {}
 
 
 def _in_order(
-    output: _Output,
-    spans: list[_Span],
-    sha256: hashlib._Hash,
-    make_hasher: Callable[[], TensorHasher] | None,
-    threads: int,
-    max_memory: int,
+    job: _Job, spans: list[_Span], whole: hashlib._Hash, make_hasher: Callable[[], TensorHasher] | None
 ) -> dict[str, Digest]:
     """Write chunks of the file in threads, while this thread digests them in the order of the file."""
-    chunks = list(_chunks(spans, min(WINDOW, max_memory)))
+    chunks = list(_chunks(spans, job.window))
 
     def work(index: int, buffer: memoryview) -> None:
         at = 0
         for span, start, length in chunks[index].parts:
             span.read_into(start, buffer[at : at + length])
             at += length
-        output.write(buffer[:at], chunks[index].offset)
+        job.write(buffer[:at], chunks[index].offset)
 
     found: dict[str, Digest] = {}
     hasher = make_hasher() if make_hasher else None
-    with _Team(len(chunks), work, threads, max_memory, hold=True) as team:
-        for index, buffer in enumerate(team):
-            sha256.update(buffer[: chunks[index].length])
+    with _Team(job, len(chunks), work, buffers=min(2 * job.threads + 2, job.most), hold=True) as team:
+        for chunk, buffer in zip(chunks, team, strict=False):
+            whole.update(buffer[: chunk.length])
             at = 0
-            if make_hasher is None or hasher is None:
-                continue
-            for span, start, length in chunks[index].parts:
+            for span, start, length in chunk.parts if make_hasher else ():
+                assert make_hasher is not None and hasher is not None
                 hasher.update(buffer[at : at + length])
                 at += length
                 if start + length == span.length:
@@ -289,20 +284,20 @@ class _Team:
     """
 
     def __init__(
-        self, count: int, work: Callable[[int, memoryview], None], threads: int, max_memory: int, hold: bool
+        self, job: _Job, count: int, work: Callable[[int, memoryview], None], *, buffers: int, hold: bool
     ) -> None:
-        size = min(WINDOW, max_memory)
-        threads = max(1, min(threads, count, max_memory // size))
-        self._count, self._work, self._hold, self._size = count, work, hold, size
+        self._count, self._work, self._size, self._hold = count, work, job.window, hold
         # Buffers are few and made once: touching fresh memory costs as much as reading into it.
-        self._unmade = min(threads * 2 + 2 if hold else threads, max_memory // size)
+        self._unmade = buffers
         self._free: list[memoryview] = []
         self._done: dict[int, memoryview] = {}
         self._failed: dict[int, BaseException] = {}
         self._next = 0
         self._stopped = False
         self._changed = threading.Condition()
-        self._threads = [threading.Thread(target=self._run, name=f"writer-{n}") for n in range(threads)]
+        self._threads = [
+            threading.Thread(target=self._run, name=f"writer-{n}") for n in range(min(job.threads, count))
+        ]
 
     def __enter__(self) -> _Team:
         for thread in self._threads:

@@ -1,0 +1,161 @@
+"""`ckpt build`: from a recipe to its files."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from builder import explain
+from builder.cli.session import Session, json_option, need_lock, open_session, quiet_option, recipe_argument
+from builder.cli.terminal import make_reporter
+from builder.errors import ExitCode, Problem, UnreproducibleError, UsageError
+from builder.lock import differences, write_lock
+from builder.plan import OutputJob, Plan
+from builder.progress import Reporter, human_bytes
+from builder.run import Build, build
+from builder.store import Store
+
+
+@click.command("build")
+@recipe_argument
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Where the file goes.")
+@click.option("--locked", is_flag=True, help="Fail if the lock would change, and show how.")
+@click.option("--offline", is_flag=True, help="Use no network.")
+@click.option("--frozen", is_flag=True, help="Both --locked and --offline.")
+@click.option("--check", is_flag=True, help="Build everything a second time without the store, and compare.")
+@click.option("--explain", "explained", is_flag=True, help="Say why each step is done or not.")
+@click.option("--threads", type=click.IntRange(1, 256), help="Threads to use; the bytes are the same.")
+@json_option
+@quiet_option
+def command(
+    recipe: Path,
+    output: Path | None,
+    locked: bool,
+    offline: bool,
+    frozen: bool,
+    check: bool,
+    explained: bool,
+    threads: int | None,
+    as_json: bool,
+    quiet: bool,
+) -> int:
+    """Build the files of RECIPE; what is made already is reused, what is unchanged is left alone."""
+    locked, offline = locked or frozen, offline or frozen
+    with make_reporter(quiet) as reporter, open_session(recipe, reporter) as session:
+        place = _place(session, output)
+        lock = need_lock(session) if locked else None
+        with session.plan() as plan:
+            if explained:
+                click.echo(explain.to_text(plan), err=True)
+            _say_what_is_left_out(plan, reporter)
+            made = build(
+                plan,
+                catalog=session.catalog,
+                store=session.store,
+                threads=threads,
+                place=place,
+                locked=lock,
+                reporter=reporter,
+            )
+        for id_, changes in sorted(made.changes.items()):
+            for change in changes:
+                reporter.note(f"{id_}: {change}")
+        if check:
+            _check(session, made, threads, reporter)
+        if not locked and made.lock is not None:
+            if session.lock is not None:
+                for change in differences(session.lock, made.lock):
+                    reporter.note(f"the lock changes: {change}")
+            write_lock(session.lock_path, made.lock)
+    click.echo(json.dumps(_to_json(made), indent=2) if as_json else _to_text(made))
+    return ExitCode.DONE
+
+
+def _place(session: Session, output: Path | None) -> Callable[[OutputJob], Path]:
+    if output is None:
+        return lambda job: job.target
+    if len(session.recipe.outputs) > 1:
+        raise UsageError(
+            Problem(
+                "`-o` names one file, the recipe has several outputs",
+                evidence=tuple(o.file for o in session.recipe.outputs),
+                hint="name the files in the recipe",
+            )
+        )
+    return lambda job: output
+
+
+def _say_what_is_left_out(plan: Plan, reporter: Reporter) -> None:
+    for name, left in plan.left_out.items():
+        for reason, names in left.names.items():
+            size = human_bytes(left.sizes[reason])
+            reporter.note(f"left out of `{name}`: {reason}, {len(names):,} tensors, {size}")
+
+
+def _check(session: Session, made: Build, threads: int | None, reporter: Reporter) -> None:
+    """Build again from nothing, in a folder of its own, and compare; raises UnreproducibleError."""
+    first = {b.name: b for b in made.outputs}
+    folder = made.outputs[0].path.parent
+    with tempfile.TemporaryDirectory(prefix=".ckpt-check-", dir=folder) as temporary:
+        root = Path(temporary)
+        with Store(root / "store", reporter=reporter) as store:
+            again = replace(session, store=store, lock=None)
+            with again.plan() as plan:
+                second = build(
+                    plan,
+                    catalog=session.catalog,
+                    store=store,
+                    threads=threads,
+                    place=lambda job: root / f"{job.output.name}.out",
+                    reporter=reporter,
+                )
+    problems = [
+        Problem(
+            f"building `{b.path.name}` again gave another file",
+            evidence=(
+                f"first  {first[b.name].sha256}",
+                f"second {b.sha256}",
+                *(differences(made.lock, second.lock) if made.lock and second.lock else ()),
+            ),
+            hint="please report this with the recipe: it must not happen",
+        )
+        for b in second.outputs
+        if b.sha256 != first[b.name].sha256
+    ]
+    if problems:
+        raise UnreproducibleError(*problems)
+    reporter.note("built a second time without the store: the same bytes")
+
+
+def _to_json(made: Build) -> dict[str, Any]:
+    return {
+        "schema": 1,
+        "outputs": [
+            {
+                "name": b.name,
+                "path": str(b.path),
+                "state": b.state,
+                "size": b.size,
+                "sha256": b.sha256,
+                "tensor_digest": b.tensor_digest,
+                "metric": b.metric or None,
+            }
+            for b in made.outputs
+        ],
+        "made": sorted(made.made),
+        "changes": {k: list(v) for k, v in sorted(made.changes.items())},
+    }
+
+
+def _to_text(made: Build) -> str:
+    lines = []
+    for b in made.outputs:
+        metric = f"  ({b.metric})" if b.metric else ""
+        lines += [f"{b.state:<9}  {b.path}  {human_bytes(b.size)}{metric}", f"           sha256 {b.sha256}"]
+    return "\n".join(lines)

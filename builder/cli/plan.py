@@ -1,0 +1,36 @@
+"""`ckpt plan`: what a build would do, and why."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from builder import explain
+from builder.cli.session import open_session, quiet_option, recipe_argument
+from builder.cli.terminal import make_reporter
+from builder.errors import ExitCode
+
+
+@click.command("plan")
+@recipe_argument
+@click.option("--json", "form", flag_value="json", help="One JSON object on stdout.")
+@click.option("--dot", "form", flag_value="dot", help="A drawing for Graphviz.")
+@click.option("--mermaid", "form", flag_value="mermaid", help="A drawing for Markdown.")
+@quiet_option
+def command(recipe: Path, form: str | None, quiet: bool) -> int:
+    """Say what building RECIPE would do: each step, its inputs, and why it is made or not.
+
+    Reads tables of contents only, never tensor data.
+    """
+    with make_reporter(quiet) as reporter, open_session(recipe, reporter) as session, session.plan() as plan:
+        if form == "json":
+            click.echo(json.dumps(explain.to_json(plan), indent=2))
+        elif form == "dot":
+            click.echo(explain.to_dot(plan))
+        elif form == "mermaid":
+            click.echo(explain.to_mermaid(plan))
+        else:
+            click.echo(explain.to_text(plan))
+    return ExitCode.DONE

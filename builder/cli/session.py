@@ -1,0 +1,68 @@
+"""What the commands that take a recipe have in common: opening it, its lock, the store and the plan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from builder.catalog import Catalog, load_catalog
+from builder.errors import LockError, Problem
+from builder.lock import Lock, lock_path, read_lock
+from builder.plan import Plan, make_plan
+from builder.progress import Reporter
+from builder.recipe import Recipe, load_recipe
+from builder.store import Store
+
+recipe_argument = click.argument("recipe", type=click.Path(path_type=Path), metavar="RECIPE")
+quiet_option = click.option("--quiet", "-q", is_flag=True, help="No progress, no notes.")
+json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+
+
+@dataclass
+class Session:
+    """A recipe with all that it takes to plan and build it."""
+
+    recipe: Recipe
+    catalog: Catalog
+    store: Store
+    lock: Lock | None
+    lock_path: Path
+    reporter: Reporter
+
+    def plan(self, **options: Any) -> Plan:
+        """The plan of the recipe."""
+        return make_plan(
+            self.recipe,
+            catalog=self.catalog,
+            store=self.store,
+            lock=self.lock,
+            load=lambda path: load_recipe(path, self.catalog),
+            reporter=self.reporter,
+            **options,
+        )
+
+
+@contextmanager
+def open_session(path: Path, reporter: Reporter) -> Iterator[Session]:
+    """Read a recipe and its lock, and open the store."""
+    catalog = load_catalog()
+    recipe = load_recipe(path, catalog)
+    for note in recipe.notes:
+        reporter.warn(note)
+    where = lock_path(path)
+    with Store(reporter=reporter) as store:
+        yield Session(recipe, catalog, store, read_lock(where), where, reporter)
+
+
+def need_lock(session: Session) -> Lock:
+    """The recipe's lock; raises LockError when there is none."""
+    if session.lock is None:
+        raise LockError(
+            Problem(f"there is no lock `{session.lock_path}`", hint="`ckpt build` or `ckpt lock` makes it")
+        )
+    return session.lock

@@ -1,0 +1,125 @@
+"""A plan in words, as JSON, and as a drawing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from builder.errors import printable
+from builder.plan import ComponentJob, Node, OutputJob, Plan, SourceJob, StepJob
+from builder.progress import human_bytes
+
+STATES = {
+    "make": "make",
+    "stored": "stored",
+    "unchanged": "unchanged",
+    "stream": "stream",
+    "known": "known",
+    "hash": "hash",
+    "fetch": "fetch",
+}
+
+
+def to_text(plan: Plan) -> str:
+    """One line a step: what happens, to what, how much of it, from what, and why."""
+    rows = [_row(plan, node) for node in plan]
+    widths = [max(len(row[i]) for row in rows) for i in range(3)] if rows else [0, 0, 0]
+    lines = [
+        f"{state:<{widths[0]}}  {what:<{widths[1]}}  {size:>{widths[2]}}  {rest}".rstrip()
+        for state, what, size, rest in rows
+    ]
+    reads, writes = totals(plan)
+    if not any(n.state in ("make", "hash", "fetch") for n in plan):
+        lines.append("nothing to do")
+    else:
+        lines.append(f"reads {human_bytes(reads)}, writes {human_bytes(writes)}")
+    return "\n".join(lines)
+
+
+def totals(plan: Plan) -> tuple[int, int]:
+    """Bytes to be read and to be written by the whole plan."""
+    return sum(n.reads for n in plan), sum(n.writes for n in plan if n.state not in ("stored", "stream"))
+
+
+def _row(plan: Plan, node: Node) -> tuple[str, str, str, str]:
+    inputs = [n.id for n in plan.inputs(node.id)]
+    size = node.writes if isinstance(node.job, (ComponentJob, OutputJob)) else node.reads
+    made_of = f"← {', '.join(inputs)}; " if inputs and not isinstance(node.job, ComponentJob) else ""
+    return (
+        STATES[node.state],
+        printable(node.id),
+        human_bytes(size) if size else "",
+        printable(f"{made_of}{node.why}"),
+    )
+
+
+def to_json(plan: Plan) -> dict[str, Any]:
+    """The plan as data, schema 1: steps in an order in which they can be done."""
+    reads, writes = totals(plan)
+    return {
+        "schema": 1,
+        "recipe": plan.recipe.name,
+        "reads": reads,
+        "writes": writes,
+        "steps": [
+            {
+                "id": n.id,
+                "kind": n.kind,
+                "state": n.state,
+                "why": n.why,
+                "key": n.key,
+                "inputs": [i.id for i in plan.inputs(n.id)],
+                "reads": n.reads,
+                "writes": n.writes,
+                **_details(n),
+            }
+            for n in plan
+        ],
+        "left_out": {
+            name: {
+                reason: {"keys": len(names), "bytes": left.sizes[reason]}
+                for reason, names in left.names.items()
+            }
+            for name, left in plan.left_out.items()
+        },
+    }
+
+
+def _details(node: Node) -> dict[str, Any]:
+    job = node.job
+    if isinstance(job, SourceJob):
+        spec = job.sources.spec(job.source)
+        return {"file": spec.file, "sha256": node.key}
+    if isinstance(job, StepJob):
+        return {"op": job.operation.name, "class": job.cls, "params": dict(job.params)}
+    if isinstance(job, ComponentJob):
+        digest = node.made.digest.xxh3 if node.made is not None else None
+        return {"class": job.cls, "digest": digest, **job.params()}
+    return {"file": job.output.file, "architecture": job.architecture.name}
+
+
+def to_dot(plan: Plan) -> str:
+    """The plan in Graphviz's language."""
+    shapes = {"source": "folder", "step": "ellipse", "component": "box", "output": "note"}
+    lines = ["digraph plan {", "  rankdir=LR;"]
+    for node in plan:
+        style = "filled" if node.state in ("make", "hash", "fetch") else "solid"
+        label = _quoted(f"{node.id}\n{node.state}")
+        lines.append(f"  {_quoted(node.id)} [label={label}, shape={shapes[node.kind]}, style={style}];")
+    lines += [f"  {_quoted(i.id)} -> {_quoted(n.id)};" for n in plan for i in plan.inputs(n.id)]
+    return "\n".join([*lines, "}"])
+
+
+def _quoted(text: str) -> str:
+    escaped = printable(text.replace("\n", "\0")).replace("\\x00", "\0")
+    return '"' + escaped.replace("\\", "\\\\").replace('"', '\\"').replace("\0", "\\n") + '"'
+
+
+def to_mermaid(plan: Plan) -> str:
+    """The plan as a Mermaid flowchart, which Markdown viewers draw."""
+    names = {n.id: f"n{i}" for i, n in enumerate(plan)}
+    lines = ["flowchart LR"]
+    for node in plan:
+        label = printable(node.id).replace('"', "#quot;")
+        lines.append(f'  {names[node.id]}["{label}<br/><i>{node.state}</i>"]')
+    lines += [f"  {names[i.id]} --> {names[n.id]}" for n in plan for i in plan.inputs(n.id)]
+    return "\n".join(lines)

@@ -1,0 +1,93 @@
+"""An output's metadata: what its recipe, its base and its components say, and never a time or a place."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from builder.catalog import Architecture
+    from builder.recipe import Output, Recipe
+    from builder.store import Made
+
+# Of a base's own metadata, what would be untrue of what is made from it.
+_UNTRUE = ("modelspec.hash_sha256", "modelspec.date", "modelspec.thumbnail", "sshs_", "ckpt.")
+
+# Pixels that an architecture was trained on, by the beginning of its ModelSpec name.
+_RESOLUTIONS = {
+    "stable-diffusion-v1": "512x512",
+    "stable-diffusion-v2-512": "512x512",
+    "stable-diffusion-v2": "768x768",
+    "stable-diffusion-xl": "1024x1024",
+    "stable-diffusion-3": "1024x1024",
+    "flux": "1024x1024",
+}
+
+
+def recipe_digest(recipe: Recipe) -> str:
+    """SHA-256 of a recipe's meaning, less where unpinned sources lie: a path is not a meaning."""
+    said = recipe.meaning()
+    for name, source in recipe.sources.items():
+        if source.sha256 is None:
+            said["sources"][name] = {"recipe": True} if source.recipe is not None else {}
+    return hashlib.sha256(canonical(said).encode()).hexdigest()
+
+
+def canonical(data: Any) -> str:
+    """JSON of one form: sorted, compact, ASCII."""
+    return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+
+
+def stated_metadata(
+    recipe: Recipe,
+    output: Output,
+    architecture: Architecture,
+    carried: Mapping[str, str],
+    environment: Mapping[str, str],
+) -> dict[str, str]:
+    """What is known before anything is made: ModelSpec 1.0.1, the recipe's own, the base's, provenance.
+
+    A source's file name and digest appear where the recipe pins it: an unpinned source is known by its
+    content alone, so that the same tensors from another container give the same bytes.
+    """
+    said = {k: v for k, v in carried.items() if not k.startswith(_UNTRUE)}
+    v = "v_pred" in output.markers
+    spec = (architecture.modelspec_v if v else None) or architecture.modelspec
+    if spec is not None:
+        said |= {
+            "modelspec.sai_model_spec": "1.0.1",
+            "modelspec.architecture": spec,
+            "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+            "modelspec.title": recipe.name,
+        }
+        if resolution := next((r for k, r in _RESOLUTIONS.items() if spec.startswith(k)), None):
+            said["modelspec.resolution"] = resolution
+        if recipe.description:
+            said["modelspec.description"] = recipe.description
+        if v:
+            said["modelspec.prediction_type"] = "v"
+        for key in ("author", "license", "tags", "usage_hint"):
+            if key in output.metadata:
+                said[f"modelspec.{key}"] = output.metadata[key]
+        epoch = environment.get("SOURCE_DATE_EPOCH", "")
+        if epoch.isdecimal():
+            said["modelspec.date"] = datetime.fromtimestamp(int(epoch), timezone.utc).strftime("%Y-%m-%d")
+    sources = {
+        n: {"file": PurePosixPath(s.file).name, "sha256": s.sha256} if s.file else {"sha256": s.sha256}
+        for n, s in recipe.sources.items()
+        if s.sha256 is not None
+    }
+    said |= {"ckpt.recipe": recipe.name, "ckpt.recipe_sha256": recipe_digest(recipe)}
+    if sources:
+        said["ckpt.sources"] = canonical(sources)
+    return said | dict(output.metadata)
+
+
+def final_metadata(stated: Mapping[str, str], made: Mapping[str, tuple[str, Made]]) -> dict[str, str]:
+    """All metadata of an output; `made` holds, by class, the source's name and the finished component."""
+    components = {cls: {"from": source, "sha256": m.digest.sha256} for cls, (source, m) in made.items()}
+    return {**stated, "ckpt.components": canonical(components)}

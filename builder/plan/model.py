@@ -1,0 +1,205 @@
+"""The plan: a graph whose nodes say what is made, from what, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal
+
+from builder.fixes import FIXES
+from builder.numeric import PRECISIONS, NonFinite, Overflow, Precision
+from builder.operations import Operation
+from builder.tensors import DType, LazyTensor
+from builder.toml import Keys
+
+if TYPE_CHECKING:
+    import networkx as nx
+
+    from builder.catalog import Architecture
+    from builder.plan.sources import Sources
+    from builder.recipe import Output, Recipe
+    from builder.store import Made
+
+State = Literal["make", "stored", "unchanged", "stream", "known", "hash", "fetch"]
+
+
+@dataclass(frozen=True)
+class Take:
+    """A component as a source holds it; `cls` is the slot it is for, `component` a name asked for.
+
+    `at` is where the recipe says so.
+    """
+
+    node: str
+    sources: Sources
+    source: str
+    cls: str
+    component: str | None
+    at: Keys
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A component that another part of the plan finishes, as a recipe used as a source does."""
+
+    node: str
+
+
+@dataclass(frozen=True)
+class Applied:
+    """A component of a step's model."""
+
+    node: str
+
+
+Origin = Take | Finished | Applied
+
+
+@dataclass(frozen=True)
+class SourceJob:
+    """A source to be had, and to be hashed where its digest is not known."""
+
+    sources: Sources
+    source: str
+
+
+@dataclass(frozen=True)
+class StepJob:
+    """One class of a step's model: an operation over one component of each input."""
+
+    step: str
+    cls: str
+    operation: Operation
+    inputs: Mapping[str, Origin]
+    params: Mapping[str, Any]
+    store: bool
+
+
+@dataclass(frozen=True)
+class ComponentJob:
+    """A finished component: where it comes from, how it is repaired and rounded."""
+
+    cls: str
+    origin: Origin
+    fixes: tuple[str, ...]
+    precision: Precision
+    overflow: Overflow
+    non_finite: NonFinite
+
+    def params(self) -> dict[str, Any]:
+        """What of this, beside the origin, decides the bytes."""
+        applicable = [n for n in self.fixes if self.cls in FIXES[n].classes]
+        return {
+            "fixes": [[n, FIXES[n].version] for n in applicable],
+            "precision": self.precision,
+            "overflow": self.overflow,
+            "non_finite": self.non_finite,
+        }
+
+
+@dataclass(frozen=True)
+class OutputJob:
+    """A file to be assembled: each slot's prefix and the node that fills it, and what lies beside them."""
+
+    recipe: Recipe
+    output: Output
+    target: Path
+    architecture: Architecture
+    slots: Mapping[str, tuple[str, str]]  # class → (prefix, node)
+    extras: Mapping[str, LazyTensor]  # full name → optional tensors of the base, and markers
+    metadata: Mapping[str, str]  # all but what the components' digests will add
+
+
+Job = SourceJob | StepJob | ComponentJob | OutputJob
+
+
+@dataclass
+class Node:
+    """A step of the plan.
+
+    `key` is None while it hangs on a digest that only the build will know. `reads` and `writes` are bytes
+    of tensor data; `why` is the reason for `state` in words.
+    """
+
+    id: str
+    job: Job
+    key: str | None
+    state: State
+    why: str
+    reads: int = 0
+    writes: int = 0
+    made: Made | None = None
+
+    @property
+    def kind(self) -> str:
+        """`source`, `step`, `component` or `output`."""
+        return type(self.job).__name__.removesuffix("Job").lower()
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """What of a base will not be in the product, by reason: names, and bytes of them."""
+
+    names: Mapping[str, tuple[str, ...]]
+    sizes: Mapping[str, int]
+
+
+@dataclass
+class Plan:
+    """A resolved recipe: a networkx DiGraph of nodes, inputs before what is made of them."""
+
+    recipe: Recipe
+    graph: nx.DiGraph
+    sources: list[Sources] = field(default_factory=list)
+    left_out: dict[str, LeftOut] = field(default_factory=dict)
+
+    def node(self, name: str) -> Node:
+        """The node of this id."""
+        found: Node = self.graph.nodes[name]["node"]
+        return found
+
+    def __iter__(self) -> Iterator[Node]:
+        import networkx as nx
+
+        return (self.node(n) for n in nx.lexicographical_topological_sort(self.graph, key=self._rank))
+
+    def _rank(self, name: str) -> tuple[int, int]:
+        kinds = ("source", "step", "component", "output")
+        return kinds.index(self.node(name).kind), int(self.graph.nodes[name]["order"])
+
+    def inputs(self, name: str) -> list[Node]:
+        """The nodes that this one is made of."""
+        return sorted((self.node(n) for n in self.graph.predecessors(name)), key=lambda n: self._rank(n.id))
+
+    def ancestors(self, name: str) -> set[str]:
+        """The ids of all that this node hangs on, near and far."""
+        import networkx as nx
+
+        return set(nx.ancestors(self.graph, name))
+
+    def outputs(self) -> list[Node]:
+        """The files to be written, in the recipe's order."""
+        return [n for n in self if isinstance(n.job, OutputJob)]
+
+    def close(self) -> None:
+        """Close every source."""
+        for sources in self.sources:
+            sources.close()
+
+    def __enter__(self) -> Plan:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def component_specs(
+    tensors: Mapping[str, LazyTensor], precision: Precision
+) -> dict[str, tuple[DType, tuple[int, ...]]]:
+    """Names, dtypes and shapes that tensors will have in a precision; integers stay as they are."""
+    wanted = PRECISIONS[precision]
+    return {n: (wanted if wanted and t.dtype.floating else t.dtype, t.shape) for n, t in tensors.items()}

@@ -1,0 +1,478 @@
+"""From a recipe to its plan: names become nodes, nodes get keys, keys are looked up in the store."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+from builder.catalog import Architecture
+from builder.errors import Problem, RecipeError, SourceError
+from builder.identify import Match
+from builder.operations import OPERATIONS, Operation
+from builder.plan.keys import assembly_key, component_key, step_key
+from builder.plan.metadata import stated_metadata
+from builder.plan.model import (
+    Applied,
+    ComponentJob,
+    Finished,
+    LeftOut,
+    Node,
+    Origin,
+    OutputJob,
+    Plan,
+    SourceJob,
+    State,
+    StepJob,
+    Take,
+    component_specs,
+)
+from builder.plan.sources import Sources
+from builder.progress import SILENT, Reporter
+from builder.recipe import FromBase, NewBase, Output, Pick, Recipe, slot_problems
+from builder.sources import model_folders
+from builder.tensors import DType, LazyTensor, MemoryTensor
+
+if TYPE_CHECKING:
+    from builder.catalog import Catalog
+    from builder.lock import Lock
+    from builder.store import Store
+
+
+def make_plan(
+    recipe: Recipe,
+    *,
+    catalog: Catalog,
+    store: Store,
+    folders: Sequence[Path] | None = None,
+    lock: Lock | None = None,
+    operations: Mapping[str, Operation] = OPERATIONS,
+    load: Callable[[Path], Recipe] | None = None,
+    reporter: Reporter = SILENT,
+) -> Plan:
+    """Resolve a recipe. Reads tables of contents only; `load` reads the recipes that are sources.
+
+    Raises RecipeError for what does not fit what the sources hold, SourceError for sources that are
+    refused, FetchError for those that are needed and nowhere to be found.
+    """
+    import networkx as nx
+
+    plan = Plan(recipe, nx.DiGraph())
+    try:
+        folders = folders if folders is not None else model_folders()
+        _Resolver(plan, recipe, "", catalog, store, folders, lock, operations, load, reporter).outputs()
+    except BaseException:
+        plan.close()
+        raise
+    return plan
+
+
+@dataclass
+class _Model:
+    """A source, step or sub-recipe as a set of components."""
+
+    classes: tuple[str, ...]
+    origin: Callable[[Pick], Origin]
+
+
+class _Resolver:
+    def __init__(
+        self,
+        plan: Plan,
+        recipe: Recipe,
+        scope: str,
+        catalog: Catalog,
+        store: Store,
+        folders: Sequence[Path],
+        lock: Lock | None,
+        operations: Mapping[str, Operation],
+        load: Callable[[Path], Recipe] | None,
+        reporter: Reporter,
+    ) -> None:
+        self.plan = plan
+        self.recipe = recipe
+        self.scope = scope
+        self.catalog = catalog
+        self.store = store
+        self.folders = folders
+        self.lock = lock
+        self.operations = operations
+        self.load = load
+        self.reporter = reporter
+        pins = lock.pins() if lock is not None else {}
+        self.sources = Sources(recipe, catalog, store, folders, reporter, pins)
+        plan.sources.append(self.sources)
+        self._models: dict[str, _Model] = {}
+
+    # -- nodes
+
+    def add(self, node: Node, inputs: Sequence[str]) -> str:
+        graph = self.plan.graph
+        if node.id not in graph:
+            graph.add_node(node.id, node=node, order=len(graph))
+            graph.add_edges_from((i, node.id) for i in inputs)
+        return node.id
+
+    def source_node(self, name: str) -> str:
+        id_ = f"{self.scope}source {name}"
+        if id_ in self.plan.graph:
+            return id_
+        sha256 = self.sources.sha256(name)
+        found = self.sources.find(name)
+        state: State
+        if found is None:
+            state, why = "fetch", "not on this machine"
+        elif found.sha256 is None:
+            state, why = "hash", "seen for the first time"
+        else:
+            state, why = "known", "its digest is known"
+        reads = found.size if found is not None and state == "hash" else 0
+        return self.add(Node(id_, SourceJob(self.sources, name), sha256, state, why, reads), ())
+
+    # -- models
+
+    def model(self, name: str) -> _Model:
+        if name not in self._models:
+            if name in self.recipe.steps:
+                self._models[name] = self._step(name)
+            elif self.recipe.sources[name].recipe is not None:
+                self._models[name] = self._sub_recipe(name)
+            else:
+                self._models[name] = self._source(name)
+        return self._models[name]
+
+    def _source(self, name: str) -> _Model:
+        def origin(pick: Pick) -> Origin:
+            return Take(self.source_node(name), self.sources, name, pick.cls, pick.component, pick.at)
+
+        # A source that is not here may not be needed: its classes are asked for only when it is a base.
+        return _Model((), origin)
+
+    def _sub_recipe(self, name: str) -> _Model:
+        spec = self.recipe.sources[name]
+        assert spec.recipe is not None and self.load is not None
+        folder = self.recipe.path.parent if self.recipe.path else Path()
+        recipe = self.load(folder / spec.recipe)
+        inner = _Resolver(
+            self.plan,
+            recipe,
+            f"{self.scope}{name}/",
+            self.catalog,
+            self.store,
+            self.folders,
+            None,
+            self.operations,
+            self.load,
+            self.reporter,
+        )
+        output = recipe.output(spec.output)
+        if output is None:
+            raise RecipeError(
+                Problem(
+                    f"recipe `{spec.recipe}` has no output `{spec.output}`"
+                    if spec.output
+                    else f"recipe `{spec.recipe}` has several outputs",
+                    self.recipe.place("sources", name, "output" if spec.output else "recipe", value=True),
+                    (f"its outputs: {', '.join(o.name for o in recipe.outputs)}",),
+                    "choose one with `output`",
+                )
+            )
+        _, slots = inner.slots(output)
+        return _Model(tuple(slots), lambda pick: Finished(slots[pick.cls]))
+
+    def _step(self, name: str) -> _Model:
+        step = self.recipe.steps[name]
+        operation = self.operations[step.op]
+        models = {p: self.model(n) for p, n in step.inputs.items()}
+        first = step.inputs[operation.inputs[0]]
+        classes = self.classes(first)
+
+        def origin(pick: Pick) -> Origin:
+            if step.components and pick.cls not in step.components:
+                return models[operation.inputs[0]].origin(pick)
+            inputs = {p: m.origin(replace(pick, component=None)) for p, m in models.items()}
+            job = StepJob(name, pick.cls, operation, inputs, step.params, step.store)
+            node = Node(
+                f"{self.scope}step {name} {pick.cls}",
+                job,
+                step_key(self.plan, job),
+                "stream",
+                "computed as it is needed",
+            )
+            return Applied(self.add(node, [o.node for o in inputs.values()]))
+
+        return _Model(classes, origin)
+
+    def classes(self, name: str) -> tuple[str, ...]:
+        """The classes that a model has components of."""
+        model = self.model(name)
+        if model.classes or name in self.recipe.steps:
+            return model.classes
+        identity = self.sources.open(name).identity
+        return tuple(dict.fromkeys(m.component.cls for m in identity.matches if not m.ema))
+
+    # -- components
+
+    def component_node(self, output: Output, pick: Pick) -> str:
+        model = self.model(pick.source)
+        origin = model.origin(pick)
+        job = ComponentJob(
+            pick.cls,
+            origin,
+            output.fixes,
+            output.precision,  # type: ignore[arg-type]
+            output.overflow,  # type: ignore[arg-type]
+            output.non_finite,  # type: ignore[arg-type]
+        )
+        if isinstance(origin, Finished):
+            inner = self.plan.node(origin.node)
+            assert isinstance(inner.job, ComponentJob)
+            if inner.job.params() == job.params():
+                return str(inner.id)  # finished in the same way already: it is the component
+        id_ = self._component_id(job, pick)
+        if id_ in self.plan.graph:
+            return id_
+        key = component_key(self.plan, job)
+        made = self.store.lookup(key) if key is not None else None
+        node = Node(id_, job, key, "stored", "made before from the same inputs", made=made)
+        if made is None:
+            node.state, node.why = "make", self._why(pick, node)
+            specs = self._to_read(origin)
+            node.reads = sum(t.nbytes for t in specs.values())
+            node.writes = sum(
+                d.bits * prod(s) // 8 for d, s in component_specs(specs, job.precision).values()
+            )
+        return self.add(node, [origin.node])
+
+    def _component_id(self, job: ComponentJob, pick: Pick) -> str:
+        base = f"{self.scope}{pick.cls} of {pick.source}" + (f" ({pick.component})" if pick.component else "")
+        # Outputs that want the same share it; those that want it otherwise get a node of their own.
+        same = [str(n) for n in self.plan.graph if n == base or n.startswith(f"{base} #")]
+        for name in same:
+            other = self.plan.node(name)
+            if isinstance(other.job, ComponentJob) and other.job.params() == job.params():
+                return name
+        return f"{base} #{len(same) + 1}" if same else base
+
+    def _why(self, pick: Pick, node: Node) -> str:
+        if node.key is None:
+            return f"the digest of what `{pick.source}` gives is not known yet"
+        before = self.lock.pins().get(pick.source) if self.lock is not None else None
+        now = self.sources.sha256(pick.source) if pick.source in self.recipe.sources else None
+        if before is not None and now is not None and before != now:
+            return f"`{pick.source}` is another file than before: {before[:12]} became {now[:12]}"
+        return "not in the store"
+
+    def _to_read(self, origin: Origin) -> Mapping[str, LazyTensor]:
+        """The tensors to be read for a component; raises RecipeError when a source does not have it."""
+        if isinstance(origin, Finished):
+            return {}
+        if isinstance(origin, Applied):
+            job = self.plan.node(origin.node).job
+            assert isinstance(job, StepJob)
+            inputs = {p: self._to_read(o) for p, o in job.inputs.items()}
+            return {f"{p}/{n}": t for p, tensors in inputs.items() for n, t in tensors.items()}
+        if self.sources.find(origin.source) is None and self.sources.spec(origin.source).urls:
+            return {}  # to be fetched: what is in it is seen then
+        return taken(origin)[0]
+
+    # -- outputs
+
+    def slots(self, output: Output) -> tuple[Architecture, dict[str, str]]:
+        """The architecture of an output, and the node that fills each of its classes."""
+        picks = dict(output.components)
+        base = output.base
+        if isinstance(base, NewBase):
+            architecture = architecture_of(self.catalog, base.architecture)
+        else:
+            architecture = self._base_architecture(base)
+            for cls in self.classes(base.name):
+                if cls in architecture.slots:
+                    picks.setdefault(cls, Pick(cls, base.name, None, base.at))
+        held = () if isinstance(base, NewBase) else self.classes(base.name)
+        if problems := tuple(slot_problems(self.recipe, output, architecture, self.catalog, held)):
+            raise RecipeError(*problems)
+        order = [*architecture.slots, *sorted(c for c in picks if c not in architecture.slots)]
+        return architecture, {cls: self.component_node(output, picks[cls]) for cls in order}
+
+    def _base_architecture(self, base: FromBase) -> Architecture:
+        if base.name in self.recipe.steps:
+            step = self.recipe.steps[base.name]
+            first = step.inputs[self.operations[step.op].inputs[0]]
+            return self._base_architecture(FromBase(first, base.at))
+        if self.recipe.sources[base.name].recipe is not None:
+            classes = set(self.model(base.name).classes)
+            for architecture in self.catalog.architectures.values():
+                if set(architecture.slots) == classes:
+                    return architecture
+        identity = self.sources.open(base.name).identity
+        name = identity.incomplete or identity.architecture
+        if name is None:
+            raise RecipeError(
+                Problem(
+                    f"`{base.name}` is no architecture that the catalog knows",
+                    self.recipe.place(*base.at, value=True),
+                    tuple(
+                        f"{r.component.name}: {r.total - r.present:,} of {r.total:,} tensors are missing"
+                        for r in identity.rejected[:3]
+                    ),
+                    "`ckpt inspect --full` says what is in it",
+                )
+            )
+        return architecture_of(self.catalog, name)
+
+    def outputs(self) -> None:
+        for output in self.recipe.outputs:
+            self._output(output)
+
+    def _output(self, output: Output) -> None:
+        architecture, nodes = self.slots(output)
+        slots = {cls: (self._prefix(cls, architecture), node) for cls, node in nodes.items()}
+        stated = stated_metadata(self.recipe, output, architecture, self._carried(output), os.environ)
+        job = OutputJob(
+            self.recipe, output, self.target(output), architecture, slots, self._extras(output), stated
+        )
+        parts = [self.plan.node(n) for n in nodes.values()]
+        size = sum(p.made.bytes if p.made is not None else p.writes for p in parts)
+        node = Node(f"output {output.file}", job, None, "make", "", size, size)
+        waiting = [p.id for p in parts if p.made is None]
+        if waiting:
+            node.why = f"{_words(waiting)} will be made"
+        else:
+            node.key = assembly_key(job, {p.id: p.made.digest.xxh3 for p in parts if p.made is not None})
+            node.state, node.why = output_state(self.store, node.key, job.target)
+            if node.state == "unchanged":
+                node.reads = node.writes = 0
+        self.add(node, list(dict.fromkeys(nodes.values())))
+
+    def _prefix(self, cls: str, architecture: Architecture) -> str:
+        if architecture.name not in self.catalog.architectures:
+            return ""  # a class alone: bare names
+        if cls in architecture.slots:
+            return self.catalog.component_for(cls, architecture).prefix
+        return self.catalog.classes[cls][0].prefix
+
+    def target(self, output: Output) -> Path:
+        """Where an output is written."""
+        folder = self.recipe.path.parent if self.recipe.path else Path()
+        return folder / output.file
+
+    def _carried(self, output: Output) -> Mapping[str, str]:
+        """Metadata of the base's own, which outlives a rebuild."""
+        base = output.base
+        return self.sources.open(base.name).checkpoint.metadata if self._is_file(base) else {}
+
+    def _is_file(self, base: NewBase | FromBase) -> TypeGuard[FromBase]:
+        return (
+            isinstance(base, FromBase)
+            and base.name in self.recipe.sources
+            and self.recipe.sources[base.name].recipe is None
+        )
+
+    def _extras(self, output: Output) -> dict[str, LazyTensor]:
+        """Optional tensors that the base has and the output keeps, and markers; never cast."""
+        extras: dict[str, LazyTensor] = {}
+        base = output.base
+        if self._is_file(base):
+            opened = self.sources.open(base.name)
+            self._account(base, output)
+            averaged = any(c.startswith("EMA-") for c in output.components)
+            for name in opened.identity.optional:
+                wanted = averaged or not name.startswith("model_ema.")
+                if wanted if output.keep is None else name in output.keep:
+                    extras[name] = opened.checkpoint[name]
+        for marker in output.markers:
+            extras.setdefault(marker, MemoryTensor(DType.F32, (0,), b""))
+        return extras
+
+    def _account(self, base: FromBase, output: Output) -> None:
+        """Note what of a base is left out; raises SourceError when that is most of it."""
+        opened = self.sources.open(base.name)
+        identity = opened.identity
+        names = {"EMA": identity.ema, "junk": identity.junk, "unknown": identity.unknown}
+        if any(c.startswith("EMA-") for c in output.components):
+            names.pop("EMA")
+        sizes = {k: sum(opened.checkpoint[n].nbytes for n in v) for k, v in names.items()}
+        self.plan.left_out[base.name] = LeftOut({k: tuple(v) for k, v in names.items() if v}, sizes)
+        total = sum(t.nbytes for t in opened.checkpoint.values())
+        lost = sizes["junk"] + sizes["unknown"]
+        if 2 * lost > total:
+            raise SourceError(
+                Problem(
+                    f"most of `{base.name}` would be left out",
+                    self.recipe.place(*base.at, value=True),
+                    (f"{lost:,} of {total:,} bytes belong to no component that the catalog knows",),
+                    "name what you want of it under [components], with a `NEW` base",
+                )
+            )
+
+
+def architecture_of(catalog: Catalog, name: str) -> Architecture:
+    """An architecture of the catalog, or a class as one: that class alone, under bare names."""
+    if name in catalog.classes and name not in catalog.architectures:
+        return Architecture(name, (name,), modelspec=catalog.classes[name][0].modelspec)
+    return catalog.architecture(name)
+
+
+def output_state(store: Store, key: str, target: Path) -> tuple[State, str]:
+    """Whether the file at `target` is what the assembly of this key makes, and why."""
+    written = store.recall("output", key)
+    try:
+        stat = target.stat()
+    except OSError:
+        return "make", "there is no such file yet" if written is None else "the file is gone"
+    if written is None:
+        return "make", "its contents have changed"
+    known = store.remembered_sha256(stat)
+    if known == written["sha256"]:
+        return "unchanged", "the file is what it would become"
+    if known is None and stat.st_size == written["size"]:
+        return "hash", "the file may be it already: it is hashed first"
+    return "make", "the file is not what was built"
+
+
+def taken(origin: Take) -> tuple[dict[str, LazyTensor], str]:
+    """A source's tensors for a slot under unprefixed names, and the name of the component they are.
+
+    Raises RecipeError, where the recipe asks for it, when the source has no such component.
+    """
+    opened = origin.sources.open(origin.source)
+    match = choose(opened.identity.matches, origin.cls, origin.component, origin.sources.catalog)
+    if match is not None:
+        return opened.component(match, origin.cls), match.component.name
+    wanted = origin.component or origin.cls
+    near = [r for r in opened.identity.rejected if wanted in (r.component.name, r.component.cls)]
+    evidence = [
+        f"{r.component.name}: {r.total - r.present:,} of {r.total:,} tensors are missing" for r in near[:2]
+    ]
+    held = sorted({m.component.name for m in opened.identity.matches})
+    raise RecipeError(
+        Problem(
+            f"`{origin.source}` has no {wanted}",
+            origin.sources.recipe.place(*origin.at, value=True),
+            (*evidence, f"it holds {_words(held) or 'nothing that the catalog knows'}"),
+        )
+    )
+
+
+def choose(matches: Sequence[Match], cls: str, component: str | None, catalog: Catalog) -> Match | None:
+    """The match that fills a slot: the component named, else the one of the class.
+
+    A component under other names, as EMA, fills the slot of the one whose names it can be given.
+    """
+    if component is None:
+        return next((m for m in matches if m.component.cls == cls), None)
+    for match in matches:
+        found = match.component
+        if found.name == component and (
+            found.cls == cls or (found.base is not None and catalog.component(found.base).cls == cls)
+        ):
+            return match
+    return None
+
+
+def _words(names: Sequence[Any]) -> str:
+    return ", ".join(f"`{n}`" for n in names)

@@ -1,0 +1,445 @@
+"""Building: what the plan leaves to be made is made in parallel, and put in place when it is right."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from builder.digests import Row, component_digest, tensor_digest
+from builder.errors import LockError, OutputError, Problem
+from builder.formats.writer import Written
+from builder.lock import Lock, LockedComponent, LockedOutput, LockedSource, differences
+from builder.metric import SCALES, Metric, measure
+from builder.numeric import PRECISIONS
+from builder.plan import Plan
+from builder.plan.keys import assembly_key, component_key, output_format
+from builder.plan.metadata import final_metadata, recipe_digest
+from builder.plan.model import ComponentJob, Node, OutputJob, SourceJob, Take
+from builder.plan.resolve import output_state
+from builder.progress import SILENT, Reporter
+from builder.recipe import Output, Recipe
+from builder.run.evaluate import Stoppable, finish
+from builder.run.schedule import Task, run_all
+from builder.run.write import write_output
+from builder.sources import verify_source
+from builder.store import DamagedEntry, Made, Store
+from builder.store.entries import VerifiedTensor
+from builder.tensors import WINDOW, LazyTensor
+
+if TYPE_CHECKING:
+    from builder.catalog import Catalog
+
+MEMORY = 256 << 20  # bytes of windows in flight, over all steps
+
+
+@dataclass(frozen=True)
+class Built:
+    """An output as it is now: `state` is `written` or `unchanged`; digests are lower-case hex."""
+
+    name: str
+    path: Path
+    sha256: str
+    size: int
+    tensor_digest: str
+    metric: str
+    state: str
+
+
+@dataclass
+class Build:
+    """What a build did: its outputs, the ids of the components it made, what fixes changed, the new lock."""
+
+    outputs: list[Built] = field(default_factory=list)
+    made: list[str] = field(default_factory=list)
+    changes: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    lock: Lock | None = None
+
+
+def build(
+    plan: Plan,
+    *,
+    catalog: Catalog,
+    store: Store,
+    threads: int | None = None,
+    place: Callable[[OutputJob], Path] = lambda job: job.target,
+    locked: Lock | None = None,
+    reporter: Reporter = SILENT,
+) -> Build:
+    """Carry out a plan; its nodes then say what was made.
+
+    `place` says where an output goes. With `locked`, what is made must agree with that lock. Raises
+    CkptError; then every output is as it was, but those that were finished before the failure.
+    """
+    return _Builder(plan, catalog, store, threads or os.cpu_count() or 1, place, locked, reporter).run()
+
+
+def stale(changes: list[str]) -> LockError:
+    """That the lock is not what the recipe resolves to now, with what changed."""
+    return LockError(
+        Problem("the lock is stale", evidence=tuple(changes), hint="`ckpt lock` accepts the change")
+    )
+
+
+class _Builder:
+    def __init__(
+        self,
+        plan: Plan,
+        catalog: Catalog,
+        store: Store,
+        threads: int,
+        place: Callable[[OutputJob], Path],
+        locked: Lock | None,
+        reporter: Reporter,
+    ) -> None:
+        self.plan = plan
+        self.catalog = catalog
+        self.store = store
+        self.threads = threads
+        self.place = place
+        self.locked = locked
+        self.reporter = reporter
+        self.stop = threading.Event()
+        self.result = Build()
+        self.built: dict[str, Built] = {}
+        self._notes = threading.Lock()
+
+    def run(self) -> Build:
+        """Make everything that is to be made."""
+        tasks = list(self._tasks())
+        workers = max(2, min(self.threads, MEMORY // (6 * WINDOW * self.threads)))
+        with ThreadPoolExecutor(workers, thread_name_prefix="build") as executor:
+            run_all(tasks, executor, self.stop.set)
+        self.result.outputs = [self.built[n.id] for n in self.plan.outputs()]
+        self.result.lock = self._lock()
+        return self.result
+
+    # -- what is to be done, and after what
+
+    def _tasks(self) -> Iterator[Task]:
+        missing = {n.id: n for n in self.plan if isinstance(n.job, ComponentJob) and n.made is None}
+        sources = {i: self._sources(i) for i in missing}
+        unseen = {s.id: s for found in sources.values() for s in found if s.state in ("hash", "fetch")}
+        for source in unseen.values():
+            yield Task(source.id, partial(self._see, source))
+        for id_, node in missing.items():
+            after = {n for n in self.plan.ancestors(id_) if n in missing}
+            # A file that a lock knows is most likely the same one, touched: its digest may save the work.
+            after |= {s.id for s in sources[id_] if s.id in unseen and self._wait_for(s)}
+            yield Task(id_, partial(self._make, node), frozenset(after))
+            seen = {s.id for s in sources[id_] if s.id in unseen}
+            yield Task(f"record {id_}", partial(self._record, node), frozenset({id_, *seen}))
+        for node in self.plan.outputs():
+            parts = self.plan.ancestors(node.id)
+            after = {f"record {p}" for p in parts if p in missing}
+            yield Task(node.id, partial(self._assemble, node), frozenset(after))
+
+    def _sources(self, id_: str) -> list[Node]:
+        found = (self.plan.node(n) for n in sorted(self.plan.ancestors(id_)))
+        return [n for n in found if isinstance(n.job, SourceJob)]
+
+    def _wait_for(self, source: Node) -> bool:
+        assert isinstance(source.job, SourceJob)
+        return source.state == "fetch" or source.job.sources.pinned_by_lock(source.job.source)
+
+    # -- sources
+
+    def _see(self, node: Node) -> None:
+        """Have a source and its digest; raises when it is not what was pinned."""
+        job = node.job
+        assert isinstance(job, SourceJob)
+        found = job.sources.find(job.source)
+        if found is None:
+            raise job.sources.missing(job.source)
+        known = self.catalog.known.file
+        seen = verify_source(
+            found,
+            job.sources.spec(job.source).sha256,
+            store=self.store,
+            known=lambda sha256: f.name if (f := known(sha256)) is not None else None,
+            reporter=self.reporter,
+        )
+        job.sources.provide(job.source, seen)
+        node.key = seen.sha256
+
+    # -- components
+
+    def _make(self, node: Node) -> None:
+        job = node.job
+        assert isinstance(job, ComponentJob)
+        key = component_key(self.plan, job)
+        if key is not None and (made := self.store.lookup(key)) is not None:
+            node.made = made
+            return
+        import torch
+
+        torch.set_num_threads(1)  # the threads are ours; torch's own would be one team for each
+        done = finish(self.plan, job, self.store, self.stop)
+
+        def sound() -> None:
+            if (error := done.faults.error(f"`{node.id}`", PRECISIONS[job.precision])) is not None:
+                raise error
+
+        node.made = self.store.put(
+            None,
+            done.component,
+            job.cls,
+            done.tensors,
+            threads=self.threads,
+            reporter=self.reporter,
+            task=node.id,
+            check=sound,
+        )
+        with self._notes:
+            self.result.made.append(node.id)
+            self.result.changes[node.id] = done.changes
+
+    def _record(self, node: Node) -> None:
+        """Say what made a component, now that its sources are known to be what they should be."""
+        assert isinstance(node.job, ComponentJob) and node.made is not None
+        node.key = component_key(self.plan, node.job)
+        assert node.key is not None
+        self.store.record(node.key, node.made)
+
+    # -- outputs
+
+    def _assemble(self, node: Node) -> None:
+        job = node.job
+        assert isinstance(job, OutputJob)
+        for _ in range(len(job.slots) + 1):
+            try:
+                self.built[node.id] = self._output(node, job)
+                return
+            except DamagedEntry as damage:
+                self.store.set_aside(damage)
+                self._remake(job, damage.digest)
+        raise OutputError(Problem(f"the store loses what is put into it, `{job.output.file}` cannot be made"))
+
+    def _remake(self, job: OutputJob, digest: str) -> None:
+        """Make a component again whose stored copy is damaged."""
+        for _, name in job.slots.values():
+            node = self.plan.node(name)
+            if node.made is None or node.made.digest.xxh3 != digest:
+                continue
+            for source in self._sources(name):
+                self._see(source)
+            self._make(node)
+            self._record(node)
+
+    def _output(self, node: Node, job: OutputJob) -> Built:
+        target = self.place(job)
+        parts = {cls: self._part(name) for cls, (_, name) in job.slots.items()}
+        digests = {name: parts[cls].digest.xxh3 for cls, (_, name) in job.slots.items()}
+        node.key = assembly_key(job, digests)
+        rows = self._rows(job, parts)
+        tensor_digest = str(component_digest(rows).sha256)
+        metric = self._metric(parts)
+        state, _ = output_state(self.store, node.key, target)
+        fact = self.store.recall("output", node.key)
+        if (
+            state == "hash"
+            and fact is not None
+            and self.store.sha256(target, self.reporter) == fact["sha256"]
+        ):
+            state = "unchanged"
+
+        def built(sha256: str, size: int, state: str) -> Built:
+            made = Built(job.output.name, target, sha256, size, tensor_digest, metric, state)
+            self._expect(job, made)
+            self._agree(job, made)
+            return made
+
+        if state == "unchanged" and fact is not None:
+            return built(fact["sha256"], fact["size"], state)
+
+        def accept(written: Written) -> None:
+            self._compare(job, parts, rows, written)
+            built(str(written.sha256), written.size, "written")
+
+        written = self._write(job, target, parts, accept)
+        sha256 = str(written.sha256)
+        self.store.memory.remember(target.stat(), sha256, seen=None)
+        self.store.note("output", node.key, {"sha256": sha256, "size": written.size})
+        return Built(job.output.name, target, sha256, written.size, tensor_digest, metric, "written")
+
+    def _part(self, name: str) -> Made:
+        made = self.plan.node(name).made
+        assert made is not None
+        return made
+
+    def _rows(self, job: OutputJob, parts: Mapping[str, Made]) -> dict[str, Row]:
+        """The digest of every tensor of an output, by full name; raises DamagedEntry for what is gone."""
+        rows = {n: Row(t.dtype, t.shape, tensor_digest(t)) for n, t in job.extras.items()}
+        for cls, (prefix, _) in job.slots.items():
+            found = self.store.rows(parts[cls])
+            if found is None:
+                raise self._gone(parts[cls])
+            rows |= {prefix + name: row for name, row in found.items()}
+        return rows
+
+    def _gone(self, made: Made) -> DamagedEntry:
+        path = self.store.component_path(made.digest.xxh3)
+        return DamagedEntry(path, made.digest.xxh3, "it is no longer in the store")
+
+    def _write(
+        self,
+        job: OutputJob,
+        target: Path,
+        parts: Mapping[str, Made],
+        accept: Callable[[Written], object],
+    ) -> Written:
+        container = output_format(job.output)
+        tensors: dict[str, LazyTensor] = dict(job.extras)
+        sources = {cls: self._taken_from(name) for cls, (_, name) in job.slots.items()}
+        metadata = final_metadata(job.metadata, {c: (sources[c], m) for c, m in parts.items()})
+        with ExitStack() as opened:
+            for cls, (prefix, _) in job.slots.items():
+                checkpoint = self.store.open(parts[cls], verify=False)
+                if checkpoint is None:
+                    raise self._gone(parts[cls])
+                opened.enter_context(checkpoint)
+                for name, tensor in checkpoint.items():
+                    # A safetensors file is digested as it is written, and compared before it is put in place.
+                    if isinstance(tensor, VerifiedTensor) and container == "safetensors":
+                        tensor = tensor.unchecked
+                    tensors[prefix + name] = Stoppable(tensor, self.stop)
+            return write_output(
+                container,
+                target,
+                tensors,
+                metadata,
+                threads=self.threads,
+                inputs=self._inputs(),
+                reporter=self.reporter,
+                task=job.output.file,
+                accept=accept,
+            )
+
+    def _compare(
+        self, job: OutputJob, parts: Mapping[str, Made], rows: Mapping[str, Row], written: Written
+    ) -> None:
+        """Raise DamagedEntry when what was read from the store is not what was put into it."""
+        wrong = {n for n, d in written.tensors.items() if d.xxh3 != rows[n].digest.xxh3}
+        for cls, (prefix, _) in job.slots.items():
+            for name in self.store.rows(parts[cls]) or ():
+                if prefix + name in wrong:
+                    digest = parts[cls].digest.xxh3
+                    evidence = f"tensor `{name}` is not the one that was stored"
+                    raise DamagedEntry(self.store.component_path(digest), digest, evidence)
+
+    def _taken_from(self, name: str) -> str:
+        job = self.plan.node(name).job
+        assert isinstance(job, ComponentJob)
+        origin = job.origin
+        return origin.source if isinstance(origin, Take) else origin.node.rpartition(" of ")[2]
+
+    def _inputs(self) -> list[Path]:
+        """Every file that this build reads: none of them may be overwritten."""
+        jobs = (n.job for n in self.plan if isinstance(n.job, SourceJob))
+        found = [j.sources.find(j.source) for j in jobs]
+        return [f.path for f in found if f is not None]
+
+    # -- what is known of the product
+
+    def _metric(self, parts: Mapping[str, Made]) -> str:
+        """The metric of components, each part measured once and then remembered by content."""
+        known = Metric()
+        for cls, made in parts.items():
+            if cls not in SCALES:
+                continue
+            fact = self.store.recall("metric", made.digest.xxh3)
+            if fact is None or cls not in fact:
+                checkpoint = self.store.open(made, verify=False)
+                if checkpoint is None:
+                    raise self._gone(made)
+                with checkpoint:
+                    found = measure({cls: checkpoint}, threads=self.threads, reporter=self.reporter)
+                fact = {cls: getattr(found, SCALES[cls].part)}
+                self.store.note("metric", made.digest.xxh3, fact)
+            known = replace(known, **{SCALES[cls].part: str(fact[cls])})
+        return known.text if known != Metric() else ""
+
+    def _expect(self, job: OutputJob, made: Built) -> None:
+        """Raise OutputError for every expectation that is missed, with both values."""
+        expect = job.output.expect
+        wanted = {
+            "metric": (expect.metric, made.metric or Metric().text),
+            "sha256": (expect.sha256, made.sha256),
+            "tensor_digest": (expect.tensor_digest, made.tensor_digest),
+            "size": (expect.size, made.size),
+        }
+        problems = [
+            Problem(
+                f"the {key.replace('_', ' ')} of `{job.output.file}` is not what the recipe expects",
+                job.recipe.place(*expect_at(job.recipe, job.output), key, value=True),
+                (f"expected {want}", f"made     {got}"),
+            )
+            for key, (want, got) in wanted.items()
+            if want is not None and not meets(key, want, got)
+        ]
+        if problems:
+            raise OutputError(*problems)
+
+    def _agree(self, job: OutputJob, made: Built) -> None:
+        """Raise LockError when the lock that must not change would."""
+        if self.locked is None:
+            return
+        now = self._lock_of([(job, made)])
+        if changes := differences(self.locked, now, partial=True):
+            raise stale(changes)
+
+    def _lock(self) -> Lock:
+        jobs = [(n.job, self.built[n.id]) for n in self.plan.outputs()]
+        return self._lock_of([(job, made) for job, made in jobs if isinstance(job, OutputJob)])
+
+    def _lock_of(self, outputs: list[tuple[OutputJob, Built]]) -> Lock:
+        sources = {}
+        for node in self.plan:
+            job = node.job
+            if not isinstance(job, SourceJob) or node.key is None or job.sources is not self.plan.sources[0]:
+                continue
+            spec, found = job.sources.spec(job.source), job.sources.find(job.source)
+            before = self.locked.sources.get(job.source) if self.locked is not None else None
+            size = found.size if found is not None else spec.size or (before.size if before else 0)
+            requested = Path(spec.file).name if spec.file else next(iter(spec.urls), "")
+            sources[job.source] = LockedSource(requested, node.key, size)
+        components, locked = [], {}
+        for job, made in outputs:
+            for cls, (_, name) in job.slots.items():
+                part = self._part(name)
+                components.append(
+                    LockedComponent(
+                        job.output.name,
+                        cls,
+                        part.component,
+                        self._taken_from(name),
+                        part.digest.xxh3,
+                        str(part.digest.sha256),
+                        part.tensors,
+                    )
+                )
+            locked[job.output.name] = LockedOutput(
+                job.output.file, made.sha256, made.tensor_digest, made.size, made.metric
+            )
+        return Lock(recipe_digest(self.plan.recipe), sources, tuple(components), locked)
+
+
+def expect_at(recipe: Recipe, output: Output) -> tuple[str | int, ...]:
+    """Where a recipe says what it expects of an output: its only one's stands apart."""
+    return ("expect",) if "expect" in recipe.document.data else (*output.at, "expect")
+
+
+def meets(key: str, want: object, got: object) -> bool:
+    """Whether an expectation is met; the parts of a metric may be off by one, as it is published."""
+    if key != "metric":
+        return want == got
+    pairs = list(zip(str(want).split("/"), str(got).split("/"), strict=False))
+    return len(pairs) == 3 and all(
+        w == g or (w + g).isdigit() and abs(int(w) - int(g)) <= 1 for w, g in pairs
+    )

@@ -1,0 +1,79 @@
+"""A component of the plan as a mapping of lazy tensors, composed from what it is made of."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from builder.errors import CkptError, Problem
+from builder.fixes import FIXES, truncated_position_ids
+from builder.numeric import Faults, cast_all
+from builder.plan.model import Applied, ComponentJob, Finished, Origin, Plan, StepJob, Take
+from builder.plan.resolve import taken
+from builder.store import Store
+from builder.tensors import LazyTensor
+
+
+class Cancelled(CkptError):
+    """Another part of the build has failed, or the user has stopped it."""
+
+
+@dataclass(frozen=True)
+class Finish:
+    """A component ready to be written: its tensors, what was done to them, and the faults they will show."""
+
+    component: str
+    tensors: Mapping[str, LazyTensor]
+    changes: tuple[str, ...]
+    faults: Faults
+
+
+def finish(plan: Plan, job: ComponentJob, store: Store, stop: threading.Event) -> Finish:
+    """Compose a component: taken or computed, repaired, rounded. Nothing is read but small tensors."""
+    tensors, component = evaluate(plan, job.origin, store)
+    changes: list[str] = []
+    for name in job.fixes:
+        fix = FIXES[name]
+        if job.cls in fix.classes:
+            tensors, done = fix.apply(tensors)
+            changes += [f"{name}: {change}" for change in done] or [f"{name}: nothing to change"]
+    tensors, done = truncated_position_ids(tensors)
+    changes += done
+    faults = Faults()
+    cast = cast_all(tensors, job.precision, faults=faults, overflow=job.overflow, non_finite=job.non_finite)
+    return Finish(component, {n: Stoppable(t, stop) for n, t in cast.items()}, tuple(changes), faults)
+
+
+def evaluate(plan: Plan, origin: Origin, store: Store) -> tuple[Mapping[str, LazyTensor], str]:
+    """The tensors of an origin under unprefixed names, and the component's name in the catalog."""
+    if isinstance(origin, Take):
+        return taken(origin)
+    node = plan.node(origin.node)
+    if isinstance(origin, Finished):
+        assert node.made is not None
+        checkpoint = store.open(node.made)
+        if checkpoint is None:
+            raise CkptError(Problem(f"the stored component `{node.id}` is gone", hint="build again"))
+        return checkpoint.tensors, node.made.component
+    assert isinstance(origin, Applied) and isinstance(node.job, StepJob)
+    job = node.job
+    inputs = {p: evaluate(plan, o, store) for p, o in job.inputs.items()}
+    made = job.operation.apply({p: tensors for p, (tensors, _) in inputs.items()}, job.params)
+    return made, inputs[job.operation.inputs[0]][1]
+
+
+class Stoppable(LazyTensor):
+    """A tensor that is no longer read once the build has stopped."""
+
+    __slots__ = ("_stop", "_tensor")
+
+    def __init__(self, tensor: LazyTensor, stop: threading.Event) -> None:
+        super().__init__(tensor.dtype, tensor.shape)
+        self._tensor = tensor
+        self._stop = stop
+
+    def read_into(self, start: int, out: memoryview) -> None:
+        if self._stop.is_set():
+            raise Cancelled(Problem("the build was stopped"))
+        self._tensor.read_into(start, out)
