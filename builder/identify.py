@@ -102,8 +102,8 @@ class Identity:
     architecture it is nearest to and `absent` the classes it misses; None: unknown. `rejected` comes
     nearest first. `optional`, `ema`, `scales`, `junk` and `unknown` are full names of tensors, in the
     file's order: keys that a full checkpoint may also hold; every averaged weight, known component or
-    not; scales of packed weights; what no loader reads; what nothing explains. `notes` say how
-    ambiguities were resolved.
+    not; scales of packed weights; what no loader reads; what nothing explains. `duplicates` are second
+    matches of a class, which are junk. `notes` say how ambiguities were resolved.
     """
 
     architecture: str | None
@@ -116,6 +116,7 @@ class Identity:
     scales: tuple[str, ...]
     junk: tuple[str, ...]
     unknown: tuple[str, ...]
+    duplicates: tuple[Match, ...] = ()
     incomplete: str | None = None
     absent: tuple[str, ...] = ()
 
@@ -162,6 +163,7 @@ def identify(specs: Mapping[str, Spec], catalog: Catalog) -> Identity:
         scales=tuple(rest["scales"]),
         junk=tuple(rest["junk"]),
         unknown=tuple(rest["unknown"]),
+        duplicates=tuple(duplicates),
         incomplete=incomplete,
         absent=absent,
     )
@@ -275,10 +277,6 @@ def _choose(
         same = next((m for m in chosen if m.component.cls == match.component.cls), None)
         if same is not None:
             duplicates.append(match)
-            notes.append(
-                f"`{name}` at `{match.prefix}` is a second {match.component.cls}: "
-                f"`{same.component.name}` at `{same.prefix}` is taken"
-            )
         else:
             chosen.append(match)
         owner.update(dict.fromkeys(match.names.values(), same or match))

@@ -169,7 +169,7 @@ def test_misshapen_position_ids_do_not_break_the_text_encoder() -> None:
 def test_the_larger_of_two_that_fit_is_chosen_and_the_other_is_told_of() -> None:
     found = identify(tensors("UNET-v2-SD", "VAE-v1-SD", "CLIP-v2-SD"), CATALOG)
     assert named(found) == ["UNET-v2-SD", "VAE-v1-SD", "CLIP-v2-SD"]
-    assert "`CLIP-v2-WD` fits the tensors of `CLIP-v2-SD` too, which explains 294, not 280" in found.notes
+    assert "`CLIP-v2-WD` fits the tensors of `CLIP-v2-SD` too, which explains 294 tensors, not 280" in found.notes
     (outdone,) = (r for r in found.rejected if r.component.name == "CLIP-v2-WD")
     assert outdone.outdone_by == "CLIP-v2-SD"
 

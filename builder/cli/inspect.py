@@ -56,10 +56,8 @@ def _say(found: list[Report | Refused], full: bool) -> None:
     terminal = is_terminal(sys.stdout)
     width = shutil.get_terminal_size().columns if terminal else None
     color = terminal and not os.environ.get("NO_COLOR")
-    for index, one in enumerate(found):
-        if isinstance(one, Refused):
-            click.echo("\n\n".join(render_problem(p) for p in one.problems), err=True)
-            continue
-        if index:
-            click.echo()
-        click.echo(render(one, full=full, width=width, color=color))
+    for refused in (f for f in found if isinstance(f, Refused)):
+        click.echo("\n\n".join(render_problem(p) for p in refused.problems), err=True)
+    texts = [render(f, full=full, width=width, color=color) for f in found if isinstance(f, Report)]
+    if texts:
+        click.echo("\n\n".join(texts))

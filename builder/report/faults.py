@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from builder.errors import Problem
-from builder.identify import Rejection
+from builder.identify import Match, Rejection
 from builder.report.positions import Position
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ def find_faults(report: Report) -> Iterator[Problem]:
     yield from _numbers(report)
     yield from _positions(report)
     yield from _spelling(report)
+    yield from _duplicates(report)
     yield from _scales(report)
     yield from _published(report)
 
@@ -74,7 +75,7 @@ def _numbers(report: Report) -> Iterator[Problem]:
     if bad:
         nan, infinite = (sum(getattr(s, kind) for s in bad.values()) for kind in ("nan", "infinite"))
         yield Problem(
-            f"{nan:,} NaN and {infinite:,} infinite values in {_count(len(bad), 'tensor')}",
+            f"not numbers in {counted(len(bad), 'tensor')}: {nan:,} NaN, {infinite:,} infinite",
             evidence=(_listed(tuple(bad)),),
             hint="the file is damaged, or came out of a broken merge: get another copy",
         )
@@ -82,8 +83,8 @@ def _numbers(report: Report) -> Iterator[Problem]:
     if over:
         largest = max(s.largest for s in over.values())
         yield Problem(
-            f"{sum(s.overflow for s in over.values()):,} values in {_count(len(over), 'tensor')} "
-            f"do not fit in FP16",
+            f"beyond FP16: {counted(sum(s.overflow for s in over.values()), 'value')} "
+            f"in {counted(len(over), 'tensor')}",
             evidence=(f"the largest is {largest:g}, FP16 ends at {FP16_MAX:,}", _listed(tuple(over))),
             hint='keep them in another precision, or let a recipe say `overflow = "clamp"`',
         )
@@ -98,7 +99,7 @@ def _positions(report: Report) -> Iterator[Problem]:
             more = f" and {len(harmful) - EXAMPLES:,} more" if len(harmful) > EXAMPLES else ""
             yield Problem(
                 f"`{name}`: {len(harmful):,} of 77 positions {'is' if len(harmful) == 1 else 'are'} wrong",
-                evidence=(f"{tensor.dtype.code}: {listed}{more}",),
+                evidence=(f"held as {tensor.dtype.code}: {listed}{more}",),
                 hint="the fix `clip-position-ids` makes them exact: int64 0..76",
             )
         elif tensor.shape != (1, 77):
@@ -110,9 +111,8 @@ def _positions(report: Report) -> Iterator[Problem]:
 
 def _position(p: Position) -> str:
     held = f"{p.value:.7g}" if isinstance(p.value, float) else str(p.value)
-    if p.loaded is None:
-        return f"{p.position} is {held}"
-    return f"{p.position} is {held}" + (f", loaded as {p.loaded}" if p.loaded != p.value else "")
+    loaded = "" if p.loaded is None or p.loaded == p.value else f" (loads as {p.loaded})"
+    return f"{held} at {p.position}{loaded}"
 
 
 def _spelling(report: Report) -> Iterator[Problem]:
@@ -134,10 +134,25 @@ def _spelling(report: Report) -> Iterator[Problem]:
             )
 
 
+def _duplicates(report: Report) -> Iterator[Problem]:
+    for match in report.identity.duplicates:
+        cls = match.component.cls
+        first = report.identity.find(cls)
+        assert first is not None
+        yield Problem(
+            f"there is a second {cls} under {_where(match)}",
+            evidence=(f"the one under {_where(first)} is taken, the second is junk",),
+        )
+
+
+def _where(match: Match) -> str:
+    return f"`{match.prefix}`" if match.prefix else "bare names"
+
+
 def _scales(report: Report) -> Iterator[Problem]:
     if report.identity.scales:
         yield Problem(
-            f"packed 8-bit weights with {_count(len(report.identity.scales), 'scale')}",
+            f"packed 8-bit weights with {counted(len(report.identity.scales), 'scale')}",
             evidence=(_listed(report.identity.scales),),
             hint="a plain cast would misread them: take the source they were made from",
         )
@@ -154,7 +169,8 @@ def _published(report: Report) -> Iterator[Problem]:
             )
 
 
-def _count(number: int, noun: str) -> str:
+def counted(number: int, noun: str) -> str:
+    """A number and its noun, as in `1 key` and `1,131 keys`."""
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 

@@ -72,6 +72,7 @@ def _file(report: Report) -> Json:
         "notes": list(identity.notes),
         "unknown": list(identity.unknown),
         "optional": list(identity.optional),
+        "scales": list(identity.scales),
         "globals": list(report.globals),
         "nesting": report.nesting,
         "others": dict(report.others),

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from builder.errors import Problem, printable
 from builder.progress import human_bytes
-from builder.report.faults import describe
+from builder.report.faults import counted, describe
 from builder.report.model import Part, Report, Share
 
 CONTAINERS = {
@@ -54,7 +54,7 @@ def render(report: Report, *, full: bool = False, width: int | None = None, colo
     Names out of the file are escaped. The short form fits a screen; the `full` one leaves nothing out.
     """
     page = _Page(report, full, width, Style(color))
-    blocks: list[Iterable[str]] = [page.head(), page.table(), page.facts(), page.faults()]
+    blocks: list[Iterable[str]] = [page.head(), page.table(), page.facts(), page.hashes(), page.faults()]
     if full:
         blocks += page.appendix()
     return "\n\n".join("\n".join(block) for b in blocks if (block := list(b)))
@@ -104,27 +104,37 @@ class _Page:
     def facts(self) -> Iterator[str]:
         """What else there is to say of the file, a labelled line each."""
         r = self.report
-        if r.metric is not None:
+        if r.metric is not None and any(c.isdigit() for c in r.metric.text):
             yield from self.fact("metric", f"({r.metric.text})")
         if r.known_as:
             yield from self.fact("known as", r.known_as)
         for label, share in (("EMA", r.ema), ("junk", r.junk), ("unknown", r.unknown)):
             if share.names:
-                yield from self.fact(label, self.share(share, examples=label != "EMA"))
+                listed = "" if label == "EMA" or self.full else f": {_grouped(share.names)}"
+                yield from self.fact(
+                    label, f"{self.size(share.bytes)} in {counted(share.keys, 'key')}{listed}"
+                )
         if r.optional.names:
             by_size = sorted(r.optional.names, key=lambda n: r.tensors[n].nbytes)
             yield from self.fact("extra", _examples(by_size, 4))
-        if r.precision_waste:
-            yield from self.fact(
-                "precision", f"{self.size(r.precision_waste)} more than 16 bits a number take"
-            )
-        if r.parts and r.pruned < 0.99 * r.size:
+        if r.parts and r.precision_waste * 1000 > (0 if self.full else r.pruned):
+            wasted = self.size(r.precision_waste)
+            yield from self.fact("precision", f"{wasted} wasted: 16 bits a number would do")
+        saved = r.ema.bytes + r.junk.bytes + r.precision_waste
+        if r.identity.intact and saved * 100 > r.pruned:
             yield from self.fact("pruned", f"{human_bytes(r.size)} → {self.size(r.pruned)}")
         if r.metadata and not self.full:
-            yield from self.fact("metadata", f"{len(r.metadata)} keys: {_examples(sorted(r.metadata), 4)}")
+            keys = counted(len(r.metadata), "key")
+            yield from self.fact("metadata", f"{keys}: {_examples(sorted(r.metadata), 4)}")
         if r.globals:
             listed = ", ".join(r.globals) if self.full else _examples(r.globals, 2)
-            yield from self.fact("pickle", f"{len(r.globals)} globals, none run: {listed}")
+            yield from self.fact("pickle", f"{counted(len(r.globals), 'global')}, none run: {listed}")
+
+    def hashes(self) -> Iterator[str]:
+        """The file's hashes, where they were asked for."""
+        wide = max(map(len, self.report.hashes), default=0)
+        for kind, value in self.report.hashes.items():
+            yield f"  {self.style.dim(kind.ljust(wide))}  {value or '–'}"
 
     def faults(self) -> Iterator[str]:
         """What is wrong."""
@@ -189,15 +199,8 @@ class _Page:
 
     def fact(self, label: str, text: str) -> Iterator[str]:
         """A labelled line, the rest of it below itself."""
-        indent = LABEL + 2
-        for index, line in enumerate(self.wrap(printable(text), indent)):
-            yield f"  {self.style.dim(label.ljust(LABEL)) if index == 0 else ' ' * LABEL}{line}"
-
-    def share(self, share: Share, examples: bool) -> str:
-        """A share's size and count, and what it begins with."""
-        keys = f"{share.keys:,} key{'' if share.keys == 1 else 's'}"
-        listed = f": {_examples(share.names, 2)}" if examples and not self.full else ""
-        return f"{self.size(share.bytes)} in {keys}{listed}"
+        for index, line in enumerate(self.wrap(printable(text), LABEL + 2)):
+            yield f"  {self.style.dim((label if index == 0 else '').ljust(LABEL))}{line}"
 
     def size(self, count: int) -> str:
         """A size, in the long form to the byte."""
@@ -230,7 +233,20 @@ def _remarks(part: Part) -> Iterator[str]:
 
 def _examples(names: Sequence[str], limit: int) -> str:
     more = len(names) - limit
-    return ", ".join(names[:limit]) + (f" and {more:,} more" if more > 0 else "")
+    return ", ".join(_clipped(n, 80) for n in names[:limit]) + (f" and {more:,} more" if more > 0 else "")
+
+
+def _grouped(names: Sequence[str], limit: int = 3) -> str:
+    """What names there are, in few words: those with the same two first parts stand for each other."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(".".join(name.split(".", 2)[:2]), []).append(name)
+    told = [
+        _clipped(group[0] if len(group) == 1 else f"{head}.… ({len(group):,})", 80)
+        for head, group in list(groups.items())[:limit]
+    ]
+    rest = len(names) - sum(map(len, list(groups.values())[:limit]))
+    return ", ".join(told) + (f" and {rest:,} more" if rest else "")
 
 
 def _clipped(text: str, limit: int = 500) -> str:
