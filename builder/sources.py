@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat as modes
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -97,18 +97,18 @@ def find_source(
     if wanted.file is not None:
         path = folder / wanted.file
         search.looked.append(f"beside the recipe: `{path}`")
-        if path.exists():
-            return Found(path, _remembered(path, store), _size(path), "beside the recipe")
+        for _ in _stats([path], modes.S_ISREG, modes.S_ISDIR):
+            return Found(path, *_known(path, store), "beside the recipe")
     found = _in_models(search, model_folders)
     if found is None and wanted.sha256 is not None:
         search.looked.append("among the store's downloads")
-        found = search.choose(_stats([store.download_path(wanted.sha256)]), "download")
+        found = search.choose([store.download_path(wanted.sha256)], "download")
     if found is None and wanted.sha256 is not None:
         cache = hugging_face_cache()
         search.looked.append(f"in the Hugging Face cache: `{cache}`")
         # Large files are kept there under their SHA-256.
         blobs = sorted(cache.glob(f"*/blobs/{wanted.sha256}"))
-        found = search.choose(_stats(blobs), "Hugging Face cache")
+        found = search.choose(blobs, "Hugging Face cache")
     if found is None:
         raise search.failure()
     return found
@@ -154,20 +154,24 @@ class _Search:
     looked: list[str] = field(default_factory=list)
     refused: dict[Path, str] = field(default_factory=dict)
 
-    def choose(self, candidates: Iterable[tuple[Path, os.stat_result]], how: str) -> Found | None:
+    def choose(self, candidates: Iterable[Path], how: str) -> Found | None:
         """The first candidate that is what is pinned; those of known digest come first."""
         pinned, size = self.wanted.sha256, self.wanted.size
         unread: list[tuple[Path, int]] = []
-        for path, stat in candidates:
+        for path, _ in _stats(candidates, modes.S_ISREG, modes.S_ISDIR):
             if path in self.refused:
                 continue
-            digest = _remembered(path, self.store)
-            if size is not None and stat.st_size != size:
-                self.refused[path] = f"has {stat.st_size:,} bytes instead of {size:,}"
+            try:
+                digest, length = _known(path, self.store)
+            except SourceError as error:
+                self.refused[path] = f"is refused: {error}"
+                continue
+            if size is not None and length != size:
+                self.refused[path] = f"has {length:,} bytes instead of {size:,}"
             elif pinned is None or digest == pinned:
-                return Found(path, digest, stat.st_size, how)
+                return Found(path, digest, length, how)
             elif digest is None:
-                unread.append((path, stat.st_size))
+                unread.append((path, length))
             else:
                 self.refused[path] = f"has the SHA-256 {digest}"
         for path, length in unread:
@@ -176,7 +180,7 @@ class _Search:
             try:
                 digest = _hash(path, self.store, self.reporter)
             except SourceError as error:
-                self.refused[path] = str(error)
+                self.refused[path] = f"is refused: {error}"
                 continue
             if digest == pinned:
                 return Found(path, digest, length, how)
@@ -214,32 +218,31 @@ def _files_of(path: Path) -> list[Path]:
         return sorted(Path(blob.name) for blob in checkpoint.blobs)
 
 
-def _digest(path: Path, sha256: Callable[[Path], str | None]) -> str | None:
+def _digest(path: Path, digests: Mapping[Path, str]) -> str:
     """The digest a source is pinned by: a file's SHA-256, for a sharded set that over its shards'.
 
     For a set it is what `sha256sum SHARD… | sha256sum` prints in its folder, shards sorted by name.
     """
-    files = _files_of(path)
-    if files == [path]:
-        return sha256(path)
-    digests = [(sha256(file), file.name) for file in files]
-    if any(digest is None for digest, _ in digests):
-        return None
-    return hashlib.sha256("".join(f"{d}  {n}\n" for d, n in digests).encode()).hexdigest()
+    if path in digests:
+        return digests[path]
+    lines = (f"{digest}  {file.name}\n" for file, digest in digests.items())
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def _hash(path: Path, store: Store, reporter: Reporter) -> str:
-    found = _digest(path, lambda file: store.sha256(file, reporter))
-    assert found is not None
-    return found
+    return _digest(path, {file: store.sha256(file, reporter) for file in _files_of(path)})
 
 
-def _remembered(path: Path, store: Store) -> str | None:
-    return _digest(path, lambda file: store.remembered_sha256(file.stat()))
-
-
-def _size(path: Path) -> int:
-    return sum(file.stat().st_size for file in _files_of(path))
+def _known(path: Path, store: Store) -> tuple[str | None, int]:
+    """A source's digest, if it is remembered, and its size in bytes; raises SourceError."""
+    try:
+        stats = {file: file.stat() for file in _files_of(path)}
+    except OSError as error:
+        raise SourceError(Problem(f"cannot read `{path}`", evidence=(str(error.strerror),))) from None
+    found = {file: store.remembered_sha256(stat) for file, stat in stats.items()}
+    known = {file: digest for file, digest in found.items() if digest is not None}
+    size = sum(stat.st_size for stat in stats.values())
+    return _digest(path, known) if len(known) == len(stats) else None, size
 
 
 def _in_models(search: _Search, folders: Sequence[Path]) -> Found | None:
@@ -248,27 +251,27 @@ def _in_models(search: _Search, folders: Sequence[Path]) -> Found | None:
         search.looked.append("in no folder of models: `CKPT_MODELS` is not set")
         return None
     search.looked += [f"in the folder of models `{folder}`" for folder in folders]
-    files: list[tuple[Path, os.stat_result]] | None = None
+    by_name = "folder of models, by name"
+    name = None
     if wanted.file is not None:
         # The very path below a folder is worth a look of its own: it spares walking through them all.
         path = Path(wanted.file)
         inside = not path.is_absolute() and ".." not in path.parts
-        found = search.choose(_stats(f / path for f in folders if inside), "folder of models, by name")
+        found = search.choose((f / path for f in folders if inside), by_name)
         if found is not None:
             return found
-        files = _files(folders, search.reporter)
-        same = [f for f in files if f[0].name == path.name]
-        found = search.choose(same, "folder of models, by name")
-        if found is not None:
-            return found
-    if wanted.sha256 is None:
+        name = path.name
+    elif wanted.sha256 is None:
         return None
-    files = files if files is not None else _files(folders, search.reporter)
+    files = _files(folders, search.reporter)
+    found = search.choose((path for path, _ in files if path.name == name), by_name)
+    if found is not None or wanted.sha256 is None:
+        return found
     if wanted.size is not None:
-        alike = [f for f in files if f[1].st_size == wanted.size]
+        alike = [path for path, stat in files if stat.st_size == wanted.size]
     else:
         # Reading every file there is would take minutes: only those of known digest are compared.
-        alike = [f for f in files if search.store.remembered_sha256(f[1]) == wanted.sha256]
+        alike = [path for path, stat in files if search.store.remembered_sha256(stat) == wanted.sha256]
     return search.choose(alike, "folder of models, by digest")
 
 
@@ -312,9 +315,9 @@ def _stats(paths: Iterable[Path], *kinds: Callable[[int], bool]) -> Iterator[tup
     for path in paths:
         try:
             stat = path.stat()
-        except OSError:
+        except (OSError, ValueError):  # not there, out of reach, or no name that a file can have
             continue
-        if any(kind(stat.st_mode) for kind in kinds or (modes.S_ISREG,)):
+        if any(kind(stat.st_mode) for kind in kinds):
             yield path, stat
 
 
