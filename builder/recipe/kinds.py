@@ -264,7 +264,7 @@ class Array(Kind):
 
     @property
     def label(self) -> str:  # type: ignore[override]
-        return f"array of {self.of.label}s" if isinstance(self.of, Text) else f"array, each {self.of.label}"
+        return f"array of: {self.of.label}"
 
     def advice(self, value: object) -> str | None:
         return f'write it in brackets: ["{value}"]' if type(value) is str and self.of.takes(value) else None

@@ -399,7 +399,7 @@ def _operation(operation: Operation, classes: Choice) -> Struct:
         **{n: _param(p) for n, p in operation.params.items()},
         "components": Key(
             Array(classes, minimum=1),
-            "Only these classes; of the others the step has none.",
+            "Only these classes; the others are those of its first input.",
             '["UNET-v1"]',
             default=(),
             otherwise="the whole model",
@@ -443,7 +443,7 @@ def _language(words: Vocabulary) -> Struct:
             "sha256": Key(SHA256, "SHA-256 of the file.", '"8712e20a5d65…"'),
             "tensor_digest": Key(
                 SHA256,
-                "SHA-256 over its tensors, metadata left out, as `ckpt inspect` shows it.",
+                "SHA-256 over its tensors, metadata left out, as the build reports it.",
                 '"67a1…"',
             ),
             "size": Key(Number(1, whole=True), "Bytes of the file.", "2132626102"),
