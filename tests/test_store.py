@@ -20,6 +20,7 @@ from safetensors import safe_open
 from builder.cli import run
 from builder.digests import component_digest
 from builder.errors import OutputError, Problem
+from builder.formats.writer import write
 from builder.progress import Reporter
 from builder.store import DamagedEntry, Made, Store, default_root
 from builder.store.memory import RACY
@@ -160,6 +161,58 @@ def test_a_put_that_fails_leaves_nothing(store: Store) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         store.put(A, "X", "X", model() | {"z": Unreadable(DType.F16, (1,), b"xx")})
+    assert files(store.root) == []
+    assert store.lookup(A) is None
+
+
+def test_what_a_check_refuses_is_not_kept(store: Store) -> None:
+    def refuse() -> None:
+        raise ValueError
+
+    with pytest.raises(ValueError):
+        store.put(A, "X", "X", model(), check=refuse)
+    assert files(store.root) == []
+
+
+def test_a_component_may_be_recorded_later(store: Store) -> None:
+    made = store.put(None, "UNET-v1-SD", "UNET-v1", model())
+    assert len(files(store.root)) == 1
+    store.record(A, made)
+    assert store.lookup(A) == made
+
+
+def test_facts_are_kept_and_may_be_forgotten(store: Store) -> None:
+    assert store.recall("metric", "ab12") is None
+    store.note("metric", "ab12", {"UNET-v1": "0123"})
+    store.note("metric", "ab12", {"UNET-v1": "0124"})
+    assert store.recall("metric", "ab12") == {"UNET-v1": "0124"}
+    assert store.recall("output", "ab12") is None
+    [path] = files(store.root)
+    rewrite(path, flip(5))
+    assert store.recall("metric", "ab12") is None
+    assert [p.fact for p in check(store)] == ["a record is damaged"]
+    store.note("metric", "ab12", {"UNET-v1": "0124"})
+    assert [i.kind for i in collect(store, 0).removed] == ["fact"]
+    assert store.recall("metric", "ab12") is None
+
+
+FULL = """
+import resource, sys
+from pathlib import Path
+from builder.errors import OutputError, render
+from builder.store import Store
+from tests.test_store import A, put
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), int(sys.argv[2])))
+try:
+    put(Store(Path(sys.argv[1])), size=10_000)
+except OutputError as error:
+    print(render(error.problems[0]))
+"""
+
+
+@pytest.mark.parametrize("limit", [0, 50, 1000, 20_000])
+def test_a_full_disk_leaves_nothing(store: Store, limit: int) -> None:
+    assert finish(script(FULL, store.root, limit)).startswith("error: cannot write ")
     assert files(store.root) == []
     assert store.lookup(A) is None
 
@@ -347,6 +400,29 @@ def test_an_entry_made_anew_meanwhile_is_not_set_aside(store: Store) -> None:
     put(store)
     store.set_aside(caught.value)
     assert store.lookup(A) == made
+
+
+def test_an_assembly_of_damaged_parts_is_not_put_in_place(store: Store, tmp_path: Path) -> None:
+    size = 5_000_000  # several windows, which threads read out of turn
+    made = put(store, size=size)
+    target = tmp_path / "out.safetensors"
+    for threads in (1, 4):
+        opened = store.open(made, verify=False)
+        assert opened is not None
+        with opened:
+            write(target, opened, threads=threads, durable=False)
+        with safe_open(target, "np") as file:
+            assert file.get_tensor("conv.weight").tobytes() == model(size=size)["conv.weight"].tobytes()
+    before = target.read_bytes()
+    rewrite(store.component_path(made.digest.xxh3), flip(-1))
+    for threads in (1, 4):
+        opened = store.open(made, verify=False)
+        assert opened is not None
+        with opened, pytest.raises(DamagedEntry) as caught:
+            write(target, opened, threads=threads, durable=False)
+        assert target.read_bytes() == before
+    store.set_aside(caught.value)
+    assert store.lookup(A) is None
 
 
 # Others at work.
