@@ -23,6 +23,7 @@ from builder.errors import OutputError, Problem
 from builder.formats.writer import write
 from builder.progress import Reporter
 from builder.store import DamagedEntry, Made, Store, default_root
+from builder.store.entries import VerifiedTensor
 from builder.store.memory import RACY
 from builder.store.upkeep import check, collect, items
 from builder.tensors import DType, LazyTensor, MemoryTensor
@@ -390,6 +391,13 @@ def test_an_entry_that_shrinks_while_it_is_read_is_damaged(store: Store) -> None
     os.truncate(path, path.stat().st_size - 10)
     with pytest.raises(DamagedEntry):
         content(opened)
+    for tensor in opened.values():
+        assert isinstance(tensor, VerifiedTensor)
+        if tensor.nbytes == 600:
+            with pytest.raises(DamagedEntry):
+                tensor.unchecked.tobytes()
+        else:
+            assert tensor.unchecked.tobytes() == tensor.tobytes()
     opened.close()
 
 
@@ -742,10 +750,14 @@ def test_litter_goes_in_any_case(store: Store) -> None:
 
 def test_a_download_in_the_making_is_left_alone(store: Store) -> None:
     partial = store.partial_path("x")
+    lock = partial.with_name(f"{partial.name}.lock")
+    lock.touch()
+    age(lock, 4000)
     partial.write_bytes(b"abc")
     assert collect(store, 0).removed == []
     age(partial, 4000)
-    assert [i.kind for i in collect(store, 0).removed] == ["partial"]
+    assert [(i.kind, i.size) for i in collect(store, 0).removed] == [("partial", 3)]
+    assert files(store.root) == []
 
 
 def test_a_download_used_is_kept_longer(store: Store) -> None:

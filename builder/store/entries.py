@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from builder.errors import Place, Problem, SourceError
 from builder.formats.blob import BlobTensor, FileBlob
 from builder.formats.safetensors import read_header
 from builder.progress import SILENT, Reporter
-from builder.tensors import WINDOW, LazyTensor
+from builder.tensors import WINDOW, DType, LazyTensor
 
 # Keys of an entry's metadata. The digests of its tensors stand there one after the other, in the order
 # of the sorted names: the file's name is the digest over them, so the table of contents checks itself.
@@ -77,8 +77,8 @@ class VerifiedTensor(LazyTensor):
 
     @property
     def unchecked(self) -> LazyTensor:
-        """The tensor itself, for a reader that compares digests of its own."""
-        return self._tensor
+        """The same without digests, for a reader that compares its own; what cannot be read is damage."""
+        return _Unchecked(self.dtype, self.shape, self._read)
 
     def read_into(self, start: int, out: memoryview) -> None:
         """Read, and digest when all before was."""
@@ -136,6 +136,18 @@ class VerifiedTensor(LazyTensor):
             self._tensor.read_into(start, out)
         except SourceError as error:
             raise self.damaged("; ".join(p.fact for p in error.problems)) from None
+
+
+class _Unchecked(LazyTensor):
+    __slots__ = ("_read",)
+
+    def __init__(self, dtype: DType, shape: tuple[int, ...], read: Callable[[int, memoryview], None]) -> None:
+        super().__init__(dtype, shape)
+        self._read = read
+
+    def read_into(self, start: int, out: memoryview) -> None:
+        """Read, and raise DamagedEntry when that fails."""
+        self._read(start, out)
 
 
 @dataclass(frozen=True)

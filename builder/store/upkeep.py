@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 
 from builder.errors import OutputError, Place, Problem, SourceError
@@ -26,7 +27,8 @@ class Item:
 
     `kind` is `component`, `download`, `partial` (an unfinished download) or `fact` (a few bytes that save
     work, such as the digest of a file); `digest` is of its content or, for a fact, of what it is about;
-    `component` and `cls` are empty but for components. `used` is in nanoseconds since the epoch.
+    `records` are files that go with it; `component` and `cls` are empty but for components. `size` is in
+    bytes, `used` in nanoseconds since the epoch.
     """
 
     kind: str
@@ -167,9 +169,13 @@ def _downloads(store: Store) -> Iterator[Item]:
             remembered = _stat(store.memory.path(stat))
             used = max(stat.st_mtime_ns, remembered.st_mtime_ns if remembered is not None else 0)
             yield Item("download", path, path.name, stat.st_size, used)
-    for path in _files(store.root / "downloads" / "partial", "*"):
-        if (stat := _stat(path)) is not None:
-            yield Item("partial", path, path.name, stat.st_size, stat.st_mtime_ns)
+    # An unfinished download may have files beside it, such as its lock: they live and go together.
+    unfinished = _files(store.root / "downloads" / "partial", "*")
+    for name, group in groupby(unfinished, key=lambda p: p.name.partition(".")[0]):
+        stats = {path: stat for path in group if (stat := _stat(path)) is not None}
+        if stats:
+            size, used = sum(s.st_size for s in stats.values()), max(s.st_mtime_ns for s in stats.values())
+            yield Item("partial", next(iter(stats)), name, size, used, records=tuple(stats))
 
 
 def _facts(store: Store) -> Iterator[Item]:
