@@ -14,11 +14,13 @@ from builder.errors import CkptError, ExitCode, render
 # A command's module is imported when it is asked for: starting stays fast whatever the others need.
 COMMANDS: dict[str, str] = {
     "build": "Build a recipe into files that are the same bytes everywhere.",
+    "lock": "Pin what a recipe resolves to, without building it.",
     "plan": "Say what a build would do, and why.",
     "components": "The catalog: list its components, show one, learn a new one.",
     "inspect": "Say what is in a checkpoint, without running or loading it.",
     "schema": "Print the JSON Schema of recipes, for editors.",
     "store": "The cache of made components: list it, make room, check it.",
+    "verify": "Compare a file with its recipe's lock and expectations.",
 }
 
 

@@ -16,8 +16,10 @@ from builder.cli.session import Session, json_option, need_lock, open_session, q
 from builder.cli.terminal import make_reporter
 from builder.errors import ExitCode, Problem, UnreproducibleError, UsageError
 from builder.lock import differences, write_lock
-from builder.plan import OutputJob, Plan
+from builder.plan import Plan
+from builder.plan.keys import output_format
 from builder.progress import Reporter, human_bytes
+from builder.recipe import Output, Recipe
 from builder.run import Build, build
 from builder.store import Store
 
@@ -48,18 +50,17 @@ def command(
     """Build the files of RECIPE; what is made already is reused, what is unchanged is left alone."""
     locked, offline = locked or frozen, offline or frozen
     with make_reporter(quiet) as reporter, open_session(recipe, reporter) as session:
-        place = _place(session, output)
         lock = need_lock(session) if locked else None
-        with session.plan() as plan:
+        with session.plan(place=_place(session, output)) as plan:
             if explained:
                 click.echo(explain.to_text(plan), err=True)
-            _say_what_is_left_out(plan, reporter)
+            if any(n.state != "unchanged" for n in plan.outputs()):
+                _say_what_is_left_out(plan, reporter)
             made = build(
                 plan,
                 catalog=session.catalog,
                 store=session.store,
                 threads=threads,
-                place=place,
                 locked=lock,
                 reporter=reporter,
             )
@@ -68,18 +69,18 @@ def command(
                 reporter.note(f"{id_}: {change}")
         if check:
             _check(session, made, threads, reporter)
-        if not locked and made.lock is not None:
-            if session.lock is not None:
-                for change in differences(session.lock, made.lock):
+        if not locked and made.lock is not None and _is_the_recipes_own(made, session.recipe):
+            for change in differences(session.lock, made.lock, partial=True) if session.lock else ():
+                if "became" in change:
                     reporter.note(f"the lock changes: {change}")
             write_lock(session.lock_path, made.lock)
     click.echo(json.dumps(_to_json(made), indent=2) if as_json else _to_text(made))
     return ExitCode.DONE
 
 
-def _place(session: Session, output: Path | None) -> Callable[[OutputJob], Path]:
+def _place(session: Session, output: Path | None) -> Callable[[Output], Path] | None:
     if output is None:
-        return lambda job: job.target
+        return None
     if len(session.recipe.outputs) > 1:
         raise UsageError(
             Problem(
@@ -88,7 +89,13 @@ def _place(session: Session, output: Path | None) -> Callable[[OutputJob], Path]
                 hint="name the files in the recipe",
             )
         )
-    return lambda job: output
+    return lambda _: output
+
+
+def _is_the_recipes_own(made: Build, recipe: Recipe) -> bool:
+    """Whether what was made is what the recipe says, not its contents in another container."""
+    files = {o.name: Path(o.file) for o in recipe.outputs}
+    return all(output_format(b.path) == output_format(files[b.name]) for b in made.outputs)
 
 
 def _say_what_is_left_out(plan: Plan, reporter: Reporter) -> None:
@@ -106,13 +113,12 @@ def _check(session: Session, made: Build, threads: int | None, reporter: Reporte
         root = Path(temporary)
         with Store(root / "store", reporter=reporter) as store:
             again = replace(session, store=store, lock=None)
-            with again.plan() as plan:
+            with again.plan(place=lambda o: root / f"{o.name}{first[o.name].path.suffix}") as plan:
                 second = build(
                     plan,
                     catalog=session.catalog,
                     store=store,
                     threads=threads,
-                    place=lambda job: root / f"{job.output.name}.out",
                     reporter=reporter,
                 )
     problems = [

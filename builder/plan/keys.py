@@ -12,7 +12,6 @@ from typing import Any
 from builder.catalog import Component
 from builder.numeric import PROFILE
 from builder.plan.model import Applied, ComponentJob, Finished, Origin, OutputJob, Plan, StepJob, Take
-from builder.recipe import Output
 
 # A change of what is made from the same inputs must change its version here.
 VERSIONS = {"take": 1, "finish": 1, "assemble": 1}
@@ -86,10 +85,10 @@ def assembly_key(job: OutputJob, digests: Mapping[str, str]) -> str:
         slots={cls: [prefix, digests[node]] for cls, (prefix, node) in job.slots.items()},
         extras={n: [t.dtype.code, list(t.shape), t.tobytes().hex()] for n, t in job.extras.items()},
         metadata=dict(job.metadata),
-        format=output_format(job.output),
+        format=output_format(job.target),
     )
 
 
-def output_format(output: Output) -> str:
+def output_format(target: Path) -> str:
     """The container of an output, from its file's suffix."""
-    return "torch" if Path(output.file).suffix in {".ckpt", ".pt", ".pth", ".bin"} else "safetensors"
+    return "torch" if target.suffix in {".ckpt", ".pt", ".pth", ".bin"} else "safetensors"

@@ -51,9 +51,12 @@ def make_plan(
     lock: Lock | None = None,
     operations: Mapping[str, Operation] = OPERATIONS,
     load: Callable[[Path], Recipe] | None = None,
+    place: Callable[[Output], Path] | None = None,
     reporter: Reporter = SILENT,
 ) -> Plan:
     """Resolve a recipe. Reads tables of contents only; `load` reads the recipes that are sources.
+
+    `place` says where an output goes, if not where the recipe says.
 
     Raises RecipeError for what does not fit what the sources hold, SourceError for sources that are
     refused, FetchError for those that are needed and nowhere to be found.
@@ -63,7 +66,9 @@ def make_plan(
     plan = Plan(recipe, nx.DiGraph())
     try:
         folders = folders if folders is not None else model_folders()
-        _Resolver(plan, recipe, "", catalog, store, folders, lock, operations, load, reporter).outputs()
+        _Resolver(
+            plan, recipe, "", catalog, store, folders, lock, operations, load, place, reporter
+        ).outputs()
     except BaseException:
         plan.close()
         raise
@@ -90,6 +95,7 @@ class _Resolver:
         lock: Lock | None,
         operations: Mapping[str, Operation],
         load: Callable[[Path], Recipe] | None,
+        place: Callable[[Output], Path] | None,
         reporter: Reporter,
     ) -> None:
         self.plan = plan
@@ -101,6 +107,7 @@ class _Resolver:
         self.lock = lock
         self.operations = operations
         self.load = load
+        self.place = place
         self.reporter = reporter
         pins = lock.pins() if lock is not None else {}
         self.sources = Sources(recipe, catalog, store, folders, reporter, pins)
@@ -166,6 +173,7 @@ class _Resolver:
             None,
             self.operations,
             self.load,
+            None,
             self.reporter,
         )
         output = recipe.output(spec.output)
@@ -357,6 +365,8 @@ class _Resolver:
 
     def target(self, output: Output) -> Path:
         """Where an output is written."""
+        if self.place is not None:
+            return self.place(output)
         folder = self.recipe.path.parent if self.recipe.path else Path()
         return folder / output.file
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from builder.digests import Row, component_digest, tensor_digest
 from builder.errors import LockError, OutputError, Problem
 from builder.formats.writer import Written
-from builder.lock import Lock, LockedComponent, LockedOutput, LockedSource, differences
+from builder.lock import Lock, LockedComponent, LockedOutput, differences
 from builder.metric import SCALES, Metric, measure
 from builder.numeric import PRECISIONS
 from builder.plan import Plan
@@ -24,11 +24,11 @@ from builder.plan.metadata import final_metadata, recipe_digest
 from builder.plan.model import ComponentJob, Node, OutputJob, SourceJob, Take
 from builder.plan.resolve import output_state
 from builder.progress import SILENT, Reporter
-from builder.recipe import Output, Recipe
 from builder.run.evaluate import Stoppable, finish
+from builder.run.expect import Built, missed
 from builder.run.schedule import Task, run_all
+from builder.run.sources import locked_sources, see
 from builder.run.write import write_output
-from builder.sources import verify_source
 from builder.store import DamagedEntry, Made, Store
 from builder.store.entries import VerifiedTensor
 from builder.tensors import WINDOW, LazyTensor
@@ -37,19 +37,6 @@ if TYPE_CHECKING:
     from builder.catalog import Catalog
 
 MEMORY = 256 << 20  # bytes of windows in flight, over all steps
-
-
-@dataclass(frozen=True)
-class Built:
-    """An output as it is now: `state` is `written` or `unchanged`; digests are lower-case hex."""
-
-    name: str
-    path: Path
-    sha256: str
-    size: int
-    tensor_digest: str
-    metric: str
-    state: str
 
 
 @dataclass
@@ -68,16 +55,15 @@ def build(
     catalog: Catalog,
     store: Store,
     threads: int | None = None,
-    place: Callable[[OutputJob], Path] = lambda job: job.target,
     locked: Lock | None = None,
     reporter: Reporter = SILENT,
 ) -> Build:
     """Carry out a plan; its nodes then say what was made.
 
-    `place` says where an output goes. With `locked`, what is made must agree with that lock. Raises
-    CkptError; then every output is as it was, but those that were finished before the failure.
+    With `locked`, what is made must agree with that lock. Raises CkptError; then every output is as it
+    was, but those that were finished before the failure.
     """
-    return _Builder(plan, catalog, store, threads or os.cpu_count() or 1, place, locked, reporter).run()
+    return _Builder(plan, catalog, store, threads or os.cpu_count() or 1, locked, reporter).run()
 
 
 def stale(changes: list[str]) -> LockError:
@@ -94,7 +80,6 @@ class _Builder:
         catalog: Catalog,
         store: Store,
         threads: int,
-        place: Callable[[OutputJob], Path],
         locked: Lock | None,
         reporter: Reporter,
     ) -> None:
@@ -102,7 +87,6 @@ class _Builder:
         self.catalog = catalog
         self.store = store
         self.threads = threads
-        self.place = place
         self.locked = locked
         self.reporter = reporter
         self.stop = threading.Event()
@@ -148,25 +132,8 @@ class _Builder:
         assert isinstance(source.job, SourceJob)
         return source.state == "fetch" or source.job.sources.pinned_by_lock(source.job.source)
 
-    # -- sources
-
     def _see(self, node: Node) -> None:
-        """Have a source and its digest; raises when it is not what was pinned."""
-        job = node.job
-        assert isinstance(job, SourceJob)
-        found = job.sources.find(job.source)
-        if found is None:
-            raise job.sources.missing(job.source)
-        known = self.catalog.known.file
-        seen = verify_source(
-            found,
-            job.sources.spec(job.source).sha256,
-            store=self.store,
-            known=lambda sha256: f.name if (f := known(sha256)) is not None else None,
-            reporter=self.reporter,
-        )
-        job.sources.provide(job.source, seen)
-        node.key = seen.sha256
+        see(node, self.catalog, self.store, self.reporter)
 
     # -- components
 
@@ -233,7 +200,7 @@ class _Builder:
             self._record(node)
 
     def _output(self, node: Node, job: OutputJob) -> Built:
-        target = self.place(job)
+        target = job.target
         parts = {cls: self._part(name) for cls, (_, name) in job.slots.items()}
         digests = {name: parts[cls].digest.xxh3 for cls, (_, name) in job.slots.items()}
         node.key = assembly_key(job, digests)
@@ -251,7 +218,8 @@ class _Builder:
 
         def built(sha256: str, size: int, state: str) -> Built:
             made = Built(job.output.name, target, sha256, size, tensor_digest, metric, state)
-            self._expect(job, made)
+            if problems := missed(job.recipe, job.output, made):
+                raise OutputError(*problems)
             self._agree(job, made)
             return made
 
@@ -294,7 +262,7 @@ class _Builder:
         parts: Mapping[str, Made],
         accept: Callable[[Written], object],
     ) -> Written:
-        container = output_format(job.output)
+        container = output_format(job.target)
         tensors: dict[str, LazyTensor] = dict(job.extras)
         sources = {cls: self._taken_from(name) for cls, (_, name) in job.slots.items()}
         metadata = final_metadata(job.metadata, {c: (sources[c], m) for c, m in parts.items()})
@@ -365,27 +333,6 @@ class _Builder:
             known = replace(known, **{SCALES[cls].part: str(fact[cls])})
         return known.text if known != Metric() else ""
 
-    def _expect(self, job: OutputJob, made: Built) -> None:
-        """Raise OutputError for every expectation that is missed, with both values."""
-        expect = job.output.expect
-        wanted = {
-            "metric": (expect.metric, made.metric or Metric().text),
-            "sha256": (expect.sha256, made.sha256),
-            "tensor_digest": (expect.tensor_digest, made.tensor_digest),
-            "size": (expect.size, made.size),
-        }
-        problems = [
-            Problem(
-                f"the {key.replace('_', ' ')} of `{job.output.file}` is not what the recipe expects",
-                job.recipe.place(*expect_at(job.recipe, job.output), key, value=True),
-                (f"expected {want}", f"made     {got}"),
-            )
-            for key, (want, got) in wanted.items()
-            if want is not None and not meets(key, want, got)
-        ]
-        if problems:
-            raise OutputError(*problems)
-
     def _agree(self, job: OutputJob, made: Built) -> None:
         """Raise LockError when the lock that must not change would."""
         if self.locked is None:
@@ -399,16 +346,6 @@ class _Builder:
         return self._lock_of([(job, made) for job, made in jobs if isinstance(job, OutputJob)])
 
     def _lock_of(self, outputs: list[tuple[OutputJob, Built]]) -> Lock:
-        sources = {}
-        for node in self.plan:
-            job = node.job
-            if not isinstance(job, SourceJob) or node.key is None or job.sources is not self.plan.sources[0]:
-                continue
-            spec, found = job.sources.spec(job.source), job.sources.find(job.source)
-            before = self.locked.sources.get(job.source) if self.locked is not None else None
-            size = found.size if found is not None else spec.size or (before.size if before else 0)
-            requested = Path(spec.file).name if spec.file else next(iter(spec.urls), "")
-            sources[job.source] = LockedSource(requested, node.key, size)
         components, locked = [], {}
         for job, made in outputs:
             for cls, (_, name) in job.slots.items():
@@ -427,19 +364,5 @@ class _Builder:
             locked[job.output.name] = LockedOutput(
                 job.output.file, made.sha256, made.tensor_digest, made.size, made.metric
             )
+        sources = locked_sources(self.plan, self.locked)
         return Lock(recipe_digest(self.plan.recipe), sources, tuple(components), locked)
-
-
-def expect_at(recipe: Recipe, output: Output) -> tuple[str | int, ...]:
-    """Where a recipe says what it expects of an output: its only one's stands apart."""
-    return ("expect",) if "expect" in recipe.document.data else (*output.at, "expect")
-
-
-def meets(key: str, want: object, got: object) -> bool:
-    """Whether an expectation is met; the parts of a metric may be off by one, as it is published."""
-    if key != "metric":
-        return want == got
-    pairs = list(zip(str(want).split("/"), str(got).split("/"), strict=False))
-    return len(pairs) == 3 and all(
-        w == g or (w + g).isdigit() and abs(int(w) - int(g)) <= 1 for w, g in pairs
-    )

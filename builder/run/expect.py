@@ -1,0 +1,56 @@
+"""What a recipe asserts about its products, compared with what they are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from builder.errors import Problem
+from builder.metric import Metric
+from builder.recipe import Output, Recipe
+
+
+@dataclass(frozen=True)
+class Built:
+    """An output as it is: `state` is `written` or `unchanged`, digests are hex, `metric` empty for none."""
+
+    name: str
+    path: Path
+    sha256: str
+    size: int
+    tensor_digest: str
+    metric: str
+    state: str
+
+
+def missed(recipe: Recipe, output: Output, made: Built) -> list[Problem]:
+    """Every expectation that is missed, with both values."""
+    expect = output.expect
+    at = ("expect",) if "expect" in recipe.document.data else (*output.at, "expect")
+    wanted = {
+        "metric": (expect.metric, made.metric or Metric().text),
+        "sha256": (expect.sha256, made.sha256),
+        "tensor_digest": (expect.tensor_digest, made.tensor_digest),
+        "size": (expect.size, made.size),
+    }
+    return [
+        Problem(
+            f"the {key.replace('_', ' ')} of `{output.file}` is not what the recipe expects",
+            recipe.place(*at, key, value=True),
+            (f"expected {want}", f"made     {got}"),
+        )
+        for key, (want, got) in wanted.items()
+        if want is not None and not _meets(key, want, got)
+    ]
+
+
+def _meets(key: str, want: object, got: object) -> bool:
+    if key != "metric":
+        return want == got
+    pairs = list(zip(str(want).split("/"), str(got).split("/"), strict=False))
+    return len(pairs) == 3 and all(_near(w, g) for w, g in pairs)
+
+
+def _near(want: str, got: str) -> bool:
+    """Whether two parts of a metric agree: digits may be off by one, as it is published."""
+    return want == got or ((want + got).isdigit() and abs(int(want) - int(got)) <= 1)

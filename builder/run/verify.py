@@ -1,0 +1,113 @@
+"""An existing file against what its recipe's lock and expectations say of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from builder.digests import Row, component_digest
+from builder.errors import LockError, OutputError, Place, Problem, UsageError
+from builder.formats import open_checkpoint
+from builder.identify import identify
+from builder.lock import Lock, LockedOutput
+from builder.metric import Metric, counted, label
+from builder.progress import SILENT, Reporter
+from builder.recipe import Output, Recipe
+from builder.run.expect import Built, missed
+from builder.scan import scan
+from builder.store import Store
+
+if TYPE_CHECKING:
+    from builder.catalog import Catalog
+
+
+def verify(
+    recipe: Recipe,
+    lock: Lock | None,
+    file: Path | None,
+    *,
+    catalog: Catalog,
+    store: Store,
+    reporter: Reporter = SILENT,
+) -> dict[Path, str]:
+    """The SHA-256 of every verified file, by path; reads each of them whole.
+
+    Raises OutputError when one is not what the lock or the recipe says, naming the components that
+    differ; LockError when neither says anything.
+    """
+    verified, problems = {}, []
+    for output in _chosen(recipe, file):
+        locked = lock.outputs.get(output.name) if lock is not None else None
+        if locked is None and output.expect == type(output.expect)():
+            raise LockError(
+                Problem(
+                    f"nothing says what `{output.file}` should be",
+                    Place(str(recipe.path)),
+                    ("the lock has no such output, and there is no [expect]",),
+                    "`ckpt build` makes the lock",
+                )
+            )
+        path = file or (recipe.path.parent if recipe.path else Path()) / output.file
+        sha256 = store.sha256(path, reporter)
+        if locked is not None and sha256 == locked.sha256 and not output.expect.metric:
+            made = Built(output.name, path, sha256, locked.size, locked.tensor_digest, "", "unchanged")
+        else:
+            made, differ = _examine(output, path, sha256, lock, catalog, reporter)
+            if locked is not None and sha256 != locked.sha256:
+                problems.append(_other(path, locked, made, differ))
+        problems += missed(recipe, output, made)
+        verified[path] = sha256
+    if problems:
+        raise OutputError(*problems)
+    return verified
+
+
+def _chosen(recipe: Recipe, file: Path | None) -> list[Output]:
+    if file is None or len(recipe.outputs) == 1:
+        return list(recipe.outputs)
+    named = [o for o in recipe.outputs if Path(o.file).name == file.name]
+    if not named:
+        files = ", ".join(f"`{o.file}`" for o in recipe.outputs)
+        raise UsageError(
+            Problem(f"`{file}` is none of the recipe's outputs", evidence=(f"they are {files}",))
+        )
+    return named
+
+
+def _examine(
+    output: Output, path: Path, sha256: str, lock: Lock | None, catalog: Catalog, reporter: Reporter
+) -> tuple[Built, list[str]]:
+    """What a file is, and its components that are not those of the lock, in words."""
+    with open_checkpoint(path) as checkpoint:
+        identity = identify(checkpoint, catalog)
+        groups = counted({m.component.cls: m.names for m in identity.matches})
+        found = scan(
+            checkpoint,
+            groups=groups,
+            digests=True,
+            sha256=True,
+            reporter=reporter,
+            task=f"reading {path.name}",
+        )
+        rows = {}
+        for name, tensor in checkpoint.items():
+            seen = found.tensors[name].digest
+            assert seen is not None
+            rows[name] = Row(tensor.dtype, tensor.shape, seen)
+        metric = label(found.histograms)
+        differ = []
+        for match in identity.matches:
+            locked = lock.component(output.name, match.component.cls) if lock is not None else None
+            bare = component_digest({b: rows[full] for b, full in match.names.items()})
+            if locked is not None and bare.sha256 != locked.sha256:
+                differ.append(f"{locked.cls}: expected {locked.sha256[:12]}…, found {str(bare.sha256)[:12]}…")
+        digest = str(component_digest(rows).sha256)
+        text = metric.text if metric != Metric() else ""
+        return Built(output.name, path, sha256, checkpoint.size, digest, text, "unchanged"), differ
+
+
+def _other(path: Path, locked: LockedOutput, made: Built, differ: list[str]) -> Problem:
+    evidence = [f"expected SHA-256 {locked.sha256}", f"found    SHA-256 {made.sha256}", *differ]
+    if made.tensor_digest == locked.tensor_digest:
+        evidence.append("every tensor is as it should be: only the header differs")
+    return Problem(f"`{path}` is not the file that the lock names", evidence=tuple(evidence))
