@@ -22,7 +22,7 @@ from builder.catalog.model import (
 )
 from builder.errors import CatalogError, Place, Problem, did_you_mean
 from builder.tensors import BY_CODE
-from builder.toml import Document, Keys, load
+from builder.toml import Document, Keys, load, parse
 
 Shape = tuple[int, ...]
 
@@ -201,9 +201,18 @@ def _leaves(table: dict[str, Any], head: str, keys: Keys) -> Iterator[tuple[str,
             yield name, (*keys, key), value
 
 
+def parse_table(text: str, name: str) -> Table:
+    """A component's table, of a file called `name` in messages."""
+    return _table(parse(text, name, CatalogError))
+
+
 def read_table(path: Path, name: str) -> Table:
     """A component's file, called `name` in messages; its tensors are looked at when it is expanded."""
-    fields = Fields(load(path, CatalogError, name), (), _COMPONENT, "name", "keys")
+    return _table(load(path, CatalogError, name))
+
+
+def _table(document: Document) -> Table:
+    fields = Fields(document, (), _COMPONENT, "name", "keys")
     naming = fields.get("naming")
     if naming is not None and naming not in NAMINGS:
         fields.fail(f"unknown naming `{naming}`", "naming", value=True, hint=did_you_mean(naming, NAMINGS))

@@ -1,0 +1,236 @@
+"""`ckpt components`: what the catalog knows, and a new table for it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from builder.catalog import Architecture, Catalog, Component, TensorRule, load_catalog
+from builder.catalog.learn import compress, fold
+from builder.errors import CatalogError, Problem, UsageError, nearest, printable
+from builder.formats import open_checkpoint
+from builder.tensors import LazyTensor
+
+_json = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout (docs/catalog.md).")
+
+
+@click.group("components", invoke_without_command=True)
+@click.pass_context
+def command(context: click.Context) -> None:
+    """The catalog: list its components (the default), show one, learn a new one.
+
+    The folders that CKPT_COMPONENTS names add to what is built in.
+    """
+    if context.invoked_subcommand is None:
+        context.invoke(list_components, as_json=False)
+
+
+@command.command("list")
+@_json
+def list_components(as_json: bool) -> None:
+    """All components, under the architectures and classes that they fill."""
+    catalog = load_catalog()
+    if as_json:
+        described = [_described(c, catalog) for c in catalog.components.values()]
+        architectures = [_architecture(a) for a in catalog.architectures.values()]
+        _say({"schema": 1, "components": described, "architectures": architectures})
+    else:
+        click.echo("\n".join(_listing(catalog)))
+
+
+@command.command()
+@click.argument("name", metavar="NAME")
+@click.option("--full", is_flag=True, help="Every tensor on a line of its own.")
+@_json
+def show(name: str, full: bool, as_json: bool) -> None:
+    """The meaning of one component: its class, its prefix and its tensors."""
+    catalog = load_catalog()
+    if name in catalog.classes and name not in catalog.components:
+        members = ", ".join(f"`{c.name}`" for c in catalog.classes[name])
+        raise UsageError(Problem(f"`{name}` is a class, not a component", hint=f"its components: {members}"))
+    component = catalog.component(name)
+    if as_json:
+        rules = {n: rule._asdict() for n, rule in component.tensors.items()}
+        _say({"schema": 1, **_described(component, catalog), "tensors": rules})
+    else:
+        click.echo("\n".join(_meaning(component, catalog, full)))
+
+
+@command.command()
+@click.argument("file", type=click.Path(path_type=Path), metavar="FILE")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), metavar="FOLDER", help="Write NAME.toml there."
+)
+@click.option("--name", help="The component's name (default: the file's).")
+@click.option("--class", "cls", help="The class that it fills (default: one of its own).")
+@click.option("--prefix", default="", help="Take only the tensors under this prefix, and cut it off.")
+def learn(file: Path, output: Path | None, name: str | None, cls: str | None, prefix: str) -> None:
+    """Write a component's table from a checkpoint, to stdout or to a folder of tables.
+
+    Such a folder, named in CKPT_COMPONENTS, makes the component known to every command.
+    """
+    catalog = load_catalog()
+    name = name or re.sub(r"[^\w.+-]+", "-", file.stem).strip("-.") or "component"
+    if not re.fullmatch(r"\w[\w.+-]*", name):
+        raise UsageError(
+            Problem(f"`{name}` is no name for a component", hint="use letters, digits, `-` and `.`")
+        )
+    with open_checkpoint(file) as checkpoint:
+        rules = {n.removeprefix(prefix): _rule(t) for n, t in checkpoint.items() if n.startswith(prefix)}
+        if not rules:
+            raise UsageError(_nothing_under(prefix, file, checkpoint))
+    same = _same(rules, catalog)
+    if same is not None:
+        click.echo(f"note: this is the table of `{same}`", err=True)
+    fields = {"name": name, "class": cls or name} | ({"prefix": prefix} if prefix else {})
+    text = compress(rules, **fields)
+    if output is None:
+        click.echo(text, nl=False)
+    else:
+        click.echo(_write(output / f"{name}.toml", text, name, catalog))
+
+
+def _say(answer: dict[str, Any]) -> None:
+    click.echo(json.dumps(answer, indent=2))
+
+
+def _listing(catalog: Catalog) -> Iterator[str]:
+    sections: list[tuple[str, list[tuple[str, Component]]]] = []
+    placed: set[str] = set()
+    for architecture in catalog.architectures.values():
+        rows = [(cls, c) for cls in architecture.slots for c in catalog.candidates(cls, architecture)]
+        placed |= {c.name for _, c in rows}
+        also = f" (also {', '.join(architecture.aliases)})" if architecture.aliases else ""
+        sections.append((architecture.name + also, rows))
+    rest = [(c.cls, c) for c in catalog.components.values() if c.name not in placed]
+    if rest:
+        sections.append(("in no architecture", rest))
+    widths = [max(map(len, names)) for names in (catalog.classes, catalog.components)]
+    for number, (title, rows) in enumerate(sections):
+        yield from [""] * (number > 0)
+        yield title
+        before = None
+        for cls, c in rows:
+            label = "" if cls == before else cls
+            before = cls
+            size = f"{c.parameters:,}" if c.parameters is not None else "any rank"
+            prefix = printable(c.prefix) or "–"
+            yield f"  {label:{widths[0]}}  {c.name:{widths[1]}}  {c.keys:>5,}  {size:>14}  {prefix}"
+    yield ""
+    yield "Columns: class, component, tensors, elements, prefix in a full checkpoint."
+
+
+def _meaning(component: Component, catalog: Catalog, full: bool) -> Iterator[str]:
+    size = f"{component.parameters:,} elements" if component.parameters is not None else "of any rank"
+    optional = sum(rule.optional for rule in component.tensors.values())
+    yield component.name + (f": {component.note}" if component.note else "")
+    rows = {
+        "class": component.cls,
+        "architectures": ", ".join(_homes(component, catalog)) or "none",
+        "prefix": printable(component.prefix) or "none",
+        "tensors": f"{component.keys:,}, {size}" + (f"; {optional} optional" if optional else ""),
+        "extends": component.extends or "",
+        "naming": f"{component.naming}, of {component.base}" if component.naming else "",
+        "declared in": component.path,
+    }
+    for label, value in rows.items():
+        if value:
+            yield f"  {label:<13}  {value}"
+    yield ""
+    if full:
+        lines = [(n, _shape(rule)) for n, rule in component.tensors.items()]
+    else:
+        lines = [(".".join(path), shape) for path, shape in fold(component.tensors)]
+    width = min(72, max(len(name) for name, _ in lines))
+    for name, shape in lines:
+        yield f"  {printable(name):<{width}}  {shape}"
+
+
+def _shape(rule: TensorRule) -> str:
+    return " ".join(
+        [str(list(rule.shape)), *([rule.dtype] if rule.dtype else []), *["optional"] * rule.optional]
+    )
+
+
+def _homes(component: Component, catalog: Catalog) -> list[str]:
+    return [
+        a.name
+        for a in catalog.architectures.values()
+        if component.cls in a.slots and component in catalog.candidates(component.cls, a)
+    ]
+
+
+def _described(component: Component, catalog: Catalog) -> dict[str, Any]:
+    return {
+        "name": component.name,
+        "class": component.cls,
+        "architectures": _homes(component, catalog),
+        "prefix": component.prefix,
+        "keys": component.keys,
+        "parameters": component.parameters,
+        "extends": component.extends,
+        "naming": component.naming,
+        "note": component.note,
+        "path": component.path,
+    }
+
+
+def _architecture(architecture: Architecture) -> dict[str, Any]:
+    return {
+        "name": architecture.name,
+        "slots": list(architecture.slots),
+        "only": list(architecture.only),
+        "aliases": list(architecture.aliases),
+        "precision": architecture.precision,
+        "modelspec": architecture.modelspec,
+    }
+
+
+def _rule(tensor: LazyTensor) -> TensorRule:
+    """What a file's tensor says of its kind: numbers of any precision will do, other types are meant."""
+    return TensorRule(tensor.shape, None if tensor.dtype.floating else tensor.dtype.code)
+
+
+def _nothing_under(prefix: str, file: Path, names: Mapping[str, LazyTensor]) -> Problem:
+    if not names:
+        return Problem(f"`{file}` holds no tensors")
+    tops = sorted({name.partition(".")[0] + "." for name in names if "." in name})
+    near = nearest(prefix, tops)
+    hint = f"did you mean `{near}`?" if near else f"names begin with {', '.join(f'`{t}`' for t in tops[:8])}"
+    return Problem(f"`{file}` has no tensor under `{prefix}`", hint=hint)
+
+
+def _same(rules: Mapping[str, TensorRule], catalog: Catalog) -> str | None:
+    """The component that these tensors are, by name and shape, if it is known."""
+    shapes = {name: rule.shape for name, rule in rules.items()}
+    for component in catalog.components.values():
+        if component.keys == len(shapes) and {n: r.shape for n, r in component.tensors.items()} == shapes:
+            return component.name
+    return None
+
+
+def _write(path: Path, text: str, name: str, catalog: Catalog) -> str:
+    if name in catalog.components:
+        where = catalog.components[name].path
+        raise CatalogError(
+            Problem(
+                f"component `{name}` is known already",
+                evidence=(f"declared in {where}",),
+                hint="give another `--name`",
+            )
+        )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("x", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+    except FileExistsError:
+        raise UsageError(Problem(f"`{path}` is there already", hint="give another `--name`")) from None
+    except OSError as wrong:
+        reason = (wrong.strerror or str(wrong)).lower()
+        raise UsageError(Problem(f"cannot write `{path}`: {reason}")) from None
+    return f"wrote {path}; CKPT_COMPONENTS={path.parent} makes it known"
