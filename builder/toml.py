@@ -55,7 +55,8 @@ class Document:
         """The place of the characters from `start` up to `end`, cut to the first line of them."""
         index = bisect_right(self._line_starts, start) - 1
         first = self._line_starts[index]
-        line = self.text[first:].partition("\n")[0]
+        stop = self.text.find("\n", first)
+        line = self.text[first : stop if stop >= 0 else None]
         width = max(1, min(end, first + len(line)) - start)
         return Place(self.path, index + 1, start - first + 1, width, line)
 

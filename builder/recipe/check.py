@@ -84,7 +84,7 @@ def _names(recipe: Recipe, words: Vocabulary) -> Iterator[Problem]:
         if name in _table(recipe, "sources"):
             place = recipe.place("steps", name)
             yield Problem(f"`{name}` is a source already", place, hint="give the step another name")
-    known = [*_table(recipe, "sources"), *_table(recipe, "steps")]
+    known = {**_table(recipe, "sources"), **_table(recipe, "steps")}
     for name, keys in _references(recipe):
         if name and name not in known:
             hint = did_you_mean(name, known)
@@ -184,7 +184,7 @@ def _unused(recipe: Recipe, words: Vocabulary) -> Iterator[Problem]:
         type(None),
     ):
         return  # where most names would be used
-    known = [*_table(recipe, "sources"), *_table(recipe, "steps")]
+    known = {**_table(recipe, "sources"), **_table(recipe, "steps")}
     # What could not be read is not held against what it names.
     named = {name for name, _ in _references(recipe)} | set(_unread_names(recipe))
     used = {name if name in known else nearest(name, known) for name in named}

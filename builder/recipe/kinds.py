@@ -252,7 +252,7 @@ class Number(Kind):
 
 @dataclass(frozen=True)
 class Array(Kind):
-    """Values of one kind, none of them twice; gives a tuple."""
+    """Values of one kind, no string twice; gives a tuple."""
 
     of: Kind
     minimum: int = 0
@@ -273,12 +273,14 @@ class Array(Kind):
         if len(value) < self.minimum:
             return at.wrong(f"{at.name} is empty")
         found: list[Any] = []
+        words: set[str] = set()
         for index, item in enumerate(value):
             read = self.of.read(item, at.down(index))
-            if read is not WRONG and read in found and not isinstance(read, dict):
+            if isinstance(read, str) and read in words:
                 at.down(index).wrong(f"`{read}` is listed twice", hint="remove one of the two")
             elif read is not WRONG:
                 found.append(read)
+                words |= {read} if isinstance(read, str) else set()
         return tuple(found)
 
     def schema(self, defs: Schema) -> Schema:
