@@ -6,10 +6,9 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
-if TYPE_CHECKING:
-    from builder.catalog import Architecture, Catalog, Component
+from builder.catalog import RANK, Architecture, Catalog, Component
 
 Shape = tuple[int, ...]
 
@@ -194,7 +193,7 @@ def _compare(
     component: Component, prefix: str, local: Mapping[str, str], specs: Mapping[str, Spec]
 ) -> Match | Rejection | None:
     """The component against the names under a prefix; None when nothing of it is there."""
-    if not local or not any(name in local for name in component.tensors):
+    if not local:
         return None
     names: dict[str, str] = {}
     renamed: dict[str, str] = {}
@@ -203,38 +202,37 @@ def _compare(
     missing_optional: list[str] = []
     misshapen: list[Misshapen] = []
     ranks: dict[str, int] = {}
-    present = total = 0
-    for name, rule in component.tensors.items():
-        total += not rule.optional
-        here = name
-        attention = _ATTENTION.fullmatch(name) if ".attn_1." in name else None
-        if attention and name not in local:
+    for name, rule in component.tensors.rules.items():
+        full = local.get(name)
+        if full is not None and specs[full].shape == rule.shape:
+            names[name] = full
+            continue
+        here, attention = name, _ATTENTION.fullmatch(name) if ".attn_1." in name else None
+        if attention and full is None:
             stem, layer, kind = attention.groups()
             here = stem + _DIFFUSERS[layer] + kind
-        full = local.get(here)
+            full = local.get(here)
         if full is None:
             (missing_optional if rule.optional else missing).append(name)
             continue
-        expected, shape = rule.shape, specs[full].shape
-        linear = bool(attention) and len(shape) == 2 and expected == (*shape, 1, 1)
-        rank = _rank(expected, shape)
-        module = name.partition(".")[0]
-        fits = linear or (expected == shape if rank is None else ranks.setdefault(module, rank) == rank)
-        if not fits:
-            if rule.optional:
-                missing_optional.append(name)
-            else:
-                misshapen.append(Misshapen(name, expected, shape))
-            continue
-        present += not rule.optional
-        names[name] = full
-        if here != name:
-            renamed[name] = here
-        if linear:
-            reshaped.append(name)
+        shape = specs[full].shape
+        linear = attention is not None and rule.shape in (shape, (*shape, 1, 1))
+        rank = _rank(rule.shape, shape)
+        if linear or (rank is not None and ranks.setdefault(name.partition(".")[0], rank) == rank):
+            names[name] = full
+            if here != name:
+                renamed[name] = here
+            if linear and shape != rule.shape:
+                reshaped.append(name)
+        elif rule.optional:
+            missing_optional.append(name)
+        else:
+            misshapen.append(Misshapen(name, rule.shape, shape))
     if not missing and not misshapen:
         bounds = (min(ranks.values()), max(ranks.values())) if ranks else None
         return Match(component, prefix, names, tuple(missing_optional), renamed, tuple(reshaped), bounds)
+    present = sum(not component.tensors.rules[name].optional for name in names)
+    total = present + len(missing) + len(misshapen)
     if present * 20 < total:
         return None
     return Rejection(component, prefix, present, total, tuple(missing), tuple(misshapen))
@@ -242,10 +240,10 @@ def _compare(
 
 def _rank(expected: Shape, shape: Shape) -> int | None:
     """The size that stands where the table has -1, or None when the table has none or cannot fit."""
-    if -1 not in expected or len(expected) != len(shape):
+    if RANK not in expected or len(expected) != len(shape):
         return None
-    rank = shape[expected.index(-1)]
-    return rank if rank > 0 and tuple(rank if e == -1 else e for e in expected) == shape else None
+    rank = shape[expected.index(RANK)]
+    return rank if rank > 0 and tuple(rank if e == RANK else e for e in expected) == shape else None
 
 
 def _choose(

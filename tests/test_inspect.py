@@ -111,9 +111,10 @@ CASES: dict[str, Callable[[], Files]] = {
     "nan": lambda: {**tidy(), VAE_OUT: ("F16", (3,), struct.pack("<3e", 1.0, float("nan"), float("inf")))},
     "overflow": lambda: {**tidy(), VAE_OUT: ("F32", (3,), struct.pack("<3f", 1.0, 70000.0, -65519.0))},
     "two-text-encoders": lambda: parts(*MINI, "CLIP-mini-NAI"),
+    "float-ids": lambda: {**tidy(), IDS: ("F32", (1, 77), _ids("f"))},
     "packed": lambda: {**tidy(), "scaled_fp8": ("F8_E4M3", (2,), b"\0\0")},
 }
-SOUND = {"tidy", "dirty", "diffusers-vae", "overflow", "two-text-encoders", "packed"}
+SOUND = {"tidy", "dirty", "diffusers-vae", "overflow", "float-ids", "two-text-encoders", "packed"}
 
 
 @pytest.fixture

@@ -92,27 +92,29 @@ def _numbers(report: Report) -> Iterator[Problem]:
 
 def _positions(report: Report) -> Iterator[Problem]:
     ids = report.positions
+    owner = {full: m.component.name for m in report.identity.matches for full in m.names.values()}
     for name, tensor in ids.tensors.items():
+        of = f"`position_ids` of `{owner[name]}`" if name in owner else f"`{name}`"
         harmful = [p for p in ids.wrong if p.tensor == name and p.harmful]
         if harmful:
             listed = ", ".join(map(_position, harmful[:EXAMPLES]))
             more = f" and {len(harmful) - EXAMPLES:,} more" if len(harmful) > EXAMPLES else ""
             yield Problem(
-                f"`{name}`: {len(harmful):,} of 77 positions {'is' if len(harmful) == 1 else 'are'} wrong",
-                evidence=(f"held as {tensor.dtype.code}: {listed}{more}",),
+                f"{of}: {len(harmful):,} of 77 {'is' if len(harmful) == 1 else 'are'} wrong",
+                evidence=(f"as {tensor.dtype.code}: position {listed}{more}",),
                 hint="the fix `clip-position-ids` makes them exact: int64 0..76",
             )
-        elif tensor.shape != (1, 77):
+        elif name in ids.odd:
             yield Problem(
-                f"`{name}` has the shape {list(tensor.shape)}, not [1, 77]",
-                hint="the fix `clip-position-ids` makes it exact",
+                f"{of} are {tensor.dtype.code} {list(tensor.shape)}, not I64 [1, 77]",
+                hint="the fix `clip-position-ids` makes them exact",
             )
 
 
 def _position(p: Position) -> str:
     held = f"{p.value:.7g}" if isinstance(p.value, float) else str(p.value)
     loaded = "" if p.loaded is None or p.loaded == p.value else f" (loads as {p.loaded})"
-    return f"{held} at {p.position}{loaded}"
+    return f"{p.position} holds {held}{loaded}"
 
 
 def _spelling(report: Report) -> Iterator[Problem]:

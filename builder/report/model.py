@@ -165,7 +165,9 @@ def build_report(
         scans: Mapping[str, TensorScan] = {}
         label = None
         if metric and len(checkpoint):
-            scans, label = _scan(identity, checkpoint.tensors, full, threads, reporter)
+            scans, label = _scan(
+                identity, checkpoint.tensors, full, threads, reporter, f"reading {Path(path).name}"
+            )
         found = _hashes(checkpoint, path, reporter) if hashes else {}
         published = catalog.known.file(found.get("SHA256") or "")
         return Report(
@@ -189,7 +191,12 @@ def build_report(
 
 
 def _scan(
-    identity: Identity, tensors: Mapping[str, LazyTensor], full: bool, threads: int | None, reporter: Reporter
+    identity: Identity,
+    tensors: Mapping[str, LazyTensor],
+    full: bool,
+    threads: int | None,
+    reporter: Reporter,
+    task: str,
 ) -> tuple[Mapping[str, TensorScan], Metric]:
     """One pass over the data: of the model's components, or of everything."""
     from builder.metric import counted, label
@@ -208,6 +215,7 @@ def _scan(
         digests=True,
         threads=threads or min(4, os.cpu_count() or 1),
         reporter=reporter,
+        task=task,
     )
     return found.tensors, label(found.histograms)
 
