@@ -32,7 +32,8 @@ WRONG_MEANING = sorted((GOLDEN / "meaning").glob("*.toml"))
 
 def test_the_schema_that_is_checked_in_is_that_of_the_language() -> None:
     text = schema_text(CATALOG)
-    assert text == golden(ROOT / "recipes" / "recipe.schema.json", text)
+    held = golden(ROOT / "recipes" / "recipe.schema.json", text)
+    assert text == held, "run `ckpt schema > recipes/recipe.schema.json`"
 
 
 def test_schema_command(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -133,7 +133,7 @@ def _architectures(recipe: Recipe, words: Vocabulary) -> Iterator[Problem]:
             yield from slot_problems(recipe, output, architecture, words.catalog)
         else:
             known = words.catalog.architectures
-            hint = did_you_mean(name, known) or f"known: {listed(known)}"
+            hint = did_you_mean(name, known) or "`ckpt components` lists what there is"
             fact = f"unknown architecture `{name}`" if name else f"`{NEW}` names no architecture"
             yield Problem(fact, recipe.place(*base.at, value=True), hint=hint)
 
