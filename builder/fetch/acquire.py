@@ -29,7 +29,7 @@ class Downloads(Protocol):
     def keep_download(self, partial: Path, sha256: str) -> Path:
         """Put a gathered file among the finished downloads, in one step."""
 
-    def sha256(self, path: Path, reporter: Reporter | None = None, task: str = "") -> str:
+    def sha256(self, path: Path, reporter: Reporter | None = None) -> str:
         """The SHA-256 of a file, which may be remembered."""
 
 
@@ -151,7 +151,7 @@ class _Request:
         size = path.stat().st_size
         if self.size is not None and size != self.size:
             raise Failure(f"the file has {size:,} bytes, {self.size:,} are pinned", mismatch=True)
-        sha256 = self.store.sha256(path, self.reporter, self.name)
+        sha256 = self.store.sha256(path, self.reporter)
         self._compare(sha256)
         return Fetched(path, sha256, size, address, safe_name(path.name))
 

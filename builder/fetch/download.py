@@ -303,7 +303,7 @@ class _Segments:
         self.stop = threading.Event()
         self.error: BaseException | None = None
         self.responses: set[Response] = set()
-        self.received = sum(self.done)
+        self.there = self.received = sum(self.done)
         self.full = 0  # segments from the first on that are complete
 
     def _length(self, index: int) -> int:
@@ -311,11 +311,10 @@ class _Segments:
 
     def run(self) -> Received:
         size, task = self.journal.size, self.wish.task
-        resumed = self.received
-        _check_room(self.partial, size - resumed)
-        if resumed:
-            self.reporter.note(f"{task}: {resumed:,} of {size:,} bytes are there already")
-        self.reporter.start(task, size - resumed)
+        _check_room(self.partial, size - self.there)
+        if self.there:
+            self.reporter.note(f"{task}: {self.there:,} of {size:,} bytes are there already")
+        self.reporter.start(task, size - self.there)
         try:
             self._open()
             return Received(self._work(), size, self.journal.name)
@@ -368,7 +367,7 @@ class _Segments:
                 os.close(self.log)
 
     def _hash(self) -> str:
-        digest, hashed, told = hashlib.sha256(), 0, self.received
+        digest, hashed, told = hashlib.sha256(), 0, self.there
         buffer = memoryview(bytearray(_READ_BACK))
         while hashed < self.journal.size:
             with self.news:

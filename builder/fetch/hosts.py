@@ -120,7 +120,7 @@ def _version(address: Civitai, session: Session) -> dict[str, Any]:
         said = _ask(session, f"{api}/model-versions/{address.version}")
     else:
         model = _ask(session, f"{api}/models/{address.model}")
-        versions = [v for v in (model or {}).get("modelVersions") or [] if isinstance(v, dict)]
+        versions = _objects((model or {}).get("modelVersions"))
         said = versions[0] if versions else None  # the newest comes first
     if said is None:
         raise Failure(f"`{address}` has no published version")
@@ -149,7 +149,11 @@ def _format(file: dict[str, Any]) -> str:
 
 
 def _files(version: dict[str, Any]) -> list[dict[str, Any]]:
-    return [f for f in version.get("files") or [] if isinstance(f, dict)]
+    return _objects(version.get("files"))
+
+
+def _objects(said: object) -> list[dict[str, Any]]:
+    return [o for o in said if isinstance(o, dict)] if isinstance(said, list) else []
 
 
 def _digest(file: dict[str, Any]) -> str | None:
