@@ -56,7 +56,7 @@ def list_(as_json: bool) -> None:
     if as_json:
         rows = [_as_json(i) for i in found]
         click.echo(
-            json.dumps({"version": 1, "root": str(store.root), "bytes": total, "items": rows}, indent=2)
+            json.dumps({"schema": 1, "root": str(store.root), "bytes": total, "items": rows}, indent=2)
         )
         return
     table = [["COMPONENT", "CLASS", "SIZE", "DIGEST", "LAST USED"]]
@@ -91,7 +91,7 @@ def gc(max_size: int | None, as_json: bool) -> None:
     kept = sum(i.size for i in done.kept)
     if as_json:
         answer = {
-            "version": 1,
+            "schema": 1,
             "root": str(store.root),
             "removed": [_as_json(i) for i in done.removed],
             "records": done.records,
@@ -125,7 +125,7 @@ def check(as_json: bool) -> int:
         rows = [asdict(p) for p in problems]
         click.echo(
             json.dumps(
-                {"version": 1, "root": str(store.root), "checked": len(found), "damaged": rows}, indent=2
+                {"schema": 1, "root": str(store.root), "checked": len(found), "damaged": rows}, indent=2
             )
         )
     else:

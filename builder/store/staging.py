@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-# A folder is locked right after it is made; one that is older and not locked has no owner.
-YOUNG = 60
 # Where locks do not work, only age tells: nobody takes this long to make one component.
 OLD = 24 * 3600
 
@@ -21,54 +19,49 @@ OLD = 24 * 3600
 def staging(folder: Path) -> Iterator[Path]:
     """A new folder inside `folder`, gone at the end with all that is left in it; raises OSError."""
     folder.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(dir=folder))
+    made, lock = _new_folder(folder)
     try:
-        with _locked(made):
-            yield made
+        yield made
     finally:
         shutil.rmtree(made, ignore_errors=True)
+        os.close(lock)
 
 
 def sweep(folder: Path) -> int:
     """Remove what dead processes left in `folder`; the number of bytes freed."""
     freed = 0
-    now = time.time()
-    for path in _children(folder):
-        with contextlib.suppress(OSError):
-            age = now - path.stat().st_mtime
-            with _locked(path) as alone:
-                if (alone and age > YOUNG) or age > OLD:
-                    freed += sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
-                    shutil.rmtree(path)
+    with contextlib.suppress(OSError):
+        for path in sorted(folder.iterdir()):
+            with contextlib.suppress(OSError):
+                freed += _sweep(path)
     return freed
 
 
-def _children(folder: Path) -> list[Path]:
-    try:
-        return sorted(folder.iterdir())
-    except OSError:
-        return []
-
-
-if sys.platform == "win32":
-
-    @contextlib.contextmanager
-    def _locked(folder: Path) -> Iterator[bool]:
-        yield False
-
-else:
-    import fcntl
-
-    @contextlib.contextmanager
-    def _locked(folder: Path) -> Iterator[bool]:
-        """Hold the folder's lock, which ends with the process; says whether it could be had."""
-        handle = os.open(folder, os.O_RDONLY)
+def _new_folder(folder: Path) -> tuple[Path, int]:
+    """A new folder and a descriptor that holds it locked, if locks work here."""
+    while True:
+        made = Path(tempfile.mkdtemp(dir=folder))
         try:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                alone = True
-            except OSError:
-                alone = False
-            yield alone
-        finally:
-            os.close(handle)
+            lock = os.open(made, os.O_RDONLY)
+        except FileNotFoundError:  # another process took it for litter, as below
+            continue
+        with contextlib.suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if made.exists():
+            return made, lock
+        os.close(lock)
+
+
+def _sweep(path: Path) -> int:
+    lock = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            if time.time() - path.stat().st_mtime < OLD:
+                return 0
+        freed = sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
+        shutil.rmtree(path)
+        return freed
+    finally:
+        os.close(lock)
