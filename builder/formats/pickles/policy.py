@@ -11,7 +11,7 @@ def _words(text: str) -> frozenset[str]:
 
 # Names of the standard library that stand for plain data. Every other name of it is code that no
 # checkpoint needs: a list of the dangerous ones could never be whole.
-_PLAIN: dict[str, frozenset[str]] = {
+_PLAIN = {
     module: _words(names)
     for modules, names in {
         "builtins __builtin__": "bool bytearray bytes complex dict float frozenset int list long object range"
@@ -40,56 +40,58 @@ _PLAIN: dict[str, frozenset[str]] = {
     for module in modules.split()
 }
 
-# Modules that one version of Python or another has had, and packages whose work is to run, load or fetch.
-_CODE_ROOTS = frozenset(sys.stdlib_module_names) | _words(
+# The standard library of this Python, what others had, and packages whose work is to run, load or fetch.
+_CODE_ROOTS = sys.stdlib_module_names | _words(
     """
-    __builtin__ __builtins__ StringIO Queue SocketServer _winreg asynchat asyncore cPickle cStringIO cgi
-    cgitb chunk commands copy_reg crypt distutils dl dummy_thread dummy_threading ftplib gopherlib httplib
-    imp imputil lib2to3 macpath mailcap md5 msilib new nis nntplib nt ntpath os2 ossaudiodev parser pipes
-    popen2 posix posixfile riscos rexec sha sndhdr smtpd spwd sre symbol telnetlib thread uu urllib2 urlparse
-    xdrlib
+    Queue SocketServer StringIO __builtin__ __builtins__ _winreg aifc asynchat asyncore audioop cPickle
+    cStringIO cgi cgitb chunk commands copy_reg crypt distutils dl dummy_thread dummy_threading formatter
+    gopherlib httplib imghdr imp imputil lib2to3 macpath mailcap md5 msilib new nis nntplib nt ntpath os2
+    ossaudiodev parser pipes popen2 posix posixfile posixpath pydoc_data rexec sha smtpd sndhdr spwd sre
+    sunau symbol telnetlib thread urllib2 urlparse uu xdrlib xmlrpclib
 
-    IPython ansible apt bdb celery cffi click cloudpickle code dask dill docker execnet fabric fire fsspec
-    gevent httpx aiohttp invoke jax.experimental.host_callback joblib jsonpickle jupyter_client klepto
-    loky nose numba paramiko pathos pexpect pip pipenv pkg_resources plumbum ptyprocess psutil pwn py
-    pycurl pytest requests sarge setuptools sh ssl tornado twisted uv uwsgi virtualenv websocket websockets
-    win32api win32com win32process winreg xmlrpclib yaml zmq urllib3 invoke pyarrow.plasma
+    IPython aiohttp cffi click cloudpickle dask dill docker execnet fabric fire fsspec gevent gradio httpx
+    huggingface_hub invoke joblib jsonpickle jupyter_client klepto loky nose paramiko pathos pexpect pip
+    pkg_resources plumbum psutil ptyprocess pwn pycurl pytest requests sarge setuptools sh sympy tornado
+    twisted urllib3 uvicorn virtualenv websocket websockets win32api win32com win32process yaml zmq
     """
 )
 
-# Parts of otherwise harmless packages that run, import, unpickle or fetch what they are given.
+# Parts of packages otherwise harmless that run, compile, unpickle or fetch what they are given.
 _CODE_PREFIXES = tuple(
     _words(
         """
-    numpy.core._internal. numpy.ctypeslib. numpy.distutils. numpy.f2py. numpy.testing. numpy.lib.npyio.
-    numpy.lib._npyio_impl. numpy.load numpy.fromfile numpy.memmap numpy.save numpy.compat.py3k.
-    numpy.core.memmap numpy._core.memmap
-    pandas.core.computation. pandas.eval pandas.io. pandas.read_ scipy.io. sympy.
-    torch._C._ torch._dynamo. torch._inductor. torch._jit_internal. torch.distributed. torch.fx. torch.hub.
-    torch.jit. torch.load torch.save torch.library. torch.multiprocessing. torch.ops. torch.package.
-    torch.serialization.load torch.serialization._load torch.serialization._legacy_load
-    torch.serialization._open torch.serialization.save torch.storage._load_from_bytes
-    torch.testing. torch.utils.bottleneck. torch.utils.collect_env. torch.utils.cpp_extension.
-    torch.utils.data.datapipes. torch.utils.model_dump torch.utils.model_zoo. torch.utils._config_module.
-    torch.classes. torch.onnx. torch.profiler. torch.cuda._compile torch._utils_internal.
-    torch.utils._import_utils. torch.utils.dlpack. torch.from_file torch.compile torch.export.
-    safetensors.torch.load transformers.pipeline transformers.utils.import_utils. huggingface_hub.
-    """
+        numpy._core.memmap numpy.compat. numpy.core.memmap numpy.ctypeslib. numpy.distutils. numpy.f2py.
+        numpy.fromfile numpy.lib._npyio_impl. numpy.lib.npyio. numpy.load numpy.memmap numpy.save
+        numpy.testing.
+        pandas.core.computation. pandas.eval pandas.io. pandas.read_ safetensors.torch.load scipy.io.
+        torch._dynamo. torch._inductor. torch._jit_internal. torch.classes. torch.compile
+        torch.distributed.elastic. torch.distributed.launch. torch.distributed.rpc. torch.distributed.run.
+        torch.export. torch.from_file torch.fx. torch.hub. torch.jit. torch.library. torch.load
+        torch.multiprocessing. torch.ops. torch.package. torch.save torch.serialization._legacy_load
+        torch.serialization._load torch.serialization._open torch.serialization.load
+        torch.serialization.save torch.storage._load_from_bytes torch.testing.
+        torch.utils._config_module. torch.utils.bottleneck. torch.utils.collect_env.
+        torch.utils.cpp_extension. torch.utils.data.datapipes. torch.utils.dlpack. torch.utils.model_dump
+        torch.utils.model_zoo. transformers.pipeline transformers.utils.import_utils.
+        """
     )
 )
 
-# Modules that may not be reached through another one's attributes, and attributes that lead out of it.
-_HIDDEN = _words(
-    "os sys subprocess builtins posix nt pickle marshal ctypes importlib shutil socket runpy pty io"
-    " _pickle codecs operator pdb bdb code types threading multiprocessing urllib requests"
+# Modules that lead out of the one that they are an attribute of.
+_DOORS = _words(
+    "_pickle builtins code codecs ctypes importlib io marshal multiprocessing nt operator os pdb pickle posix"
+    " pty requests runpy shutil socket subprocess sys threading types urllib"
 )
-_CALLABLES = _words(
+_DOORS_ANYWHERE = _words("builtins os subprocess sys")
+
+# What runs or opens things, wherever it is said to come from.
+_RUNNERS = _words(
     """
-    eval exec execfile compile open input breakpoint exit quit getattr setattr delattr globals locals vars
-    system popen spawn fork execv execve execl startfile call check_call check_output getoutput
-    getstatusoutput Popen import_module loads read_pickle runcode runsource runctx run_code run_path
-    run_module runstring execWrapper safe_eval literal_eval urlopen urlretrieve attrgetter itemgetter
-    methodcaller load_library LoadLibrary CDLL dlopen rmtree unlink rmdir chmod
+    CDLL LoadLibrary Popen __import__ attrgetter breakpoint call check_call check_output chmod compile
+    delattr dlopen eval exec execWrapper execfile execl execv execve exit fork getattr getoutput
+    getstatusoutput globals import_module input itemgetter load_library loads locals methodcaller open popen
+    quit read_pickle rmdir rmtree run_code run_module run_path runcode runctx runsource runstring setattr
+    spawn startfile system unlink urlopen urlretrieve vars
     """
 )
 
@@ -99,20 +101,17 @@ def holds_code(module: str, name: str) -> bool:
 
     Names of the standard library are code unless they stand for plain data; names of other packages are
     plain unless they are known to run, import, unpickle or fetch things. None of them is ever imported
-    either way: the answer decides whether the file is read at all.
+    either way: the answer only decides whether the file is read at all.
     """
-    plain = _PLAIN.get(module)
-    if plain is not None and name in plain:
+    if name in _PLAIN.get(module, ()):
         return False
-    root = module.partition(".")[0]
-    if root in _CODE_ROOTS or module in _CODE_ROOTS:
-        return True
-    parts = f"{module}.{name}".split(".")
-    if any(p.startswith("__") and p.endswith("__") for p in parts[1:]):
-        return True
     qualified = name.split(".")
-    if qualified[-1] in _CALLABLES or (len(qualified) > 1 and not _HIDDEN.isdisjoint(qualified)):
-        return True
-    if "os" in parts[1:] or "subprocess" in parts[1:] or "builtins" in parts[1:] or "sys" in parts[1:]:
-        return True
-    return f"{module}.{name}".startswith(_CODE_PREFIXES)
+    inner = [*module.split(".")[1:], *qualified]
+    return (
+        module.partition(".")[0] in _CODE_ROOTS
+        or qualified[-1] in _RUNNERS
+        or not _DOORS_ANYWHERE.isdisjoint(inner)
+        or (len(qualified) > 1 and not _DOORS.isdisjoint(qualified))
+        or any(part.startswith("__") and part.endswith("__") for part in inner)
+        or f"{module}.{name}".startswith(_CODE_PREFIXES)
+    )
