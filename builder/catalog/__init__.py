@@ -20,6 +20,7 @@ from builder.catalog.model import (
     KnownPart,
     TensorRule,
     Tensors,
+    spelling,
 )
 from builder.errors import CatalogError, Problem, did_you_mean
 
@@ -77,6 +78,7 @@ class _Reader:
         self.components: dict[str, Component] = {}
         self.architectures: dict[str, Architecture] = {}
         self.fields: dict[str, Fields] = {}  # of each architecture
+        self.spellings: dict[str, Architecture] = {}
         self.optional: dict[str, tuple[int, ...] | None] = {}
         self.known: list[KnownMetric | KnownFile | KnownPart] = []
 
@@ -106,11 +108,11 @@ class _Reader:
 
     def _architectures(self, path: Path, name: str) -> None:
         for architecture, fields in read_architectures(path, name):
-            if architecture.name in self.architectures:
-                other = self.architectures[architecture.name].path
-                fields.fail(
-                    f"architecture `{architecture.name}` is declared already", evidence=(f"in {other}",)
-                )
+            for key, word in ((None, architecture.name), *enumerate(architecture.aliases)):
+                holder = self.spellings.setdefault(spelling(word), architecture)
+                if holder is not architecture:
+                    at = () if key is None else ("aliases", key)
+                    fields.fail(f"`{word}` already means {holder.name}", *at, evidence=(f"in {holder.path}",))
             self.architectures[architecture.name] = architecture
             self.fields[architecture.name] = fields
 
@@ -135,6 +137,7 @@ class _Reader:
             components=self.components,
             classes={cls: tuple(members) for cls, members in classes.items()},
             architectures=self.architectures,
+            spellings=self.spellings,
             optional=self.optional,
             known=Known(
                 tuple(k for k in self.known if isinstance(k, KnownMetric)),

@@ -25,11 +25,11 @@ def expand(pattern: str) -> tuple[list[str], int]:
     """
     if "{" not in pattern and "\\" not in pattern and "}" not in pattern:
         return [pattern], 1
-    parts, braces, rest = _sequence(_TOKEN.findall(pattern)[::-1], nested=False)
-    assert not rest
-    if prod(map(len, parts)) > LIMIT:
-        raise BraceError(f"stands for more than {LIMIT} names")
-    return ["".join(p) for p in product(*parts)], len(parts[braces[-1]]) if braces else 1
+    try:
+        parts, braces = _sequence(_TOKEN.findall(pattern)[::-1], nested=False)
+    except RecursionError:
+        raise BraceError("braces are nested too deeply") from None
+    return _joined(parts), len(parts[braces[-1]]) if braces else 1
 
 
 def escape(name: str) -> str:
@@ -37,46 +37,48 @@ def escape(name: str) -> str:
     return re.sub(r"[{},\\]", r"\\\g<0>", name)
 
 
-def _sequence(tokens: list[str], nested: bool) -> tuple[list[list[str]], list[int], list[str]]:
-    """Alternatives of each part, which of the parts are braces, and the tokens left (last first)."""
+def _joined(parts: list[list[str]]) -> list[str]:
+    if prod(map(len, parts)) > LIMIT:
+        raise BraceError(f"stands for more than {LIMIT} names")
+    return ["".join(choice) for choice in product(*parts)]
+
+
+def _sequence(tokens: list[str], nested: bool) -> tuple[list[list[str]], list[int]]:
+    """The alternatives of each part, and which of the parts are braces; takes tokens from the end."""
     parts: list[list[str]] = []
     braces: list[int] = []
-    while tokens:
-        token = tokens[-1]
-        if nested and token in {",", "}"}:
-            break
-        tokens.pop()
+    while tokens and not (nested and tokens[-1] in {",", "}"}):
+        token = tokens.pop()
         if token == "{":
             braces.append(len(parts))
             parts.append(_alternatives(tokens))
         elif token == "}":
             raise BraceError("`}` without its `{`")
-        elif token[0] == "\\":
-            if len(token) == 1:
-                raise BraceError("ends in a backslash")
-            parts.append([token[1]])
+        elif token == "\\":
+            raise BraceError("ends in a backslash")
         else:
-            parts.append([token])
-    return parts, braces, tokens
+            parts.append([token[1:] if token[0] == "\\" else token])
+    return parts, braces
 
 
 def _alternatives(tokens: list[str]) -> list[str]:
+    """The alternatives up to the closing brace."""
     found: list[str] = []
     ranged = False
     while True:
-        span = _RANGE.fullmatch(tokens[-1]) if tokens else None
-        if span and tokens[-2:-1] in ([","], ["}"]):
+        alone = tokens[-2:-1] in ([","], ["}"])
+        span = _RANGE.fullmatch(tokens[-1]) if alone else None
+        if span:
             tokens.pop()
             first, last = int(span[1]), int(span[2])
-            if last < first or last - first >= LIMIT:
+            if not first <= last < first + LIMIT:
                 raise BraceError(f"`{span[0]}` is not a range")
             found += map(str, range(first, last + 1))
             ranged = True
         else:
-            parts, _, tokens = _sequence(tokens, nested=True)
-            if prod(map(len, parts)) > LIMIT:
-                raise BraceError(f"stands for more than {LIMIT} names")
-            found += map("".join, product(*parts))
+            found += _joined(_sequence(tokens, nested=True)[0])
+        if len(found) > LIMIT:
+            raise BraceError(f"stands for more than {LIMIT} names")
         if not tokens:
             raise BraceError("`{` without its `}`")
         if tokens.pop() == "}":

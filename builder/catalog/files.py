@@ -26,6 +26,8 @@ from builder.toml import Document, Keys, load, parse
 
 Shape = tuple[int, ...]
 
+PRECISIONS = ("fp16", "bf16", "fp32")
+
 _COMPONENT = {
     "name": str,
     "class": str,
@@ -157,7 +159,7 @@ class Table:
             if dtype is not None and dtype not in BY_CODE:
                 rule.fail(f"unknown dtype `{dtype}`", "dtype", value=True, hint=did_you_mean(dtype, BY_CODE))
             keys = (*keys, "shape")
-        shapes = value if value and isinstance(value[0], list) else [value]
+        shapes = value if isinstance(value, list) and value and isinstance(value[0], list) else [value]
         rules = [TensorRule(self._shape(shape, keys), dtype, optional) for shape in shapes]
         if shapes is value and len(rules) != last:
             braces = (
@@ -230,13 +232,17 @@ def read_architectures(path: Path, name: str) -> Iterator[tuple[Architecture, Fi
     document = load(path, CatalogError, name)
     for key in document.data:
         fields = Fields(document, (key,), _ARCHITECTURE, "slots")
+        precision = fields.get("precision")
+        if precision not in (None, *PRECISIONS):
+            hint = f"there are {', '.join(PRECISIONS)}"
+            fields.fail(f"unknown precision `{precision}`", "precision", value=True, hint=hint)
         yield (
             Architecture(
                 name=key,
                 slots=fields.strings("slots"),
                 aliases=fields.strings("aliases"),
                 only=fields.strings("only"),
-                precision=fields.get("precision"),
+                precision=precision,
                 modelspec=fields.get("modelspec"),
                 modelspec_v=fields.get("modelspec_v"),
                 note=fields.get("note"),
@@ -312,7 +318,7 @@ def _file(fields: Fields) -> KnownFile:
 def _part(fields: Fields) -> KnownPart:
     xxh3, sha256 = _digest(fields, "xxh3", 32), _digest(fields, "sha256", 64)
     if xxh3 is None and sha256 is None:
-        fields.fail("`xxh3` or `sha256` is due")
+        fields.fail("`xxh3` or `sha256` is missing")
     return KnownPart(
         fields.get("name"), fields.get("class"), xxh3, sha256, fields.get("note"), fields.get("fix")
     )

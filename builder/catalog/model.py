@@ -174,12 +174,14 @@ class Catalog:
     """All that is known about checkpoints before one is read.
 
     `classes` holds the components of each class, the standard one first; `optional` the keys that a full
-    checkpoint may also hold, with their shapes (None for any), which are kept and never required.
+    checkpoint may also hold, with their shapes (None for any), which are kept and never required;
+    `spellings` the architectures by each of their names, as `spelling` makes it.
     """
 
     components: Mapping[str, Component]
     classes: Mapping[str, tuple[Component, ...]]
     architectures: Mapping[str, Architecture]
+    spellings: Mapping[str, Architecture]
     optional: Mapping[str, tuple[int, ...] | None]
     known: Known
 
@@ -191,16 +193,12 @@ class Catalog:
 
     def architecture(self, name: str) -> Architecture:
         """The architecture of this name or alias, whatever the case and the dashes. Raises UsageError."""
-        found = self._spellings.get(spelling(name))
+        found = self.spellings.get(spelling(name))
         if found is None:
             names = {n for a in self.architectures.values() for n in (a.name, *a.aliases)}
             hint = did_you_mean(name, names) or f"there are {', '.join(self.architectures)}"
             raise UsageError(Problem(f"no architecture `{name}`", hint=hint))
         return found
-
-    @cached_property
-    def _spellings(self) -> dict[str, Architecture]:
-        return {spelling(n): a for a in self.architectures.values() for n in (a.name, *a.aliases)}
 
     def candidates(self, cls: str, architecture: str | Architecture) -> tuple[Component, ...]:
         """The components that may fill the slot `cls` of an architecture, the one to write first."""
