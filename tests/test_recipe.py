@@ -157,6 +157,20 @@ def test_slots_that_a_base_holds_need_no_filling() -> None:
     assert "`CLIP-v1`" in problem.fact
 
 
+@pytest.mark.parametrize(
+    ("slot", "component"),
+    [
+        ("UNET-v1", "UNET-v1-EMA"),  # the same tensors under other names
+        ("UNET-v1", "UNET-v1-Inpainting"),  # another of the class
+        ("CLIP-XL-AUX", "CLIP-v1-SD"),  # the same tensors in another class
+    ],
+)
+def test_components_that_can_fill_a_slot(slot: str, component: str) -> None:
+    text = HEAD + f'base = "a"\nsources.a.file = "a"\ncomponents.{slot}.from = "a"\n'
+    recipe = read(text + f'components.{slot}.component = "{component}"\n')
+    assert recipe.components[slot] == Pick(slot, "a", component)
+
+
 def test_an_operation_is_all_that_a_new_step_needs() -> None:
     kinds = {"word": Param("string", "A word."), "flag": Param("boolean", "A flag.", default=False)}
     operation = Operation("twist", 1, "Twists.", ("model",), lambda i, p: i["model"], params=kinds)

@@ -162,6 +162,7 @@ _INSIDE = (
         "give a path inside it; `ckpt build -o FILE` writes elsewhere",
         forbid=True,
     ),
+    Rule(r'[:*?"<>|]', '{key} holds one of : * ? " < > |, which file names cannot', forbid=True),
 )
 OUTPUT_FILE = Text(
     (*_INSIDE, Rule(r"[^/]\.safetensors$", "{key} must end in `.safetensors`, the format that is written")),
