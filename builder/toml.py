@@ -93,6 +93,8 @@ def parse(text: str, path: str, error: type[CkptError]) -> Document:
         raise error(Problem(fact, draft.at(*span))) from None
     except RecursionError:
         raise error(Problem("arrays or tables are nested too deeply", Place(path))) from None
+    except ValueError:  # of an integer longer than Python reads
+        raise error(Problem("a number has too many digits", Place(path))) from None
 
 
 def load(path: Path, error: type[CkptError], name: str | None = None) -> Document:

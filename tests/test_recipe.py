@@ -189,6 +189,15 @@ def test_a_path_of_one_machine_is_noted() -> None:
     assert not read(HEAD + 'base = "a"\n[sources.a]\nfile = "../a.ckpt"\n').notes
 
 
+@pytest.mark.parametrize("digits", [30, 400, 5000])
+@pytest.mark.parametrize("key", ["format", "sources.a.size", "steps.s.alpha"])
+def test_numbers_that_are_too_large(key: str, digits: int) -> None:
+    text = 'name = "mix"\nbase = "s"\n' + ("" if key == "format" else "format = 1\n")
+    step = 'sources.a.file = "a"\nsteps.s.op = "weighted-sum"\nsteps.s.a = "a"\nsteps.s.b = "a"\n'
+    with pytest.raises(RecipeError):
+        read(f"{text}{step}{key} = {'9' * digits}\n")
+
+
 def test_more_problems_than_anyone_reads() -> None:
     with pytest.raises(RecipeError) as caught:
         read(HEAD + "".join(f"key{i} = 1\n" for i in range(10_000)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
@@ -17,6 +16,7 @@ from builder.toml import Document, Keys
 WRONG: Final = object()  # what reading gives for a value whose problem is on the list
 Schema = dict[str, Any]
 MAX_PROBLEMS = 100
+LARGEST = 2**63 - 1  # of TOML's integers; no number in a recipe comes near
 FEW = 12  # words that a hint can list and still be read
 
 _TYPES: dict[type, str] = {
@@ -237,8 +237,8 @@ class Number(Kind):
         return None
 
     def check(self, value: int | float, at: At) -> Any:
-        if not math.isfinite(value):
-            return at.wrong(f"{at.name} must be a finite number")
+        if not -LARGEST <= value <= LARGEST:  # nor is NaN
+            return at.wrong(f"{at.name} must be a finite number, of 64 bits at most")
         if self.minimum is not None and value < self.minimum:
             return at.wrong(f"{at.name} must be at least {self.minimum:g}")
         if self.maximum is not None and value > self.maximum:
@@ -246,8 +246,9 @@ class Number(Kind):
         return value if self.whole else float(value)
 
     def schema(self, defs: Schema) -> Schema:
-        bounds = {"minimum": self.minimum, "maximum": self.maximum}
-        return {"type": self.label, **{k: v for k, v in bounds.items() if v is not None}}
+        minimum = -LARGEST if self.minimum is None else self.minimum
+        maximum = LARGEST if self.maximum is None else self.maximum
+        return {"type": self.label, "minimum": minimum, "maximum": maximum}
 
 
 @dataclass(frozen=True)

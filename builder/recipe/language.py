@@ -113,6 +113,7 @@ class Address(Text):
 
 SHA256 = Text(
     (
+        NO_CONTROLS,
         Rule(
             r"^[0-9A-Fa-f]{1,63}$",
             "{key} has {count} digits, a SHA-256 has 64: short hashes collide and pin nothing",
@@ -132,7 +133,8 @@ URL = Address(
     (
         *CLEAN,
         Rule(
-            r"^[A-Za-z]+://[^/?#]*@|[?&][^=&#]*([Tt]oken|[Kk]ey|[Ss]ecret|[Pp]assword|[Ss]ignature)[^=&#]*=",
+            r"^[A-Za-z]+://[^/?#]*@"
+            r"|[?&]([^=&#]*([Tt]oken|[Ss]ecret|[Pp]assword|[Ss]ignature)[^=&#]*|(api[-_]?)?key)=",
             "{key} holds a secret, which would be shared with the recipe",
             "leave it out: tokens are read from the environment, as `CIVITAI_TOKEN` and `HF_TOKEN`",
             forbid=True,
@@ -174,6 +176,7 @@ CONFIG_FILE = Text(
 )
 METRIC = Text(
     (
+        NO_CONTROLS,
         Rule(
             r"^([0-9]{4}|----)/([0-9]{4}|----)/([0-9]{4}|----)$",
             "{key} must be three groups of four digits: UNET/VAE/CLIP",
