@@ -26,6 +26,7 @@ from builder.progress import human_bytes
 from builder.report import build_report, render
 from builder.report.positions import read_position_ids
 from builder.tensors import BY_CODE, DType, LazyTensor, MemoryTensor
+from tests.servers import File, Server
 
 GOLDEN = Path(__file__).parent / "golden" / "inspect"
 DOCS = Path(__file__).parent.parent / "docs" / "inspect.md"
@@ -517,3 +518,34 @@ def test_sizes_are_short(count: float) -> None:
     assert len(number) <= 5 or unit == "TB"
     scale = 1000.0 ** ["B", "kB", "MB", "GB", "TB"].index(unit)
     assert float(number) * scale == pytest.approx(count, rel=0.06, abs=0.5)
+
+
+def test_a_file_on_a_host_is_inspected_by_its_table_of_contents(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CKPT_ALLOW_PRIVATE", "1")
+    path = write(here / "model.safetensors", {**tidy(), "padding": ("U8", (4 << 20,), bytes(4 << 20))})
+    with Server() as server:
+        server.routes["/model.safetensors"] = File(path.read_bytes())
+        code, out, err = said(capsys, "--json", server.url("/model.safetensors"), server.url("/none"))
+        (found, missing) = json.loads(out)["files"]
+        assert (code, err, server.sent < 1 << 20) == (5, "", True)
+        assert (found["architecture"], found["size"]) == ("SD-mini", path.stat().st_size)
+        assert found["metric"] is None and found["position_ids"]["wrong"] == []
+        assert "404" in missing["error"][0]["fact"]
+        assert said(capsys, "--hashes", server.url("/model.safetensors"))[0] == 2
+
+
+def test_a_sharded_set_is_one_checkpoint(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = list(tidy().items())
+    names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    places = {}
+    for name, some in zip(names, (files[:500], files[500:]), strict=True):
+        write(here / name, dict(some))
+        places |= {tensor: name for tensor, _ in some}
+    (here / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    code, out, err = said(capsys, "--json", "--hashes", ".")
+    (found,) = json.loads(out)["files"]
+    assert (code, err, found["architecture"], found["hashes"]) == (0, "", "SD-mini", {})
+    assert found["container"] == "safetensors-sharded"
+    assert found["size"] >= sum((here / n).stat().st_size for n in names)

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
+from pathlib import Path
 
 import click
 
-from builder.catalog import load_catalog
+from builder.catalog import Catalog, load_catalog
 from builder.cli.terminal import is_terminal, make_reporter
-from builder.errors import ExitCode, SourceError
+from builder.errors import ExitCode, FetchError, Problem, SourceError, UsageError
 from builder.errors import render as render_problem
-from builder.report import Refused, Report, build_report, render, to_json
+from builder.report import Refused, Report, build_report, examine, render, to_json
+
+_ADDRESS = re.compile(r"(?:https?|hf|urn|air|civitai|sd1|sdxl):", re.IGNORECASE)
 
 
 @click.command("inspect")
@@ -28,28 +32,45 @@ def command(
 ) -> int:
     """Say what is in checkpoints: architecture, components, metric, junk and faults.
 
-    Reads safetensors (sharded too) and PyTorch files of every age; nothing in them is run.
-    Exit code 1: a file is broken or unknown; 6: one is refused.
+    Reads safetensors (sharded too) and PyTorch files of every age; nothing in them is run. Of an address
+    (https://…, hf://org/name/path, civitai:VERSION) the table of contents is read, where it lies.
+    Exit code 1: a file is broken or unknown; 5: an address cannot be read; 6: a file is refused.
     """
     catalog = load_catalog()
     found: list[Report | Refused] = []
+    codes = {ExitCode.DONE}
     with make_reporter(quiet) as reporter:
-        for path in files:
+        for file in files:
             try:
-                report = build_report(
-                    path, catalog=catalog, full=full, metric=metric, hashes=hashes, reporter=reporter
-                )
-            except SourceError as error:
-                found.append(Refused(path, error.problems))
+                if _ADDRESS.match(file) and not Path(file).exists():
+                    report = _remote(file, catalog, hashes)
+                else:
+                    report = build_report(
+                        file, catalog=catalog, full=full, metric=metric, hashes=hashes, reporter=reporter
+                    )
+            except (SourceError, FetchError) as error:
+                found.append(Refused(file, error.problems))
+                codes.add(error.exit_code)
             else:
                 found.append(report)
+                codes.add(ExitCode.DONE if report.sound else ExitCode.NO)
     if as_json:
         click.echo(json.dumps(to_json(found), indent=2))
     else:
         _say(found, full)
-    if any(isinstance(f, Refused) for f in found):
-        return ExitCode.SOURCE
-    return ExitCode.DONE if all(f.sound for f in found if isinstance(f, Report)) else ExitCode.NO
+    return max(codes)
+
+
+def _remote(address: str, catalog: Catalog, hashes: bool) -> Report:
+    from builder.fetch.client import Session
+    from builder.fetch.remote import open_remote
+
+    if hashes:
+        raise UsageError(
+            Problem(f"hashes of `{address}` take the whole file", hint="download it, and inspect the file")
+        )
+    with Session() as session, open_remote(address, session=session) as checkpoint:
+        return examine(checkpoint, catalog, metric=False)
 
 
 def _say(found: list[Report | Refused], full: bool) -> None:

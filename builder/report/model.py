@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -152,80 +152,75 @@ def build_report(
     threads: int | None = None,
     reporter: Reporter = SILENT,
 ) -> Report:
-    """Inspect one checkpoint.
+    """Inspect one checkpoint file.
 
     With `metric`, the data of the model's components is read once: for the metric, for their digests,
-    and for numbers that are none. `full` reads every tensor. With neither, only tables of contents are
+    and for numbers that are none. `full` reads every tensor. Without it, only tables of contents are
     read, and torch is not imported. `hashes` reads the file once more, for its hashes.
     Raises SourceError when the file is refused.
     """
     with open_checkpoint(path) as checkpoint:
-        identity = identify(checkpoint, catalog)
-        positions = read_position_ids(checkpoint)
-        scans: Mapping[str, TensorScan] = {}
-        label = None
-        if metric and len(checkpoint):
-            scans, label = _scan(
-                identity, checkpoint.tensors, full, threads, reporter, f"reading {Path(path).name}"
-            )
-        found = _hashes(checkpoint, path, reporter) if hashes else {}
+        found: Mapping[str, str | None] = {}
+        if hashes and checkpoint.container != "safetensors-sharded":  # they are hashes of single files
+            from builder.hashes import file_hashes
+
+            found = file_hashes(path, reporter=reporter)
+        report = examine(checkpoint, catalog, full, metric, threads, reporter)
         published = catalog.known.file(found.get("SHA256") or "")
-        return Report(
-            path=os.fspath(path),
-            container=checkpoint.container,
-            size=checkpoint.size,
-            identity=identity,
-            tensors=checkpoint.tensors,
-            parts=tuple(_part(m, checkpoint.tensors, scans, label, catalog.known) for m in identity.matches),
-            positions=positions,
-            metadata=checkpoint.metadata,
-            globals=checkpoint.globals,
-            others=checkpoint.others,
-            nesting=checkpoint.nesting,
-            metric=label,
-            scans=scans,
-            hashes=found,
-            published=published,
-            known_as=published.name if published else catalog.known.model(label.text) if label else None,
-        )
+        known_as = published.name if published else report.known_as
+        return replace(report, path=os.fspath(path), hashes=found, published=published, known_as=known_as)
+
+
+def examine(
+    checkpoint: Checkpoint,
+    catalog: Catalog,
+    full: bool = False,
+    metric: bool = True,
+    threads: int | None = None,
+    reporter: Reporter = SILENT,
+) -> Report:
+    """Inspect an open checkpoint, wherever it lies; as `build_report`, which see."""
+    identity = identify(checkpoint, catalog)
+    scans: Mapping[str, TensorScan] = {}
+    label = None
+    if metric and len(checkpoint):
+        scans, label = _scan(identity, checkpoint, full, threads, reporter)
+    return Report(
+        path=checkpoint.name,
+        container=checkpoint.container,
+        size=checkpoint.size,
+        identity=identity,
+        tensors=checkpoint.tensors,
+        parts=tuple(_part(m, checkpoint.tensors, scans, label, catalog.known) for m in identity.matches),
+        positions=read_position_ids(checkpoint),
+        metadata=checkpoint.metadata,
+        globals=checkpoint.globals,
+        others=checkpoint.others,
+        nesting=checkpoint.nesting,
+        metric=label,
+        scans=scans,
+        known_as=catalog.known.model(label.text) if label else None,
+    )
 
 
 def _scan(
-    identity: Identity,
-    tensors: Mapping[str, LazyTensor],
-    full: bool,
-    threads: int | None,
-    reporter: Reporter,
-    task: str,
+    identity: Identity, checkpoint: Checkpoint, full: bool, threads: int | None, reporter: Reporter
 ) -> tuple[Mapping[str, TensorScan], Metric]:
     """One pass over the data: of the model's components, or of everything."""
     from builder.metric import counted, label
     from builder.scan import scan
 
-    side = set() if full else set(identity.ema)
     components = {m.component.cls: m.names for m in identity.matches}
-    wanted = (
-        dict(tensors)
-        if full
-        else {n: tensors[n] for names in components.values() for n in names.values() if n not in side}
-    )
+    kept = {n for names in components.values() for n in names.values()} - set(identity.ema)
     found = scan(
-        wanted,
+        {name: tensor for name, tensor in checkpoint.items() if full or name in kept},
         groups=counted(components),
         digests=True,
         threads=threads or min(4, os.cpu_count() or 1),
         reporter=reporter,
-        task=task,
+        task=f"reading {Path(checkpoint.name).name}",
     )
     return found.tensors, label(found.histograms)
-
-
-def _hashes(checkpoint: Checkpoint, path: Path | str, reporter: Reporter) -> dict[str, str | None]:
-    if checkpoint.container == "safetensors-sharded":
-        return {}  # the hashes in use are of single files
-    from builder.hashes import file_hashes
-
-    return file_hashes(path, reporter=reporter)
 
 
 def _part(
