@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from builder import explain
-from builder.cli.session import Session, json_option, need_lock, open_session, quiet_option, recipe_argument
+from builder.cli.session import Work, json_option, need_lock, open_session, quiet_option, recipe_argument
 from builder.cli.terminal import make_reporter
 from builder.errors import ExitCode, Problem, UnreproducibleError, UsageError
 from builder.lock import differences, write_lock
@@ -49,9 +49,9 @@ def command(
 ) -> int:
     """Build the files of RECIPE; what is made already is reused, what is unchanged is left alone."""
     locked, offline = locked or frozen, offline or frozen
-    with make_reporter(quiet) as reporter, open_session(recipe, reporter) as session:
+    with make_reporter(quiet) as reporter, open_session(recipe, reporter, offline=offline) as session:
         lock = need_lock(session) if locked else None
-        with session.plan(place=_place(session, output)) as plan:
+        with session.plan(place=_place(session, output), download=True) as plan:
             if explained:
                 click.echo(explain.to_text(plan), err=True)
             if any(n.state != "unchanged" for n in plan.outputs()):
@@ -78,7 +78,7 @@ def command(
     return ExitCode.DONE
 
 
-def _place(session: Session, output: Path | None) -> Callable[[Output], Path] | None:
+def _place(session: Work, output: Path | None) -> Callable[[Output], Path] | None:
     if output is None:
         return None
     if len(session.recipe.outputs) > 1:
@@ -105,7 +105,7 @@ def _say_what_is_left_out(plan: Plan, reporter: Reporter) -> None:
             reporter.note(f"left out of `{name}`: {reason}, {len(names):,} tensors, {size}")
 
 
-def _check(session: Session, made: Build, threads: int | None, reporter: Reporter) -> None:
+def _check(session: Work, made: Build, threads: int | None, reporter: Reporter) -> None:
     """Build again from nothing, in a folder of its own, and compare; raises UnreproducibleError."""
     first = {b.name: b for b in made.outputs}
     folder = made.outputs[0].path.parent

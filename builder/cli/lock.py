@@ -9,23 +9,35 @@ import click
 
 from builder.cli.session import open_session, quiet_option, recipe_argument
 from builder.cli.terminal import make_reporter
-from builder.errors import ExitCode
-from builder.lock import differences, write_lock
+from builder.errors import ExitCode, Problem, UsageError, did_you_mean
+from builder.lock import Lock, differences, write_lock
+from builder.recipe import Recipe
 from builder.run import resolve_sources
 
 
 @click.command("lock")
 @recipe_argument
+@click.option(
+    "--upgrade", is_flag=False, flag_value="*", metavar="[SOURCE]", help="Let the pins move: all, or one's."
+)
 @quiet_option
-def command(recipe: Path, quiet: bool) -> int:
+def command(recipe: Path, upgrade: str | None, quiet: bool) -> int:
     """Pin every source of RECIPE by digest in its lock.
 
-    Components and outputs are pinned by the first build; they stay as they are while no source changes.
+    A source that is elsewhere is not downloaded where its host states the digest. Components and outputs
+    are pinned by the first build; they stay as they are while no source changes.
     """
     with make_reporter(quiet) as reporter, open_session(recipe, reporter) as session:
-        with session.plan() as plan:
-            lock = resolve_sources(plan, catalog=session.catalog, store=session.store, reporter=reporter)
         old = session.lock
+        session.lock = _unpinned(old, upgrade, session.recipe)
+        with session.plan(download=True) as plan:
+            lock = resolve_sources(
+                plan,
+                catalog=session.catalog,
+                store=session.store,
+                network=session.network,
+                reporter=reporter,
+            )
         if old is not None and (old.recipe, old.profile, old.pins()) == (
             lock.recipe,
             lock.profile,
@@ -38,3 +50,15 @@ def command(recipe: Path, quiet: bool) -> int:
     for change in changes:
         click.echo(f"  {change}")
     return ExitCode.DONE
+
+
+def _unpinned(lock: Lock | None, upgrade: str | None, recipe: Recipe) -> Lock | None:
+    """The lock without the pins that may move."""
+    if lock is None or upgrade is None:
+        return lock
+    if upgrade == "*":
+        return replace(lock, sources={})
+    if upgrade not in recipe.sources:
+        hint = did_you_mean(upgrade, recipe.sources)
+        raise UsageError(Problem(f"the recipe has no source `{upgrade}`", hint=hint))
+    return replace(lock, sources={n: s for n, s in lock.sources.items() if n != upgrade})

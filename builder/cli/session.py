@@ -12,6 +12,7 @@ import click
 
 from builder.catalog import Catalog, load_catalog
 from builder.errors import LockError, Problem
+from builder.fetch.client import Session
 from builder.lock import Lock, lock_path, read_lock
 from builder.plan import Plan, make_plan
 from builder.progress import Reporter
@@ -24,7 +25,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="One JSON obj
 
 
 @dataclass
-class Session:
+class Work:
     """A recipe with all that it takes to plan and build it."""
 
     recipe: Recipe
@@ -33,36 +34,42 @@ class Session:
     lock: Lock | None
     lock_path: Path
     reporter: Reporter
+    network: Session
 
     def plan(self, **options: Any) -> Plan:
-        """The plan of the recipe."""
+        """The plan of the recipe; `options` go to `make_plan`."""
         return make_plan(
             self.recipe,
             catalog=self.catalog,
             store=self.store,
             lock=self.lock,
             load=lambda path: load_recipe(path, self.catalog),
+            network=self.network,
             reporter=self.reporter,
             **options,
         )
 
 
 @contextmanager
-def open_session(path: Path, reporter: Reporter) -> Iterator[Session]:
-    """Read a recipe and its lock, and open the store."""
+def open_session(path: Path, reporter: Reporter, *, offline: bool = False) -> Iterator[Work]:
+    """Read a recipe and its lock, and open the store; the network is not used before it is needed."""
     catalog = load_catalog()
     recipe = load_recipe(path, catalog)
     for note in recipe.notes:
         reporter.warn(note)
     where = lock_path(path)
     with Store(reporter=reporter) as store:
-        yield Session(recipe, catalog, store, read_lock(where), where, reporter)
+        network = Session(offline=offline)
+        try:
+            yield Work(recipe, catalog, store, read_lock(where), where, reporter, network)
+        finally:
+            network.close()
 
 
-def need_lock(session: Session) -> Lock:
+def need_lock(work: Work) -> Lock:
     """The recipe's lock; raises LockError when there is none."""
-    if session.lock is None:
+    if work.lock is None:
         raise LockError(
-            Problem(f"there is no lock `{session.lock_path}`", hint="`ckpt build` or `ckpt lock` makes it")
+            Problem(f"there is no lock `{work.lock_path}`", hint="`ckpt build` or `ckpt lock` makes it")
         )
-    return session.lock
+    return work.lock

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import networkx as nx
 
     from builder.catalog import Architecture
+    from builder.lock import Lock
     from builder.plan.sources import Sources
     from builder.recipe import Output, Recipe
     from builder.store import Made
@@ -79,9 +80,13 @@ class StepJob:
 
 @dataclass(frozen=True)
 class ComponentJob:
-    """A finished component: where it comes from, how it is repaired and rounded."""
+    """A finished component: where it comes from, how it is repaired and rounded.
+
+    `source` is what the recipe calls the source or step.
+    """
 
     cls: str
+    source: str
     origin: Origin
     fixes: tuple[str, ...]
     precision: Precision
@@ -152,6 +157,7 @@ class Plan:
 
     recipe: Recipe
     graph: nx.DiGraph
+    lock: Lock | None = None
     sources: list[Sources] = field(default_factory=list)
     left_out: dict[str, LeftOut] = field(default_factory=dict)
 

@@ -38,6 +38,7 @@ from builder.tensors import DType, LazyTensor, MemoryTensor
 
 if TYPE_CHECKING:
     from builder.catalog import Catalog
+    from builder.fetch.client import Session
     from builder.lock import Lock
     from builder.store import Store
 
@@ -52,23 +53,25 @@ def make_plan(
     operations: Mapping[str, Operation] = OPERATIONS,
     load: Callable[[Path], Recipe] | None = None,
     place: Callable[[Output], Path] | None = None,
+    network: Session | None = None,
+    download: bool = False,
     reporter: Reporter = SILENT,
 ) -> Plan:
     """Resolve a recipe. Reads tables of contents only; `load` reads the recipes that are sources.
 
-    `place` says where an output goes, if not where the recipe says.
+    `place` says where an output goes, if not where the recipe says. Over `network` tables of contents are
+    read on their hosts, and with `download` a source is fetched where that cannot be.
 
     Raises RecipeError for what does not fit what the sources hold, SourceError for sources that are
     refused, FetchError for those that are needed and nowhere to be found.
     """
     import networkx as nx
 
-    plan = Plan(recipe, nx.DiGraph())
+    plan = Plan(recipe, nx.DiGraph(), lock)
+    folders = folders if folders is not None else model_folders()
+    around = _Surroundings(catalog, store, folders, operations, load, network, download, reporter)
     try:
-        folders = folders if folders is not None else model_folders()
-        _Resolver(
-            plan, recipe, "", catalog, store, folders, lock, operations, load, place, reporter
-        ).outputs()
+        _Resolver(plan, recipe, "", around, lock, place).outputs()
     except BaseException:
         plan.close()
         raise
@@ -83,34 +86,50 @@ class _Model:
     origin: Callable[[Pick], Origin]
 
 
+@dataclass(frozen=True)
+class _Surroundings:
+    """What a recipe and those that it includes have in common."""
+
+    catalog: Catalog
+    store: Store
+    folders: Sequence[Path]
+    operations: Mapping[str, Operation]
+    load: Callable[[Path], Recipe] | None
+    network: Session | None
+    download: bool
+    reporter: Reporter
+
+
 class _Resolver:
+    """One recipe's part of a plan; `scope` stands before the ids of its nodes."""
+
     def __init__(
         self,
         plan: Plan,
         recipe: Recipe,
         scope: str,
-        catalog: Catalog,
-        store: Store,
-        folders: Sequence[Path],
+        around: _Surroundings,
         lock: Lock | None,
-        operations: Mapping[str, Operation],
-        load: Callable[[Path], Recipe] | None,
         place: Callable[[Output], Path] | None,
-        reporter: Reporter,
     ) -> None:
         self.plan = plan
         self.recipe = recipe
         self.scope = scope
-        self.catalog = catalog
-        self.store = store
-        self.folders = folders
+        self.around = around
+        self.catalog = around.catalog
+        self.store = around.store
         self.lock = lock
-        self.operations = operations
-        self.load = load
         self.place = place
-        self.reporter = reporter
-        pins = lock.pins() if lock is not None else {}
-        self.sources = Sources(recipe, catalog, store, folders, reporter, pins)
+        self.sources = Sources(
+            recipe,
+            around.catalog,
+            around.store,
+            around.folders,
+            around.reporter,
+            lock,
+            around.network,
+            around.download,
+        )
         plan.sources.append(self.sources)
         self._models: dict[str, _Model] = {}
 
@@ -160,22 +179,11 @@ class _Resolver:
 
     def _sub_recipe(self, name: str) -> _Model:
         spec = self.recipe.sources[name]
-        assert spec.recipe is not None and self.load is not None
+        load = self.around.load
+        assert spec.recipe is not None and load is not None
         folder = self.recipe.path.parent if self.recipe.path else Path()
-        recipe = self.load(folder / spec.recipe)
-        inner = _Resolver(
-            self.plan,
-            recipe,
-            f"{self.scope}{name}/",
-            self.catalog,
-            self.store,
-            self.folders,
-            None,
-            self.operations,
-            self.load,
-            None,
-            self.reporter,
-        )
+        recipe = load(folder / spec.recipe)
+        inner = _Resolver(self.plan, recipe, f"{self.scope}{name}/", self.around, None, None)
         output = recipe.output(spec.output)
         if output is None:
             raise RecipeError(
@@ -193,7 +201,7 @@ class _Resolver:
 
     def _step(self, name: str) -> _Model:
         step = self.recipe.steps[name]
-        operation = self.operations[step.op]
+        operation = self.around.operations[step.op]
         models = {p: self.model(n) for p, n in step.inputs.items()}
         first = step.inputs[operation.inputs[0]]
         classes = self.classes(first)
@@ -229,6 +237,7 @@ class _Resolver:
         origin = model.origin(pick)
         job = ComponentJob(
             pick.cls,
+            pick.source,
             origin,
             output.fixes,
             output.precision,  # type: ignore[arg-type]
@@ -248,7 +257,8 @@ class _Resolver:
         node = Node(id_, job, key, "stored", "made before from the same inputs", made=made)
         if made is None:
             node.state, node.why = "make", self._why(pick, node)
-            specs = self._to_read(origin)
+            # What is to be fetched is seen when it is here.
+            specs = {} if self._elsewhere(origin) else to_read(self.plan, origin)
             node.reads = sum(t.nbytes for t in specs.values())
             node.writes = sum(
                 d.bits * prod(s) // 8 for d, s in component_specs(specs, job.precision).values()
@@ -274,18 +284,9 @@ class _Resolver:
             return f"`{pick.source}` is another file than before: {before[:12]} became {now[:12]}"
         return "not in the store"
 
-    def _to_read(self, origin: Origin) -> Mapping[str, LazyTensor]:
-        """The tensors to be read for a component; raises RecipeError when a source does not have it."""
-        if isinstance(origin, Finished):
-            return {}
-        if isinstance(origin, Applied):
-            job = self.plan.node(origin.node).job
-            assert isinstance(job, StepJob)
-            inputs = {p: self._to_read(o) for p, o in job.inputs.items()}
-            return {f"{p}/{n}": t for p, tensors in inputs.items() for n, t in tensors.items()}
-        if self.sources.find(origin.source) is None and self.sources.spec(origin.source).urls:
-            return {}  # to be fetched: what is in it is seen then
-        return taken(origin)[0]
+    def _elsewhere(self, origin: Origin) -> bool:
+        jobs = (self.plan.node(n).job for n in {origin.node, *self.plan.ancestors(origin.node)})
+        return any(isinstance(j, SourceJob) and j.sources.remote(j.source) for j in jobs)
 
     # -- outputs
 
@@ -309,7 +310,7 @@ class _Resolver:
     def _base_architecture(self, base: FromBase) -> Architecture:
         if base.name in self.recipe.steps:
             step = self.recipe.steps[base.name]
-            first = step.inputs[self.operations[step.op].inputs[0]]
+            first = step.inputs[self.around.operations[step.op].inputs[0]]
             return self._base_architecture(FromBase(first, base.at))
         if self.recipe.sources[base.name].recipe is not None:
             classes = set(self.model(base.name).classes)
@@ -444,15 +445,37 @@ def output_state(store: Store, key: str, target: Path) -> tuple[State, str]:
     return "make", "the file is not what was built"
 
 
+def to_read(plan: Plan, origin: Origin) -> Mapping[str, LazyTensor]:
+    """The tensors to be read for a component; raises RecipeError when a source does not have it."""
+    if isinstance(origin, Finished):
+        return {}
+    if isinstance(origin, Applied):
+        job = plan.node(origin.node).job
+        assert isinstance(job, StepJob)
+        inputs = {p: to_read(plan, o) for p, o in job.inputs.items()}
+        return {f"{p}/{n}": t for p, tensors in inputs.items() for n, t in tensors.items()}
+    return taken(origin)[0]
+
+
 def taken(origin: Take) -> tuple[dict[str, LazyTensor], str]:
     """A source's tensors for a slot under unprefixed names, and the name of the component they are.
 
     Raises RecipeError, where the recipe asks for it, when the source has no such component.
     """
+    match = _match(origin)
+    return origin.sources.open(origin.source).component(match, origin.cls), match.component.name
+
+
+def full_names(origin: Take) -> list[str]:
+    """The names, in the source's file, of the tensors that are taken; raises as `taken`."""
+    return list(_match(origin).names.values())
+
+
+def _match(origin: Take) -> Match:
     opened = origin.sources.open(origin.source)
     match = choose(opened.identity.matches, origin.cls, origin.component, origin.sources.catalog)
     if match is not None:
-        return opened.component(match, origin.cls), match.component.name
+        return match
     wanted = origin.component or origin.cls
     near = [r for r in opened.identity.rejected if wanted in (r.component.name, r.component.cls)]
     evidence = [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +17,8 @@ from builder.tensors import LazyTensor
 
 if TYPE_CHECKING:
     from builder.catalog import Catalog
+    from builder.fetch.client import Session
+    from builder.lock import Lock
     from builder.recipe import Recipe, Source
     from builder.store import Store
 
@@ -51,14 +53,18 @@ class Sources:
         store: Store,
         model_folders: Sequence[Path],
         reporter: Reporter,
-        pins: Mapping[str, str],
+        lock: Lock | None,
+        network: Session | None,
+        download: bool,
     ) -> None:
         self.recipe = recipe
         self.catalog = catalog
         self.store = store
         self._folders = model_folders
         self._reporter = reporter
-        self._pins = pins
+        self._locked = lock.sources if lock is not None else {}
+        self._network = network
+        self._download = download
         self._found: dict[str, Found | FetchError] = {}
         self._open: dict[str, OpenSource] = {}
 
@@ -90,31 +96,79 @@ class Sources:
         assert isinstance(found, FetchError)
         return found
 
+    def addresses(self, name: str) -> list[str]:
+        """Where a source can be had from: as the lock resolved it, then as the recipe says."""
+        locked = self._locked.get(name)
+        resolved = [locked.resolved] if locked is not None and locked.resolved else []
+        return list(dict.fromkeys([*resolved, *self.spec(name).urls]))
+
+    def remote(self, name: str) -> bool:
+        """Whether a source is not here, but may be had from somewhere."""
+        known = self.addresses(name) or self.spec(name).sha256 is not None
+        return self.find(name) is None and self._network is not None and bool(known)
+
+    def fetch(self, name: str) -> Found:
+        """Download a source, or take it from a cache; raises FetchError, or SourceError for another file."""
+        from builder.fetch.acquire import fetch
+
+        if self._network is None or not self.remote(name):
+            raise self.missing(name)
+        spec = self.spec(name)
+        got = fetch(
+            self.addresses(name),
+            sha256=self.pin(name),
+            size=spec.size,
+            store=self.store,
+            session=self._network,
+            reporter=self._reporter,
+            base=self.recipe.path.parent if self.recipe.path else None,
+            name=name,
+        )
+        found = Found(got.path, got.sha256, got.size, got.address or "a cache")
+        self.provide(name, found)
+        return found
+
+    def pin(self, name: str) -> str | None:
+        """The digest that a source must have, by the recipe or by the lock."""
+        locked = self._locked.get(name)
+        return self.spec(name).sha256 or (locked.sha256 if locked is not None else None)
+
     def provide(self, name: str, found: Found) -> None:
         """Say where a source is now, after it was fetched."""
         self._found[name] = found
 
     def sha256(self, name: str) -> str | None:
         """The digest of a source, pinned by the recipe or remembered; None: it is to be computed."""
-        pinned = self.spec(name).sha256
-        if pinned is not None:
-            return pinned
         found = self.find(name)
-        return found.sha256 if found is not None else self._pins.get(name)
+        return self.spec(name).sha256 or (found.sha256 if found is not None else self.pin(name))
 
     def open(self, name: str) -> OpenSource:
         """A source's table of contents and identity; raises CkptError when it cannot be had."""
         if name not in self._open:
             found = self.find(name)
-            if found is None:
-                raise self.missing(name)
-            checkpoint = open_checkpoint(found.path)
+            checkpoint = open_checkpoint(found.path) if found is not None else self._open_remote(name)
             self._open[name] = OpenSource(checkpoint, identify(checkpoint, self.catalog))
         return self._open[name]
 
+    def _open_remote(self, name: str) -> Checkpoint:
+        """The table of contents of a safetensors file on its host; else the whole file, if that may be."""
+        from builder.fetch.remote import open_remote
+
+        if self._network is None or not self.remote(name):
+            raise self.missing(name)
+        refused: CkptError = self.missing(name)
+        for address in self.addresses(name):
+            try:
+                return open_remote(address, session=self._network)
+            except CkptError as error:
+                refused = error
+        if self._download:
+            return open_checkpoint(self.fetch(name).path)
+        raise refused
+
     def pinned_by_lock(self, name: str) -> bool:
         """Whether the lock says which file this was when it was last built."""
-        return name in self._pins
+        return name in self._locked
 
     def close(self) -> None:
         """Close every file."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from builder.digests import Row, component_digest, tensor_digest
-from builder.errors import LockError, OutputError, Problem
+from builder.errors import CkptError, LockError, OutputError, Problem, SourceError
 from builder.formats.writer import Written
 from builder.lock import Lock, LockedComponent, LockedOutput, differences
 from builder.metric import SCALES, Metric, measure
@@ -21,8 +21,8 @@ from builder.numeric import PRECISIONS
 from builder.plan import Plan
 from builder.plan.keys import assembly_key, component_key, output_format
 from builder.plan.metadata import final_metadata, recipe_digest
-from builder.plan.model import ComponentJob, Node, OutputJob, SourceJob, Take
-from builder.plan.resolve import output_state
+from builder.plan.model import Applied, ComponentJob, Node, Origin, OutputJob, SourceJob, StepJob, Take
+from builder.plan.resolve import full_names, output_state, to_read
 from builder.progress import SILENT, Reporter
 from builder.run.evaluate import Stoppable, finish
 from builder.run.expect import Built, missed
@@ -110,6 +110,8 @@ class _Builder:
         missing = {n.id: n for n in self.plan if isinstance(n.job, ComponentJob) and n.made is None}
         sources = {i: self._sources(i) for i in missing}
         unseen = {s.id: s for found in sources.values() for s in found if s.state in ("hash", "fetch")}
+        for id_ in [i for i, source in unseen.items() if self._in_parts(source, missing, sources)]:
+            del unseen[id_]
         for source in unseen.values():
             yield Task(source.id, partial(self._see, source))
         for id_, node in missing.items():
@@ -147,6 +149,7 @@ class _Builder:
         import torch
 
         torch.set_num_threads(1)  # the threads are ours; torch's own would be one team for each
+        self._bring(node, job.origin)
         done = finish(self.plan, job, self.store, self.stop)
 
         def sound() -> None:
@@ -167,11 +170,72 @@ class _Builder:
             self.result.made.append(node.id)
             self.result.changes[node.id] = done.changes
 
+    def _in_parts(self, source: Node, missing: Mapping[str, Node], sources: Mapping[str, list[Node]]) -> bool:
+        """Whether only the components wanted of a remote source are to be fetched.
+
+        That takes a file whose contents can be read on its host, and a lock that says what each component
+        must be: the digest of the whole file cannot be checked.
+        """
+        job = source.job
+        assert isinstance(job, SourceJob)
+        if source.state != "fetch" or source.key is None or not job.sources.addresses(job.source):
+            return False
+        wanted = [n for i, n in missing.items() if any(s is source for s in sources[i])]
+        if any(self._pinned(n) is None for n in wanted):
+            return False
+        try:
+            opened = job.sources.open(job.source)
+        except CkptError:
+            return False
+        size = 0
+        for node in wanted:
+            assert isinstance(node.job, ComponentJob)
+            size += sum(t.nbytes for t in to_read(self.plan, node.job.origin).values())
+        return job.sources.remote(job.source) and 2 * size < opened.checkpoint.size
+
+    def _pinned(self, node: Node) -> str | None:
+        """The digest that the lock says a component has."""
+        assert isinstance(node.job, ComponentJob)
+        source = self._taken_from(node.id)
+        for locked in self.plan.lock.components if self.plan.lock is not None else ():
+            if (locked.cls, locked.source) == (node.job.cls, source):
+                return locked.sha256
+        return None
+
+    def _bring(self, node: Node, origin: Origin) -> None:
+        """Fetch what a component takes from sources that are read on their hosts."""
+        if isinstance(origin, Applied):
+            step = self.plan.node(origin.node).job
+            assert isinstance(step, StepJob)
+            for inner in step.inputs.values():
+                self._bring(node, inner)
+        if not isinstance(origin, Take) or not origin.sources.remote(origin.source):
+            return
+        from builder.fetch.remote import fetch_component
+
+        checkpoint = origin.sources.open(origin.source).checkpoint
+        names = {t: t for t in full_names(origin)}
+        path = self.store.partial_path(f"{origin.source} {origin.cls} {os.getpid()}")
+        local = fetch_component(checkpoint, names, path, reporter=self.reporter, task=node.id)
+        path.unlink()  # the open file stays readable, and nothing is left behind
+        checkpoint.tensors |= local.tensors
+        checkpoint.blobs = (*checkpoint.blobs, *local.blobs)
+
     def _record(self, node: Node) -> None:
         """Say what made a component, now that its sources are known to be what they should be."""
         assert isinstance(node.job, ComponentJob) and node.made is not None
         node.key = component_key(self.plan, node.job)
         assert node.key is not None
+        sources = [n.job for n in self._sources(node.id)]
+        remote = any(isinstance(s, SourceJob) and s.sources.remote(s.source) for s in sources)
+        if remote and (pinned := self._pinned(node)) != node.made.digest.sha256:
+            raise SourceError(
+                Problem(
+                    f"`{node.id}` is not what the lock says",
+                    evidence=(f"expected {pinned}", f"fetched  {node.made.digest.sha256}"),
+                    hint="`ckpt lock --upgrade` takes the source as it is now",
+                )
+            )
         self.store.record(node.key, node.made)
 
     # -- outputs
@@ -304,8 +368,7 @@ class _Builder:
     def _taken_from(self, name: str) -> str:
         job = self.plan.node(name).job
         assert isinstance(job, ComponentJob)
-        origin = job.origin
-        return origin.source if isinstance(origin, Take) else origin.node.rpartition(" of ")[2]
+        return job.source
 
     def _inputs(self) -> list[Path]:
         """Every file that this build reads: none of them may be overwritten."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
+from builder.errors import Problem, SourceError
 from builder.lock import Lock, LockedSource
-from builder.plan import Node, Plan, SourceJob
+from builder.plan import Node, Plan, SourceJob, Sources
 from builder.plan.metadata import recipe_digest
 from builder.progress import SILENT, Reporter
 from builder.sources import verify_source
@@ -14,6 +15,8 @@ from builder.store import Store
 
 if TYPE_CHECKING:
     from builder.catalog import Catalog
+    from builder.fetch.client import Session
+    from builder.fetch.hosts import Pin
 
 
 def see(node: Node, catalog: Catalog, store: Store, reporter: Reporter) -> None:
@@ -25,7 +28,7 @@ def see(node: Node, catalog: Catalog, store: Store, reporter: Reporter) -> None:
     assert isinstance(job, SourceJob)
     found = job.sources.find(job.source)
     if found is None:
-        raise job.sources.missing(job.source)
+        found = job.sources.fetch(job.source)
     seen = verify_source(
         found,
         job.sources.spec(job.source).sha256,
@@ -37,12 +40,51 @@ def see(node: Node, catalog: Catalog, store: Store, reporter: Reporter) -> None:
     node.key = seen.sha256
 
 
-def resolve_sources(plan: Plan, *, catalog: Catalog, store: Store, reporter: Reporter = SILENT) -> Lock:
-    """The lock of a plan's sources, none of its components or outputs; raises as `see`."""
+def resolve_sources(
+    plan: Plan, *, catalog: Catalog, store: Store, network: Session, reporter: Reporter = SILENT
+) -> Lock:
+    """The lock of a plan's sources, none of its components or outputs; raises as `see`.
+
+    A source that is not here and whose host states its digest is pinned without being downloaded.
+    """
+    resolved = {}
     for node in plan:
-        if isinstance(node.job, SourceJob):
+        if not isinstance(node.job, SourceJob):
+            continue
+        sources, name = node.job.sources, node.job.source
+        pin = _stated(sources, name, network) if sources.remote(name) else None
+        if pin is None:
             see(node, catalog, store, reporter)
-    return Lock(recipe_digest(plan.recipe), locked_sources(plan, None))
+        else:
+            node.key = pin.sha256
+            resolved[name] = LockedSource(_requested(sources, name), str(pin.sha256), pin.size or 0, pin.url)
+    return Lock(recipe_digest(plan.recipe), {**locked_sources(plan, None), **resolved})
+
+
+def _stated(sources: Sources, name: str, network: Session) -> Pin | None:
+    """What the first host that states a digest says of a source; raises SourceError against the pin."""
+    from builder.fetch.acquire import resolve
+
+    pinned = sources.pin(name)
+    for address in sources.addresses(name):
+        pin = resolve(address, session=network)
+        if pin.sha256 is None:
+            continue
+        if pinned is not None and pin.sha256 != pinned:
+            raise SourceError(
+                Problem(
+                    f"`{name}` is not what was pinned",
+                    evidence=(f"pinned SHA-256: {pinned}", f"its host says:  {pin.sha256}", f"at {address}"),
+                    hint="`ckpt lock --upgrade` takes the file as it is now, unless the recipe pins it",
+                )
+            )
+        return pin
+    return None
+
+
+def _requested(sources: Sources, name: str) -> str:
+    spec = sources.spec(name)
+    return PurePosixPath(spec.file).name if spec.file else next(iter(spec.urls), "")
 
 
 def locked_sources(plan: Plan, before: Lock | None) -> dict[str, LockedSource]:
@@ -58,6 +100,6 @@ def locked_sources(plan: Plan, before: Lock | None) -> dict[str, LockedSource]:
         spec, found = job.sources.spec(job.source), job.sources.find(job.source)
         old = before.sources.get(job.source) if before is not None else None
         size = found.size if found is not None else spec.size or (old.size if old is not None else 0)
-        requested = PurePosixPath(spec.file).name if spec.file else next(iter(spec.urls), "")
+        requested = _requested(job.sources, job.source)
         sources[job.source] = LockedSource(requested, node.key, size, old.resolved if old is not None else "")
     return sources
