@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from builder.catalog import RANK, TensorRule, load_catalog
 from builder.catalog.braces import BraceError, escape, expand
-from builder.catalog.files import parse_table
+from builder.catalog.files import _ARCHITECTURE, _COMPONENT, parse_table
 from builder.catalog.learn import compress
 from builder.cli import run
 from builder.errors import CatalogError, UsageError, render
@@ -458,3 +458,27 @@ def test_show_of_what_is_not_there(name: str, hint: str, capsys: pytest.CaptureF
 def test_an_unknown_component_is_a_usage_error() -> None:
     with pytest.raises(UsageError, match="no component `x`"):
         load_catalog(()).component("x")
+
+
+# ── the documentation ──
+
+DOCS = (Path(__file__).parent.parent / "docs" / "catalog.md").read_text(encoding="utf-8")
+EXAMPLES = [block.partition("```")[0] for block in DOCS.split("```toml\n")[1:]]
+
+
+def test_the_examples_of_the_documentation_are_right(tmp_path: Path) -> None:
+    for folder in ("architectures", "known"):
+        (tmp_path / folder).mkdir()
+    for number, text in enumerate(EXAMPLES):
+        folder = "known" if "[[" in text.splitlines()[0] else "architectures" if text[0] == "[" else "."
+        text = text.replace("[SD-XL-Refiner]", "[Example]")
+        (tmp_path / folder / f"{number}.toml").write_text(text, encoding="utf-8")
+    catalog = load_catalog([tmp_path])
+    assert {"CLIP-tiny", "UNET-v1-Twelve"} < catalog.components.keys()
+    assert catalog.architecture("sdxl refiner 1.0").only == ("CLIP-XL-Refiner",)
+    assert catalog.known.part("0123456789abcdef" * 2) is not None
+
+
+@pytest.mark.parametrize("fields", [_COMPONENT, _ARCHITECTURE])
+def test_every_field_is_documented(fields: dict[str, type]) -> None:
+    assert all(f"`{name}`" in DOCS or f"{name} = " in DOCS for name in fields if name != "tensors")

@@ -132,7 +132,8 @@ class _Writer:
 
     def key(self, name: str) -> tuple[int, int]:
         escaped = name.replace("\\", "\\\\").replace('"', '\\"')
-        forms = [f'"{escaped}"'] + [f"'{name}'"] * ("'" not in name) + [name] * (name.isascii() and name.isidentifier())
+        bare = name.isascii() and name.isidentifier()
+        forms = [f'"{escaped}"'] + [f"'{name}'"] * ("'" not in name) + [name] * bare
         return self.put(self.one_of(*forms))
 
     def value(self, path: Keys, depth: int) -> None:
@@ -191,7 +192,7 @@ class _Writer:
                     self.body((*path, "sub"))
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=60)
 @given(st.data())
 def test_every_key_of_any_document_is_found_at_its_true_place(data: st.DataObject) -> None:
     writer = _Writer(data.draw)

@@ -135,7 +135,7 @@ def _meaning(component: Component, catalog: Catalog, full: bool) -> Iterator[str
         "prefix": printable(component.prefix) or "none",
         "tensors": f"{component.keys:,}, {size}" + (f"; {optional} optional" if optional else ""),
         "extends": component.extends or "",
-        "naming": f"{component.naming}, of {component.base}" if component.naming else "",
+        "naming": component.naming or "",
         "declared in": component.path,
     }
     for label, value in rows.items():
@@ -145,7 +145,12 @@ def _meaning(component: Component, catalog: Catalog, full: bool) -> Iterator[str
     if full:
         lines = [(n, _shape(rule)) for n, rule in component.tensors.items()]
     else:
-        lines = [(".".join(path), shape) for path, shape in fold(component.tensors)]
+        # Other names for the tensors of a base say less than the base itself.
+        tensors = component.plain if component.naming else component.tensors
+        lines = [(".".join(path), shape) for path, shape in fold(tensors)]
+        if component.naming:
+            yield f"  the tensors of {component.base}, their names {component.naming.replace('-', ' ')}:"
+            yield ""
     width = min(72, max(len(name) for name, _ in lines))
     for name, shape in lines:
         yield f"  {printable(name):<{width}}  {shape}"
