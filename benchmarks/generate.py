@@ -103,7 +103,9 @@ def make(
         for bare, rule in component.tensors.items()
     }
     if dirt.junk:
-        rules = {n: TensorRule(s or (), "F32") for n, s in catalog.optional.items() if parts[0][1]}
+        rules = {
+            n: TensorRule(s or (), "F32") for n, s in catalog.optional.items() if parts[0][1] and _kept(n, s)
+        }
         rules |= {n: TensorRule(s) for n, s in JUNK.items()}
         tensors |= {n: _tensor(n, r, precision, content, seed, dirt) for n, r in rules.items()}
     if dirt.lightning:
@@ -117,6 +119,11 @@ def write(model: Model, path: Path | str, form: Format) -> None:
         write_torch(path, model.tensors, nesting=model.nesting, extras=model.extras, durable=False)
     else:
         _write_safetensors(Path(path), model.tensors)
+
+
+def _kept(name: str, shape: tuple[int, ...] | None) -> bool:
+    """Whether a run keeps an optional key, as it does its noise schedule; markers for loaders it does not."""
+    return name.startswith("model_ema.") or bool(shape and shape[0])
 
 
 def _parts(name: str, catalog: Catalog, dirt: Dirt) -> Iterator[tuple[Component, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import struct
 import subprocess
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from benchmarks.generate import CLEAN, DIRTY, SPREADS, Dirt, Repeated, make, write
+from benchmarks.harness import Sample, Target, outcome
 from builder.catalog import load_catalog
 from builder.errors import OutputError, UsageError
 from builder.formats import open_checkpoint, torch_write
@@ -214,3 +216,19 @@ def test_checksums_cover_zeros(tmp_path: Path) -> None:
     write_torch(tmp_path / "z.pt", {"z": MemoryTensor(DType.U8, (9_000_000,), bytes(9_000_000))})
     with zipfile.ZipFile(tmp_path / "z.pt") as archive:
         assert zlib.crc32(bytes(9_000_000)) == archive.getinfo("archive/data/0").CRC
+
+
+def test_benchmarks_run() -> None:
+    command = ["-m", "benchmarks", "inspect", "read-zip", "--size", "small", "--runs", "1", "--json"]
+    done = subprocess.run([sys.executable, *command], check=True, capture_output=True, text=True)
+    inspect, reading = json.loads(done.stdout)["benchmarks"]
+    assert (inspect["name"], list(reading["samples"])) == ("inspect", ["floor", "ours"])
+    for samples in reading["samples"].values():
+        assert all(s["seconds"] > 0 and s["bytes"] > 1_000_000 for s in samples)
+
+
+def test_outcomes_are_of_the_same_round() -> None:
+    samples = {"ours": [Sample(1.0, 10.0), Sample(4.0, 30.0)], "naive": [Sample(3.0, 1.0), Sample(8.0, 1.0)]}
+    faster, memory = Target("naive", "ours", at_least=2.5), Target("ours", at_most=10, unit="bytes")
+    found = [outcome(t, samples) for t in (faster, memory)]
+    assert [(o.low, o.median, o.high, o.met) for o in found] == [(2.0, 2.5, 3.0, True), (10, 20, 30, False)]

@@ -1,0 +1,259 @@
+"""What is measured: one function a benchmark."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+
+from benchmarks.contenders import CLIP, UNET, VAE
+from benchmarks.generate import DIRTY, make, write
+from benchmarks.harness import Benchmark, Contender, Target
+from builder.formats import open_checkpoint
+from builder.formats.blob import BlobTensor
+from builder.hashes import sha256_file
+from builder.metric import SCALES
+from builder.store import Store
+from builder.tensors import DType
+
+MB = 1e6
+MEMORY = Target("ours", at_most=500 * MB, unit="bytes")
+FAMILIES = {"small": "mini", "full": "v1"}
+
+
+def _python(module: str, *words: object) -> Contender:
+    return Contender([sys.executable, "-m", module, *map(str, words)])
+
+
+def _naive(*words: object) -> Contender:
+    return _python("benchmarks.contenders.naive", *words)
+
+
+def _floor(*words: object) -> Contender:
+    return _python("benchmarks.contenders.floor", *words)
+
+
+class Bench:
+    """The folder that a run works in; its files are made when a benchmark asks for them."""
+
+    def __init__(self, folder: Path, size: str) -> None:
+        self.folder = folder
+        self.family = FAMILIES[size]
+        self.store = folder / "store"
+        self.out = folder / "out"
+        self.product = self.out / "anything.safetensors"
+        self.pins: dict[Path, str] = {}
+
+    @cached_property
+    def checkpoint(self) -> Path:
+        """The standard case: FP32 with EMA, broken position_ids, junk and Lightning entries."""
+        return self._dirty("anything-v3.ckpt")
+
+    @cached_property
+    def safetensors(self) -> Path:
+        """The same tensors as safetensors."""
+        return self._dirty("anything-v3.safetensors")
+
+    def _dirty(self, name: str) -> Path:
+        path = self.folder / name
+        if not path.exists():
+            model = make(f"SD-{self.family}", precision=DType.F32, dirt=DIRTY)
+            write(model, path, "ckpt" if path.suffix == ".ckpt" else "safetensors")
+        return path
+
+    def vae(self, seed: int) -> Path:
+        """A VAE in a file of its own, FP32."""
+        path = self.folder / f"vae-{seed}.vae.pt"
+        if not path.exists():
+            model = make(f"VAE-{self.family}", precision=DType.F32, seed=seed)
+            write(replace(model, nesting="state_dict"), path, "ckpt")
+        return path
+
+    def recipe(self, vae: Path) -> Path:
+        """The standard recipe: UNET and CLIP of the checkpoint, the VAE of another file."""
+        sources = {"model": self.checkpoint, "vae": vae}
+        slots = {"UNET": "model", "CLIP": "model", "VAE": "vae"}
+        lines = ["format = 1", 'name = "anything"', f'base = "NEW SD-{self.family}"']
+        lines += ['fixes = ["clip-position-ids"]', "[components]"]
+        lines += [f'{slot}-{self.family} = "{source}"' for slot, source in slots.items()]
+        for name, path in sources.items():
+            if path not in self.pins:
+                self.pins[path] = sha256_file(path).sha256
+            lines += [f"[sources.{name}]", f'file = "{path.name}"', f'sha256 = "{self.pins[path]}"']
+        written = self.folder / "anything.toml"
+        written.write_text("\n".join(lines) + "\n")
+        return written
+
+    def ckpt(self, *words: object, prepare: Callable[[], object] = lambda: None) -> Contender:
+        """Our command line, with the folder's store."""
+        return replace(_python("builder", *words), prepare=prepare, env={"CKPT_STORE": str(self.store)})
+
+    def build(self, prepare: Callable[[], object]) -> Contender:
+        """Our build of the recipe in the folder."""
+        return self.ckpt("build", self.folder / "anything.toml", "-o", self.product, prepare=prepare)
+
+    def start_over(self, *remembered: Path) -> None:
+        """Nothing built and nothing stored but the digests of some files."""
+        shutil.rmtree(self.out, ignore_errors=True)
+        self.out.mkdir()
+        (self.folder / "anything.lock.toml").unlink(missing_ok=True)
+        shutil.rmtree(self.store, ignore_errors=True)
+        if not remembered:
+            return
+        digests = self.folder / "digests"
+        if not digests.exists():
+            with Store(digests) as store:
+                for path in remembered:
+                    store.sha256(path)
+        shutil.copytree(digests, self.store)
+
+    def ranges(self, name: str, wanted: Mapping[Path, Callable[[str], bool]]) -> Path:
+        """A JSON list `[file, offset, length]` of the FP32 tensors wanted, for the floor to read."""
+        plan = []
+        for path, wants in wanted.items():
+            with open_checkpoint(path) as checkpoint:
+                found = [t for n, t in checkpoint.items() if wants(n) and t.dtype is DType.F32]
+                plan += [[str(path), t.offset, t.nbytes] for t in found if isinstance(t, BlobTensor)]
+        written = self.folder / f"{name}.json"
+        written.write_text(json.dumps(plan))
+        return written
+
+
+def inspect(bench: Bench) -> Benchmark:
+    """The table of contents only."""
+    return Benchmark(
+        "what is in the checkpoint",
+        {"python": Contender([sys.executable, "-c", "pass"]), "ours": _table_of_contents(bench)},
+        [Target("ours", at_most=0.4), Target("ours", at_most=60 * MB, unit="bytes")],
+    )
+
+
+def _table_of_contents(bench: Bench) -> Contender:
+    return bench.ckpt("inspect", "--no-metric", bench.checkpoint)
+
+
+def metric(bench: Bench) -> Benchmark:
+    """The definition as it stands, against `ckpt inspect` (which digests the components as well)."""
+
+    def counts(name: str) -> bool:
+        parts = {UNET: "UNET", VAE: "VAE", CLIP: "CLIP"}
+        found = next(((p, c) for p, c in parts.items() if name.startswith(p)), None)
+        return found is not None and SCALES[f"{found[1]}-{bench.family}"].counts(name.removeprefix(found[0]))
+
+    plan = bench.ranges("metric", {bench.checkpoint: counts})
+    return Benchmark(
+        "metric of the checkpoint",
+        {
+            "naive": _naive("metric", bench.checkpoint),
+            "floor": _floor("ranges", plan),
+            "ours": bench.ckpt("inspect", "--quiet", bench.checkpoint),
+        },
+        [Target("naive", "ours", at_least=4), MEMORY],
+        [bench.checkpoint],
+    )
+
+
+def _reading(title: str, path: Path) -> Benchmark:
+    return Benchmark(
+        f"reading every tensor, {title}",
+        {"floor": _floor("read", path), "ours": _python("benchmarks.contenders.ours", path)},
+        [Target("floor", "ours", at_least=0.8), MEMORY],
+        [path],
+    )
+
+
+def read_zip(bench: Bench) -> Benchmark:
+    """Every tensor of a PyTorch file through the mapping, against plain positioned reads of the file."""
+    return _reading("PyTorch zip", bench.checkpoint)
+
+
+def read_safetensors(bench: Bench) -> Benchmark:
+    """The same of a safetensors file."""
+    return _reading("safetensors", bench.safetensors)
+
+
+def _built(bench: Bench, title: str, prepare: Callable[[], object], targets: list[Target]) -> Benchmark:
+    """A build, against the plain way, and the least: kept bytes read, cast, written and synced."""
+    vae = bench.vae(1)
+    bench.recipe(vae)
+    kept: dict[Path, Callable[[str], bool]] = {
+        bench.checkpoint: lambda n: n.startswith((UNET, CLIP)),
+        vae: lambda n: True,
+    }
+    return Benchmark(
+        title,
+        {
+            "naive": _naive("build", bench.checkpoint, vae, bench.folder / "naive.safetensors"),
+            "floor": _floor("cast", bench.ranges("build", kept), bench.folder / "floor.bin"),
+            "ours": bench.build(prepare),
+        },
+        [*targets, MEMORY],
+        [bench.checkpoint, vae],
+    )
+
+
+def build_cold(bench: Bench) -> Benchmark:
+    """An empty store that remembers the sources' digests."""
+    targets = [Target("naive", "ours", at_least=5), Target("ours", "floor", at_most=2)]
+    remembered = (bench.checkpoint, bench.vae(1))
+    return _built(bench, "build, digests remembered", lambda: bench.start_over(*remembered), targets)
+
+
+def build_first(bench: Bench) -> Benchmark:
+    """Sources never seen: all their bytes are hashed."""
+    return _built(bench, "build, first time", bench.start_over, [Target("naive", "ours", at_least=3)])
+
+
+def build_unchanged(bench: Bench) -> Benchmark:
+    """Nothing to do."""
+    bench.recipe(bench.vae(1))
+    bench.start_over(bench.checkpoint, bench.vae(1))
+    _run(bench.build(lambda: None))
+    return Benchmark(
+        "build, nothing changed",
+        {"python": Contender([sys.executable, "-c", "pass"]), "ours": bench.build(lambda: None)},
+        [Target("ours", at_most=0.4), Target("ours", at_most=100 * MB, unit="bytes")],
+    )
+
+
+def vae_swapped(bench: Bench) -> Benchmark:
+    """Another VAE, never seen before, in a model that is built already; against copying the output."""
+    seeds = itertools.count(2)
+    bench.recipe(bench.vae(1))
+    bench.start_over(bench.checkpoint, bench.vae(1))
+    _run(bench.build(lambda: None))
+
+    def swap() -> None:
+        seed = next(seeds)
+        bench.recipe(bench.vae(seed))
+        if seed > 2:
+            bench.vae(seed - 1).unlink()
+
+    return Benchmark(
+        "build, VAE swapped",
+        {"floor": _floor("copy", bench.product, bench.folder / "floor.bin"), "ours": bench.build(swap)},
+        [Target("ours", "floor", at_most=1.5), MEMORY],
+        [bench.product],
+    )
+
+
+def _run(contender: Contender) -> None:
+    subprocess.run(contender.argv, env=contender.environment(), check=True, capture_output=True)
+
+
+BENCHMARKS: dict[str, Callable[[Bench], Benchmark]] = {
+    "inspect": inspect,
+    "metric": metric,
+    "read-zip": read_zip,
+    "read-safetensors": read_safetensors,
+    "build-cold": build_cold,
+    "build-first": build_first,
+    "build-unchanged": build_unchanged,
+    "vae-swapped": vae_swapped,
+}
