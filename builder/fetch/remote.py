@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -50,6 +51,8 @@ class RemoteBlob:
     def _open(self) -> None:
         response = self._session.request("GET", self._file.url, {"Range": f"bytes=0-{HEAD - 1}"})
         try:
+            if response.status == 416:
+                raise Failure("the file is empty")
             if response.status not in {200, 206}:
                 raise response.failure()
             refuse_encoded(response)
@@ -71,53 +74,58 @@ class RemoteBlob:
         url, modified = self._file.url, response.headers.get("Last-Modified")
         self._file = RangedFile(self._session, url, self.size, strong_etag(response), modified)
         self._file.near = response.url
-        rest = bytearray(length - have)
-        _fill(response, memoryview(rest))
-        return bytes(rest)
+        rest = b""
+        while have + len(rest) < length and (piece := response.read()):
+            rest += piece
+        return rest[: length - have]
 
     def read_into(self, offset: int, out: memoryview) -> None:
         """Fill `out` from `offset` on, in one request; nothing is asked for what is in the beginning."""
         known = self._head[offset : offset + len(out)]
         out[: len(known)] = known
-        rest = out[len(known) :]
-        if rest:
-            self._attempt(lambda: self._part(offset + len(known), rest))
+        done = len(known)
+        while done < len(out):
+            done += self._attempt(partial(self._part, offset + done, out[done:]))
 
-    def _part(self, start: int, out: memoryview) -> None:
+    def _part(self, start: int, out: memoryview) -> int:
+        """Fill as much as comes before the connection is dropped; something, or Failure."""
         if start + len(out) > self.size:
             raise Failure(f"bytes {start:,} to {start + len(out):,} of {self.size:,} are not there")
         response = self._file.part(start, start + len(out))
+        done = 0
         try:
-            _fill(response, out)
+            while done < len(out) and (piece := response.read(min(PIECE, len(out) - done))):
+                out[done : done + len(piece)] = piece
+                done += len(piece)
+        except Failure as failure:
+            if not done or not failure.retry:
+                raise
         finally:
             response.close()
+        if not done:
+            raise Failure("the body is empty", retry=True)
+        return done
 
-    def _attempt(self, ask: object) -> None:
-        assert callable(ask)
+    def _attempt(self, ask: Callable[[], T]) -> T:
         try:
-            self._session.retrying(ask)
+            return self._session.retrying(ask)
         except StartOver:
-            self._fail(Failure("the file changed while it was read, or its host stopped serving parts"))
+            raise self._error(
+                "the file changed while it was read, or its host stopped serving parts"
+            ) from None
         except Failure as failure:
-            self._fail(failure)
+            raise self._error(failure.fact, failure.hint) from None
 
-    def _fail(self, failure: Failure) -> None:
-        fact = self._session.scrub(f"`{self._address}` cannot be read: {failure.fact}")
-        raise FetchError(Problem(fact, evidence=failure.evidence, hint=failure.hint)) from None
+    def _error(self, fact: str, hint: str | None = None) -> FetchError:
+        return _unreadable(self._session, self._address, fact, hint)
 
     def close(self) -> None:
         """Let go of the beginning; connections are the session's."""
         self._head = b""
 
 
-def _fill(response: Response, out: memoryview) -> None:
-    at = 0
-    while at < len(out):
-        piece = response.read(min(PIECE, len(out) - at))
-        if not piece:
-            raise Failure(f"the body ends {len(out) - at:,} bytes early", retry=True)
-        out[at : at + len(piece)] = piece
-        at += len(piece)
+def _unreadable(session: Session, address: object, fact: str, hint: str | None) -> FetchError:
+    return FetchError(Problem(session.scrub(f"`{address}` cannot be read: {fact}"), hint=hint))
 
 
 def open_remote(address: Address | str, *, session: Session) -> Checkpoint:
@@ -132,8 +140,7 @@ def open_remote(address: Address | str, *, session: Session) -> Checkpoint:
     try:
         url = download_url(address, session)
     except Failure as failure:
-        problem = Problem(f"`{address}` cannot be read: {failure.fact}", hint=failure.hint)
-        raise FetchError(problem) from None
+        raise _unreadable(session, address, failure.fact, failure.hint) from None
     blob = RemoteBlob(session, url, shown(url) if str(address).startswith("http") else str(address))
     start = bytearray(min(9, blob.size))
     blob.read_into(0, memoryview(start))
