@@ -340,6 +340,7 @@ def test_the_last_piece_of_damaged_bytes_is_never_given_out(store: Store) -> Non
         for piece in tensor.windows(256):
             seen += len(piece)
     assert 0 < seen < tensor.nbytes
+    assert "tensor `conv.weight`" in caught.value.problems[0].evidence[0]
     assert caught.value.digest == made.digest.xxh3
     store.set_aside(caught.value)
     assert store.lookup(A) is None

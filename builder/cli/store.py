@@ -104,7 +104,7 @@ def gc(max_size: int | None, as_json: bool) -> None:
         if item.kind != "fact":
             click.echo(f"removed {' '.join(_names(item))} {item.digest[:12]}, {human_bytes(item.size)}")
     if done.records:
-        click.echo(f"removed {done.records} records of what is gone")
+        click.echo(f"removed {done.records} record{'s' * (done.records > 1)} of what is gone")
     if done.litter:
         click.echo(f"removed litter, {human_bytes(done.litter)}")
     click.echo(f"freed {human_bytes(freed)}, kept {human_bytes(kept)}")
@@ -113,7 +113,10 @@ def gc(max_size: int | None, as_json: bool) -> None:
 @command.command()
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def check(as_json: bool) -> int:
-    """Read everything that is stored; set aside what is damaged, and say so with exit code 1."""
+    """Verify everything that is stored, and set aside what is damaged.
+
+    Exit code 1 if anything was.
+    """
     from builder.store.upkeep import check as run
     from builder.store.upkeep import items
 

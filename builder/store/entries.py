@@ -60,12 +60,14 @@ class VerifiedTensor(LazyTensor):
         "_turn",
         "_verified",
         "digest",
+        "name",
     )
 
     def __init__(
-        self, tensor: LazyTensor, digest: Digest, path: Path, entry: str, seen: os.stat_result
+        self, name: str, tensor: LazyTensor, digest: Digest, path: Path, entry: str, seen: os.stat_result
     ) -> None:
         super().__init__(tensor.dtype, tensor.shape)
+        self.name = name
         self.digest = digest
         self._path, self._entry, self._seen = path, entry, seen
         self._tensor = tensor
@@ -89,11 +91,14 @@ class VerifiedTensor(LazyTensor):
             self._reading += 1
         try:
             self._read(start, out)
-        finally:
+        except BaseException:
             with self._turn:
                 self._reading -= 1
                 self._turn.notify_all()
+            raise
         with self._turn:
+            self._reading -= 1
+            self._turn.notify_all()
             # What comes before may be on the way in another thread.
             self._turn.wait_for(lambda: self._verified or self._next == start or self._reading == 0)
             if self._verified:
@@ -128,7 +133,7 @@ class VerifiedTensor(LazyTensor):
 
     def _check(self, found: str) -> None:
         if found != self.digest.xxh3:
-            raise self.damaged(f"XXH3 of a tensor is {found}, {self.digest.xxh3} was stored")
+            raise self.damaged(f"the XXH3 of tensor `{self.name}` is {found}, {self.digest.xxh3} was stored")
         self._verified = True
 
     def _read(self, start: int, out: memoryview) -> None:
@@ -206,7 +211,7 @@ def _read_entry(path: Path, digest: str, blob: FileBlob) -> Entry:
         dtype, shape, start, _ = header.tensors[name]
         rows[name] = Row(dtype, shape, Digest(fast, strong))
         plain = BlobTensor(dtype, shape, blob, header.data_offset + start)
-        tensors[name] = VerifiedTensor(plain, rows[name].digest, path, digest, blob.stat)
+        tensors[name] = VerifiedTensor(name, plain, rows[name].digest, path, digest, blob.stat)
     found = component_digest(rows)
     if found != Digest(digest, said.get(SHA256)):
         raise DamagedEntry(path, digest, "its table of contents is not the one stored", blob.stat)
@@ -227,7 +232,9 @@ def damage(
             return error
         reporter.advance(task, tensor.nbytes)
         if sha256 and found != tensor.digest:
-            return tensor.damaged(f"SHA-256 of a tensor is {found.sha256}, {tensor.digest.sha256} was stored")
+            return tensor.damaged(
+                f"the SHA-256 of tensor `{name}` is {found.sha256}, {tensor.digest.sha256} was stored"
+            )
         return None
 
     with ThreadPoolExecutor(threads) as pool:
