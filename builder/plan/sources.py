@@ -67,6 +67,7 @@ class Sources:
         self._download = download
         self._found: dict[str, Found | FetchError] = {}
         self._open: dict[str, OpenSource] = {}
+        self.resolved: dict[str, str] = {}
 
     def spec(self, name: str) -> Source:
         """What the recipe says of a source."""
@@ -126,6 +127,8 @@ class Sources:
         )
         found = Found(got.path, got.sha256, got.size, got.address or "a cache")
         self.provide(name, found)
+        if got.address is not None and not got.address.startswith("file:"):
+            self.resolved[name] = got.address
         return found
 
     def pin(self, name: str) -> str | None:

@@ -427,5 +427,5 @@ class _Builder:
             locked[job.output.name] = LockedOutput(
                 job.output.file, made.sha256, made.tensor_digest, made.size, made.metric
             )
-        sources = locked_sources(self.plan, self.locked)
+        sources = locked_sources(self.plan)
         return Lock(recipe_digest(self.plan.recipe), sources, tuple(components), locked)

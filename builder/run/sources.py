@@ -58,7 +58,7 @@ def resolve_sources(
         else:
             node.key = pin.sha256
             resolved[name] = LockedSource(_requested(sources, name), str(pin.sha256), pin.size or 0, pin.url)
-    return Lock(recipe_digest(plan.recipe), {**locked_sources(plan, None), **resolved})
+    return Lock(recipe_digest(plan.recipe), {**locked_sources(plan), **resolved})
 
 
 def _stated(sources: Sources, name: str, network: Session) -> Pin | None:
@@ -84,13 +84,16 @@ def _stated(sources: Sources, name: str, network: Session) -> Pin | None:
 
 def _requested(sources: Sources, name: str) -> str:
     spec = sources.spec(name)
-    return PurePosixPath(spec.file).name if spec.file else next(iter(spec.urls), "")
+    if spec.file:
+        return PurePosixPath(spec.file).name
+    first = next(iter(spec.urls), "")
+    return PurePosixPath(first).name if first.startswith("file:") else first
 
 
-def locked_sources(plan: Plan, before: Lock | None) -> dict[str, LockedSource]:
+def locked_sources(plan: Plan) -> dict[str, LockedSource]:
     """What the sources of the recipe itself (not of those it includes) are, as far as it is known.
 
-    A source whose components were all stored may not be on this machine: what `before` says of it stays.
+    A source whose components were all stored may not be on this machine: what the lock says of it stays.
     """
     sources = {}
     for node in plan:
@@ -98,8 +101,9 @@ def locked_sources(plan: Plan, before: Lock | None) -> dict[str, LockedSource]:
         if not isinstance(job, SourceJob) or node.key is None or job.sources is not plan.sources[0]:
             continue
         spec, found = job.sources.spec(job.source), job.sources.find(job.source)
-        old = before.sources.get(job.source) if before is not None else None
+        old = plan.lock.sources.get(job.source) if plan.lock is not None else None
         size = found.size if found is not None else spec.size or (old.size if old is not None else 0)
         requested = _requested(job.sources, job.source)
-        sources[job.source] = LockedSource(requested, node.key, size, old.resolved if old is not None else "")
+        resolved = job.sources.resolved.get(job.source) or (old.resolved if old is not None else "")
+        sources[job.source] = LockedSource(requested, node.key, size, resolved)
     return sources
