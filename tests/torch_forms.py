@@ -39,7 +39,16 @@ HEADERS = {
 
 def content(tensor: torch.Tensor) -> bytes:
     """A tensor's elements as they should be read: little endian and in C order."""
-    return tensor.detach().resolve_conj().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    if not tensor.numel():
+        return b""
+    return (
+        tensor.detach()
+        .clone(memory_format=torch.contiguous_format)
+        .flatten()
+        .view(torch.uint8)
+        .numpy()
+        .tobytes()
+    )
 
 
 def save(path: Path, value: object, *, legacy: bool = False, protocol: int = 2) -> Path:

@@ -149,9 +149,11 @@ class _Walk:
                     self.other(name, "a part of the file that is met elsewhere too")
                 continue
             entered.add(here)
-            if not quiet and (not self.holds[here] or type(value) is Object):
+            if not quiet and type(value) is Object:
+                self.other(name or "(the whole file)", _describe(value))
+            elif not quiet and not self.holds[here] and parent >= 0:
                 self.other(name, _describe(value))
-            if not self.holds[here]:
+            if not self.holds[here] and parent >= 0:
                 continue
             # An object is described as a whole; of its inside only tensors matter.
             hush = type(value) is Object or isinstance(value, TensorRef)

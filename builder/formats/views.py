@@ -5,15 +5,18 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator
 from math import prod
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from builder.formats.blob import Blob, BlobTensor
 from builder.tensors import DType, LazyTensor
 
-# Reading what lies between the elements is cheaper than a call for each, up to these bytes and this share.
-_SMALL_SPAN = 64 << 10
-_LARGE_SPAN = 8 << 20
-_WASTE = 4
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+# What lies between elements is read with them where that is cheaper than a call for each: up to so many
+# bytes at once, which are up to so many times the bytes wanted.
+_WASTE = ((64 << 10, 1 << 20), (1 << 20, 32), (8 << 20, 4))
 
 
 class Axis(NamedTuple):
@@ -104,31 +107,31 @@ class StridedTensor(LazyTensor):
             self._gather(box, flat[:count].reshape([a.size for a in box.axes]))
             flat = flat[count:]
 
-    def _gather(self, box: Box, out: object) -> None:
+    def _gather(self, box: Box, out: NDArray[np.void]) -> None:
         import numpy as np
 
         size = self.dtype.itemsize
         todo = [(box, out)]
         while todo:
             (skip, axes), target = todo.pop()
-            assert isinstance(target, np.ndarray)
             span = (sum((a.size - 1) * a.stride for a in axes) + 1) * size
-            if span > _SMALL_SPAN and (span > _LARGE_SPAN or span > _WASTE * target.nbytes):
-                # Halve the axis that reaches farthest; what is left gets denser.
-                d = max(range(len(axes)), key=lambda d: (axes[d].size - 1) * axes[d].stride)
-                half = axes[d].size // 2
-                parts = np.split(target, [half], axis=d)
-                for first, count, part in (0, half, parts[0]), (half, axes[d].size - half, parts[1]):
-                    cut = (*axes[:d], Axis(count, axes[d].stride), *axes[d + 1 :])
-                    todo.append((Box(skip + first * axes[d].stride, cut), part))
+            if any(span <= most and span <= waste * target.nbytes for most, waste in _WASTE):
+                buffer = bytearray(span)
+                self.blob.read_into(self.offset + skip * size, memoryview(buffer))
+                target[...] = np.lib.stride_tricks.as_strided(
+                    np.frombuffer(buffer, dtype=target.dtype),
+                    [a.size for a in axes],
+                    [a.stride * size for a in axes],
+                )
                 continue
-            buffer = bytearray(span)
-            self.blob.read_into(self.offset + skip * size, memoryview(buffer))
-            target[...] = np.lib.stride_tricks.as_strided(
-                np.frombuffer(buffer, dtype=f"V{size}"),
-                [a.size for a in axes],
-                [a.stride * size for a in axes],
-            )
+            # Halve the axis that reaches farthest; what is left lies closer together.
+            d = max(range(len(axes)), key=lambda d: (axes[d].size - 1) * axes[d].stride)
+            axis, half = axes[d], axes[d].size // 2
+            before = (slice(None),) * d
+            first = (*axes[:d], Axis(half, axis.stride), *axes[d + 1 :])
+            second = (*axes[:d], Axis(axis.size - half, axis.stride), *axes[d + 1 :])
+            todo.append((Box(skip, first), target[(*before, slice(half))]))
+            todo.append((Box(skip + half * axis.stride, second), target[(*before, slice(half, None))]))
 
 
 class SwappedTensor(LazyTensor):
