@@ -230,6 +230,7 @@ def test_a_name_that_is_taken(tmp_path: Path) -> None:
         ("architectures/a.toml", "[X]\nslots = [1]", "`slots` is not a list of strings"),
         ("architectures/a.toml", "X = 1", "a table is due here"),
         ("known/k.toml", '[[metrics]]\nname = "x"', "unknown kind `metrics`"),
+        ("known/k.toml", '[metric]\nname = "x"', "`metric` is not a list of tables"),
         ("known/k.toml", '[[file]]\nname = "x"\nsha256 = "abc"', "`sha256` is not 64 lower-case hex digits"),
         ("known/k.toml", '[[component]]\nname = "x"\nclass = "VAE-v1"', "`xxh3` or `sha256` is missing"),
         (
@@ -316,6 +317,18 @@ _rule = st.builds(TensorRule, _shape, st.sampled_from([None, None, None, "I64"])
 @example({f"{a}.{b}.{w}": TensorRule((a * b,)) for a in range(3) for b in range(3) for w in ("x", "y")})
 def test_a_learned_table_expands_to_what_it_was_learned_from(tensors: dict[str, TensorRule]) -> None:
     text = compress(tensors, name='o"dd\n', **{"class": "C"})
+    assert parse_table(text, "t.toml").expand({}) == tensors
+
+
+def test_names_that_are_no_text_cannot_be_learned() -> None:
+    with pytest.raises(CatalogError, match="cannot be written in TOML"):
+        compress({"a\ud800": TensorRule((1,))}, name="x", **{"class": "C"})
+
+
+def test_a_learned_table_has_nothing_that_drives_a_terminal() -> None:
+    tensors = {"\x1b[2J\u202e\U000e0001.a": TensorRule((1,)), "9" * 5000: TensorRule((2,))}
+    text = compress(tensors, name="x", **{"class": "C"})
+    assert all(c.isprintable() or c == "\n" for c in text)
     assert parse_table(text, "t.toml").expand({}) == tensors
 
 

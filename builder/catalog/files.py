@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from math import prod
 from pathlib import Path
 from typing import Any, NoReturn
@@ -142,9 +141,9 @@ class Table:
     def _without(self, pattern: str, rules: Mapping[str, TensorRule], index: int) -> list[str]:
         found: list[str] = []
         for name in self._names(pattern, "without", index)[0]:
-            glob = name.replace("[", "[[]")
-            matches = [n for n in rules if fnmatchcase(n, glob)] if "*" in name or "?" in name else [name]
-            if not matches or matches[0] not in rules:
+            match = re.compile(".*".join(map(re.escape, name.split("*"))), re.DOTALL).fullmatch
+            matches = [n for n in rules if match(n)]
+            if not matches:
                 hint = did_you_mean(name, rules)
                 self.fields.fail(f"`{self.extends}` has no tensor `{name}`", "without", index, hint=hint)
             found += matches
@@ -279,10 +278,12 @@ def read_known(path: Path, name: str) -> Iterator[KnownMetric | KnownFile | Know
         "component": (_PART, "class"),
     }
     for kind, entries in document.data.items():
-        if kind not in kinds or not isinstance(entries, list):
-            raise CatalogError(
-                Problem(f"unknown kind `{kind}`", document.place(kind), hint=did_you_mean(kind, kinds))
-            )
+        if kind not in kinds:
+            hint = did_you_mean(kind, kinds)
+            raise CatalogError(Problem(f"unknown kind `{kind}`", document.place(kind), hint=hint))
+        if not isinstance(entries, list):
+            hint = f"write `[[{kind}]]`"
+            raise CatalogError(Problem(f"`{kind}` is not a list of tables", document.place(kind), hint=hint))
         allowed, needed = schemas[kind]
         for index in range(len(entries)):
             yield kinds[kind](Fields(document, (kind, index), allowed, "name", needed))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby, pairwise
@@ -12,7 +11,7 @@ from typing import Any, NamedTuple
 from builder.catalog.braces import escape
 from builder.catalog.files import parse_table
 from builder.catalog.model import RANK, TensorRule
-from builder.errors import CatalogError
+from builder.errors import CatalogError, Problem
 
 ROWS = 12  # keys under one heading, beyond which its parts get headings of their own
 PAIRS = 4  # tensors of a module that share a line, such as a weight and its bias
@@ -34,41 +33,48 @@ class _Row(NamedTuple):
         dots = [-1, *(i for i, words in enumerate(self.parts) if words == (".",)), len(patterns)]
         return tuple("".join(patterns[a + 1 : b]) for a, b in pairwise(dots))
 
-    @property
-    def value(self) -> str:
-        if len(self.rules) > 1:
-            return str([list(rule.shape) for rule in self.rules])
-        [rule] = self.rules
-        shape = str(list(rule.shape))
-        more = f', dtype = "{rule.dtype}"' * (rule.dtype is not None) + ", optional = true" * rule.optional
-        return f"{{ shape = {shape}{more} }}" if more else shape
+
+def _value(rules: Sequence[TensorRule]) -> str:
+    if len(rules) > 1:
+        return str([list(rule.shape) for rule in rules])
+    [rule] = rules
+    shape = str(list(rule.shape))
+    more = f', dtype = "{rule.dtype}"' * (rule.dtype is not None) + ", optional = true" * rule.optional
+    return f"{{ shape = {shape}{more} }}" if more else shape
 
 
 def compress(tensors: Mapping[str, TensorRule], **fields: str) -> str:
     """The TOML table that expands to exactly these tensors; `fields` are its name, class and so on.
 
-    Numbered and parallel parts become braces, modules of many tensors headings.
+    Numbered and parallel parts become braces, modules of many tensors headings. Raises CatalogError for
+    a name that TOML has no way to write: one with half a surrogate pair.
     """
+    for name in tensors:
+        if any("\ud800" <= c <= "\udfff" for c in name):
+            raise CatalogError(
+                Problem(f"the name `{name}` is not Unicode text and cannot be written in TOML")
+            )
     rows = fold(tensors)
     shapes = [rule.shape for rule in tensors.values()]
     counts = [f"keys = {len(tensors):_}"]
     if not any(RANK in shape for shape in shapes):
         counts.append(f"parameters = {sum(map(prod, shapes)):_}")
     head = [*(f"{key} = {_string(value)}" for key, value in fields.items()), *counts]
-    flat = [("", [(".".join(path), value) for path, value in rows])]
-    for sections in (_sections(rows, 0), flat):
+    flat = [(".".join(path), value) for path, value in rows]
+    plain = [(escape(name), _value([rule])) for name, rule in tensors.items()]
+    # A heading may take another meaning than the name it stems from, and braces may become too many.
+    for sections in (_sections(rows, 0), [("", flat)], [("", plain)]):
         text = "\n".join([*head, *_body(sections)]) + "\n"
-        # Names may be such that a heading would take another meaning: then all keys are written in full.
         if _expands_to(text, tensors):
             return text
-    raise AssertionError("a table without headings expands to what it was made of")
+    raise AssertionError("a table without headings and braces expands to what it was made of")
 
 
 def fold(tensors: Mapping[str, TensorRule]) -> list[tuple[Words, str]]:
     """The tensors as a few lines in the natural order: names in braces, parted at their dots, and shapes."""
     rows = _merge(_merge(_modules(tensors), "[0-9]+"), ".*")  # numbers first: they repeat whole modules
     rows.sort(key=lambda row: [_natural(part[0]) for part in row.parts])
-    return [(row.path, row.value) for row in rows]
+    return [(row.path, _value(row.rules)) for row in rows]
 
 
 def _modules(tensors: Mapping[str, TensorRule]) -> list[_Row]:
@@ -121,7 +127,7 @@ def _natural(word: str) -> list[tuple[int, int, str]]:
     if word == "weight":
         return [(0, 0, "")]
     pieces = re.findall(r"\d+|\D+", word)
-    return [(1, int(p), p) if p.isascii() and p.isdigit() else (2, 0, p) for p in pieces]
+    return [(1, int(p), p) if p.isascii() and p.isdigit() and len(p) < 10 else (2, 0, p) for p in pieces]
 
 
 def _sections(rows: list[tuple[Words, str]], depth: int) -> Iterator[tuple[str, list[tuple[str, str]]]]:
@@ -158,8 +164,14 @@ def _body(sections: Iterable[tuple[str, list[tuple[str, str]]]]) -> Iterator[str
 
 
 def _string(text: str) -> str:
-    # A JSON string is a TOML string, but for the one control character that JSON leaves as it is.
-    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+    """A TOML string in which all that does not print is escaped: it may go to a terminal."""
+    return '"' + "".join(_character(c) for c in text) + '"'
+
+
+def _character(c: str) -> str:
+    if c in '"\\':
+        return "\\" + c
+    return c if c.isprintable() else f"\\U{ord(c):08x}"
 
 
 def _brace(words: Words) -> str:
