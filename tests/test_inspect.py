@@ -191,7 +191,7 @@ SHAPE = {
     "size": "int",
     "intact": "bool",
     "components": "list",
-    "known": {"file", "components"},
+    "known": {"file", "model", "components"},
     "junk": {"keys", "bytes"},
     "ema": {"component", "keys", "bytes"},
     "precision_waste": "int",
@@ -440,7 +440,32 @@ def test_known_weights_are_named(here: Path, capsys: pytest.CaptureFixture[str])
     assert code == 1
     assert "metric     (----/2982/----)" in out and "167 MB  NAI VAE\n" in out
     _, out, _ = said(capsys, "--json", "nai.safetensors")
-    assert json.loads(out)["files"][0]["known"] == {"file": None, "components": {"VAE-v1-SD": "NAI"}}
+    assert json.loads(out)["files"][0]["known"]["components"] == {"VAE-v1-SD": "NAI"}
+
+
+def test_known_contents_are_named_by_their_digest(here: Path) -> None:
+    path = write(here / "vae.safetensors", parts("VAE-mini-SD", bare=True))
+    digest = build_report(path, catalog=CATALOG).parts[0].digest
+    known = here / "mine" / "known"
+    known.mkdir(parents=True)
+    (known / "parts.toml").write_text(
+        f'[[component]]\nname = "Small"\nclass = "VAE-mini"\nxxh3 = "{digest}"\nfix = "Small-fp16"\n'
+    )
+    report = build_report(write(here / "model.safetensors", tidy()), catalog=load_catalog([here / "mine"]))
+    assert [p.known for p in report.parts] == [None, "Small", None]
+    assert "171 kB  Small VAE\n" in render(report)
+    assert [f.fact for f in report.faults] == ["these are the weights of `Small`"]
+
+
+def test_a_known_metric_is_named(here: Path) -> None:
+    path = write(here / "model.safetensors", tidy())
+    metric = build_report(path, catalog=CATALOG).metric
+    assert metric is not None and metric.text.replace("/", "").isdigit()
+    known = here / "mine" / "known"
+    known.mkdir(parents=True)
+    (known / "models.toml").write_text(f'[[metric]]\nname = "Small"\nvalue = "{metric.text}"\n')
+    report = build_report(path, catalog=load_catalog([here / "mine"]))
+    assert f"metric     ({metric.text}), which is that of Small\n" in render(report) + "\n"
 
 
 def test_a_known_file_is_named_and_what_is_known_of_it(here: Path, tmp_path: Path) -> None:
@@ -452,9 +477,9 @@ def test_a_known_file_is_named_and_what_is_known_of_it(here: Path, tmp_path: Pat
         f'[[file]]\nname = "mine.vae"\nsha256 = "{sha256}"\nnote = "overflows"\nfix = "mine-fixed.vae"\n'
     )
     catalog = load_catalog([tmp_path / "mine"])
-    assert build_report(path, catalog=catalog, metric=False).known_as is None
+    assert build_report(path, catalog=catalog, metric=False).published is None
     report = build_report(path, catalog=catalog, metric=False, hashes=True)
-    assert report.known_as == "mine.vae" and report.hashes["SHA256"] == sha256
+    assert "published  as mine.vae\n" in render(report) and report.hashes["SHA256"] == sha256
     (fault,) = report.faults
     assert "mine.vae" in fault.fact and fault.evidence == ("overflows",)
     assert fault.hint is not None and "mine-fixed.vae" in fault.hint

@@ -49,7 +49,8 @@ def _file(report: Report) -> Json:
         "components": [_part(p) for p in report.parts],
         "metric": report.metric.text if report.metric else None,
         "known": {
-            "file": report.known_as,
+            "file": report.published and report.published.name,
+            "model": report.model,
             "components": {p.match.component.name: p.known for p in report.parts if p.known},
         },
         "junk": _share(report.junk),

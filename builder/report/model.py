@@ -62,7 +62,7 @@ class Report:
     """All that was found. Sizes are in bytes; names of tensors are the file's own.
 
     `metric` and `scans` are None and empty where no data was read. `published` is the entry of the very
-    file, by its SHA-256; `known_as` its name, or that of the model whose metric this is.
+    file, by its SHA-256; `model` the name of the published model that has the same metric.
     `precision_waste` is what FP16 or BF16 would save of what stays, and `pruned` the size of the tensors
     after pruning: no EMA, no junk, no wasted precision. `faults` are what a person should mend or know.
     """
@@ -82,7 +82,7 @@ class Report:
     scans: Mapping[str, TensorScan] = field(default_factory=dict, repr=False)
     hashes: Mapping[str, str | None] = field(default_factory=dict)
     published: KnownFile | None = None
-    known_as: str | None = None
+    model: str | None = None
 
     def share(self, names: Iterable[str]) -> Share:
         """Names together with their size."""
@@ -167,8 +167,7 @@ def build_report(
             found = file_hashes(path, reporter=reporter)
         report = examine(checkpoint, catalog, full, metric, threads, reporter)
         published = catalog.known.file(found.get("SHA256") or "")
-        known_as = published.name if published else report.known_as
-        return replace(report, path=os.fspath(path), hashes=found, published=published, known_as=known_as)
+        return replace(report, path=os.fspath(path), hashes=found, published=published)
 
 
 def examine(
@@ -199,7 +198,7 @@ def examine(
         nesting=checkpoint.nesting,
         metric=label,
         scans=scans,
-        known_as=catalog.known.model(label.text) if label else None,
+        model=catalog.known.model(label.text) if label else None,
     )
 
 

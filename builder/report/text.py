@@ -105,9 +105,10 @@ class _Page:
         """What else there is to say of the file, a labelled line each."""
         r = self.report
         if r.metric is not None and any(c.isdigit() for c in r.metric.text):
-            yield from self.fact("metric", f"({r.metric.text})")
-        if r.known_as:
-            yield from self.fact("known as", r.known_as)
+            same = f", which is that of {r.model}" if r.model else ""
+            yield from self.fact("metric", f"({r.metric.text}){same}")
+        if r.published:
+            yield from self.fact("published", f"as {r.published.name}")
         for label, share in (("EMA", r.ema), ("junk", r.junk), ("unknown", r.unknown)):
             if share.names:
                 listed = "" if label == "EMA" or self.full else f": {_grouped(share.names)}"
@@ -192,9 +193,13 @@ class _Page:
             tensor = self.report.tensors[name]
             yield f"{name}  {tensor.dtype.code} {list(tensor.shape)}"
 
-    def block(self, title: str, lines: Iterable[str]) -> list[str]:
-        """A title and its lines, indented; nothing when there is no line."""
-        found = [f"  {line}" for text in lines for line in self.wrap(printable(text), 2)]
+    def block(self, title: str, texts: Iterable[str]) -> list[str]:
+        """A title and what stands below it, indented; nothing when there is nothing."""
+        found = [
+            f"{'    ' if index else '  '}{line}"
+            for text in texts
+            for index, line in enumerate(self.wrap(printable(text), 4))
+        ]
         return [self.style.strong(title), *found] if found else []
 
     def fact(self, label: str, text: str) -> Iterator[str]:
