@@ -43,7 +43,6 @@ class Work:
             catalog=self.catalog,
             store=self.store,
             lock=self.lock,
-            load=lambda path: load_recipe(path, self.catalog),
             network=self.network,
             reporter=self.reporter,
             **options,
@@ -56,7 +55,7 @@ def open_session(path: Path, reporter: Reporter, *, offline: bool = False) -> It
     catalog = load_catalog()
     recipe = load_recipe(path, catalog)
     for note in recipe.notes:
-        reporter.warn(note)
+        reporter.note(note.fact)
     where = lock_path(path)
     with Store(reporter=reporter) as store:
         network = Session(offline=offline)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from datetime import datetime, timezone
@@ -26,15 +25,6 @@ _RESOLUTIONS = {
     "stable-diffusion-3": "1024x1024",
     "flux": "1024x1024",
 }
-
-
-def recipe_digest(recipe: Recipe) -> str:
-    """SHA-256 of a recipe's meaning, less where unpinned sources lie: a path is not a meaning."""
-    said = recipe.meaning()
-    for name, source in recipe.sources.items():
-        if source.sha256 is None:
-            said["sources"][name] = {"recipe": True} if source.recipe is not None else {}
-    return hashlib.sha256(canonical(said).encode()).hexdigest()
 
 
 def canonical(data: Any) -> str:
@@ -81,7 +71,7 @@ def stated_metadata(
         for n, s in recipe.sources.items()
         if s.sha256 is not None
     }
-    said |= {"ckpt.recipe": recipe.name, "ckpt.recipe_sha256": recipe_digest(recipe)}
+    said |= {"ckpt.recipe": recipe.name, "ckpt.recipe_sha256": recipe.digest}
     if sources:
         said["ckpt.sources"] = canonical(sources)
     return said | dict(output.metadata)

@@ -51,13 +51,12 @@ def make_plan(
     folders: Sequence[Path] | None = None,
     lock: Lock | None = None,
     operations: Mapping[str, Operation] = OPERATIONS,
-    load: Callable[[Path], Recipe] | None = None,
     place: Callable[[Output], Path] | None = None,
     network: Session | None = None,
     download: bool = False,
     reporter: Reporter = SILENT,
 ) -> Plan:
-    """Resolve a recipe. Reads tables of contents only; `load` reads the recipes that are sources.
+    """Resolve a recipe. Reads tables of contents only.
 
     `place` says where an output goes, if not where the recipe says. Over `network` tables of contents are
     read on their hosts, and with `download` a source is fetched where that cannot be.
@@ -69,7 +68,7 @@ def make_plan(
 
     plan = Plan(recipe, nx.DiGraph(), lock)
     folders = folders if folders is not None else model_folders()
-    around = _Surroundings(catalog, store, folders, operations, load, network, download, reporter)
+    around = _Surroundings(catalog, store, folders, operations, network, download, reporter)
     try:
         _Resolver(plan, recipe, "", around, lock, place).outputs()
     except BaseException:
@@ -94,7 +93,6 @@ class _Surroundings:
     store: Store
     folders: Sequence[Path]
     operations: Mapping[str, Operation]
-    load: Callable[[Path], Recipe] | None
     network: Session | None
     download: bool
     reporter: Reporter
@@ -178,24 +176,10 @@ class _Resolver:
         return _Model((), origin)
 
     def _sub_recipe(self, name: str) -> _Model:
-        spec = self.recipe.sources[name]
-        load = self.around.load
-        assert spec.recipe is not None and load is not None
-        folder = self.recipe.path.parent if self.recipe.path else Path()
-        recipe = load(folder / spec.recipe)
+        recipe = self.recipe.included[name]
         inner = _Resolver(self.plan, recipe, f"{self.scope}{name}/", self.around, None, None)
-        output = recipe.output(spec.output)
-        if output is None:
-            raise RecipeError(
-                Problem(
-                    f"recipe `{spec.recipe}` has no output `{spec.output}`"
-                    if spec.output
-                    else f"recipe `{spec.recipe}` has several outputs",
-                    self.recipe.place("sources", name, "output" if spec.output else "recipe", value=True),
-                    (f"its outputs: {', '.join(o.name for o in recipe.outputs)}",),
-                    "choose one with `output`",
-                )
-            )
+        output = recipe.output(self.recipe.sources[name].output)
+        assert output is not None, "the reader of recipes has seen to it"
         _, slots = inner.slots(output)
         return _Model(tuple(slots), lambda pick: Finished(slots[pick.cls]))
 

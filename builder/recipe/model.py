@@ -49,16 +49,11 @@ class Source:
     output: str | None = None
 
     def meaning(self) -> dict[str, Any]:
-        """What identifies the checkpoint: its digest, else all that leads to it."""
-        if self.sha256 is not None:
-            return {"sha256": self.sha256}
-        said = {
-            "file": self.file,
-            "size": self.size,
-            "urls": list(self.urls) or None,
-            "recipe": self.recipe,
-            "output": self.output,
-        }
+        """What identifies the checkpoint, as far as the recipe says: where it lies is no part of that.
+
+        An unpinned file may be any: which one it was, the lock says.
+        """
+        said = {"sha256": self.sha256, "recipe": self.recipe, "output": self.output}
         return {k: v for k, v in said.items() if v is not None}
 
 

@@ -20,7 +20,7 @@ from builder.metric import SCALES, Metric, measure
 from builder.numeric import PRECISIONS
 from builder.plan import Plan
 from builder.plan.keys import assembly_key, component_key, output_format
-from builder.plan.metadata import final_metadata, recipe_digest
+from builder.plan.metadata import final_metadata
 from builder.plan.model import Applied, ComponentJob, Node, Origin, OutputJob, SourceJob, StepJob, Take
 from builder.plan.resolve import full_names, output_state, to_read
 from builder.progress import SILENT, Reporter
@@ -428,4 +428,4 @@ class _Builder:
                 job.output.file, made.sha256, made.tensor_digest, made.size, made.metric
             )
         sources = locked_sources(self.plan)
-        return Lock(recipe_digest(self.plan.recipe), sources, tuple(components), locked)
+        return Lock(self.plan.recipe.digest, sources, tuple(components), locked)

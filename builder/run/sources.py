@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from builder.errors import Problem, SourceError
 from builder.lock import Lock, LockedSource
 from builder.plan import Node, Plan, SourceJob, Sources
-from builder.plan.metadata import recipe_digest
 from builder.progress import SILENT, Reporter
 from builder.sources import verify_source
 from builder.store import Store
@@ -58,7 +57,7 @@ def resolve_sources(
         else:
             node.key = pin.sha256
             resolved[name] = LockedSource(_requested(sources, name), str(pin.sha256), pin.size or 0, pin.url)
-    return Lock(recipe_digest(plan.recipe), {**locked_sources(plan), **resolved})
+    return Lock(plan.recipe.digest, {**locked_sources(plan), **resolved})
 
 
 def _stated(sources: Sources, name: str, network: Session) -> Pin | None:
