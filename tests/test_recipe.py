@@ -269,7 +269,7 @@ def test_a_recipe_builds_on_recipes(tmp_path: Path) -> None:
     assert left.included["deep"] is right.included["deep"]
     assert left.path == tmp_path / "left.toml"
     before = top.digest
-    _write(tmp_path, deep='base = "a"\nsources.a.file = "b.ckpt"\n')
+    _write(tmp_path, deep='base = "a"\nsources.a.file = "a.ckpt"\noutput.precision = "fp32"\n')
     assert load_recipe(tmp_path / "top.toml", CATALOG).digest != before
 
 
