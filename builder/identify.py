@@ -15,7 +15,7 @@ Shape = tuple[int, ...]
 # What training leaves behind and no loader asks for. Whatever else matches nothing stays "unknown".
 JUNK = re.compile(
     r"(?:first_stage_model\.|vae\.)?loss\."  # perceptual loss and discriminator of the autoencoder
-    r"|optimizers?[._]|optimizer_states|lr_schedulers|callbacks\.|loops\.|(?:native_)?amp_scaling_state"
+    r"|optimizers?[._]|lr_schedulers|callbacks\.|loops\.|(?:native_)?amp_scaling_state"
 )
 EMA = "model_ema."
 # Companions of weights in packed 8-bit files: the weights mean nothing without them.
@@ -228,6 +228,8 @@ def _compare(
             missing_optional.append(name)
         else:
             misshapen.append(Misshapen(name, rule.shape, shape))
+    if not names:
+        return None
     if not missing and not misshapen:
         bounds = (min(ranks.values()), max(ranks.values())) if ranks else None
         return Match(component, prefix, names, tuple(missing_optional), renamed, tuple(reshaped), bounds)

@@ -105,6 +105,7 @@ CASES: dict[str, Callable[[], Files]] = {
     "tidy": tidy,
     "dirty": dirty,
     "unet-only": lambda: parts("UNET-mini-SD"),
+    "only-average": lambda: parts("UNET-mini-EMA", "VAE-mini-SD", "CLIP-mini-SD"),
     "truncated": lambda: {n: t for n, t in tidy().items() if n != "model.diffusion_model.out.2.bias"},
     "stranger": lambda: {"a.weight": ("F32", (2, 2), bytes(16))},
     "empty": dict,

@@ -63,10 +63,14 @@ def _structure(report: Report) -> Iterator[Problem]:
         yield Problem("the component is prefixed as in a full checkpoint, but no architecture has it")
     else:
         near = next((r for r in identity.rejected if r.component.cls in identity.absent), None)
+        averages = {m.component.cls.removeprefix("EMA-"): m for m in identity.matches if m.ema}
+        spare = next((cls for cls in identity.absent if cls in averages), None)
         yield Problem(
             f"not a whole {identity.incomplete}: {' and '.join(identity.absent)} missing",
             evidence=(f"nearest: {describe(near)}",) if near else (),
-            hint="what is whole can be extracted, or completed by a recipe from other files",
+            hint=f"a recipe can promote `{averages[spare].component.name}` to be the {spare}"
+            if spare
+            else "what is whole can be extracted, or completed by a recipe from other files",
         )
 
 
