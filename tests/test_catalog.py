@@ -272,7 +272,6 @@ def own(tmp_path: Path) -> Path:
     (folder / "architectures").mkdir(parents=True)
     (folder / "known").mkdir()
     (folder / "t.toml").write_text(_table("a = [2, 3]", **GOOD))
-    _variant(folder, "VAE-tiny", "VAE-v1-SD", 'parameters = 512\nwithout = ["*.*.*", "*conv.*"]\n')
     (folder / "VAE-tiny.toml").write_text(
         'name = "VAE-tiny"\nextends = "VAE-v1-SD"\nwithout = ["*.*.*", "*conv.{weight,bias}"]\n'
         'keys = 1\nparameters = 512\n[tensors]\n"latents" = [512]\n'
@@ -295,6 +294,19 @@ def test_a_folder_of_ones_own_adds_to_the_catalog(own: Path, monkeypatch: pytest
     part = catalog.known.part("AB" * 16)
     assert part is not None and part.name == "ours" and catalog.known.part("00" * 16) is None
     assert "T" not in load_catalog(()).components
+
+
+def test_a_component_of_ones_own_fills_a_slot_by_its_prefix(tmp_path: Path) -> None:
+    for name, embedder in ("here", 1), ("elsewhere", 0):
+        prefix = f'prefix = "conditioner.embedders.{embedder}.model."'
+        without = 'without = ["transformer.*", "*embedding*", "*.*", "text_projection"]'
+        _variant(tmp_path, name, "CLIP-XL-SD", f"{prefix}\nparameters = 1\n{without}\n")
+    catalog = load_catalog([tmp_path])
+    assert [c.name for c in catalog.candidates("CLIP-XL", "SD-XL")] == ["CLIP-XL-SD", "here"]
+    assert [c.name for c in catalog.candidates("CLIP-XL", "SD-XL-Refiner")] == [
+        "CLIP-XL-Refiner",
+        "elsewhere",
+    ]
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:

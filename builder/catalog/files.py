@@ -110,10 +110,10 @@ class Table:
 
         Raises CatalogError at the line of a bad brace, shape, dtype, a key twice or a wrong checksum.
         """
-        rules = dict(base)
+        without: set[str] = set()
         for index, pattern in enumerate(self.fields.strings("without")):
-            for name in self._without(pattern, rules, index):
-                del rules[name]
+            without |= self._without(pattern, base, index)
+        rules = {name: rule for name, rule in base.items() if name not in without}
         if self.naming is not None:
             renamed = {NAMINGS[self.naming](name): rule for name, rule in rules.items()}
             if len(renamed) != len(rules):
@@ -138,16 +138,16 @@ class Table:
         except BraceError as wrong:
             self.fields.fail(str(wrong), *keys)
 
-    def _without(self, pattern: str, rules: Mapping[str, TensorRule], index: int) -> list[str]:
-        found: list[str] = []
+    def _without(self, pattern: str, base: Mapping[str, TensorRule], index: int) -> set[str]:
+        found: set[str] = set()
         for name in self._names(pattern, "without", index)[0]:
             match = re.compile(".*".join(map(re.escape, name.split("*"))), re.DOTALL).fullmatch
-            matches = [n for n in rules if match(n)]
+            matches = set(filter(match, base))
             if not matches:
-                hint = did_you_mean(name, rules)
+                hint = did_you_mean(name, base)
                 self.fields.fail(f"`{self.extends}` has no tensor `{name}`", "without", index, hint=hint)
-            found += matches
-        return list(dict.fromkeys(found))
+            found |= matches
+        return found
 
     def _rules(self, pattern: str, keys: Keys, value: Any) -> Iterator[tuple[str, TensorRule]]:
         names, last = self._names(pattern, *keys)

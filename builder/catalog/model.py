@@ -84,9 +84,9 @@ class Component:
 class Architecture:
     """The classes that a full checkpoint consists of, in the order of a file's description.
 
-    `only` names the components that may fill their class's slot here, where not every one may.
+    `only` names components whose prefix is the one that their class has here, where it has others elsewhere.
     `precision` is the one that such checkpoints are published in, if not FP16. `modelspec` is the name in
-    ModelSpec metadata, `modelspec_v` that of a checkpoint that predicts v.
+    ModelSpec metadata, `modelspec_v` that of a checkpoint that predicts v. A `bare` one has no prefixes.
     """
 
     name: str
@@ -98,6 +98,7 @@ class Architecture:
     modelspec_v: str | None = None
     note: str | None = None
     path: str = ""
+    bare: bool = False
 
 
 @dataclass(frozen=True)
@@ -192,13 +193,22 @@ class Catalog:
         raise UsageError(Problem(f"no component `{name}`", hint=did_you_mean(name, self.components)))
 
     def architecture(self, name: str) -> Architecture:
-        """The architecture of this name or alias, whatever the case and the dashes. Raises UsageError."""
-        found = self.spellings.get(spelling(name))
+        """The architecture of this name or alias, whatever the case and the dashes.
+
+        A class alone, under bare names, is one too, of the class's own name. Raises UsageError.
+        """
+        found = self.spellings.get(spelling(name)) or self._alone(name)
         if found is None:
             names = {n for a in self.architectures.values() for n in (a.name, *a.aliases)}
             hint = did_you_mean(name, names) or f"there are {', '.join(self.architectures)}"
             raise UsageError(Problem(f"no architecture `{name}`", hint=hint))
         return found
+
+    def _alone(self, name: str) -> Architecture | None:
+        for cls, components in self.classes.items():
+            if spelling(cls) == spelling(name):
+                return Architecture(cls, (cls,), modelspec=components[0].modelspec, bare=True)
+        return None
 
     def candidates(self, cls: str, architecture: str | Architecture) -> tuple[Component, ...]:
         """The components that may fill the slot `cls` of an architecture, the one to write first."""
@@ -208,7 +218,8 @@ class Catalog:
             hint = did_you_mean(cls, architecture.slots) or f"its slots are {', '.join(architecture.slots)}"
             raise UsageError(Problem(f"{architecture.name} has no slot `{cls}`", hint=hint))
         found = self.classes[cls]
-        return tuple(c for c in found if c.name in architecture.only) or found
+        prefixes = {c.prefix for c in found if c.name in architecture.only}
+        return tuple(c for c in found if c.prefix in prefixes) if prefixes else found
 
     def component_for(self, cls: str, architecture: str | Architecture) -> Component:
         """The component whose prefix and names a class is written with in an architecture.
