@@ -58,7 +58,7 @@ def write_bytes(path: Path | str, data: bytes, *, durable: bool = True) -> bool:
     """Make `path` hold `data`; False when it already does, and is left untouched."""
     path = Path(path)
     with suppress(OSError):
-        if path.read_bytes() == data:
+        if path.is_file() and path.read_bytes() == data:
             return False
     with replacing(path, durable=durable) as fd:
         write_all(fd, memoryview(data), 0)
