@@ -279,7 +279,7 @@ class _Resolver:
         picks = dict(output.components)
         base = output.base
         if isinstance(base, NewBase):
-            architecture = architecture_of(self.catalog, base.architecture)
+            architecture = self.catalog.architecture(base.architecture)
         else:
             architecture = self._base_architecture(base)
             for cls in self.classes(base.name):
@@ -315,7 +315,7 @@ class _Resolver:
                     "`ckpt inspect --full` says what is in it",
                 )
             )
-        return architecture_of(self.catalog, name)
+        return self.catalog.architecture(name)
 
     def outputs(self) -> None:
         for output in self.recipe.outputs:
@@ -342,8 +342,8 @@ class _Resolver:
         self.add(node, list(dict.fromkeys(nodes.values())))
 
     def _prefix(self, cls: str, architecture: Architecture) -> str:
-        if architecture.name not in self.catalog.architectures:
-            return ""  # a class alone: bare names
+        if architecture.bare:
+            return ""
         if cls in architecture.slots:
             return self.catalog.component_for(cls, architecture).prefix
         return self.catalog.classes[cls][0].prefix
@@ -403,13 +403,6 @@ class _Resolver:
                     "name what you want of it under [components], with a `NEW` base",
                 )
             )
-
-
-def architecture_of(catalog: Catalog, name: str) -> Architecture:
-    """An architecture of the catalog, or a class as one: that class alone, under bare names."""
-    if name in catalog.classes and name not in catalog.architectures:
-        return Architecture(name, (name,), modelspec=catalog.classes[name][0].modelspec)
-    return catalog.architecture(name)
 
 
 def output_state(store: Store, key: str, target: Path) -> tuple[State, str]:

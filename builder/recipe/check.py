@@ -40,6 +40,8 @@ def slot_problems(
         hint = did_you_mean(cls, slots) or f"its slots: {listed(architecture.slots)}"
         yield Problem(f"`{architecture.name}` has no slot `{cls}`", place, hint=hint)
     meant = {nearest(c, slots) for c in (*wrong, *_unread(recipe, output))}
+    if output.partial:
+        return
     if left := [s for s in architecture.slots if s not in {*output.components, *held, *meant}]:
         place = recipe.place(*output.base.at, value=True)
         some = "slot" if len(left) == 1 else "slots"
@@ -128,14 +130,15 @@ def _architectures(recipe: Recipe, words: Vocabulary) -> Iterator[Problem]:
         if not isinstance(base, NewBase):
             continue
         name = base.architecture
-        if name in words.catalog.architectures:
-            architecture = words.catalog.architectures[name]
-            yield from slot_problems(recipe, output, architecture, words.catalog)
-        else:
-            known = words.catalog.architectures
+        try:
+            architecture = words.catalog.architecture(name)
+        except UsageError:
+            known = [*words.catalog.architectures, *words.catalog.classes]
             hint = did_you_mean(name, known) or "`ckpt components` lists what there is"
             fact = f"unknown architecture `{name}`" if name else f"`{NEW}` names no architecture"
             yield Problem(fact, recipe.place(*base.at, value=True), hint=hint)
+        else:
+            yield from slot_problems(recipe, output, architecture, words.catalog)
 
 
 def _components(recipe: Recipe, words: Vocabulary) -> Iterator[Problem]:

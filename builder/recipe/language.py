@@ -167,7 +167,13 @@ _INSIDE = (
     Rule(r'[:*?"<>|]', '{key} holds one of : * ? " < > |, which file names cannot', forbid=True),
 )
 OUTPUT_FILE = Text(
-    (*_INSIDE, Rule(r"[^/]\.safetensors$", "{key} must end in `.safetensors`, the format that is written")),
+    (
+        *_INSIDE,
+        Rule(
+            r"[^/]\.(safetensors|ckpt|pt)$",
+            "{key} must end in `.safetensors`, `.ckpt` or `.pt`, the formats that are written",
+        ),
+    ),
     label="path",
 )
 CONFIG_FILE = Text(
@@ -418,7 +424,7 @@ def _language(words: Vocabulary) -> Struct:
     classes = Choice("class", dict.fromkeys(catalog.classes, ""), open=True)
     components = Choice("component", {n: c.note or "" for n, c in catalog.components.items()}, open=True)
     fixes = Array(Choice("fix", {n: f.doc for n, f in words.fixes.items()}))
-    base = Base(tuple(catalog.architectures))
+    base = Base((*catalog.architectures, *catalog.classes))
     pick = Either(
         (
             REFERENCE,
@@ -475,7 +481,8 @@ def _language(words: Vocabulary) -> Struct:
             "name": Key(NAME, "Its name among several.", '"no-ema"', otherwise="the recipe's name"),
             "file": Key(
                 OUTPUT_FILE,
-                "Path inside the recipe's folder; must end in `.safetensors`.",
+                "Path inside the recipe's folder. Its ending says what is written: `.safetensors`, or a "
+                "PyTorch file of tensors alone as `.ckpt` or `.pt`.",
                 '"anything-v3.safetensors"',
                 otherwise="NAME.safetensors; of several, RECIPE-NAME.safetensors",
             ),
@@ -518,6 +525,12 @@ def _language(words: Vocabulary) -> Struct:
                 CONFIG_FILE,
                 "A `.yaml` inside the recipe's folder, to copy beside the output under the output's stem.",
                 '"v1-inference-v.yaml"',
+            ),
+            "partial": Key(
+                Boolean(),
+                "Whether slots may stay open. Programs do not load such a file as a whole model.",
+                "true",
+                default=False,
             ),
             "metadata": Key(
                 Metadata(),

@@ -113,7 +113,8 @@ class Output:
     `file` is relative to the recipe's folder and stays inside it. `fixes` are in the order of the registry,
     in which they are applied. `keep` names the optional tensors that
     are carried over from the base; None: all it has. `markers` are empty tensors to add. `config` is a
-    file beside the recipe to copy beside the output, under the output's stem.
+    file beside the recipe to copy beside the output, under the output's stem. A `partial` one may leave
+    slots of its architecture open.
     """
 
     name: str
@@ -129,6 +130,7 @@ class Output:
     keep: tuple[str, ...] | None = None
     markers: tuple[str, ...] = ()
     config: str | None = None
+    partial: bool = False
     expect: Expect = Expect()
     at: Keys = field(default=("output",), compare=False)
 
@@ -147,6 +149,7 @@ class Output:
             "keep": None if self.keep is None else sorted(self.keep),
             "markers": sorted(self.markers),
             "config": self.config,
+            "partial": self.partial,
         }
 
 

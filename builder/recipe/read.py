@@ -214,7 +214,17 @@ def _recipe(said: dict[str, Any], document: Document, words: Vocabulary) -> Reci
     )
 
 
-_PLAIN = ("precision", "overflow", "non_finite", "metadata", "profile", "keep", "markers", "config")
+_PLAIN = (
+    "precision",
+    "overflow",
+    "non_finite",
+    "metadata",
+    "profile",
+    "keep",
+    "markers",
+    "config",
+    "partial",
+)
 
 
 def _base(said: str, at: Keys, words: Vocabulary) -> NewBase | FromBase:
