@@ -45,6 +45,7 @@ def stated_metadata(
     content alone, so that the same tensors from another container give the same bytes.
     """
     said = {k: v for k, v in carried.items() if not k.startswith(_UNTRUE)}
+    said["format"] = "pt"  # what transformers insists on, and every tool for PyTorch writes
     v = "v_pred" in output.markers
     spec = (architecture.modelspec_v if v else None) or architecture.modelspec
     if spec is not None:
