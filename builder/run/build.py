@@ -56,14 +56,16 @@ def build(
     store: Store,
     threads: int | None = None,
     locked: Lock | None = None,
+    hashing: bool = True,
     reporter: Reporter = SILENT,
 ) -> Build:
     """Carry out a plan; its nodes then say what was made.
 
-    With `locked`, what is made must agree with that lock. Raises CkptError; then every output is as it
-    was, but those that were finished before the failure.
+    With `locked`, what is made must agree with that lock. Without `hashing`, unpinned sources are not
+    hashed, and what is made of them is not remembered. Raises CkptError; then every output is as it was,
+    but those that were finished before the failure.
     """
-    return _Builder(plan, catalog, store, threads or os.cpu_count() or 1, locked, reporter).run()
+    return _Builder(plan, catalog, store, threads or os.cpu_count() or 1, locked, hashing, reporter).run()
 
 
 def stale(changes: list[str]) -> LockError:
@@ -81,6 +83,7 @@ class _Builder:
         store: Store,
         threads: int,
         locked: Lock | None,
+        hashing: bool,
         reporter: Reporter,
     ) -> None:
         self.plan = plan
@@ -88,6 +91,7 @@ class _Builder:
         self.store = store
         self.threads = threads
         self.locked = locked
+        self.hashing = hashing
         self.reporter = reporter
         self.stop = threading.Event()
         self.result = Build()
@@ -110,8 +114,7 @@ class _Builder:
         missing = {n.id: n for n in self.plan if isinstance(n.job, ComponentJob) and n.made is None}
         sources = {i: self._sources(i) for i in missing}
         unseen = {s.id: s for found in sources.values() for s in found if s.state in ("hash", "fetch")}
-        for id_ in [i for i, source in unseen.items() if self._in_parts(source, missing, sources)]:
-            del unseen[id_]
+        unseen = {i: s for i, s in unseen.items() if not self._skip(s, missing, sources)}
         for source in unseen.values():
             yield Task(source.id, partial(self._see, source))
         for id_, node in missing.items():
@@ -170,6 +173,11 @@ class _Builder:
             self.result.made.append(node.id)
             self.result.changes[node.id] = done.changes
 
+    def _skip(self, source: Node, missing: Mapping[str, Node], sources: Mapping[str, list[Node]]) -> bool:
+        """Whether a source is not to be had and hashed as a whole."""
+        unhashed = source.state == "hash" and source.key is None and not self.hashing
+        return unhashed or self._in_parts(source, missing, sources)
+
     def _in_parts(self, source: Node, missing: Mapping[str, Node], sources: Mapping[str, list[Node]]) -> bool:
         """Whether only the components wanted of a remote source are to be fetched.
 
@@ -225,7 +233,8 @@ class _Builder:
         """Say what made a component, now that its sources are known to be what they should be."""
         assert isinstance(node.job, ComponentJob) and node.made is not None
         node.key = component_key(self.plan, node.job)
-        assert node.key is not None
+        if node.key is None:
+            return  # of sources that were not to be hashed
         sources = [n.job for n in self._sources(node.id)]
         remote = any(isinstance(s, SourceJob) and s.sources.remote(s.source) for s in sources)
         if remote and (pinned := self._pinned(node)) != node.made.digest.sha256:
