@@ -135,7 +135,10 @@ class Output:
     at: Keys = field(default=("output",), compare=False)
 
     def meaning(self) -> dict[str, Any]:
-        """What decides the file's content: not its name, nor what is expected of it."""
+        """What decides the file's content: not its name, nor what is expected of it.
+
+        What is as it is by default is left out: a key that the language gains later changes no digest.
+        """
         base = {"new": self.base.architecture} if isinstance(self.base, NewBase) else {"from": self.base.name}
         return {
             "base": base,
