@@ -25,6 +25,7 @@ from builder.progress import Reporter
 from builder.store import DamagedEntry, Made, Store, default_root
 from builder.store.entries import VerifiedTensor
 from builder.store.memory import RACY
+from builder.store.staging import staging, sweep
 from builder.store.upkeep import check, collect, items
 from builder.tensors import DType, LazyTensor, MemoryTensor
 
@@ -526,8 +527,6 @@ def test_a_killed_put_leaves_nothing_that_confuses(store: Store) -> None:
 
 
 def test_what_a_living_process_stages_is_left_alone(store: Store) -> None:
-    from builder.store.staging import staging, sweep
-
     with staging(store.root / "tmp") as mine:
         (mine / "half").write_bytes(b"x" * 100)
         age(mine, 3600)
@@ -542,24 +541,25 @@ def test_what_a_living_process_stages_is_left_alone(store: Store) -> None:
     assert not dead.exists()
 
 
+@pytest.mark.parametrize("moment", [(tempfile, "mkdtemp"), (os, "open")])
 def test_a_folder_swept_before_it_is_locked_is_made_anew(
-    store: Store, monkeypatch: pytest.MonkeyPatch
+    store: Store, monkeypatch: pytest.MonkeyPatch, moment: tuple[object, str]
 ) -> None:
-    from builder.store.staging import staging, sweep
+    module, name = moment
+    original = getattr(module, name)
+    swept = []
 
-    swept: list[int] = []
-
-    def make(dir: Path) -> str:
-        made = mkdtemp(dir=dir)
+    def and_then_sweep(*args: object, **kwargs: object) -> object:
+        result = original(*args, **kwargs)
         if not swept:
-            swept.append(sweep(dir))
-        return made
+            swept.append(True)
+            sweep(store.root / "tmp")
+        return result
 
-    mkdtemp = tempfile.mkdtemp
-    monkeypatch.setattr(tempfile, "mkdtemp", make)
+    monkeypatch.setattr(module, name, and_then_sweep)
     with staging(store.root / "tmp") as mine:
         (mine / "half").touch()
-    assert swept == [0]
+    assert swept
     assert list((store.root / "tmp").iterdir()) == []
 
 
