@@ -140,20 +140,19 @@ class Output:
         What is as it is by default is left out: a key that the language gains later changes no digest.
         """
         base = {"new": self.base.architecture} if isinstance(self.base, NewBase) else {"from": self.base.name}
-        return {
+        said = {
             "base": base,
             "components": {c: p.meaning() for c, p in sorted(self.components.items())},
-            "fixes": list(self.fixes),
-            "precision": self.precision,
-            "overflow": self.overflow,
-            "non_finite": self.non_finite,
+            "fixes": sorted(self.fixes),
             "metadata": dict(sorted(self.metadata.items())),
-            "profile": self.profile,
-            "keep": None if self.keep is None else sorted(self.keep),
             "markers": sorted(self.markers),
-            "config": self.config,
-            "partial": self.partial,
         }
+        said = {key: value for key, value in said.items() if value}
+        for name in ("precision", "overflow", "non_finite", "profile", "keep", "config", "partial"):
+            value = getattr(self, name)
+            if value != Output.__dataclass_fields__[name].default:
+                said[name] = sorted(value) if isinstance(value, tuple) else value
+        return said
 
 
 @dataclass(frozen=True)
