@@ -314,7 +314,7 @@ def hugging_face(
             about["ETag"] = f'"{hashlib.sha1(data).hexdigest()}"'
             File(data, etag=about["ETag"], headers=about)(handler)
             return
-        about |= {"X-Linked-Etag": f'"{sha256}"', "X-Linked-Size": str(len(data))}
+        about |= {"x-linked-etag": f'"{sha256}"', "X-Linked-Size": str(len(data))}
         about["Location"] = storage.url(f"{place}?X-Amz-Signature=secret-signature", host="localhost")
         answer(handler, 302, b"Found. Redirecting", about)
 
@@ -337,7 +337,7 @@ def civitai(
 ) -> File:
     """Put a file on a server as Civitai has it: an API, and downloads that redirect to a storage."""
     sha256 = hashlib.sha256(data).hexdigest()
-    kept = File(data, headers={"Content-Disposition": 'attachment; filename="../model v1.safetensors"'})
+    kept = File(data, headers={"content-disposition": 'attachment; filename="../model v1.safetensors"'})
     entry = {
         "id": file,
         "name": "model v1.safetensors",

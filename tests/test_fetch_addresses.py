@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -194,3 +196,9 @@ def test_pages_and_messages_are_told_from_files(body: bytes, kind: str | None, w
 def test_what_a_host_says_cannot_drive_a_terminal_or_fill_it() -> None:
     said = host_words({}, b'{"message": "\\u001b[2J\\u202e' + b"x" * 1000 + b'"}')
     assert said.isprintable() and len(said) == 200
+
+
+def test_reading_an_address_imports_nothing_of_the_network() -> None:
+    code = "import sys, builder.fetch.addresses; print({'ssl', 'socket', 'http.client'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "set()"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from builder.fetch.client import Limits, Session
 from builder.fetch.failure import Failure
 from builder.fetch.net import Proxies, private_kind
+from builder.progress import Reporter
 from tests.servers import (
     File,
     Server,
@@ -26,7 +28,7 @@ from tests.servers import (
     tls_server_context,
 )
 
-QUICK = Limits(connect=2, read=0.5, patience=0.3, attempts=3, backoff=0.01, longest_wait=1.0)
+QUICK = Limits(connect=5, read=5, patience=0.3, attempts=3, backoff=0.01, longest_wait=1.0)
 OPEN = {"CKPT_ALLOW_PRIVATE": "1"}
 NOT_PUBLIC = """
     127.0.0.1 127.8.9.1 0.0.0.0 0.1.2.3 10.0.0.1 172.16.0.1 172.31.255.255 192.168.1.1
@@ -45,8 +47,10 @@ def server() -> Iterator[Server]:
         yield running
 
 
-def get(url: str, environ: dict[str, str] = OPEN, **options: bool) -> tuple[int, bytes]:
-    with Session(environ, limits=QUICK, **options) as session:
+def get(
+    url: str, environ: dict[str, str] = OPEN, limits: Limits = QUICK, **options: bool
+) -> tuple[int, bytes]:
+    with Session(environ, limits=limits, **options) as session:
         response = session.request("GET", url)
         try:
             return response.status, response.read_all(1 << 20)
@@ -54,9 +58,9 @@ def get(url: str, environ: dict[str, str] = OPEN, **options: bool) -> tuple[int,
             response.close()
 
 
-def refusal(url: str, environ: dict[str, str] = OPEN, **options: bool) -> Failure:
+def refusal(url: str, environ: dict[str, str] = OPEN, limits: Limits = QUICK, **options: bool) -> Failure:
     with pytest.raises(Failure) as raised:
-        get(url, environ, **options)
+        get(url, environ, limits, **options)
     return raised.value
 
 
@@ -153,6 +157,7 @@ def test_a_token_does_not_travel_unencrypted_to_another_machine() -> None:
     origin = next(o for o in session._hosts if o.host == "192.168.1.5")
     assert not session._confidential(origin)
     assert session._confidential(origin._replace(scheme="https"))
+    assert not session._confidential(origin._replace(host="127.0.0.1.example.org"))
 
 
 def test_a_token_that_cannot_be_one_is_refused_and_not_shown(server: Server) -> None:
@@ -221,6 +226,19 @@ def test_a_failure_passes_by_waiting(server: Server) -> None:
     assert len(waits) == 2 and all(0 < w <= 0.02 for w in waits)
 
 
+def test_a_long_wait_is_told() -> None:
+    notes: list[str] = []
+
+    class Heard(Reporter):
+        def note(self, message: str) -> None:
+            notes.append(message)
+
+    with Session({}, reporter=Heard()) as session:
+        assert session.pause(1, Failure("busy", retry=True, wait=30.0)) == 30.0
+        assert session.pause(1, Failure("busy", retry=True)) <= session.limits.backoff
+    assert notes == ["busy: trying again in 30 seconds"]
+
+
 def test_waiting_has_an_end(server: Server) -> None:
     server.routes["/busy"] = says(503)
     server.routes["/later"] = says(429, Retry_After="3600")
@@ -250,7 +268,8 @@ def test_waiting_has_an_end(server: Server) -> None:
 )
 def test_hosts_that_misbehave_are_noticed(server: Server, route: object, fact: str) -> None:
     server.routes["/m"] = route  # type: ignore[assignment]
-    assert fact in refusal(server.url("/m")).fact
+    limits = replace(QUICK, read=0.2) if route is silent else QUICK
+    assert fact in refusal(server.url("/m"), limits=limits).fact
 
 
 def test_a_host_that_is_not_there() -> None:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,7 @@ from tests.servers import (
 DATA = random.Random(1).randbytes(1_000_003)
 SHA256 = hashlib.sha256(DATA).hexdigest()
 SEGMENT = 1 << 16
-QUICK = Limits(connect=2, read=0.5, patience=0.3, attempts=4, backoff=0.01, longest_wait=1.0, segment=SEGMENT)
+QUICK = Limits(connect=5, read=5, patience=0.3, attempts=4, backoff=0.01, longest_wait=1.0, segment=SEGMENT)
 
 
 class Heard(Reporter):
@@ -276,7 +277,8 @@ FAILING: dict[str, tuple[Route, str]] = {
 @pytest.mark.parametrize("way", FAILING)
 def test_failures_are_named_for_what_they_are(server: Server, store: Store, way: str) -> None:
     server.routes["/m"], fact = FAILING[way]
-    error = refused(store, server.url("/m"))
+    limits = replace(QUICK, read=0.2) if way == "silence" else QUICK
+    error = refused(store, server.url("/m"), limits=limits)
     assert isinstance(error, FetchError) and error.exit_code == ExitCode.FETCH
     assert error.problems[0].fact == "`m` could not be fetched"
     assert fact in said(error) and server.url("/m") in said(error)

@@ -21,7 +21,7 @@ from tests.servers import COMMIT, File, Server, civitai, hugging_face, in_turn, 
 
 DATA = random.Random(2).randbytes(300_000)
 SHA256 = hashlib.sha256(DATA).hexdigest()
-QUICK = Limits(connect=2, read=2, attempts=3, backoff=0.01, longest_wait=1.0, segment=1 << 16)
+QUICK = Limits(connect=5, read=5, attempts=3, backoff=0.01, longest_wait=1.0, segment=1 << 16)
 
 
 class Place:

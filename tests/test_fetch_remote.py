@@ -21,7 +21,7 @@ from builder.tensors import DType, MemoryTensor
 from tests.servers import File, Handler, Route, Server, hugging_face, in_turn, redirects, says
 from tests.test_fetch_download import Heard
 
-QUICK = Limits(connect=2, read=0.5, patience=0.3, attempts=3, backoff=0.01)
+QUICK = Limits(connect=5, read=5, attempts=3, backoff=0.01)
 RANDOM = random.Random(3)
 
 

@@ -20,6 +20,7 @@ from builder.fetch.addresses import DEFAULT_PORTS, split
 from builder.fetch.failure import Failure
 from builder.fetch.net import Dialer, Proxies, loopback_name, tls_context
 from builder.fetch.text import host_words, page_kind, scrub, shown
+from builder.progress import SILENT, Reporter
 
 T = TypeVar("T")
 
@@ -28,6 +29,7 @@ MAX_REDIRECTS = 10
 TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524, 529})
 EXPLANATION = 64 << 10  # bytes of a failure's body that are read
 PIECE = 1 << 20  # bytes asked of a socket at a time
+_WORTH_A_NOTE = 2.0  # seconds of waiting
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,10 +88,12 @@ class Session:
         *,
         offline: bool = False,
         limits: Limits | None = None,
+        reporter: Reporter = SILENT,
     ) -> None:
         self.environ = dict(os.environ if environ is None else environ)
         self.offline = offline
         self.limits = limits or Limits()
+        self.reporter = reporter
         self.allow_private = self.environ.get("CKPT_ALLOW_PRIVATE") == "1"
         self.hugging_face = Host(
             "Hugging Face", self._endpoint("HF_ENDPOINT", "https://huggingface.co"), ("HF_TOKEN",)
@@ -268,7 +272,10 @@ class Session:
             )
         doubled = min(self.limits.backoff * 2.0 ** (attempt - 1), self.limits.longest_wait)
         # Jitter keeps clients that failed together from coming back together.
-        return max(failure.wait or 0.0, doubled * random.uniform(0.5, 1.0))
+        seconds = max(failure.wait or 0.0, doubled * random.uniform(0.5, 1.0))
+        if seconds >= _WORTH_A_NOTE:
+            self.reporter.note(self.scrub(f"{failure.fact}: trying again in {seconds:.0f} seconds"))
+        return seconds
 
 
 class _Connection(http.client.HTTPConnection):
@@ -377,7 +384,7 @@ class Response:
         host = origin_of(self.url).host
         known = self._session.host_of(self.url)
         fact = f"`{host}` answers {self.status}, {_MEANING.get(self.status, 'which is no success')}"
-        words = self._session.scrub(host_words(dict(self.headers), body))
+        words = self._session.scrub(host_words(self.headers, body))
         return Failure(
             fact + (f": “{words}”" if words else ""),
             hint=_login_hint(self._session, known) if self.status in {401, 403} else None,
@@ -389,13 +396,14 @@ class Response:
         """Raise Failure when the body, which begins with `start`, is a page or a message and no file."""
         kind = page_kind(start, self.headers.get("Content-Type") or "")
         if kind is not None:
-            words = self._session.scrub(host_words(dict(self.headers), start + self.explanation()))
+            words = self._session.scrub(host_words(self.headers, start + self.explanation()))
             self.close()
             known = self._session.host_of(self.url)
+            anonymous = known is not None and self._session.token(known) is None
             raise Failure(
                 f"`{origin_of(self.url).host}` sends {kind} instead of the file"
                 + (f": “{words}”" if words else ""),
-                hint=_login_hint(self._session, known),
+                hint=_login_hint(self._session, known) if anonymous else None,
             )
 
     def close(self) -> None:

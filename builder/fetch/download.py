@@ -20,7 +20,7 @@ from typing import NamedTuple
 from builder.fetch.client import Response, Session
 from builder.fetch.failure import Failure, StartOver
 from builder.fetch.ranges import RangedFile, content_range, refuse_encoded, strong_etag
-from builder.fetch.text import file_name
+from builder.fetch.text import file_name, safe_name
 from builder.progress import Reporter
 
 _READ_BACK = 1 << 20  # bytes hashed at a time
@@ -51,7 +51,7 @@ def download(session: Session, wish: Wish, partial: Path, reporter: Reporter) ->
     Resumes only with a strong ETag; an interruption leaves what can be resumed and nothing else.
     Raises Failure.
     """
-    journal = _read_journal(partial, wish.url)
+    journal = _read_journal(partial, wish.url, session.limits.segment)
     if journal is not None and wish.size in {None, journal.size}:
         with contextlib.suppress(StartOver):
             received = _Segments(session, wish, partial, reporter, journal, None).run()
@@ -140,7 +140,7 @@ class _Journal(NamedTuple):
     done: dict[int, int]
 
 
-def _read_journal(partial: Path, url: str) -> _Journal | None:
+def _read_journal(partial: Path, url: str, segment: int) -> _Journal | None:
     """The journal of a partial download of this very URL; None when it is none, or makes no sense.
 
     Whatever it claims, the whole file is hashed in the end.
@@ -148,16 +148,17 @@ def _read_journal(partial: Path, url: str) -> _Journal | None:
     try:
         head, *lines = _journal_path(partial).read_text("utf-8").splitlines()
         said = json.loads(head)
-        if said["of"] != _fingerprint(url) or partial.stat().st_size != said["size"]:
+        size = partial.stat().st_size
+        if (said["of"], said["size"], said["segment"]) != (_fingerprint(url), size, segment):
             return None
-        journal = _Journal(str(said["etag"]), int(said["size"]), int(said["segment"]), str(said["name"]), {})
+        journal = _Journal(str(said["etag"]), size, segment, safe_name(str(said["name"])), {})
         for line in lines:
             index, _, count = line.partition(" ")
             if index.isdecimal() and count.isdecimal():
-                journal.done[int(index)] = min(int(count), journal.segment)
+                journal.done[int(index)] = min(int(count), segment)
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return journal if journal.size > 0 and journal.segment > 0 else None
+    return journal if size else None
 
 
 def _fingerprint(url: str) -> str:
@@ -177,7 +178,7 @@ def _afresh(session: Session, wish: Wish, partial: Path, reporter: Reporter, *, 
         if span is None or span.total is None or etag is None:
             return session.retrying(_Stream(session, wish, partial, reporter, response).run)
         _check_size(session, wish, span.total, response)
-        name = file_name(dict(response.headers), wish.url)
+        name = file_name(response.headers, wish.url)
         journal = _Journal(etag, span.total, session.limits.segment, name, {})
         return _Segments(session, wish, partial, reporter, journal, response).run()
     finally:
@@ -270,7 +271,7 @@ class _Stream:
         if self.wish.size is not None and size < self.wish.size:
             fact = f"the body ends after {size:,} bytes, {self.wish.size:,} are pinned"
             raise Failure(fact, retry=not response.delimited, mismatch=response.delimited)
-        return Received(digest.hexdigest(), size, file_name(dict(response.headers), self.wish.url))
+        return Received(digest.hexdigest(), size, file_name(response.headers, self.wish.url))
 
 
 class _Segments:

@@ -56,7 +56,7 @@ class RemoteBlob:
             if response.status not in {200, 206}:
                 raise response.failure()
             refuse_encoded(response)
-            self.file_name = file_name(dict(response.headers), self._file.url)
+            self.file_name = file_name(response.headers, self._file.url)
             start = response.read()
             response.refuse_pages(start)
             self._head = start + self._rest(response, len(start))

@@ -5,10 +5,19 @@ from __future__ import annotations
 import html
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from typing import Any, Protocol
 from urllib.parse import unquote, urlsplit
 
 from builder.errors import printable
+
+
+class Headers(Protocol):
+    """Headers by name, in whatever case hosts write them."""
+
+    def get(self, name: str, /) -> Any:
+        """The value, or None."""
+
 
 LONGEST = 200  # characters of a host's own words
 _URL = re.compile(r"(?i)\bhttps?://[^\s\"'<>`]+")
@@ -61,7 +70,7 @@ def _is_json(body: bytes) -> bool:
     return True
 
 
-def host_words(headers: Mapping[str, str], body: bytes) -> str:
+def host_words(headers: Headers, body: bytes) -> str:
     """The host's own explanation of a failure, in one short printable line; empty when it gives none."""
     said = headers.get("X-Error-Message") or _json_words(body) or _markup_words(body) or ""
     said = " ".join(printable(said.replace("\n", " ")).split())
@@ -92,7 +101,7 @@ def _markup_words(body: bytes) -> str | None:
     return None
 
 
-def file_name(headers: Mapping[str, str], url: str) -> str:
+def file_name(headers: Headers, url: str) -> str:
     """The name a host gives a file, by Content-Disposition or else by its URL, safe as a file's name.
 
     Never empty, never more than one part of a path, at most 128 characters.
