@@ -172,11 +172,10 @@ def _metadata(text: str, at: int) -> tuple[dict[str, str], int]:
 def _info(text: str, at: int, name: str) -> tuple[Entry, int]:
     if "\0" in name:
         raise _Bad(f"the tensor name `{name}` holds a NUL character")
-    if text[at : at + 1] != "{" or text.find("}", at, at + _MAX_ENTRY) < 0:
-        raise _Bad(
-            f"the entry of tensor `{name}` is not a short object", f"it begins with {text[at : at + 40]!r}"
-        )
-    info, at = _value(text, at)
+    short = text[at : at + _MAX_ENTRY]
+    if short[:1] != "{" or "}" not in short:
+        raise _Bad(f"the entry of tensor `{name}` is not a short object", f"it begins with {short[:40]!r}")
+    info, end = _value(short, 0, at)
     missing = [key for key in ("dtype", "shape", "data_offsets") if key not in info]
     if missing:
         raise _Bad(f"tensor `{name}` lacks `{'`, `'.join(missing)}`", f"its entry is {_short(info)}")
@@ -185,7 +184,7 @@ def _info(text: str, at: int, name: str) -> tuple[Entry, int]:
         raise _Bad(f"the shape of tensor `{name}` is not a list of sizes", f"shape {_short(shape)}")
     if not _counts(offsets) or len(offsets) != 2:
         raise _Bad(f"tensor `{name}` has invalid offsets", f"data_offsets {_short(offsets)}")
-    return _entry(name, info["dtype"], tuple(shape), *offsets), at
+    return _entry(name, info["dtype"], tuple(shape), *offsets), at + end
 
 
 def _entry(name: str, code: Any, shape: tuple[int, ...], start: int, end: int) -> Entry:
@@ -279,16 +278,16 @@ def _skip(text: str, at: int) -> int:
     return found.end()
 
 
-def _value(text: str, at: int) -> tuple[Any, int]:
-    """The JSON value at `at`, and its end."""
+def _value(text: str, at: int, base: int = 0) -> tuple[Any, int]:
+    """The JSON value at `at`, and its end; `base` is where `text` itself begins, for messages."""
     try:
         return _DECODER.raw_decode(text, at)
     except json.JSONDecodeError as error:
-        raise _syntax(text, error.pos, error.msg) from None
+        raise _syntax(text, error.pos, error.msg, base) from None
     except RecursionError:
-        raise _syntax(text, at, "nested too deep") from None
+        raise _syntax(text, at, "nested too deep", base) from None
     except ValueError as error:  # a float, NaN, a key twice, or an integer of thousands of digits
-        raise _syntax(text, at, str(error)) from None
+        raise _syntax(text, at, str(error), base) from None
 
 
 def _refused(token: str) -> NoReturn:
@@ -305,6 +304,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_float=_refused, parse_constant=_refused)
 
 
-def _syntax(text: str, at: int, why: str) -> _Bad:
-    near = f"character {at:,}: {text[at : at + 40]!r}" if at < len(text) else "the end"
+def _syntax(text: str, at: int, why: str, base: int = 0) -> _Bad:
+    near = f"character {base + at:,}: {text[at : at + 40]!r}" if at < len(text) else "the end"
     return _Bad("the safetensors header is not valid JSON", f"{why}, at {near}")

@@ -51,17 +51,13 @@ def is_safetensors(head: bytes) -> bool:
     return head[4:9] == b"\0\0\0\0{"
 
 
-def is_torch(head: bytes) -> bool:
-    """Whether this begins as one of PyTorch's containers: a zip, a pickle or a tar."""
-    return (
-        (head[:2] == b"PK" and _npz(head) is None)
-        or (head[:1] == b"\x80" and head[1:2] in (b"\1", b"\2", b"\3", b"\4", b"\5"))
-        or head.startswith(b"L119547037146038801333356L")  # the legacy magic number in a protocol 0 pickle
-        or head[257:262] == b"ustar"
-    )
+def is_npz(head: bytes) -> bool:
+    """Whether this is a zip whose first file is a NumPy array."""
+    length = int.from_bytes(head[26:28], "little")
+    return head[:4] == b"PK\3\4" and head[30 : 30 + length].endswith(b".npy")
 
 
-def text_of(head: bytes) -> str | None:
+def _decoded(head: bytes) -> str | None:
     """The head as text, or None when it is not text."""
     try:
         text = head.decode("utf-8-sig")
@@ -90,15 +86,10 @@ def stranger(head: bytes) -> Stranger | None:
         return Stranger(
             "zeros where its contents should begin", hint=f"the download did not finish: {_AGAIN}"
         )
-    text = text_of(head)
-    return _npz(head) or (_text(text) if text is not None else None)
-
-
-def _npz(head: bytes) -> Stranger | None:
-    length = int.from_bytes(head[26:28], "little")
-    if head[:4] == b"PK\3\4" and head[30 : 30 + length].endswith(b".npy"):
+    if is_npz(head):
         return Stranger("a NumPy archive (.npz)", hint=_CONVERT)
-    return None
+    text = _decoded(head)
+    return _text(text) if text is not None else None
 
 
 def _text(text: str) -> Stranger:
