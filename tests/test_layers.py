@@ -13,7 +13,7 @@ LAYERS: list[list[str]] = [
     ["formats", "fetch", "hashes", "store", "sources"],
     ["catalog", "identify", "scan", "metric"],
     ["fixes", "merges", "lora", "operations"],
-    ["recipe", "profiles", "plan", "lock"],
+    ["profiles", "recipe", "lock", "plan"],
     ["explain", "run", "quick", "diff", "convert", "report", "demo", "cli"],
 ]
 ORDER = {name: index for index, name in enumerate(n for layer in LAYERS for n in layer)}

@@ -14,9 +14,10 @@ from builder.catalog import load_catalog
 from builder.errors import RecipeError, render
 from builder.fixes import FIXES
 from builder.operations import OPERATIONS
+from builder.profiles import PROFILES
 from builder.recipe import load_recipe, parse_recipe
 from builder.recipe.kinds import Choice, Key, Struct
-from builder.recipe.language import PROFILES, Vocabulary
+from builder.recipe.language import Vocabulary
 from tests.recipe_words import golden
 
 ROOT = Path(__file__).parent.parent

@@ -38,7 +38,7 @@ class Work:
 
     def plan(self, **options: Any) -> Plan:
         """The plan of the recipe; `options` go to `make_plan`."""
-        return make_plan(
+        plan = make_plan(
             self.recipe,
             catalog=self.catalog,
             store=self.store,
@@ -47,6 +47,9 @@ class Work:
             reporter=self.reporter,
             **options,
         )
+        for problem in plan.warnings:
+            self.reporter.warn(problem)
+        return plan
 
 
 @contextmanager

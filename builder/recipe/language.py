@@ -49,12 +49,6 @@ OVERFLOW = {
     "clamp": "the largest finite value takes its place",
     "keep": "it becomes infinite",
 }
-PROFILES = {
-    "a1111": "AUTOMATIC1111's webui and Forge",
-    "comfyui": "ComfyUI",
-    "kohya": "kohya's sd-scripts",
-    "diffusers": "the single-file loader of diffusers",
-}
 NON_FINITE = {"error": "the build fails and names the tensor", "keep": "it stays"}
 
 

@@ -12,9 +12,10 @@ from builder import toml
 from builder.errors import Place, Problem, RecipeError, UsageError, did_you_mean
 from builder.fixes import FIXES, Fix
 from builder.operations import OPERATIONS, Operation
+from builder.profiles import PROFILES
 from builder.recipe.check import problems_of
 from builder.recipe.kinds import WRONG, At, Item, listed, note
-from builder.recipe.language import NEW, PROFILES, Format, Vocabulary
+from builder.recipe.language import NEW, Format, Vocabulary
 from builder.recipe.model import Expect, FromBase, NewBase, Output, Pick, Recipe, Source, Step
 from builder.toml import Document, Keys
 

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from builder.fixes import FIXES, Fix
 from builder.operations import OPERATIONS, Operation
+from builder.profiles import PROFILES
 from builder.recipe.kinds import Schema
-from builder.recipe.language import PROFILES, Vocabulary
+from builder.recipe.language import Vocabulary
 
 if TYPE_CHECKING:
     from builder.catalog import Catalog
