@@ -101,10 +101,13 @@ class Result:
 
 
 def run(name: str, benchmark: Benchmark, rounds: int, warm: bool) -> Result:
-    """Every contender once a round. Raises RuntimeError, with what it said, when one fails."""
+    """Every contender once a round, in turn from first to last and from last to first.
+
+    Raises RuntimeError, with what it said, when one fails.
+    """
     samples: dict[str, list[Sample]] = {c: [] for c in benchmark.contenders}
     for number in range(rounds):
-        for title, contender in benchmark.contenders.items():
+        for title, contender in list(benchmark.contenders.items())[:: -1 if number % 2 else 1]:
             contender.prepare()
             for path in benchmark.reads:
                 _set_cache(path, warm)
