@@ -136,11 +136,6 @@ def digits(total: float, scale: Scale) -> str:
     return f"{n:04d}"
 
 
-def same(found: str, known: int) -> bool:
-    """Whether four digits say a known value: they may be off by one."""
-    return found.isdigit() and abs(int(found) - known) <= 1
-
-
 def weigh(histogram: NDArray[np.int64]) -> float:
     """The sum of `sigmoid(x) - 0.5` over all elements counted in `histogram` (int64 `[65536]`).
 

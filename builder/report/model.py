@@ -253,9 +253,9 @@ def _labelled(cls: str, label: Metric | None, known: Known) -> str | None:
     """The name of the weights whose digits these are."""
     if label is None:
         return None
-    from builder.metric import PUBLISHED
+    from builder.metric import SCALES
 
-    value = getattr(label, PUBLISHED[cls].part) if cls in PUBLISHED else ""
+    value = getattr(label, SCALES[cls].part) if cls in SCALES else ""
     return known.label(cls, int(value)) if value.isdigit() else None
 
 
