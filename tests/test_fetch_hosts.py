@@ -209,7 +209,8 @@ def test_the_file_that_is_meant_is_chosen(place: Place) -> None:
     civitai(place.site, place.storage, 1, 95, DATA, others=others)
     assert place.resolve("civitai:1").url == "civitai:1@95", "the primary one"
     assert place.resolve("civitai:1@93").sha256 == "a" * 64
-    assert place.resolve("urn:air:sd1:checkpoint:civitai:7@1.ckpt").url == "civitai:1@93"
+    for name in ("ckpt", "PickleTensor"):
+        assert place.resolve(f"urn:air:sd1:checkpoint:civitai:7@1.{name}").url == "civitai:1@93"
     assert place.resolve("civitai:1@94") == Pin("civitai:1@94", None, None, "1"), "a rounded size is none"
     with pytest.raises(FetchError) as raised:
         place.resolve("civitai:1@99")

@@ -132,20 +132,19 @@ def _chosen_file(address: Civitai, version: dict[str, Any]) -> dict[str, Any]:
     if address.file is not None:
         files = [f for f in files if f.get("id") == address.file]
     if address.format is not None:
-        files = [f for f in files if _format(f).startswith(address.format[:4])]
+        # AIR names say `safetensor` or `safetensors`; Civitai's API says `SafeTensor`.
+        files = [f for f in files if any(w.startswith(address.format[:4]) for w in _formats(f))]
     chosen = next((f for f in files if f.get("primary")), files[0] if files else None)
     if chosen is None:
         raise Failure(f"`{address}` is not among the files of version {version.get('id')}")
     return chosen
 
 
-def _format(file: dict[str, Any]) -> str:
+def _formats(file: dict[str, Any]) -> tuple[str, str]:
+    """What a file is by its host's word, and by its suffix."""
     metadata = file.get("metadata")
     said = metadata.get("format") if isinstance(metadata, dict) else None
-    # AIR names say `safetensor` or `safetensors`, `ckpt` or `pickletensor`; the API says the longer word.
-    said = str(said or "").lower()
-    name = str(file.get("name") or "").lower().rpartition(".")[2]
-    return said if said.startswith("safe") else name or said
+    return str(said or "").lower(), str(file.get("name") or "").lower().rpartition(".")[2]
 
 
 def _files(version: dict[str, Any]) -> list[dict[str, Any]]:
