@@ -18,13 +18,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from benchmarks.generate import CLEAN, DIRTY, SPREADS, Dirt, Repeated, make, write
+from benchmarks.generate import write
 from benchmarks.harness import Sample, Target, outcome
 from builder.catalog import load_catalog
-from builder.errors import OutputError, UsageError
+from builder.errors import OutputError, Problem, SourceError, UsageError
 from builder.formats import open_checkpoint, torch_write
 from builder.formats.torch_write import write_torch
 from builder.identify import identify
+from builder.samples import CLEAN, DIRTY, SPREADS, Dirt, Repeated, make
 from builder.tensors import DType, LazyTensor, MemoryTensor
 
 WRITABLE = [d for d in DType if d.torch_name and d.bits >= 8]
@@ -105,6 +106,20 @@ def test_zip64_fields(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_torch(path, table)
     loaded = torch.load(path, weights_only=True)
     assert {n: content(t) for n, t in loaded.items()} == {n: t.tobytes() for n, t in table.items()}
+
+
+def test_a_tensor_that_cannot_be_read_leaves_the_old_file(tmp_path: Path) -> None:
+    class Broken(LazyTensor):
+        def read_into(self, start: int, out: memoryview) -> None:
+            raise SourceError(Problem("gone"))
+
+    path = tmp_path / "t.pt"
+    path.write_bytes(b"old")
+    table: dict[str, LazyTensor] = {str(n): MemoryTensor(DType.U8, (9,), bytes(9)) for n in range(50)}
+    with pytest.raises(SourceError, match="gone"):
+        write_torch(path, {**table, "broken": Broken(DType.U8, (1,))})
+    assert [p.name for p in tmp_path.iterdir()] == ["t.pt"]
+    assert path.read_bytes() == b"old"
 
 
 def test_what_torch_has_no_tensors_of(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ LAYERS: list[list[str]] = [
     ["errors", "toml", "tensors", "progress", "digests", "numeric"],
     ["formats", "fetch", "hashes", "store", "sources"],
     ["catalog", "identify", "scan", "metric"],
-    ["fixes", "merges", "lora", "operations"],
+    ["fixes", "merges", "lora", "operations", "samples"],
     ["profiles", "recipe", "lock", "plan"],
     ["explain", "run", "quick", "diff", "convert", "report", "demo", "cli"],
 ]

@@ -61,7 +61,7 @@ def open_session(path: Path, reporter: Reporter, *, offline: bool = False) -> It
         reporter.note(note.fact)
     where = lock_path(path)
     with Store(reporter=reporter) as store:
-        network = Session(offline=offline)
+        network = Session(offline=offline, reporter=reporter)
         try:
             yield Work(recipe, catalog, store, read_lock(where), where, reporter, network)
         finally:
