@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
+import threading
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -195,9 +196,13 @@ def _lay_out(contents: Mapping[str, LazyTensor]) -> list[_Record]:
 def _copy(fd: int, records: Sequence[_Record], threads: int, reporter: Reporter, task: str) -> list[int]:
     """Write every record's data; the CRC-32 of each."""
 
+    stop = threading.Event()
+
     def copy(record: _Record) -> int:
         crc, offset = 0, record.start
         for data in record.tensor.windows():
+            if stop.is_set():
+                break
             crc = zlib.crc32(data, crc)
             if not _blank(data):  # zeros stay a hole
                 write_all(fd, data, offset)
@@ -209,6 +214,7 @@ def _copy(fd: int, records: Sequence[_Record], threads: int, reporter: Reporter,
         try:
             return list(pool.map(copy, records))
         except BaseException:
+            stop.set()
             pool.shutdown(cancel_futures=True)
             raise
 
