@@ -8,16 +8,6 @@ from builder.errors import printable
 from builder.plan import ComponentJob, Node, OutputJob, Plan, SourceJob, StepJob
 from builder.progress import human_bytes
 
-STATES = {
-    "make": "make",
-    "stored": "stored",
-    "unchanged": "unchanged",
-    "stream": "stream",
-    "known": "known",
-    "hash": "hash",
-    "fetch": "fetch",
-}
-
 
 def to_text(plan: Plan) -> str:
     """One line a step: what happens, to what, how much of it, from what, and why."""
@@ -41,11 +31,11 @@ def totals(plan: Plan) -> tuple[int, int]:
 
 
 def _row(plan: Plan, node: Node) -> tuple[str, str, str, str]:
-    inputs = [n.id for n in plan.inputs(node.id)]
     size = node.writes if isinstance(node.job, (ComponentJob, OutputJob)) else node.reads
-    made_of = f"← {', '.join(inputs)}; " if inputs and not isinstance(node.job, ComponentJob) else ""
+    inputs = plan.inputs(node.id) if isinstance(node.job, StepJob) else []
+    made_of = f"of {', '.join(n.id for n in inputs)}; " if inputs else ""
     return (
-        STATES[node.state],
+        node.state,
         printable(node.id),
         human_bytes(size) if size else "",
         printable(f"{made_of}{node.why}"),

@@ -1,0 +1,92 @@
+"""`ckpt demo`: from nothing to a built and verified checkpoint, on screen."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+
+import click
+
+from builder.cli.terminal import is_terminal
+from builder.demo import write_sources
+from builder.errors import ExitCode
+
+
+@click.command("demo")
+@click.argument(
+    "folder", required=False, type=click.Path(path_type=Path, file_okay=False), metavar="[FOLDER]"
+)
+def command(folder: Path | None) -> int:
+    """Build a miniature model step by step, and show the commands that do it.
+
+    Everything happens in FOLDER, which stays (default: a temporary folder, deleted at the end).
+    """
+    with ExitStack() as stack:
+        if folder is None:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ckpt-demo-")))
+        folder.mkdir(parents=True, exist_ok=True)
+        here = Path.cwd()
+        stack.callback(os.chdir, here)
+        os.chdir(folder)
+        # A store of its own: the demo shows a first build however often it is run.
+        store = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ckpt-demo-store-")))
+        stack.callback(_restore, "CKPT_STORE", os.environ.get("CKPT_STORE"))
+        os.environ["CKPT_STORE"] = str(store)
+        return _show()
+
+
+def _show() -> int:
+    _say("Miniature files, made up, but dirty as real ones are:")
+    for name, what in write_sources(Path()).items():
+        click.echo(f"  {name:<22} {Path(name).stat().st_size:>9,} bytes  {what}")
+    steps: list[tuple[str, list[str]]] = [
+        ("What is in the checkpoint? Nothing in it is run to find out.", ["inspect", "dirty.ckpt"]),
+        ("What would the recipe do?", ["plan", "demo.toml"]),
+        ("Build it.", ["build", "demo.toml"]),
+        ("What came out:", ["inspect", "demo.safetensors"]),
+        ("Build it again: nothing has changed, so nothing is done.", ["build", "demo.toml", "--explain"]),
+    ]
+    for words, command in steps:
+        if (code := _run(words, command)) != ExitCode.DONE:
+            return code
+    shutil.copyfile("other.vae.safetensors", "good.vae.safetensors")
+    again = "Put another VAE in its place: only the VAE is taken anew, and the file put together again."
+    for words, command in (
+        (again, ["build", "demo.toml", "--explain"]),
+        ("Build everything a second time without the store, and compare:", ["build", "demo.toml", "--check"]),
+        ("Is the file what the lock says?", ["verify", "demo.toml"]),
+    ):
+        if (code := _run(words, command)) != ExitCode.DONE:
+            return code
+    return ExitCode.DONE
+
+
+def _run(words: str, arguments: list[str]) -> int:
+    from builder.cli import run
+
+    _say(words)
+    click.echo(_bold(f"$ ckpt {' '.join(arguments)}"))
+    sys.stdout.flush()
+    code = run(arguments)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return code
+
+
+def _say(words: str) -> None:
+    click.echo(f"\n# {words}")
+
+
+def _bold(text: str) -> str:
+    return click.style(text, bold=True) if is_terminal(sys.stdout) else text
+
+
+def _restore(name: str, value: str | None) -> None:
+    if value is None:
+        os.environ.pop(name, None)
+    else:
+        os.environ[name] = value
