@@ -7,11 +7,15 @@ import json
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from builder.catalog import Component
+from builder.digests import Digest, tensor_digest
 from builder.numeric import PROFILE
 from builder.plan.model import Applied, ComponentJob, Finished, Origin, OutputJob, Plan, StepJob, Take
+
+if TYPE_CHECKING:
+    from builder.store import Store
 
 # A change of what is made from the same inputs must change its version here.
 VERSIONS = {"take": 1, "finish": 1, "assemble": 1}
@@ -77,16 +81,33 @@ def component_key(plan: Plan, job: ComponentJob) -> str | None:
     return key_of("finish", VERSIONS["finish"], **job.params(), cls=job.cls, input=source)
 
 
-def assembly_key(job: OutputJob, digests: Mapping[str, str]) -> str:
-    """The key of an output: by what its components are (XXH3 by node), not by how they were made."""
+def assembly_key(job: OutputJob, digests: Mapping[str, str], extras: Mapping[str, Digest]) -> str:
+    """The key of an output: by what its components are (XXH3 by node), not by how they were made.
+
+    `extras` holds the digests of the tensors that lie beside the components.
+    """
     return key_of(
         "assemble",
         VERSIONS["assemble"],
         slots={cls: [prefix, digests[node]] for cls, (prefix, node) in job.slots.items()},
-        extras={n: [t.dtype.code, list(t.shape), t.tobytes().hex()] for n, t in job.extras.items()},
+        extras={n: [t.dtype.code, list(t.shape), extras[n].xxh3] for n, t in job.extras.items()},
         metadata=dict(job.metadata),
         format=output_format(job.target),
     )
+
+
+def known_extras(plan: Plan, job: OutputJob, store: Store) -> dict[str, Digest] | None:
+    """The digests of what lies beside an output's components; None until the base was read once."""
+    if job.base is None or not job.extras:
+        return {n: tensor_digest(t) for n, t in job.extras.items()}  # markers, which are made here
+    sha256 = plan.node(job.base).key
+    fact = store.recall("extras", extras_key(sha256, job)) if sha256 is not None else None
+    return {n: Digest(*fact[n]) for n in job.extras} if fact is not None else None
+
+
+def extras_key(sha256: str, job: OutputJob) -> str:
+    """Under which the store remembers the digests of a base's optional tensors."""
+    return key_of("extras", VERSIONS["assemble"], base=sha256, names=sorted(job.extras))
 
 
 def output_format(target: Path) -> str:

@@ -8,8 +8,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
+from builder.errors import Problem
 from builder.fixes import FIXES
-from builder.numeric import PRECISIONS, NonFinite, Overflow, Precision
+from builder.numeric import NonFinite, Overflow, Precision, cast_type
 from builder.operations import Operation
 from builder.tensors import DType, LazyTensor
 from builder.toml import Keys
@@ -90,6 +91,7 @@ class ComponentJob:
     origin: Origin
     fixes: tuple[str, ...]
     precision: Precision
+    narrow: bool
     overflow: Overflow
     non_finite: NonFinite
 
@@ -101,20 +103,26 @@ class ComponentJob:
             "precision": self.precision,
             "overflow": self.overflow,
             "non_finite": self.non_finite,
+            **({"narrow": True} if self.narrow else {}),
         }
 
 
 @dataclass(frozen=True)
 class OutputJob:
-    """A file to be assembled: each slot's prefix and the node that fills it, and what lies beside them."""
+    """A file to be assembled: each slot's prefix and the node that fills it, and what lies beside them.
+
+    `base` is the node of the source that gives what lies beside, if there is one.
+    """
 
     recipe: Recipe
     output: Output
     target: Path
     architecture: Architecture
     slots: Mapping[str, tuple[str, str]]  # class → (prefix, node)
+    base: str | None
     extras: Mapping[str, LazyTensor]  # full name → optional tensors of the base, and markers
     metadata: Mapping[str, str]  # all but what the components' digests will add
+    sidecar: bytes | None  # what is to lie beside the output as its `.yaml`
 
 
 Job = SourceJob | StepJob | ComponentJob | OutputJob
@@ -160,6 +168,7 @@ class Plan:
     lock: Lock | None = None
     sources: list[Sources] = field(default_factory=list)
     left_out: dict[str, LeftOut] = field(default_factory=dict)
+    warnings: list[Problem] = field(default_factory=list)
 
     def node(self, name: str) -> Node:
         """The node of this id."""
@@ -204,8 +213,7 @@ class Plan:
 
 
 def component_specs(
-    tensors: Mapping[str, LazyTensor], precision: Precision
+    tensors: Mapping[str, LazyTensor], precision: Precision, narrow: bool = False
 ) -> dict[str, tuple[DType, tuple[int, ...]]]:
     """Names, dtypes and shapes that tensors will have in a precision; integers stay as they are."""
-    wanted = PRECISIONS[precision]
-    return {n: (wanted if wanted and t.dtype.floating else t.dtype, t.shape) for n, t in tensors.items()}
+    return {n: (cast_type(n, t.dtype, precision, narrow), t.shape) for n, t in tensors.items()}

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from builder.catalog import Architecture
-from builder.errors import Problem, RecipeError, SourceError
+from builder.errors import Problem, RecipeError, SourceError, did_you_mean
 from builder.identify import Match
 from builder.operations import OPERATIONS, Operation
-from builder.plan.keys import assembly_key, component_key, step_key
+from builder.plan.keys import assembly_key, component_key, known_extras, step_key
 from builder.plan.metadata import stated_metadata
 from builder.plan.model import (
     Applied,
@@ -31,6 +31,7 @@ from builder.plan.model import (
     component_specs,
 )
 from builder.plan.sources import Sources
+from builder.profiles import sidecar, warnings, with_profile
 from builder.progress import SILENT, Reporter
 from builder.recipe import FromBase, NewBase, Output, Pick, Recipe, slot_problems
 from builder.sources import model_folders
@@ -225,6 +226,7 @@ class _Resolver:
             origin,
             output.fixes,
             output.precision,  # type: ignore[arg-type]
+            output.narrow,
             output.overflow,  # type: ignore[arg-type]
             output.non_finite,  # type: ignore[arg-type]
         )
@@ -245,7 +247,7 @@ class _Resolver:
             specs = {} if self._elsewhere(origin) else to_read(self.plan, origin)
             node.reads = sum(t.nbytes for t in specs.values())
             node.writes = sum(
-                d.bits * prod(s) // 8 for d, s in component_specs(specs, job.precision).values()
+                d.bits * prod(s) // 8 for d, s in component_specs(specs, job.precision, job.narrow).values()
             )
         return self.add(node, [origin.node])
 
@@ -261,7 +263,7 @@ class _Resolver:
 
     def _why(self, pick: Pick, node: Node) -> str:
         if node.key is None:
-            return f"the digest of what `{pick.source}` gives is not known yet"
+            return f"waits for the digest of `{pick.source}`"
         before = self.lock.pins().get(pick.source) if self.lock is not None else None
         now = self.sources.sha256(pick.source) if pick.source in self.recipe.sources else None
         if before is not None and now is not None and before != now:
@@ -281,7 +283,7 @@ class _Resolver:
         if isinstance(base, NewBase):
             architecture = self.catalog.architecture(base.architecture)
         else:
-            architecture = self._base_architecture(base)
+            architecture = self._base_architecture(base, output.partial and output.unknown == "keep")
             for cls in self.classes(base.name):
                 if cls in architecture.slots:
                     picks.setdefault(cls, Pick(cls, base.name, None, base.at))
@@ -291,7 +293,8 @@ class _Resolver:
         order = [*architecture.slots, *sorted(c for c in picks if c not in architecture.slots)]
         return architecture, {cls: self.component_node(output, picks[cls]) for cls in order}
 
-    def _base_architecture(self, base: FromBase) -> Architecture:
+    def _base_architecture(self, base: FromBase, any_: bool = False) -> Architecture:
+        """What a base is; with `any_`, one that is nothing known has no slots."""
         if base.name in self.recipe.steps:
             step = self.recipe.steps[base.name]
             first = step.inputs[self.around.operations[step.op].inputs[0]]
@@ -302,7 +305,9 @@ class _Resolver:
                 if set(architecture.slots) == classes:
                     return architecture
         identity = self.sources.open(base.name).identity
-        name = identity.incomplete or identity.architecture
+        name = identity.architecture if identity.intact else identity.incomplete
+        if name is None and any_:
+            return Architecture("unknown", ())
         if name is None:
             raise RecipeError(
                 Problem(
@@ -322,24 +327,45 @@ class _Resolver:
             self._output(output)
 
     def _output(self, output: Output) -> None:
+        output = replace(output, fixes=with_profile(output.fixes, output.profile))
         architecture, nodes = self.slots(output)
         slots = {cls: (self._prefix(cls, architecture), node) for cls, node in nodes.items()}
         stated = stated_metadata(self.recipe, output, architecture, self._carried(output), os.environ)
+        base = self.source_node(output.base.name) if self._is_file(output.base) else None
+        extras, config = self._extras(output, architecture), self._sidecar(output, architecture)
         job = OutputJob(
-            self.recipe, output, self.target(output), architecture, slots, self._extras(output), stated
+            self.recipe, output, self.target(output), architecture, slots, base, extras, stated, config
         )
+        self.plan.warnings += warnings(output.profile, output.markers, job.target)
         parts = [self.plan.node(n) for n in nodes.values()]
         size = sum(p.made.bytes if p.made is not None else p.writes for p in parts)
         node = Node(f"output {output.file}", job, None, "make", "", size, size)
         waiting = [p.id for p in parts if p.made is None]
         if waiting:
-            node.why = f"{_words(waiting)} will be made"
+            all_ = "all" if len(waiting) == len(parts) else _words(waiting)
+            node.why = f"of {len(parts)} components, {all_} to be made"
+        elif (found := known_extras(self.plan, job, self.store)) is None:
+            node.why = f"what lies beside the components of `{base}` was not read yet"
         else:
-            node.key = assembly_key(job, {p.id: p.made.digest.xxh3 for p in parts if p.made is not None})
+            digests = {p.id: p.made.digest.xxh3 for p in parts if p.made is not None}
+            node.key = assembly_key(job, digests, found)
             node.state, node.why = output_state(self.store, node.key, job.target)
             if node.state == "unchanged":
                 node.reads = node.writes = 0
-        self.add(node, list(dict.fromkeys(nodes.values())))
+        self.add(node, list(dict.fromkeys([*nodes.values(), *([base] if base is not None else [])])))
+
+    def _sidecar(self, output: Output, architecture: Architecture) -> bytes | None:
+        """What is to lie beside the output as its `.yaml`; raises RecipeError when it cannot be read."""
+        if output.config is None:
+            made = sidecar(output.profile, architecture.name, output.markers)
+            return made.encode() if made is not None else None
+        folder = self.recipe.path.parent if self.recipe.path else Path()
+        try:
+            return (folder / output.config).read_bytes()
+        except OSError as error:
+            place = self.recipe.place(*output.at, "config", value=True)
+            evidence = (str(error.strerror),)
+            raise RecipeError(Problem(f"cannot read `{output.config}`", place, evidence)) from None
 
     def _prefix(self, cls: str, architecture: Architecture) -> str:
         if architecture.bare:
@@ -367,34 +393,54 @@ class _Resolver:
             and self.recipe.sources[base.name].recipe is None
         )
 
-    def _extras(self, output: Output) -> dict[str, LazyTensor]:
-        """Optional tensors that the base has and the output keeps, and markers; never cast."""
+    def _extras(self, output: Output, architecture: Architecture) -> dict[str, LazyTensor]:
+        """What of the base the output keeps beside its components, and markers; never cast."""
         extras: dict[str, LazyTensor] = {}
         base = output.base
         if self._is_file(base):
             opened = self.sources.open(base.name)
-            self._account(base, output)
-            averaged = any(c.startswith("EMA-") for c in output.components)
-            for name in opened.identity.optional:
-                wanted = averaged or not name.startswith("model_ema.")
-                if wanted if output.keep is None else name in output.keep:
-                    extras[name] = opened.checkpoint[name]
+            parts = [m for m in opened.identity.matches if m.component.cls in architecture.slots]
+            taken = {full for m in parts for full in opened.names(m).values()}
+            kept = {*self._optional(base, output), *(output.keep or ())}
+            if output.unknown == "keep":
+                identity = opened.identity
+                kept |= opened.checkpoint.keys() - {*identity.ema, *identity.junk, *identity.optional}
+            extras = {n: t for n, t in opened.checkpoint.items() if n in kept and n not in taken}
+            self._account(base, output, taken | extras.keys())
         for marker in output.markers:
             extras.setdefault(marker, MemoryTensor(DType.F32, (0,), b""))
         return extras
 
-    def _account(self, base: FromBase, output: Output) -> None:
+    def _optional(self, base: FromBase, output: Output) -> list[str]:
+        """The optional tensors of a base that are kept; raises RecipeError for a name that it has not."""
+        opened = self.sources.open(base.name)
+        if output.keep is None:
+            averaged = any(c.startswith("EMA-") for c in output.components)
+            return [n for n in opened.identity.optional if averaged or not n.startswith("model_ema.")]
+        absent = [n for n in output.keep if n not in opened.checkpoint and n not in self.catalog.optional]
+        if absent:
+            place = self.recipe.place(*output.at, "keep", output.keep.index(absent[0]), value=True)
+            hint = did_you_mean(absent[0], opened.checkpoint)
+            raise RecipeError(Problem(f"`{base.name}` has no tensor `{absent[0]}`", place, hint=hint))
+        return [n for n in opened.identity.optional if n in output.keep]
+
+    def _account(self, base: FromBase, output: Output, kept: Set[str]) -> None:
         """Note what of a base is left out; raises SourceError when that is most of it."""
         opened = self.sources.open(base.name)
         identity = opened.identity
-        names = {"EMA": identity.ema, "junk": identity.junk, "unknown": identity.unknown}
+        sorted_out = {*identity.ema, *identity.junk, *identity.optional}
+        rest = [n for n in opened.checkpoint if n not in sorted_out]
+        names = {
+            reason: tuple(n for n in found if n not in kept)
+            for reason, found in (("EMA", identity.ema), ("junk", identity.junk), ("unknown", rest))
+        }
         if any(c.startswith("EMA-") for c in output.components):
             names.pop("EMA")
         sizes = {k: sum(opened.checkpoint[n].nbytes for n in v) for k, v in names.items()}
-        self.plan.left_out[base.name] = LeftOut({k: tuple(v) for k, v in names.items() if v}, sizes)
+        self.plan.left_out[base.name] = LeftOut({k: v for k, v in names.items() if v}, sizes)
         total = sum(t.nbytes for t in opened.checkpoint.values())
         lost = sizes["junk"] + sizes["unknown"]
-        if 2 * lost > total:
+        if output.unknown == "drop" and 2 * lost > total:
             raise SourceError(
                 Problem(
                     f"most of `{base.name}` would be left out",
@@ -445,7 +491,7 @@ def taken(origin: Take) -> tuple[dict[str, LazyTensor], str]:
 
 def full_names(origin: Take) -> list[str]:
     """The names, in the source's file, of the tensors that are taken; raises as `taken`."""
-    return list(_match(origin).names.values())
+    return list(origin.sources.open(origin.source).names(_match(origin)).values())
 
 
 def _match(origin: Take) -> Match:

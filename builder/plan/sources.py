@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from builder.errors import CkptError, FetchError
 from builder.formats import open_checkpoint
+from builder.formats.blob import FileBlob
 from builder.formats.checkpoint import Checkpoint
 from builder.identify import Identity, Match, identify
 from builder.progress import Reporter
@@ -34,13 +36,19 @@ class OpenSource:
         """The tensors of a match under the unprefixed names of class `cls`.
 
         An averaged component that is promoted gets the names of the one it averages. Names that the file
-        spells otherwise stay so: a fix mends them.
+        spells otherwise stay so: a fix mends them. Scales come along: 8-bit weights mean nothing without.
         """
         promoted = match.component.promote if match.component.cls != cls else {}
         return {
             promoted.get(bare, match.renamed.get(bare, bare)): self.checkpoint[full]
-            for bare, full in match.names.items()
+            for bare, full in self.names(match).items()
         }
+
+    def names(self, match: Match) -> dict[str, str]:
+        """The full name of each tensor of a match, and of the scales among them, by its unprefixed one."""
+        at = len(match.prefix)
+        scales = {n[at:]: n for n in self.identity.scales if n.startswith(match.prefix)}
+        return {**match.names, **scales}
 
 
 class Sources:
@@ -137,7 +145,9 @@ class Sources:
         return self.spec(name).sha256 or (locked.sha256 if locked is not None else None)
 
     def provide(self, name: str, found: Found) -> None:
-        """Say where a source is now, after it was fetched."""
+        """Say where a source is now, after it was fetched: from now on it is read from there."""
+        if self.find(name) is None and name in self._open:
+            self._open.pop(name).checkpoint.close()
         self._found[name] = found
 
     def sha256(self, name: str) -> str | None:
@@ -169,6 +179,15 @@ class Sources:
             return open_checkpoint(self.fetch(name).path)
         raise refused
 
+    def unchanged(self, name: str) -> bool:
+        """Whether the files that were opened of a source lie where they lay, as they were then."""
+        opened = self._open.get(name)
+        return (
+            opened is None
+            or self.find(name) is None
+            or all(_in_place(b) for b in opened.checkpoint.blobs if isinstance(b, FileBlob))
+        )
+
     def pinned_by_lock(self, name: str) -> bool:
         """Whether the lock says which file this was when it was last built."""
         return name in self._locked
@@ -178,3 +197,16 @@ class Sources:
         for opened in self._open.values():
             opened.checkpoint.close()
         self._open.clear()
+
+
+def _in_place(blob: FileBlob) -> bool:
+    try:
+        now = Path(blob.name).stat()
+    except OSError:
+        return False
+    then = blob.stat
+    return os.path.samestat(now, then) and (now.st_size, now.st_mtime_ns, now.st_ctime_ns) == (
+        then.st_size,
+        then.st_mtime_ns,
+        then.st_ctime_ns,
+    )
