@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from builder.errors import Place, Problem, SourceError
-from builder.formats import safetensors, sharded, sniff
+from builder.formats import safetensors, sniff
 from builder.formats.blob import FileBlob
 from builder.formats.checkpoint import Checkpoint
-from builder.formats.torch_files import looks_like_torch, open_torch
 
 
 def open_checkpoint(path: Path | str, *, as_name: str | None = None) -> Checkpoint:
@@ -40,6 +39,9 @@ def _open(blob: FileBlob, path: Path, name: str) -> Checkpoint:
     head = blob.read(0, min(blob.size, sniff.HEAD))
     if sniff.is_safetensors(head):
         return safetensors.from_blob(blob, name)
+    from builder.formats import sharded  # not needed for most files, so not loaded at the start
+    from builder.formats.torch_files import looks_like_torch, open_torch
+
     if looks_like_torch(head) and not sniff.is_npz(head):
         return open_torch(blob, name)
     if head.lstrip()[:1] == b"{" and (index := sharded.read_index(blob)) is not None:

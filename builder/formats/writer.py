@@ -37,13 +37,17 @@ class Layout(NamedTuple):
 
 
 class Written(NamedTuple):
-    """A file that was written: its SHA-256 and the digests of its tensors, where asked for."""
+    """A file that was written: its SHA-256 and the digests of its tensors, where asked for.
+
+    `stat` is its state before it got its name.
+    """
 
     path: Path
     size: int
     sha256: str | None
     tensors: dict[str, Digest]
     data_offset: int
+    stat: os.stat_result
 
 
 def plan_layout(
@@ -135,7 +139,7 @@ def write(
                 _by_tensor(job, spans, hasher) if whole is None else _in_order(job, spans, whole, hasher)
             )
             digest = whole.hexdigest() if whole is not None else None
-            written = Written(path, layout.size, digest, digests, data_offset)
+            written = Written(path, layout.size, digest, digests, data_offset, os.fstat(fd))
             accept(written)
     finally:
         reporter.finish(task)
@@ -300,8 +304,12 @@ class _Team:
         ]
 
     def __enter__(self) -> _Team:
-        for thread in self._threads:
-            thread.start()
+        try:
+            for thread in self._threads:
+                thread.start()
+        except BaseException as error:
+            self.__exit__(type(error))
+            raise
         return self
 
     def __iter__(self) -> Iterator[memoryview]:
