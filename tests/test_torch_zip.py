@@ -122,11 +122,10 @@ def _swapped(tensor: torch.Tensor) -> bytes:
 def test_files_of_big_endian_machines(path: Path, state: dict[str, torch.Tensor]) -> None:
     save(path, state)
     found = records(path) | {"byteorder": b"big"}
-    order = {t.untyped_storage().data_ptr(): t for t in state.values() if t.untyped_storage().nbytes()}
-    originals = {bytes(t.untyped_storage()): t for t in order.values()}
-    keys = [k for k in found if k.startswith("data/") and found[k]]
-    for key in keys:
-        found[key] = _swapped(originals[found[key]])
+    storages = {t.untyped_storage()._cdata: t for t in reversed(state.values())}
+    order = dict.fromkeys(t.untyped_storage()._cdata for t in state.values())
+    for index, key in enumerate(order):
+        found[f"data/{index}"] = _swapped(storages[key])
     zipped(path, found.items())
     with open_checkpoint(path) as checkpoint:
         same(checkpoint, state)

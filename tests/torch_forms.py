@@ -133,19 +133,19 @@ def tarred(
     roots = {number: tensor for tensor, number in tensors.values() if number not in views}
     pickle.dump(len(roots), storages, 2)
     for number, tensor in roots.items():
-        storages.write(_described((number, "cpu", _Name("torch", _storage(tensor)))))
+        storages.write(pickled((number, "cpu", _Name("torch", _storage(tensor)))))
         data = tensor.untyped_storage()
         storages.write(struct.pack("<q", data.nbytes() // tensor.element_size()) + bytes(data))
     pickle.dump([(number, *view) for number, view in views.items()], storages, 2)
     pickle.dump(len(tensors), shapes, 2)
     for key, (name, (tensor, number)) in enumerate(tensors.items(), start=1000):
-        shapes.write(_described((key, number, _Name("torch", _storage(tensor).replace("Storage", "Tensor")))))
+        shapes.write(pickled((key, number, _Name("torch", _storage(tensor).replace("Storage", "Tensor")))))
         n = tensor.dim()
         shapes.write(
             struct.pack(f"<ii{n}q{n}qq", n, 0, *tensor.shape, *tensor.stride(), tensor.storage_offset())
         )
         state[name] = _Outside(key)
-    members = {"sys_info": pickle.dumps({"little_endian": True}, 2), "pickle": _described(state)}
+    members = {"sys_info": pickle.dumps({"little_endian": True}, 2), "pickle": pickled(state)}
     members |= {"storages": storages.getvalue(), "tensors": shapes.getvalue()}
     with tarfile.open(path, "w:", format=tarfile.PAX_FORMAT) as archive:
         for name, data in members.items():
@@ -157,7 +157,7 @@ def tarred(
 
 
 def _storage(tensor: torch.Tensor) -> str:
-    return tensor.storage()._pickle_storage_type()
+    return tensor.type().removeprefix("torch.").replace("Tensor", "Storage")
 
 
 class _Name:
@@ -174,6 +174,13 @@ class _Outside:
         self.key = key
 
 
+class _Call:
+    """Pickles as a call of a global."""
+
+    def __init__(self, function: object, *args: object) -> None:
+        self.function, self.args = function, args
+
+
 class _Pickler(pickle._Pickler):
     def persistent_id(self, value: object) -> object:
         return value.key if isinstance(value, _Outside) else None
@@ -181,22 +188,34 @@ class _Pickler(pickle._Pickler):
     def save(self, value: object, save_persistent_id: bool = True) -> None:
         if isinstance(value, _Name):
             self.write(f"c{value.module}\n{value.name}\n".encode())
+        elif isinstance(value, _Call):
+            self.save(value.function)
+            self.save(value.args)
+            self.write(b"R")
         else:
             super().save(value, save_persistent_id)
 
 
-def _described(value: object) -> bytes:
-    out = io.BytesIO()
-    _Pickler(out, 2).dump(value)
-    return out.getvalue()
-
-
 def pickled(value: object, protocol: int = 2) -> bytes:
-    """A pickle; names and persistent ids may be made up with `name` and `outside`."""
+    """A pickle; names, calls and persistent ids may be made up with `name`, `call` and `outside`."""
     out = io.BytesIO()
     _Pickler(out, protocol).dump(value)
     return out.getvalue()
 
 
 name = _Name
+call = _Call
 outside = _Outside
+
+
+def tensor(
+    key: object, shape: tuple[int, ...], *, offset: object = 0, strides: tuple[int, ...] | None = None
+) -> object:
+    """A tensor as a pickle spells it, whose storage is outside."""
+    steps = torch.empty(shape, device="meta").stride() if strides is None else strides
+    return _Call(_Name("torch._utils", "_rebuild_tensor_v2"), outside(key), offset, shape, steps, False, None)
+
+
+def storage(key: object, numel: int, kind: str = "FloatStorage") -> tuple[object, ...]:
+    """A storage's persistent id."""
+    return ("storage", _Name("torch", kind), key, "cpu", numel)

@@ -7,7 +7,7 @@ from typing import Protocol
 from builder.errors import Place, Problem, SourceError
 from builder.formats.blob import Blob
 from builder.formats.checkpoint import Checkpoint
-from builder.formats.torch_tree import gather
+from builder.formats.torch_tree import Found, gather
 from builder.formats.torch_values import Storage
 from builder.formats.views import tensor_at
 from builder.tensors import LazyTensor
@@ -38,27 +38,17 @@ def assemble(
 ) -> Checkpoint:
     """The checkpoint whose pickle holds `value` and refers to `names`; raises SourceError."""
     found = gather(value, name)
+    _limit(found, name)
     tensors: dict[str, LazyTensor] = {}
-    stored: dict[object, int] = {}
     for key, ref in found.tensors.items():
         place, start = locate(ref.storage, key)
-        stored[ref.storage.key] = max(ref.storage.nbytes, stored.get(ref.storage.key, 0))
-        elements = ref.elements
-        if elements.dtype is None:
-            found.others[key] = f"{elements.name} tensor {list(ref.shape)}, of a type that is not supported"
+        dtype = ref.elements.dtype
+        if dtype is None:
+            kind = f"{ref.elements.name} tensor {list(ref.shape)}"
+            found.others[key] = f"{kind}, of a type that is not supported"
             continue
-        offset = start + ref.offset * elements.itemsize
-        tensors[key] = tensor_at(place, offset, elements.dtype, ref.shape, ref.strides, big_endian=big_endian)
-    total, most = sum(t.nbytes for t in tensors.values()), sum(stored.values())
-    if total > max(_MAX_SMALL, _MAX_REPEATS * most):
-        raise SourceError(
-            Problem(
-                "the file's tensors repeat its data beyond reason",
-                Place(name),
-                (f"{total:,} bytes of tensors from {most:,} bytes of data",),
-                "the file was made to mislead; get the model elsewhere",
-            )
-        )
+        offset = start + ref.offset * dtype.itemsize
+        tensors[key] = tensor_at(place, offset, dtype, ref.shape, ref.strides, big_endian=big_endian)
     return Checkpoint(
         name,
         container,
@@ -69,3 +59,17 @@ def assemble(
         nesting=found.nesting,
         blobs=(blob,),
     )
+
+
+def _limit(found: Found, file: str) -> None:
+    storages = {r.storage.key: r.storage.nbytes for r in found.tensors.values()}
+    total, stored = sum(r.nbytes for r in found.tensors.values()), sum(storages.values())
+    if total > max(_MAX_SMALL, _MAX_REPEATS * stored):
+        raise SourceError(
+            Problem(
+                "the file's tensors repeat its data beyond reason",
+                Place(file),
+                (f"{total:,} bytes of tensors from {stored:,} bytes of data",),
+                "the file was made to mislead; get the model elsewhere",
+            )
+        )

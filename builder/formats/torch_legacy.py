@@ -23,11 +23,11 @@ _COUNT = 8  # bytes before each storage that say how many elements it has
 
 @dataclass(slots=True)
 class _Stream:
-    """Pickles and numbers one after the other; `at` is where the next one begins."""
+    """Pickles and numbers one after the other, in a file or a member of it; `at` is where the next begins."""
 
     blob: Blob
     file: str
-    part: str
+    member: str = ""
     at: int = 0
 
     def pickle(self, part: str = "", persistent: Callable[[object], object] | None = None) -> Unpickled:
@@ -35,7 +35,7 @@ class _Stream:
             self.blob,
             self.at,
             file=self.file,
-            part=part or self.part,
+            part=part or self.member,
             builders=BUILDERS,
             persistent=persistent,
         )
@@ -70,7 +70,8 @@ class _Stream:
         return start
 
     def refused(self, fact: str, *evidence: str) -> SourceError:
-        return _refused(self.file, f"the {self.part} is damaged: {fact}", *evidence)
+        what = f"the member `{self.member}`" if self.member else "the file"
+        return _refused(self.file, f"{what} is damaged: {fact}", *evidence)
 
 
 def _refused(file: str, fact: str, *evidence: str) -> SourceError:
@@ -80,7 +81,7 @@ def _refused(file: str, fact: str, *evidence: str) -> SourceError:
 
 def open_legacy(blob: Blob, name: str) -> Checkpoint:
     """The checkpoint in the stream that `torch.save` wrote before 1.6; raises SourceError."""
-    stream = _Stream(blob, name, "file")
+    stream = _Stream(blob, name)
     magic = stream.pickle("magic number")
     if magic.value != MAGIC or type(magic.value) is not int:
         raise SourceError(
@@ -159,7 +160,7 @@ def open_tar(blob: Blob, name: str) -> Checkpoint:
                 "if a checkpoint is packed in it, unpack it first",
             )
         )
-    streams = {m: _Stream(Part(blob, *members[m]), name, f"member `{m}`") for m in members}
+    streams = {m: _Stream(Part(blob, *members[m]), name, m) for m in members}
     names: set[str] = set()
     values: dict[int, object] = {}
     starts: dict[object, int] = {}

@@ -22,6 +22,7 @@ _FIRST_WORDS = ("model.diffusion_model.", "first_stage_model.", "cond_stage_mode
 _MODULE_PARTS = frozenset({"_modules", "_parameters", "_buffers"})
 
 MAX_NAMES = 64 << 20  # characters of all names together
+MAX_OTHERS = 10_000  # entries that are described; the rest is counted
 
 
 @dataclass(slots=True)
@@ -46,47 +47,48 @@ def gather(root: object, file: str) -> Found:
     return _Walk(file).run(root)
 
 
-class _Part:
-    """Something that a container holds: under a key, or as if it were the container itself."""
-
-    __slots__ = ("attributes", "key", "keyed", "value")
-
-    def __init__(self, key: object, value: object, keyed: bool = True, attributes: bool = False) -> None:
-        self.key = key
-        self.value = value
-        self.keyed = keyed
-        self.attributes = attributes  # of an object, so that a module's parts are known
+_CONTAINERS = frozenset({Dict, list, tuple, Object})
+_TENSORS = frozenset({TensorRef, Storage})
 
 
-def _parts(value: object, attributes: bool) -> Iterator[_Part]:
+def _values(value: object) -> Iterator[object]:
+    """What a container holds, or a tensor's attributes do."""
+    if type(value) is Dict:
+        yield from value[1::2]
+    elif type(value) is list or type(value) is tuple:
+        yield from value
+    elif type(value) is Object:
+        yield from value.args
+        yield from value.items or ()
+        yield from (value.pairs or [])[1::2]
+    if isinstance(value, (Dict, Object, TensorRef)) and value.state is not None:
+        yield value.state
+
+
+class _Same:
+    """Stands where a part has no key, since it is to be named as what holds it."""
+
+
+def _keyed(value: object, attributes: bool) -> Iterator[tuple[object, object]]:
+    """The same parts as `_values`, each after its key; `attributes` are those of an object."""
     if type(value) is Dict:
         for key, part in value.pairs():
-            yield _Part(key, part, not (attributes and type(key) is str and key in _MODULE_PARTS))
+            yield _Same if attributes and type(key) is str and key in _MODULE_PARTS else key, part
     elif type(value) is list or type(value) is tuple:
         # Attributes and slots come as a pair, as does what was set twice.
         pair = attributes and len(value) == 2 and all(v is None or type(v) in (Dict, tuple) for v in value)
-        for index, part in enumerate(value):
-            yield _Part(index, part, not pair, pair)
+        yield from ((_Same if pair else i, v) for i, v in enumerate(value))
     elif type(value) is Object:
-        for index, part in enumerate(value.args):
-            yield _Part(f"args.{index}", part)
-        for index, part in enumerate(value.items or ()):
-            yield _Part(index, part)
+        yield from ((f"args.{i}", v) for i, v in enumerate(value.args))
+        yield from enumerate(value.items or ())
         pairs = value.pairs or []
-        for key, part in zip(pairs[::2], pairs[1::2], strict=True):
-            yield _Part(key, part)
+        yield from zip(pairs[::2], pairs[1::2], strict=True)
     if isinstance(value, (Dict, Object, TensorRef)) and value.state is not None:
-        yield _Part(None, value.state, False, True)
+        yield _Same, value.state
 
 
 def _is_container(value: object) -> bool:
-    if isinstance(value, TensorRef):
-        return value.state is not None
-    return type(value) in (Dict, list, tuple, Object)
-
-
-def _is_tensor(value: object) -> bool:
-    return isinstance(value, (TensorRef, Storage))
+    return type(value) in _CONTAINERS or (type(value) is TensorRef and value.state is not None)
 
 
 class _Walk:
@@ -96,6 +98,7 @@ class _Walk:
         self.file = file
         self.found = Found()
         self.budget = MAX_NAMES
+        self.untold = 0
         self.containers: list[object] = []  # in the order of their first visit
         self.parents: list[int] = []
         self.holds: list[bool] = []
@@ -107,24 +110,23 @@ class _Walk:
         prefix = _wrapping(main)
         self.found.nesting = ".".join([*path, *prefix.split(".")[:-1]])
         self.emit(root, main, len(prefix))
+        if self.untold:
+            self.found.others["(more)"] = f"{self.untold:,} entries"
         return self.found
 
     def survey(self, root: object) -> None:
         """Visit every container once, and learn which of them hold tensors."""
-        todo = [(_Part(None, root), -1)]
+        todo = [(root, -1)]
         while todo:
-            part, parent = todo.pop()
-            value = part.value
-            if _is_tensor(value) and parent >= 0:
-                self.holds[parent] = True
+            value, parent = todo.pop()
             if not _is_container(value) or id(value) in self.index:
                 continue
             here = self.index[id(value)] = len(self.containers)
             self.containers.append(value)
             self.parents.append(parent)
-            self.holds.append(False)
-            inside = _parts(value, part.attributes)
-            todo += [(p, here) for p in inside if _is_tensor(p.value) or _is_container(p.value)][::-1]
+            inside = [v for v in _values(value) if type(v) in _CONTAINERS or type(v) in _TENSORS]
+            self.holds.append(any(type(v) in _TENSORS for v in inside))
+            todo += [(v, here) for v in reversed(inside)]
         for here in range(len(self.containers) - 1, 0, -1):
             if self.holds[here]:
                 self.holds[self.parents[here]] = True
@@ -132,42 +134,47 @@ class _Walk:
     def emit(self, root: object, main: Dict | None, strip: int) -> None:
         """Name every tensor, and describe the outermost parts that hold none."""
         entered: set[int] = set()
-        todo = [("" if _is_container(root) else "value", _Part(None, root), -1, False)]
+        todo: list[tuple[str, object, int, bool, bool]] = [("", root, -1, False, False)]
         while todo:
-            name, part, parent, quiet = todo.pop()
-            value = part.value
+            name, value, parent, attributes, quiet = todo.pop()
             if isinstance(value, (TensorRef, Storage)):
-                self.tensor(name, value)
+                self.tensor(name if parent >= 0 else "value", value)
+                if not _is_container(value):
+                    continue
                 quiet = True
-            if not _is_container(value):
-                if not quiet:
-                    self.other(name, _describe(value))
+            elif not _is_container(value):
+                self.other(name or "value", value)
                 continue
             here = self.index[id(value)]
             if here in entered or self.parents[here] != parent:
                 if not quiet:
-                    self.other(name, "a part of the file that is met elsewhere too")
+                    self.other(name, value, "a part of the file that is met elsewhere too")
                 continue
             entered.add(here)
             if not quiet and type(value) is Object:
-                self.other(name or "(the whole file)", _describe(value))
-            elif not quiet and not self.holds[here] and parent >= 0:
-                self.other(name, _describe(value))
-            if not self.holds[here] and parent >= 0:
-                continue
+                self.other(name or "(the whole file)", value)
             # An object is described as a whole; of its inside only tensors matter.
-            hush = type(value) is Object or isinstance(value, TensorRef)
+            hush = quiet or type(value) is Object
             inside = []
-            for p in _parts(value, part.attributes):
-                if not p.keyed:
-                    word = name
-                elif value is main and isinstance(p.value, TensorRef):
-                    word = _word(p.key)[strip:]
-                else:
-                    word = f"{name}.{_word(p.key)}" if name else _word(p.key)
-                self.spend(word)
-                inside.append((word, p, here, hush or not p.keyed or (quiet and part.attributes)))
+            for key, part in _keyed(value, attributes):
+                same = key is _Same
+                if type(part) in _TENSORS or (_is_container(part) and self.worth(part, here)):
+                    if same:
+                        word = name
+                    elif value is main and isinstance(part, TensorRef):
+                        word = _word(key)[strip:]
+                    else:
+                        word = f"{name}.{_word(key)}" if name else _word(key)
+                    self.spend(word)
+                    inside.append((word, part, here, same and hush, hush or same))
+                elif not hush and not same:
+                    self.other(f"{name}.{_word(key)}" if name else _word(key), part)
             todo += reversed(inside)
+
+    def worth(self, part: object, parent: int) -> bool:
+        """Whether a container is to be entered, or was already."""
+        here = self.index[id(part)]
+        return self.holds[here] or self.parents[here] != parent
 
     def spend(self, name: str) -> None:
         self.budget -= len(name)
@@ -191,9 +198,13 @@ class _Walk:
             )
         self.found.tensors[name] = value if isinstance(value, TensorRef) else TensorRef.whole(value)
 
-    def other(self, name: str, text: str) -> None:
-        known = self.found.others.get(name)
-        self.found.others[name] = text if known is None else f"{known}; {text}"
+    def other(self, name: str, value: object, text: str | None = None) -> None:
+        others = self.found.others
+        if len(others) >= MAX_OTHERS or name in others:
+            self.untold += 1
+            return
+        self.spend(name)
+        others[name] = text or _describe(value)
 
 
 def _state_dict(root: object) -> tuple[tuple[str, ...], Dict | None]:

@@ -71,7 +71,7 @@ def read_records(blob: Blob, file: str) -> dict[str, Record]:
             raise _Refused(
                 "it begins with bytes that belong to no record", "its first record is not at byte 0"
             )
-        ends = [*(e.header for e in entries[1:]), start]
+        ends = [*(e.header for e in entries), start][1:]
         return {n: _record(blob, e, n, end) for n, e, end in zip(names, entries, ends, strict=True)}
     except _Refused as error:
         fact, *evidence = error.args
