@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from builder.catalog import Catalog, load_catalog
 from builder.errors import LockError, Problem
-from builder.fetch.client import Session
 from builder.lock import Lock, lock_path, read_lock
 from builder.plan import Plan, make_plan
 from builder.progress import Reporter
 from builder.recipe import Recipe, load_recipe
 from builder.store import Store
+
+if TYPE_CHECKING:
+    from builder.fetch.client import Session
 
 recipe_argument = click.argument("recipe", type=click.Path(path_type=Path), metavar="RECIPE")
 quiet_option = click.option("--quiet", "-q", is_flag=True, help="No progress, no notes.")
@@ -34,7 +37,7 @@ class Work:
     lock: Lock | None
     lock_path: Path
     reporter: Reporter
-    network: Session
+    network: Callable[[], Session]
 
     def plan(self, **options: Any) -> Plan:
         """The plan of the recipe; `options` go to `make_plan`."""
@@ -61,11 +64,33 @@ def open_session(path: Path, reporter: Reporter, *, offline: bool = False) -> It
         reporter.note(note.fact)
     where = lock_path(path)
     with Store(reporter=reporter) as store:
-        network = Session(offline=offline, reporter=reporter)
+        network = _Network(offline, reporter)
         try:
             yield Work(recipe, catalog, store, read_lock(where), where, reporter, network)
         finally:
             network.close()
+
+
+class _Network:
+    """The network, opened when it is first used: most commands need not even load what speaks to it."""
+
+    def __init__(self, offline: bool, reporter: Reporter) -> None:
+        self._offline = offline
+        self._reporter = reporter
+        self._session: Session | None = None
+        self._lock = threading.Lock()
+
+    def __call__(self) -> Session:
+        with self._lock:
+            if self._session is None:
+                from builder.fetch.client import Session
+
+                self._session = Session(offline=self._offline, reporter=self._reporter)
+            return self._session
+
+    def close(self) -> None:
+        if self._session is not None:
+            self._session.close()
 
 
 def need_lock(work: Work) -> Lock:

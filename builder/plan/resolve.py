@@ -53,7 +53,7 @@ def make_plan(
     lock: Lock | None = None,
     operations: Mapping[str, Operation] = OPERATIONS,
     place: Callable[[Output], Path] | None = None,
-    network: Session | None = None,
+    network: Callable[[], Session] | None = None,
     download: bool = False,
     reporter: Reporter = SILENT,
 ) -> Plan:
@@ -94,7 +94,7 @@ class _Surroundings:
     store: Store
     folders: Sequence[Path]
     operations: Mapping[str, Operation]
-    network: Session | None
+    network: Callable[[], Session] | None
     download: bool
     reporter: Reporter
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -62,7 +62,7 @@ class Sources:
         model_folders: Sequence[Path],
         reporter: Reporter,
         lock: Lock | None,
-        network: Session | None,
+        network: Callable[[], Session] | None,
         download: bool,
     ) -> None:
         self.recipe = recipe
@@ -128,7 +128,7 @@ class Sources:
             sha256=self.pin(name),
             size=spec.size,
             store=self.store,
-            session=self._network,
+            session=self._network(),
             reporter=self._reporter,
             base=self.recipe.path.parent if self.recipe.path else None,
             name=name,
@@ -172,7 +172,7 @@ class Sources:
         refused: CkptError = self.missing(name)
         for address in self.addresses(name):
             try:
-                return open_remote(address, session=self._network)
+                return open_remote(address, session=self._network())
             except CkptError as error:
                 refused = error
         if self._download:

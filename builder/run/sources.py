@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -40,7 +41,7 @@ def see(node: Node, catalog: Catalog, store: Store, reporter: Reporter) -> None:
 
 
 def resolve_sources(
-    plan: Plan, *, catalog: Catalog, store: Store, network: Session, reporter: Reporter = SILENT
+    plan: Plan, *, catalog: Catalog, store: Store, network: Callable[[], Session], reporter: Reporter = SILENT
 ) -> Lock:
     """The lock of a plan's sources, none of its components or outputs; raises as `see`.
 
@@ -60,13 +61,13 @@ def resolve_sources(
     return Lock(plan.recipe.digest, {**locked_sources(plan), **resolved})
 
 
-def _stated(sources: Sources, name: str, network: Session) -> Pin | None:
+def _stated(sources: Sources, name: str, network: Callable[[], Session]) -> Pin | None:
     """What the first host that states a digest says of a source; raises SourceError against the pin."""
     from builder.fetch.acquire import resolve
 
     pinned = sources.pin(name)
     for address in sources.addresses(name):
-        pin = resolve(address, session=network)
+        pin = resolve(address, session=network())
         if pin.sha256 is None:
             continue
         if pinned is not None and pin.sha256 != pinned:
