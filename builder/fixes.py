@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from builder.layouts.tensors import Reshaped
 from builder.tensors import DType, LazyTensor, MemoryTensor
 
 Tensors = Mapping[str, LazyTensor]
@@ -86,21 +87,6 @@ def _vae_attention_shape(tensors: Tensors) -> Fixed:
         return Fixed(tensors, ())
     words = [f"{renamed} renamed"] * bool(renamed) + [f"{reshaped} reshaped to [n, n, 1, 1]"] * bool(reshaped)
     return Fixed(made, tuple(words))
-
-
-class Reshaped(LazyTensor):
-    """The same elements in another shape."""
-
-    __slots__ = ("source",)
-
-    def __init__(self, source: LazyTensor, shape: tuple[int, ...]) -> None:
-        super().__init__(source.dtype, shape)
-        assert self.numel == source.numel
-        self.source = source
-
-    def read_into(self, start: int, out: memoryview) -> None:
-        """Read from the source: the order of elements is the same."""
-        self.source.read_into(start, out)
 
 
 def _nothing(tensors: Tensors) -> Fixed:

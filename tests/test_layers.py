@@ -9,8 +9,8 @@ ROOT = Path(__file__).parent.parent / "builder"
 
 # From the ground up; a module may import from its left and from every line above.
 LAYERS: list[list[str]] = [
-    ["errors", "toml", "tensors", "progress", "digests", "numeric"],
-    ["formats", "fetch", "hashes", "store", "sources"],
+    ["errors", "toml", "braces", "tensors", "progress", "digests", "numeric"],
+    ["layouts", "formats", "fetch", "hashes", "store", "sources"],
     ["catalog", "identify", "scan", "metric"],
     ["fixes", "merges", "lora", "operations", "samples"],
     ["profiles", "recipe", "lock", "plan"],

@@ -9,7 +9,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, NoReturn
 
-from builder.catalog.braces import BraceError, expand
+from builder.braces import BraceError, expand
 from builder.catalog.model import (
     NAMINGS,
     RANK,

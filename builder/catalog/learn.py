@@ -8,7 +8,7 @@ from itertools import groupby, pairwise
 from math import prod
 from typing import Any, NamedTuple
 
-from builder.catalog.braces import escape
+from builder.braces import escape
 from builder.catalog.files import parse_table
 from builder.catalog.model import RANK, TensorRule
 from builder.errors import CatalogError, Problem

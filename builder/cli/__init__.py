@@ -18,6 +18,7 @@ COMMANDS: dict[str, str] = {
     "plan": "Say what a build would do, and why.",
     "components": "The catalog: list its components, show one, learn a new one.",
     "demo": "Build a miniature model step by step, and show how.",
+    "convert": "Write a checkpoint in another container, precision or layout.",
     "inspect": "Say what is in a checkpoint, without running or loading it.",
     "schema": "Print the JSON Schema of recipes, for editors.",
     "store": "The cache of made components: list it, make room, check it.",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import time
 from dataclasses import asdict
 from datetime import datetime, timezone
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from builder.cli.sizes import parse_size
 from builder.cli.terminal import make_reporter
 from builder.errors import ExitCode, Problem, printable, render
 from builder.progress import human_bytes
@@ -19,18 +19,6 @@ from builder.store import Store
 
 if TYPE_CHECKING:
     from builder.store.upkeep import Item
-
-UNITS = {"": 1} | {f"{p}{b}": 1000**i for i, p in enumerate("KMGT", 1) for b in ("", "B")}
-UNITS |= {f"{p}IB": 1024**i for i, p in enumerate("KMGT", 1)} | {"B": 1}
-
-
-def _size(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
-    if value is None:
-        return None
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", value.strip())
-    if match is None or match[2].upper() not in UNITS:
-        raise click.BadParameter(f"`{value}` is no size; write it as `10GB`, `500MB` or `0`", ctx, param)
-    return int(float(match[1]) * UNITS[match[2].upper()])
 
 
 @click.group("store")
@@ -74,7 +62,7 @@ def list_(as_json: bool) -> None:
 @click.option(
     "--max-size",
     metavar="SIZE",
-    callback=_size,
+    callback=parse_size,
     help="Remove the least recently used until no more than this is kept.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")

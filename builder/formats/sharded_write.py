@@ -1,0 +1,87 @@
+"""Sharded sets, written: safetensors files of a bounded size, and the index that loaders look for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from builder.formats.atomic import write_text
+from builder.formats.writer import write
+from builder.progress import SILENT, Reporter
+from builder.tensors import LazyTensor
+
+SHARD_SIZE = 5_000_000_000  # bytes of tensors; what the Hugging Face libraries take by default
+SUFFIX = ".safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A file of a set, and the names of its tensors."""
+
+    file: str
+    names: tuple[str, ...]
+
+
+def plan_shards(
+    tensors: Mapping[str, LazyTensor], stem: str, shard_size: int = SHARD_SIZE
+) -> tuple[Shard, ...]:
+    """Which tensors go together: in the order of their names, as many as `shard_size` bytes hold.
+
+    A tensor larger than that has a shard of its own. There is always one shard at least.
+    """
+    groups: list[list[str]] = [[]]
+    room = shard_size
+    for name in sorted(tensors):
+        size = tensors[name].nbytes
+        if size > room and groups[-1]:
+            groups.append([])
+            room = shard_size
+        groups[-1].append(name)
+        room -= size
+    return tuple(
+        Shard(f"{stem}-{number:05}-of-{len(groups):05}.safetensors", tuple(names))
+        for number, names in enumerate(groups, 1)
+    )
+
+
+def write_shards(
+    folder: Path,
+    stem: str,
+    tensors: Mapping[str, LazyTensor],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    shard_size: int = SHARD_SIZE,
+    threads: int = 2,
+    durable: bool = True,
+    inputs: Iterable[Path | str] = (),
+    reporter: Reporter = SILENT,
+) -> Path:
+    """Write a sharded set into `folder`; the path of its index, which is written last.
+
+    Every shard carries the metadata. Make the folder with `builder.formats.folders`, so that no part of
+    a set is ever seen. Raises OutputError, and what the tensors' `read_into` raises.
+    """
+    inputs = tuple(inputs)
+    weight_map: dict[str, str] = {}
+    for shard in plan_shards(tensors, stem, shard_size):
+        write(
+            folder / shard.file,
+            {name: tensors[name] for name in shard.names},
+            metadata,
+            file_digest=False,
+            threads=threads,
+            durable=durable,
+            inputs=inputs,
+            reporter=reporter,
+            task=f"writing {shard.file}",
+        )
+        weight_map |= dict.fromkeys(shard.names, shard.file)
+    index = {
+        "metadata": {"total_size": sum(t.nbytes for t in tensors.values())},
+        "weight_map": dict(sorted(weight_map.items())),
+    }
+    path = folder / f"{stem}{SUFFIX}"
+    write_text(path, json.dumps(index, indent=2, ensure_ascii=False) + "\n", durable=durable)
+    return path

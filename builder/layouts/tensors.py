@@ -1,0 +1,94 @@
+"""Tensors made of others by moving elements alone: parts, joins, transposes and other shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from builder.tensors import WINDOW, LazyTensor
+
+
+class Reshaped(LazyTensor):
+    """The same elements in another shape."""
+
+    __slots__ = ("source",)
+
+    def __init__(self, source: LazyTensor, shape: tuple[int, ...]) -> None:
+        super().__init__(source.dtype, shape)
+        assert self.numel == source.numel
+        self.source = source
+
+    def read_into(self, start: int, out: memoryview) -> None:
+        """Read from the source: the order of elements is the same."""
+        self.source.read_into(start, out)
+
+
+class Rows(LazyTensor):
+    """`count` of a tensor's rows, from row `first` on."""
+
+    __slots__ = ("offset", "source")
+
+    def __init__(self, source: LazyTensor, first: int, count: int) -> None:
+        super().__init__(source.dtype, (count, *source.shape[1:]))
+        assert first >= 0 and first + count <= source.shape[0]
+        self.source = source
+        self.offset = first * (self.nbytes // count if count else 0)
+
+    def read_into(self, start: int, out: memoryview) -> None:
+        """Read the range from the source."""
+        self.source.read_into(self.offset + start, out)
+
+
+class Joined(LazyTensor):
+    """The rows of several tensors of one dtype, one tensor after the other."""
+
+    __slots__ = ("sources",)
+
+    def __init__(self, sources: Sequence[LazyTensor]) -> None:
+        first = sources[0]
+        super().__init__(first.dtype, (sum(s.shape[0] for s in sources), *first.shape[1:]))
+        assert all(s.dtype is first.dtype and s.shape[1:] == first.shape[1:] for s in sources)
+        self.sources = tuple(sources)
+
+    def read_into(self, start: int, out: memoryview) -> None:
+        """Read from each source that the range touches."""
+        for source in self.sources:
+            if not len(out):
+                return
+            if start < source.nbytes:
+                count = min(len(out), source.nbytes - start)
+                source.read_into(start, out[:count])
+                start, out = 0, out[count:]
+            else:
+                start -= source.nbytes
+
+
+class Transposed(LazyTensor):
+    """A matrix whose rows are the source's columns; numpy is imported when it is read."""
+
+    __slots__ = ("source",)
+
+    def __init__(self, source: LazyTensor) -> None:
+        height, width = source.shape
+        super().__init__(source.dtype, (width, height))
+        self.source = source
+
+    def read_into(self, start: int, out: memoryview) -> None:
+        """Gather the columns from the source, a band of its rows at a time.
+
+        The source is read whole for every call, so ask for much at a time.
+        """
+        import numpy as np
+
+        size = self.dtype.itemsize
+        columns, rows = self.shape
+        first, last = start // size // rows, -(-(start + len(out)) // size // rows)
+        wanted = np.empty((last - first, rows), dtype=f"V{size}")
+        step = max(1, WINDOW // (columns * size))
+        buffer = memoryview(bytearray(min(step, rows) * columns * size))
+        for row in range(0, rows, step):
+            band = buffer[: min(step, rows - row) * columns * size]
+            self.source.read_into(row * columns * size, band)
+            values = np.frombuffer(band, dtype=f"V{size}").reshape(-1, columns)
+            wanted[:, row : row + len(values)] = values[:, first:last].T
+        skip = start - first * rows * size
+        out[:] = wanted.tobytes()[skip : skip + len(out)]
