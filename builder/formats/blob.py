@@ -34,6 +34,8 @@ class FileBlob:
         self.name = os.fspath(path)
         try:
             self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        except ValueError:
+            raise SourceError(Problem(f"cannot open `{self.name}`", evidence=("no path holds NUL",))) from None
         except OSError as error:
             raise SourceError(
                 Problem(f"cannot open `{self.name}`", evidence=(str(error.strerror),))
