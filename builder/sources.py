@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from builder.errors import FetchError, Place, Problem, SourceError
+from builder.fetch.cache import hugging_face_cache
 from builder.formats import open_checkpoint, sniff
 from builder.formats.blob import FileBlob
 from builder.progress import SILENT, Reporter
@@ -64,16 +65,6 @@ def model_folders() -> tuple[Path, ...]:
     """The folders that `CKPT_MODELS` lists, separated as in PATH."""
     listed = os.environ.get("CKPT_MODELS", "").split(os.pathsep)
     return tuple(Path(f).expanduser() for f in listed if f)
-
-
-def hugging_face_cache() -> Path:
-    """Where tools of Hugging Face keep what they download: `HF_HUB_CACHE`, else `HF_HOME`, else by habit."""
-    given = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
-    if given:
-        return Path(given).expanduser()
-    home = os.environ.get("HF_HOME")
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(home or f"{base}/huggingface").expanduser() / "hub"
 
 
 def find_source(
@@ -207,7 +198,7 @@ class _Search:
         )
 
 
-def _files_of(path: Path) -> list[Path]:
+def files_of(path: Path) -> list[Path]:
     """The files that a source's tensors lie in: its own, or the shards of a set."""
     if not path.is_dir():
         with closing(FileBlob(path)) as blob:
@@ -230,13 +221,13 @@ def _digest(path: Path, digests: Mapping[Path, str]) -> str:
 
 
 def _hash(path: Path, store: Store, reporter: Reporter) -> str:
-    return _digest(path, {file: store.sha256(file, reporter) for file in _files_of(path)})
+    return _digest(path, {file: store.sha256(file, reporter) for file in files_of(path)})
 
 
 def _known(path: Path, store: Store) -> tuple[str | None, int]:
     """A source's digest, if it is remembered, and its size in bytes; raises SourceError."""
     try:
-        stats = {file: file.stat() for file in _files_of(path)}
+        stats = {file: file.stat() for file in files_of(path)}
     except OSError as error:
         raise SourceError(Problem(f"cannot read `{path}`", evidence=(str(error.strerror),))) from None
     found = {file: store.remembered_sha256(stat) for file, stat in stats.items()}

@@ -14,8 +14,9 @@ import pytest
 
 from builder.errors import CkptError, FetchError, SourceError, render
 from builder.fetch.acquire import fetch, lookup_by_hash, resolve
+from builder.fetch.cache import hugging_face_cache
 from builder.fetch.client import Limits, Session
-from builder.fetch.hosts import Pin, hugging_face_cache
+from builder.fetch.hosts import Pin
 from builder.store import Store
 from tests.servers import COMMIT, File, Server, civitai, hugging_face, in_turn, redirects, says
 
@@ -137,7 +138,7 @@ def test_offline_mode_of_the_hub_is_honoured(place: Place) -> None:
     ],
 )
 def test_the_cache_is_where_the_hub_s_tools_have_it(environ: dict[str, str], folder: str) -> None:
-    assert hugging_face_cache(Session(environ)) == Path(folder)
+    assert hugging_face_cache(environ) == Path(folder)
 
 
 def test_links_out_of_the_cache_are_not_followed(place: Place) -> None:

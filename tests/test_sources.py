@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 
 from builder.errors import ExitCode, FetchError, Problem, SourceError, render
+from builder.fetch.cache import hugging_face_cache
 from builder.formats.writer import write
 from builder.progress import Reporter
 from builder.sources import (
     Found,
     find_source,
-    hugging_face_cache,
     model_folders,
     verify_source,
 )

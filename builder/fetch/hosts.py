@@ -10,6 +10,7 @@ from typing import Any
 from urllib.parse import quote
 
 from builder.fetch.addresses import Address, Civitai, HuggingFace, LocalFile, Web
+from builder.fetch.cache import hugging_face_cache
 from builder.fetch.client import REDIRECTS, Response, Session
 from builder.fetch.failure import Failure
 
@@ -200,21 +201,12 @@ def _ask(session: Session, url: str, *, absent: bool = False) -> dict[str, Any] 
     return session.retrying(ask)
 
 
-def hugging_face_cache(session: Session) -> Path:
-    """The folder that Hugging Face's own tools keep downloads in, by the variables that they read."""
-    env = session.environ
-    if place := env.get("HF_HUB_CACHE") or env.get("HUGGINGFACE_HUB_CACHE"):
-        return Path(place).expanduser()
-    home = env.get("HF_HOME") or Path(env.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"
-    return Path(home).expanduser() / "hub"
-
-
 def cached(session: Session, address: Address | None, sha256: str | None) -> Path | None:
     """A file that Hugging Face's own tools have downloaded already, not verified; None when there is none.
 
     By digest in any repository, as blobs are named by it; by commit and path in the address's own.
     """
-    root = hugging_face_cache(session)
+    root = hugging_face_cache(session.environ)
     if sha256 is not None:
         for blob in sorted(root.glob(f"models--*/blobs/{sha256}")):
             if blob.is_file():
