@@ -172,7 +172,7 @@ def test_a_real_program(tmp_path: Path) -> None:
 
 def test_files_cut_anywhere(path: Path) -> None:
     data = path.read_bytes()
-    for size in range(1, len(data)):
+    for size in range(1, len(data), 3):
         path.write_bytes(data[:size])
         assert refused(path).fact
 
@@ -276,33 +276,40 @@ def test_much_of_the_same_is_no_bomb(path: Path) -> None:
         assert sum(p.nbytes for p in checkpoint["a"].windows()) == 16 << 20
 
 
-def test_damaged_packed_records(path: Path) -> None:
-    raw = torch.randn(1000)
-    value = {"a": tensor(storage("0", 1000), (1000,))}
+def deflated(data: bytes, level: int = 0, end: int = zlib.Z_FINISH) -> bytes:
+    engine = zlib.compressobj(level, zlib.DEFLATED, -15)
+    return engine.compress(data) + engine.flush(end)
 
-    def fact(change: Callable[[bytearray, int, int], object]) -> str:
-        holding(path, value, content(raw), deflate=True)
-        with zipfile.ZipFile(path) as archive:
-            info = archive.getinfo("archive/data/0")
-        start = info.header_offset + 30 + len(info.filename)
-        data = bytearray(path.read_bytes())
-        change(data, start, info.compress_size)
-        path.write_bytes(data)
-        return refused(path).fact
 
-    def other(data: bytearray, start: int, size: int) -> None:
-        engine = zlib.compressobj(0, zlib.DEFLATED, -15)
-        short = engine.compress(bytes(100)) + engine.flush()
-        data[start : start + len(short)] = short
+GOOD = content(W)
 
-    damaged = "the record `archive/data/0` is damaged: "
-    assert fact(lambda d, at, n: d.__setitem__(at, 0xFF)) == damaged + "it is not deflated"
-    assert fact(other) == damaged + "it ends too early"
-    assert fact(lambda d, at, n: d.__setitem__(at + n // 2, d[at + n // 2] ^ 1)).startswith(damaged)
-    holding(path, value, content(raw), deflate=True)
+
+@pytest.mark.parametrize(
+    ("stream", "crc", "fact"),
+    [
+        (deflated(GOOD), zlib.crc32(GOOD), None),
+        (deflated(GOOD), zlib.crc32(GOOD) ^ 1, "its checksum is wrong"),
+        (deflated(GOOD), 0, "its checksum is wrong"),
+        (deflated(GOOD[:23]), zlib.crc32(GOOD), "it ends too early"),
+        (deflated(GOOD + b"x"), zlib.crc32(GOOD), "it unpacks to more than its 24 bytes"),
+        (deflated(GOOD) + b"x", zlib.crc32(GOOD), "bytes follow its end"),
+        (deflated(GOOD) + bytes(100_000), zlib.crc32(GOOD), "bytes follow its end"),
+        (deflated(GOOD, end=zlib.Z_FULL_FLUSH), zlib.crc32(GOOD), "it has no end"),
+        (deflated(GOOD, end=zlib.Z_FULL_FLUSH) + b"\xff" * 9, zlib.crc32(GOOD), "it is not deflated"),
+        (deflated(GOOD)[:10], zlib.crc32(GOOD), "it ends too early"),
+        (b"\xff" * 20, zlib.crc32(GOOD), "it is not deflated"),
+        (b"", zlib.crc32(GOOD), "it ends too early"),
+    ],
+)
+def test_damaged_packed_records(path: Path, stream: bytes, crc: int, fact: str | None) -> None:
+    holding(path, {"a": tensor(storage("0", 6), (2, 3))}, stream)
     for where in ("local", "central"):
-        patch(path, "data/0", where, crc=1)
-    assert refused(path).fact == damaged + "its checksum is wrong"
+        patch(path, "data/0", where, method=8, size=24, crc=crc)
+    if fact is None:
+        with open_checkpoint(path) as checkpoint:
+            same(checkpoint, {"a": W})
+    else:
+        assert refused(path).fact == f"the record `archive/data/0` is damaged: {fact}"
 
 
 def test_a_damaged_pickle(path: Path) -> None:
@@ -426,14 +433,14 @@ def test_byte_orders_that_are_none(path: Path) -> None:
         assert refused(path).fact == "the file's byte order is not known"
 
 
-def test_a_million_deep_tensor(path: Path) -> None:
+def test_a_deep_tensor(path: Path) -> None:
     inner = pickled(tensor(storage("0", 6), (6,)))[2:-1]
-    holding(path, b"\x80\x02" + b"]" * 1_000_000 + inner + b"a" * 1_000_000 + b".")
+    holding(path, b"\x80\x02" + b"]" * 200_000 + inner + b"a" * 200_000 + b".")
     assert refused(path).fact == "the file's tensors lie too deep within each other to be named"
 
 
-def test_a_million_deep_nothing(path: Path) -> None:
-    holding(path, b"\x80\x02" + b"]" * 1_000_000 + b"a" * 999_999 + b".")
+def test_a_deep_nothing(path: Path) -> None:
+    holding(path, b"\x80\x02" + b"]" * 200_000 + b"a" * 199_999 + b".")
     with open_checkpoint(path) as checkpoint:
         assert len(checkpoint) == 0
 

@@ -265,7 +265,22 @@ class Inflated:
         self._record = record
         self._file = file
         self._lock = threading.Lock()
-        self._rewind()
+        self._engine: zlib._Decompress | None = None  # only while reading, since a file has thousands of us
+
+    def read_into(self, offset: int, out: memoryview) -> None:
+        """Fill `out` from `offset` on; raises SourceError when the record is damaged."""
+        with self._lock:
+            done = 0
+            while done < len(out):
+                if self._engine is None or offset < self._at:
+                    self._rewind()
+                if self._at < offset:
+                    self._inflate(min(offset - self._at, self._INPUT))
+                    continue
+                piece = self._inflate(len(out) - done)
+                out[done : done + len(piece)] = piece
+                done += len(piece)
+                offset += len(piece)
 
     def _rewind(self) -> None:
         self._engine = zlib.decompressobj(-15)
@@ -274,60 +289,49 @@ class Inflated:
         self._crc = 0
         self._rest = b""
 
-    def read_into(self, offset: int, out: memoryview) -> None:
-        """Fill `out` from `offset` on; raises SourceError when the record is damaged."""
-        with self._lock:
-            if offset < self._at:
-                self._rewind()
-            while self._at < offset:
-                self._inflate(min(offset - self._at, self._INPUT))
-            done = 0
-            while done < len(out):
-                piece = self._inflate(len(out) - done)
-                out[done : done + len(piece)] = piece
-                done += len(piece)
-
     def _inflate(self, most: int) -> bytes:
         """The next bytes, at least one and at most `most`."""
-        record = self._record
-        try:
-            while True:
-                if not self._rest and self._taken < record.packed:
-                    count = min(self._INPUT, record.packed - self._taken)
-                    self._rest = _read(self._blob, record.offset + self._taken, count)
-                    self._taken += count
-                piece = self._engine.decompress(self._rest, most)
-                self._rest = self._engine.unconsumed_tail
-                if piece:
-                    break
-                if self._engine.eof or (not self._rest and self._taken >= record.packed):
-                    raise self._damaged("it ends too early")
-        except zlib.error:
-            raise self._damaged("it is not deflated") from None
+        piece = self._unpack(most)
+        if not piece:
+            raise self._damaged("it ends too early")
         self._at += len(piece)
         self._crc = zlib.crc32(piece, self._crc)
-        if self._at == record.size:
+        if self._at == self.size:
             self._finish()
         return piece
 
+    def _unpack(self, most: int) -> bytes:
+        """What the stream has next, at most `most` bytes; nothing at its end."""
+        assert self._engine is not None
+        record = self._record
+        while True:
+            if not self._rest and self._taken < record.packed:
+                count = min(self._INPUT, record.packed - self._taken)
+                self._rest = _read(self._blob, record.offset + self._taken, count)
+                self._taken += count
+            try:
+                piece = self._engine.decompress(self._rest, most)
+            except zlib.error:
+                raise self._damaged("it is not deflated") from None
+            self._rest = self._engine.unconsumed_tail
+            if piece or self._engine.eof or not (self._rest or self._taken < record.packed):
+                return piece
+
     def _finish(self) -> None:
         """Check that the stream ends where its size says, with the checksum that the directory says."""
-        while not self._engine.eof:
-            if not self._rest:
-                count = min(self._INPUT, self._record.packed - self._taken)
-                if not count:
-                    raise self._damaged("it has no end")
-                self._rest = _read(self._blob, self._record.offset + self._taken, count)
-                self._taken += count
-            if self._engine.decompress(self._rest, 1):
-                raise self._damaged(f"it unpacks to more than its {self.size:,} bytes")
-            self._rest = self._engine.unconsumed_tail
+        assert self._engine is not None
+        if self._unpack(1):
+            raise self._damaged(f"it unpacks to more than its {self.size:,} bytes")
+        if not self._engine.eof:
+            raise self._damaged("it has no end")
         if self._engine.unused_data or self._taken < self._record.packed:
             raise self._damaged("bytes follow its end")
         if self._crc != self._record.crc:
             raise self._damaged("its checksum is wrong")
+        self._engine = None
 
     def _damaged(self, what: str) -> SourceError:
+        self._engine = None
         return SourceError(
             Problem(
                 f"the record `{self._record.name}` is damaged: {what}",
