@@ -173,25 +173,34 @@ def cast_all(
     faults: Faults,
     overflow: Overflow = "error",
     non_finite: NonFinite = "error",
+    narrow: bool = False,
 ) -> dict[str, LazyTensor]:
     """Each floating tensor as a `Cast` to `precision`; integers, booleans and empty tensors as they are.
 
+    With `narrow`, what takes no more bits than `precision` keeps its type, and so do scales.
     Raises SourceError where a plain cast would misread the numbers: packed types, and FP8 that has a
     scale beside it.
     """
-    wanted = PRECISIONS[precision]
-    if wanted is not None:
+    if PRECISIONS[precision] is not None and not narrow:
         _refuse_scaled(tensors)
     made: dict[str, LazyTensor] = {}
     for name, tensor in tensors.items():
-        dtype = wanted or tensor.dtype
-        if not tensor.dtype.floating or tensor.numel == 0 or (wanted is None and tensor.dtype in _PACKED):
+        dtype = cast_type(name, tensor.dtype, precision, narrow)
+        if not tensor.dtype.floating or tensor.numel == 0 or dtype is tensor.dtype in _PACKED:
             made[name] = tensor
         else:
             made[name] = Cast(
                 tensor, dtype, name=name, faults=faults, overflow=overflow, non_finite=non_finite
             )
     return made
+
+
+def cast_type(name: str, dtype: DType, precision: Precision, narrow: bool = False) -> DType:
+    """The type that a tensor has in a precision; `narrow` as for `cast_all`."""
+    wanted = PRECISIONS[precision]
+    if wanted is None or not dtype.floating:
+        return dtype
+    return dtype if narrow and (dtype.bits <= wanted.bits or name.endswith(_SCALES)) else wanted
 
 
 def _refuse_scaled(tensors: Mapping[str, LazyTensor]) -> None:

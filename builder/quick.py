@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import tomli_w
 
 from builder.catalog import Catalog
-from builder.plan import make_plan
+from builder.errors import OutputError, Problem
+from builder.formats.atomic import replacing, write_all
+from builder.plan import Plan, make_plan
 from builder.progress import SILENT, Reporter
 from builder.recipe import Recipe, parse_recipe
 from builder.run import Build, build
+from builder.sources import Found, verify_source
 from builder.store import Store
 
 ORIGIN = "<command line>"
+SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")  # of checkpoints; of an index below them too
+WRITTEN = SUFFIXES[:3]  # what a recipe can make
+
+_MODEL = re.compile(r"(.+?)(?:\.(?:safetensors|ckpt|pt|pth|bin))?(?:\.index\.json)?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -50,47 +57,115 @@ class Quick:
 
     def _source(self, name: str, folder: Path | None) -> dict[str, str]:
         path = self.sources[name].absolute()
-        file = path if folder is None else Path(os.path.relpath(path, folder.absolute()))
+        if folder is not None:  # links are followed: `..` leads out of what a link leads to
+            path = Path(os.path.relpath(path.parent.resolve() / path.name, folder.resolve()))
         pin = {"sha256": self.sha256[name]} if name in self.sha256 else {}
-        return {"file": file.as_posix(), **pin}
+        return {"file": path.as_posix(), **pin}
 
     def recipe(self, catalog: Catalog) -> Recipe:
         """The recipe, read; raises RecipeError as for any other."""
         return parse_recipe(self.text(), ORIGIN, catalog)
 
+    def pinned(self, store: Store, reporter: Reporter = SILENT) -> Quick:
+        """The same with the digest of every source, hashed where it is not remembered; raises SourceError."""
+        found = {}
+        for name, path in self.sources.items():
+            seen = verify_source(Found(path, None, 0, ""), None, store=store, reporter=reporter)
+            found[name] = str(seen.sha256)
+        return replace(self, sha256=found)
 
-def recipe_name(path: Path) -> str:
-    """A name for a recipe or a source after a file's: its stem, less what names may not hold."""
-    stem = path.name.lstrip(".").split(".")[0]
-    return re.sub(r"[^A-Za-z0-9_-]+", "-", stem).strip("-_") or "model"
+    def save(self, path: Path, target: Path) -> None:
+        """Write the recipe to `path`, as one that makes `target` where that is below it, else a namesake.
+
+        Raises OutputError when it cannot be written, or would take the place of a source or of `target`.
+        """
+        folder, goal = path.absolute().parent.resolve(), target.absolute().parent.resolve() / target.name
+        file = goal.relative_to(folder) if goal.is_relative_to(folder) else Path(target.name)
+        text = replace(self, output={"file": file.as_posix(), **self.output}).text(folder)
+        try:
+            data = memoryview(text.encode())
+        except UnicodeEncodeError:
+            fact = f"a recipe in `{path}` cannot name these files"
+            raise OutputError(Problem(fact, hint="rename them: their names are not valid Unicode")) from None
+        with replacing(path, inputs=[*self.sources.values(), target]) as fd:
+            write_all(fd, data, 0)
 
 
 def run(
     quick: Quick,
-    target: Path,
+    target: Path | Callable[[str], Path],
     *,
     catalog: Catalog,
     store: Store,
     hashing: bool = True,
     threads: int | None = None,
+    before: Callable[[Plan], object] = lambda plan: None,
     reporter: Reporter = SILENT,
 ) -> Build:
-    """Build a recipe made on the spot into `target`.
+    """Build a recipe made on the spot into `target`, or where that says once the metric is known.
 
     Without `hashing` sources that nobody has hashed yet stay so, and what is made of them is not
-    remembered. Raises CkptError; then `target` is as it was.
+    remembered. `before` sees the plan before anything is made. Raises CkptError; then `target` is as it was.
     """
     recipe = quick.recipe(catalog)
-    with make_plan(recipe, catalog=catalog, store=store, place=lambda _: target, reporter=reporter) as plan:
-        return build(plan, catalog=catalog, store=store, threads=threads, hashing=hashing, reporter=reporter)
+    path, naming = (target, None) if isinstance(target, Path) else (target(""), target)
+    with make_plan(recipe, catalog=catalog, store=store, place=lambda _: path, reporter=reporter) as plan:
+        for problem in plan.warnings:
+            reporter.warn(problem)
+        before(plan)
+        return build(
+            plan,
+            catalog=catalog,
+            store=store,
+            threads=threads,
+            hashing=hashing,
+            naming=naming,
+            reporter=reporter,
+        )
 
 
-def free_name(path: Path) -> Path:
-    """`path`, or the first of `NAME(1).EXT`, `NAME(2).EXT`, … that is not taken."""
-    if not os.path.lexists(path):
-        return path
-    stem, dot, suffixes = path.name.partition(".")
-    number = 1
-    while os.path.lexists(found := path.with_name(f"{stem}({number}){dot}{suffixes}")):
+def stem(path: Path) -> str:
+    """A checkpoint's name without its suffix, whatever dots it has: `Anything-V3.0` of `…-V3.0.ckpt`."""
+    name = path.name or path.resolve().name
+    match = _MODEL.fullmatch(name)
+    return match[1] if match else name
+
+
+def recipe_name(path: Path, taken: Iterable[str] = ()) -> str:
+    """A name for a recipe or a source after a file's, less what names may not hold, and unlike `taken`."""
+    name = re.sub(r"[^\w.-]+", "-", stem(path)).strip("-_.")[:80].rstrip("-_.") or "model"
+    if name == "NEW":
+        name = "model"
+    number, found = 1, name
+    while found in taken:
         number += 1
+        found = f"{name}-{number}"
     return found
+
+
+def free_name(path: Path, suffix: str | None = None) -> Path:
+    """`path`, or the first of `NAME(1).EXT`, `NAME(2).EXT`, … that is not taken.
+
+    `suffix` is what stays behind the number, if not the last suffix alone.
+    """
+    end = path.suffix if suffix is None else suffix
+    assert path.name.endswith(end)
+    front = path.name[: len(path.name) - len(end)]
+    number, found = 0, path
+    while os.path.lexists(found):
+        number += 1
+        found = path.with_name(f"{front}({number}){end}")
+    return found
+
+
+def output_path(path: Path) -> Path:
+    """`path`, if a checkpoint can be written under such a name; raises OutputError."""
+    if path.suffix not in WRITTEN:
+        raise OutputError(
+            Problem(
+                f"cannot write `{path}`",
+                evidence=(f"its name ends in {f'`{path.suffix}`' if path.suffix else 'nothing known'}",),
+                hint="the name says the format: `.safetensors`, `.ckpt` or `.pt`",
+            )
+        )
+    return path

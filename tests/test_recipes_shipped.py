@@ -104,7 +104,7 @@ def test_the_reference_lists_every_key_and_fix() -> None:
     made = {name: _keys(struct) for name, struct in _structs(LANGUAGE).items()}
     made["fixes"] = _words({n: f.doc for n, f in FIXES.items()})
     output = _structs(LANGUAGE)["output"].keys
-    for key in ("precision", "overflow", "non_finite", "profile"):
+    for key in ("precision", "overflow", "non_finite", "unknown", "profile"):
         kind = output[key].kind
         assert isinstance(kind, Choice)
         made[key] = _words(dict(kind.words))

@@ -49,6 +49,10 @@ OVERFLOW = {
     "clamp": "the largest finite value takes its place",
     "keep": "it becomes infinite",
 }
+UNKNOWN = {
+    "drop": "they are left out, and counted; refused when they are most of the base",
+    "keep": "they are carried over as they are",
+}
 NON_FINITE = {"error": "the build fails and names the tensor", "keep": "it stays"}
 
 
@@ -486,6 +490,12 @@ def _language(words: Vocabulary) -> Struct:
                 '"bf16"',
                 default="fp16",
             ),
+            "narrow": Key(
+                Boolean(),
+                "Whether only what has more bits than the precision is rounded, and nothing is made wider.",
+                "true",
+                default=False,
+            ),
             "overflow": Key(
                 Choice("treatment", OVERFLOW),
                 "What to do with a finite value too large for the precision.",
@@ -504,10 +514,17 @@ def _language(words: Vocabulary) -> Struct:
                 '"a1111"',
             ),
             "keep": Key(
-                Array(Choice("optional tensor", dict.fromkeys(catalog.optional, ""), open=True)),
-                "Optional tensors to carry over from the base, where it has them.",
+                Array(Text((NOT_EMPTY,), label="name of a tensor")),
+                "Tensors to carry over from the base beside its components, by their full names: optional "
+                "ones where it has them, and others that it must have.",
                 '["alphas_cumprod"]',
-                otherwise="all it has",
+                otherwise="all optional ones",
+            ),
+            "unknown": Key(
+                Choice("treatment", UNKNOWN),
+                "What to do with tensors of the base that are of no slot, and no averages or junk.",
+                '"keep"',
+                default="drop",
             ),
             "markers": Key(
                 Array(Choice("marker", dict.fromkeys(words.markers, ""))),

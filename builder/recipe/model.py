@@ -111,10 +111,11 @@ class Output:
     """A file to write, with everything that holds for it: the recipe's own words or the output's.
 
     `file` is relative to the recipe's folder and stays inside it. `fixes` are in the order of the registry,
-    in which they are applied. `keep` names the optional tensors that
-    are carried over from the base; None: all it has. `markers` are empty tensors to add. `config` is a
-    file beside the recipe to copy beside the output, under the output's stem. A `partial` one may leave
-    slots of its architecture open.
+    in which they are applied. With `narrow`, only what is wider than `precision` is rounded. `keep` names
+    tensors that are carried over from the base beside its components; None: all optional ones it has. With
+    `unknown` as `keep`, all else is carried over too but averages and junk. `markers` are empty tensors to
+    add. `config` is a file beside the recipe to copy beside the output, under the output's stem. A `partial`
+    one may leave slots of its architecture open.
     """
 
     name: str
@@ -123,11 +124,13 @@ class Output:
     components: Mapping[str, Pick]
     fixes: tuple[str, ...] = ()
     precision: str = "fp16"
+    narrow: bool = False
     overflow: str = "error"
     non_finite: str = "error"
     metadata: Mapping[str, str] = field(default_factory=dict)
     profile: str | None = None
     keep: tuple[str, ...] | None = None
+    unknown: str = "drop"
     markers: tuple[str, ...] = ()
     config: str | None = None
     partial: bool = False
@@ -148,11 +151,24 @@ class Output:
             "markers": sorted(self.markers),
         }
         said = {key: value for key, value in said.items() if value}
-        for name in ("precision", "overflow", "non_finite", "profile", "keep", "config", "partial"):
+        for name in _BY_DEFAULT:
             value = getattr(self, name)
             if value != Output.__dataclass_fields__[name].default:
                 said[name] = sorted(value) if isinstance(value, tuple) else value
         return said
+
+
+_BY_DEFAULT = (
+    "precision",
+    "narrow",
+    "overflow",
+    "non_finite",
+    "profile",
+    "keep",
+    "unknown",
+    "config",
+    "partial",
+)
 
 
 @dataclass(frozen=True)

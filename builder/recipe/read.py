@@ -217,11 +217,13 @@ def _recipe(said: dict[str, Any], document: Document, words: Vocabulary) -> Reci
 
 _PLAIN = (
     "precision",
+    "narrow",
     "overflow",
     "non_finite",
     "metadata",
     "profile",
     "keep",
+    "unknown",
     "markers",
     "config",
     "partial",

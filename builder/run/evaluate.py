@@ -11,12 +11,9 @@ from builder.fixes import FIXES, truncated_position_ids
 from builder.numeric import Faults, cast_all
 from builder.plan.model import Applied, ComponentJob, Finished, Origin, Plan, StepJob, Take
 from builder.plan.resolve import taken
+from builder.run.schedule import Cancelled
 from builder.store import Store
 from builder.tensors import LazyTensor
-
-
-class Cancelled(CkptError):
-    """Another part of the build has failed, or the user has stopped it."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +40,14 @@ def finish(plan: Plan, job: ComponentJob, store: Store, stop: threading.Event) -
     tensors, done = truncated_position_ids(tensors)
     changes += done
     faults = Faults()
-    cast = cast_all(tensors, job.precision, faults=faults, overflow=job.overflow, non_finite=job.non_finite)
+    cast = cast_all(
+        tensors,
+        job.precision,
+        faults=faults,
+        overflow=job.overflow,
+        non_finite=job.non_finite,
+        narrow=job.narrow,
+    )
     return Finish(component, {n: Stoppable(t, stop) for n, t in cast.items()}, tuple(changes), faults)
 
 

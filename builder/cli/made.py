@@ -1,0 +1,54 @@
+"""What a build made, told to people and to programs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from builder.plan import Plan
+from builder.progress import Reporter, human_bytes
+from builder.run import Build
+
+
+def to_json(made: Build) -> dict[str, Any]:
+    """The outputs, what was made for them and what fixes changed, as plain values."""
+    return {
+        "schema": 1,
+        "outputs": [
+            {
+                "name": b.name,
+                "path": str(b.path),
+                "state": b.state,
+                "size": b.size,
+                "sha256": b.sha256,
+                "tensor_digest": b.tensor_digest,
+                "metric": b.metric or None,
+            }
+            for b in made.outputs
+        ],
+        "made": sorted(made.made),
+        "changes": {k: list(v) for k, v in sorted(made.changes.items())},
+    }
+
+
+def to_text(made: Build) -> str:
+    """Two lines an output."""
+    lines = []
+    for b in made.outputs:
+        metric = f"  ({b.metric})" if b.metric else ""
+        lines += [f"{b.state:<9}  {b.path}  {human_bytes(b.size)}{metric}", f"           sha256 {b.sha256}"]
+    return "\n".join(lines)
+
+
+def note_left_out(plan: Plan, reporter: Reporter) -> None:
+    """Say what of a base will not be in the product, a note each reason."""
+    for name, left in plan.left_out.items():
+        for reason, names in left.names.items():
+            size = human_bytes(left.sizes[reason])
+            reporter.note(f"left out of `{name}`: {reason}, {len(names):,} tensors, {size}")
+
+
+def note_changes(made: Build, reporter: Reporter) -> None:
+    """Say what fixes changed, a note each."""
+    for id_, changes in sorted(made.changes.items()):
+        for change in changes:
+            reporter.note(f"{id_}: {change}")

@@ -1,0 +1,108 @@
+"""What the commands of one line have in common: options that go into the recipe they make."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from builder.catalog import Catalog, load_catalog
+from builder.cli.session import json_option, quiet_option
+from builder.cli.terminal import make_reporter
+from builder.errors import Problem, UsageError
+from builder.fixes import FIXES
+from builder.numeric import PRECISIONS
+from builder.profiles import PROFILES
+from builder.progress import Reporter
+from builder.quick import Quick
+from builder.store import Store
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+FILE = click.Path(path_type=Path)
+
+_OPTIONS = (
+    click.option(
+        "--precision",
+        type=click.Choice(list(PRECISIONS)),
+        help="Of the weights. By default what is wider than 16 bits is rounded to FP16, or to BF16 where "
+        "models are published so, and all else stays as it is.",
+    ),
+    click.option("--fix", "fixes", multiple=True, type=click.Choice(list(FIXES)), help="A repair to make."),
+    click.option("--profile", type=click.Choice(list(PROFILES)), help="The program it is for."),
+    click.option(
+        "--overflow",
+        type=click.Choice(["error", "clamp", "keep"]),
+        default="error",
+        help="What to do with values beyond the precision.",
+    ),
+    click.option(
+        "--non-finite",
+        type=click.Choice(["error", "keep"]),
+        default="error",
+        help="What to do with NaN and infinity.",
+    ),
+    click.option("--threads", type=click.IntRange(1, 256), help="Threads to use; the bytes are the same."),
+    json_option,
+    quiet_option,
+)
+
+save_option = click.option(
+    "--save-recipe", type=FILE, metavar="RECIPE", help="Write the recipe that was run, its sources pinned."
+)
+
+
+def making(command: F) -> F:
+    """Add the options about what is made."""
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
+
+
+def output_keys(usual: str, options: dict[str, Any], *, upcast: bool = True) -> dict[str, Any]:
+    """A recipe's [output] of the options; taken out of `options`.
+
+    `usual` is the precision where none was asked for. Only what was asked for is made wider or changed
+    within 16 bits, and without `upcast` not even that.
+    """
+    precision = options.pop("precision")
+    keys: dict[str, Any] = {"precision": precision or usual}
+    if precision is None or not upcast:
+        keys["narrow"] = True
+    for name in ("profile", "overflow", "non_finite"):
+        if (value := options.pop(name)) not in (None, "error"):
+            keys[name] = value
+    return keys
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What it takes to run a recipe made on the spot."""
+
+    catalog: Catalog
+    store: Store
+    reporter: Reporter
+
+
+@contextmanager
+def open_bench(quiet: bool) -> Iterator[Bench]:
+    """The catalog, the store and a reporter for the length of a command."""
+    with make_reporter(quiet) as reporter, Store(reporter=reporter) as store:
+        yield Bench(load_catalog(), store, reporter)
+
+
+def recipe_path(path: Path | None) -> Path | None:
+    """Where a recipe is to be saved; raises UsageError for what is no recipe's name."""
+    if path is not None and path.suffix != ".toml":
+        fact = f"a recipe's name ends in `.toml`, not as `{path}` does"
+        raise UsageError(Problem(fact, hint=f"`--save-recipe {path.with_suffix('.toml')}`"))
+    return path
+
+
+def ready(quick: Quick, save: Path | None, bench: Bench, *, pin: bool) -> Quick:
+    """The recipe as it is run: with the pins of its sources, where it is to be saved or they are wanted."""
+    return quick.pinned(bench.store, bench.reporter) if pin or save is not None else quick

@@ -1,0 +1,83 @@
+"""Which component of a file a word means, and how it is usually written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from builder.catalog import Architecture, Catalog
+from builder.catalog.model import spelling
+from builder.errors import Place, Problem, UsageError, did_you_mean
+from builder.formats import open_checkpoint
+from builder.identify import Identity, Match, identify
+
+
+def look(path: Path, catalog: Catalog) -> Identity:
+    """What a file is, from its table of contents; raises SourceError."""
+    with open_checkpoint(path) as checkpoint:
+        return identify(checkpoint, catalog)
+
+
+def find_part(word: str, identity: Identity, path: Path, catalog: Catalog) -> Match:
+    """The component of a file that is meant by its name, its class, or its kind (`VAE`) where it has one.
+
+    Case, dashes and spaces do not matter. Raises UsageError when there is none.
+    """
+    said = spelling(word)
+    ways = (
+        [m for m in identity.matches if spelling(m.component.name) == said],
+        [m for m in identity.matches if spelling(m.component.cls) == said],
+        [m for m in identity.matches if spelling(kind(m.component.cls)) == said],
+    )
+    for found in ways:
+        if len(found) == 1:
+            return found[0]
+    raise UsageError(_absent(word, ways[2], identity, path, catalog))
+
+
+def slot_of(match: Match, catalog: Catalog) -> str:
+    """The class that a component is of once it has ordinary names, as EMA does when it is taken."""
+    base = match.component.base
+    return catalog.component(base).cls if base is not None else match.component.cls
+
+
+def kind(cls: str) -> str:
+    """The first word of a class: `VAE` of `VAE-v1`."""
+    return cls.partition("-")[0]
+
+
+def home(identity: Identity, catalog: Catalog) -> Architecture | None:
+    """The architecture that a file is of, whole or in part; None for what is none."""
+    name = identity.architecture if identity.intact else identity.incomplete
+    return catalog.architectures.get(name or "")
+
+
+def usual_precision(cls: str, identity: Identity, catalog: Catalog) -> str:
+    """The precision that a class is published in: that of the file's architecture, or of all that have it."""
+    at = home(identity, catalog)
+    if at is not None and cls in at.slots:
+        return at.precision or "fp16"
+    found = {a.precision or "fp16" for a in catalog.architectures.values() if cls in a.slots}
+    return found.pop() if len(found) == 1 else "fp16"
+
+
+def _absent(word: str, alike: list[Match], identity: Identity, path: Path, catalog: Catalog) -> Problem:
+    held = [m.component for m in identity.matches]
+    names = [w for c in held for w in (c.cls, c.name, kind(c.cls))]
+    holds = f"it holds {', '.join(f'`{c.name}`' for c in held) or 'nothing that the catalog knows'}"
+    place = Place(str(path))
+    if alike:
+        several = ", ".join(f"`{m.component.cls}`" for m in alike)
+        return Problem(f"`{word}` may be {several}", place, hint="name the one you mean")
+    said = spelling(word)
+    known = next((w for w in (*catalog.components, *catalog.classes) if spelling(w) == said), None)
+    if known is None:
+        hint = did_you_mean(word, names) or did_you_mean(word, (*catalog.components, *catalog.classes))
+        return Problem(f"no component or class is called `{word}`", place, (holds,), hint)
+    near = [
+        f"{r.component.name}: {r.total - r.present:,} of {r.total:,} tensors are missing"
+        for r in identity.rejected
+        if known in (r.component.name, r.component.cls) and r.outdone_by is None
+    ]
+    twin = next((c for c in held if c.base and known in (c.base, catalog.component(c.base).cls)), None)
+    hint = f"`{twin.name}` is an average that can take its place" if twin is not None else None
+    return Problem(f"there is no `{known}` in this file", place, (*near[:2], holds), hint)
