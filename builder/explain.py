@@ -11,7 +11,7 @@ from builder.progress import human_bytes
 
 def to_text(plan: Plan) -> str:
     """One line a step: what happens, to what, how much of it, from what, and why."""
-    rows = [_row(plan, node) for node in plan]
+    rows = [_row(plan, node) for node in plan.by_kind()]
     widths = [max(len(row[i]) for row in rows) for i in range(3)] if rows else [0, 0, 0]
     lines = [
         f"{state:<{widths[0]}}  {what:<{widths[1]}}  {size:>{widths[2]}}  {rest}".rstrip()
@@ -62,7 +62,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
                 "writes": n.writes,
                 **_details(n),
             }
-            for n in plan
+            for n in plan.by_kind()
         ],
         "left_out": {
             name: {
@@ -91,11 +91,11 @@ def to_dot(plan: Plan) -> str:
     """The plan in Graphviz's language."""
     shapes = {"source": "folder", "step": "ellipse", "component": "box", "output": "note"}
     lines = ["digraph plan {", "  rankdir=LR;"]
-    for node in plan:
+    for node in plan.by_kind():
         style = "filled" if node.state in ("make", "hash", "fetch") else "solid"
         label = _quoted(f"{node.id}\n{node.state}")
         lines.append(f"  {_quoted(node.id)} [label={label}, shape={shapes[node.kind]}, style={style}];")
-    lines += [f"  {_quoted(i.id)} -> {_quoted(n.id)};" for n in plan for i in plan.inputs(n.id)]
+    lines += [f"  {_quoted(i.id)} -> {_quoted(n.id)};" for n in plan.by_kind() for i in plan.inputs(n.id)]
     return "\n".join([*lines, "}"])
 
 
@@ -106,10 +106,10 @@ def _quoted(text: str) -> str:
 
 def to_mermaid(plan: Plan) -> str:
     """The plan as a Mermaid flowchart, which Markdown viewers draw."""
-    names = {n.id: f"n{i}" for i, n in enumerate(plan)}
+    names = {n.id: f"n{i}" for i, n in enumerate(plan.by_kind())}
     lines = ["flowchart LR"]
-    for node in plan:
+    for node in plan.by_kind():
         label = printable(node.id).replace('"', "#quot;")
         lines.append(f'  {names[node.id]}["{label}<br/><i>{node.state}</i>"]')
-    lines += [f"  {names[i.id]} --> {names[n.id]}" for n in plan for i in plan.inputs(n.id)]
+    lines += [f"  {names[i.id]} --> {names[n.id]}" for n in plan.by_kind() for i in plan.inputs(n.id)]
     return "\n".join(lines)

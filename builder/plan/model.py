@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
@@ -161,38 +162,64 @@ class LeftOut:
 
 @dataclass
 class Plan:
-    """A resolved recipe: a networkx DiGraph of nodes, inputs before what is made of them."""
+    """A resolved recipe: nodes by id, inputs before what is made of them, and what each is made of."""
 
     recipe: Recipe
-    graph: nx.DiGraph
     lock: Lock | None = None
+    nodes: dict[str, Node] = field(default_factory=dict)
+    edges: dict[str, tuple[str, ...]] = field(default_factory=dict)
     sources: list[Sources] = field(default_factory=list)
     left_out: dict[str, LeftOut] = field(default_factory=dict)
     warnings: list[Problem] = field(default_factory=list)
 
     def node(self, name: str) -> Node:
         """The node of this id."""
-        found: Node = self.graph.nodes[name]["node"]
-        return found
+        return self.nodes[name]
+
+    def add(self, node: Node, inputs: Sequence[str]) -> str:
+        """Add a node, all of whose inputs are there already, unless it is known; its id."""
+        if node.id not in self.nodes:
+            assert all(i in self.nodes for i in inputs)
+            self.nodes[node.id] = node
+            self.edges[node.id] = tuple(dict.fromkeys(inputs))
+        return node.id
 
     def __iter__(self) -> Iterator[Node]:
+        return iter(self.nodes.values())
+
+    @cached_property
+    def graph(self) -> nx.DiGraph:
+        """The plan as a networkx graph of ids, once it is complete.
+
+        Made when it is asked for: a build with nothing to do is over before networkx is loaded.
+        """
         import networkx as nx
 
-        return (self.node(n) for n in nx.lexicographical_topological_sort(self.graph, key=self._rank))
+        graph = nx.DiGraph()
+        graph.add_nodes_from(self.nodes)
+        graph.add_edges_from((i, n) for n, inputs in self.edges.items() for i in inputs)
+        return graph
 
-    def _rank(self, name: str) -> tuple[int, int]:
+    def by_kind(self) -> list[Node]:
+        """All nodes in an order in which they can be made, like beside like where that may be."""
+        import networkx as nx
+
         kinds = ("source", "step", "component", "output")
-        return kinds.index(self.node(name).kind), int(self.graph.nodes[name]["order"])
+        rank = {n.id: (kinds.index(n.kind), i) for i, n in enumerate(self)}
+        return [self.node(n) for n in nx.lexicographical_topological_sort(self.graph, key=rank.__getitem__)]
 
     def inputs(self, name: str) -> list[Node]:
         """The nodes that this one is made of."""
-        return sorted((self.node(n) for n in self.graph.predecessors(name)), key=lambda n: self._rank(n.id))
+        return [self.node(i) for i in self.edges[name]]
 
     def ancestors(self, name: str) -> set[str]:
         """The ids of all that this node hangs on, near and far."""
-        import networkx as nx
-
-        return set(nx.ancestors(self.graph, name))
+        found, near = set(self.edges[name]), list(self.edges[name])
+        while near:
+            new = set(self.edges[near.pop()]) - found
+            found |= new
+            near += new
+        return found
 
     def outputs(self) -> list[Node]:
         """The files to be written, in the recipe's order."""

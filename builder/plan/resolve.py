@@ -65,9 +65,7 @@ def make_plan(
     Raises RecipeError for what does not fit what the sources hold, SourceError for sources that are
     refused, FetchError for those that are needed and nowhere to be found.
     """
-    import networkx as nx
-
-    plan = Plan(recipe, nx.DiGraph(), lock)
+    plan = Plan(recipe, lock)
     folders = folders if folders is not None else model_folders()
     around = _Surroundings(catalog, store, folders, operations, network, download, reporter)
     try:
@@ -134,16 +132,9 @@ class _Resolver:
 
     # -- nodes
 
-    def add(self, node: Node, inputs: Sequence[str]) -> str:
-        graph = self.plan.graph
-        if node.id not in graph:
-            graph.add_node(node.id, node=node, order=len(graph))
-            graph.add_edges_from((i, node.id) for i in inputs)
-        return node.id
-
     def source_node(self, name: str) -> str:
         id_ = f"{self.scope}source {name}"
-        if id_ in self.plan.graph:
+        if id_ in self.plan.nodes:
             return id_
         sha256 = self.sources.sha256(name)
         found = self.sources.find(name)
@@ -155,7 +146,7 @@ class _Resolver:
         else:
             state, why = "known", "its digest is known"
         reads = found.size if found is not None and state == "hash" else 0
-        return self.add(Node(id_, SourceJob(self.sources, name), sha256, state, why, reads), ())
+        return self.plan.add(Node(id_, SourceJob(self.sources, name), sha256, state, why, reads), ())
 
     # -- models
 
@@ -203,7 +194,7 @@ class _Resolver:
                 "stream",
                 "computed as it is needed",
             )
-            return Applied(self.add(node, [o.node for o in inputs.values()]))
+            return Applied(self.plan.add(node, [o.node for o in inputs.values()]))
 
         return _Model(classes, origin)
 
@@ -236,7 +227,7 @@ class _Resolver:
             if inner.job.params() == job.params():
                 return str(inner.id)  # finished in the same way already: it is the component
         id_ = self._component_id(job, pick)
-        if id_ in self.plan.graph:
+        if id_ in self.plan.nodes:
             return id_
         key = component_key(self.plan, job)
         made = self.store.lookup(key) if key is not None else None
@@ -249,12 +240,12 @@ class _Resolver:
             node.writes = sum(
                 d.bits * prod(s) // 8 for d, s in component_specs(specs, job.precision, job.narrow).values()
             )
-        return self.add(node, [origin.node])
+        return self.plan.add(node, [origin.node])
 
     def _component_id(self, job: ComponentJob, pick: Pick) -> str:
         base = f"{self.scope}{pick.cls} of {pick.source}" + (f" ({pick.component})" if pick.component else "")
         # Outputs that want the same share it; those that want it otherwise get a node of their own.
-        same = [str(n) for n in self.plan.graph if n == base or n.startswith(f"{base} #")]
+        same = [n for n in self.plan.nodes if n == base or n.startswith(f"{base} #")]
         for name in same:
             other = self.plan.node(name)
             if isinstance(other.job, ComponentJob) and other.job.params() == job.params():
@@ -352,7 +343,7 @@ class _Resolver:
             node.state, node.why = output_state(self.store, node.key, job.target)
             if node.state == "unchanged":
                 node.reads = node.writes = 0
-        self.add(node, list(dict.fromkeys([*nodes.values(), *([base] if base is not None else [])])))
+        self.plan.add(node, list(dict.fromkeys([*nodes.values(), *([base] if base is not None else [])])))
 
     def _sidecar(self, output: Output, architecture: Architecture) -> bytes | None:
         """What is to lie beside the output as its `.yaml`; raises RecipeError when it cannot be read."""
