@@ -149,9 +149,9 @@ class Folder:
     def __call__(self, *args: object) -> Said:
         """Run `ckpt` in this process, in the folder."""
         out, err = io.StringIO(), io.StringIO()
-        with _environment(self.variables), _folder(self.path):
-            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-                code = run([str(a) for a in args])
+        said = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)
+        with _environment(self.variables), _folder(self.path), said[0], said[1]:
+            code = run([str(a) for a in args])
         return Said(code, out.getvalue(), err.getvalue())
 
     def process(self, *args: object, before: str = "", **environment: str) -> Said:

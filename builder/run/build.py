@@ -6,20 +6,21 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from builder.digests import Row, component_digest, tensor_digest
-from builder.errors import CkptError, LockError, OutputError, Problem, SourceError
+from builder.digests import Digest, Row, component_digest, tensor_digest
+from builder.errors import CkptError, LockError, OutputError, Place, Problem, SourceError
+from builder.formats.atomic import write_bytes
 from builder.formats.writer import Written
-from builder.lock import Lock, LockedComponent, LockedOutput, differences
+from builder.lock import Lock, LockedComponent, LockedOutput, differences, lock_path
 from builder.metric import SCALES, Metric, measure
 from builder.numeric import PRECISIONS
 from builder.plan import Plan
-from builder.plan.keys import assembly_key, component_key, output_format
+from builder.plan.keys import assembly_key, component_key, extras_key, known_extras, output_format
 from builder.plan.metadata import final_metadata
 from builder.plan.model import Applied, ComponentJob, Node, Origin, OutputJob, SourceJob, StepJob, Take
 from builder.plan.resolve import full_names, output_state, to_read
@@ -29,6 +30,7 @@ from builder.run.expect import Built, missed
 from builder.run.schedule import Task, run_all
 from builder.run.sources import locked_sources, see
 from builder.run.write import write_output
+from builder.sources import files_of
 from builder.store import DamagedEntry, Made, Store
 from builder.store.entries import VerifiedTensor
 from builder.tensors import WINDOW, LazyTensor
@@ -57,15 +59,18 @@ def build(
     threads: int | None = None,
     locked: Lock | None = None,
     hashing: bool = True,
+    naming: Callable[[str], Path] | None = None,
     reporter: Reporter = SILENT,
 ) -> Build:
     """Carry out a plan; its nodes then say what was made.
 
     With `locked`, what is made must agree with that lock. Without `hashing`, unpinned sources are not
-    hashed, and what is made of them is not remembered. Raises CkptError; then every output is as it was,
+    hashed, and what is made of them is not remembered. `naming` says where an output goes once its metric
+    (empty: none) is known, in the place that the plan has for it. Raises CkptError; then every output is as it was,
     but those that were finished before the failure.
     """
-    return _Builder(plan, catalog, store, threads or os.cpu_count() or 1, locked, hashing, reporter).run()
+    threads = threads or os.cpu_count() or 1
+    return _Builder(plan, catalog, store, threads, locked, hashing, naming, reporter).run()
 
 
 def stale(changes: list[str]) -> LockError:
@@ -84,6 +89,7 @@ class _Builder:
         threads: int,
         locked: Lock | None,
         hashing: bool,
+        naming: Callable[[str], Path] | None,
         reporter: Reporter,
     ) -> None:
         self.plan = plan
@@ -92,6 +98,7 @@ class _Builder:
         self.threads = threads
         self.locked = locked
         self.hashing = hashing
+        self.naming = naming
         self.reporter = reporter
         self.stop = threading.Event()
         self.result = Build()
@@ -113,8 +120,18 @@ class _Builder:
     def _tasks(self) -> Iterator[Task]:
         missing = {n.id: n for n in self.plan if isinstance(n.job, ComponentJob) and n.made is None}
         sources = {i: self._sources(i) for i in missing}
-        unseen = {s.id: s for found in sources.values() for s in found if s.state in ("hash", "fetch")}
-        unseen = {i: s for i, s in unseen.items() if not self._skip(s, missing, sources)}
+        bases = {
+            n.id: self._base(n.job)
+            for n in self.plan.outputs()
+            if isinstance(n.job, OutputJob) and n.state != "unchanged"
+        }
+        needed = [s for found in (*sources.values(), *bases.values()) for s in found]
+        unseen = {s.id: s for s in needed if s.state in ("hash", "fetch")}
+        whole = [s for found in bases.values() for s in found]
+        unseen = {i: s for i, s in unseen.items() if not self._unhashed(s)}
+        for source in [s for s in unseen.values() if s not in whole]:
+            if self._in_parts(source, missing, sources):
+                del unseen[source.id]
         for source in unseen.values():
             yield Task(source.id, partial(self._see, source))
         for id_, node in missing.items():
@@ -127,11 +144,16 @@ class _Builder:
         for node in self.plan.outputs():
             parts = self.plan.ancestors(node.id)
             after = {f"record {p}" for p in parts if p in missing}
+            after |= {s.id for s in bases.get(node.id, ()) if s.id in unseen}
             yield Task(node.id, partial(self._assemble, node), frozenset(after))
 
     def _sources(self, id_: str) -> list[Node]:
         found = (self.plan.node(n) for n in sorted(self.plan.ancestors(id_)))
         return [n for n in found if isinstance(n.job, SourceJob)]
+
+    def _base(self, job: OutputJob) -> list[Node]:
+        """The source that gives an output what lies beside its components."""
+        return [self.plan.node(job.base)] if job.base is not None and job.extras else []
 
     def _wait_for(self, source: Node) -> bool:
         assert isinstance(source.job, SourceJob)
@@ -173,10 +195,9 @@ class _Builder:
             self.result.made.append(node.id)
             self.result.changes[node.id] = done.changes
 
-    def _skip(self, source: Node, missing: Mapping[str, Node], sources: Mapping[str, list[Node]]) -> bool:
-        """Whether a source is not to be had and hashed as a whole."""
-        unhashed = source.state == "hash" and source.key is None and not self.hashing
-        return unhashed or self._in_parts(source, missing, sources)
+    def _unhashed(self, source: Node) -> bool:
+        """Whether a source is taken for what it is, and what is made of it not remembered."""
+        return source.state == "hash" and source.key is None and not self.hashing
 
     def _in_parts(self, source: Node, missing: Mapping[str, Node], sources: Mapping[str, list[Node]]) -> bool:
         """Whether only the components wanted of a remote source are to be fetched.
@@ -235,6 +256,8 @@ class _Builder:
         node.key = component_key(self.plan, node.job)
         if node.key is None:
             return  # of sources that were not to be hashed
+        for source in self._sources(node.id):
+            self._settled(source)
         sources = [n.job for n in self._sources(node.id)]
         remote = any(isinstance(s, SourceJob) and s.sources.remote(s.source) for s in sources)
         if remote and (pinned := self._pinned(node)) != node.made.digest.sha256:
@@ -247,6 +270,25 @@ class _Builder:
             )
         self.store.record(node.key, node.made)
 
+    def _settled(self, node: Node) -> None:
+        """Raise SourceError unless what was read of a source is of the file that its digest is of."""
+        job = node.job
+        assert isinstance(job, SourceJob)
+        same = job.sources.unchanged(job.source)
+        if same and node.state == "known":  # it was told by its times, before it was opened
+            again = replace(node, job=job)
+            see(again, self.catalog, self.store, self.reporter)
+            same = again.key == node.key
+        if not same:
+            found = job.sources.find(job.source)
+            raise SourceError(
+                Problem(
+                    f"the source `{job.source}` changed while it was read",
+                    Place(str(found.path)) if found is not None else None,
+                    hint="wait until it is whole, and build again",
+                )
+            )
+
     # -- outputs
 
     def _assemble(self, node: Node) -> None:
@@ -255,6 +297,8 @@ class _Builder:
         for _ in range(len(job.slots) + 1):
             try:
                 self.built[node.id] = self._output(node, job)
+                if job.sidecar is not None:
+                    write_bytes(self.built[node.id].path.with_suffix(".yaml"), job.sidecar)
                 return
             except DamagedEntry as damage:
                 self.store.set_aside(damage)
@@ -273,13 +317,16 @@ class _Builder:
             self._record(node)
 
     def _output(self, node: Node, job: OutputJob) -> Built:
-        target = job.target
+        extras = known_extras(self.plan, job, self.store) if node.state == "unchanged" else None
+        if extras is None:
+            job, extras = self._read_extras(job)
         parts = {cls: self._part(name) for cls, (_, name) in job.slots.items()}
         digests = {name: parts[cls].digest.xxh3 for cls, (_, name) in job.slots.items()}
-        node.key = assembly_key(job, digests)
-        rows = self._rows(job, parts)
+        node.key = assembly_key(job, digests, extras)
+        rows = self._rows(job, parts, extras)
         tensor_digest = str(component_digest(rows).sha256)
         metric = self._metric(parts)
+        target = self.naming(metric) if self.naming is not None else job.target
         state, _ = output_state(self.store, node.key, target)
         fact = self.store.recall("output", node.key)
         if (
@@ -305,18 +352,42 @@ class _Builder:
 
         written = self._write(job, target, parts, accept)
         sha256 = str(written.sha256)
-        self.store.memory.remember(target.stat(), sha256, seen=None)
+        self._remember(target, written)
         self.store.note("output", node.key, {"sha256": sha256, "size": written.size})
         return Built(job.output.name, target, sha256, written.size, tensor_digest, metric, "written")
+
+    def _remember(self, target: Path, written: Written) -> None:
+        """Have the output's digest known, unless another build has put its own there since."""
+        with suppress(OSError):
+            now, then = target.stat(), written.stat
+            if os.path.samestat(now, then) and now.st_mtime_ns == then.st_mtime_ns:
+                self.store.memory.remember(now, str(written.sha256), seen=None)
 
     def _part(self, name: str) -> Made:
         made = self.plan.node(name).made
         assert made is not None
         return made
 
-    def _rows(self, job: OutputJob, parts: Mapping[str, Made]) -> dict[str, Row]:
+    def _read_extras(self, job: OutputJob) -> tuple[OutputJob, dict[str, Digest]]:
+        """The job and its digests of what lies beside the components, read from the base as it is now."""
+        extras = dict(job.extras)
+        for base in self._base(job):
+            assert isinstance(base.job, SourceJob)
+            held = base.job.sources.open(base.job.source).checkpoint  # fetched, it is no longer remote
+            extras = {n: held.get(n, t) for n, t in extras.items()}
+        found = {n: tensor_digest(t) for n, t in extras.items()}
+        for base in self._base(job):
+            self._settled(base)
+            if base.key is not None:
+                fact = {n: [d.xxh3, d.sha256] for n, d in found.items()}
+                self.store.note("extras", extras_key(base.key, job), fact)
+        return replace(job, extras=extras), found
+
+    def _rows(
+        self, job: OutputJob, parts: Mapping[str, Made], extras: Mapping[str, Digest]
+    ) -> dict[str, Row]:
         """The digest of every tensor of an output, by full name; raises DamagedEntry for what is gone."""
-        rows = {n: Row(t.dtype, t.shape, tensor_digest(t)) for n, t in job.extras.items()}
+        rows = {n: Row(t.dtype, t.shape, extras[n]) for n, t in job.extras.items()}
         for cls, (prefix, _) in job.slots.items():
             found = self.store.rows(parts[cls])
             if found is None:
@@ -373,6 +444,13 @@ class _Builder:
                     digest = parts[cls].digest.xxh3
                     evidence = f"tensor `{name}` is not the one that was stored"
                     raise DamagedEntry(self.store.component_path(digest), digest, evidence)
+        if wrong:
+            raise SourceError(
+                Problem(
+                    "what lies beside the components changed while it was read",
+                    evidence=tuple(sorted(wrong)[:1]),
+                )
+            )
 
     def _taken_from(self, name: str) -> str:
         job = self.plan.node(name).job
@@ -381,9 +459,14 @@ class _Builder:
 
     def _inputs(self) -> list[Path]:
         """Every file that this build reads: none of them may be overwritten."""
-        jobs = (n.job for n in self.plan if isinstance(n.job, SourceJob))
-        found = [j.sources.find(j.source) for j in jobs]
-        return [f.path for f in found if f is not None]
+        recipes = [s.recipe.path for s in self.plan.sources if s.recipe.path is not None]
+        inputs = [*recipes, *map(lock_path, recipes)]
+        for job in (n.job for n in self.plan if isinstance(n.job, SourceJob)):
+            if (found := job.sources.find(job.source)) is not None:
+                inputs.append(found.path)
+                with suppress(SourceError):
+                    inputs += files_of(found.path)
+        return inputs
 
     # -- what is known of the product
 

@@ -7,6 +7,12 @@ from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from dataclasses import dataclass, field
 from typing import Any
 
+from builder.errors import CkptError
+
+
+class Cancelled(CkptError):
+    """Another task has failed, or the user has stopped the work."""
+
 
 @dataclass(frozen=True)
 class Task:
@@ -21,7 +27,7 @@ def run_all(tasks: Iterable[Task], executor: Executor, cancel: Callable[[], None
     """Run every task, as many at once as the executor takes.
 
     At the first failure `cancel` is called, no further task starts, and when those that run have ended
-    the failure of the earliest task in the given order is raised.
+    the failure of the earliest task in the given order is raised, unless it was only cancelled.
     """
     waiting = list(tasks)
     order = {t.name: i for i, t in enumerate(waiting)}
@@ -45,5 +51,5 @@ def run_all(tasks: Iterable[Task], executor: Executor, cancel: Callable[[], None
         cancel()
         raise
     if failed:
-        raise failed[min(failed, key=order.__getitem__)]
+        raise failed[min(failed, key=lambda n: (isinstance(failed[n], Cancelled), order[n]))]
     assert not waiting, f"tasks wait for each other: {[t.name for t in waiting]}"

@@ -45,7 +45,8 @@ def write_output(
     made: list[Written] = []
 
     def seen(fd: int) -> None:
-        made.append(Written(path, os.fstat(fd).st_size, _sha256(fd), {}, 0))
+        stat = os.fstat(fd)
+        made.append(Written(path, stat.st_size, _sha256(fd), {}, 0, stat))
         accept(made[0])
 
     write_torch(

@@ -261,12 +261,18 @@ class Store:
     def keep_download(self, partial: Path, sha256: str) -> Path:
         """Put a gathered file, whose SHA-256 was computed while it arrived, among the finished downloads."""
         path = partial.parent.parent / sha256
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())  # a power cut may leave a file's times, and take what was not flushed
         partial.chmod(0o444)
         partial.replace(path)
         self.memory.remember(path.stat(), sha256, seen=None)
         return path
 
     # Places.
+
+    def scratch(self) -> contextlib.AbstractContextManager[Path]:
+        """A new folder for what is in the making, gone at the end; the next user removes a dead one's."""
+        return staging(self._place().root / "tmp")
 
     def component_path(self, digest: str) -> Path:
         """Where the component of this XXH3 lies, if it is stored."""
