@@ -153,7 +153,7 @@ def test_a_file_is_downloaded(server: Server, store: Store, way: str, pinned: bo
 def test_large_files_come_over_several_connections(server: Server, store: Store) -> None:
     server.routes["/m"] = File(DATA, pause=0.001)
     assert good(get(store, server.url("/m")), store)
-    assert len({s.port for s in server.asked("/m")}) == QUICK.connections
+    assert 1 < len({s.port for s in server.asked("/m")}) <= QUICK.connections
     assert server.sent == len(DATA), "every byte travels once"
     assert all("If-Range" in s.headers for s in server.asked("/m")[1:])
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
 from builder.errors import FetchError, Problem, SourceError
-from builder.fetch.addresses import Address, LocalFile, parse_address
+from builder.fetch.addresses import Address, LocalFile, is_pinned, parse_address
 from builder.fetch.client import Session
 from builder.fetch.download import Received, Wish, discard, download, settle, sole
 from builder.fetch.failure import Failure
@@ -37,7 +37,7 @@ class Downloads(Protocol):
 class Fetched:
     """A file that is here and is what was asked for.
 
-    `address` is where it came from, None when it was here already; `name` is what its host calls it.
+    `address` is where it can be had from, None when no host was asked; `name` is what its host calls it.
     """
 
     path: Path
@@ -135,11 +135,13 @@ class _Request:
     def get(self, address: Address) -> Fetched:
         if isinstance(address, LocalFile):
             return self._local(address.under(self.base), str(address))
-        sha256, size = self.sha256, self.size
-        if sha256 is None:
-            pin = pin_of(address, self.session)
-            address, sha256, size = parse_address(pin.url), pin.sha256, size or pin.size
-        request = _Request(self.store, self.session, self.reporter, self.base, self.name, sha256, size)
+        if self.sha256 is not None and is_pinned(address):
+            return self.here(address) or self.download(address)
+        pin = pin_of(address, self.session)
+        if pin.sha256 is not None:
+            self._compare(pin.sha256)
+        address = parse_address(pin.url)
+        request = replace(self, sha256=self.sha256 or pin.sha256, size=self.size or pin.size)
         return request.here(address) or request.download(address)
 
     def _local(self, path: Path, address: str) -> Fetched:
@@ -167,7 +169,7 @@ class _Request:
             if path is None or not path.is_file():
                 continue
             try:
-                return self._verified(path, None)
+                return self._verified(path, str(address) if address is not None else None)
             except Failure as failure:
                 problem = Problem(f"`{path}` is not used: {failure.fact}", evidence=failure.evidence)
                 self.reporter.warn(problem)
@@ -176,15 +178,16 @@ class _Request:
     def download(self, address: Address) -> Fetched:
         wish = Wish(download_url(address, self.session), self.size, self.name)
         try:
-            with sole(
-                self.store.partial_path(self.sha256 or str(address)), self.reporter, self.name
-            ) as partial:
+            partial = self.store.partial_path(self.sha256 or str(address))
+            with sole(partial, self.session, self.reporter, self.name) as turn:
                 # Another process may have finished while this one waited for its turn.
-                if self.sha256 is not None and (found := self.here(address)) is not None:
+                done = replace(self, sha256=self.sha256 or turn.sha256)
+                if done.sha256 is not None and (found := done.here(address)) is not None:
                     return found
-                received = self._received(wish, partial)
-                settle(partial)
-                path = self.store.keep_download(partial, received.sha256)
+                received = self._received(wish, turn.partial)
+                settle(turn.partial)
+                path = self.store.keep_download(turn.partial, received.sha256)
+                turn.tell(received.sha256)
         except OSError as error:
             raise Failure(f"the download cannot be kept: {error.strerror}") from None
         return Fetched(path, received.sha256, received.size, str(address), received.name)

@@ -75,6 +75,16 @@ class LocalFile:
 
 Address = Web | HuggingFace | Civitai | LocalFile
 
+
+def is_pinned(address: Address) -> bool:
+    """Whether an address names the same file for ever, as far as its host has such names."""
+    if isinstance(address, HuggingFace):
+        return address.pinned
+    if isinstance(address, Civitai):
+        return address.version is not None and address.file is not None and address.format is None
+    return True
+
+
 # What an address may not carry: a recipe and its lock are shared.
 _SECRETS = re.compile(
     r"(?i)(?:x-amz-.*|x-goog-.*|.*signature|sig|key-pair-id|policy|.*token|.*api[-_]?key|.*secret|password|auth.*)"

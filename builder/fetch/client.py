@@ -10,6 +10,7 @@ import socket
 import ssl
 import threading
 import time
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
@@ -115,6 +116,8 @@ class Session:
         self._dialer = Dialer(self.allow_private, self.limits.connect, Proxies.of(self.environ))
         self._tls: ssl.SSLContext | None = None
         self._idle: dict[Origin, list[_Connection]] = {}
+        self._sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+        self._stopped = threading.Event()
         self._lock = threading.Lock()
 
     def _endpoint(self, variable: str, default: str) -> str:
@@ -150,6 +153,7 @@ class Session:
         """
         if self.offline:
             raise Failure("not asked: the network is off", hint="build without `--offline`")
+        self.go_on()
         try:
             url = split(url).geturl()
         except ValueError as error:
@@ -233,12 +237,37 @@ class Session:
                 return kept.pop()
             if self._tls is None and origin.scheme == "https":
                 self._tls = tls_context()
-        return _Connection(origin, self._dialer, self._tls, self.limits.read)
+        return _Connection(origin, self._dialer, self._tls, self.limits.read, self.watch)
 
     def keep(self, connection: _Connection) -> None:
         """Take back a connection whose response has been read to its end."""
         with self._lock:
             self._idle.setdefault(connection.origin, []).append(connection)
+
+    def watch(self, opened: socket.socket) -> None:
+        """Take note of a connection, which `stop` is to break off."""
+        with self._lock:
+            self._sockets.add(opened)
+        if self._stopped.is_set():
+            _break_off(opened)
+
+    def stop(self) -> None:
+        """End all requests soon, from any thread: they fail, and none is made again."""
+        self._stopped.set()
+        with self._lock:
+            opened = list(self._sockets)
+        for one in opened:
+            _break_off(one)
+
+    def go_on(self) -> None:
+        """Raise Failure once the session is stopped."""
+        if self._stopped.is_set():
+            raise Failure("stopped")
+
+    def wait(self, seconds: float) -> None:
+        """Sleep. Raises Failure once the session is stopped."""
+        self._stopped.wait(seconds)
+        self.go_on()
 
     def close(self) -> None:
         """Close the idle connections."""
@@ -253,7 +282,7 @@ class Session:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def retrying(self, ask: Callable[[], T], wait: Callable[[float], object] = time.sleep) -> T:
+    def retrying(self, ask: Callable[[], T], wait: Callable[[float], object] | None = None) -> T:
         """The result of `ask`, asked again after a pause while it fails in a way that may pass."""
         for attempt in range(1, self.limits.attempts):
             try:
@@ -261,7 +290,7 @@ class Session:
             except Failure as failure:
                 if not failure.retry:
                     raise
-                wait(self.pause(attempt, failure))
+                (wait or self.wait)(self.pause(attempt, failure))
         return ask()
 
     def pause(self, attempt: int, failure: Failure) -> float:
@@ -281,8 +310,16 @@ class Session:
 class _Connection(http.client.HTTPConnection):
     """A connection that is opened by a Dialer, over TLS when its origin says so."""
 
-    def __init__(self, origin: Origin, dialer: Dialer, tls: ssl.SSLContext | None, timeout: float) -> None:
+    def __init__(
+        self,
+        origin: Origin,
+        dialer: Dialer,
+        tls: ssl.SSLContext | None,
+        timeout: float,
+        watch: Callable[[socket.socket], None],
+    ) -> None:
         super().__init__(origin.host, origin.port, timeout=timeout)
+        self._watch = watch
         self.origin = origin
         self._dialer = dialer
         self._tls = tls
@@ -296,6 +333,7 @@ class _Connection(http.client.HTTPConnection):
             else:
                 self.sock = plain
             self.sock.settimeout(self.timeout)
+            self._watch(self.sock)
         except BaseException:
             plain.close()
             raise
@@ -420,9 +458,13 @@ class Response:
 
     def abort(self) -> None:
         """Break the connection off, from any thread."""
-        with contextlib.suppress(OSError):
-            # Not the method of a TLS socket, which would let the rest be read undeciphered.
-            socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
+        _break_off(self._socket)
+
+
+def _break_off(opened: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        # Not the method of a TLS socket, which would let the rest be read undeciphered.
+        socket.socket.shutdown(opened, socket.SHUT_RDWR)
 
 
 _MEANING = {

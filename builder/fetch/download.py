@@ -78,47 +78,71 @@ def _journal_path(partial: Path) -> Path:
     return partial.with_name(partial.name + ".journal")
 
 
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """The right to gather a download in `partial`, which no other process does at the same time.
+
+    `sha256` is what came of the download of another process that was waited for.
+    """
+
+    partial: Path
+    sha256: str | None = None
+    lock: int | None = None
+
+    def tell(self, sha256: str) -> None:
+        """Say to those who wait what came of the download."""
+        if self.lock is not None:
+            os.pwrite(self.lock, sha256.encode(), 0)
+
+
 @contextlib.contextmanager
-def sole(partial: Path, reporter: Reporter, task: str) -> Iterator[Path]:
-    """The path to gather a download in: `partial`, once no other process does, by a lock.
+def sole(partial: Path, session: Session, reporter: Reporter, task: str) -> Iterator[Turn]:
+    """The turn to gather a download in `partial`, by a lock. Raises Failure once the session is stopped.
 
     Where the system has no locks it is a name of its own, which is deleted in the end: two processes
     never write to one file, with or without locks.
     """
-    lock = _locked(partial.with_name(partial.name + ".lock"), reporter, task)
-    if lock is None:
+    path = partial.with_name(partial.name + ".lock")
+    found = _locked(path, session, reporter, task)
+    if found is None:
         own = partial.with_name(f"{partial.name}.{secrets.token_hex(4)}")
         try:
-            yield own
+            yield Turn(own)
         finally:
             discard(own)
         return
+    lock, sha256 = found
     try:
-        yield partial
+        yield Turn(partial, sha256, lock)
     finally:
-        partial.with_name(partial.name + ".lock").unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
         os.close(lock)
 
 
-def _locked(path: Path, reporter: Reporter, task: str) -> int | None:
+def _locked(path: Path, session: Session, reporter: Reporter, task: str) -> tuple[int, str | None] | None:
+    """A descriptor that holds the lock, and what its holder before left in it; None without locks."""
     try:
         import fcntl
     except ImportError:
         return None
-    told = False
+    left, told = None, False
     while True:
         lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            while True:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if not told:
+                        reporter.note(f"another process is downloading {task}: waiting for it")
+                        told = True
+                    session.wait(0.1)
             # Whoever held the lock has deleted its file: a lock on a deleted file keeps nobody out.
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(lock), path.stat()):
-                    return lock
-        except BlockingIOError:
-            if not told:
-                reporter.note(f"another process is downloading {task}: waiting for it")
-                told = True
-            time.sleep(0.1)
+                    return lock, left
+            left = os.pread(lock, 64, 0).decode("ascii", "replace") or left
         except OSError as error:
             os.close(lock)
             if error.errno in {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EOPNOTSUPP}:
@@ -377,6 +401,7 @@ class _Segments:
                 frontier, received, error = self._frontier(), self.received, self.error
             if error is not None:
                 raise error
+            self.session.go_on()
             self.reporter.advance(self.wish.task, received - told)
             told = received
             while hashed < frontier:
