@@ -1,0 +1,46 @@
+"""`ckpt diff`: what tells two checkpoints apart, and why."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import click
+
+from builder.catalog import load_catalog
+from builder.cli.session import json_option
+from builder.cli.terminal import is_terminal, make_reporter
+from builder.diff import compare, render, to_json
+from builder.errors import ExitCode
+
+
+@click.command("diff")
+@click.argument("a", type=click.Path(path_type=Path), metavar="A")
+@click.argument("b", type=click.Path(path_type=Path), metavar="B")
+@click.option(
+    "--full", is_flag=True, help="Every tensor that differs, and every one that one file has alone."
+)
+@click.option(
+    "--threads", type=click.IntRange(1, 256), default=2, help="Threads to use; the answer is the same."
+)
+@json_option
+@click.option("--quiet", "-q", is_flag=True, help="No progress.")
+def command(a: Path, b: Path, full: bool, threads: int, as_json: bool, quiet: bool) -> int:
+    """Say what tells two checkpoints apart: header, components, names, types, shapes, values, and why.
+
+    The files may be in any containers. Exit code 0: the tensors are the same, by name, type, shape and
+    every bit, though headers may differ; 1: they differ; 6: a file is refused.
+    """
+    with make_reporter(quiet) as reporter:
+        diff = compare(a, b, catalog=load_catalog(), threads=threads, reporter=reporter)
+    if as_json:
+        click.echo(json.dumps(to_json(diff), indent=2))
+    else:
+        terminal = is_terminal(sys.stdout)
+        width = shutil.get_terminal_size().columns if terminal else None
+        color = terminal and not os.environ.get("NO_COLOR")
+        click.echo(render(diff, full=full, width=width, color=color))
+    return ExitCode.DONE if diff.same else ExitCode.NO
