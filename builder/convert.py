@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from builder.catalog import Catalog
 from builder.errors import CkptError, OutputError, Place, Problem, SourceError, UsageError
 from builder.formats import open_checkpoint
 from builder.formats.blob import FileBlob
 from builder.formats.checkpoint import Checkpoint
-from builder.formats.folders import making_set
-from builder.formats.sharded_write import SHARD_SIZE, SUFFIX, write_shards
-from builder.formats.torch_write import write_torch
-from builder.formats.writer import write
+from builder.identify import identify
 from builder.numeric import PRECISIONS, Faults, NonFinite, Overflow, Precision, cast_all
-from builder.progress import SILENT, Reporter
+from builder.progress import SILENT, Reporter, human_bytes
 from builder.tensors import LazyTensor
+
+if TYPE_CHECKING:
+    from builder.layouts.configs import Prediction
 
 Form = Literal["safetensors", "torch", "sharded", "diffusers"]
 
@@ -30,8 +30,21 @@ FORMS: dict[str, Form] = {
     ".pt": "torch",
     ".pth": "torch",
     ".bin": "torch",
-    SUFFIX: "sharded",
+    ".safetensors.index.json": "sharded",
 }
+
+# The architectures that diffusers has a layout for here, and which.
+FAMILIES = {
+    "SD-v1": "SD-v1",
+    "SD-v1-Pix2Pix": "SD-v1",
+    "SD-mini": "SD-v1",
+    "SD-v2": "SD-v2",
+    "SD-XL": "SD-XL",
+    "SD-XL-Refiner": "SD-XL-Refiner",
+}
+
+VOCABULARY = ("vocab.json", "merges.txt")
+_MAX_VOCABULARY = 64 << 20  # bytes; that of CLIP is 1.4 MB
 
 
 @dataclass(frozen=True)
@@ -77,6 +90,8 @@ def convert(
     overflow: Overflow = "error",
     non_finite: NonFinite = "error",
     shard_size: int | None = None,
+    prediction: Prediction | None = None,
+    tokenizer: Path | None = None,
     threads: int = 2,
     durable: bool = True,
     reporter: Reporter = SILENT,
@@ -85,27 +100,23 @@ def convert(
 
     With the precision `keep` no value changes, nor is any looked at. Any other is for weights: integers
     and the noise schedule stay as they are, and values that it cannot hold are handled as `overflow` and
-    `non_finite` say (`builder.numeric.Cast`). `shard_size` is in bytes of tensors, for a sharded set.
-    Raises CkptError; then `target` is as it was.
+    `non_finite` say (`builder.numeric.Cast`). `shard_size` is in bytes of tensors. For diffusers' layout,
+    `prediction` overrides what the model says it predicts, and `tokenizer` is a folder with CLIP's
+    vocabulary. Raises CkptError; then `target` is as it was.
     """
-    form, target = form_of(str(target)), Path(target)
+    form = form_of(str(target))
+    target = Path(target)
     if shard_size is not None and form in ("safetensors", "torch"):
         raise UsageError(
             Problem(
                 f"`{target}` is one file, and shards are several",
-                hint=f"name the set's index, such as `{target.stem}{SUFFIX}`",
+                hint=f"name the set's index, such as `{target.stem}.safetensors.index.json`",
             )
         )
     with open_checkpoint(source) as checkpoint:
         faults = Faults()
         tensors = _cast(checkpoint, precision, overflow, non_finite, faults, catalog)
         blobs = [b for b in checkpoint.blobs if isinstance(b, FileBlob)]
-        options: dict[str, Any] = {
-            "threads": threads,
-            "durable": durable,
-            "inputs": [b.name for b in blobs],
-            "reporter": reporter,
-        }
 
         def accept(_: object = None) -> None:
             if faults.by_name:
@@ -114,22 +125,20 @@ def convert(
                 if not blob.unchanged():
                     raise SourceError(Problem("the file changed while it was read", Place(blob.name)))
 
-        task = f"writing {target.name}"
-        if form == "safetensors":
-            write(
-                target, tensors, _metadata(checkpoint), file_digest=False, accept=accept, task=task, **options
-            )
-            size = target.stat().st_size
-        elif form == "torch":
-            write_torch(target, tensors, accept=accept, task=task, **options)
-            size = target.stat().st_size
+        options: dict[str, Any] = {
+            "threads": threads,
+            "durable": durable,
+            "inputs": [b.name for b in blobs],
+            "reporter": reporter,
+        }
+        if form == "diffusers":
+            model = _model(checkpoint, tensors, catalog, prediction)
+            vocabulary = _vocabulary(tokenizer, Path(source))
+            size = _write_folder(target, model, vocabulary, shard_size, accept, options)
+        elif form == "sharded":
+            size = _write_set(target, tensors, _metadata(checkpoint), shard_size, accept, options)
         else:
-            with making_set(target, durable=durable) as folder:
-                stem = target.name.removesuffix(SUFFIX)
-                shards = shard_size or SHARD_SIZE
-                write_shards(folder, stem, tensors, _metadata(checkpoint), shard_size=shards, **options)
-                accept()
-                size = _size(folder)
+            size = _write_file(target, form, tensors, _metadata(checkpoint), accept, options)
         return Converted(target, form, size, len(tensors), _lost(checkpoint, form))
 
 
@@ -148,7 +157,7 @@ def _cast(
     return {n: made.get(n, t) for n, t in checkpoint.items()}
 
 
-def _metadata(checkpoint: Checkpoint) -> dict[str, str]:
+def _metadata(checkpoint: Checkpoint) -> Mapping[str, str]:
     if checkpoint.container.startswith("torch"):
         return {"format": "pt"}  # what transformers insists on, and every tool for PyTorch writes
     return checkpoint.metadata
@@ -159,8 +168,8 @@ def _lost(checkpoint: Checkpoint, form: Form) -> tuple[str, ...]:
     found = []
     if checkpoint.others:
         names = [f"`{name}`" for name in checkpoint.others]
-        some = ", ".join(names[:5]) + (f" and {len(names) - 5:,} more" if len(names) > 5 else "")
-        found.append(f"what is no tensor: {some}")
+        more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
+        found.append(f"entries that are no tensors of the model: {', '.join(names[:5])}{more}")
     if form == "torch" and checkpoint.metadata.keys() - {"format"}:
         found.append("metadata, which a dict of tensors cannot hold")
     return tuple(found)
@@ -178,5 +187,169 @@ def _with_options(faults: Faults, name: str, precision: Precision) -> CkptError:
     return OutputError(*problems)
 
 
+# ── files and sets ──
+
+
+def _write_file(
+    target: Path,
+    form: Form,
+    tensors: Mapping[str, LazyTensor],
+    metadata: Mapping[str, str],
+    accept: Callable[[object], None],
+    options: Mapping[str, Any],
+) -> int:
+    task = f"writing {target.name}"
+    if form == "safetensors":
+        from builder.formats.writer import write
+
+        write(target, tensors, metadata, file_digest=False, accept=accept, task=task, **options)
+    else:
+        from builder.formats.torch_write import write_torch
+
+        write_torch(target, tensors, accept=accept, task=task, **options)
+    return target.stat().st_size
+
+
+def _write_set(
+    index: Path,
+    tensors: Mapping[str, LazyTensor],
+    metadata: Mapping[str, str],
+    shard_size: int | None,
+    accept: Callable[[], None],
+    options: Mapping[str, Any],
+) -> int:
+    from builder.formats.folders import making_set
+    from builder.formats.sharded_write import SHARD_SIZE, SUFFIX, write_shards
+
+    with making_set(index, durable=options["durable"]) as folder:
+        size, stem = shard_size or SHARD_SIZE, index.name[: -len(SUFFIX)]
+        write_shards(folder, stem, tensors, metadata, shard_size=size, **options)
+        accept()
+        return _size(folder)
+
+
 def _size(folder: Path) -> int:
     return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+
+
+# ── diffusers' layout ──
+
+
+class _Model(NamedTuple):
+    """A full checkpoint, its tensors under the names that the original layout has for them."""
+
+    family: str
+    tensors: Mapping[str, LazyTensor]
+    metadata: Mapping[str, str]
+    prediction: Prediction
+    zero_snr: bool
+
+
+def _model(
+    checkpoint: Checkpoint,
+    tensors: Mapping[str, LazyTensor],
+    catalog: Catalog,
+    prediction: Prediction | None,
+) -> _Model:
+    identity = identify(checkpoint, catalog)
+    family = FAMILIES.get(identity.architecture or "") if identity.intact else None
+    if family is None:
+        raise SourceError(
+            Problem(
+                f"`{checkpoint.name}` is no model that diffusers' layout is known for",
+                evidence=(f"it is {identity.architecture or 'unknown'}", f"there are {', '.join(FAMILIES)}"),
+                hint="name a file to write it in another container",
+            )
+        )
+    foreign = next((name for name in checkpoint if name.startswith("edm_")), None)
+    if foreign is not None:
+        raise SourceError(
+            Problem(
+                f"`{checkpoint.name}` is made for another kind of scheduler",
+                evidence=(f"it has the marker `{foreign}`",),
+                hint="name a file to write it in another container",
+            )
+        )
+    architecture = catalog.architecture(str(identity.architecture))
+    usual: dict[str, str] = {}
+    for match in (m for m in identity.matches if m.component.cls in architecture.slots):
+        prefix = catalog.component_for(match.component.cls, architecture).prefix
+        usual |= {full: prefix + bare for bare, full in match.names.items()}
+    return _Model(
+        family,
+        {usual.get(name, name): tensor for name, tensor in tensors.items()},
+        _metadata(checkpoint),
+        prediction or _prediction(checkpoint, family),
+        "ztsnr" in checkpoint,
+    )
+
+
+def _prediction(checkpoint: Checkpoint, family: str) -> Prediction:
+    said = checkpoint.metadata.get("modelspec.prediction_type", "")
+    architecture = checkpoint.metadata.get("modelspec.architecture", "")
+    if "v_pred" in checkpoint or said in ("v", "v_prediction") or architecture.endswith("-768-v"):
+        return "v"
+    if family == "SD-v2" and said != "epsilon" and not architecture.endswith("-512"):
+        raise UsageError(
+            Problem(
+                f"nothing in `{checkpoint.name}` says what it predicts",
+                evidence=("SD v2 comes in both kinds: of 512 pixels epsilon, of 768 pixels v",),
+                hint="say `--prediction epsilon` or `--prediction v`",
+            )
+        )
+    return "epsilon"
+
+
+def _vocabulary(given: Path | None, source: Path) -> dict[str, bytes]:
+    """The files of CLIP's tokenizer, which no checkpoint holds; none where none are given."""
+    folder = given if given is not None else source / "tokenizer"
+    found: dict[str, bytes] = {}
+    for name in VOCABULARY:
+        path = folder / name
+        if path.is_file() and path.stat().st_size <= _MAX_VOCABULARY:
+            found[name] = path.read_bytes()
+        elif given is not None:
+            raise UsageError(
+                Problem(
+                    f"`{folder}` holds no `{name}`",
+                    hint="give the folder `tokenizer` of a model in diffusers' layout",
+                )
+            )
+    return found
+
+
+def _write_folder(
+    target: Path,
+    model: _Model,
+    vocabulary: Mapping[str, bytes],
+    shard_size: int | None,
+    accept: Callable[[], None],
+    options: Mapping[str, Any],
+) -> int:
+    from builder.formats.diffusers import REMAINDER, write_folder
+    from builder.formats.folders import making_folder
+
+    reporter: Reporter = options["reporter"]
+    with making_folder(target, durable=options["durable"]) as folder:
+        rest = write_folder(
+            folder,
+            model.family,
+            model.tensors,
+            model.metadata,
+            prediction=model.prediction,
+            zero_snr=model.zero_snr,
+            vocabulary=vocabulary,
+            shard_size=shard_size,
+            **options,
+        )
+        accept()
+        size = _size(folder)
+    if rest:
+        count = f"{len(rest):,} tensor{'s' * (len(rest) > 1)}"
+        total = human_bytes(sum(t.nbytes for t in rest.values()))
+        reporter.note(f"what the layout has no place for is in `{REMAINDER}`: {count}, {total}")
+    if not vocabulary:
+        reporter.note(
+            "without a tokenizer, whose vocabulary no checkpoint holds: `--tokenizer FOLDER` adds it"
+        )
+    return size

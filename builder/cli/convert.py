@@ -45,6 +45,17 @@ from builder.progress import human_bytes
     help="What to do with NaN and infinity, when the precision changes.",
 )
 @click.option(
+    "--prediction",
+    type=click.Choice(["epsilon", "v"]),
+    help="What the model predicts, where it does not say; for a diffusers folder.",
+)
+@click.option(
+    "--tokenizer",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="Holds CLIP's vocab.json and merges.txt; for a diffusers folder.",
+)
+@click.option(
     "--threads", type=click.IntRange(1, 256), default=2, help="Threads to use; the bytes are the same."
 )
 @json_option

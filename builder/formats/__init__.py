@@ -13,16 +13,23 @@ from builder.formats.checkpoint import Checkpoint
 def open_checkpoint(path: Path | str, *, as_name: str | None = None) -> Checkpoint:
     """Open a checkpoint: its table of contents is read, its tensors are not.
 
-    `path` is a safetensors file, a PyTorch file (zip, legacy or tar), the index of a sharded set, or a
-    folder that holds exactly one such index. Which it is, is told by its leading bytes, never by its
-    suffix. `as_name` replaces the path as the checkpoint's name. Close it, or use it in `with`.
+    `path` is a safetensors file, a PyTorch file (zip, legacy or tar), the index of a sharded set, a folder
+    that holds exactly one such index, or a model's folder in diffusers' layout, whose tensors get the
+    names of the original layout. Which it is, is told by its leading bytes, never by its suffix.
+    `as_name` replaces the path as the checkpoint's name. Close it, or use it in `with`.
     Raises SourceError for anything else, saying what it is.
     """
     path = Path(path)
     name = as_name or str(path)
-    if path.is_dir():
-        path = _index_in(path)
-    elif path.exists() and not path.is_file():  # opening a pipe would wait for its other end
+    if (path / "model_index.json").is_file():
+        from builder.formats.diffusers import open_folder
+
+        return open_folder(path, name, _open_file)
+    return _open_file(_index_in(path) if path.is_dir() else path, name)
+
+
+def _open_file(path: Path, name: str) -> Checkpoint:
+    if path.exists() and not path.is_file():  # opening a pipe would wait for its other end
         raise SourceError(Problem(f"`{path}` is not a regular file"))
     blob = FileBlob(path)
     try:
@@ -62,14 +69,6 @@ def _open(blob: FileBlob, path: Path, name: str) -> Checkpoint:
 
 
 def _index_in(folder: Path) -> Path:
-    if (folder / "model_index.json").exists():
-        raise SourceError(
-            Problem(
-                f"`{folder}` is a model in the diffusers layout, not a checkpoint",
-                evidence=("it holds `model_index.json`",),
-                hint="give one of the safetensors files in its subfolders",
-            )
-        )
     found = sorted(folder.glob("*.index.json"))
     if len(found) == 1:
         return found[0]

@@ -161,7 +161,10 @@ def build_report(
     """
     with open_checkpoint(path) as checkpoint:
         found: Mapping[str, str | None] = {}
-        if hashes and checkpoint.container != "safetensors-sharded":  # they are hashes of single files
+        if hashes and checkpoint.container not in (
+            "safetensors-sharded",
+            "diffusers",
+        ):  # they are hashes of single files
             from builder.hashes import file_hashes
 
             found = file_hashes(path, reporter=reporter)

@@ -13,6 +13,7 @@ from builder.report.model import Part, Report, Share
 CONTAINERS = {
     "safetensors": "safetensors",
     "safetensors-sharded": "sharded safetensors",
+    "diffusers": "diffusers folder",
     "torch-zip": "PyTorch zip",
     "torch-legacy": "PyTorch legacy pickle",
     "torch-tar": "PyTorch tar",

@@ -1,0 +1,198 @@
+"""Folders in diffusers' layout: read as one checkpoint under the original names, and written from one."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from builder.errors import Place, Problem, SourceError
+from builder.formats.atomic import write_bytes, write_text
+from builder.formats.checkpoint import Checkpoint
+from builder.formats.sharded_write import plan_shards, write_shards
+from builder.formats.writer import write
+from builder.layouts import family_of, to_diffusers, to_original
+from builder.layouts.configs import MODEL_INDEX, SCHEDULER, Prediction, configs
+from builder.progress import SILENT, Reporter
+from builder.tensors import DType, LazyTensor, MemoryTensor
+
+# What the layout has no place for, such as noise schedules; diffusers does not look at it.
+REMAINDER = "remainder.safetensors"
+
+FOLDERS = ("unet", "vae", "text_encoder", "text_encoder_2")
+_SAFETY = ("safety_checker", "image_encoder")  # parts of a pipeline that are none of the model
+_WEIGHTS = re.compile(
+    r"(?:diffusion_pytorch_model|model|pytorch_model)(?:\.(?P<variant>[\w-]+))?\.(?P<kind>safetensors|bin)"
+    r"(?P<index>\.index(?:\.(?P<indexed>[\w-]+))?\.json)?"
+)
+_SHARD = re.compile(r"-\d{5}-of-\d{5}")
+_VARIANTS = ("", "fp16", "bf16")  # in the order of preference; others only where they are alone
+_MAX_CONFIG = 1 << 20  # bytes
+
+
+def open_folder(folder: Path, name: str, open_file: Callable[[Path, str], Checkpoint]) -> Checkpoint:
+    """The checkpoint of a model's folder in diffusers' layout, under the names of the original layout.
+
+    Of each part, safetensors are preferred to PyTorch files and the plain file to variants such as fp16.
+    Markers tell what the scheduler's configuration says of v-prediction and zero terminal SNR. Parts and
+    tensors that an original file has no place for are listed as `others`. `open_file` opens a file.
+    Raises SourceError for a model of another kind, a part without weights, and what `open_file` raises.
+    """
+    opened: dict[str, Checkpoint] = {}
+    try:
+        for part in FOLDERS:
+            if (folder / part).is_dir():
+                path = _weights(folder / part)
+                opened[part] = open_file(path, str(path))
+        if (folder / REMAINDER).is_file():
+            opened[""] = open_file(folder / REMAINDER, str(folder / REMAINDER))
+        return _join(folder, name, opened)
+    except BaseException:
+        for checkpoint in opened.values():
+            checkpoint.close()
+        raise
+
+
+def _join(folder: Path, name: str, opened: Mapping[str, Checkpoint]) -> Checkpoint:
+    index = _read_config(folder / MODEL_INDEX)
+    family = family_of(opened)
+    if family is None:
+        raise SourceError(
+            Problem(
+                f"`{folder}` is a model in diffusers' layout, but of a kind that has no original layout here",
+                evidence=(f"`{MODEL_INDEX}` calls it {str(index.get('_class_name'))[:80]}",),
+                hint="give one of the safetensors files in its subfolders",
+            )
+        )
+    try:
+        tensors, strange = to_original(family, opened)
+    except ValueError as error:
+        raise SourceError(Problem(f"two tensors would be `{error}`", Place(str(folder)))) from None
+    remainder = opened.get("")
+    for tensor in remainder or ():
+        if tensor in tensors:
+            raise SourceError(
+                Problem(f"tensor `{tensor}` comes twice", Place(remainder.name if remainder else ""))
+            )
+    tensors |= remainder.tensors if remainder is not None else {}
+    for marker in _markers(folder / SCHEDULER):
+        tensors.setdefault(marker, MemoryTensor(DType.F32, (0,), b""))
+    others = {
+        f"{part}/{n}": "a tensor that the original layout lacks" for part in strange for n in strange[part]
+    }
+    others |= {p: "a part of the pipeline, not of the model" for p in _SAFETY if (folder / p).is_dir()}
+    return Checkpoint(
+        name,
+        "diffusers",
+        sum(c.size for c in opened.values()),
+        tensors,
+        remainder.metadata if remainder is not None else dict(opened["unet"].metadata),
+        globals=tuple(sorted({g for c in opened.values() for g in c.globals})),
+        others=others,
+        blobs=tuple(blob for c in opened.values() for blob in c.blobs),
+    )
+
+
+def _weights(folder: Path) -> Path:
+    """The file, or the index of a sharded set, that holds a part's weights."""
+    found: dict[tuple[bool, str], list[Path]] = {}
+    for path in sorted(folder.iterdir()):
+        match = None if _SHARD.search(path.name) else _WEIGHTS.fullmatch(path.name)
+        if match is not None:
+            variant = match["variant"] or match["indexed"] or ""
+            found.setdefault((match["kind"] == "bin", variant), []).append(path)
+    known = [key for key in found if key[1] in _VARIANTS]
+    if known:
+        best = min(known, key=lambda key: (_VARIANTS.index(key[1]) > 0, key[0], _VARIANTS.index(key[1])))
+        return min(found[best], key=lambda path: len(path.name))
+    if len(found) == 1:
+        return next(iter(found.values()))[0]
+    names = ", ".join(f"`{p.name}`" for paths in found.values() for p in paths[:1])
+    raise SourceError(
+        Problem(
+            "which file holds the part's weights is not clear" if found else "the part has no weights",
+            Place(str(folder)),
+            (names or "no `.safetensors` and no `.bin` of the usual names",),
+            "keep one of them there" if found else "download it again, with its weights",
+        )
+    )
+
+
+def _markers(path: Path) -> list[str]:
+    """The markers that say in an original file what the scheduler's configuration says here."""
+    config = _read_config(path) if path.is_file() else {}
+    found = ["v_pred"] if config.get("prediction_type") == "v_prediction" else []
+    return [*found, "ztsnr"] if config.get("rescale_betas_zero_snr") is True else found
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > _MAX_CONFIG:
+            raise ValueError
+        config = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        config = None
+    if not isinstance(config, dict):
+        raise SourceError(Problem("the configuration is not readable as a JSON object", Place(str(path))))
+    return config
+
+
+def write_folder(
+    folder: Path,
+    family: str,
+    tensors: Mapping[str, LazyTensor],
+    metadata: Mapping[str, str],
+    *,
+    prediction: Prediction,
+    zero_snr: bool = False,
+    vocabulary: Mapping[str, bytes] | None = None,
+    shard_size: int | None = None,
+    threads: int = 2,
+    durable: bool = True,
+    inputs: Iterable[Path | str] = (),
+    reporter: Reporter = SILENT,
+) -> dict[str, LazyTensor]:
+    """Write a full checkpoint's tensors, under their original names, into a folder in diffusers' layout.
+
+    What the layout has no place for, tensors and metadata, goes to `REMAINDER`, so that nothing is lost;
+    those tensors are returned. `vocabulary` are the files of CLIP's tokenizer by name; without it, loaders
+    have to be given a tokenizer, or they would make up an empty one. Parts of more than `shard_size` bytes
+    become sharded sets. Make the folder with `builder.formats.folders`.
+    Raises OutputError, and what the tensors' `read_into` raises.
+    """
+    parts, rest = to_diffusers(family, tensors)
+    options: dict[str, Any] = {
+        "threads": threads,
+        "durable": durable,
+        "inputs": tuple(inputs),
+        "reporter": reporter,
+    }
+    said = configs(family, parts, prediction=prediction, zero_snr=zero_snr, tokenizers=bool(vocabulary))
+    for path, config in said.items():
+        (folder / path).parent.mkdir(exist_ok=True)
+        write_text(folder / path, json.dumps(config, indent=2, sort_keys=True) + "\n", durable=durable)
+    for tokenizer in sorted(folder.glob("tokenizer*")):
+        for file, data in (vocabulary or {}).items():
+            write_bytes(tokenizer / file, data, durable=durable)
+    for part, found in parts.items():
+        stem = "model" if part.startswith("text_encoder") else "diffusion_pytorch_model"
+        if shard_size is not None and len(plan_shards(found, stem, shard_size)) > 1:
+            write_shards(folder / part, stem, found, {"format": "pt"}, shard_size=shard_size, **options)
+        else:
+            path = f"{part}/{stem}.safetensors"
+            _write(folder, path, found, {"format": "pt"}, options)
+    if rest or metadata.keys() - {"format"}:
+        _write(folder, REMAINDER, rest, metadata, options)
+    return rest
+
+
+def _write(
+    folder: Path,
+    path: str,
+    tensors: Mapping[str, LazyTensor],
+    metadata: Mapping[str, str],
+    options: Mapping[str, Any],
+) -> None:
+    write(folder / path, tensors, metadata, file_digest=False, task=f"writing {path}", **options)
