@@ -23,7 +23,7 @@ NonFinite = Literal["error", "keep"]
 
 # Made of numbers that mean nothing without a scale beside them, or that a plain cast would misread.
 _PACKED = {DType.F4, DType.F6_E2M3, DType.F6_E3M2, DType.F8_E8M0}
-_SCALES = (".scale_weight", ".weight_scale", ".scale_input", "scaled_fp8")
+_SCALES = (".scale_weight", ".weight_scale", ".weight_scale_2", ".scale_input", ".input_scale", "scaled_fp8")
 
 
 @dataclass
