@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import os
+import subprocess
+import sys
 import tarfile
 import zipfile
 from pathlib import Path
@@ -157,14 +159,49 @@ def test_an_archive_of_other_things_is_refused(tmp_path: Path, archive: str) -> 
 def test_what_is_no_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "loop").symlink_to("loop")
+    long = "x" * 300
     for name, fact in {
         "pipe": f"`{tmp_path / 'pipe'}` is not a regular file",
         "gone": f"cannot open `{tmp_path / 'gone'}`",
         "loop": f"cannot open `{tmp_path / 'loop'}`",
+        long: f"cannot open `{tmp_path / long}`",
+        "nul\0": f"cannot open `{tmp_path / 'nul'}\0`",
     }.items():
         with pytest.raises(SourceError) as caught:
             open_checkpoint(tmp_path / name)
         assert caught.value.problems[0].fact == fact
+
+
+def test_what_is_out_of_reach(tmp_path: Path) -> None:
+    """In a process without rights, whoever runs the tests."""
+    locked = tmp_path / "locked"
+    locked.mkdir()
+    (locked / "a.safetensors").write_bytes(b"")
+    script = """
+import os, sys
+from builder.errors import SourceError
+from builder.formats import open_checkpoint
+if os.geteuid() == 0:
+    os.setgroups([])
+    os.setgid(65534)
+    os.setuid(65534)
+for path in sys.argv[1:]:
+    try:
+        open_checkpoint(path)
+    except SourceError as error:
+        print(error)
+"""
+    try:
+        locked.chmod(0)
+        paths = [str(locked), str(locked / "a.safetensors")]
+        found = subprocess.run(
+            [sys.executable, "-c", script, *paths], capture_output=True, text=True, check=True
+        )
+    finally:
+        locked.chmod(0o700)
+    folder, file = found.stdout.splitlines()
+    assert f"`{locked}`" in folder
+    assert file == f"cannot open `{locked / 'a.safetensors'}`"
 
 
 def test_folders(tmp_path: Path) -> None:
@@ -179,9 +216,8 @@ def test_folders(tmp_path: Path) -> None:
         (tmp_path / f"{name}.safetensors.index.json").write_text("{}")
     assert refusal() == (no_set, ("it holds `a.safetensors.index.json`, `b.safetensors.index.json`",))
     (tmp_path / "model_index.json").write_text("{}")
-    assert refusal() == (
-        f"`{tmp_path}` is a model in the diffusers layout, not a checkpoint",
-        ("it holds `model_index.json`",),
+    assert refusal()[0] == (
+        f"`{tmp_path}` is a model in diffusers' layout, but of a kind that has no original layout here"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,8 @@ def test_shards_that_the_index_does_not_name_are_not_read(folder: Path) -> None:
         ([], "`weight_map` is not an object of tensor names", ("it is []",)),
         ({"a": 1}, "the shard of tensor `a` is not a name", ("it is 1",)),
         ({"a": "gone.safetensors"}, "the shard `gone.safetensors` is missing", ()),
+        ({"a": "x" * 300}, f"the shard `{'x' * 300}` is missing", ()),
+        ({"a": "\ud800"}, "the shard `\ud800` is missing", ()),
         ({"a": ONE, "c": ONE}, f"tensor `c` is not in its shard `{ONE}`", ("no shard has it",)),
         ({"a": ONE, "b": TWO}, f"tensor `b` is not in its shard `{TWO}`", (f"it is in `{ONE}`",)),
         ({"a": ONE, "x": "again"}, "two shards have tensor `a`", ("`again` and `" + ONE + "`",)),
@@ -96,6 +99,15 @@ def test_a_shard_lies_beside_its_index(folder: Path, name: str) -> None:
     with pytest.raises(SourceError) as caught:
         open_checkpoint(path)
     assert caught.value.problems[0].fact == f"the shard `{name}` of tensor `a` is not a plain file name"
+
+
+def test_a_shard_is_a_file(folder: Path) -> None:
+    os.mkfifo(folder / "pipe")
+    (folder / "sub").mkdir()
+    for name, what in {"pipe": "not a regular file", "sub": "a folder, not a file"}.items():
+        with pytest.raises(SourceError) as caught:
+            open_checkpoint(index(folder, {"a": name}))
+        assert caught.value.problems[0].fact == f"`{folder / name}` is {what}"
 
 
 def test_a_damaged_shard_is_named(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 from typing import Protocol
 
@@ -33,17 +34,21 @@ class FileBlob:
     def __init__(self, path: Path | str) -> None:
         self.name = os.fspath(path)
         try:
-            self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+            # Opening a pipe would wait for its other end.
+            self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0))
         except ValueError:
-            raise SourceError(Problem(f"cannot open `{self.name}`", evidence=("no path holds NUL",))) from None
+            raise SourceError(
+                Problem(f"cannot open `{self.name}`", evidence=("no path holds NUL",))
+            ) from None
         except OSError as error:
             raise SourceError(
                 Problem(f"cannot open `{self.name}`", evidence=(str(error.strerror),))
             ) from None
         try:
-            if os.path.isdir(self._fd):  # noqa: PTH112
-                raise SourceError(Problem(f"`{self.name}` is a folder, not a file"))
             self.stat = os.fstat(self._fd)
+            if not stat.S_ISREG(self.stat.st_mode):
+                what = "a folder, not a file" if stat.S_ISDIR(self.stat.st_mode) else "not a regular file"
+                raise SourceError(Problem(f"`{self.name}` is {what}"))
         except BaseException:
             os.close(self._fd)
             raise
