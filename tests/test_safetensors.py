@@ -372,6 +372,14 @@ def test_memory_is_bounded_by_what_the_header_is_not_by_what_it_means(unit: str,
         tracemalloc.stop()
 
 
+@pytest.mark.parametrize("extents", ["1," * 1_000_000 + "1", "9," * 1_000_000 + "9"])
+def test_a_shape_without_end_is_refused_before_it_is_multiplied(extents: str) -> None:
+    header = f'{{"a":{{"dtype":"U8","shape":[{extents}],"data_offsets":[0,1]}},"b":{json.dumps(A)}}}'
+    with pytest.raises(SourceError) as caught:
+        read_header(Bytes(file(header, 1)))
+    assert caught.value.problems[0].fact == "the entry of tensor `a` is not a short object"
+
+
 @pytest.mark.parametrize("count", [50_000, pytest.param(1_000_000, marks=pytest.mark.slow)])
 def test_many_tensors(count: int) -> None:
     header = ",".join(

@@ -113,7 +113,7 @@ _SPACE = re.compile(r"[ \t\n\r]*")
 _NUMBER = "(?:0|[1-9][0-9]{0,17})"
 _USUAL = re.compile(
     r'"([^"\\\x00-\x1f]+)": ?\{"dtype": ?"(\w+)", ?'
-    rf'"shape": ?\[({_NUMBER}(?:, ?{_NUMBER})*)?\], ?'
+    rf'"shape": ?\[({_NUMBER}(?:, ?{_NUMBER}){{0,15}})?\], ?'
     rf'"data_offsets": ?\[({_NUMBER}), ?({_NUMBER})\]\}}, ?(?=")'
 )  # a tensor's member as programs write it, read several times faster than JSON at large
 
