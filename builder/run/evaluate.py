@@ -30,9 +30,10 @@ def finish(plan: Plan, job: ComponentJob, store: Store, stop: threading.Event) -
     """Compose a component: taken or computed, repaired, rounded. Nothing is read but small tensors."""
     tensors, component = evaluate(plan, job.origin, store)
     changes: list[str] = []
-    if component.endswith("-NAI"):
+    renamed = component.endswith("-NAI")
+    if renamed:
         changes.append(f"clip-names: {len(tensors):,} tensors get the names that loaders expect")
-    for name in (n for n in job.fixes if n != "clip-names" or not changes):
+    for name in (n for n in job.fixes if n != "clip-names" or not renamed):
         fix = FIXES[name]
         if job.cls in fix.classes:
             tensors, done = fix.apply(tensors)
