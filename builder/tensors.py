@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-WINDOW = 4 << 20  # bytes; small enough for the processor's cache, large enough to hide a call's cost
+WINDOW = 1 << 20  # bytes; small enough for the processor's cache, large enough to hide a call's cost
 
 
 class DType(Enum):
