@@ -14,7 +14,7 @@ LAYERS: list[list[str]] = [
     ["catalog", "identify", "scan", "metric"],
     ["fixes", "merges", "lora", "operations", "samples"],
     ["profiles", "recipe", "lock", "plan"],
-    ["explain", "run", "quick", "parts", "diff", "convert", "report", "demo", "cli"],
+    ["explain", "run", "quick", "parts", "convert", "report", "diff", "author", "demo", "cli"],
 ]
 ORDER = {name: index for index, name in enumerate(n for layer in LAYERS for n in layer)}
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from builder.diff.model import Diff, Part, Side, TensorDiff
 from builder.fixes import POSITION_IDS
 from builder.progress import human_bytes
+from builder.report.faults import counted
 from builder.tensors import DType
 
 TYPES = {DType.F16: "FP16", DType.F32: "FP32", DType.F64: "FP64"}
@@ -195,7 +196,7 @@ def _how(part: Part) -> str:
     total, changed = part.total, [t for t in part.changed if not is_positions(t)]
     numbers = [t for t in part.tensors if t.dtypes[0].floating]
     if total.not_numbers:
-        return f"has NaN on one side where the other has none, or another: {total.not_numbers:,} values"
+        return f"has NaN on one side where the other has a number: {counted(total.not_numbers, 'value')}"
     types = {t.dtypes for t in changed}
     if types <= {_CROSSED, _CROSSED[::-1]} and 100 * total.distances[1] >= 99 * sum(total.distances):
         a, b = (type_name(d) for d in next(iter(types)))
@@ -256,7 +257,7 @@ def _alone(diff: Diff) -> Iterator[str]:
             if found:
                 said.append(f"{word} ({human_bytes(side.size(found))})")
         if rest:
-            said.append(f"{len(rest):,} tensor{'s' * (len(rest) > 1)}{' more' * bool(said)}")
+            said.append(f"{counted(len(rest), 'tensor')}{' more' * bool(said)}")
         if said:
             yield f"{letter} alone has {', '.join(said)}"
 

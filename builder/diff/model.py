@@ -12,14 +12,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-from builder.catalog import Catalog
+from builder.catalog import Catalog, KnownPart
 from builder.diff.pairs import Pair, pair_up, same_layout
 from builder.diff.values import Comparer, Spot, Values
 from builder.digests import Row, component_digest
 from builder.formats import open_checkpoint
 from builder.formats.checkpoint import Checkpoint
 from builder.identify import Identity, Match, identify
+from builder.metric import PUBLISHED, counted, label
 from builder.progress import SILENT, Reporter
+from builder.scan import Scan, scan
 from builder.tensors import DType, LazyTensor
 
 
@@ -331,18 +333,19 @@ def _known(
     side: Side, parts: Sequence[Part], catalog: Catalog, threads: int, reporter: Reporter
 ) -> dict[str, str]:
     """Names of the weights of components that differ; reads those of which any are published."""
-    from builder.metric import PUBLISHED, counted, label
-    from builder.scan import scan
 
-    famous = {k.cls for k in catalog.known.metrics} | {k.cls for k in catalog.known.parts}
-    matches = [m for p in parts if p.cls in famous and (m := side.identity.find(p.cls)) is not None]
-    if not matches:
+    weights = {k.cls for k in catalog.known.parts}
+    labels = {k.cls for k in catalog.known.metrics}
+    matches = [m for p in parts if (m := side.identity.find(p.cls)) is not None]
+    groups = counted({m.component.cls: m.names for m in matches if m.component.cls in labels})
+    whole = {full for m in matches if m.component.cls in weights for full in m.names.values()}
+    if not groups and not whole:
         return {}
-    held = {full: side.checkpoint[full] for m in matches for full in m.names.values()}
+    held = {n: t for n, t in side.checkpoint.items() if n in groups or n in whole}
     found = scan(
         held,
-        groups=counted({m.component.cls: m.names for m in matches}),
-        digests=True,
+        groups=groups,
+        digests=bool(whole),
         threads=threads,
         reporter=reporter,
         task=f"what {Path(side.path).name} has",
@@ -351,12 +354,7 @@ def _known(
     known = {}
     for match in matches:
         cls = match.component.cls
-        rows = {
-            bare: Row(held[full].dtype, held[full].shape, digest)
-            for bare, full in match.names.items()
-            if (digest := found.tensors[full].digest) is not None
-        }
-        published = catalog.known.part(component_digest(rows).xxh3)
+        published = _published(match, held, found, catalog) if cls in weights else None
         value = getattr(metric, PUBLISHED[cls].part) if cls in PUBLISHED else ""
         name = (
             published.name if published else catalog.known.label(cls, int(value)) if value.isdigit() else None
@@ -364,6 +362,17 @@ def _known(
         if name is not None:
             known[cls] = name
     return known
+
+
+def _published(
+    match: Match, held: Mapping[str, LazyTensor], found: Scan, catalog: Catalog
+) -> KnownPart | None:
+    rows = {
+        bare: Row(held[full].dtype, held[full].shape, digest)
+        for bare, full in match.names.items()
+        if (digest := found.tensors[full].digest) is not None
+    }
+    return catalog.known.part(component_digest(rows).xxh3)
 
 
 def _promoted(

@@ -11,6 +11,7 @@ from builder.diff.model import Diff, Part, Side, TensorDiff, type_counts
 from builder.diff.values import Spot
 from builder.errors import printable
 from builder.progress import human_bytes
+from builder.report.faults import counted
 from builder.report.text import CONTAINERS, LABEL, TYPES, Style
 from builder.tensors import LazyTensor
 
@@ -45,7 +46,7 @@ class _Page:
                     side.identity.architecture or "unknown",
                     CONTAINERS.get(c.container, c.container),
                     human_bytes(c.size),
-                    f"{len(c):,} tensors",
+                    counted(len(c), "tensor"),
                 ]
             )
             yield f"{self.style.strong(letter)}  {self.style.strong(printable(side.path))}"
@@ -60,6 +61,8 @@ class _Page:
 
     def table(self) -> Iterator[str]:
         """The components, a line each."""
+        if not self.diff.parts:
+            return
         rows = [("component", "A", "B", "tensors", "values"), *map(self.row, self.diff.parts)]
         widths = [max(len(row[i]) for row in rows) for i in range(4)]
         for number, row in enumerate(rows):
@@ -160,9 +163,7 @@ class _Page:
             if total.farthest:
                 yield from self.fact("farthest", f"{_count(total.steps)} ULP, {_where(*total.farthest)}")
             if total.not_numbers:
-                yield from self.fact(
-                    "NaN", f"{total.not_numbers:,} of them are NaN on one side, or another NaN"
-                )
+                yield from self.fact("NaN", f"{total.not_numbers:,} of them, on one side or another")
 
     def changes(self, a: Mapping[str, str], b: Mapping[str, str]) -> str:
         """What differs between two mappings, by keys."""
@@ -285,7 +286,8 @@ def _bin(low: int, high: int) -> str:
 
 def _where(tensor: TensorDiff, spot: Spot) -> str:
     index = list(unravel(spot.at, tensor.shapes[0]))
-    return f"{spot.a:.6g} in A, {spot.b:.6g} in B, at {tensor.pair.a} {index}"
+    a, b = next(p for d in (6, 9, 17) if (p := (f"{spot.a:.{d}g}", f"{spot.b:.{d}g}"))[0] != p[1] or d == 17)
+    return f"{a} in A, {b} in B, at {tensor.pair.a} {index}"
 
 
 def _share(part: int, whole: int) -> str:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 BLOCK = 1 << 17  # elements compared at once: what that takes stays in the processor's cache
+GLANCE = 1 << 10  # elements that nearly always show that a tensor was not rounded as supposed
 
 # No number of theirs can be told without others beside it, or torch cannot tell it.
 _OPAQUE = {DType.F4, DType.F6_E2M3, DType.F6_E3M2, DType.F8_E8M0, DType.C64}
@@ -98,7 +99,9 @@ class Comparer:
                 skipped = True
                 continue
             tally.window(raw_a, a.dtype, raw_b, b.dtype, start)
-            candidates = [c for c in candidates if _holds(c, raw_a, a.dtype, raw_b, b.dtype)]
+            for count in (GLANCE, _step(a, b)):
+                near = raw_a[: count * a.dtype.itemsize], raw_b[: count * b.dtype.itemsize]
+                candidates = [c for c in candidates if _holds(c, near[0], a.dtype, near[1], b.dtype)]
         if skipped and tally.differing and candidates:  # it has to hold of what is equal as well
             for _, raw_a, raw_b in self._windows(a, b, again=True):
                 candidates = [c for c in candidates if _holds(c, raw_a, a.dtype, raw_b, b.dtype)]
@@ -113,9 +116,8 @@ class Comparer:
         """The same elements of both, window by window, with the number of the first."""
         sizes = [t.dtype.itemsize for t in (a, b)]
         total = a.numel if a.dtype.bits >= 8 else a.nbytes  # of packed ones, bytes
-        step = WINDOW // max(sizes)
-        for start in range(0, total, step):
-            count = min(step, total - start)
+        for start in range(0, total, _step(a, b)):
+            count = min(_step(a, b), total - start)
             pieces = []
             for tensor, size, buffer in zip((a, b), sizes, self._buffers, strict=True):
                 piece = buffer[: count * size]
@@ -124,6 +126,11 @@ class Comparer:
             yield start, pieces[0], pieces[1]
             if not again:
                 self.advance(sum(map(len, pieces)))
+
+
+def _step(a: LazyTensor, b: LazyTensor) -> int:
+    """Elements of a window of both."""
+    return WINDOW // max(a.dtype.itemsize, b.dtype.itemsize)
 
 
 class _Tally:
@@ -170,15 +177,14 @@ class _Tally:
 
         distance = _distance(x, y)
         # NaN and infinity show in the extreme, so that only a block that has some is looked at closely.
-        wide = x.double, y.double
-        if x.element_size() < 4:
-            wide = x.float, y.float
-        apart = (wide[0]() - wide[1]()).abs_()
+        double = x.element_size() == 8
+        apart = (x.double() - y.double() if double else x.float() - y.float()).abs_()
         top = float(apart.max())
         odd = 0
         if not math.isfinite(top):
             strange = ((x != x) | (y != y)).numpy() & (distance != 0)
             odd = int(np.count_nonzero(strange))
+            apart = (x.double() - y.double()).abs_()
             apart[~apart.isfinite()] = 0
             top = float(apart.max())
         differing = int(np.count_nonzero(distance))
