@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from builder.errors import OutputError, Problem
 from builder.formats.atomic import write_text
 from builder.formats.writer import write
 from builder.progress import SILENT, Reporter
@@ -29,7 +30,7 @@ def plan_shards(
 ) -> tuple[Shard, ...]:
     """Which tensors go together: in the order of their names, as many as `shard_size` bytes hold.
 
-    A tensor larger than that has a shard of its own. There is always one shard at least.
+    A tensor larger than that has a shard of its own.
     """
     groups: list[list[str]] = [[]]
     room = shard_size
@@ -63,6 +64,8 @@ def write_shards(
     Every shard carries the metadata. Make the folder with `builder.formats.folders`, so that no part of
     a set is ever seen. Raises OutputError, and what the tensors' `read_into` raises.
     """
+    if not tensors:
+        raise OutputError(Problem("a sharded set of no tensors cannot be read"))
     inputs = tuple(inputs)
     weight_map: dict[str, str] = {}
     for shard in plan_shards(tensors, stem, shard_size):
