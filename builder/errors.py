@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import IntEnum
 
+_LONGEST = 4000  # characters of a fact; a hostile file's names may have millions
+
 
 class ExitCode(IntEnum):
     """What the process says to its caller."""
@@ -122,12 +124,22 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
+def clipped(text: str, limit: int = 500) -> str:
+    """At most `limit` characters of `text`, and its length when there are more."""
+    return text if len(text) <= limit else f"{text[:limit]}… ({len(text):,} characters)"
+
+
+def shown(text: str) -> str:
+    """What a person is shown of a stranger's text: `printable`, and cut where nobody would read on."""
+    return printable(clipped(text, _LONGEST))
+
+
 def render(problem: Problem, severity: str = "error") -> str:
     """The text of a problem as a person reads it, without a trailing newline."""
-    lines = [f"{severity}: {printable(problem.fact)}"]
+    lines = [f"{severity}: {shown(problem.fact)}"]
     place = problem.place
     if place is not None:
-        where = printable(place.path)
+        where = shown(place.path)
         if place.line is not None:
             where += f":{place.line}" + (f":{place.column}" if place.column is not None else "")
         lines.append(f"  --> {where}")
@@ -137,7 +149,7 @@ def render(problem: Problem, severity: str = "error") -> str:
             lines += [f"{gutter} |", f"{place.line} | {text}"]
             if place.column is not None:
                 lines.append(f"{gutter} | {' ' * (place.column - 1)}{'^' * max(1, place.width)}")
-    lines += [f"   = {printable(e)}" for e in problem.evidence]
+    lines += [f"   = {shown(e)}" for e in problem.evidence]
     if problem.hint:
-        lines.append(f"hint: {printable(problem.hint)}")
+        lines.append(f"hint: {shown(problem.hint)}")
     return "\n".join(lines)

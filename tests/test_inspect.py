@@ -269,6 +269,13 @@ def test_names_out_of_a_file_never_drive_the_terminal(here: Path) -> None:
             assert text.isprintable() and "owned" in text
 
 
+def test_names_without_end_are_cut(here: Path) -> None:
+    endless = "x" * 1_000_000
+    path = write(here / "model.safetensors", {endless: ("F32", (1,), bytes(4))}, {endless: endless})
+    text = render(build_report(path, catalog=CATALOG, metric=False), full=True, width=80)
+    assert len(text) < 20_000 and "(1,000,0" in text
+
+
 @settings(deadline=None, max_examples=25)
 @given(width=st.integers(60, 200), case=st.sampled_from(sorted(CASES)), full=st.booleans())
 def test_no_line_is_wider_than_the_terminal(

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import io
+import os
 import sys
+from contextlib import suppress
 from typing import Any
 
 import click
 
 from builder import __version__
-from builder.errors import CkptError, ExitCode, render
+from builder.errors import CkptError, ExitCode, Place, Problem, render
 
 # A command's module is imported when it is asked for: starting stays fast whatever the others need.
 COMMANDS: dict[str, str] = {
@@ -27,6 +30,8 @@ COMMANDS: dict[str, str] = {
     "store": "The cache of made components: list it, make room, check it.",
     "verify": "Compare a file with its recipe's lock and expectations.",
 }
+
+INTERRUPTED, READER_GONE = 130, 141  # as a shell says of a process that SIGINT or SIGPIPE ended
 
 
 class _Commands(click.Group):
@@ -54,6 +59,13 @@ class _Commands(click.Group):
             ctx.fail(f"no command `{args[0]}`" + (f"\nhint: {hint}" if hint else ""))
         return super().resolve_command(ctx, args)
 
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:  # click would exit with 1 for it, which says "no"
+            _drop_output()
+            return READER_GONE
+
 
 @click.group(
     cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -65,6 +77,9 @@ def cli() -> None:
 
 def main(args: list[str] | None = None) -> None:
     """Run the command line and exit with its code (see `builder.errors.ExitCode`)."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")  # not every terminal has every character
     sys.exit(run(args))
 
 
@@ -87,8 +102,16 @@ def run(args: list[str] | None = None) -> int:
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
         click.echo("error: interrupted", err=True)
-        return 130
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader has gone: nothing more can be said
-        return 141
+        return INTERRUPTED
+    except OSError as error:  # what no other message was made of, such as a full disk below stdout
+        _drop_output()
+        place = Place(str(error.filename)) if error.filename else None
+        click.echo(render(Problem((error.strerror or str(error)).lower(), place)), err=True)
+        return int(ExitCode.MISMATCH)
     return int(result) if isinstance(result, int) else int(ExitCode.DONE)
+
+
+def _drop_output() -> None:
+    """Let what is left to print vanish: flushing it at the end would fail once more."""
+    with suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import sys
-from pathlib import Path
 
 import click
 
@@ -42,7 +41,7 @@ def command(
     with make_reporter(quiet) as reporter:
         for file in files:
             try:
-                if _ADDRESS.match(file) and not Path(file).exists():
+                if _ADDRESS.match(file) and not os.path.exists(file):  # noqa: PTH110 - may be too long a name
                     report = _remote(file, catalog, hashes)
                 else:
                     report = build_report(

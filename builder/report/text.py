@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 
-from builder.errors import Problem, printable
+from builder.errors import Problem, clipped, shown
 from builder.progress import human_bytes
 from builder.report.faults import counted, describe
 from builder.report.model import Part, Report, Share
@@ -68,7 +68,7 @@ class _Page:
     def head(self) -> Iterator[str]:
         """The file, and in a line what it is."""
         r, s = self.report, self.style
-        yield s.strong(printable(r.path))
+        yield s.strong(shown(r.path))
         name = r.identity.architecture or "unknown"
         verdict = (s.good if r.identity.intact else s.bad)(name)
         yield " · ".join([verdict, CONTAINERS.get(r.container, r.container), self.size(r.size)])
@@ -147,12 +147,12 @@ class _Page:
         """A fault: its fact after a mark, evidence and hint below."""
         s = self.style
         mark = s.bad("✗") if not self.report.sound and problem is self.report.faults[0] else s.caution("!")
-        for index, line in enumerate(self.wrap(printable(problem.fact), 4)):
+        for index, line in enumerate(self.wrap(shown(problem.fact), 4)):
             yield f"  {mark} {line}" if index == 0 else f"    {line}"
         for text in problem.evidence:
-            yield from (f"    {line}" for line in self.wrap(printable(text), 4))
+            yield from (f"    {line}" for line in self.wrap(shown(text), 4))
         if problem.hint:
-            yield from (s.dim(f"    {line}") for line in self.wrap(f"hint: {printable(problem.hint)}", 4))
+            yield from (s.dim(f"    {line}") for line in self.wrap(f"hint: {shown(problem.hint)}", 4))
 
     def appendix(self) -> Iterator[Iterable[str]]:
         """What the short form leaves out, a titled block each."""
@@ -173,7 +173,7 @@ class _Page:
             "Not numbers", (f"`{n}`: {s.nan:,} NaN, {s.infinite:,} infinite" for n, s in r.non_finite.items())
         )
         yield self.block("Entries that are no tensors", (f"{k}: {v}" for k, v in r.others.items()))
-        yield self.block("Metadata", (f"{k}: {_clipped(v)}" for k, v in sorted(r.metadata.items())))
+        yield self.block("Metadata", (f"{k}: {clipped(v)}" for k, v in sorted(r.metadata.items())))
 
     def details(self, part: Part) -> Iterator[str]:
         """All about one component."""
@@ -199,13 +199,13 @@ class _Page:
         found = [
             f"{'    ' if index else '  '}{line}"
             for text in texts
-            for index, line in enumerate(self.wrap(printable(text), 4))
+            for index, line in enumerate(self.wrap(shown(text), 4))
         ]
         return [self.style.strong(title), *found] if found else []
 
     def fact(self, label: str, text: str) -> Iterator[str]:
         """A labelled line, the rest of it below itself."""
-        for index, line in enumerate(self.wrap(printable(text), LABEL + 2)):
+        for index, line in enumerate(self.wrap(shown(text), LABEL + 2)):
             yield f"  {self.style.dim((label if index == 0 else '').ljust(LABEL))}{line}"
 
     def size(self, count: int) -> str:
@@ -239,7 +239,7 @@ def _remarks(part: Part) -> Iterator[str]:
 
 def _examples(names: Sequence[str], limit: int) -> str:
     more = len(names) - limit
-    return ", ".join(_clipped(n, 80) for n in names[:limit]) + (f" and {more:,} more" if more > 0 else "")
+    return ", ".join(clipped(n, 80) for n in names[:limit]) + (f" and {more:,} more" if more > 0 else "")
 
 
 def _grouped(names: Sequence[str], limit: int = 3) -> str:
@@ -248,12 +248,8 @@ def _grouped(names: Sequence[str], limit: int = 3) -> str:
     for name in names:
         groups.setdefault(".".join(name.split(".", 2)[:2]), []).append(name)
     told = [
-        _clipped(group[0] if len(group) == 1 else f"{head}.… ({len(group):,})", 80)
+        clipped(group[0] if len(group) == 1 else f"{head}.… ({len(group):,})", 80)
         for head, group in list(groups.items())[:limit]
     ]
     rest = len(names) - sum(map(len, list(groups.values())[:limit]))
     return ", ".join(told) + (f" and {rest:,} more" if rest else "")
-
-
-def _clipped(text: str, limit: int = 500) -> str:
-    return text if len(text) <= limit else f"{text[:limit]}… ({len(text):,} characters)"
