@@ -77,7 +77,7 @@ class Lock:
         yield "numeric profile", str(self.profile)
         for name, source in sorted(self.sources.items()):
             for key, value in asdict(source).items():
-                yield f"source `{name}`: {key}", str(value)
+                yield f"source `{name}`: {key}", str(value or "")  # a size may not be known yet
         for c in sorted(self.components, key=lambda c: (c.output, c.cls)):
             for key in ("component", "source", "sha256", "xxh3", "tensors"):
                 yield f"{c.cls} of `{c.output}`: {key}", str(getattr(c, key))
@@ -87,10 +87,11 @@ class Lock:
 
 
 def differences(old: Lock, new: Lock, *, partial: bool = False) -> list[str]:
-    """What changed from one lock to another, a line each; a partial new lock takes nothing away."""
+    """What changed from one lock to another, a line each; `partial`: only of what both speak of."""
     before, after = dict(old.facts()), dict(new.facts())
     if partial:
-        before = {what: value for what, value in before.items() if what in after}
+        both = {what for what in before if before[what] and after.get(what)}
+        before, after = ({what: facts[what] for what in facts if what in both} for facts in (before, after))
     lines = []
     for what in dict.fromkeys([*before, *after]):
         a, b = before.get(what, ""), after.get(what, "")

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import click
 
 from builder import explain
+from builder.cli.made import note_changes, note_left_out, to_json, to_text
 from builder.cli.session import Work, json_option, need_lock, open_session, quiet_option, recipe_argument
 from builder.cli.terminal import make_reporter
 from builder.errors import ExitCode, Problem, UnreproducibleError, UsageError
 from builder.lock import differences, write_lock
-from builder.plan import Plan
 from builder.plan.keys import output_format
-from builder.progress import Reporter, human_bytes
+from builder.progress import Reporter
 from builder.recipe import Output, Recipe
 from builder.run import Build, build
 from builder.store import Store
@@ -55,7 +53,7 @@ def command(
             if explained:
                 click.echo(explain.to_text(plan), err=True)
             if any(n.state != "unchanged" for n in plan.outputs()):
-                _say_what_is_left_out(plan, reporter)
+                note_left_out(plan, reporter)
             made = build(
                 plan,
                 catalog=session.catalog,
@@ -64,9 +62,7 @@ def command(
                 locked=lock,
                 reporter=reporter,
             )
-        for id_, changes in sorted(made.changes.items()):
-            for change in changes:
-                reporter.note(f"{id_}: {change}")
+        note_changes(made, reporter)
         if check:
             _check(session, made, threads, reporter)
         if not locked and made.lock is not None and _is_the_recipes_own(made, session.recipe):
@@ -74,7 +70,7 @@ def command(
                 if "became" in change:
                     reporter.note(f"the lock changes: {change}")
             write_lock(session.lock_path, made.lock)
-    click.echo(json.dumps(_to_json(made), indent=2) if as_json else _to_text(made))
+    click.echo(json.dumps(to_json(made), indent=2) if as_json else to_text(made))
     return ExitCode.DONE
 
 
@@ -98,29 +94,23 @@ def _is_the_recipes_own(made: Build, recipe: Recipe) -> bool:
     return all(output_format(b.path) == output_format(files[b.name]) for b in made.outputs)
 
 
-def _say_what_is_left_out(plan: Plan, reporter: Reporter) -> None:
-    for name, left in plan.left_out.items():
-        for reason, names in left.names.items():
-            size = human_bytes(left.sizes[reason])
-            reporter.note(f"left out of `{name}`: {reason}, {len(names):,} tensors, {size}")
-
-
 def _check(session: Work, made: Build, threads: int | None, reporter: Reporter) -> None:
     """Build again from nothing, in a folder of its own, and compare; raises UnreproducibleError."""
     first = {b.name: b for b in made.outputs}
-    folder = made.outputs[0].path.parent
-    with tempfile.TemporaryDirectory(prefix=".ckpt-check-", dir=folder) as temporary:
-        root = Path(temporary)
-        with Store(root / "store", reporter=reporter) as store:
-            again = replace(session, store=store, lock=None)
-            with again.plan(place=lambda o: root / f"{o.name}{first[o.name].path.suffix}") as plan:
-                second = build(
-                    plan,
-                    catalog=session.catalog,
-                    store=store,
-                    threads=threads,
-                    reporter=reporter,
-                )
+    downloads = session.store.downloads  # which are compared with their pins, and not to be had again
+    with (
+        session.store.scratch() as root,
+        Store(root / "store", downloads=downloads, reporter=reporter) as store,
+    ):
+        again = replace(session, store=store, lock=made.lock)
+        with again.plan(place=lambda o: root / f"{o.name}{first[o.name].path.suffix}") as plan:
+            second = build(
+                plan,
+                catalog=session.catalog,
+                store=store,
+                threads=threads,
+                reporter=reporter,
+            )
     problems = [
         Problem(
             f"building `{b.path.name}` again gave another file",
@@ -137,31 +127,3 @@ def _check(session: Work, made: Build, threads: int | None, reporter: Reporter) 
     if problems:
         raise UnreproducibleError(*problems)
     reporter.note("built a second time without the store: the same bytes")
-
-
-def _to_json(made: Build) -> dict[str, Any]:
-    return {
-        "schema": 1,
-        "outputs": [
-            {
-                "name": b.name,
-                "path": str(b.path),
-                "state": b.state,
-                "size": b.size,
-                "sha256": b.sha256,
-                "tensor_digest": b.tensor_digest,
-                "metric": b.metric or None,
-            }
-            for b in made.outputs
-        ],
-        "made": sorted(made.made),
-        "changes": {k: list(v) for k, v in sorted(made.changes.items())},
-    }
-
-
-def _to_text(made: Build) -> str:
-    lines = []
-    for b in made.outputs:
-        metric = f"  ({b.metric})" if b.metric else ""
-        lines += [f"{b.state:<9}  {b.path}  {human_bytes(b.size)}{metric}", f"           sha256 {b.sha256}"]
-    return "\n".join(lines)

@@ -30,14 +30,10 @@ def command(recipe: Path, upgrade: str | None, quiet: bool) -> int:
     with make_reporter(quiet) as reporter, open_session(recipe, reporter) as session:
         old = session.lock
         session.lock = _unpinned(old, upgrade, session.recipe)
-        with session.plan(download=True) as plan:
-            lock = resolve_sources(
-                plan,
-                catalog=session.catalog,
-                store=session.store,
-                network=session.network,
-                reporter=reporter,
-            )
+        sources = resolve_sources(
+            session.sources(), catalog=session.catalog, store=session.store, reporter=reporter
+        )
+        lock = Lock(session.recipe.digest, sources)
         if old is not None and (old.recipe, old.profile, old.pins()) == (
             lock.recipe,
             lock.profile,
@@ -61,4 +57,7 @@ def _unpinned(lock: Lock | None, upgrade: str | None, recipe: Recipe) -> Lock | 
     if upgrade not in recipe.sources:
         hint = did_you_mean(upgrade, recipe.sources)
         raise UsageError(Problem(f"the recipe has no source `{upgrade}`", hint=hint))
-    return replace(lock, sources={n: s for n, s in lock.sources.items() if n != upgrade})
+    return replace(
+        lock,
+        sources={n: s for n, s in lock.sources.items() if n != upgrade and not n.startswith(f"{upgrade}/")},
+    )

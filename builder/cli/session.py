@@ -14,9 +14,10 @@ import click
 from builder.catalog import Catalog, load_catalog
 from builder.errors import LockError, Problem
 from builder.lock import Lock, lock_path, read_lock
-from builder.plan import Plan, make_plan
+from builder.plan import Plan, Sources, make_plan
 from builder.progress import Reporter
 from builder.recipe import Recipe, load_recipe
+from builder.sources import model_folders
 from builder.store import Store
 
 if TYPE_CHECKING:
@@ -53,6 +54,19 @@ class Work:
         for problem in plan.warnings:
             self.reporter.warn(problem)
         return plan
+
+    def sources(self) -> Sources:
+        """The recipe's sources without a plan; they may be downloaded."""
+        return Sources(
+            self.recipe,
+            self.catalog,
+            self.store,
+            model_folders(),
+            self.reporter,
+            self.lock,
+            self.network,
+            download=True,
+        )
 
 
 @contextmanager

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 # Of a base's own metadata, what would be untrue of what is made from it.
 _UNTRUE = ("modelspec.hash_sha256", "modelspec.date", "modelspec.thumbnail", "sshs_", "ckpt.")
 
+# What a base says of its kind.
+_OWN = ("modelspec.architecture", "modelspec.implementation", "modelspec.resolution")
+
 # Pixels that an architecture was trained on, by the beginning of its ModelSpec name.
 _RESOLUTIONS = {
     "stable-diffusion-v1": "512x512",
@@ -61,6 +64,9 @@ def stated_metadata(
             said["modelspec.description"] = recipe.description
         if v:
             said["modelspec.prediction_type"] = "v"
+        elif not any(cls in architecture.slots for cls in output.components):
+            # Nothing of the base is replaced: it knows best what it is, such as an inpainting model.
+            said |= {key: carried[key] for key in _OWN if key in carried}
         for key in ("author", "license", "tags", "usage_hint"):
             if key in output.metadata:
                 said[f"modelspec.{key}"] = output.metadata[key]

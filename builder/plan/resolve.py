@@ -67,9 +67,10 @@ def make_plan(
     """
     plan = Plan(recipe, lock)
     folders = folders if folders is not None else model_folders()
-    around = _Surroundings(catalog, store, folders, operations, network, download, reporter)
+    around = _Surroundings(catalog, store, operations)
     try:
-        _Resolver(plan, recipe, "", around, lock, place).outputs()
+        sources = Sources(recipe, catalog, store, folders, reporter, lock, network, download)
+        _Resolver(plan, recipe, sources, around, place).outputs()
     except BaseException:
         plan.close()
         raise
@@ -90,44 +91,29 @@ class _Surroundings:
 
     catalog: Catalog
     store: Store
-    folders: Sequence[Path]
     operations: Mapping[str, Operation]
-    network: Callable[[], Session] | None
-    download: bool
-    reporter: Reporter
 
 
 class _Resolver:
-    """One recipe's part of a plan; `scope` stands before the ids of its nodes."""
+    """One recipe's part of a plan; the scope of its sources stands before the ids of its nodes."""
 
     def __init__(
         self,
         plan: Plan,
         recipe: Recipe,
-        scope: str,
+        sources: Sources,
         around: _Surroundings,
-        lock: Lock | None,
         place: Callable[[Output], Path] | None,
     ) -> None:
         self.plan = plan
         self.recipe = recipe
-        self.scope = scope
+        self.scope = sources.scope
         self.around = around
         self.catalog = around.catalog
         self.store = around.store
-        self.lock = lock
         self.place = place
-        self.sources = Sources(
-            recipe,
-            around.catalog,
-            around.store,
-            around.folders,
-            around.reporter,
-            lock,
-            around.network,
-            around.download,
-        )
-        plan.sources.append(self.sources)
+        self.sources = sources
+        plan.sources.append(sources)
         self._models: dict[str, _Model] = {}
 
     # -- nodes
@@ -140,12 +126,13 @@ class _Resolver:
         found = self.sources.find(name)
         state: State
         if found is None:
-            state, why = "fetch", "not on this machine"
+            where = self.sources.addresses(name)
+            state, why = "fetch", "not on this machine" + (f", but at {where[0]}" if where else "")
         elif found.sha256 is None:
             state, why = "hash", "seen for the first time"
         else:
             state, why = "known", "its digest is known"
-        reads = found.size if found is not None and state == "hash" else 0
+        reads = (self.sources.size(name) or 0) if state != "known" else 0
         return self.plan.add(Node(id_, SourceJob(self.sources, name), sha256, state, why, reads), ())
 
     # -- models
@@ -169,7 +156,7 @@ class _Resolver:
 
     def _sub_recipe(self, name: str) -> _Model:
         recipe = self.recipe.included[name]
-        inner = _Resolver(self.plan, recipe, f"{self.scope}{name}/", self.around, None, None)
+        inner = _Resolver(self.plan, recipe, self.sources.inner(name), self.around, None)
         output = recipe.output(self.recipe.sources[name].output)
         assert output is not None, "the reader of recipes has seen to it"
         _, slots = inner.slots(output)
@@ -194,9 +181,16 @@ class _Resolver:
                 "stream",
                 "computed as it is needed",
             )
-            return Applied(self.plan.add(node, [o.node for o in inputs.values()]))
+            applied = Applied(self.plan.add(node, [o.node for o in inputs.values()]))
+            return Finished(self._stored_step(name, pick.cls, applied)) if step.store else applied
 
         return _Model(classes, origin)
+
+    def _stored_step(self, name: str, cls: str, origin: Applied) -> str:
+        """The node of a step's component as it is kept: every bit of it, for whoever finishes it."""
+        job = ComponentJob(cls, name, origin, (), "keep", False, "keep", "keep")
+        id_ = f"{self.scope}{cls} of step {name}"
+        return id_ if id_ in self.plan.nodes else self._component(id_, job, Pick(cls, name))
 
     def classes(self, name: str) -> tuple[str, ...]:
         """The classes that a model has components of."""
@@ -227,8 +221,10 @@ class _Resolver:
             if inner.job.params() == job.params():
                 return str(inner.id)  # finished in the same way already: it is the component
         id_ = self._component_id(job, pick)
-        if id_ in self.plan.nodes:
-            return id_
+        return id_ if id_ in self.plan.nodes else self._component(id_, job, pick)
+
+    def _component(self, id_: str, job: ComponentJob, pick: Pick) -> str:
+        origin = job.origin
         key = component_key(self.plan, job)
         made = self.store.lookup(key) if key is not None else None
         node = Node(id_, job, key, "stored", "made before from the same inputs", made=made)
@@ -255,10 +251,10 @@ class _Resolver:
     def _why(self, pick: Pick, node: Node) -> str:
         if node.key is None:
             return f"waits for the digest of `{pick.source}`"
-        before = self.lock.pins().get(pick.source) if self.lock is not None else None
+        locked = self.sources.locked(pick.source)
         now = self.sources.sha256(pick.source) if pick.source in self.recipe.sources else None
-        if before is not None and now is not None and before != now:
-            return f"`{pick.source}` is another file than before: {before[:12]} became {now[:12]}"
+        if locked is not None and now is not None and locked.sha256 != now:
+            return f"`{pick.source}` is another file than before: {locked.sha256[:12]} became {now[:12]}"
         return "not in the store"
 
     def _elsewhere(self, origin: Origin) -> bool:

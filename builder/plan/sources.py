@@ -3,34 +3,37 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from builder.errors import CkptError, FetchError
+from builder.errors import CkptError, FetchError, Problem, SourceError
 from builder.formats import open_checkpoint
 from builder.formats.blob import FileBlob
 from builder.formats.checkpoint import Checkpoint
 from builder.identify import Identity, Match, identify
+from builder.numeric import PROFILE
 from builder.progress import Reporter
 from builder.sources import Found, find_source
-from builder.tensors import LazyTensor
+from builder.tensors import DType, LazyTensor
 
 if TYPE_CHECKING:
     from builder.catalog import Catalog
     from builder.fetch.client import Session
-    from builder.lock import Lock
+    from builder.lock import Lock, LockedSource
     from builder.recipe import Recipe, Source
     from builder.store import Store
 
 
 @dataclass
 class OpenSource:
-    """A source's table of contents, and what it is."""
+    """A source's table of contents, and what it is; who fetches tensors of a remote one holds `lock`."""
 
     checkpoint: Checkpoint
     identity: Identity
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
     def component(self, match: Match, cls: str) -> dict[str, LazyTensor]:
         """The tensors of a match under the unprefixed names of class `cls`.
@@ -52,7 +55,7 @@ class OpenSource:
 
 
 class Sources:
-    """The sources of one recipe."""
+    """The sources of one recipe; `scope` stands before their names in the lock."""
 
     def __init__(
         self,
@@ -64,22 +67,61 @@ class Sources:
         lock: Lock | None,
         network: Callable[[], Session] | None,
         download: bool,
+        scope: str = "",
     ) -> None:
         self.recipe = recipe
         self.catalog = catalog
         self.store = store
         self._folders = model_folders
         self._reporter = reporter
-        self._locked = lock.sources if lock is not None else {}
+        self.scope = scope
+        self.lock = lock
+        # What a lock says of components holds for the recipe that it was made of.
+        self._parts = (
+            lock is not None
+            and (lock.recipe, lock.profile) == (recipe.digest, PROFILE)
+            and all(output.name in lock.outputs for output in recipe.outputs)
+        )
         self._network = network
+        self._session: Session | None = None
         self._download = download
         self._found: dict[str, Found | FetchError] = {}
         self._open: dict[str, OpenSource] = {}
         self.resolved: dict[str, str] = {}
 
+    def inner(self, name: str) -> Sources:
+        """The sources of the recipe that a source is."""
+        return Sources(
+            self.recipe.included[name],
+            self.catalog,
+            self.store,
+            self._folders,
+            self._reporter,
+            self.lock,
+            self._network,
+            self._download,
+            f"{self.scope}{name}/",
+        )
+
     def spec(self, name: str) -> Source:
         """What the recipe says of a source."""
         return self.recipe.sources[name]
+
+    def locked(self, name: str) -> LockedSource | None:
+        """What the lock says of a source."""
+        return self.lock.sources.get(self.scope + name) if self.lock is not None else None
+
+    def wanted(self, name: str) -> Source:
+        """A source with the digest and the size that it must have, by the recipe or by the lock.
+
+        A source without an address is a file of this machine, which may change; its lock follows.
+        """
+        spec, locked = self.spec(name), self.locked(name)
+        if locked is None or spec.sha256 not in {locked.sha256, None}:
+            return spec
+        if spec.sha256 is None and not self.addresses(name):
+            return spec
+        return replace(spec, sha256=locked.sha256, size=spec.size or locked.size or None)
 
     def find(self, name: str) -> Found | None:
         """The local file of a source, or None when it is nowhere on this machine."""
@@ -87,10 +129,11 @@ class Sources:
             folder = self.recipe.path.parent if self.recipe.path else Path()
             try:
                 self._found[name] = find_source(
-                    self.spec(name),
+                    self.wanted(name),
                     folder=folder,
                     model_folders=self._folders,
                     store=self.store,
+                    hashing=self._download,
                     reporter=self._reporter,
                 )
             except FetchError as error:
@@ -107,7 +150,7 @@ class Sources:
 
     def addresses(self, name: str) -> list[str]:
         """Where a source can be had from: as the lock resolved it, then as the recipe says."""
-        locked = self._locked.get(name)
+        locked = self.locked(name)
         resolved = [locked.resolved] if locked is not None and locked.resolved else []
         return list(dict.fromkeys([*resolved, *self.spec(name).urls]))
 
@@ -120,40 +163,70 @@ class Sources:
         """Download a source, or take it from a cache; raises FetchError, or SourceError for another file."""
         from builder.fetch.acquire import fetch
 
-        if self._network is None or not self.remote(name):
+        if not self.remote(name):
             raise self.missing(name)
-        spec = self.spec(name)
-        got = fetch(
-            self.addresses(name),
-            sha256=self.pin(name),
-            size=spec.size,
-            store=self.store,
-            session=self._network(),
-            reporter=self._reporter,
-            base=self.recipe.path.parent if self.recipe.path else None,
-            name=name,
-        )
+        wanted = self.wanted(name)
+        try:
+            got = fetch(
+                self.addresses(name),
+                sha256=wanted.sha256,
+                size=wanted.size,
+                store=self.store,
+                session=self.session(),
+                reporter=self._reporter,
+                base=self._folder,
+                name=name,
+            )
+        except SourceError as error:
+            if self.spec(name).sha256 is not None:
+                raise
+            hint = "the lock pins it: `ckpt lock --upgrade` takes it as it is now"
+            raise SourceError(*(replace(p, hint=hint) for p in error.problems)) from None
         found = Found(got.path, got.sha256, got.size, got.address or "a cache")
         self.provide(name, found)
         if got.address is not None and not got.address.startswith("file:"):
             self.resolved[name] = got.address
         return found
 
-    def pin(self, name: str) -> str | None:
-        """The digest that a source must have, by the recipe or by the lock."""
-        locked = self._locked.get(name)
-        return self.spec(name).sha256 or (locked.sha256 if locked is not None else None)
+    def session(self) -> Session:
+        """The network, opened when it is first used."""
+        assert self._network is not None
+        self._session = self._network()
+        return self._session
+
+    def stop(self) -> None:
+        """Break off whatever is being fetched."""
+        if self._session is not None:
+            self._session.stop()
+
+    @property
+    def _folder(self) -> Path | None:
+        return self.recipe.path.parent if self.recipe.path else None
 
     def provide(self, name: str, found: Found) -> None:
-        """Say where a source is now, after it was fetched: from now on it is read from there."""
+        """Say where a source is now, after it was fetched: from now on it is read from there.
+
+        Raises SourceError when it holds something else than was planned with.
+        """
         if self.find(name) is None and name in self._open:
-            self._open.pop(name).checkpoint.close()
+            with open_checkpoint(found.path) as now, self._open.pop(name).checkpoint as before:
+                if (_contents(now), now.metadata) != (_contents(before), before.metadata):
+                    raise SourceError(
+                        Problem(f"`{name}` is not what its host showed at first", hint="build again")
+                    )
         self._found[name] = found
 
     def sha256(self, name: str) -> str | None:
         """The digest of a source, pinned by the recipe or remembered; None: it is to be computed."""
         found = self.find(name)
-        return self.spec(name).sha256 or (found.sha256 if found is not None else self.pin(name))
+        return self.spec(name).sha256 or (found.sha256 if found is not None else self.wanted(name).sha256)
+
+    def size(self, name: str) -> int | None:
+        """The bytes of a source, as far as they are known."""
+        if (found := self.find(name)) is not None:
+            return found.size
+        opened = self._open.get(name)
+        return self.wanted(name).size or (opened.checkpoint.size if opened is not None else None)
 
     def open(self, name: str) -> OpenSource:
         """A source's table of contents and identity; raises CkptError when it cannot be had."""
@@ -164,20 +237,44 @@ class Sources:
         return self._open[name]
 
     def _open_remote(self, name: str) -> Checkpoint:
-        """The table of contents of a safetensors file on its host; else the whole file, if that may be."""
-        from builder.fetch.remote import open_remote
+        """The table of contents of a safetensors file on its host; else the whole file, if that may be.
 
-        if self._network is None or not self.remote(name):
+        The whole file is what a build wants at once, unless it may be content with parts.
+        """
+        if not self.remote(name):
             raise self.missing(name)
         refused: CkptError = self.missing(name)
-        for address in self.addresses(name):
+        for address in self.addresses(name) if self._parts or not self._download else ():
             try:
-                return open_remote(address, session=self._network())
+                return self._read_remote(name, address)
             except CkptError as error:
                 refused = error
         if self._download:
             return open_checkpoint(self.fetch(name).path)
         raise refused
+
+    def _read_remote(self, name: str, address: str) -> Checkpoint:
+        from builder.fetch.addresses import LocalFile, parse_address
+        from builder.fetch.remote import open_remote
+
+        where = parse_address(address)
+        if isinstance(where, LocalFile):
+            return open_checkpoint(where.under(self._folder))
+        checkpoint = open_remote(where, session=self.session())
+        size = self.wanted(name).size
+        if size is not None and checkpoint.size != size:
+            checkpoint.close()
+            evidence = f"{address}: {checkpoint.size:,} bytes, {size:,} are pinned"
+            raise SourceError(Problem(f"`{name}` is not what was pinned", evidence=(evidence,)))
+        return checkpoint
+
+    def metadata(self, name: str) -> Mapping[str, str]:
+        """A source's own metadata; raises as `open`."""
+        return self.open(name).checkpoint.metadata
+
+    def opened_remotely(self, name: str) -> bool:
+        """Whether a source was planned with as its host shows it, and is still elsewhere."""
+        return name in self._open and self.remote(name)
 
     def unchanged(self, name: str) -> bool:
         """Whether the files that were opened of a source lie where they lay, as they were then."""
@@ -190,13 +287,17 @@ class Sources:
 
     def pinned_by_lock(self, name: str) -> bool:
         """Whether the lock says which file this was when it was last built."""
-        return name in self._locked
+        return self.locked(name) is not None
 
     def close(self) -> None:
         """Close every file."""
         for opened in self._open.values():
             opened.checkpoint.close()
         self._open.clear()
+
+
+def _contents(checkpoint: Checkpoint) -> dict[str, tuple[DType, tuple[int, ...]]]:
+    return {name: (tensor.dtype, tensor.shape) for name, tensor in checkpoint.items()}
 
 
 def _in_place(blob: FileBlob) -> bool:

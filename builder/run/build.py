@@ -6,14 +6,14 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from builder.digests import Digest, Row, component_digest, tensor_digest
-from builder.errors import CkptError, LockError, OutputError, Place, Problem, SourceError
+from builder.errors import FetchError, LockError, OutputError, Place, Problem, SourceError
 from builder.formats.atomic import write_bytes
 from builder.formats.writer import Written
 from builder.lock import Lock, LockedComponent, LockedOutput, differences, lock_path
@@ -22,12 +22,13 @@ from builder.numeric import PRECISIONS
 from builder.plan import Plan
 from builder.plan.keys import assembly_key, component_key, extras_key, known_extras, output_format
 from builder.plan.metadata import final_metadata
-from builder.plan.model import Applied, ComponentJob, Node, Origin, OutputJob, SourceJob, StepJob, Take
-from builder.plan.resolve import full_names, output_state, to_read
+from builder.plan.model import ComponentJob, Node, OutputJob, SourceJob
+from builder.plan.resolve import output_state
 from builder.progress import SILENT, Reporter
 from builder.run.evaluate import Stoppable, finish
 from builder.run.expect import Built, missed
-from builder.run.schedule import Task, run_all
+from builder.run.remote import bring, hold_output_to_lock, hold_to_lock, in_parts
+from builder.run.schedule import Cancelled, Task, run_all
 from builder.run.sources import locked_sources, see
 from builder.run.write import write_output
 from builder.sources import files_of
@@ -66,8 +67,8 @@ def build(
 
     With `locked`, what is made must agree with that lock. Without `hashing`, unpinned sources are not
     hashed, and what is made of them is not remembered. `naming` says where an output goes once its metric
-    (empty: none) is known, in the place that the plan has for it. Raises CkptError; then every output is as it was,
-    but those that were finished before the failure.
+    (empty: none) is known, in the place that the plan has for it. Raises CkptError; then every output is
+    as it was, but those that were finished before the failure.
     """
     threads = threads or os.cpu_count() or 1
     return _Builder(plan, catalog, store, threads, locked, hashing, naming, reporter).run()
@@ -76,7 +77,11 @@ def build(
 def stale(changes: list[str]) -> LockError:
     """That the lock is not what the recipe resolves to now, with what changed."""
     return LockError(
-        Problem("the lock is stale", evidence=tuple(changes), hint="`ckpt lock` accepts the change")
+        Problem(
+            "the lock is stale",
+            evidence=tuple(changes),
+            hint="`ckpt build` without `--locked` accepts the change",
+        )
     )
 
 
@@ -110,10 +115,15 @@ class _Builder:
         tasks = list(self._tasks())
         workers = max(2, min(self.threads, MEMORY // (6 * WINDOW * self.threads)))
         with ThreadPoolExecutor(workers, thread_name_prefix="build") as executor:
-            run_all(tasks, executor, self.stop.set)
+            run_all(tasks, executor, self._cancel)
         self.result.outputs = [self.built[n.id] for n in self.plan.outputs()]
         self.result.lock = self._lock()
         return self.result
+
+    def _cancel(self) -> None:
+        self.stop.set()
+        for sources in self.plan.sources:
+            sources.stop()
 
     # -- what is to be done, and after what
 
@@ -130,7 +140,8 @@ class _Builder:
         whole = [s for found in bases.values() for s in found]
         unseen = {i: s for i, s in unseen.items() if not self._unhashed(s)}
         for source in [s for s in unseen.values() if s not in whole]:
-            if self._in_parts(source, missing, sources):
+            wanted = [node for i, node in missing.items() if any(s is source for s in sources[i])]
+            if in_parts(self.plan, source, wanted):
                 del unseen[source.id]
         for source in unseen.values():
             yield Task(source.id, partial(self._see, source))
@@ -152,19 +163,57 @@ class _Builder:
         return [n for n in found if isinstance(n.job, SourceJob)]
 
     def _base(self, job: OutputJob) -> list[Node]:
-        """The source that gives an output what lies beside its components."""
-        return [self.plan.node(job.base)] if job.base is not None and job.extras else []
+        """The source that gives an output what lies beside its components: tensors, metadata."""
+        if job.base is None:
+            return []
+        base = self.plan.node(job.base)
+        assert isinstance(base.job, SourceJob)
+        # What a host shows of a file's metadata is not believed: no digest in a lock speaks of it alone.
+        carried = base.state == "fetch" and set(base.job.sources.metadata(base.job.source)) - {"format"}
+        return [base] if job.extras or carried else []
 
     def _wait_for(self, source: Node) -> bool:
         assert isinstance(source.job, SourceJob)
         return source.state == "fetch" or source.job.sources.pinned_by_lock(source.job.source)
 
     def _see(self, node: Node) -> None:
-        see(node, self.catalog, self.store, self.reporter)
+        node.key = self._digest(node)
+
+    def _digest(self, node: Node) -> str:
+        """Have the source of a node, as `see` does."""
+        job = node.job
+        assert isinstance(job, SourceJob)
+        with self._stoppable():
+            return str(see(job.sources, job.source, self.catalog, self.store, self.reporter).sha256)
+
+    @contextmanager
+    def _stoppable(self) -> Iterator[None]:
+        """Tell a download that was broken off from one that failed."""
+        try:
+            yield
+        except FetchError:
+            if self.stop.is_set():
+                raise Cancelled(Problem("the build was stopped")) from None
+            raise
 
     # -- components
 
     def _make(self, node: Node) -> None:
+        parts = [n for n in map(self.plan.node, self.plan.ancestors(node.id)) if n.kind == "component"]
+        self._with_parts(parts, f"`{node.id}`", partial(self._make_once, node))
+
+    def _with_parts(self, parts: list[Node], what: str, work: Callable[[], object]) -> None:
+        """Do work that reads stored components, which are made again when they turn out to be damaged."""
+        for _ in range(len(parts) + 1):
+            try:
+                work()
+                return
+            except DamagedEntry as damage:
+                self.store.set_aside(damage)
+                self._remake(parts, damage.digest)
+        raise OutputError(Problem(f"the store loses what is put into it, {what} cannot be made"))
+
+    def _make_once(self, node: Node) -> None:
         job = node.job
         assert isinstance(job, ComponentJob)
         key = component_key(self.plan, job)
@@ -174,23 +223,25 @@ class _Builder:
         import torch
 
         torch.set_num_threads(1)  # the threads are ours; torch's own would be one team for each
-        self._bring(node, job.origin)
-        done = finish(self.plan, job, self.store, self.stop)
+        with self._stoppable():
+            bring(self.plan, node, self.store, self.reporter)
+        with ExitStack() as opened:
+            done = finish(self.plan, job, self.store, self.stop, opened)
 
-        def sound() -> None:
-            if (error := done.faults.error(f"`{node.id}`", PRECISIONS[job.precision])) is not None:
-                raise error
+            def sound() -> None:
+                if (error := done.faults.error(f"`{node.id}`", PRECISIONS[job.precision])) is not None:
+                    raise error
 
-        node.made = self.store.put(
-            None,
-            done.component,
-            job.cls,
-            done.tensors,
-            threads=self.threads,
-            reporter=self.reporter,
-            task=node.id,
-            check=sound,
-        )
+            node.made = self.store.put(
+                None,
+                done.component,
+                job.cls,
+                done.tensors,
+                threads=self.threads,
+                reporter=self.reporter,
+                task=node.id,
+                check=sound,
+            )
         with self._notes:
             self.result.made.append(node.id)
             self.result.changes[node.id] = done.changes
@@ -198,57 +249,6 @@ class _Builder:
     def _unhashed(self, source: Node) -> bool:
         """Whether a source is taken for what it is, and what is made of it not remembered."""
         return source.state == "hash" and source.key is None and not self.hashing
-
-    def _in_parts(self, source: Node, missing: Mapping[str, Node], sources: Mapping[str, list[Node]]) -> bool:
-        """Whether only the components wanted of a remote source are to be fetched.
-
-        That takes a file whose contents can be read on its host, and a lock that says what each component
-        must be: the digest of the whole file cannot be checked.
-        """
-        job = source.job
-        assert isinstance(job, SourceJob)
-        if source.state != "fetch" or source.key is None or not job.sources.addresses(job.source):
-            return False
-        wanted = [n for i, n in missing.items() if any(s is source for s in sources[i])]
-        if any(self._pinned(n) is None for n in wanted):
-            return False
-        try:
-            opened = job.sources.open(job.source)
-        except CkptError:
-            return False
-        size = 0
-        for node in wanted:
-            assert isinstance(node.job, ComponentJob)
-            size += sum(t.nbytes for t in to_read(self.plan, node.job.origin).values())
-        return job.sources.remote(job.source) and 2 * size < opened.checkpoint.size
-
-    def _pinned(self, node: Node) -> str | None:
-        """The digest that the lock says a component has."""
-        assert isinstance(node.job, ComponentJob)
-        source = self._taken_from(node.id)
-        for locked in self.plan.lock.components if self.plan.lock is not None else ():
-            if (locked.cls, locked.source) == (node.job.cls, source):
-                return locked.sha256
-        return None
-
-    def _bring(self, node: Node, origin: Origin) -> None:
-        """Fetch what a component takes from sources that are read on their hosts."""
-        if isinstance(origin, Applied):
-            step = self.plan.node(origin.node).job
-            assert isinstance(step, StepJob)
-            for inner in step.inputs.values():
-                self._bring(node, inner)
-        if not isinstance(origin, Take) or not origin.sources.remote(origin.source):
-            return
-        from builder.fetch.remote import fetch_component
-
-        checkpoint = origin.sources.open(origin.source).checkpoint
-        names = {t: t for t in full_names(origin)}
-        path = self.store.partial_path(f"{origin.source} {origin.cls} {os.getpid()}")
-        local = fetch_component(checkpoint, names, path, reporter=self.reporter, task=node.id)
-        path.unlink()  # the open file stays readable, and nothing is left behind
-        checkpoint.tensors |= local.tensors
-        checkpoint.blobs = (*checkpoint.blobs, *local.blobs)
 
     def _record(self, node: Node) -> None:
         """Say what made a component, now that its sources are known to be what they should be."""
@@ -258,16 +258,7 @@ class _Builder:
             return  # of sources that were not to be hashed
         for source in self._sources(node.id):
             self._settled(source)
-        sources = [n.job for n in self._sources(node.id)]
-        remote = any(isinstance(s, SourceJob) and s.sources.remote(s.source) for s in sources)
-        if remote and (pinned := self._pinned(node)) != node.made.digest.sha256:
-            raise SourceError(
-                Problem(
-                    f"`{node.id}` is not what the lock says",
-                    evidence=(f"expected {pinned}", f"fetched  {node.made.digest.sha256}"),
-                    hint="`ckpt lock --upgrade` takes the source as it is now",
-                )
-            )
+        hold_to_lock(self.plan, node)
         self.store.record(node.key, node.made)
 
     def _settled(self, node: Node) -> None:
@@ -276,9 +267,7 @@ class _Builder:
         assert isinstance(job, SourceJob)
         same = job.sources.unchanged(job.source)
         if same and node.state == "known":  # it was told by its times, before it was opened
-            again = replace(node, job=job)
-            see(again, self.catalog, self.store, self.reporter)
-            same = again.key == node.key
+            same = self._digest(node) == node.key
         if not same:
             found = job.sources.find(job.source)
             raise SourceError(
@@ -294,24 +283,21 @@ class _Builder:
     def _assemble(self, node: Node) -> None:
         job = node.job
         assert isinstance(job, OutputJob)
-        for _ in range(len(job.slots) + 1):
-            try:
-                self.built[node.id] = self._output(node, job)
-                if job.sidecar is not None:
-                    write_bytes(self.built[node.id].path.with_suffix(".yaml"), job.sidecar)
-                return
-            except DamagedEntry as damage:
-                self.store.set_aside(damage)
-                self._remake(job, damage.digest)
-        raise OutputError(Problem(f"the store loses what is put into it, `{job.output.file}` cannot be made"))
+        parts = [self.plan.node(name) for _, name in job.slots.values()]
 
-    def _remake(self, job: OutputJob, digest: str) -> None:
+        def put() -> None:
+            self.built[node.id] = self._output(node, job)
+
+        self._with_parts(parts, f"`{job.output.file}`", put)
+        if job.sidecar is not None:
+            write_bytes(self.built[node.id].path.with_suffix(".yaml"), job.sidecar)
+
+    def _remake(self, parts: list[Node], digest: str) -> None:
         """Make a component again whose stored copy is damaged."""
-        for _, name in job.slots.values():
-            node = self.plan.node(name)
+        for node in parts:
             if node.made is None or node.made.digest.xxh3 != digest:
                 continue
-            for source in self._sources(name):
+            for source in self._sources(node.id):
                 self._see(source)
             self._make(node)
             self._record(node)
@@ -325,6 +311,7 @@ class _Builder:
         node.key = assembly_key(job, digests, extras)
         rows = self._rows(job, parts, extras)
         tensor_digest = str(component_digest(rows).sha256)
+        hold_output_to_lock(self.plan, node, tensor_digest)
         metric = self._metric(parts)
         target = self.naming(metric) if self.naming is not None else job.target
         state, _ = output_state(self.store, node.key, target)
@@ -391,13 +378,9 @@ class _Builder:
         for cls, (prefix, _) in job.slots.items():
             found = self.store.rows(parts[cls])
             if found is None:
-                raise self._gone(parts[cls])
+                raise self.store.gone(parts[cls])
             rows |= {prefix + name: row for name, row in found.items()}
         return rows
-
-    def _gone(self, made: Made) -> DamagedEntry:
-        path = self.store.component_path(made.digest.xxh3)
-        return DamagedEntry(path, made.digest.xxh3, "it is no longer in the store")
 
     def _write(
         self,
@@ -414,7 +397,7 @@ class _Builder:
             for cls, (prefix, _) in job.slots.items():
                 checkpoint = self.store.open(parts[cls], verify=False)
                 if checkpoint is None:
-                    raise self._gone(parts[cls])
+                    raise self.store.gone(parts[cls])
                 opened.enter_context(checkpoint)
                 for name, tensor in checkpoint.items():
                     # A safetensors file is digested as it is written, and compared before it is put in place.
@@ -480,7 +463,7 @@ class _Builder:
             if fact is None or cls not in fact:
                 checkpoint = self.store.open(made, verify=False)
                 if checkpoint is None:
-                    raise self._gone(made)
+                    raise self.store.gone(made)
                 with checkpoint:
                     found = measure({cls: checkpoint}, threads=self.threads, reporter=self.reporter)
                 fact = {cls: getattr(found, SCALES[cls].part)}

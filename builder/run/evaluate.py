@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 
-from builder.errors import CkptError, Problem
+from builder.errors import Problem
 from builder.fixes import FIXES, truncated_position_ids
 from builder.numeric import Faults, cast_all
 from builder.plan.model import Applied, ComponentJob, Finished, Origin, Plan, StepJob, Take
@@ -26,9 +27,13 @@ class Finish:
     faults: Faults
 
 
-def finish(plan: Plan, job: ComponentJob, store: Store, stop: threading.Event) -> Finish:
-    """Compose a component: taken or computed, repaired, rounded. Nothing is read but small tensors."""
-    tensors, component = evaluate(plan, job.origin, store)
+def finish(plan: Plan, job: ComponentJob, store: Store, stop: threading.Event, opened: ExitStack) -> Finish:
+    """Compose a component: taken or computed, repaired, rounded. Nothing is read but small tensors.
+
+    Stored components that it is made of stay open in `opened`; reading them, or this, may raise
+    DamagedEntry.
+    """
+    tensors, component = evaluate(plan, job.origin, store, opened)
     changes: list[str] = []
     renamed = component.endswith("-NAI")
     if renamed:
@@ -52,20 +57,23 @@ def finish(plan: Plan, job: ComponentJob, store: Store, stop: threading.Event) -
     return Finish(component, {n: Stoppable(t, stop) for n, t in cast.items()}, tuple(changes), faults)
 
 
-def evaluate(plan: Plan, origin: Origin, store: Store) -> tuple[Mapping[str, LazyTensor], str]:
+def evaluate(
+    plan: Plan, origin: Origin, store: Store, opened: ExitStack
+) -> tuple[Mapping[str, LazyTensor], str]:
     """The tensors of an origin under unprefixed names, and the component's name in the catalog."""
     if isinstance(origin, Take):
         return taken(origin)
     node = plan.node(origin.node)
     if isinstance(origin, Finished):
         assert node.made is not None
-        checkpoint = store.open(node.made)
+        checkpoint = store.open(node.made, verify=False)
         if checkpoint is None:
-            raise CkptError(Problem(f"the stored component `{node.id}` is gone", hint="build again"))
+            raise store.gone(node.made)
+        opened.enter_context(checkpoint)
         return checkpoint.tensors, node.made.component
     assert isinstance(origin, Applied) and isinstance(node.job, StepJob)
     job = node.job
-    inputs = {p: evaluate(plan, o, store) for p, o in job.inputs.items()}
+    inputs = {p: evaluate(plan, o, store, opened) for p, o in job.inputs.items()}
     made = job.operation.apply({p: tensors for p, (tensors, _) in inputs.items()}, job.params)
     return made, inputs[job.operation.inputs[0]][1]
 

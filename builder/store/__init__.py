@@ -54,10 +54,14 @@ class Store:
     Nothing is created before the first write. Several processes may use one store at the same time:
     every file appears whole, under a name that its content gives, and is checked when it is read. A store
     that cannot be written to is read, and what it lacks goes to a temporary one that `close` deletes.
+    `downloads` is the folder of another store's downloads, to be shared.
     """
 
-    def __init__(self, root: Path | None = None, *, reporter: Reporter = SILENT) -> None:
+    def __init__(
+        self, root: Path | None = None, *, downloads: Path | None = None, reporter: Reporter = SILENT
+    ) -> None:
         self.root = root if root is not None else default_root()
+        self._downloads = downloads if downloads is not None else self.root / "downloads"
         self.reporter = reporter
         self.memory = DigestMemory(self.root / "files")
         self._distrusted: set[Path] = set()
@@ -199,6 +203,11 @@ class Store:
             place.record(action, made)
         return made
 
+    def gone(self, made: Made) -> DamagedEntry:
+        """That a component is no longer there."""
+        digest = made.digest.xxh3
+        return DamagedEntry(self.component_path(digest), digest, "it is no longer in the store")
+
     def set_aside(self, damaged: DamagedEntry) -> None:
         """Take a damaged entry out of use, unless another process has put a new one in its place."""
         self.reporter.warn(damaged.problems[0])
@@ -246,15 +255,20 @@ class Store:
 
     # Downloads.
 
+    @property
+    def downloads(self) -> Path:
+        """The folder that downloads go to."""
+        return self._place()._downloads
+
     def download_path(self, sha256: str) -> Path:
         """Where the finished download of this digest lies, if there is one."""
         if self._overlay is not None and (path := self._overlay.download_path(sha256)).exists():
             return path
-        return self.root / "downloads" / sha256
+        return self._downloads / sha256
 
     def partial_path(self, key: str) -> Path:
         """Where the download that `key` (such as an address) names is to be gathered; its folder exists."""
-        folder = self._place().root / "downloads" / "partial"
+        folder = self.downloads / "partial"
         folder.mkdir(parents=True, exist_ok=True)
         return folder / xxhash.xxh3_128_hexdigest(key.encode())
 
