@@ -236,10 +236,14 @@ def _size(folder: Path) -> int:
 
 
 class _Model(NamedTuple):
-    """A full checkpoint, its tensors under the names that the original layout has for them."""
+    """A full checkpoint: its model's tensors under the names that the original layout has for them.
+
+    `others` are those that are no part of the model, such as averaged weights.
+    """
 
     family: str
     tensors: Mapping[str, LazyTensor]
+    others: Mapping[str, LazyTensor]
     metadata: Mapping[str, str]
     prediction: Prediction
     zero_snr: bool
@@ -277,7 +281,8 @@ def _model(
         usual |= {full: prefix + bare for bare, full in match.names.items()}
     return _Model(
         family,
-        {usual.get(name, name): tensor for name, tensor in tensors.items()},
+        {usual[name]: tensor for name, tensor in tensors.items() if name in usual},
+        {name: tensor for name, tensor in tensors.items() if name not in usual},
         _metadata(checkpoint),
         prediction or _prediction(checkpoint, family),
         "ztsnr" in checkpoint,
@@ -336,6 +341,7 @@ def _write_folder(
             model.family,
             model.tensors,
             model.metadata,
+            others=model.others,
             prediction=model.prediction,
             zero_snr=model.zero_snr,
             vocabulary=vocabulary,

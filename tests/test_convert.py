@@ -127,6 +127,19 @@ def test_shards_hold_what_they_may(folder: Folder) -> None:
     assert content(folder / "set") == content(folder / "m.safetensors")
 
 
+def test_a_shard_that_begins_like_a_pickle(folder: Folder) -> None:
+    for length in range(256):  # of a name: some header's length begins with a pickle's first byte
+        path = folder / "m.safetensors"
+        write(path, {"n" * (length + 1): values([1.0])}, {"format": "pt"}, durable=False)
+        if path.read_bytes()[0] == 0x80:
+            break
+    assert path.read_bytes()[0] == 0x80
+    assert folder("convert", "m.safetensors", "-o", "s.safetensors.index.json").code == 0
+    shard = folder / "s-00001-of-00001.safetensors"
+    assert shard.read_bytes()[0] == 0x80
+    assert content(folder / "s.safetensors.index.json") == content(path)
+
+
 def test_a_tensor_too_large_for_a_shard_has_its_own() -> None:
     tensors = {n: MemoryTensor(DType.U8, (s,), bytes(s)) for n, s in {"a": 3, "b": 9, "c": 2, "d": 2}.items()}
     assert [s.names for s in plan_shards(tensors, "m", 4)] == [("a",), ("b",), ("c", "d")]

@@ -145,6 +145,7 @@ def write_folder(
     tensors: Mapping[str, LazyTensor],
     metadata: Mapping[str, str],
     *,
+    others: Mapping[str, LazyTensor] | None = None,
     prediction: Prediction,
     zero_snr: bool = False,
     vocabulary: Mapping[str, bytes] | None = None,
@@ -156,13 +157,15 @@ def write_folder(
 ) -> dict[str, LazyTensor]:
     """Write a full checkpoint's tensors, under their original names, into a folder in diffusers' layout.
 
-    What the layout has no place for, tensors and metadata, goes to `REMAINDER`, so that nothing is lost;
-    those tensors are returned. `vocabulary` are the files of CLIP's tokenizer by name; without it, loaders
-    have to be given a tokenizer, or they would make up an empty one. Parts of more than `shard_size` bytes
-    become sharded sets. Make the folder with `builder.formats.folders`.
+    What the layout has no place for goes to `REMAINDER`, so that nothing is lost: tensors of the model,
+    `others`, which are none of its, and metadata. Those tensors are returned. `vocabulary` are the files of
+    CLIP's tokenizer by name; without it, loaders have to be given a tokenizer, or they would make up an
+    empty one. Parts of more than `shard_size` bytes become sharded sets. Make the folder with
+    `builder.formats.folders`.
     Raises OutputError, and what the tensors' `read_into` raises.
     """
     parts, rest = to_diffusers(family, tensors)
+    rest |= others or {}
     options: dict[str, Any] = {
         "threads": threads,
         "durable": durable,

@@ -11,6 +11,7 @@ from builder.errors import Place, Problem, SourceError
 from builder.formats import safetensors
 from builder.formats.blob import FileBlob
 from builder.formats.checkpoint import Checkpoint
+from builder.formats.sniff import is_safetensors
 from builder.formats.torch_files import HEAD, looks_like_torch
 from builder.tensors import LazyTensor
 
@@ -93,7 +94,8 @@ def _open_shard(index: Path, shard: str) -> Checkpoint:
         raise _bad(index, f"the shard `{shard}` is missing", hint="download it into the folder of the index")
     blob = FileBlob(path)
     try:
-        if looks_like_torch(blob.read(0, min(blob.size, HEAD))):
+        head = blob.read(0, min(blob.size, HEAD))
+        if looks_like_torch(head) and not is_safetensors(head):
             hint = "convert the set to safetensors with the program that made it"
             raise _bad(index, f"the shard `{shard}` is a PyTorch file, not safetensors", hint=hint)
         return safetensors.from_blob(blob, str(path))

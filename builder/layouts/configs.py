@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import gcd
 from typing import Any, Literal
 
+from builder.layouts.tables import CLIP, PARTS
 from builder.tensors import LazyTensor
 
 Tensors = Mapping[str, LazyTensor]
@@ -89,14 +90,15 @@ def configs(
         "unet/config.json": unet,
         "vae/config.json": vae | {"sample_size": pixels},
     }
-    for folder in (f for f in parts if f.startswith("text_encoder")):
-        text, tokenizer = _text_encoder(parts[folder]), folder.replace("text_encoder", "tokenizer")
+    for part in (p for p in PARTS[family] if p.folder.startswith("text_encoder")):
+        folder, tokenizer = part.folder, part.folder.replace("text_encoder", "tokenizer")
+        text = _text_encoder(parts[folder], "quick_gelu" if part.rules is CLIP else "gelu")
         made[f"{folder}/config.json"] = text
         made[MODEL_INDEX] |= {
             folder: ["transformers", text["architectures"][0]],
             tokenizer: ["transformers", "CLIPTokenizer"] if tokenizers else [None, None],
         }
-        padding = "!" if text["hidden_act"] == "gelu" else "<|endoftext|>"
+        padding = "<|endoftext|>" if part.rules is CLIP else "!"
         for name, config in _tokenizer(padding).items() if tokenizers else ():
             made[f"{tokenizer}/{name}"] = config
     return made
@@ -162,16 +164,15 @@ def _vae(tensors: Tensors, scaling: float) -> Config:
     }
 
 
-def _text_encoder(tensors: Tensors) -> Config:
+def _text_encoder(tensors: Tensors, activation: str) -> Config:
     words, width = tensors["text_model.embeddings.token_embedding.weight"].shape
     projection = tensors.get("text_projection.weight")
-    open_clip = width >= 1024  # ViT-H and bigG, trained by OpenCLIP; OpenAI's own are narrower
     return {
         "architectures": ["CLIPTextModel" if projection is None else "CLIPTextModelWithProjection"],
         "attention_dropout": 0.0,
         "bos_token_id": 0,
         "eos_token_id": 2,  # not the real one: says that the last of a prompt's tokens is the highest
-        "hidden_act": "gelu" if open_clip else "quick_gelu",
+        "hidden_act": activation,
         "hidden_size": width,
         "intermediate_size": tensors["text_model.encoder.layers.0.mlp.fc1.weight"].shape[0],
         "layer_norm_eps": 1e-05,
