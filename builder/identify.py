@@ -138,8 +138,9 @@ def identify(specs: Mapping[str, Spec], catalog: Catalog) -> Identity:
     """Find the catalog's components among named tensors, under their prefix and under bare names.
 
     A component matches when every required tensor is there in exactly its shape. Of components that fit
-    the same tensors, or fill the same class, the one that explains most tensors is chosen; of equals,
-    the one whose class most architectures have a slot for. Touches no tensor data.
+    the same tensors the one that explains most of them is chosen; of equals, the one whose class most
+    architectures have a slot for. A class is filled by what is prefixed, then by its standard component.
+    Touches no tensor data.
     """
     found, rejected = _candidates(specs, catalog)
     matches, duplicates, outdone, notes = _choose(found, catalog)
@@ -253,33 +254,34 @@ def _choose(
 ) -> tuple[list[Match], list[Match], list[Rejection], list[str]]:
     """Matches that share no tensor and no class; second copies of a class; the outdone; notes."""
     order = _order(catalog)
-    chosen: list[Match] = []
-    duplicates: list[Match] = []
     outdone: list[Rejection] = []
     notes: list[str] = []
     owner: dict[str, Match] = {}
+    fitting: dict[str, list[Match]] = defaultdict(list)
     for match in sorted(found, key=lambda m: (-len(m.names), order[m.component.name], m.prefix == "")):
-        name = match.component.name
+        name, cls = match.component.name, match.component.cls
         rival = next((owner[n] for n in match.names.values() if n in owner), None)
-        if rival is not None:
-            count, more = len(match.names), len(rival.names)
-            why = (
-                f"which explains {more} tensors, not {count}"
-                if more > count
-                else "whose class is the more common"
-            )
-            if match.component.cls != rival.component.cls or more > count:
-                notes.append(f"`{name}` fits the tensors of `{rival.component.name}` too, {why}")
-            outdone.append(
-                Rejection(match.component, match.prefix, count, count, outdone_by=rival.component.name)
-            )
+        if rival is None:
+            fitting[cls].append(match)
+            owner.update(dict.fromkeys(match.names.values(), match))
             continue
-        same = next((m for m in chosen if m.component.cls == match.component.cls), None)
-        if same is not None:
-            duplicates.append(match)
-        else:
-            chosen.append(match)
-        owner.update(dict.fromkeys(match.names.values(), same or match))
+        count, more = len(match.names), len(rival.names)
+        why = (
+            f"which explains {more} tensors, not {count}"
+            if more > count
+            else "whose class is the more common"
+        )
+        if cls != rival.component.cls or more > count:
+            notes.append(f"`{name}` fits the tensors of `{rival.component.name}` too, {why}")
+        outdone.append(
+            Rejection(match.component, match.prefix, count, count, outdone_by=rival.component.name)
+        )
+    chosen, duplicates = [], []
+    for rivals in fitting.values():
+        # Loaders take what is under the prefix, however whole a bare copy may be.
+        rivals.sort(key=lambda m: (m.prefix != m.component.prefix, order[m.component.name]))
+        chosen.append(rivals[0])
+        duplicates += rivals[1:]
     chosen.sort(key=lambda m: order[m.component.name])
     return chosen, duplicates, outdone, notes
 

@@ -169,7 +169,10 @@ def test_misshapen_position_ids_do_not_break_the_text_encoder() -> None:
 def test_the_larger_of_two_that_fit_is_chosen_and_the_other_is_told_of() -> None:
     found = identify(tensors("UNET-v2-SD", "VAE-v1-SD", "CLIP-v2-SD"), CATALOG)
     assert named(found) == ["UNET-v2-SD", "VAE-v1-SD", "CLIP-v2-SD"]
-    assert "`CLIP-v2-WD` fits the tensors of `CLIP-v2-SD` too, which explains 294 tensors, not 280" in found.notes
+    assert (
+        "`CLIP-v2-WD` fits the tensors of `CLIP-v2-SD` too, which explains 294 tensors, not 280"
+        in found.notes
+    )
     (outdone,) = (r for r in found.rejected if r.component.name == "CLIP-v2-WD")
     assert outdone.outdone_by == "CLIP-v2-SD"
 
@@ -179,6 +182,15 @@ def test_a_second_text_encoder_is_junk() -> None:
     assert (found.architecture, named(found)) == ("SD-v1", list(SD_V1))
     assert len(found.junk) == 197
     assert all(n.startswith("cond_stage_model.transformer.e") or "final_layer" in n for n in found.junk)
+
+
+@pytest.mark.parametrize("second", [("CLIP-v1-SD", True), ("CLIP-v1-NAI", False)])
+def test_the_text_encoder_that_loaders_read_is_taken_before_a_wholer_copy(second: tuple[str, bool]) -> None:
+    held = tensors(*SD_V1)
+    del held["cond_stage_model.transformer.text_model.embeddings.position_ids"]
+    found = identify(held | tensors(second[0], bare=second[1]), CATALOG)
+    assert (found.architecture, named(found)) == ("SD-v1", list(SD_V1))
+    assert not held.keys() & set(found.junk) and len(found.junk) == 197
 
 
 def test_the_rest_is_sorted_by_what_it_is() -> None:
