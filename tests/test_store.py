@@ -898,9 +898,10 @@ def test_store_gc(at: Store, capsys: pytest.CaptureFixture[str]) -> None:
 def test_sizes(text: str, count: int) -> None:
     from click import Context, Option
 
-    from builder.cli.store import _size, command
+    from builder.cli.sizes import parse_size
+    from builder.cli.store import command
 
-    assert _size(Context(command), Option(["--max-size"]), text) == count
+    assert parse_size(Context(command), Option(["--max-size"]), text) == count
 
 
 def test_what_is_no_size_is_refused(at: Store, capsys: pytest.CaptureFixture[str]) -> None:
