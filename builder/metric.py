@@ -96,11 +96,21 @@ def counted(
     }
 
 
+def labels(
+    histograms: Mapping[str, NDArray[np.int64]], scales: Mapping[str, Scale] = SCALES
+) -> dict[str, str]:
+    """The four digits of each class, of histograms as `scan` makes them."""
+    return {cls: digits(weigh(counts), scales[cls]) for cls, counts in histograms.items()}
+
+
 def label(histograms: Mapping[str, NDArray[np.int64]], scales: Mapping[str, Scale] = SCALES) -> Metric:
-    """The metric of histograms by class, as `scan` makes them."""
-    parts = {
-        scales[cls].part: digits(weigh(counts), scales[cls]) for cls, counts in sorted(histograms.items())
-    }
+    """The metric of histograms by class, as `scan` makes them.
+
+    Of two classes that are the same part, such as the text encoders of two families, the first counts.
+    """
+    parts: dict[str, str] = {}
+    for cls, said in labels(histograms, scales).items():
+        parts.setdefault(scales[cls].part, said)
     return Metric(**parts)
 
 

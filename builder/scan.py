@@ -42,7 +42,10 @@ class TensorScan:
 
 @dataclass(frozen=True, slots=True)
 class Scan:
-    """`tensors` by name; `histograms` by group: int64 `[65536]`, how often each float16 pattern occurs."""
+    """`tensors` by name; `histograms` by group: int64 `[65536]`, how often each float16 pattern occurs.
+
+    Both are in the order of what was asked for.
+    """
 
     tensors: dict[str, TensorScan] = field(default_factory=dict)
     histograms: dict[str, NDArray[np.int64]] = field(default_factory=dict)
@@ -87,10 +90,10 @@ def scan(
         reporter.finish(task)
     rows = {name: row for reader in readers for name, row in reader.rows.items()}
     histograms: dict[str, NDArray[np.int64]] = {}
-    for reader in readers:
-        for group, counts in reader.histograms.items():
-            total = histograms.setdefault(group, counts.numpy() * 0)
-            total += counts.numpy()
+    for group in dict.fromkeys((groups or {}).values()):
+        counts = [r.histograms[group].numpy() for r in readers if group in r.histograms]
+        if counts:
+            histograms[group] = sum(counts[1:], counts[0])
     return Scan({name: rows[name] for name in tensors}, histograms)
 
 

@@ -115,6 +115,16 @@ def test_the_label() -> None:
     assert weigh(counts) == 1.5  # infinity is at the end of a sigmoid, as in the definition
 
 
+def test_of_two_text_encoders_the_first_counts() -> None:
+    """So a checkpoint's own is not drowned by one of another family that lies beside it."""
+    one, two = np.zeros(BINS, np.int64), np.zeros(BINS, np.int64)
+    one[0x3C00], two[0x4000] = 4000, 9000
+    ours, theirs = label({"CLIP-v1": one}).clip, label({"CLIP-v2": two}).clip
+    assert ours != theirs
+    assert label({"CLIP-v1": one, "CLIP-v2": two}).clip == ours
+    assert label({"CLIP-v2": two, "CLIP-v1": one}).clip == theirs
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 def test_measuring_any_precision(dtype: torch.dtype) -> None:
     random = torch.Generator().manual_seed(2)

@@ -185,15 +185,16 @@ def examine(
     identity = identify(checkpoint, catalog)
     scans: Mapping[str, TensorScan] = {}
     label = None
+    digits: Mapping[str, str] = {}
     if metric and len(checkpoint):
-        scans, label = _scan(identity, checkpoint, full, threads, reporter)
+        scans, label, digits = _scan(identity, checkpoint, full, threads, reporter)
     return Report(
         path=checkpoint.name,
         container=checkpoint.container,
         size=checkpoint.size,
         identity=identity,
         tensors=checkpoint.tensors,
-        parts=tuple(_part(m, checkpoint.tensors, scans, label, catalog.known) for m in identity.matches),
+        parts=tuple(_part(m, checkpoint.tensors, scans, digits, catalog.known) for m in identity.matches),
         positions=read_position_ids(checkpoint),
         metadata=checkpoint.metadata,
         globals=checkpoint.globals,
@@ -207,9 +208,9 @@ def examine(
 
 def _scan(
     identity: Identity, checkpoint: Checkpoint, full: bool, threads: int | None, reporter: Reporter
-) -> tuple[Mapping[str, TensorScan], Metric]:
-    """One pass over the data: of the model's components, or of everything."""
-    from builder.metric import counted, label
+) -> tuple[Mapping[str, TensorScan], Metric, Mapping[str, str]]:
+    """One pass over the data, of the model's components or of everything; metric, and digits by class."""
+    from builder.metric import counted, label, labels
     from builder.scan import scan
 
     components = {m.component.cls: m.names for m in identity.matches}
@@ -222,14 +223,14 @@ def _scan(
         reporter=reporter,
         task=f"reading {Path(checkpoint.name).name}",
     )
-    return found.tensors, label(found.histograms)
+    return found.tensors, label(found.histograms), labels(found.histograms)
 
 
 def _part(
     match: Match,
     tensors: Mapping[str, LazyTensor],
     scans: Mapping[str, TensorScan],
-    label: Metric | None,
+    digits: Mapping[str, str],
     known: Known,
 ) -> Part:
     held = {bare: tensors[full] for bare, full in match.names.items()}
@@ -247,18 +248,14 @@ def _part(
         bytes=sum(t.nbytes for t in held.values()),
         dtypes=dict(Counter(t.dtype.code for t in held.values()).most_common()),
         digest=digest,
-        known=published.name if published else _labelled(match.component.cls, label, known),
+        known=published.name if published else _labelled(match.component.cls, digits, known),
         published=published,
     )
 
 
-def _labelled(cls: str, label: Metric | None, known: Known) -> str | None:
+def _labelled(cls: str, digits: Mapping[str, str], known: Known) -> str | None:
     """The name of the weights whose digits these are."""
-    if label is None:
-        return None
-    from builder.metric import SCALES
-
-    value = getattr(label, SCALES[cls].part) if cls in SCALES else ""
+    value = digits.get(cls, "")
     return known.label(cls, int(value)) if value.isdigit() else None
 
 
