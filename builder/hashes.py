@@ -38,13 +38,15 @@ def sha256_file(path: Path | str, *, reporter: Reporter = SILENT) -> FileDigest:
         return FileDigest(sha256.hexdigest(), blob.size, blob.stat)
 
 
-def file_hashes(path: Path | str, *, reporter: Reporter = SILENT) -> dict[str, str | None]:
+def file_hashes(
+    path: Path | str, *, brief: bool = False, reporter: Reporter = SILENT
+) -> dict[str, str | None]:
     """Every hash in use for a file, by kind; None where the kind means nothing for this file.
 
     Hex digits are lower case, those of CRC32 upper case. `AutoV1` needs a file of more than 1 MiB (below
     that it is one value for all); `AutoV3`, `sshs_model_hash` and `modelspec.hash_sha256` are over the
-    bytes behind a safetensors header. Raises SourceError if the file cannot be read, or changes while it
-    is.
+    bytes behind a safetensors header. `brief` leaves out CRC32 and BLAKE3. Raises SourceError if the file
+    cannot be read, or changes while it is.
     """
     from blake3 import blake3
 
@@ -67,10 +69,11 @@ def file_hashes(path: Path | str, *, reporter: Reporter = SILENT) -> dict[str, s
         def take_strong(_: int, data: memoryview) -> None:
             strong.update(data)
 
-        takes = [lambda _, data: whole.update(data), take_tensors, take_crc, take_strong, take_legacy]
-        _read(blob, takes, reporter)
+        takes = [lambda _, data: whole.update(data), take_tensors, take_legacy]
+        _read(blob, takes if brief else [*takes, take_crc, take_strong], reporter)
     sha256 = whole.hexdigest()
     data = tensors.hexdigest() if body is not None else None
+    rest = {} if brief else {"CRC32": f"{crc:08X}", "BLAKE3": strong.hexdigest()}
     return {
         "SHA256": sha256,
         "AutoV1": legacy.hexdigest()[:8] if blob.size > _LEGACY.start else None,
@@ -78,8 +81,7 @@ def file_hashes(path: Path | str, *, reporter: Reporter = SILENT) -> dict[str, s
         "AutoV3": data and data[:12],
         "sshs_model_hash": data,
         "modelspec.hash_sha256": data and f"0x{data}",
-        "CRC32": f"{crc:08X}",
-        "BLAKE3": strong.hexdigest(),
+        **rest,
     }
 
 

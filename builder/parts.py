@@ -54,7 +54,7 @@ def home(identity: Identity, catalog: Catalog) -> Architecture | None:
 def usual_precision(cls: str, identity: Identity, catalog: Catalog) -> str:
     """The precision that a class is published in: that of the file's architecture, or of all that have it."""
     at = home(identity, catalog)
-    if at is not None and cls in at.slots:
+    if at is not None:
         return at.precision or "fp16"
     found = {a.precision or "fp16" for a in catalog.architectures.values() if cls in a.slots}
     return found.pop() if len(found) == 1 else "fp16"
@@ -69,9 +69,10 @@ def _absent(word: str, alike: list[Match], identity: Identity, path: Path, catal
         several = ", ".join(f"`{m.component.cls}`" for m in alike)
         return Problem(f"`{word}` may be {several}", place, hint="name the one you mean")
     said = spelling(word)
-    known = next((w for w in (*catalog.components, *catalog.classes) if spelling(w) == said), None)
+    words = (*catalog.components, *catalog.classes, *map(kind, catalog.classes))
+    known = next((w for w in words if spelling(w) == said), None)
     if known is None:
-        hint = did_you_mean(word, names) or did_you_mean(word, (*catalog.components, *catalog.classes))
+        hint = did_you_mean(word, names) or did_you_mean(word, words)
         return Problem(f"no component or class is called `{word}`", place, (holds,), hint)
     near = [
         f"{r.component.name}: {r.total - r.present:,} of {r.total:,} tensors are missing"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import tomli_w
 
 from builder.catalog import Catalog
 from builder.errors import OutputError, Problem
-from builder.formats.atomic import replacing, write_all
+from builder.formats.atomic import may_replace, replacing, write_all
 from builder.plan import Plan, make_plan
 from builder.progress import SILENT, Reporter
 from builder.recipe import Recipe, parse_recipe
@@ -79,16 +80,19 @@ class Quick:
 
         Raises OutputError when it cannot be written, or would take the place of a source or of `target`.
         """
+        with replacing(path, inputs=[*self.sources.values(), target]) as fd:
+            write_all(fd, memoryview(self.saved(path, target)), 0)
+
+    def saved(self, path: Path, target: Path) -> bytes:
+        """What `save` writes; raises OutputError for names that no recipe can hold."""
         folder, goal = path.absolute().parent.resolve(), target.absolute().parent.resolve() / target.name
         file = goal.relative_to(folder) if goal.is_relative_to(folder) else Path(target.name)
         text = replace(self, output={"file": file.as_posix(), **self.output}).text(folder)
         try:
-            data = memoryview(text.encode())
+            return text.encode()
         except UnicodeEncodeError:
             fact = f"a recipe in `{path}` cannot name these files"
             raise OutputError(Problem(fact, hint="rename them: their names are not valid Unicode")) from None
-        with replacing(path, inputs=[*self.sources.values(), target]) as fd:
-            write_all(fd, data, 0)
 
 
 def run(
@@ -143,23 +147,27 @@ def recipe_name(path: Path, taken: Iterable[str] = ()) -> str:
     return found
 
 
-def free_name(path: Path, suffix: str | None = None) -> Path:
-    """`path`, or the first of `NAME(1).EXT`, `NAME(2).EXT`, … that is not taken.
+def numbered(path: Path, suffix: str | None = None) -> Iterator[Path]:
+    """`path`, then `NAME(1).EXT`, `NAME(2).EXT`, … without end.
 
     `suffix` is what stays behind the number, if not the last suffix alone.
     """
     end = path.suffix if suffix is None else suffix
     assert path.name.endswith(end)
     front = path.name[: len(path.name) - len(end)]
-    number, found = 0, path
-    while os.path.lexists(found):
-        number += 1
-        found = path.with_name(f"{front}({number}){end}")
-    return found
+    yield path
+    for number in count(1):
+        yield path.with_name(f"{front}({number}){end}")
 
 
-def output_path(path: Path) -> Path:
-    """`path`, if a checkpoint can be written under such a name; raises OutputError."""
+def free_name(path: Path, suffix: str | None = None) -> Path:
+    """The first of the `numbered` paths that is not taken."""
+    return next(p for p in numbered(path, suffix) if not os.path.lexists(p))
+
+
+def output_path(path: Path, inputs: Iterable[Path] = ()) -> Path:
+    """`path`, if a checkpoint can be written under such a name, and not over `inputs`; raises OutputError."""
+    may_replace(path, inputs)
     if path.suffix not in WRITTEN:
         raise OutputError(
             Problem(

@@ -14,7 +14,8 @@ LAYERS: list[list[str]] = [
     ["catalog", "identify", "scan", "metric"],
     ["fixes", "merges", "lora", "operations", "samples"],
     ["profiles", "recipe", "lock", "plan"],
-    ["explain", "run", "quick", "parts", "convert", "report", "diff", "author", "demo", "cli"],
+    ["explain", "run", "quick", "parts", "convert", "report", "diff", "author", "prune", "watch"],
+    ["demo", "cli"],
 ]
 ORDER = {name: index for index, name in enumerate(n for layer in LAYERS for n in layer)}
 

@@ -25,6 +25,7 @@ COMMANDS: dict[str, str] = {
     "extract": "Write a component of a checkpoint as a file of its own.",
     "diff": "Say what tells two checkpoints apart, and why.",
     "inspect": "Say what is in a checkpoint, without running or loading it.",
+    "prune": "Write checkpoints without EMA, junk and wasted precision.",
     "replace": "Write a checkpoint with components of other files.",
     "schema": "Print the JSON Schema of recipes, for editors.",
     "store": "The cache of made components: list it, make room, check it.",

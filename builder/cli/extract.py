@@ -83,7 +83,7 @@ def _target(
 ) -> Path | Callable[[str], Path]:
     """The file to write, or how it is named once its metric is known."""
     if output is not None and not output.is_dir():
-        output_path(output)
+        output_path(output, [file])
         if form is not None and output.suffix != f".{form}":
             fact = f"`--format {form}` and `{output.name}` say different formats"
             raise UsageError(Problem(fact, hint="leave one of the two out"))

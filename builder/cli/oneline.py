@@ -105,4 +105,6 @@ def recipe_path(path: Path | None) -> Path | None:
 
 def ready(quick: Quick, save: Path | None, bench: Bench, *, pin: bool) -> Quick:
     """The recipe as it is run: with the pins of its sources, where it is to be saved or they are wanted."""
+    if save is not None:
+        quick.saved(save, Path("model.safetensors"))
     return quick.pinned(bench.store, bench.reporter) if pin or save is not None else quick

@@ -43,7 +43,7 @@ def command(
 
     A slot that FILE leaves open may be filled. COMPONENT says which one, where the file has several.
     """
-    save, target = recipe_path(save_recipe), output_path(output)
+    save, target = recipe_path(save_recipe), output_path(output, [file])
     with open_bench(quiet) as bench:
         architecture = _architecture(file, bench.catalog)
         sources = {recipe_name(file): file}
@@ -56,6 +56,7 @@ def command(
             source = _named(path, sources)
             plain = match.component.cls == cls and component is None
             picks[cls] = source if plain else {"from": source, "component": match.component.name}
+        output_path(output, sources.values())
         quick = Quick(
             recipe_name(output),
             recipe_name(file),

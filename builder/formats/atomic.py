@@ -42,7 +42,7 @@ def replacing(
     """
     path = Path(path)
     try:
-        _may_replace(path, inputs)
+        may_replace(path, inputs)
         folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
         try:
             _remove_stale(folder)
@@ -85,7 +85,8 @@ def output_error(path: Path | str, error: OSError) -> OutputError:
     )
 
 
-def _may_replace(path: Path, inputs: Iterable[os.stat_result | Path | str]) -> None:
+def may_replace(path: Path, inputs: Iterable[os.stat_result | Path | str]) -> None:
+    """Raise OutputError when `path` is one of `inputs` (by path, link or inode), or no regular file."""
     try:
         found = path.stat()
     except FileNotFoundError:

@@ -63,8 +63,9 @@ class Report:
 
     `metric` and `scans` are None and empty where no data was read. `published` is the entry of the very
     file, by its SHA-256; `model` the name of the published model that has the same metric.
-    `precision_waste` is what FP16 or BF16 would save of what stays, and `pruned` the size of the tensors
-    after pruning: no EMA, no junk, no wasted precision. `faults` are what a person should mend or know.
+    `precision_waste` is what FP16 or BF16 would save of the components that stay, and `pruned` the size of
+    the tensors after pruning: no EMA, no junk, no wasted precision. `faults` are what a person should mend
+    or know.
     """
 
     path: str
@@ -111,13 +112,17 @@ class Report:
 
     @cached_property
     def precision_waste(self) -> int:
-        """Bytes beyond 16 bits a number, in what pruning keeps."""
-        return sum(_beyond_16_bits(self.tensors[n]) for n in self._kept)
+        """Bytes beyond 16 bits a number, in the components that pruning keeps."""
+        gone = {*self.identity.ema, *self.identity.junk}
+        names = (n for m in self.identity.matches for n in m.names.values() if n not in gone)
+        return sum(_beyond_16_bits(self.tensors[n]) for n in names)
 
     @cached_property
     def pruned(self) -> int:
         """Bytes of tensors that pruning to 16 bits leaves."""
-        return sum(self.tensors[n].nbytes for n in self._kept) - self.precision_waste
+        gone = {*self.identity.ema, *self.identity.junk}
+        kept = sum(t.nbytes for n, t in self.tensors.items() if n not in gone)
+        return kept - self.precision_waste
 
     @cached_property
     def non_finite(self) -> Mapping[str, TensorScan]:
@@ -135,11 +140,6 @@ class Report:
         from builder.report.faults import find_faults
 
         return tuple(find_faults(self))
-
-    @property
-    def _kept(self) -> Iterable[str]:
-        gone = {*self.identity.ema, *self.identity.junk}
-        return (n for n in self.tensors if n not in gone)
 
 
 def build_report(

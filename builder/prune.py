@@ -1,0 +1,274 @@
+"""What pruning takes out of a checkpoint and what it leaves, said before anything is done."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from builder.errors import Place, Problem, SourceError
+from builder.formats import open_checkpoint
+from builder.formats.atomic import write_bytes
+from builder.hashes import file_hashes
+from builder.identify import Identity, Match
+from builder.numeric import cast_type
+from builder.parts import home, usual_precision
+from builder.progress import SILENT, Reporter
+from builder.quick import Quick, numbered, recipe_name, run
+from builder.report import Report, examine
+from builder.run import Build
+from builder.store import Store
+from builder.tensors import LazyTensor
+
+if TYPE_CHECKING:
+    from builder.catalog import Catalog
+
+ORIGIN = "pruned_from"  # the metadata that says which file this was
+HASHES = ("SHA256", "AutoV1", "AutoV2", "AutoV3")  # of it, by which people find its page
+
+# Of the original's metadata, what a build would leave out or say anew, and stays true of a pruned file.
+# `sshs_` are the hashes that programs look a LoRA's page up by: they have always been the original's.
+_TRUE = ("modelspec.title", "modelspec.resolution", "modelspec.date", "modelspec.thumbnail", "sshs_")
+
+
+Tensors = Mapping[str, LazyTensor]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to prune. `precision`: None is 16 bits, as such models are published. `keep` are names of tensors,
+    or patterns of them as a shell has, that stay whatever they are. `force`: what is broken or unknown, too.
+    """
+
+    precision: str | None = None
+    keep_ema: bool = False
+    keep: tuple[str, ...] = ()
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class Share:
+    """Tensors of a file that have one fate for one reason: full names, the largest first, and bytes.
+
+    For `precision` the bytes are those that rounding saves.
+    """
+
+    reason: str
+    names: tuple[str, ...]
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """What is to become of a file, and why not. Sizes are in bytes, `left` is of the tensors that stay.
+
+    `parts` are the components that stay, at their size after rounding, and `rest` what stays beside them.
+    `refusal` says why nothing should be done, `unmatched` which patterns of `keep` match nothing.
+    `components` and `output` are the recipe's tables.
+    """
+
+    path: Path
+    report: Report
+    goes: tuple[Share, ...]
+    parts: tuple[Share, ...]
+    rest: tuple[Share, ...]
+    left: int
+    components: dict[str, str]
+    output: dict[str, Any]
+    refusal: Problem | None
+    unmatched: tuple[str, ...]
+
+    @property
+    def identity(self) -> Identity:
+        """What the file is."""
+        return self.report.identity
+
+    @property
+    def tidy(self) -> bool:
+        """Whether there is nothing to take out of it."""
+        return not self.goes
+
+    @property
+    def checked(self) -> Pruning:
+        """This, unless it should not be done: raises SourceError."""
+        if self.refusal is not None:
+            raise SourceError(self.refusal)
+        return self
+
+
+def plan_pruning(path: Path, catalog: Catalog, options: Options) -> Pruning:
+    """What pruning would do to a file, from its table of contents; raises SourceError for no checkpoint."""
+    with open_checkpoint(path) as checkpoint:
+        report = examine(checkpoint, catalog, metric=False)
+    identity, tensors = report.identity, report.tensors
+    at = home(identity, catalog)
+    precision = options.precision or usual_precision(identity.architecture or "", identity, catalog)
+    asked = {p: [n for n in tensors if n == p or fnmatchcase(n, p)] for p in options.keep}
+    kept = {n for names in asked.values() for n in names}
+    averages = {m.component.cls: m for m in identity.matches if m.ema}
+    # An average alone is the model, and is not listed among what training keeps beside one.
+    wanted = averages if options.keep_ema or not identity.ema else {}
+    stays = {n for m in wanted.values() for n in m.names.values()}
+    if options.keep_ema:
+        kept |= {*identity.ema} - stays
+    gone = {
+        "EMA": [n for n in identity.ema if n not in kept | stays],
+        "junk": [n for n in identity.junk if n not in kept],
+    }
+    left = {n: t for n, t in tensors.items() if n not in {*gone["EMA"], *gone["junk"]}}
+    slots = at.slots if at is not None else (identity.architecture,)
+    parts = [m for m in identity.matches if m.component.cls in (*slots, *wanted)]
+    rounded = {
+        full: saved
+        for m in parts
+        for full in m.names.values()
+        if (saved := _saved(full, tensors[full], precision))
+    }
+    of_parts = {full for m in parts for full in m.names.values()}
+    rest = {
+        "extra": [n for n in identity.optional if n in left],
+        "scales": list(identity.scales),
+        "kept": [n for n in left if n in kept and n not in of_parts],
+    }
+    rest["unknown"] = [n for n in left if n not in of_parts.union(*rest.values())]
+    output = {
+        "precision": precision,
+        "narrow": True,
+        "unknown": "keep",
+        **({"keep": [*rest["extra"], *sorted(kept - of_parts)]} if kept - of_parts else {}),
+        **({"partial": True} if not identity.intact else {}),
+    }
+    goes = _shares(gone, tensors)
+    if rounded:
+        goes.append(replace(_share("precision", rounded, tensors), bytes=sum(rounded.values())))
+    return Pruning(
+        path,
+        report,
+        tuple(sorted(goes, key=lambda s: -s.bytes)),
+        tuple(_part(m, tensors, rounded) for m in parts),
+        tuple(_shares(rest, tensors)),
+        sum(t.nbytes for t in left.values()) - sum(rounded.values()),
+        dict.fromkeys(wanted, recipe_name(path)),
+        output,
+        None if options.force and tensors else _refusal(path, report),
+        tuple(p for p, names in asked.items() if not names),
+    )
+
+
+def prune(
+    pruning: Pruning,
+    target: Path | Callable[[str], Path],
+    *,
+    catalog: Catalog,
+    store: Store,
+    threads: int | None = None,
+    reporter: Reporter = SILENT,
+) -> tuple[Build, Quick]:
+    """Write the pruned file to `target`; gives what was built and the recipe it was built from.
+
+    `target` may be made from the original's SHA-256. Metadata are the original's, with its name and hashes
+    under `pruned_from`. A `.yaml` of its name is copied beside it, unless there is one. Raises CkptError.
+    """
+    quick = pinned(pruning.checked, store, reporter)
+    (sha256,) = quick.sha256.values()
+    target = target if isinstance(target, Path) else target(sha256)
+    made = run(quick, target, catalog=catalog, store=store, threads=threads, reporter=reporter)
+    config, beside = pruning.path.with_suffix(".yaml"), target.with_suffix(".yaml")
+    if config.is_file() and not os.path.lexists(beside):
+        with suppress(OSError):
+            write_bytes(beside, config.read_bytes())
+            reporter.note(f"`{config.name}` goes with it, as `{beside.name}`")
+    return made, quick
+
+
+def vacant(path: Path, sha256: str) -> Path:
+    """`path`, or the first of `NAME(1).EXT`, … that is free, or was pruned from the file of this SHA-256."""
+    return next(p for p in numbered(path) if not os.path.lexists(p) or pruned_from(p) == sha256)
+
+
+def pruned_from(path: Path) -> str | None:
+    """The SHA-256 of the file that another was pruned from, by its metadata; None where they say nothing."""
+    if not path.is_file() or path.is_symlink():
+        return None
+    try:
+        with open_checkpoint(path) as checkpoint:
+            origin = _parsed(checkpoint.metadata.get(ORIGIN, ""))
+    except SourceError:
+        return None
+    return str(origin.get("SHA256")) if isinstance(origin, dict) else None
+
+
+def pinned(pruning: Pruning, store: Store, reporter: Reporter = SILENT) -> Quick:
+    """The recipe of a pruning, its source pinned and its hashes in the metadata; reads the file once."""
+    path, said = pruning.path, pruning.report.metadata
+    name = recipe_name(path)
+    quick = Quick(name, name, {name: path}, pruning.components, output=pruning.output)
+    origin: dict[str, Any] = {"file": path.name or path.resolve().name, "size": pruning.report.size}
+    if pruning.report.container == "safetensors-sharded":
+        quick = quick.pinned(store, reporter)
+        origin["SHA256"] = quick.sha256[name]
+    else:
+        hashes = _hashes(path, store, reporter)
+        quick = replace(quick, sha256={name: str(hashes["SHA256"])})
+        origin |= {kind: value for kind, value in hashes.items() if kind in HASHES and value}
+    if ORIGIN in said:
+        origin[ORIGIN] = _parsed(said[ORIGIN])
+    kept = {k: v for k, v in said.items() if k.startswith(_TRUE)}
+    kept[ORIGIN] = json.dumps(origin, sort_keys=True, ensure_ascii=True)
+    return replace(quick, output={**pruning.output, "metadata": kept})
+
+
+def _hashes(path: Path, store: Store, reporter: Reporter) -> dict[str, str | None]:
+    """The hashes that a file is known by; its SHA-256 is remembered."""
+    seen, stat = time.time_ns(), path.stat()
+    hashes = file_hashes(path, brief=True, reporter=reporter)
+    store.memory.remember(stat, str(hashes["SHA256"]), seen)
+    return hashes
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _refusal(path: Path, report: Report) -> Problem | None:
+    """Why a file should not be pruned."""
+    place, identity = Place(str(path)), report.identity
+    if not identity.intact:
+        fault = report.faults[0]
+        what = f"broken: {fault.fact}" if identity.matches else fault.fact
+        hint = "`--force` drops EMA and junk all the same, and keeps the rest" if report.tensors else None
+        return Problem(f"not pruned: {what}", place, fault.evidence, hint)
+    if 2 * report.junk.bytes > sum(t.nbytes for t in report.tensors.values()):
+        evidence = (f"{report.junk.bytes:,} of {report.size:,} bytes are taken for junk",)
+        hint = "`--dry-run` says which tensors; `--keep` keeps some, `--force` drops them all the same"
+        return Problem("not pruned: most of it would go", place, evidence, hint)
+    return None
+
+
+def _saved(name: str, tensor: LazyTensor, precision: str) -> int:
+    """Bytes that rounding a tensor to a precision saves."""
+    new = cast_type(name, tensor.dtype, precision, narrow=True)  # type: ignore[arg-type]
+    return tensor.nbytes - tensor.numel * new.bits // 8
+
+
+def _share(reason: str, names: Iterable[str], tensors: Tensors) -> Share:
+    by_size = sorted(names, key=lambda n: (-tensors[n].nbytes, n))
+    return Share(reason, tuple(by_size), sum(tensors[n].nbytes for n in by_size))
+
+
+def _part(match: Match, tensors: Tensors, rounded: Mapping[str, int]) -> Share:
+    share = _share(match.component.name, match.names.values(), tensors)
+    return replace(share, bytes=share.bytes - sum(rounded.get(n, 0) for n in share.names))
+
+
+def _shares(groups: Mapping[str, list[str]], tensors: Tensors) -> list[Share]:
+    return [_share(reason, names, tensors) for reason, names in groups.items() if names]
