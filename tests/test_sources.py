@@ -216,6 +216,8 @@ def test_folders_of_models(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     monkeypatch.setenv("CKPT_MODELS", f"/a{os.pathsep}{os.pathsep}~/b")
     assert model_folders() == (Path("/a"), Path("/home/me/b"))
+    monkeypatch.setenv("CKPT_MODELS", "~no-such-user/b")
+    assert model_folders() == (Path("~no-such-user/b"),)
 
 
 # Folders as they are.

@@ -19,7 +19,7 @@ from safetensors import safe_open
 
 from builder.cli import run
 from builder.digests import component_digest
-from builder.errors import OutputError, Problem
+from builder.errors import OutputError, Problem, UsageError
 from builder.formats.writer import write
 from builder.progress import Reporter
 from builder.store import DamagedEntry, Made, Store, default_root
@@ -234,6 +234,9 @@ def test_where_it_lies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert default_root() == tmp_path / "local/ckpt-build"
     monkeypatch.setenv("CKPT_STORE", "~/mine")
     assert default_root() == tmp_path / "home/mine"
+    monkeypatch.setenv("CKPT_STORE", "~no-such-user/mine")
+    with pytest.raises(UsageError, match="no home folder"):
+        default_root()
 
 
 def test_a_file_in_its_place_is_an_error(tmp_path: Path) -> None:
@@ -905,7 +908,7 @@ def test_sizes(text: str, count: int) -> None:
 
 
 def test_what_is_no_size_is_refused(at: Store, capsys: pytest.CaptureFixture[str]) -> None:
-    for text in ("", "many", "-1", "10 QB", "1e9", "1,000"):
+    for text in ("", "many", "-1", "10 QB", "1e9", "1,000", "9" * 400):
         assert run(["store", "gc", f"--max-size={text}"]) == 2
         assert "is no size" in capsys.readouterr().err
 

@@ -14,7 +14,7 @@ def parse_size(ctx: click.Context, param: click.Parameter, value: str | None) ->
     """The bytes that an option such as `10GB` (decimal) or `2GiB` (binary) means."""
     if value is None:
         return None
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", value.strip())
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?)\s*([A-Za-z]*)", value.strip())
     if match is None or match[2].upper() not in _UNITS:
         raise click.BadParameter(f"`{value}` is no size; write it as `10GB`, `500MB` or `0`", ctx, param)
     return int(float(match[1]) * _UNITS[match[2].upper()])

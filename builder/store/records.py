@@ -35,9 +35,9 @@ class Made:
 
 def default_root() -> Path:
     """The store's folder: `CKPT_STORE`, else `ckpt-build` in the user's cache folder."""
-    if chosen := os.environ.get("CKPT_STORE"):
-        return Path(chosen).expanduser()
     try:
+        if chosen := os.environ.get("CKPT_STORE"):
+            return Path(chosen).expanduser()
         if sys.platform == "win32":
             base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData/Local")
         elif sys.platform == "darwin":
@@ -47,7 +47,7 @@ def default_root() -> Path:
             base = Path(xdg) if xdg.startswith("/") else Path.home() / ".cache"
     except RuntimeError:
         raise UsageError(
-            Problem("no home folder to keep the store in", hint="set `CKPT_STORE` to a folder")
+            Problem("no home folder to keep the store in", hint="set `CKPT_STORE` to a whole path")
         ) from None
     return base / "ckpt-build"
 
