@@ -227,6 +227,16 @@ def test_a_name_that_is_taken(tmp_path: Path) -> None:
             '[X]\nslots = ["UNET-v1"]\naliases = ["sdXL"]',
             "`sdXL` already means SD-XL",
         ),
+        ("architectures/a.toml", "[X]\nslots = []", "`slots` does not name each class once"),
+        ("architectures/a.toml", '[X]\nslots = ["A", "A"]', "`slots` does not name each class once"),
+        (
+            "architectures/a.toml",
+            '["\\u001b"]\nslots = ["A"]',
+            "an architecture's name is not a word that can be shown",
+        ),
+        ("mine.toml", 'name = ""\nkeys = 1', "`name` is not a word that can be shown"),
+        ("mine.toml", 'name = "a\\u001b[2J"\nkeys = 1', "`name` is not a word that can be shown"),
+        ("optional.toml", "a = [-5]", 'a shape is a list of numbers, or "any"'),
         ("architectures/a.toml", "[X]\nslots = [1]", "`slots` is not a list of strings"),
         ("architectures/a.toml", "X = 1", "a table is due here"),
         ("known/k.toml", '[[metrics]]\nname = "x"', "unknown kind `metrics`"),
@@ -328,13 +338,15 @@ _rule = st.builds(TensorRule, _shape, st.sampled_from([None, None, None, "I64"])
 @example({"a": TensorRule((1,)), "a.shape": TensorRule((1,)), ".x": TensorRule(()), "": TensorRule((2,))})
 @example({f"{a}.{b}.{w}": TensorRule((a * b,)) for a in range(3) for b in range(3) for w in ("x", "y")})
 def test_a_learned_table_expands_to_what_it_was_learned_from(tensors: dict[str, TensorRule]) -> None:
-    text = compress(tensors, name='o"dd\n', **{"class": "C"})
+    text = compress(tensors, name='o"dd\\', prefix="\n", **{"class": "C"})
     assert parse_table(text, "t.toml").expand({}) == tensors
 
 
 def test_names_that_are_no_text_cannot_be_learned() -> None:
     with pytest.raises(CatalogError, match="cannot be written in TOML"):
         compress({"a\ud800": TensorRule((1,))}, name="x", **{"class": "C"})
+    with pytest.raises(CatalogError, match="cannot be written in TOML"):
+        compress({"a": TensorRule((1,))}, name="x", prefix="\udcff", **{"class": "C"})
 
 
 def test_a_learned_table_has_nothing_that_drives_a_terminal() -> None:
@@ -408,6 +420,9 @@ def test_learn_writes_a_table_that_the_next_command_knows(
         (["--prefix", "tee."], "did you mean `te.`?"),
         (["--prefix", "unet."], "names begin with `other.`, `te.`"),
         (["--name", "../x"], "`../x` is no name for a component"),
+        (["--class", "\x1b[2J"], "`\\x1b[2J` is no name for a class"),
+        (["--class", "\udcff"], "`\\udcff` is no name for a class"),
+        (["-o", os.devnull], f"cannot write `{os.devnull}/my-model-1.toml`"),
     ],
 )
 def test_learn_refuses(

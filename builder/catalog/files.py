@@ -75,6 +75,8 @@ class Fields:
                 self.fail(f"`{name}` is not {_WORDS[allowed[name]]}", name, value=True)
             if type(value) is list and name != "shape" and not all(isinstance(v, str) for v in value):
                 self.fail(f"`{name}` is not a list of strings", name, value=True)
+            if name in ("name", "class") and not _is_name(value):
+                self.fail(f"`{name}` is not a word that can be shown", name, value=True)
         for name in needed:
             if name not in table:
                 self.fail(f"`{name}` is missing")
@@ -94,6 +96,10 @@ class Fields:
     def fail(self, fact: str, *keys: str | int, value: bool = False, **more: Any) -> NoReturn:
         """Raise CatalogError about a field, or about the table as a whole."""
         raise CatalogError(Problem(fact, self.place(*keys, value=value), **more))
+
+
+def _is_name(text: object) -> bool:
+    return isinstance(text, str) and text.strip() != "" and text.isprintable()
 
 
 @dataclass(frozen=True, eq=False)
@@ -231,6 +237,11 @@ def read_architectures(path: Path, name: str) -> Iterator[tuple[Architecture, Fi
     document = load(path, CatalogError, name)
     for key in document.data:
         fields = Fields(document, (key,), _ARCHITECTURE, "slots")
+        slots = fields.strings("slots")
+        if not _is_name(key):
+            fields.fail("an architecture's name is not a word that can be shown")
+        if not slots or len(set(slots)) < len(slots):
+            fields.fail("`slots` does not name each class once", "slots", value=True)
         precision = fields.get("precision")
         if precision not in (None, *PRECISIONS):
             hint = f"there are {', '.join(PRECISIONS)}"
@@ -238,7 +249,7 @@ def read_architectures(path: Path, name: str) -> Iterator[tuple[Architecture, Fi
         yield (
             Architecture(
                 name=key,
-                slots=fields.strings("slots"),
+                slots=slots,
                 aliases=fields.strings("aliases"),
                 only=fields.strings("only"),
                 precision=precision,
@@ -256,7 +267,7 @@ def read_optional(path: Path, name: str) -> dict[str, Shape | None]:
     document = load(path, CatalogError, name)
     found: dict[str, Shape | None] = {}
     for key, shape in document.data.items():
-        if shape != "any" and not (isinstance(shape, list) and all(type(n) is int for n in shape)):
+        if shape != "any" and not (isinstance(shape, list) and all(type(n) is int and n >= 0 for n in shape)):
             raise CatalogError(
                 Problem('a shape is a list of numbers, or "any"', document.place(key, value=True))
             )

@@ -47,13 +47,11 @@ def compress(tensors: Mapping[str, TensorRule], **fields: str) -> str:
     """The TOML table that expands to exactly these tensors; `fields` are its name, class and so on.
 
     Numbered and parallel parts become braces, modules of many tensors headings. Raises CatalogError for
-    a name that TOML has no way to write: one with half a surrogate pair.
+    a text that TOML has no way to write: one with half a surrogate pair.
     """
-    for name in tensors:
+    for name in (*fields.values(), *tensors):
         if any("\ud800" <= c <= "\udfff" for c in name):
-            raise CatalogError(
-                Problem(f"the name `{name}` is not Unicode text and cannot be written in TOML")
-            )
+            raise CatalogError(Problem(f"`{name}` is not Unicode text and cannot be written in TOML"))
     rows = fold(tensors)
     shapes = [rule.shape for rule in tensors.values()]
     counts = [f"keys = {len(tensors):_}"]

@@ -76,10 +76,10 @@ def learn(file: Path, output: Path | None, name: str | None, cls: str | None, pr
     """
     catalog = load_catalog()
     name = name or re.sub(r"[^\w.+-]+", "-", file.stem).strip("-.") or "component"
-    if not re.fullmatch(r"\w[\w.+-]*", name):
-        raise UsageError(
-            Problem(f"`{name}` is no name for a component", hint="use letters, digits, `-` and `.`")
-        )
+    for word, what in ((name, "component"), (cls or name, "class")):
+        if not re.fullmatch(r"\w[\w.+-]*", word):
+            hint = "use letters, digits, `-` and `.`"
+            raise UsageError(Problem(f"`{word}` is no name for a {what}", hint=hint))
     with open_checkpoint(file) as checkpoint:
         rules = {n.removeprefix(prefix): _rule(t) for n, t in checkpoint.items() if n.startswith(prefix)}
         if not rules:
@@ -206,8 +206,12 @@ def _nothing_under(prefix: str, file: Path, names: Mapping[str, LazyTensor]) -> 
         return Problem(f"`{file}` holds no tensors")
     tops = sorted({name.partition(".")[0] + "." for name in names if "." in name})
     near = nearest(prefix, tops)
-    hint = f"did you mean `{near}`?" if near else f"names begin with {', '.join(f'`{t}`' for t in tops[:8])}"
-    return Problem(f"`{file}` has no tensor under `{prefix}`", hint=hint)
+    begin = (
+        f"names begin with {', '.join(f'`{t}`' for t in tops[:8])}" if tops else "its names have no prefix"
+    )
+    return Problem(
+        f"`{file}` has no tensor under `{prefix}`", hint=f"did you mean `{near}`?" if near else begin
+    )
 
 
 def _same(rules: Mapping[str, TensorRule], catalog: Catalog) -> str | None:
@@ -233,9 +237,9 @@ def _write(path: Path, text: str, name: str, catalog: Catalog) -> str:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("x", encoding="utf-8", newline="\n") as file:
             file.write(text)
-    except FileExistsError:
-        raise UsageError(Problem(f"`{path}` is there already", hint="give another `--name`")) from None
     except OSError as wrong:
+        if isinstance(wrong, FileExistsError) and path.exists():
+            raise UsageError(Problem(f"`{path}` is there already", hint="give another `--name`")) from None
         reason = (wrong.strerror or str(wrong)).lower()
         raise UsageError(Problem(f"cannot write `{path}`: {reason}")) from None
     return f"wrote {path}; CKPT_COMPONENTS={path.parent} makes it known"
