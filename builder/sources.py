@@ -254,7 +254,7 @@ def _in_models(search: _Search, folders: Sequence[Path]) -> Found | None:
         name = path.name
     elif wanted.sha256 is None:
         return None
-    files = _files(folders, search.reporter)
+    files = files_below(folders, search.reporter)
     found = search.choose((path for path, _ in files if path.name == name), by_name)
     if found is not None or wanted.sha256 is None:
         return found
@@ -266,7 +266,7 @@ def _in_models(search: _Search, folders: Sequence[Path]) -> Found | None:
     return search.choose(alike, "folder of models, by digest")
 
 
-def _files(folders: Sequence[Path], reporter: Reporter) -> list[tuple[Path, os.stat_result]]:
+def files_below(folders: Sequence[Path], reporter: Reporter) -> list[tuple[Path, os.stat_result]]:
     """Every regular file below the folders, in the order of the folders and then of the names."""
     seen: set[tuple[int, int]] = set()
     walk = (found for folder in folders for found in _walk(folder, seen, MAX_DEPTH))

@@ -1,0 +1,275 @@
+"""A model that was explained, as a recipe that a person likes to read."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from builder.author.explain import Draft, File, Taken
+from builder.catalog import Catalog
+from builder.errors import printable
+from builder.progress import human_bytes
+from builder.quick import recipe_name
+
+# What a file's metadata says for people; all else, a build says anew.
+SPOKEN = ("title", "author", "description", "license", "tags", "usage_hint")
+LONGEST = 1000  # characters of such a value
+
+TYPES = {"fp16": "FP16", "bf16": "BF16", "fp32": "FP32"}
+
+
+def write(draft: Draft, *, folder: Path, catalog: Catalog, name: str | None = None) -> str:
+    """The recipe as TOML; files are named relative to `folder`, where the recipe is to lie."""
+    page = _Page(draft, folder.absolute(), catalog, name or recipe_name(draft.model.path).lower())
+    blocks = [page.head(), page.top(), *page.sources(), page.components(), page.output(), page.expect()]
+    return "\n\n".join("\n".join(lines) for b in blocks if (lines := list(b))) + "\n"
+
+
+class _Page:
+    def __init__(self, draft: Draft, folder: Path, catalog: Catalog, name: str) -> None:
+        self.draft, self.folder, self.catalog, self.name = draft, folder, catalog, name
+        self.names = source_names(draft.sources)
+
+    def head(self) -> Iterator[str]:
+        """What was recognised, as comments."""
+        d = self.draft
+        c = d.model.opened.checkpoint
+        yield comment(f"What `{d.model.path.name}` is made of: {d.architecture.name}, {human_bytes(c.size)}.")
+        if d.tensor_digest is not None:
+            same = ": a build makes the very same tensors" if d.faithful else ""
+            yield comment(f"Every component is that of a known file{same}.")
+        elif any(t.how for t in d.taken.values()):
+            yield comment(f"Not explained by any known file: {', '.join(d.unexplained)}.")
+        model = self.catalog.known.model(d.metric.text)
+        if model:
+            yield comment(f"Its metric is that of {model}.")
+        if published := self.catalog.known.file(d.model.sha256):
+            yield comment(f"It is published as {published.name}.")
+        yield comment(f"sha256 {d.model.sha256}")
+        for line in merged(c.metadata):
+            yield comment(line)
+        if d.left:
+            yield "#"
+            yield comment("Not brought back:")
+            yield from (comment(f"- {line}") for line in d.left)
+        absent = [s for s in d.architecture.slots if s not in d.taken]
+        if absent:
+            yield comment(
+                f"Not whole: {' and '.join(absent)} missing; what fills them goes under [components]."
+            )
+
+    def top(self) -> Iterator[str]:
+        """The recipe's own keys."""
+        d = self.draft
+        yield "format = 1"
+        yield f"name = {toml(self.name)}"
+        if d.base is None:
+            yield f"base = {toml(f'NEW {d.architecture.name}')}"
+        else:
+            mine = [t for t in d.taken.values() if t.file is d.base and not t.promoted]
+            yield aligned([(f"base = {toml(self.source(d.base))}", self.why(mine))])[0]
+        if len(d.fixes) == 1:
+            (fix, why), *_ = d.fixes.items()
+            yield aligned([(f"fixes = [{toml(fix)}]", why)])[0]
+        elif d.fixes:
+            yield "fixes = ["
+            yield from aligned([(f"    {toml(fix)},", why) for fix, why in d.fixes.items()])
+            yield "]"
+
+    def sources(self) -> Iterator[Iterator[str]]:
+        """A table for each source."""
+        return map(self.table, self.draft.sources)
+
+    def table(self, file: File) -> Iterator[str]:
+        """A source: its file, pins and addresses."""
+        known = self.catalog.known.file(file.sha256)
+        yield f"[sources.{self.source(file)}]"
+        path = place(file.path, self.folder)
+        note = f"published as {known.name}" if known and known.name != file.path.name else ""
+        if path is not None:
+            yield aligned([(f"file = {toml(path)}", note)])[0]
+        yield aligned([(f"size = {file.size}", human_bytes(file.size))])[0]
+        yield f"sha256 = {toml(file.sha256)}"
+        urls = [f"hf://{known.hf}"] if known and known.hf else []
+        urls += [f"civitai:{known.civitai_version}"] if known and known.civitai_version else []
+        if urls:
+            yield f"urls = {toml(urls)}"
+        else:
+            yield '# urls = ["https://…"]   where others can have it from'
+
+    def components(self) -> Iterator[str]:
+        """What fills the slots that the base leaves open."""
+        d = self.draft
+        rows = [
+            (f"{cls} = {self.pick(t)}", self.why([t]))
+            for cls, t in d.taken.items()
+            if t.file is not d.base or t.promoted
+        ]
+        if rows:
+            yield "[components]"
+            yield from aligned(rows)
+
+    def pick(self, taken: Taken) -> str:
+        """What fills a slot."""
+        name = toml(self.source(taken.file))
+        component = toml(taken.match.component.name)
+        return f"{{ from = {name}, component = {component} }}" if taken.promoted else name
+
+    def why(self, taken: Sequence[Taken]) -> str:
+        """Where components come from, in a comment."""
+        d = self.draft
+        said = []
+        rounded = TYPES.get(d.precision, "another type")
+        words = {
+            "exact": "the same to the last bit",
+            "rounded": f"the same after rounding to {rounded}",
+            "": "",
+        }
+        for how, word in words.items():
+            parts = [t for t in taken if t.how == how]
+            names = [f"{known}'s" for t in parts if (known := d.known(t.cls, self.catalog))]
+            if not parts:
+                continue
+            if how == "" and any(t.how for t in d.taken.values()):
+                word = "equal to nothing known: taken from the file itself"
+            if any(t.promoted for t in parts):
+                word = f"its EMA, {word}"
+            whose = f"{' and '.join(names)} by the metric" if names else ""
+            classes = ", ".join(t.cls for t in parts) if len(taken) > 1 and (word or whose) else ""
+            told = ", ".join(w for w in (word, whose) if w)
+            said.append(f"{classes}: {told}" if classes else told)
+        return "; ".join(s for s in said if s)
+
+    def output(self) -> Iterator[str]:
+        """What is to be written, and how."""
+        d = self.draft
+        yield "[output]"
+        target = self.folder / f"{self.name}.safetensors"
+        if os.path.lexists(target):
+            yield aligned(
+                [(f"file = {toml(f'{self.name}-built.safetensors')}", "beside the one that is there")]
+            )[0]
+        yield aligned([(f"precision = {toml(d.precision)}", self.precision())])[0]
+        if d.keep is not None:
+            yield aligned([(f"keep = {toml(list(d.keep))}", "of what the base holds besides")])[0]
+        if d.markers:
+            yield f"markers = {toml(list(d.markers))}"
+        if d.strange:
+            yield aligned([('non_finite = "keep"', "it holds NaN or infinity")])[0]
+            yield 'overflow = "keep"'
+        if len(d.taken) < len(d.architecture.slots):
+            yield "partial = true"
+        metadata = {} if d.base is d.model else spoken(d.model.opened.checkpoint.metadata)
+        if metadata:
+            yield ""
+            yield "[output.metadata]"
+            yield from (f"{key} = {toml(value)}" for key, value in metadata.items())
+
+    def precision(self) -> str:
+        """What is to say of the precision."""
+        return {"fp32": 'the file\'s own; "fp16" makes it half as large', "keep": "the file has several"}.get(
+            self.draft.precision, ""
+        )
+
+    def expect(self) -> Iterator[str]:
+        """What must hold of the product."""
+        d = self.draft
+        metric = d.metric.text if any(c.isdigit() for c in d.metric.text) else None
+        if metric or d.tensor_digest:
+            yield "[expect]"
+        if metric:
+            yield f"metric = {toml(metric)}"
+        if d.tensor_digest:
+            yield aligned([(f"tensor_digest = {toml(d.tensor_digest)}", "")])[0]
+
+    def source(self, file: File) -> str:
+        """What the recipe calls a file."""
+        return self.names[file]
+
+
+def source_names(files: Sequence[File]) -> dict[File, str]:
+    """A name for each file after its own, all different."""
+    names: dict[File, str] = {}
+    for file in files:
+        name = re.sub(r"[^a-z0-9_-]+", "-", recipe_name(file.path).lower()).strip("-") or "model"
+        parts = [m.component.cls.partition("-")[0].lower() for m in file.opened.identity.matches]
+        if len(parts) == 1 and parts[0] not in name:
+            name = f"{name}-{parts[0]}"
+        unique, number = name, 2
+        while unique in names.values():
+            unique, number = f"{name}-{number}", number + 1
+        names[file] = unique
+    return names
+
+
+def place(path: Path, folder: Path) -> str | None:
+    """How a recipe names a file: by its way from the recipe, if that is short, else by its name alone.
+
+    A recipe is there to be shared: it tells nobody how this machine's folders are called. None for a name
+    that no recipe can say: the pins find it.
+    """
+    relative = Path(os.path.relpath(path.absolute(), folder))
+    found = relative if relative.parts.count("..") <= 1 else Path(path.name)
+    said = found.as_posix()
+    return said if said.isprintable() and "\\" not in said else None
+
+
+def spoken(metadata: Mapping[str, str]) -> dict[str, str]:
+    """What a file's metadata says for people, by key as a recipe writes it."""
+    keys = {key: f"modelspec.{key}" for key in SPOKEN}
+    return {
+        long: metadata[long]
+        for long in keys.values()
+        if metadata.get(long) and len(metadata[long]) <= LONGEST
+    }
+
+
+def merged(metadata: Mapping[str, str]) -> Iterator[str]:
+    """What a merger left in the metadata of how the file was made."""
+    recipe = _loads(metadata.get("sd_merge_recipe"))
+    models = _loads(metadata.get("sd_merge_models"))
+    if isinstance(recipe, dict):
+        method = recipe.get("interp_method") or recipe.get("mode") or recipe.get("type")
+        weight = recipe.get("multiplier", recipe.get("alpha", recipe.get("weights_alpha")))
+        yield f"A merge, its metadata says: {method}" + (f", {weight}" if weight is not None else "")
+    if isinstance(models, dict):
+        for sha256, model in list(models.items())[:8]:
+            name = model.get("name") if isinstance(model, dict) else None
+            yield f"- of {name or 'a model'}, sha256 {sha256}"
+
+
+def _loads(text: str | None) -> Any:
+    """A JSON value that may have been encoded twice; None where it is none."""
+    value: Any = text
+    for _ in range(2):
+        if not isinstance(value, str):
+            return value
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return None
+    return value
+
+
+def comment(text: str) -> str:
+    """A comment of one line, whatever the text holds."""
+    return f"# {printable(text)}"[:300]
+
+
+def aligned(rows: Sequence[tuple[str, str]]) -> list[str]:
+    """Statements, each with its comment behind it, one below the other."""
+    wide = max(len(said) for said, _ in rows)
+    return [f"{said.ljust(wide)}   # {printable(why)}" if why else said for said, why in rows]
+
+
+def toml(value: str | Sequence[str]) -> str:
+    """A value as TOML writes it, on one line."""
+    if isinstance(value, str):
+        return tomli_w.dumps({"x": value}).removeprefix("x = ").rstrip("\n")
+    return f"[{', '.join(map(toml, value))}]"

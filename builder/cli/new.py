@@ -1,0 +1,78 @@
+"""`ckpt new`: write a recipe for files that exist."""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack
+from pathlib import Path
+
+import click
+
+from builder.author import Draft, describe, write
+from builder.catalog import load_catalog
+from builder.cli.session import quiet_option
+from builder.cli.terminal import make_reporter
+from builder.errors import ExitCode, Problem, UsageError
+from builder.formats.atomic import write_bytes
+from builder.progress import Reporter
+from builder.recipe import parse_recipe
+from builder.store import Store
+
+
+@click.command("new")
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="FILE…")
+@click.option(
+    "--library",
+    "-l",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="Find files below FOLDER that its components are equal to; may be given several times.",
+)
+@click.option("-o", "--output", type=click.Path(path_type=Path), metavar="RECIPE", help="Default: stdout.")
+@click.option("--name", help="The model's name; default: the first file's.")
+@click.option("--force", is_flag=True, help="Overwrite RECIPE.")
+@click.option("--threads", type=click.IntRange(1, 256), default=2, help="Threads to use.")
+@quiet_option
+def command(
+    files: tuple[Path, ...],
+    library: tuple[Path, ...],
+    output: Path | None,
+    name: str | None,
+    force: bool,
+    threads: int,
+    quiet: bool,
+) -> int:
+    """Write a recipe for the model that the first FILE is, with all its sources pinned.
+
+    A further FILE that is a component alone takes the place of the model's own; one that is a whole model
+    is looked through like a library. What is equal to nothing known is taken from the file itself.
+    """
+    if output is not None and os.path.lexists(output) and not force:
+        raise UsageError(Problem(f"there is a file `{output}` already", hint="`--force` overwrites it"))
+    catalog = load_catalog()
+    folder = output.parent if output is not None else Path()
+    with make_reporter(quiet) as reporter, Store(reporter=reporter) as store, ExitStack() as stack:
+        draft = describe(
+            files, library, catalog=catalog, store=store, stack=stack, threads=threads, reporter=reporter
+        )
+        text = write(draft, folder=folder, catalog=catalog, name=name)
+        _tell(draft, bool(library), folder, reporter)
+    parse_recipe(text, str(output or "<recipe>"), catalog)
+    if output is None:
+        click.echo(text, nl=False)
+    else:
+        write_bytes(output, text.encode(), durable=False)
+    return ExitCode.DONE
+
+
+def _tell(draft: Draft, library: bool, folder: Path, reporter: Reporter) -> None:
+    """What a person should know beside the recipe."""
+    for cls, taken in draft.taken.items():
+        if taken.how:
+            how = "exactly" if taken.how == "exact" else "after rounding"
+            reporter.note(f"{cls} is that of `{taken.file.path}`, {how}")
+        elif library:
+            reporter.note(f"{cls} is equal to nothing in the library")
+    for file in draft.unused:
+        reporter.note(f"`{file.path}` has no component in common with the model: it is left out")
