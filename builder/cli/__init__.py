@@ -27,6 +27,7 @@ COMMANDS: dict[str, str] = {
     "inspect": "Say what is in a checkpoint, without running or loading it.",
     "prune": "Write checkpoints without EMA, junk and wasted precision.",
     "replace": "Write a checkpoint with components of other files.",
+    "new": "Write a recipe for files that exist, and find what they are made of.",
     "schema": "Print the JSON Schema of recipes, for editors.",
     "store": "The cache of made components: list it, make room, check it.",
     "verify": "Compare a file with its recipe's lock and expectations.",
