@@ -16,7 +16,7 @@ from builder.errors import Place, Problem, SourceError
 from builder.formats import open_checkpoint
 from builder.formats.atomic import write_bytes
 from builder.hashes import file_hashes
-from builder.identify import Identity, Match
+from builder.identify import EMA, Identity, Match
 from builder.numeric import cast_type
 from builder.parts import home, usual_precision
 from builder.progress import SILENT, Reporter
@@ -115,10 +115,11 @@ def plan_pruning(path: Path, catalog: Catalog, options: Options) -> Pruning:
     # An average alone is the model, and is not listed among what training keeps beside one.
     wanted = averages if options.keep_ema or not identity.ema else {}
     stays = {n for m in wanted.values() for n in m.names.values()}
+    state = [n for n in identity.optional if n.startswith(EMA) and not wanted]  # of the running average
     if options.keep_ema:
-        kept |= {*identity.ema} - stays
+        kept |= {*identity.ema, *state} - stays
     gone = {
-        "EMA": [n for n in identity.ema if n not in kept | stays],
+        "EMA": [n for n in (*identity.ema, *state) if n not in kept | stays],
         "junk": [n for n in identity.junk if n not in kept],
     }
     left = {n: t for n, t in tensors.items() if n not in {*gone["EMA"], *gone["junk"]}}
@@ -244,7 +245,7 @@ def _refusal(path: Path, report: Report) -> Problem | None:
     place, identity = Place(str(path)), report.identity
     if not identity.intact:
         fault = report.faults[0]
-        what = f"broken: {fault.fact}" if identity.matches else fault.fact
+        what = f"broken: {fault.fact}" if identity.architecture else fault.fact
         hint = "`--force` drops EMA and junk all the same, and keeps the rest" if report.tensors else None
         return Problem(f"not pruned: {what}", place, fault.evidence, hint)
     if 2 * report.junk.bytes > sum(t.nbytes for t in report.tensors.values()):

@@ -113,7 +113,7 @@ def command(
     if as_json:
         click.echo(json.dumps({"schema": 1, "files": [_to_json(r) for r in results]}, indent=2))
     else:
-        said = _table(results) if not single else _line(results[0]) if not results[0].problems else ""
+        said = _line(results[0]) if single else _table(results)
         if said:
             click.echo(said)
     return max((r.code for r in results), default=ExitCode.DONE)
@@ -253,10 +253,10 @@ def _clipped(text: str, limit: int = 80) -> str:
 
 
 def _line(result: Result) -> str:
-    """What became of one file."""
+    """What became of one file, where there is more to say than what goes and what stays."""
     built = result.built
     if built is None:
-        return f"{result.state:<9}  {printable(str(result.path))}"
+        return f"tidy       {printable(str(result.path))}" if result.state == "tidy" else ""
     metric = f"  ({built.metric})" if built.metric else ""
     where = printable(str(built.path))
     return f"{built.state:<9}  {where}  {human_bytes(built.size)}{metric}\n{'':<9}  sha256 {built.sha256}"

@@ -277,7 +277,7 @@ class _Resolver:
         held = () if isinstance(base, NewBase) else self.classes(base.name)
         if problems := tuple(slot_problems(self.recipe, output, architecture, self.catalog, held)):
             raise RecipeError(*problems)
-        order = [*architecture.slots, *sorted(c for c in picks if c not in architecture.slots)]
+        order = [*(s for s in architecture.slots if s in picks), *sorted(c for c in picks if c not in architecture.slots)]
         return architecture, {cls: self.component_node(output, picks[cls]) for cls in order}
 
     def _base_architecture(self, base: FromBase, any_: bool = False) -> Architecture:
