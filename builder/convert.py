@@ -16,6 +16,7 @@ from builder.formats.checkpoint import Checkpoint
 from builder.identify import identify
 from builder.numeric import PRECISIONS, Faults, NonFinite, Overflow, Precision, cast_all
 from builder.progress import SILENT, Reporter, human_bytes
+from builder.quick import Quick, recipe_name
 from builder.tensors import LazyTensor
 
 if TYPE_CHECKING:
@@ -140,6 +141,38 @@ def convert(
         else:
             size = _write_file(target, form, tensors, _metadata(checkpoint), accept, options)
         return Converted(target, form, size, len(tensors), _lost(checkpoint, form))
+
+
+def recipe_of(
+    source: Path, target: str, *, catalog: Catalog, precision: str, overflow: str, non_finite: str
+) -> Quick:
+    """The recipe whose build has the same tensors as the conversion; raises UsageError where there is none.
+
+    A recipe makes one file, and carries what the catalog knows under the names that it has there.
+    """
+    with open_checkpoint(source) as checkpoint:
+        identity = identify(checkpoint, catalog)
+    left = [*identity.ema, *identity.junk, *identity.unknown, *identity.scales]
+    odd = [m.component.name for m in identity.matches if m.diffusers_attention or m.usual_prefix]
+    reasons = []
+    if form_of(target) not in ("safetensors", "torch"):
+        reasons.append(f"`{target}` is more than one file")
+    if identity.architecture is None or not identity.intact:
+        reasons.append("the catalog knows no such architecture")
+    if left:
+        reasons.append(f"it would leave out {len(left):,} tensors, such as `{left[0]}`")
+    reasons += [f"it would give {name} its usual names and shapes" for name in odd]
+    if reasons:
+        raise UsageError(
+            Problem(
+                "no recipe makes just what this conversion makes",
+                evidence=tuple(reasons),
+                hint="leave `--save-recipe` out, or see `ckpt prune`",
+            )
+        )
+    name = recipe_name(source)
+    said = {"precision": precision, "overflow": overflow, "non_finite": non_finite}
+    return Quick(name, name, {name: source}, output={k: v for k, v in said.items() if v != "error"})
 
 
 def _cast(

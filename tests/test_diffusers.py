@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.generate import make
+from benchmarks.generate import write as write_generated
 from builder.convert import FAMILIES
 from builder.errors import SourceError
 from builder.formats import open_checkpoint
@@ -32,6 +34,14 @@ from diffusers.loaders import single_file_utils as theirs
 
 FAMILY_NAMES = sorted(PARTS)
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+# Prints the peak of the process's own memory, in kB, when it ends.
+PEAK = """\
+import atexit, sys
+from pathlib import Path
+status = Path("/proc/self/status")
+peak = lambda: next(line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+atexit.register(lambda: print(peak(), file=sys.stderr))
+"""
 
 
 class Spec(LazyTensor):
@@ -383,6 +393,14 @@ def test_the_metadata_and_the_user_may_say_it_too(folder: Folder) -> None:
         shutil.rmtree(folder / "model")
 
 
+def test_sd_v2_is_not_guessed(folder: Folder) -> None:
+    write_generated(make("SD-v2", content="sparse"), folder / "v2.safetensors", "safetensors")
+    said = folder("convert", "v2.safetensors", "-o", "model")
+    assert said.code == 2 and "nothing in `v2.safetensors` says what it predicts" in said.err
+    assert "--prediction v" in said.err
+    assert files(folder.path) == {"v2.safetensors"}
+
+
 # ── commands and mistakes ──
 
 
@@ -461,6 +479,54 @@ def test_overflow_leaves_no_folder(folder: Folder) -> None:
     said = folder("convert", "m.safetensors", "-o", "model", "--precision", "fp16")
     assert said.code == 7 and name in said.err and "--overflow" in said.err
     assert files(folder.path) == {"m.safetensors"}
+
+
+def test_a_saved_recipe_builds_the_same(folder: Folder) -> None:
+    save(folder / "mini.safetensors", model())
+    assert folder("convert", "mini.safetensors", "-o", "model").code == 0
+    options = ("--precision", "fp16", "--save-recipe", "r.toml")
+    for source in ("model", "mini.safetensors"):
+        assert folder("convert", source, "-o", "out.pt", *options).code == 0
+        before = content(folder / "out.pt")
+        (folder / "out.pt").unlink()
+        assert folder("build", "r.toml").code == 0
+        assert content(folder / "out.pt") == before
+    scheduler = folder / "model/scheduler/scheduler_config.json"
+    assert folder("convert", "model", "-o", "out.pt", *options).code == 0
+    scheduler.write_text(scheduler.read_text().replace("epsilon", "v_prediction"))
+    said = folder("build", "r.toml")  # the markers follow from it, so it is pinned too
+    assert said.code == 6 and "is not what was pinned" in said.err
+
+
+def test_no_recipe_is_saved_of_what_it_would_not_make(folder: Folder) -> None:
+    save(folder / "mini.safetensors", {**model(), "what.is.this": values([1.0])})
+    save(folder / "unknown.safetensors", {"w": values([1.0])})
+    save(folder / "tidy.safetensors", model())
+    before = files(folder.path)
+    for source, target, text in (
+        ("mini.safetensors", "o.pt", "it would leave out 1 tensors, such as `what.is.this`"),
+        ("unknown.safetensors", "o.pt", "the catalog knows no such architecture"),
+        ("tidy.safetensors", "folder/", "`folder/` is more than one file"),
+    ):
+        said = folder("convert", source, "-o", target, "--save-recipe", "r.toml")
+        assert said.code == 2 and text in said.err
+    assert files(folder.path) == before
+
+
+@pytest.mark.slow
+def test_full_size_takes_little_memory(folder: Folder) -> None:
+    write_generated(make("SD-v2", content="sparse"), folder / "v2.safetensors", "safetensors")
+    for source, target, options in (
+        ("v2.safetensors", "model", ("--prediction", "v", "--shard-size", "1GB")),
+        ("model", "back.safetensors", ("--precision", "bf16")),
+    ):
+        said = folder.process("convert", source, "-o", target, *options, "-q", before=PEAK)
+        assert said.code == 0, said.err
+        assert int(said.err.split()[-1]) < 500_000  # kB
+    with open_checkpoint(folder / "back.safetensors") as found:
+        shapes = {n: t.shape for n, t in found.items()}
+    shutil.rmtree(folder.path)  # several GB
+    assert shapes == {n: t.shape for n, t in specs("SD-v2").items()} | {"v_pred": (0,)}
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,10 @@ from typing import Any
 
 import click
 
-from builder.catalog import load_catalog
+from builder.cli.oneline import open_bench, ready, recipe_path, save_option
 from builder.cli.session import json_option, quiet_option
 from builder.cli.sizes import parse_size
-from builder.cli.terminal import make_reporter
-from builder.convert import convert
+from builder.convert import convert, recipe_of
 from builder.errors import ExitCode
 from builder.numeric import PRECISIONS
 from builder.progress import human_bytes
@@ -58,21 +57,31 @@ from builder.progress import human_bytes
 @click.option(
     "--threads", type=click.IntRange(1, 256), default=2, help="Threads to use; the bytes are the same."
 )
+@save_option
 @json_option
 @quiet_option
-def command(source: Path, output: str, as_json: bool, quiet: bool, **options: Any) -> int:
+def command(
+    source: Path, output: str, save_recipe: Path | None, as_json: bool, quiet: bool, **options: Any
+) -> int:
     """Write every tensor of FILE in another container, precision or layout.
 
     FILE is a safetensors or PyTorch file, a sharded set's index, or a model's folder in the diffusers
     layout. The output's name says what is made: NAME.safetensors; NAME.ckpt, .pt, .pth or .bin, a plain
     dict of tensors; NAME.safetensors.index.json, a sharded set; a name without suffix, a diffusers folder.
     """
-    with make_reporter(quiet) as reporter:
-        made = convert(source, output, catalog=load_catalog(), reporter=reporter, **options)
+    save = recipe_path(save_recipe)
+    with open_bench(quiet) as bench:
+        quick = None
+        if save is not None:
+            said = {k: options[k] for k in ("precision", "overflow", "non_finite")}
+            quick = ready(recipe_of(source, output, catalog=bench.catalog, **said), save, bench, pin=True)
+        made = convert(source, output, catalog=bench.catalog, reporter=bench.reporter, **options)
         for lost in made.lost:
-            reporter.note(f"not carried over: {lost}")
+            bench.reporter.note(f"not carried over: {lost}")
+        if save is not None and quick is not None:
+            quick.save(save, made.path)
     if as_json:
-        said = {
+        result = {
             "schema": 1,
             "path": str(made.path),
             "form": made.form,
@@ -80,7 +89,7 @@ def command(source: Path, output: str, as_json: bool, quiet: bool, **options: An
             "tensors": made.tensors,
             "lost": list(made.lost),
         }
-        click.echo(json.dumps(said, indent=2))
+        click.echo(json.dumps(result, indent=2))
     else:
         click.echo(f"made  {made.path}  {human_bytes(made.size)}, {made.tensors:,} tensors")
     return ExitCode.DONE

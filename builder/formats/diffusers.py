@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
 from builder.errors import Place, Problem, SourceError
 from builder.formats.atomic import write_bytes, write_text
+from builder.formats.blob import FileBlob
 from builder.formats.checkpoint import Checkpoint
 from builder.formats.sharded_write import plan_shards, write_shards
 from builder.formats.writer import write
@@ -41,22 +43,26 @@ def open_folder(folder: Path, name: str, open_file: Callable[[Path, str], Checkp
     Raises SourceError for a model of another kind, a part without weights, and what `open_file` raises.
     """
     opened: dict[str, Checkpoint] = {}
-    try:
+    scheduler = None
+    with ExitStack() as stack:
         for part in FOLDERS:
             if (folder / part).is_dir():
                 path = _weights(folder / part)
-                opened[part] = open_file(path, str(path))
+                opened[part] = stack.enter_context(open_file(path, str(path)))
         if (folder / REMAINDER).is_file():
-            opened[""] = open_file(folder / REMAINDER, str(folder / REMAINDER))
-        return _join(folder, name, opened)
-    except BaseException:
-        for checkpoint in opened.values():
-            checkpoint.close()
-        raise
+            opened[""] = stack.enter_context(open_file(folder / REMAINDER, str(folder / REMAINDER)))
+        if (folder / SCHEDULER).is_file():
+            scheduler = stack.enter_context(closing(FileBlob(folder / SCHEDULER)))
+        checkpoint = _join(folder, name, opened, scheduler)
+        stack.pop_all()
+    return checkpoint
 
 
-def _join(folder: Path, name: str, opened: Mapping[str, Checkpoint]) -> Checkpoint:
-    index = _read_config(folder / MODEL_INDEX)
+def _join(
+    folder: Path, name: str, opened: Mapping[str, Checkpoint], scheduler: FileBlob | None
+) -> Checkpoint:
+    with closing(FileBlob(folder / MODEL_INDEX)) as blob:
+        index = _read_config(blob)
     family = family_of(opened)
     if family is None:
         raise SourceError(
@@ -77,7 +83,7 @@ def _join(folder: Path, name: str, opened: Mapping[str, Checkpoint]) -> Checkpoi
                 Problem(f"tensor `{tensor}` comes twice", Place(remainder.name if remainder else ""))
             )
     tensors |= remainder.tensors if remainder is not None else {}
-    for marker in _markers(folder / SCHEDULER):
+    for marker in _markers(scheduler):
         tensors.setdefault(marker, MemoryTensor(DType.F32, (0,), b""))
     others = {
         f"{part}/{n}": "a tensor that the original layout lacks" for part in strange for n in strange[part]
@@ -91,7 +97,7 @@ def _join(folder: Path, name: str, opened: Mapping[str, Checkpoint]) -> Checkpoi
         remainder.metadata if remainder is not None else dict(opened["unet"].metadata),
         globals=tuple(sorted({g for c in opened.values() for g in c.globals})),
         others=others,
-        blobs=tuple(blob for c in opened.values() for blob in c.blobs),
+        blobs=(*(blob for c in opened.values() for blob in c.blobs), *([scheduler] if scheduler else [])),
     )
 
 
@@ -120,22 +126,20 @@ def _weights(folder: Path) -> Path:
     )
 
 
-def _markers(path: Path) -> list[str]:
+def _markers(scheduler: FileBlob | None) -> list[str]:
     """The markers that say in an original file what the scheduler's configuration says here."""
-    config = _read_config(path) if path.is_file() else {}
+    config = _read_config(scheduler) if scheduler is not None else {}
     found = ["v_pred"] if config.get("prediction_type") == "v_prediction" else []
     return [*found, "ztsnr"] if config.get("rescale_betas_zero_snr") is True else found
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def _read_config(blob: FileBlob) -> dict[str, Any]:
     try:
-        if path.stat().st_size > _MAX_CONFIG:
-            raise ValueError
-        config = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        config = json.loads(blob.read(0, min(blob.size, _MAX_CONFIG)))
+    except (ValueError, RecursionError):
         config = None
     if not isinstance(config, dict):
-        raise SourceError(Problem("the configuration is not readable as a JSON object", Place(str(path))))
+        raise SourceError(Problem("the configuration is not readable as a JSON object", Place(blob.name)))
     return config
 
 
