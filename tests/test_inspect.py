@@ -269,6 +269,14 @@ def test_names_out_of_a_file_never_drive_the_terminal(here: Path) -> None:
             assert text.isprintable() and "owned" in text
 
 
+def test_integers_for_weights_are_told_of(here: Path) -> None:
+    files = tidy() | {VAE_OUT: ("I8", (3,), bytes(3))}
+    report = build_report(write(here / "model.safetensors", files), catalog=CATALOG, metric=False)
+    (fault,) = report.faults
+    assert fault.fact == "integers where `VAE-mini-SD` has weights: 1 tensor"
+    assert fault.evidence == (f"I8: `{VAE_OUT}`",)
+
+
 def test_names_without_end_are_cut(here: Path) -> None:
     endless = "x" * 1_000_000
     path = write(here / "model.safetensors", {endless: ("F32", (1,), bytes(4))}, {endless: endless})
@@ -328,6 +336,15 @@ def test_position_ids_are_read_as_torch_reads_them(dtype: DType) -> None:
     assert [(p.position, p.value, p.loaded) for p in ids.wrong] == [
         (at, value, int(value)) for at, value in enumerate(expected) if value != at
     ]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "code", "odd"), [("F64", "d", 1e300), ("F64", "d", -(2.0**64)), ("U64", "Q", 2**63)]
+)
+def test_what_no_integer_holds_loads_as_nothing(dtype: str, code: str, odd: float) -> None:
+    data = struct.pack(f"<77{code}", odd, *range(1, 77))
+    (wrong,) = read_position_ids({IDS: MemoryTensor(BY_CODE[dtype], (1, 77), data)}).wrong
+    assert (wrong.value, wrong.loaded, wrong.harmful) == (odd, None, True)
 
 
 def test_position_ids_of_any_other_count_are_not_read() -> None:

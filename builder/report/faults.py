@@ -24,6 +24,7 @@ def find_faults(report: Report) -> Iterator[Problem]:
     yield from _spelling(report)
     yield from _duplicates(report)
     yield from _scales(report)
+    yield from _integers(report)
     yield from _published(report)
 
 
@@ -162,6 +163,22 @@ def _scales(report: Report) -> Iterator[Problem]:
             evidence=(_listed(report.identity.scales),),
             hint="a plain cast would misread them: take the source they were made from",
         )
+
+
+def _integers(report: Report) -> Iterator[Problem]:
+    """Weights that are no real numbers: a loader would take quantized ones for what they are not."""
+    for match in report.identity.matches:
+        rules = match.component.tensors
+        odd = [
+            f for n, f in match.names.items() if not rules[n].dtype and not report.tensors[f].dtype.floating
+        ]
+        if odd:
+            kinds = sorted({report.tensors[name].dtype.code for name in odd})
+            yield Problem(
+                f"integers where `{match.component.name}` has weights: {counted(len(odd), 'tensor')}",
+                evidence=(f"{' and '.join(kinds)}: {_listed(tuple(odd))}",),
+                hint="they are quantized: take the source they were made from",
+            )
 
 
 def _published(report: Report) -> Iterator[Problem]:

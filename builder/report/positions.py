@@ -16,7 +16,8 @@ class Position:
     """A position that does not hold its own number.
 
     `value` is what the file holds; `loaded` what a loader makes of it, truncating towards zero, or None
-    where that is undefined. The right value, and what `clip-position-ids` makes it, is `position`.
+    where that is undefined, being no number or beyond int64. The right value, and what
+    `clip-position-ids` makes it, is `position`.
     """
 
     tensor: str
@@ -56,7 +57,7 @@ def read_position_ids(tensors: Mapping[str, LazyTensor]) -> PositionIds:
             continue
         values = _NUMBERS[tensor.dtype](bytes(tensor.tobytes()))
         wrong += [
-            Position(name, at, value, int(value) if math.isfinite(value) else None)
+            Position(name, at, value, int(value) if abs(value) < 1 << 63 else None)
             for at, value in enumerate(values)
             if value != at
         ]
