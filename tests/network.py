@@ -1,19 +1,22 @@
-"""What the tests of the network through the command line share: hosts, and a folder that has none of the files."""
+"""What the tests of the network through the command line share: hosts, their files, and machines without."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from builder.tensors import DType, LazyTensor
-from tests.building import Folder, like, model, save, save_dirty
+import numpy as np
+
+from builder.tensors import LazyTensor
+from tests.building import Folder, model, save, save_dirty, values
 from tests.servers import Server
 
-TOKEN = "hf_a-secret-that-nobody-may-see"
+TOKEN = "hf_aSecretThatNobodyMaySee"
 
 # A whole miniature model, of which all comes from the network.
 RECIPE = """\
@@ -47,25 +50,9 @@ def vae(seed: int = 2) -> bytes:
 
 
 @cache
-def whole(seed: int = 0) -> bytes:
-    """The bytes of a whole miniature model, as safetensors."""
-    return saved(model("SD-mini", seed=seed))
-
-
-@cache
-def bulky(fill: float = 0.0) -> bytes:
+def bulky(seed: int = 3) -> bytes:
     """The bytes of a miniature model with much beside it that nobody wants, as safetensors."""
-    junk = model("VAE-mini")["encoder.conv_in.weight"]
-    block = like(_Shape(DType.F32, (2_000_000,)), fill=fill)
-    assert junk.dtype is DType.F32
-    return saved({**model("SD-mini", seed=3), "control_model.input": block})
-
-
-class _Shape(LazyTensor):
-    """A shape without content."""
-
-    def read_into(self, start: int, out: memoryview) -> None:
-        raise AssertionError
+    return saved({**model("SD-mini", seed=seed), "bulk": values(np.zeros(2_000_000))})
 
 
 def saved(tensors: Mapping[str, LazyTensor]) -> bytes:
@@ -98,25 +85,36 @@ class Net:
         path.mkdir(parents=True)
         for file in self.folder.path.glob("*.toml"):
             (path / file.name).write_bytes(file.read_bytes())
-        variables = {**self.folder.environment, "HF_HUB_CACHE": str(path.parent / "hub"), **environment}
-        return replace(self.folder, path=path, store=path.parent / "store", environment=variables)
+        return replace(
+            self.folder,
+            path=path,
+            store=path.parent / "store",
+            environment={**self.folder.environment, **environment},
+        )
 
     @property
-    def sent(self) -> int:
-        """Bytes of bodies that all hosts have sent."""
-        return self.hub.sent + self.civitai.sent + self.storage.sent
+    def requests(self) -> int:
+        """How often any host was asked."""
+        return sum(len(s.seen) for s in (self.hub, self.civitai, self.storage))
 
 
-def environment(hub: Server, civitai: Server) -> dict[str, str]:
-    """Where the hosts are, and nothing of this machine's own."""
-    return {
-        "CKPT_ALLOW_PRIVATE": "1",
-        "HF_ENDPOINT": hub.url(),
-        "CIVITAI_ENDPOINT": civitai.url(),
-        "HF_TOKEN": "",
-        "HF_HUB_OFFLINE": "",
-        "CIVITAI_TOKEN": "",
-        "CIVITAI_API_TOKEN": "",
-        "HTTPS_PROXY": "",
-        "NO_PROXY": "*",
-    }
+@contextmanager
+def hosts(root: Path) -> Iterator[Net]:
+    """A hub, a site of models and a storage, and a folder below `root`."""
+    path = root / "first" / "work"
+    path.mkdir(parents=True)
+    with Server() as hub, Server() as civitai, Server() as storage:
+        environment = {
+            "CKPT_ALLOW_PRIVATE": "1",
+            "HF_ENDPOINT": hub.url(),
+            "CIVITAI_ENDPOINT": civitai.url(),
+            **dict.fromkeys(("HF_TOKEN", "HF_HUB_OFFLINE", "CIVITAI_TOKEN", "CIVITAI_API_TOKEN"), ""),
+            **dict.fromkeys(("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"), ""),
+        }
+        yield Net(Folder(path, path.parent / "store", environment), hub, civitai, storage)
+
+
+def downloads(folder: Folder) -> set[str]:
+    """What a folder's store has downloaded, finished or not."""
+    root = folder.store / "downloads"
+    return {str(p.relative_to(root)) for p in root.rglob("*") if p.is_file()}

@@ -18,13 +18,18 @@ from builder.errors import ExitCode
 @click.option("--json", "form", flag_value="json", help="One JSON object on stdout.")
 @click.option("--dot", "form", flag_value="dot", help="A drawing for Graphviz.")
 @click.option("--mermaid", "form", flag_value="mermaid", help="A drawing for Markdown.")
+@click.option("--offline", is_flag=True, help="Use no network.")
 @quiet_option
-def command(recipe: Path, form: str | None, quiet: bool) -> int:
+def command(recipe: Path, form: str | None, offline: bool, quiet: bool) -> int:
     """Say what building RECIPE would do: each step, its inputs, and why it is made or not.
 
-    Reads tables of contents only, never tensor data.
+    Reads tables of contents only, never tensor data; downloads nothing.
     """
-    with make_reporter(quiet) as reporter, open_session(recipe, reporter) as session, session.plan() as plan:
+    with (
+        make_reporter(quiet) as reporter,
+        open_session(recipe, reporter, offline=offline) as session,
+        session.plan() as plan,
+    ):
         if form == "json":
             click.echo(json.dumps(explain.to_json(plan), indent=2))
         elif form == "dot":

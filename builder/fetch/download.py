@@ -25,6 +25,7 @@ from builder.progress import Reporter
 
 _READ_BACK = 1 << 20  # bytes hashed at a time
 _SPARE = 64 << 20  # bytes left free on the disk
+_NOTED = 1 << 20  # bytes after which the journal says how far a segment is
 
 
 class Received(NamedTuple):
@@ -447,7 +448,10 @@ class _Segments:
                 self.stop.wait(self.session.pause(failures, failure))
             finally:
                 if self.done[index] > before:
-                    os.write(self.log, f"{index} {self.done[index]}\n".encode())
+                    self._note(index)
+
+    def _note(self, index: int) -> None:
+        os.write(self.log, f"{index} {self.done[index]}\n".encode())
 
     def _first(self, index: int) -> Response | None:
         """The response that the download began with, once: it holds the first segment."""
@@ -461,6 +465,7 @@ class _Segments:
         """Receive what is missing of a segment, as far as one response brings it."""
         start = index * self.journal.segment + self.done[index]
         end = index * self.journal.segment + self._length(index)
+        noted = self.done[index]
         response = self._first(index) or self.remote.part(start, end)
         with self.news:
             self.responses.add(response)
@@ -482,6 +487,9 @@ class _Segments:
                     self.done[index] += len(piece)
                     self.received += len(piece)
                     self.news.notify_all()
+                if self.done[index] - noted >= _NOTED:
+                    noted = self.done[index]
+                    self._note(index)
         finally:
             with self.news:
                 self.responses.discard(response)

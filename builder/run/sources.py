@@ -88,7 +88,9 @@ def _requested(sources: Sources, name: str) -> str:
     spec = sources.spec(name)
     if spec.file:
         return PurePosixPath(spec.file).name
-    first = next(iter(spec.urls), "")
+    if not spec.urls:
+        return f"sha256:{spec.sha256}"
+    first = spec.urls[0]
     return PurePosixPath(first).name if first.startswith("file:") else first
 
 
