@@ -51,7 +51,15 @@ _ARCHITECTURE = {
 }
 _RULE = {"shape": list, "dtype": str, "optional": bool}
 _METRIC = {"name": str, "class": str, "value": str}
-_FILE = {"name": str, "sha256": str, "hf": str, "civitai_version": int, "note": str, "fix": str}
+_FILE = {
+    "name": str,
+    "sha256": str,
+    "architecture": str,
+    "hf": str,
+    "civitai_version": int,
+    "note": str,
+    "fix": str,
+}
 _PART = {"name": str, "class": str, "xxh3": str, "sha256": str, "note": str, "fix": str}
 _WORDS = {str: "a string", int: "a number", bool: "true or false", list: "a list", dict: "a table"}
 
@@ -324,6 +332,7 @@ def _file(fields: Fields) -> KnownFile:
         fields.get("civitai_version"),
         fields.get("note"),
         fields.get("fix"),
+        fields.get("architecture"),
     )
 
 

@@ -112,7 +112,10 @@ class KnownMetric:
 
 @dataclass(frozen=True)
 class KnownFile:
-    """A public file; `sha256` is of the whole file, `hf` is org/name/path on Hugging Face."""
+    """A public file; `sha256` is of the whole file, `hf` is org/name/path on Hugging Face.
+
+    `architecture` is that of a full checkpoint.
+    """
 
     name: str
     sha256: str
@@ -120,6 +123,7 @@ class KnownFile:
     civitai_version: int | None = None
     note: str | None = None
     fix: str | None = None
+    architecture: str | None = None
 
 
 @dataclass(frozen=True)

@@ -162,13 +162,17 @@ class LeftOut:
 
 @dataclass
 class Plan:
-    """A resolved recipe: nodes by id, inputs before what is made of them, and what each is made of."""
+    """A resolved recipe: nodes by id, inputs before what is made of them, and what each is made of.
+
+    `unseen` are bases known by their digest alone: enough to show, too little to build.
+    """
 
     recipe: Recipe
     lock: Lock | None = None
     nodes: dict[str, Node] = field(default_factory=dict)
     edges: dict[str, tuple[str, ...]] = field(default_factory=dict)
     sources: list[Sources] = field(default_factory=list)
+    unseen: list[str] = field(default_factory=list)
     left_out: dict[str, LeftOut] = field(default_factory=dict)
     warnings: list[Problem] = field(default_factory=list)
 

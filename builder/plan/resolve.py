@@ -197,6 +197,8 @@ class _Resolver:
         model = self.model(name)
         if model.classes or name in self.recipe.steps:
             return model.classes
+        if (known := self.sources.known_architecture(name)) is not None:
+            return self.catalog.architecture(known).slots
         identity = self.sources.open(name).identity
         return tuple(dict.fromkeys(m.component.cls for m in identity.matches if not m.ema))
 
@@ -277,7 +279,10 @@ class _Resolver:
         held = () if isinstance(base, NewBase) else self.classes(base.name)
         if problems := tuple(slot_problems(self.recipe, output, architecture, self.catalog, held)):
             raise RecipeError(*problems)
-        order = [*(s for s in architecture.slots if s in picks), *sorted(c for c in picks if c not in architecture.slots)]
+        order = [
+            *(s for s in architecture.slots if s in picks),
+            *sorted(c for c in picks if c not in architecture.slots),
+        ]
         return architecture, {cls: self.component_node(output, picks[cls]) for cls in order}
 
     def _base_architecture(self, base: FromBase, any_: bool = False) -> Architecture:
@@ -291,6 +296,8 @@ class _Resolver:
             for architecture in self.catalog.architectures.values():
                 if set(architecture.slots) == classes:
                     return architecture
+        if (known := self.sources.known_architecture(base.name)) is not None:
+            return self.catalog.architecture(known)
         identity = self.sources.open(base.name).identity
         name = identity.architecture if identity.intact else identity.incomplete
         if name is None and any_:
@@ -328,7 +335,10 @@ class _Resolver:
         size = sum(p.made.bytes if p.made is not None else p.writes for p in parts)
         node = Node(f"output {output.file}", job, None, "make", "", size, size)
         waiting = [p.id for p in parts if p.made is None]
-        if waiting:
+        if base is not None and not self._is_seen(output.base):
+            self.plan.unseen.append(base)
+            node.why = f"what else is in `{base}` is seen when it is here"
+        elif waiting:
             all_ = "all" if len(waiting) == len(parts) else _words(waiting)
             node.why = f"of {len(parts)} components, {all_} to be made"
         elif (found := known_extras(self.plan, job, self.store)) is None:
@@ -371,7 +381,7 @@ class _Resolver:
     def _carried(self, output: Output) -> Mapping[str, str]:
         """Metadata of the base's own, which outlives a rebuild."""
         base = output.base
-        return self.sources.open(base.name).checkpoint.metadata if self._is_file(base) else {}
+        return self.sources.metadata(base.name) if self._is_seen(base) else {}
 
     def _is_file(self, base: NewBase | FromBase) -> TypeGuard[FromBase]:
         return (
@@ -380,11 +390,15 @@ class _Resolver:
             and self.recipe.sources[base.name].recipe is None
         )
 
+    def _is_seen(self, base: NewBase | FromBase) -> TypeGuard[FromBase]:
+        """Whether a base is a file whose contents can be seen from here."""
+        return self._is_file(base) and self.sources.known_architecture(base.name) is None
+
     def _extras(self, output: Output, architecture: Architecture) -> dict[str, LazyTensor]:
         """What of the base the output keeps beside its components, and markers; never cast."""
         extras: dict[str, LazyTensor] = {}
         base = output.base
-        if self._is_file(base):
+        if self._is_seen(base):
             opened = self.sources.open(base.name)
             parts = [m for m in opened.identity.matches if m.component.cls in architecture.slots]
             taken = {full for m in parts for full in opened.names(m).values()}

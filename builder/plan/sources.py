@@ -87,6 +87,7 @@ class Sources:
         self._download = download
         self._found: dict[str, Found | FetchError] = {}
         self._open: dict[str, OpenSource] = {}
+        self._unseen: dict[str, str | None] = {}
         self.resolved: dict[str, str] = {}
 
     def inner(self, name: str) -> Sources:
@@ -271,6 +272,24 @@ class Sources:
     def metadata(self, name: str) -> Mapping[str, str]:
         """A source's own metadata; raises as `open`."""
         return self.open(name).checkpoint.metadata
+
+    def known_architecture(self, name: str) -> str | None:
+        """What a source is by its digest, when its contents cannot be seen; None when they can be.
+
+        That is enough to plan with, and too little to build. Raises as `open` when nothing is known.
+        """
+        if self._download or self.find(name) is not None:
+            return None
+        if name not in self._unseen:
+            try:
+                self.open(name)
+                self._unseen[name] = None
+            except CkptError:
+                file = self.catalog.known.file(self.wanted(name).sha256 or "")
+                if file is None or file.architecture is None:
+                    raise
+                self._unseen[name] = file.architecture
+        return self._unseen[name]
 
     def opened_remotely(self, name: str) -> bool:
         """Whether a source was planned with as its host shows it, and is still elsewhere."""

@@ -112,6 +112,9 @@ class _Builder:
 
     def run(self) -> Build:
         """Make everything that is to be made."""
+        for source in map(self.plan.node, self.plan.unseen):
+            assert isinstance(source.job, SourceJob)
+            raise source.job.sources.missing(source.job.source)
         tasks = list(self._tasks())
         workers = max(2, min(self.threads, MEMORY // (6 * WINDOW * self.threads)))
         with ThreadPoolExecutor(workers, thread_name_prefix="build") as executor:
