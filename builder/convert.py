@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -71,7 +73,7 @@ def form_of(name: str) -> Form:
         if name.lower().endswith(suffix):
             return form
     strange = re.fullmatch(r"\.[A-Za-z]\w*", Path(name).suffix)
-    if strange and not name.endswith("/") and not Path(name).is_dir():
+    if strange and not name.endswith("/") and not os.path.isdir(name):  # noqa: PTH112
         raise UsageError(
             Problem(
                 f"`{name}` has the suffix of no container that can be written",
@@ -114,6 +116,10 @@ def convert(
                 hint=f"name the set's index, such as `{target.stem}.safetensors.index.json`",
             )
         )
+    if form != "diffusers" and (prediction or tokenizer):
+        option = "--prediction" if prediction else "--tokenizer"
+        fact = f"`{option}` is for a diffusers folder, and `{target}` is none"
+        raise UsageError(Problem(fact, hint="name a folder, or leave the option out"))
     with open_checkpoint(source) as checkpoint:
         faults = Faults()
         tensors = _cast(checkpoint, precision, overflow, non_finite, faults, catalog)
@@ -344,8 +350,9 @@ def _vocabulary(given: Path | None, source: Path) -> dict[str, bytes]:
     found: dict[str, bytes] = {}
     for name in VOCABULARY:
         path = folder / name
-        if path.is_file() and path.stat().st_size <= _MAX_VOCABULARY:
-            found[name] = path.read_bytes()
+        if os.path.isfile(path):  # noqa: PTH113 - which answers where pathlib raises
+            with closing(FileBlob(path)) as blob:
+                found[name] = blob.read(0, min(blob.size, _MAX_VOCABULARY))
         elif given is not None:
             raise UsageError(
                 Problem(

@@ -269,6 +269,12 @@ def test_requests_that_make_no_sense(folder: Folder) -> None:
         (("m.safetensors", "-o", "nowhere/a.pt"), 7, "make its folder first"),
         (("m.safetensors", "-o", "folder"), 6, "it is VAE-mini"),
         (("m.safetensors", "-o", "."), 6, "it is VAE-mini"),
+        (("m.safetensors", "-o", "a.pt", "--prediction", "v"), 2, "`--prediction` is for a diffusers folder"),
+        (("m.safetensors", "-o", "a.pt", "--tokenizer", "."), 2, "`--tokenizer` is for a diffusers folder"),
+        (("m.safetensors", "-o", "x" * 300 + ".pt"), 7, "File name too long"),
+        (("m.safetensors", "-o", "x." + "y" * 300), 2, "suffix of no container"),
+        (("m.safetensors", "-o", "x" * 300 + ".safetensors.index.json"), 7, "File name too long"),
+        (("x" * 300, "-o", "a.pt"), 6, "File name too long"),
     ):
         said = folder("convert", *args)
         assert (said.code, text in said.err) == (code, True), said.err

@@ -104,7 +104,11 @@ def _join(
 def _weights(folder: Path) -> Path:
     """The file, or the index of a sharded set, that holds a part's weights."""
     found: dict[tuple[bool, str], list[Path]] = {}
-    for path in sorted(folder.iterdir()):
+    try:
+        paths = sorted(folder.iterdir())
+    except OSError as error:
+        raise SourceError(Problem(f"cannot read `{folder}`", evidence=(str(error.strerror),))) from None
+    for path in paths:
         match = None if _SHARD.search(path.name) else _WEIGHTS.fullmatch(path.name)
         if match is not None:
             variant = match["variant"] or match["indexed"] or ""

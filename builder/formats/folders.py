@@ -107,7 +107,10 @@ def _remove_stale(parent: Path) -> None:
 
 
 def _is_empty_folder(path: Path) -> bool:
-    return path.is_dir() and not path.is_symlink() and next(path.iterdir(), None) is None
+    try:
+        return not path.is_symlink() and next(path.iterdir(), None) is None
+    except OSError:
+        return False
 
 
 def _taken(path: Path) -> OutputError:
