@@ -27,7 +27,7 @@ def command(recipe: Path, upgrade: str | None, quiet: bool) -> int:
     A source that is elsewhere is not downloaded where its host states the digest. Components and outputs
     are pinned by the first build; they stay as they are while no source changes.
     """
-    with make_reporter(quiet) as reporter, open_session(recipe, reporter) as session:
+    with make_reporter(quiet) as reporter, open_session(recipe, reporter, anew=True) as session:
         old = session.lock
         session.lock = _unpinned(old, upgrade, session.recipe)
         sources = resolve_sources(
@@ -50,14 +50,11 @@ def command(recipe: Path, upgrade: str | None, quiet: bool) -> int:
 
 def _unpinned(lock: Lock | None, upgrade: str | None, recipe: Recipe) -> Lock | None:
     """The lock without the pins that may move."""
-    if lock is None or upgrade is None:
-        return lock
-    if upgrade == "*":
-        return replace(lock, sources={})
-    if upgrade not in recipe.sources:
+    if upgrade is not None and upgrade not in {"*", *recipe.sources}:
         hint = did_you_mean(upgrade, recipe.sources)
         raise UsageError(Problem(f"the recipe has no source `{upgrade}`", hint=hint))
-    return replace(
-        lock,
-        sources={n: s for n, s in lock.sources.items() if n != upgrade and not n.startswith(f"{upgrade}/")},
-    )
+    if lock is None or upgrade is None:
+        return lock
+    # Of a source that is a recipe, those that it takes from move with it.
+    kept = {n: s for n, s in lock.sources.items() if upgrade not in {"*", n, n.partition("/")[0]}}
+    return replace(lock, sources=kept)
