@@ -755,6 +755,18 @@ def test_what_is_open_stays_readable(store: Store) -> None:
     assert put(store) == made
 
 
+def test_only_folders_are_swept(store: Store) -> None:
+    """A pipe would be waited for, and what a link leads to is not ours."""
+    tmp, other = store.root / "tmp", store.root / "other"
+    tmp.mkdir(parents=True)
+    other.mkdir()
+    os.mkfifo(tmp / "pipe")
+    (tmp / "link").symlink_to(other)
+    (tmp / "dead").mkdir()
+    sweep(tmp)
+    assert sorted(p.name for p in tmp.iterdir()) == ["link", "pipe"] and other.is_dir()
+
+
 def test_litter_goes_in_any_case(store: Store) -> None:
     made = three(store)
     store.component_path(made[0].digest.xxh3).unlink()

@@ -48,7 +48,7 @@ def list_(as_json: bool) -> None:
         )
         return
     table = [["COMPONENT", "CLASS", "SIZE", "DIGEST", "LAST USED"]]
-    table += [[*_names(i), human_bytes(i.size), i.digest[:12], _ago(i.used)] for i in found]
+    table += [[*_names(i), human_bytes(i.size), printable(i.digest[:12]), _ago(i.used)] for i in found]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for row in table if found else []:
         cells = [
@@ -90,7 +90,9 @@ def gc(max_size: int | None, as_json: bool) -> None:
         return
     for item in done.removed:
         if item.kind != "fact":
-            click.echo(f"removed {' '.join(_names(item))} {item.digest[:12]}, {human_bytes(item.size)}")
+            click.echo(
+                f"removed {' '.join(_names(item))} {printable(item.digest[:12])}, {human_bytes(item.size)}"
+            )
     if done.records:
         click.echo(f"removed {done.records} record{'s' * (done.records > 1)} of what is gone")
     if done.litter:

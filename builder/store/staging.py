@@ -53,7 +53,7 @@ def _new_folder(folder: Path) -> tuple[Path, int]:
 
 
 def _sweep(path: Path) -> int:
-    lock = os.open(path, os.O_RDONLY)
+    lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
