@@ -96,7 +96,7 @@ class Draft:
     `parts` is what is described, `taken` what its recipe takes, by class in the order of the slots.
     `fixes` gives a reason for each; `left` says what of the file the recipe does not bring back.
     `tensor_digest` is the product's, where everything is explained; `faithful` says that it has then every
-    tensor of the file, and no other. `unused` are files that explain nothing.
+    tensor of the file, and no other. `searched`: there were files to be explained by. `unused` are files that explain nothing.
     """
 
     model: File
@@ -113,6 +113,7 @@ class Draft:
     metric: Metric
     tensor_digest: str | None
     faithful: bool
+    searched: bool
     unused: tuple[File, ...] = ()
 
     @property
@@ -172,11 +173,11 @@ def describe(
     }
     markers = tuple(n for n in MARKERS if n in extras and extras[n].numel == 0)
     extras = {n: t for n, t in extras.items() if n not in markers}
-    base, keep = _base(architecture, taken, extras, markers, catalog)
+    base, keep, brought = _base(architecture, taken, extras, markers, catalog)
     fixes = _fixes(parts, taken)
-    left = _left(model, extras, base)
+    left = _left(model, [n for n in extras if n not in brought])
     explained = bool(taken) and all(t.how for t in taken.values())
-    rows = _rows(parts, taken, architecture, precision, scanned, catalog, extras if base else {}, markers)
+    rows = _rows(parts, taken, architecture, precision, scanned, catalog, brought, markers)
     return Draft(
         model,
         architecture,
@@ -192,6 +193,7 @@ def describe(
         label(scanned.histograms),
         component_digest(rows).sha256 if explained else None,
         explained and _faithful(rows, model),
+        bool(shelf),
         tuple(f for f in whole if f not in {t.file for t in taken.values()}),
     )
 
@@ -390,10 +392,10 @@ def _base(
     extras: Mapping[str, LazyTensor],
     markers: Sequence[str],
     catalog: Catalog,
-) -> tuple[File | None, tuple[str, ...] | None]:
-    """The source to start from, when one has all or brings the extras; and which of its extras to keep."""
+) -> tuple[File | None, tuple[str, ...] | None, Mapping[str, LazyTensor]]:
+    """The source to start from, when one has all or brings the extras; what to keep of its extras; those."""
     if len(taken) < len(architecture.slots):  # a base would fill the slots that are to stay open
-        return None, None
+        return None, None, {}
     files = list(dict.fromkeys(t.file for t in taken.values()))
     whole = [f for f in files if f.opened.identity.intact and _is(f, architecture, catalog)]
     if len(files) != 1 or any(t.promoted for t in taken.values()):
@@ -406,8 +408,8 @@ def _base(
         }
         if all(n in held and _same(held[n], t) for n, t in extras.items()):
             rest = held.keys() - extras.keys() - set(markers)
-            return file, tuple(sorted(extras)) if rest else None
-    return (files[0], ()) if len(files) == 1 and files[0] in whole else (None, None)
+            return file, tuple(sorted(extras)) if rest else None, extras
+    return (files[0], (), {}) if len(files) == 1 and files[0] in whole else (None, None, {})
 
 
 def _is(file: File, architecture: Architecture, catalog: Catalog) -> bool:
@@ -440,14 +442,14 @@ def _fixes(parts: Mapping[str, Taken], taken: Mapping[str, Taken]) -> dict[str, 
     return {name: needed[name] for name in FIXES if name in needed}
 
 
-def _left(model: File, extras: Mapping[str, LazyTensor], base: File | None) -> tuple[str, ...]:
+def _left(model: File, extras: Sequence[str]) -> tuple[str, ...]:
     """What the file holds and the recipe does not bring back."""
     identity = model.opened.identity
     kinds = {
         "EMA, which only training needs": identity.ema,
         "junk that no program reads": identity.junk,
         "tensors that nothing explains": identity.unknown,
-        "extras that no source has": tuple(extras) if base is None else (),
+        "extras that no source has": extras,
     }
     checkpoint = model.opened.checkpoint
     return tuple(

@@ -14,6 +14,7 @@ import tomli_w
 from builder.author.explain import Draft, File, Taken
 from builder.catalog import Catalog
 from builder.errors import printable
+from builder.metric import NOT_A_NUMBER
 from builder.progress import human_bytes
 from builder.quick import recipe_name
 
@@ -44,7 +45,7 @@ class _Page:
         if d.tensor_digest is not None:
             same = ": a build makes the very same tensors" if d.faithful else ""
             yield comment(f"Every component is that of a known file{same}.")
-        elif any(t.how for t in d.taken.values()):
+        elif d.searched:
             yield comment(f"Not explained by any known file: {', '.join(d.unexplained)}.")
         model = self.catalog.known.model(d.metric.text)
         if model:
@@ -54,6 +55,11 @@ class _Page:
         yield comment(f"sha256 {d.model.sha256}")
         for line in merged(c.metadata):
             yield comment(line)
+        for match in (p.match for p in d.parts.values()):
+            if match.usual_prefix is not None:
+                yield comment(
+                    f"{match.component.cls} has other names than loaders expect: a build mends that."
+                )
         if d.left:
             yield "#"
             yield comment("Not brought back:")
@@ -150,8 +156,9 @@ class _Page:
         """What is to be written, and how."""
         d = self.draft
         yield "[output]"
-        target = self.folder / f"{self.name}.safetensors"
-        if os.path.lexists(target):
+        file = f"{self.name}.safetensors"
+        sources = {place(f.path, self.folder) for f in d.sources}
+        if file in sources or os.path.lexists(self.folder / file):
             yield aligned(
                 [(f"file = {toml(f'{self.name}-built.safetensors')}", "beside the one that is there")]
             )[0]
@@ -173,14 +180,17 @@ class _Page:
 
     def precision(self) -> str:
         """What is to say of the precision."""
-        return {"fp32": 'the file\'s own; "fp16" makes it half as large', "keep": "the file has several"}.get(
-            self.draft.precision, ""
-        )
+        return {
+            "fp32": 'the file\'s own; "fp16" makes it half as large',
+            "keep": "the file has several types",
+        }.get(self.draft.precision, "")
 
     def expect(self) -> Iterator[str]:
         """What must hold of the product."""
         d = self.draft
-        metric = d.metric.text if any(c.isdigit() for c in d.metric.text) else None
+        parts = (d.metric.unet, d.metric.vae, d.metric.clip)
+        told = any(p.isdigit() for p in parts) and NOT_A_NUMBER not in parts
+        metric = d.metric.text if told else None
         if metric or d.tensor_digest:
             yield "[expect]"
         if metric:
