@@ -18,12 +18,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from builder.catalog import load_catalog
+from builder.catalog import RANK, Catalog, load_catalog
 from builder.cli import run
 from builder.cli.terminal import make_reporter
 from builder.errors import Problem
+from builder.formats.checkpoint import Checkpoint
 from builder.progress import human_bytes
-from builder.report import build_report, render
+from builder.report import Report, build_report, examine, render
 from builder.report.positions import read_position_ids
 from builder.tensors import BY_CODE, DType, LazyTensor, MemoryTensor
 from tests.servers import File, Server
@@ -269,6 +270,60 @@ def test_names_out_of_a_file_never_drive_the_terminal(here: Path) -> None:
             assert text.isprintable() and "owned" in text
 
 
+class Unread(LazyTensor):
+    def read_into(self, start: int, out: memoryview) -> None:
+        raise AssertionError("read")
+
+
+def contents(*components: str, catalog: Catalog = CATALOG, bare: bool = False, rank: int = 4) -> Report:
+    """What is said of a file by its table of contents alone."""
+    tensors: dict[str, LazyTensor] = {}
+    for name in components:
+        component = catalog.components[name]
+        for inner, rule in component.tensors.items():
+            shape = tuple(rank if n == RANK else n for n in rule.shape)
+            tensors[inner if bare else component.prefix + inner] = Unread(DType.F16, shape)
+    tensors = {n: t for n, t in tensors.items() if not n.endswith("position_ids")}
+    checkpoint = Checkpoint("model", "torch-zip", 1, tensors, globals=("a.b", "c.d", "e.f"))
+    return examine(checkpoint, catalog, metric=False)
+
+
+def test_bare_components_that_make_nothing_together() -> None:
+    report = contents("UNET-mini-SD", "VAE-mini-SD", bare=True)
+    (fault,) = report.faults
+    assert fault.fact == "components without prefixes that make no architecture together: UNET-mini, VAE-mini"
+    assert not report.sound
+
+
+def test_a_component_that_no_architecture_has(here: Path) -> None:
+    table = 'name = "Mine"\nclass = "M"\nprefix = "mine."\nkeys = 1\nparameters = 2\n[tensors]\na = [2]\n'
+    (here / "mine").mkdir()
+    (here / "mine" / "m.toml").write_text(table)
+    (fault,) = contents("Mine", catalog=load_catalog([here / "mine"])).faults
+    assert fault.fact == "the component is prefixed as in a full checkpoint, but no architecture has it"
+
+
+def test_a_rejected_component_is_told_with_its_reason(here: Path) -> None:
+    files = tidy() | {VAE_OUT: ("F16", (4,), bytes(8))}
+    report = build_report(write(here / "model.safetensors", files), catalog=CATALOG, metric=False)
+    (fault,) = report.faults
+    assert fault.fact == "not a whole SD-mini: VAE-mini missing"
+    where, shapes = "`VAE-mini-SD` under `first_stage_model.`", "`decoder.conv_out.bias` is [4], not [3]"
+    assert fault.evidence == (f"nearest: {where}: 247 of 248 tensors; {shapes}",)
+
+
+def test_loras_have_a_rank_and_say_what_else_they_fit() -> None:
+    text = render(contents("LoRA-v1A-CLIP", rank=4), full=True)
+    assert "  rank 4\n" in text
+    assert "  `LoRA-v1-CLIP`: 144 of 144 tensors, all part of `LoRA-v1A-CLIP`\n" in text
+    assert "  3 globals, none run: a.b, c.d, e.f\n" in text.replace("pickle   ", "")
+
+
+def test_a_remark_goes_below_where_there_is_no_room() -> None:
+    lines = render(contents("LoRA-v1A-CLIP"), width=50).splitlines()
+    assert lines[lines.index("    rank 4") - 1].lstrip().startswith("LoRA-v1-CLIP  LoRA-v1A-CLIP")
+
+
 def test_integers_for_weights_are_told_of(here: Path) -> None:
     files = tidy() | {VAE_OUT: ("I8", (3,), bytes(3))}
     report = build_report(write(here / "model.safetensors", files), catalog=CATALOG, metric=False)
@@ -348,10 +403,6 @@ def test_what_no_integer_holds_loads_as_nothing(dtype: str, code: str, odd: floa
 
 
 def test_position_ids_of_any_other_count_are_not_read() -> None:
-    class Unread(LazyTensor):
-        def read_into(self, start: int, out: memoryview) -> None:
-            raise AssertionError("read")
-
     ids = read_position_ids({IDS: Unread(DType.F32, (1, 10**12)), "other": Unread(DType.F32, (1,))})
     assert (list(ids.tensors), ids.odd, ids.wrong) == ([IDS], (IDS,), ())
 
