@@ -51,16 +51,12 @@ def test_imports_go_down_only() -> None:
 
 
 def test_only_the_command_line_prints_or_exits() -> None:
-    wrong = []
-    for module, path in _modules():
-        if module in {"cli", "__main__"}:
-            continue
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and ast.unparse(node.func) in {
-                "print",
-                "sys.exit",
-                "exit",
-                "os._exit",
-            }:
-                wrong.append(f"{path}:{node.lineno}")
+    speaking = {"print", "sys.exit", "exit", "os._exit"}
+    wrong = [
+        f"{path}:{node.lineno}"
+        for module, path in _modules()
+        if module not in {"cli", "__main__"}
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in speaking
+    ]
     assert not wrong, "\n".join(wrong)
