@@ -26,6 +26,10 @@ _PACKED = {DType.F4, DType.F6_E2M3, DType.F6_E3M2, DType.F8_E8M0}
 _SCALES = (".scale_weight", ".weight_scale", ".weight_scale_2", ".scale_input", ".input_scale", "scaled_fp8")
 
 
+class UnfitError(OutputError):
+    """A source has values that an output cannot hold, or that are none: no other attempt will help."""
+
+
 @dataclass
 class Fault:
     """Values of one tensor that its new precision cannot hold, or that were never numbers."""
@@ -75,7 +79,7 @@ class Faults:
                     hint=f"to build all the same, put {' and '.join(hints)} under [output]",
                 )
             )
-        return OutputError(*problems)
+        return UnfitError(*problems)
 
 
 class _Scratch(threading.local):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import click
 from builder.cli.made import note_changes
 from builder.cli.oneline import FILE, Bench, open_bench, recipe_path, save_option
 from builder.cli.session import json_option, quiet_option
+from builder.cli.watching import Where, watch
 from builder.errors import (
     CkptError,
     ExitCode,
@@ -29,10 +29,10 @@ from builder.errors import (
 from builder.numeric import PRECISIONS
 from builder.progress import human_bytes
 from builder.prune import Options, Pruning, Share, plan_pruning, prune, vacant
-from builder.quick import SUFFIXES, output_path, stem
+from builder.quick import SHARD, SUFFIXES, output_path, stem
 from builder.run.expect import Built
+from builder.watch import LAYOUTS, SETTLE
 
-SHARD = re.compile(r".+-\d{5}-of-\d{5}\.(?:safetensors|bin)")
 EXAMPLES = 3
 
 
@@ -77,6 +77,15 @@ class Result:
 @click.option("--force", is_flag=True, help="Also what is broken or unknown, or mostly junk.")
 @click.option("-r", "--recursive", is_flag=True, help="Also in folders of FOLDER.")
 @click.option("--names", is_flag=True, help="Name every tensor that goes.")
+@click.option(
+    "--watch", "watched", type=FILE, metavar="FOLDER", help="Prune what is in FOLDER, and what comes."
+)
+@click.option("--into", type=FILE, metavar="MODELS", help="Where --watch sorts it into folders; else FOLDER.")
+@click.option("--layout", type=click.Choice(list(LAYOUTS)), help="Of MODELS; else told by what is there.")
+@click.option("--once", is_flag=True, help="Stop when all that --watch finds is done.")
+@click.option(
+    "--settle", type=click.FloatRange(0), metavar="SECONDS", help="How long a file must be at rest."
+)
 @click.option("--threads", type=click.IntRange(1, 256), help="Threads to use; the bytes are the same.")
 @save_option
 @json_option
@@ -88,6 +97,11 @@ def command(
     recursive: bool,
     names: bool,
     threads: int | None,
+    watched: Path | None,
+    into: Path | None,
+    layout: str | None,
+    once: bool,
+    settle: float | None,
     save_recipe: Path | None,
     as_json: bool,
     quiet: bool,
@@ -97,7 +111,17 @@ def command(
 
     Says what goes and what stays first. What nothing explains stays, and nothing is made wider. The
     metadata stay, with the name and the hashes of the original. Of a FOLDER, each checkpoint is pruned.
+
+    With --watch, checkpoints, VAEs, LoRAs and components move on from FOLDER to the folders that programs
+    look for them in, pruned; what is broken or unknown moves to FOLDER/Failed, with the reason beside it.
     """
+    if watched is not None:
+        if files or output or dry_run or recursive or names or save_recipe or as_json:
+            raise click.UsageError("--watch goes with --into, --layout, --once and how to prune, no more")
+        where = Where(watched, into, layout, once, SETTLE if settle is None else settle)
+        return watch(where, Options(**options), threads, quiet)
+    if into or layout or once or settle is not None:
+        raise click.UsageError("--into, --layout, --once and --settle go with --watch")
     if not files:
         raise click.UsageError("name a file or a folder")
     found = list(_checkpoints(files, recursive))

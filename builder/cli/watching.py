@@ -1,0 +1,97 @@
+"""`ckpt prune --watch`: what is said while a folder is watched."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+
+from builder.cli.oneline import open_bench
+from builder.errors import ExitCode, OutputError, Problem, UsageError, printable, render
+from builder.progress import human_bytes
+from builder.prune import Options
+from builder.watch import Event, Watch, layout_of
+
+EVERY = 1.0  # seconds between looks
+
+_CODES = {"failed": ExitCode.SOURCE, "kept": ExitCode.MISMATCH}
+
+
+@dataclass(frozen=True)
+class Where:
+    """What is watched, where files go, and for how long."""
+
+    folder: Path
+    into: Path | None
+    layout: str | None
+    once: bool
+    settle: float
+
+
+def watch(where: Where, options: Options, threads: int | None, quiet: bool) -> int:
+    """Watch a folder until it is interrupted; or once, and then the worst that happened is the exit code."""
+    into = where.into if where.into is not None else where.folder
+    if not into.is_dir():
+        fact = f"`{into}` is no folder of models" if where.into else f"`{into}` is no folder"
+        raise UsageError(Problem(fact, hint="make it first"))
+    with open_bench(quiet) as bench:
+        watched = Watch(
+            where.folder,
+            into,
+            where.layout or layout_of(into),
+            options,
+            catalog=bench.catalog,
+            store=bench.store,
+            settle=where.settle,
+            threads=threads,
+            reporter=bench.reporter,
+        )
+        with watched.alone():
+            if where.once:
+                return _once(watched)
+            bench.reporter.note(f"watching `{where.folder}`, until it is interrupted")
+            try:
+                _forever(watched)
+            except KeyboardInterrupt:
+                bench.reporter.note("stopped: what was not done stays where it is")
+    return ExitCode.DONE
+
+
+def _once(watched: Watch) -> int:
+    codes = [_say(event) for event in watched.look()]
+    if watched.waiting:
+        time.sleep(watched.settle)
+        codes += [_say(event) for event in watched.look()]
+    for path in watched.waiting:
+        click.echo(f"waiting  {printable(str(path))}  it is not at rest, or not whole yet")
+    return max(codes, default=ExitCode.DONE)
+
+
+def _forever(watched: Watch) -> None:
+    broken = False
+    while True:
+        try:
+            for event in watched.look():
+                _say(event)
+            broken = False
+        except OutputError as error:  # the folder is away, as that of a network is at times
+            if not broken:
+                click.echo("\n\n".join(render(p) for p in error.problems), err=True)
+            broken = True
+        time.sleep(EVERY)
+
+
+def _say(event: Event) -> ExitCode:
+    """A line for what became of a file, and the problems; gives the exit code it stands for."""
+    to = f" → {event.target}" if event.target is not None else ""
+    size = (
+        f"  {human_bytes(event.target.stat().st_size)}"
+        if event.state in ("pruned", "moved") and event.target
+        else ""
+    )
+    click.echo(printable(f"{event.state:<7}  {event.path.name}{to}{size}"))
+    for problem in event.problems:
+        click.echo(render(problem), err=True)
+    return _CODES.get(event.state, ExitCode.DONE)

@@ -1,0 +1,414 @@
+"""A folder whose checkpoints are pruned and put where they belong, now and as they arrive."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+import signal
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from builder.errors import CkptError, OutputError, Place, Problem, SourceError, UsageError, render
+from builder.formats import open_checkpoint
+from builder.formats.atomic import replacing, write_all
+from builder.hashes import sha256_file
+from builder.identify import Identity, identify
+from builder.numeric import UnfitError
+from builder.parts import kind
+from builder.progress import SILENT, Reporter
+from builder.prune import Options, Pruning, plan_pruning, prune, vacant
+from builder.quick import SHARD, SUFFIXES, numbered, stem
+from builder.store import Store
+
+if TYPE_CHECKING:
+    from builder.catalog import Catalog
+
+FAILED = "Failed"
+SETTLE = 3.0  # seconds without a change after which a file counts as whole, if it opens
+PATIENCE = 20  # times as long, if it does not open: a slow copy may stall
+RETRY = 60.0  # seconds after which something is tried again that the system prevented
+
+# Folders below that of all models, by the kind of what a file is; "" is the rest.
+LAYOUTS: dict[str, dict[str, str]] = {
+    "a1111": {
+        "checkpoint": "Stable-diffusion",
+        "VAE": "VAE",
+        "LoRA": "Lora",
+        "ControlNet": "ControlNet",
+        "CLIP": "text_encoder",
+        "T5": "text_encoder",
+        "": "Components",
+    },
+    "comfyui": {
+        "checkpoint": "checkpoints",
+        "VAE": "vae",
+        "LoRA": "loras",
+        "ControlNet": "controlnet",
+        "CLIP": "text_encoders",
+        "T5": "text_encoders",
+        "UNET": "diffusion_models",
+        "MMDIT": "diffusion_models",
+        "DIT": "diffusion_models",
+        "": "components",
+    },
+}
+
+_UNFINISHED = (".part", ".crdownload", ".tmp", ".aria2", ".partial", ".!qB")  # what downloads lie beside
+_NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
+
+State = Literal["pruned", "moved", "known", "failed", "kept"]
+
+
+class Event(NamedTuple):
+    """What became of a file: `pruned` or `moved` to `target`; `known`: the same was there already; `failed`:
+    moved to `target` with the reason beside it; `kept`: it stays and is tried again. `problems` say why.
+    """
+
+    path: Path
+    state: State
+    target: Path | None = None
+    problems: tuple[Problem, ...] = ()
+
+
+@dataclass
+class _Seen:
+    """A file as it was found last, and since when it is so (on the monotonic clock)."""
+
+    identity: tuple[int, ...]
+    since: float
+    not_before: float = 0.0
+
+
+def layout_of(models: Path) -> str:
+    """The layout that a folder of models has: ComfyUI's where it holds `checkpoints`, else A1111's."""
+    a1111 = (models / LAYOUTS["a1111"]["checkpoint"]).is_dir()
+    return "comfyui" if (models / "checkpoints").is_dir() and not a1111 else "a1111"
+
+
+class Watch:
+    """A watched folder.
+
+    `into` is the folder of all models, whose subfolders `layout` names. A file is touched once it has not
+    changed for `settle` seconds, nobody has it open for writing, and it opens as a checkpoint; what does
+    not open is given up after `PATIENCE` times as long. Hidden files, links and folders are left alone.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        into: Path,
+        layout: str,
+        options: Options,
+        *,
+        catalog: Catalog,
+        store: Store,
+        settle: float = SETTLE,
+        threads: int | None = None,
+        reporter: Reporter = SILENT,
+    ) -> None:
+        self.folder = folder
+        self.into = into
+        self.layout = LAYOUTS[layout]
+        self.options = options
+        self.catalog = catalog
+        self.store = store
+        self.settle = settle
+        self.threads = threads
+        self.reporter = reporter
+        self.waiting: list[Path] = []  # files that the last look found unready
+        self._seen: dict[Path, _Seen] = {}
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Have the folder to oneself; raises UsageError when it is no folder or somebody watches it."""
+        places = {(self.into / p).resolve() for p in self.layout.values()}
+        if self.folder.resolve() in places:
+            fact = f"`{self.folder}` is where pruned files are put"
+            raise UsageError(Problem(fact, hint="watch another folder, or give another one with `--into`"))
+        try:
+            fd = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
+        except OSError as error:
+            fact = f"cannot watch `{self.folder}`"
+            raise UsageError(Problem(fact, evidence=(str(error.strerror),))) from None
+        try:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UsageError(Problem(f"`{self.folder}` is being watched already")) from None
+            except OSError:
+                pass  # a file system without locks
+            yield
+        finally:
+            os.close(fd)
+
+    def look(self) -> Iterator[Event]:
+        """Do what there is to do now; `waiting` then lists what is not ready. Raises OutputError."""
+        self.waiting = []
+        found = dict(self._files())
+        self._seen = {p: s for p, s in self._seen.items() if p in found}
+        for path, status in found.items():
+            age = self._unchanged_for(path, status)
+            if age is None:
+                continue  # it is not time to try again
+            if age < self.settle or being_written(path):
+                self.waiting.append(path)
+                continue
+            event = self._handle(path, status, age)
+            if event is None:
+                self.waiting.append(path)
+                continue
+            if event.state == "kept":
+                self._seen[path].not_before = time.monotonic() + RETRY
+            yield event
+
+    def _files(self) -> Iterator[tuple[Path, os.stat_result]]:
+        """The files that look like checkpoints, by name; links are not followed."""
+        try:
+            names = sorted(p.name for p in self.folder.iterdir())
+        except OSError as error:
+            fact = f"cannot read `{self.folder}`"
+            raise OutputError(Problem(fact, evidence=(str(error.strerror),))) from None
+        for name in names:
+            path = self.folder / name
+            if name.startswith(".") or path.suffix.lower() not in SUFFIXES or SHARD.fullmatch(name):
+                continue
+            if any(f"{name}{end}" in names for end in _UNFINISHED):
+                continue
+            with suppress(OSError):
+                status = path.lstat()
+                if stat.S_ISREG(status.st_mode):
+                    yield path, status
+
+    def _unchanged_for(self, path: Path, status: os.stat_result) -> float | None:
+        """Seconds since a file changed, as far as is known; None while it is not to be tried again."""
+        now, identity = time.monotonic(), _identity(status)
+        seen = self._seen.get(path)
+        if seen is None or seen.identity != identity:
+            seen = self._seen[path] = _Seen(identity, now)
+        if now < seen.not_before:
+            return None
+        by_clock = time.time() - max(status.st_mtime, status.st_ctime)
+        return max(now - seen.since, by_clock)
+
+    # -- one file
+
+    def _handle(self, path: Path, status: os.stat_result, age: float) -> Event | None:
+        """Put a file where it belongs; None when it turns out to be unready."""
+        if not os.access(path, os.R_OK):
+            return Event(path, "kept", problems=(Problem("it may not be read", Place(str(path))),))
+        try:
+            try:
+                pruning = plan_pruning(path, self.catalog, self.options)
+            except SourceError:
+                if age < PATIENCE * self.settle:
+                    return None
+                raise
+            return self._place(pruning.checked, status)
+        except CkptError as error:
+            if not _still(path, status):
+                return None  # gone, or still being written after all
+            if isinstance(error, OutputError) and not isinstance(error, UnfitError):
+                return Event(path, "kept", problems=error.problems)
+            return self._fail(path, error.problems)
+        except OSError as error:
+            return Event(path, "kept", problems=(_system(path, error),))
+
+    def _place(self, pruning: Pruning, status: os.stat_result) -> Event | None:
+        path = pruning.path
+        folder = self.into / self.layout.get(kind_of(pruning.identity, self.catalog), self.layout[""])
+        folder.mkdir(parents=True, exist_ok=True)
+        place = folder / f"{stem(path)}.safetensors"
+        state: State = "moved"
+        if pruning.tidy and pruning.report.container == "safetensors":
+            target = same_file(path, folder)
+            if target is not None:
+                state = "known"
+                path.unlink()
+            else:
+                target = move(path, place)
+        else:
+            made, _ = prune(
+                pruning,
+                lambda sha256: vacant(place, sha256),
+                catalog=self.catalog,
+                store=self.store,
+                threads=self.threads,
+                reporter=self.reporter,
+            )
+            built = made.outputs[0]
+            target, state = built.path, "known" if built.state == "unchanged" else "pruned"
+            verify_on_disk(target, built.sha256, pruning.identity, self.catalog)
+            if not _still(path, status):
+                return None
+            path.unlink()
+        sync(self.folder)
+        self._take_along(path, target)
+        return Event(path, state, target)
+
+    def _take_along(self, path: Path, target: Path) -> None:
+        """Move the `.yaml` of a file that is gone to where that is now, unless there is another one."""
+        config, beside = path.with_suffix(".yaml"), target.with_suffix(".yaml")
+        with suppress(OSError):
+            if not stat.S_ISREG(config.lstat().st_mode):
+                return
+            if not os.path.lexists(beside):
+                move(config, beside)
+            elif config.read_bytes() == beside.read_bytes():
+                config.unlink()
+
+    def _fail(self, path: Path, problems: tuple[Problem, ...]) -> Event:
+        """Move a file out of the way, and write down why."""
+        folder = self.folder / FAILED
+        folder.mkdir(exist_ok=True)
+        free = (
+            p
+            for p in numbered(folder / path.name)
+            if not os.path.lexists(p.with_suffix(".txt")) and (not os.path.lexists(p) or _same(p, path))
+        )
+        target = move(path, next(free))
+        text = "\n\n".join(render(p) for p in problems) + "\n"
+        with replacing(target.with_suffix(".txt")) as fd:
+            write_all(fd, memoryview(text.encode("utf-8", "backslashreplace")), 0)
+        sync(self.folder)
+        return Event(path, "failed", target, problems)
+
+
+def kind_of(identity: Identity, catalog: Catalog) -> str:
+    """What a file is to programs: `checkpoint`, or the kind of the components it consists of, as `VAE`."""
+    name = identity.architecture or ""
+    slots = catalog.architectures[name].slots if name in catalog.architectures else (name,)
+    kinds = {kind(s) for s in slots}
+    return kinds.pop() if len(kinds) == 1 else "checkpoint"
+
+
+def being_written(path: Path) -> bool:
+    """Whether a process has a file open for writing; False also where the system does not tell."""
+    if not hasattr(fcntl, "F_SETLEASE"):
+        return False
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        # A lease for reading is refused while there is a writer. Should one come in the same instant, the
+        # signal about it must be one that is ignored.
+        fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    except OSError as error:
+        return error.errno == errno.EAGAIN
+    finally:
+        os.close(fd)
+    return False
+
+
+def move(path: Path, place: Path) -> Path:
+    """Give a file another name: `place`, or the first of `NAME(1).EXT`, … that is free. Never replaces one.
+
+    On another file system it is copied, and the copy compared with it before it is removed. A process that
+    is killed leaves the file under its old name, its new one, or both. Raises OSError, OutputError.
+    """
+    for target in numbered(place):
+        if os.path.lexists(target):
+            if _same(target, path):
+                break
+            continue
+        try:
+            os.link(path, target, follow_symlinks=False)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            if error.errno == errno.EXDEV:
+                _copy(path, target)
+            elif error.errno in _NO_LINKS:
+                path.rename(target)
+                return target
+            else:
+                raise
+        break
+    sync(target.parent)
+    path.unlink()
+    return target
+
+
+def same_file(path: Path, folder: Path) -> Path | None:
+    """A file in a folder with the same content, read whole and compared now; None where there is none."""
+    size = path.stat().st_size
+    alike = [p for p in sorted(folder.iterdir()) if p.is_file() and p.stat().st_size == size]
+    alike = [p for p in alike if p.suffix == ".safetensors" and not p.is_symlink() and not _same(p, path)]
+    digest = sha256_file(path).sha256 if alike else ""
+    return next((p for p in alike if _on_disk(p) == digest), None)
+
+
+def verify_on_disk(path: Path, sha256: str, identity: Identity, catalog: Catalog) -> None:
+    """Read a file back from the disk; raises OutputError unless it is what was written, and what it was."""
+    found = _on_disk(path)
+    with open_checkpoint(path) as checkpoint:
+        now = identify(checkpoint, catalog)
+    if found != sha256 or now.architecture != identity.architecture:
+        evidence = (f"written: SHA-256 {sha256}", f"read:    SHA-256 {found}")
+        hint = "the original stays; look to the disk"
+        raise OutputError(
+            Problem("what is on the disk is not what was written", Place(str(path)), evidence, hint)
+        )
+
+
+def sync(folder: Path) -> None:
+    """Have a folder's names on the disk."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with suppress(OSError):  # not every file system can
+            os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _on_disk(path: Path) -> str:
+    """The SHA-256 of a file, not from memory where the system can tell the two apart."""
+    if hasattr(os, "posix_fadvise"):
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            with suppress(OSError):
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(fd)
+    return sha256_file(path).sha256
+
+
+def _copy(path: Path, target: Path) -> None:
+    digest = sha256_file(path).sha256
+    with path.open("rb") as source, replacing(target) as fd, os.fdopen(os.dup(fd), "wb") as copy:
+        shutil.copyfileobj(source, copy, 4 << 20)
+    if _on_disk(target) != digest:
+        raise OutputError(
+            Problem("the copy is not what was copied", Place(str(target)), hint="the original stays")
+        )
+
+
+def _identity(status: os.stat_result) -> tuple[int, ...]:
+    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+def _still(path: Path, status: os.stat_result) -> bool:
+    try:
+        return _identity(path.lstat()) == _identity(status)
+    except OSError:
+        return False
+
+
+def _same(one: Path, other: Path) -> bool:
+    try:
+        return os.path.samestat(one.lstat(), other.lstat())
+    except OSError:
+        return False
+
+
+def _system(path: Path, error: OSError) -> Problem:
+    return Problem(f"cannot put `{path.name}` in its place", Place(str(path)), (str(error.strerror),))
