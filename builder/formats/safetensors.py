@@ -294,14 +294,15 @@ def _refused(token: str) -> NoReturn:
     raise ValueError(f"`{token[:40]}` has no place here")
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object's members as a dict; raises ValueError when two have the same name."""
     found = dict(pairs)
     if len(found) < len(pairs):
         raise ValueError("a key comes twice")
     return found
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_float=_refused, parse_constant=_refused)
+_DECODER = json.JSONDecoder(object_pairs_hook=unique, parse_float=_refused, parse_constant=_refused)
 
 
 def _syntax(text: str, at: int, why: str, base: int = 0) -> _Bad:

@@ -23,7 +23,7 @@ def read_index(blob: FileBlob) -> dict[str, Any] | None:
     if blob.size > MAX_INDEX:
         return None
     try:
-        index = json.loads(blob.read(0, blob.size), object_pairs_hook=_unique)
+        index = json.loads(blob.read(0, blob.size), object_pairs_hook=safetensors.unique)
     except (ValueError, RecursionError):
         return None
     return index if isinstance(index, dict) and "weight_map" in index else None
@@ -106,10 +106,3 @@ def _open_shard(index: Path, shard: str) -> Checkpoint:
 
 def _bad(path: Path, fact: str, *evidence: str, hint: str | None = None) -> SourceError:
     return SourceError(Problem(fact, Place(str(path)), evidence, hint))
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a key comes twice")
-    return found

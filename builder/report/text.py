@@ -50,9 +50,10 @@ class Style:
 
 
 def render(report: Report, *, full: bool = False, width: int | None = None, color: bool = False) -> str:
-    """The report as text of at most `width` columns (None: lines as long as they come).
+    """The report as text, wrapped at `width` columns (None: lines as long as they come).
 
-    Names out of the file are escaped. The short form fits a screen; the `full` one leaves nothing out.
+    The path, the table and hashes are never broken. Names out of the file are escaped, and cut where
+    nobody would read on. The short form fits a screen; the `full` one leaves nothing else out.
     """
     page = _Page(report, full, width, Style(color))
     blocks: list[Iterable[str]] = [page.head(), page.table(), page.facts(), page.hashes(), page.faults()]
@@ -180,7 +181,8 @@ class _Page:
         match = part.match
         yield f"{match.component.cls}, {'under `' + match.prefix + '`' if match.prefix else 'bare names'}"
         types = ", ".join(f"{count:,} {code}" for code, count in part.dtypes.items())
-        yield f"{part.tensors:,} tensors ({types}), {part.parameters:,} parameters, {part.bytes:,} bytes"
+        held = f"{counted(part.tensors, 'tensor')} ({types})"
+        yield f"{held}, {part.parameters:,} parameters, {part.bytes:,} bytes"
         if part.digest:
             yield f"content xxh3:{part.digest}"
         if match.missing_optional:
@@ -210,7 +212,8 @@ class _Page:
 
     def size(self, count: int) -> str:
         """A size, in the long form to the byte."""
-        return f"{human_bytes(count)} ({count:,} bytes)" if self.full else human_bytes(count)
+        exact = f" ({count:,} bytes)" if self.full and count >= 1000 else ""
+        return human_bytes(count) + exact
 
     def wrap(self, text: str, indent: int) -> list[str]:
         """The lines that `text` takes behind an indent."""
