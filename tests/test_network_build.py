@@ -654,10 +654,10 @@ def test_a_token_is_nowhere(net: Net, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="the system lists processes otherwise")
 def test_no_process_is_given_a_token(net: Net) -> None:
-    hugging_face(net.hub, net.storage, "org/vae", "vae.safetensors", vae(), token=TOKEN).pause = 0.02
+    hugging_face(net.hub, net.storage, "org/vae", "vae.safetensors", vae(), token=TOKEN, lfs=False)
     _one(net, 'urls = ["hf://org/vae/vae.safetensors"]')
     folder = net.machine("second", HF_TOKEN=TOKEN)
-    running = _start(folder, "build", "mini.toml")
+    running = _start(folder, "lock", "mini.toml")
     listed = []
     while running.poll() is None:
         for process in Path("/proc").glob("[0-9]*/cmdline"):
