@@ -38,15 +38,13 @@ def sha256_file(path: Path | str, *, reporter: Reporter = SILENT) -> FileDigest:
         return FileDigest(sha256.hexdigest(), blob.size, blob.stat)
 
 
-def file_hashes(
-    path: Path | str, *, brief: bool = False, reporter: Reporter = SILENT
-) -> dict[str, str | None]:
+def file_hashes(path: Path | str, *, reporter: Reporter = SILENT) -> dict[str, str | None]:
     """Every hash in use for a file, by kind; None where the kind means nothing for this file.
 
     Hex digits are lower case, those of CRC32 upper case. `AutoV1` needs a file of more than 1 MiB (below
     that it is one value for all); `AutoV3`, `sshs_model_hash` and `modelspec.hash_sha256` are over the
-    bytes behind a safetensors header. `brief` leaves out CRC32 and BLAKE3. Raises SourceError if the file
-    cannot be read, or changes while it is.
+    bytes behind a safetensors header. Raises SourceError if the file cannot be read, or changes while it
+    is.
     """
     from blake3 import blake3
 
@@ -69,11 +67,10 @@ def file_hashes(
         def take_strong(_: int, data: memoryview) -> None:
             strong.update(data)
 
-        takes = [lambda _, data: whole.update(data), take_tensors, take_legacy]
-        _read(blob, takes if brief else [*takes, take_crc, take_strong], reporter)
+        takes = [lambda _, data: whole.update(data), take_tensors, take_crc, take_strong, take_legacy]
+        _read(blob, takes, reporter)
     sha256 = whole.hexdigest()
     data = tensors.hexdigest() if body is not None else None
-    rest = {} if brief else {"CRC32": f"{crc:08X}", "BLAKE3": strong.hexdigest()}
     return {
         "SHA256": sha256,
         "AutoV1": legacy.hexdigest()[:8] if blob.size > _LEGACY.start else None,
@@ -81,8 +78,27 @@ def file_hashes(
         "AutoV3": data and data[:12],
         "sshs_model_hash": data,
         "modelspec.hash_sha256": data and f"0x{data}",
-        **rest,
+        "CRC32": f"{crc:08X}",
+        "BLAKE3": strong.hexdigest(),
     }
+
+
+def short_hashes(path: Path | str, *, reporter: Reporter = SILENT) -> dict[str, str]:
+    """AutoV1 and AutoV3: what pages of models name a file by, and its SHA-256 does not tell.
+
+    One that means nothing for this file is left out. Only a safetensors file is read as a whole. Raises
+    SourceError as `file_hashes`.
+    """
+    found: dict[str, str] = {}
+    with closing(FileBlob(path)) as blob:
+        if blob.size > _LEGACY.start:
+            part = blob.read(_LEGACY.start, min(len(_LEGACY), blob.size - _LEGACY.start))
+            found["AutoV1"] = hashlib.sha256(part).hexdigest()[:8]
+        if (body := _after_header(blob)) is not None:
+            tensors = hashlib.sha256()
+            _read(blob, [lambda at, data: tensors.update(data[max(0, body - at) :])], reporter)
+            found["AutoV3"] = tensors.hexdigest()[:12]
+    return found
 
 
 def _read(blob: FileBlob, takes: Sequence[Take], reporter: Reporter) -> None:

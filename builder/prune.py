@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -15,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 from builder.errors import Place, Problem, SourceError
 from builder.formats import open_checkpoint
 from builder.formats.atomic import write_bytes
-from builder.hashes import file_hashes
+from builder.hashes import short_hashes
 from builder.identify import EMA, Identity, Match
 from builder.numeric import cast_type
 from builder.parts import home, usual_precision
 from builder.progress import SILENT, Reporter
-from builder.quick import Quick, numbered, recipe_name, run
+from builder.quick import Quick, make_parts, numbered, recipe_name, run
 from builder.report import Report, examine
 from builder.run import Build
 from builder.store import Store
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
     from builder.catalog import Catalog
 
 ORIGIN = "pruned_from"  # the metadata that says which file this was
-HASHES = ("SHA256", "AutoV1", "AutoV2", "AutoV3")  # of it, by which people find its page
 
 # Of the original's metadata, what a build would leave out or say anew, and stays true of a pruned file.
 # `sshs_` are the hashes that programs look a LoRA's page up by: they have always been the original's.
@@ -176,10 +174,13 @@ def prune(
     `target` may be made from the original's SHA-256. Metadata are the original's, with its name and hashes
     under `pruned_from`. A `.yaml` of its name is copied beside it, unless there is one. Raises CkptError.
     """
-    quick = pinned(pruning.checked, store, reporter)
+    quick = _recipe(pruning.checked)
+    quick, parts = make_parts(quick, catalog=catalog, store=store, threads=threads, reporter=reporter)
+    quick = _with_origin(quick, pruning, reporter)
     (sha256,) = quick.sha256.values()
     target = target if isinstance(target, Path) else target(sha256)
     made = run(quick, target, catalog=catalog, store=store, threads=threads, reporter=reporter)
+    made = replace(made, made=[*parts.made, *made.made], changes={**parts.changes, **made.changes})
     config, beside = pruning.path.with_suffix(".yaml"), target.with_suffix(".yaml")
     if config.is_file() and not os.path.lexists(beside):
         with suppress(OSError):
@@ -205,32 +206,24 @@ def pruned_from(path: Path) -> str | None:
     return str(origin.get("SHA256")) if isinstance(origin, dict) else None
 
 
-def pinned(pruning: Pruning, store: Store, reporter: Reporter = SILENT) -> Quick:
-    """The recipe of a pruning, its source pinned and its hashes in the metadata; reads the file once."""
+def _recipe(pruning: Pruning) -> Quick:
+    name = recipe_name(pruning.path)
+    return Quick(name, name, {name: pruning.path}, pruning.components, output=pruning.output)
+
+
+def _with_origin(quick: Quick, pruning: Pruning, reporter: Reporter) -> Quick:
+    """The recipe with the original's metadata, and its name and hashes."""
     path, said = pruning.path, pruning.report.metadata
-    name = recipe_name(path)
-    quick = Quick(name, name, {name: path}, pruning.components, output=pruning.output)
+    (sha256,) = quick.sha256.values()
     origin: dict[str, Any] = {"file": path.name or path.resolve().name, "size": pruning.report.size}
-    if pruning.report.container == "safetensors-sharded":
-        quick = quick.pinned(store, reporter)
-        origin["SHA256"] = quick.sha256[name]
-    else:
-        hashes = _hashes(path, store, reporter)
-        quick = replace(quick, sha256={name: str(hashes["SHA256"])})
-        origin |= {kind: value for kind, value in hashes.items() if kind in HASHES and value}
+    origin["SHA256"] = sha256
+    if pruning.report.container != "safetensors-sharded":
+        origin |= {"AutoV2": sha256[:10], **short_hashes(path, reporter=reporter)}
     if ORIGIN in said:
         origin[ORIGIN] = _parsed(said[ORIGIN])
     kept = {k: v for k, v in said.items() if k.startswith(_TRUE)}
     kept[ORIGIN] = json.dumps(origin, sort_keys=True, ensure_ascii=True)
-    return replace(quick, output={**pruning.output, "metadata": kept})
-
-
-def _hashes(path: Path, store: Store, reporter: Reporter) -> dict[str, str | None]:
-    """The hashes that a file is known by; its SHA-256 is remembered."""
-    seen, stat = time.time_ns(), path.stat()
-    hashes = file_hashes(path, brief=True, reporter=reporter)
-    store.memory.remember(stat, str(hashes["SHA256"]), seen)
-    return hashes
+    return replace(quick, output={**quick.output, "metadata": kept})
 
 
 def _parsed(text: str) -> Any:

@@ -15,7 +15,7 @@ import tomli_w
 from builder.catalog import Catalog
 from builder.errors import OutputError, Problem
 from builder.formats.atomic import may_replace, replacing, write_all
-from builder.plan import Plan, make_plan
+from builder.plan import Plan, SourceJob, make_plan
 from builder.progress import SILENT, Reporter
 from builder.recipe import Recipe, parse_recipe
 from builder.run import Build, build
@@ -128,6 +128,25 @@ def run(
             naming=naming,
             reporter=reporter,
         )
+
+
+def make_parts(
+    quick: Quick,
+    *,
+    catalog: Catalog,
+    store: Store,
+    threads: int | None = None,
+    reporter: Reporter = SILENT,
+) -> tuple[Quick, Build]:
+    """Make a recipe's components while its sources are hashed, so that these are read once.
+
+    Gives the recipe with its sources pinned, and what was made. Raises CkptError.
+    """
+    anywhere = Path(quick.output.get("file", "model.safetensors"))
+    with make_plan(quick.recipe(catalog), catalog=catalog, store=store, place=lambda _: anywhere) as plan:
+        made = build(plan, catalog=catalog, store=store, threads=threads, assemble=False, reporter=reporter)
+        jobs = {n.job.source: n.key for n in plan if isinstance(n.job, SourceJob)}
+    return replace(quick, sha256={name: str(jobs[name]) for name in quick.sources}), made
 
 
 def stem(path: Path) -> str:

@@ -61,17 +61,19 @@ def build(
     locked: Lock | None = None,
     hashing: bool = True,
     naming: Callable[[str], Path] | None = None,
+    assemble: bool = True,
     reporter: Reporter = SILENT,
 ) -> Build:
     """Carry out a plan; its nodes then say what was made.
 
     With `locked`, what is made must agree with that lock. Without `hashing`, unpinned sources are not
     hashed, and what is made of them is not remembered. `naming` says where an output goes once its metric
-    (empty: none) is known, in the place that the plan has for it. Raises CkptError; then every output is
-    as it was, but those that were finished before the failure.
+    (empty: none) is known, in the place that the plan has for it. Without `assemble`, sources are hashed and
+    components made, and that is all. Raises CkptError; then every output is as it was, but those that were
+    finished before the failure.
     """
     threads = threads or os.cpu_count() or 1
-    return _Builder(plan, catalog, store, threads, locked, hashing, naming, reporter).run()
+    return _Builder(plan, catalog, store, threads, locked, hashing, naming, assemble, reporter).run()
 
 
 def stale(changes: list[str]) -> LockError:
@@ -95,6 +97,7 @@ class _Builder:
         locked: Lock | None,
         hashing: bool,
         naming: Callable[[str], Path] | None,
+        assemble: bool,
         reporter: Reporter,
     ) -> None:
         self.plan = plan
@@ -104,6 +107,7 @@ class _Builder:
         self.locked = locked
         self.hashing = hashing
         self.naming = naming
+        self.assemble = assemble
         self.reporter = reporter
         self.stop = threading.Event()
         self.result = Build()
@@ -119,6 +123,8 @@ class _Builder:
         workers = max(2, min(self.threads, MEMORY // (6 * WINDOW * self.threads)))
         with ThreadPoolExecutor(workers, thread_name_prefix="build") as executor:
             run_all(tasks, executor, self._cancel)
+        if not self.assemble:
+            return self.result
         self.result.outputs = [self.built[n.id] for n in self.plan.outputs()]
         self.result.lock = self._lock()
         return self.result
@@ -155,7 +161,7 @@ class _Builder:
             yield Task(id_, partial(self._make, node), frozenset(after))
             seen = {s.id for s in sources[id_] if s.id in unseen}
             yield Task(f"record {id_}", partial(self._record, node), frozenset({id_, *seen}))
-        for node in self.plan.outputs():
+        for node in self.plan.outputs() if self.assemble else ():
             parts = self.plan.ancestors(node.id)
             after = {f"record {p}" for p in parts if p in missing}
             after |= {s.id for s in bases.get(node.id, ()) if s.id in unseen}
