@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -198,10 +199,18 @@ class Folder:
 
 def save_dirty(path: Path, *, seed: int = 0) -> Path:
     """A training checkpoint in miniature: FP32, with EMA, junk and damaged position ids."""
-    made = make("SD-mini", precision=DType.F32, seed=seed, dirt=DIRTY, catalog=catalog())
     path.parent.mkdir(parents=True, exist_ok=True)
-    write(made, path, "ckpt" if path.suffix == ".ckpt" else "safetensors")
+    path.write_bytes(_dirty(path.suffix, seed))
     return path
+
+
+@cache
+def _dirty(suffix: str, seed: int) -> bytes:
+    made = make("SD-mini", precision=DType.F32, seed=seed, dirt=DIRTY, catalog=catalog())
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, f"dirty{suffix}")
+        write(made, path, "ckpt" if suffix == ".ckpt" else "safetensors")
+        return path.read_bytes()
 
 
 def changed(tensors: Mapping[str, LazyTensor], **by_name: Callable[[LazyTensor], LazyTensor]) -> Any:
