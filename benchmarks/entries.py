@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 
 from benchmarks.contenders import CLIP, UNET, VAE
-from benchmarks.generate import DIRTY, make, write
+from benchmarks.generate import DIRTY, Model, make, write
 from benchmarks.harness import Benchmark, Contender, Target
 from builder.formats import open_checkpoint
 from builder.formats.blob import BlobTensor
@@ -243,6 +244,96 @@ def vae_swapped(bench: Bench) -> Benchmark:
     )
 
 
+def _compared(bench: Bench, title: str, other: Callable[[str], bool]) -> Benchmark:
+    """Two FP16 checkpoints, the second with other weights in some tensors; naive loads both."""
+    a, b = (bench.folder / f"{name}.safetensors" for name in ("a", title.replace(" ", "-")))
+    tensors, others = (make(f"SD-{bench.family}", seed=seed).tensors for seed in (0, 1))
+    for path, held in ((a, tensors), (b, {n: others[n] if other(n) else t for n, t in tensors.items()})):
+        if not path.exists():
+            write(Model(held), path, "safetensors")
+    plan = bench.folder / "diff.json"
+    plan.write_text(json.dumps([[str(p), 0, p.stat().st_size] for p in (a, b)]))
+    return Benchmark(
+        f"diff, {title}",
+        {
+            "naive": _naive("diff", a, b),
+            "floor": _floor("ranges", plan),
+            "ours": replace(bench.ckpt("diff", "--quiet", a, b), code=1),
+        },
+        [Target("naive", "ours", at_least=1), MEMORY],
+        [a, b],
+    )
+
+
+def diff_vae(bench: Bench) -> Benchmark:
+    """Checkpoints whose VAEs differ."""
+    return _compared(bench, "another VAE", lambda name: name.startswith(VAE))
+
+
+def diff_all(bench: Bench) -> Benchmark:
+    """Checkpoints of which everything differs."""
+    return _compared(bench, "all weights differ", lambda _: True)
+
+
+def prune(bench: Bench) -> Benchmark:
+    """EMA, junk and wasted precision taken out of the standard case; ours hashes the original as well."""
+    return Benchmark(
+        "prune",
+        {
+            "naive": _naive("prune", bench.checkpoint, bench.folder / "naive.safetensors"),
+            "ours": bench.ckpt(
+                "prune", "-q", bench.checkpoint, "-o", bench.product, prepare=bench.start_over
+            ),
+        },
+        [Target("naive", "ours", at_least=1), MEMORY],
+        [bench.checkpoint],
+    )
+
+
+def extract(bench: Bench) -> Benchmark:
+    """The VAE taken out of the standard case."""
+    return Benchmark(
+        "extract the VAE",
+        {
+            "naive": _naive("extract", bench.checkpoint, bench.folder / "naive.safetensors"),
+            "ours": bench.ckpt(
+                *("extract", "-q", bench.checkpoint, f"VAE-{bench.family}", "-o", bench.product),
+                prepare=bench.start_over,
+            ),
+        },
+        [Target("naive", "ours", at_least=1), MEMORY],
+        [bench.checkpoint],
+    )
+
+
+def watch(bench: Bench) -> Benchmark:
+    """Twenty FP32 VAEs in a folder, pruned and sorted; naive only halves and saves each."""
+    kept = [bench.vae(seed) for seed in range(100, 120)]
+    folder, into = bench.folder / "arrived", bench.out / "models"
+
+    def arrive() -> None:
+        bench.start_over()
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        into.mkdir()
+        for path in kept:
+            os.link(path, folder / path.name)
+
+    return Benchmark(
+        "a folder of twenty VAEs",
+        {
+            "naive": _naive("folder", bench.folder / "naive.safetensors", *kept),
+            "ours": bench.ckpt(
+                *("prune", "-q", "--watch", folder, "--into", into, "--layout", "a1111"),
+                *("--once", "--settle", "0"),
+                prepare=arrive,
+            ),
+        },
+        [Target("naive", "ours", at_least=1), MEMORY],
+        kept,
+    )
+
+
 def _run(contender: Contender) -> None:
     subprocess.run(contender.argv, env=contender.environment(), check=True, capture_output=True)
 
@@ -256,4 +347,9 @@ BENCHMARKS: dict[str, Callable[[Bench], Benchmark]] = {
     "build-first": build_first,
     "build-unchanged": build_unchanged,
     "vae-swapped": vae_swapped,
+    "prune": prune,
+    "extract": extract,
+    "watch": watch,
+    "diff-vae": diff_vae,
+    "diff-all": diff_all,
 }

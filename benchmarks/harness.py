@@ -31,11 +31,12 @@ def _nothing() -> None: ...
 
 @dataclass(frozen=True)
 class Contender:
-    """A command; `prepare` runs before each of its runs and is not timed."""
+    """A command; `prepare` runs before each of its runs and is not timed, `code` is how it ends."""
 
     argv: Sequence[str]
     prepare: Callable[[], object] = _nothing
     env: Mapping[str, str] = field(default_factory=dict)
+    code: int = 0
 
     def environment(self) -> dict[str, str]:
         """Ours, with the command's own variables."""
@@ -130,7 +131,7 @@ def measure(contender: Contender) -> Sample:
             argv, stdout=subprocess.PIPE, stderr=said, env=contender.environment(), check=True
         )
         seconds, peak, code = json.loads(done.stdout)
-        if code != 0:
+        if code != contender.code:
             said.seek(0)
             raise RuntimeError(f"{' '.join(contender.argv)} ended with {code}:\n{said.read()}")
     return Sample(seconds, peak)

@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from benchmarks.contenders import CLIP, UNET, VAE
 
@@ -60,7 +60,22 @@ def extract(path: str, output: str) -> None:
     save_file(kept, output)
 
 
+def folder(output: str, *paths: str) -> None:
+    """Each file in FP16, one after the other."""
+    for path in paths:
+        save_file({n: t.half() for n, t in load(path).items()}, output)
+
+
+def diff(first: str, second: str) -> None:
+    """How many values of two files differ, and by how much."""
+    a, b = load_file(first), load_file(second)
+    for name in a.keys() & b.keys():
+        apart = (a[name].float() - b[name].float()).abs()
+        if count := int((a[name] != b[name]).sum()):
+            print(name, count, float(apart.max()))
+
+
 if __name__ == "__main__":
     commands: dict[str, Callable[..., None]] = {"metric": metric, "build": build, "prune": prune}
-    commands |= {"extract": extract}
+    commands |= {"extract": extract, "folder": folder, "diff": diff}
     commands[sys.argv[1]](*sys.argv[2:])
