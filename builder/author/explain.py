@@ -96,7 +96,8 @@ class Draft:
     `parts` is what is described, `taken` what its recipe takes, by class in the order of the slots.
     `fixes` gives a reason for each; `left` says what of the file the recipe does not bring back.
     `tensor_digest` is the product's, where everything is explained; `faithful` says that it has then every
-    tensor of the file, and no other. `searched`: there were files to be explained by. `unused` are files that explain nothing.
+    tensor of the file, and no other. `searched`: there were files to be explained by; `unused` are those of
+    the command line that explain nothing.
     """
 
     model: File

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from builder.diff.model import Diff, Part, Side, TensorDiff
 from builder.fixes import POSITION_IDS
+from builder.identify import EMA, Identity
 from builder.progress import human_bytes
 from builder.report.faults import counted
 from builder.tensors import DType
@@ -69,8 +70,8 @@ def _derive(diff: Diff, of: str, to: str) -> str | None:
         return None
     side = diff.a if of == "A" else diff.b
     alone = _dropped(diff, way, side, only_of)
-    turned = [t for t in diff.tensors if is_positions(t) and not t.identical]
-    if changed or len(only_to) > len(added) or any(t.dtypes[0] is not t.dtypes[1] for t in turned):
+    turned = [t for t in diff.tensors if is_positions(t) and (not t.alike or _unlike_kinds(t))]
+    if turned or len(only_to) > len(added):
         way.turns.append("with position_ids mended" if _mended(turned, to) else "with other position_ids")
     names = list(_names(diff))
     if names and not alone:
@@ -83,6 +84,11 @@ def _derive(diff: Diff, of: str, to: str) -> str | None:
         return ", ".join([f"{to} is {of}'s {alone} alone", *way.turns])
     words = [*way.drops, *way.turns]
     return f"{to} is {of} " + ("pruned: " if way.drops and len(words) > 1 else "") + ", ".join(words)
+
+
+def _unlike_kinds(tensor: TensorDiff) -> bool:
+    """Whether one side has integers where the other has not: that is no rounding."""
+    return tensor.dtypes[0].floating is not tensor.dtypes[1].floating
 
 
 def _mended(tensors: Sequence[TensorDiff], to: str) -> bool:
@@ -102,7 +108,7 @@ def _rounded(tensors: Sequence[TensorDiff], way: _Way) -> bool:
     changed: set[DType] = set()
     for tensor in tensors:
         values = tensor.values
-        if values is None or not values.alike or not values.rounding or is_positions(tensor):
+        if values is None or not values.alike or not values.rounding or _unlike_kinds(tensor):
             continue
         mine = {r.via for r in values.rounding if r.of == letter}
         if not mine:
@@ -128,9 +134,9 @@ def _dropped(diff: Diff, way: _Way, side: Side, names: Sequence[str]) -> str | N
     left = [p.cls for p in diff.parts if p.cls and p.a and p.b]
     identity = side.identity
     groups = (
-        ("without its EMA", identity.ema),
+        ("without its EMA", (*identity.ema, *_states(identity))),
         ("without junk", identity.junk),
-        ("without extras", identity.optional),
+        ("without extras", tuple(n for n in identity.optional if n not in _states(identity))),
         ("without what nothing explains", identity.unknown),
     )
     for words, kind in groups:
@@ -144,6 +150,11 @@ def _dropped(diff: Diff, way: _Way, side: Side, names: Sequence[str]) -> str | N
     if positions and not gone:
         way.drops.append("without position_ids")
     return None
+
+
+def _states(identity: Identity) -> tuple[str, ...]:
+    """What is kept of a running average beside its weights."""
+    return tuple(n for n in identity.optional if n.startswith(EMA))
 
 
 def _only(part: Part, letter: str) -> bool:
@@ -248,7 +259,11 @@ def _alone(diff: Diff) -> Iterator[str]:
         identity, rest = side.identity, dict.fromkeys(names)
         whole = [p for p in diff.parts if _only(p, letter)]
         kinds = {p.cls: p.only_a if letter == "A" else p.only_b for p in whole}
-        kinds |= {"EMA": identity.ema, "junk": identity.junk, "extras": identity.optional}
+        kinds |= {
+            "EMA": (*identity.ema, *_states(identity)),
+            "junk": identity.junk,
+            "extras": identity.optional,
+        }
         said = []
         for word, kind in kinds.items():
             found = [n for n in kind if n in rest]

@@ -240,7 +240,9 @@ class _Page:
         """The lines that `text` takes behind an indent."""
         if self.width is None:
             return [text]
-        return textwrap.wrap(text, max(20, self.width - indent), break_on_hyphens=False) or [""]
+        return textwrap.wrap(
+            text, max(20, self.width - indent), break_on_hyphens=False, break_long_words=False
+        ) or [""]
 
 
 def _types(names: Iterable[str], tensors: Mapping[str, LazyTensor]) -> str:
