@@ -120,6 +120,7 @@ def measure(
     *,
     threads: int = 2,
     reporter: Reporter = SILENT,
+    task: str = "metric",
 ) -> Metric:
     """The metric of components by class, each a mapping of unprefixed names; reads what it counts."""
     flat = {f"{cls}/{name}": t for cls, tensors in components.items() for name, t in tensors.items()}
@@ -129,7 +130,7 @@ def measure(
         groups=groups,
         threads=threads,
         reporter=reporter,
-        task="metric",
+        task=task,
     )
     return label(found.histograms, scales)
 
