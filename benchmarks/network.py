@@ -165,7 +165,7 @@ def main(arguments: list[str] | None = None) -> dict[str, object]:
         try:
             assert server.stdout is not None
             port = int(server.stdout.readline())
-            result = {
+            result: dict[str, object] = {
                 "whole_file": _whole_file(port, folder, options.size, options.repeats),
                 "component": _component(port, folder),
             }

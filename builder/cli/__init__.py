@@ -6,6 +6,7 @@ import importlib
 import io
 import os
 import sys
+import traceback
 from contextlib import suppress
 from typing import Any
 
@@ -34,6 +35,8 @@ COMMANDS: dict[str, str] = {
 }
 
 INTERRUPTED, READER_GONE = 130, 141  # as a shell says of a process that SIGINT or SIGPIPE ended
+
+BROKEN = 70  # as sysexits.h calls an internal software error
 
 
 class _Commands(click.Group):
@@ -82,7 +85,14 @@ def main(args: list[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="backslashreplace")  # not every terminal has every character
-    sys.exit(run(args))
+    try:
+        code = run(args)
+    except Exception:
+        # Every error that a person can cause has a message; what is left is ours, and 1 would say "no".
+        traceback.print_exc()
+        click.echo("error: this is a mistake in ckpt itself\nhint: report it with the lines above", err=True)
+        code = BROKEN
+    sys.exit(code)
 
 
 def run(args: list[str] | None = None) -> int:
