@@ -28,6 +28,7 @@ from builder.tensors import LazyTensor
 if TYPE_CHECKING:
     from builder.catalog import Catalog
 
+_ONE_FILE = ("safetensors", "torch-zip", "torch-legacy", "torch-tar")
 ORIGIN = "pruned_from"  # the metadata that says which file this was
 
 # Of the original's metadata, what a build would leave out or say anew, and stays true of a pruned file.
@@ -217,7 +218,7 @@ def _with_origin(quick: Quick, pruning: Pruning, reporter: Reporter) -> Quick:
     (sha256,) = quick.sha256.values()
     origin: dict[str, Any] = {"file": path.name or path.resolve().name, "size": pruning.report.size}
     origin["SHA256"] = sha256
-    if pruning.report.container != "safetensors-sharded":
+    if pruning.report.container in _ONE_FILE:
         origin |= {"AutoV2": sha256[:10], **short_hashes(path, reporter=reporter)}
     if ORIGIN in said:
         origin[ORIGIN] = _parsed(said[ORIGIN])

@@ -7,11 +7,12 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -19,15 +20,16 @@ import pytest
 
 from builder import watch as module
 from builder.cli import run
+from builder.demo import write_sources
 from builder.errors import OutputError, UsageError
 from builder.formats import open_checkpoint
 from builder.prune import Options
 from builder.store import Store
 from builder.tensors import DType, LazyTensor, MemoryTensor
 from builder.watch import LAYOUTS, Event, Watch, kind_of, layout_of, move
-from tests.building import Folder, catalog, content, model, save, save_dirty
+from tests.building import ROOT, Folder, catalog, content, model, save, save_dirty
 
-Content = Mapping[str, tuple[str, tuple[int, ...], bytes]]
+DOCS = ROOT / "docs" / "commands.md"
 
 
 @pytest.fixture
@@ -99,6 +101,21 @@ def test_everything_goes_where_it_belongs(folder: Folder, layout: str) -> None:
         assert json.loads(checkpoint.metadata["pruned_from"])["file"] == "NAI.ckpt"
     again = folder("prune", "--watch", "in", *args)
     assert (again.code, again.out) == (0, "")
+
+
+def test_the_example_in_the_docs(folder: Folder) -> None:
+    """The demo's files, and one that is damaged."""
+    write_sources(folder / "inbox")
+    (folder / "inbox/demo.toml").unlink()
+    whole = (folder / "inbox/good.vae.safetensors").read_bytes()
+    (folder / "inbox/broken.safetensors").write_bytes(whole[:-1])
+    said = folder("prune", "--watch", "inbox", "--into", "models", "--once", "--settle", "0", "-q")
+    docs = DOCS.read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```text\n\$ ckpt prune --watch [^\n]*\n(.*?)^```$", docs, re.M | re.S)
+    if os.environ.get("UPDATE_GOLDEN"):
+        DOCS.write_text(docs.replace(block, said.out), encoding="utf-8")
+    else:
+        assert said.out == block
 
 
 def test_what_is_tidy_keeps_its_bytes(folder: Folder, watch: Watch) -> None:

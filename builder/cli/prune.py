@@ -206,9 +206,10 @@ def _unmatched(pruning: Pruning) -> UsageError:
 
 
 def _checkpoints(files: Iterable[Path], recursive: bool) -> Iterator[Path]:
-    """The files named, and the checkpoints in the folders named; a sharded set counts as its index."""
+    """The files named, and the checkpoints in the folders named that are none themselves."""
     for file in files:
-        if not file.is_dir() or any(file.glob("*.index.json")):
+        whole = (file / "model_index.json").exists() or any(file.glob("*.index.json"))
+        if whole or not file.is_dir():
             yield file
             continue
         below = sorted(file.rglob("*") if recursive else file.iterdir())

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 
 from builder.catalog import Architecture
 from builder.errors import Problem, RecipeError, SourceError, did_you_mean
-from builder.identify import Match
+from builder.identify import EMA, Match
 from builder.operations import OPERATIONS, Operation
 from builder.plan.keys import assembly_key, component_key, known_extras, step_key
 from builder.plan.metadata import stated_metadata
@@ -417,7 +417,7 @@ class _Resolver:
         opened = self.sources.open(base.name)
         if output.keep is None:
             averaged = any(c.startswith("EMA-") for c in output.components)
-            return [n for n in opened.identity.optional if averaged or not n.startswith("model_ema.")]
+            return [n for n in opened.identity.optional if averaged or not n.startswith(EMA)]
         absent = [n for n in output.keep if n not in opened.checkpoint and n not in self.catalog.optional]
         if absent:
             place = self.recipe.place(*output.at, "keep", output.keep.index(absent[0]), value=True)
@@ -431,10 +431,14 @@ class _Resolver:
         identity = opened.identity
         sorted_out = {*identity.ema, *identity.junk, *identity.optional}
         rest = [n for n in opened.checkpoint if n not in sorted_out]
-        names = {
-            reason: tuple(n for n in found if n not in kept)
-            for reason, found in (("EMA", identity.ema), ("junk", identity.junk), ("unknown", rest))
+        state = [n for n in identity.optional if n.startswith(EMA)]
+        reasons = {
+            "EMA": (*identity.ema, *state),
+            "junk": identity.junk,
+            "extra": [n for n in identity.optional if n not in state],
+            "unknown": rest,
         }
+        names = {r: tuple(n for n in found if n not in kept) for r, found in reasons.items()}
         if any(c.startswith("EMA-") for c in output.components):
             names.pop("EMA")
         sizes = {k: sum(opened.checkpoint[n].nbytes for n in v) for k, v in names.items()}
