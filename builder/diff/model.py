@@ -19,7 +19,7 @@ from builder.digests import Row, component_digest
 from builder.formats import open_checkpoint
 from builder.formats.checkpoint import Checkpoint
 from builder.identify import Identity, Match, identify
-from builder.metric import PUBLISHED, counted, label
+from builder.metric import counted, labels
 from builder.progress import SILENT, Reporter
 from builder.scan import Scan, scan
 from builder.tensors import DType, LazyTensor
@@ -350,12 +350,12 @@ def _known(
         reporter=reporter,
         task=f"what {Path(side.path).name} has",
     )
-    metric = label(found.histograms)
+    digits = labels(found.histograms)
     known = {}
     for match in matches:
         cls = match.component.cls
         published = _published(match, held, found, catalog) if cls in weights else None
-        value = getattr(metric, PUBLISHED[cls].part) if cls in PUBLISHED else ""
+        value = digits.get(cls, "")
         name = (
             published.name if published else catalog.known.label(cls, int(value)) if value.isdigit() else None
         )

@@ -54,13 +54,19 @@ def replacing(
         raise output_error(path, error) from None
 
 
-def write_bytes(path: Path | str, data: bytes, *, durable: bool = True) -> bool:
-    """Make `path` hold `data`; False when it already does, and is left untouched."""
+def write_bytes(
+    path: Path | str,
+    data: bytes,
+    *,
+    durable: bool = True,
+    inputs: Iterable[os.stat_result | Path | str] = (),
+) -> bool:
+    """Make `path` hold `data`; False when it already does, and is left untouched. Raises as `replacing`."""
     path = Path(path)
     with suppress(OSError):
         if path.is_file() and path.read_bytes() == data:
             return False
-    with replacing(path, durable=durable) as fd:
+    with replacing(path, durable=durable, inputs=inputs) as fd:
         write_all(fd, memoryview(data), 0)
     return True
 

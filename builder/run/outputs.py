@@ -112,7 +112,7 @@ class _Assembly:
         else:
             self._hold(made)
         if self.job.sidecar is not None:
-            write_bytes(target.with_suffix(".yaml"), self.job.sidecar)
+            write_bytes(target.with_suffix(".yaml"), self.job.sidecar, inputs=self._inputs())
         return made
 
     def _unchanged(self, key: str, target: Path, tensors: str) -> Built | None:
