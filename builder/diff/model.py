@@ -335,9 +335,9 @@ def _known(
     """Names of the weights of components that differ; reads those of which any are published."""
 
     weights = {k.cls for k in catalog.known.parts}
-    labels = {k.cls for k in catalog.known.metrics}
+    labelled = {k.cls for k in catalog.known.metrics}
     matches = [m for p in parts if (m := side.identity.find(p.cls)) is not None]
-    groups = counted({m.component.cls: m.names for m in matches if m.component.cls in labels})
+    groups = counted({m.component.cls: m.names for m in matches if m.component.cls in labelled})
     whole = {full for m in matches if m.component.cls in weights for full in m.names.values()}
     if not groups and not whole:
         return {}
