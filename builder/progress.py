@@ -6,13 +6,13 @@ from builder.errors import Problem
 
 
 class Reporter:
-    """Hears what happens. Methods may be called from any thread and must not raise."""
+    """Hears what happens. Methods may be called from any thread; none but `advance` may raise."""
 
     def start(self, task: str, total: int) -> None:
         """Work on `task` begins; `total` is in bytes."""
 
     def advance(self, task: str, count: int) -> None:
-        """`count` more bytes of `task` are done."""
+        """`count` more bytes of `task` are done; raises CkptError to have it given up."""
 
     def finish(self, task: str) -> None:
         """`task` is done or given up."""

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from builder.errors import FetchError, Place, Problem, SourceError
@@ -30,6 +31,11 @@ class Context:
     threads: int
     reporter: Reporter
     stop: threading.Event = field(default_factory=threading.Event)
+
+    @cached_property
+    def stopping(self) -> Reporter:
+        """The reporter, for work that is to be given up once the build has stopped."""
+        return _Stopping(self.reporter, self.stop)
 
     def cancel(self) -> None:
         """Have all work end soon."""
@@ -67,7 +73,7 @@ class Context:
         job = node.job
         assert isinstance(job, SourceJob)
         with self.stoppable():
-            return str(see(job.sources, job.source, self.catalog, self.store, self.reporter).sha256)
+            return str(see(job.sources, job.source, self.catalog, self.store, self.stopping).sha256)
 
     def settled(self, node: Node) -> None:
         """Raise SourceError unless what was read of a source is of the file that its digest is of."""
@@ -97,3 +103,27 @@ class Context:
         job = self.plan.node(name).job
         assert isinstance(job, ComponentJob)
         return job.source
+
+
+class _Stopping(Reporter):
+    """Passes on what it hears, until the work that it hears of is to be given up."""
+
+    def __init__(self, reporter: Reporter, stop: threading.Event) -> None:
+        self._reporter, self._stop = reporter, stop
+
+    def start(self, task: str, total: int) -> None:
+        self._reporter.start(task, total)
+
+    def advance(self, task: str, count: int) -> None:
+        if self._stop.is_set():
+            raise Cancelled(Problem("the build was stopped"))
+        self._reporter.advance(task, count)
+
+    def finish(self, task: str) -> None:
+        self._reporter.finish(task)
+
+    def note(self, message: str) -> None:
+        self._reporter.note(message)
+
+    def warn(self, problem: Problem) -> None:
+        self._reporter.warn(problem)

@@ -122,7 +122,7 @@ class _Assembly:
         if fact is None:
             return None
         state, _ = output_state(store, key, target)
-        if state == "hash" and store.sha256(target, self.context.reporter) == fact["sha256"]:
+        if state == "hash" and store.sha256(target, self.context.stopping) == fact["sha256"]:
             state = "unchanged"
         if state != "unchanged":
             return None
