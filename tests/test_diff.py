@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
-import shlex
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +19,9 @@ from builder.diff.values import Comparer, Rounding
 from builder.formats.writer import write as write_tensors
 from builder.numeric import Faults, cast_all
 from builder.tensors import DType, LazyTensor, MemoryTensor
-from tests.building import CLIP, IDS, ROOT, UNET, VAE, Folder, model, save, save_dirty, values
+from tests.building import CLIP, IDS, UNET, VAE, model, save, save_dirty, values
 
 GOLDEN = Path(__file__).parent / "golden" / "diff"
-DOCS = ROOT / "docs" / "commands.md"
 Tensors = Mapping[str, LazyTensor]
 BIAS = VAE + "decoder.conv_out.bias"
 
@@ -311,25 +308,6 @@ def test_a_file_against_itself_turned_round(here: Path, capsys: pytest.CaptureFi
     )
     assert one["ulp"] == other["ulp"] and one["differing"] == other["differing"]
     assert one["largest"]["a"] == other["largest"]["b"]
-
-
-def examples(command: str) -> Iterator[tuple[list[str], str]]:
-    """The command lines in a command's section of the manual, each with what it says."""
-    section = re.search(rf"^## ckpt {command}\n(.*?)(?=^## |\Z)", DOCS.read_text(), re.DOTALL | re.MULTILINE)
-    assert section is not None
-    for block in re.findall(r"```console\n(.*?)```", section[1], re.DOTALL):
-        for line, said in re.findall(r"^\$ ckpt (.*)\n((?:(?!\$ ).*\n)*)", block, re.MULTILINE):
-            yield shlex.split(line), said
-
-
-def test_the_manual_says_what_the_program_says(tmp_path: Path) -> None:
-    folder = Folder(tmp_path / "here", tmp_path / "store")
-    save_dirty(folder / "dirty.ckpt")
-    told = list(examples("diff"))
-    assert told
-    for words, text in told:
-        said = folder(*words)
-        assert (said.out, said.err) == (text, "")
 
 
 # -- values, against plain arithmetic

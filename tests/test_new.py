@@ -21,7 +21,6 @@ from builder.progress import Reporter
 from builder.store import Store
 from builder.tensors import DType, LazyTensor, MemoryTensor
 from tests.building import CLIP, IDS, UNET, VAE, Folder, catalog, model, save, save_dirty, values
-from tests.test_diff import examples
 
 GOLDEN = Path(__file__).parent / "golden" / "new"
 Tensors = Mapping[str, LazyTensor]
@@ -123,14 +122,6 @@ def test_a_training_checkpoint_and_a_vae(folder: Folder) -> None:
     golden("training.toml", said.out)
     folder.write("any.toml", said.out)
     assert folder("build", "-q", "any.toml").code == 0
-
-
-def test_the_manual_says_what_the_program_says(folder: Folder) -> None:
-    save_dirty(folder / "dirty.ckpt")
-    told = list(examples("new"))
-    assert told
-    for words, text in told:
-        assert folder(*words) == (0, text, "")
 
 
 def test_further_models_are_looked_through_like_a_library(folder: Folder) -> None:
