@@ -82,14 +82,18 @@ def find_source(
     pinned, by size and digest; among the store's downloads and in the Hugging Face cache, by digest. What
     lies beside the recipe is taken as it is; elsewhere a pin decides, for which files that may be it are
     hashed, once. Without `hashing` the first that may be it is taken unread. In both cases
-    `verify_source` has the last word. Raises FetchError, naming the places, when it is nowhere.
+    `verify_source` has the last word. Raises FetchError, naming the places, when it is nowhere, and
+    SourceError when what lies beside the recipe is of another size than is pinned.
     """
     search = _Search(wanted, store, hashing, reporter)
     if wanted.file is not None:
         path = folder / wanted.file
         search.looked.append(f"beside the recipe: `{path}`")
         for _ in _stats([path], modes.S_ISREG, modes.S_ISDIR):
-            return Found(path, *_known(path, store), "beside the recipe")
+            digest, size = _known(path, store)
+            if wanted.size is not None and wanted.size != size:
+                raise _not_pinned(path, f"{wanted.size:,} bytes", f"{size:,} bytes")
+            return Found(path, digest, size, "beside the recipe")
     found = _in_models(search, model_folders)
     if found is None and wanted.sha256 is not None:
         search.looked.append("among the store's downloads")
@@ -120,18 +124,20 @@ def verify_source(
     """
     sha256 = _hash(found.path, store, reporter)
     if pinned is not None and sha256 != pinned:
-        raise SourceError(
-            Problem(
-                f"`{found.path.name}` is not what was pinned",
-                Place(str(found.path)),
-                tuple(
-                    f"{what} {digest}{_known_as(known(digest))}"
-                    for what, digest in (("pinned:", pinned), ("found: ", sha256))
-                ),
-                "get the file that was pinned, or pin this one if it is the one you mean",
-            )
-        )
+        said = (f"{digest}{_known_as(known(digest))}" for digest in (pinned, sha256))
+        raise _not_pinned(found.path, *said)
     return replace(found, sha256=sha256)
+
+
+def _not_pinned(path: Path, pinned: str, found: str) -> SourceError:
+    return SourceError(
+        Problem(
+            f"`{path.name}` is not what was pinned",
+            Place(str(path)),
+            (f"pinned: {pinned}", f"found:  {found}"),
+            "get the file that was pinned, or pin this one if it is the one you mean",
+        )
+    )
 
 
 @dataclass

@@ -149,6 +149,14 @@ def test_a_pin_chooses_among_files_of_one_name(place: Place) -> None:
     assert place.find(Spec(sha256=SHA, size=3), hashing=False).path == right
 
 
+def test_a_file_beside_the_recipe_has_the_size_that_is_pinned(place: Place) -> None:
+    file = place.write("recipes/Anything.ckpt")
+    assert place.find(Spec(size=3)).path == file
+    with pytest.raises(SourceError) as error:
+        place.find(Spec(size=4))
+    assert error.value.problems[0].evidence == ("pinned: 4 bytes", "found:  3 bytes")
+
+
 def test_models_are_found_by_size_and_digest(place: Place) -> None:
     place.write("m1/a.ckpt", b"xyz")
     place.write("m1/b.ckpt", b"four")
