@@ -17,6 +17,7 @@ from builder.errors import ExitCode, Problem, UnreproducibleError, UsageError
 from builder.lock import differences, write_lock
 from builder.plan.keys import output_format
 from builder.progress import Reporter
+from builder.quick import output_path
 from builder.recipe import Output, Recipe
 from builder.run import Build, build
 from builder.store import Store
@@ -85,7 +86,8 @@ def _place(session: Work, output: Path | None) -> Callable[[Output], Path] | Non
                 hint="name the files in the recipe",
             )
         )
-    return lambda _: output
+    path = output_path(output)
+    return lambda _: path
 
 
 def _is_the_recipes_own(made: Build, recipe: Recipe) -> bool:
