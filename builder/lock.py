@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,10 @@ from builder import __version__
 from builder.errors import LockError, Problem
 from builder.formats.atomic import write_text
 from builder.numeric import PROFILE
-from builder.toml import Document, parse
+from builder.toml import parse
 
 VERSION = 1
+ANEW = "`ckpt lock` writes it anew"
 _HEADING = "# What the recipe resolved to. Made by `ckpt`; to be kept beside the recipe, not edited.\n\n"
 
 
@@ -95,7 +96,8 @@ def differences(old: Lock, new: Lock, *, partial: bool = False) -> list[str]:
     lines = []
     for what in dict.fromkeys([*before, *after]):
         a, b = before.get(what, ""), after.get(what, "")
-        if a != b:
+        strong = what.replace(": xxh3", ": sha256")  # says the same, to everyone
+        if a != b and (strong == what or before.get(strong) == after.get(strong)):
             lines.append(f"{what}: {_short(a)} became {_short(b)}" if a and b else _one_sided(what, a, b))
     return lines
 
@@ -119,60 +121,68 @@ def read_lock(path: Path) -> Lock | None:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         return None
-    except (OSError, UnicodeDecodeError) as error:
-        raise LockError(Problem(f"cannot read the lock `{path}`", evidence=(str(error),))) from None
-    document = parse(text, str(path), LockError)
+    except OSError as error:
+        raise LockError(Problem(f"cannot read the lock `{path}`", evidence=(str(error.strerror),))) from None
+    except UnicodeDecodeError:
+        raise LockError(Problem(f"the lock `{path}` is not UTF-8 text", hint=ANEW)) from None
+    try:
+        document = parse(text, str(path), LockError)
+    except LockError as error:
+        raise LockError(*(replace(p, hint=p.hint or ANEW) for p in error.problems)) from None
     data = document.data
     if data.get("version") != VERSION:
         raise LockError(
             Problem(
                 f"the lock is of version `{data.get('version')}`, this tool reads version {VERSION}",
                 document.place("version", value=True),
-                hint="`ckpt lock` writes it anew",
+                hint=ANEW,
             )
         )
     try:
         return Lock(
-            recipe=_text(data["recipe"]),
-            sources={n: _made(LockedSource, s) for n, s in data.get("sources", {}).items()},
-            components=tuple(_made(LockedComponent, c) for c in data.get("components", ())),
-            outputs={n: _made(LockedOutput, o) for n, o in data.get("outputs", {}).items()},
-            profile=int(data["profile"]),
+            recipe=_value(data, "recipe", str),
+            sources={n: _made(LockedSource, s) for n, s in _value(data, "sources", dict, {}).items()},
+            components=tuple(_made(LockedComponent, c) for c in _value(data, "components", list, [])),
+            outputs={n: _made(LockedOutput, o) for n, o in _value(data, "outputs", dict, {}).items()},
+            profile=_value(data, "profile", int),
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise _malformed(document, error) from None
+    except ValueError as error:
+        raise LockError(
+            Problem("the lock is not as this tool writes it", document.place(), (str(error),), ANEW)
+        ) from None
 
 
-def _made(kind: Any, table: Mapping[str, Any]) -> Any:
+_WORDS = {str: "a string", int: "an integer", dict: "a table", list: "an array"}
+
+
+def _value(table: Mapping[str, Any], key: str, kind: type, default: Any = None) -> Any:
+    """What a table holds under a key; raises ValueError, in words."""
+    found = table.get(key, default)
+    if found is None:
+        raise ValueError(f"`{key}` is missing")
+    if type(found) is not kind:
+        raise ValueError(f"`{key}` is not {_WORDS[kind]}")
+    return found
+
+
+def _made(kind: Any, table: Any) -> Any:
+    if not isinstance(table, dict):
+        raise ValueError(f"`{table}` is not a table")
     said = {("cls" if k == "class" else k): v for k, v in table.items()}
-    made = kind(**said)
-    for name, wanted in kind.__annotations__.items():
-        if not isinstance(getattr(made, name), int if wanted == "int" else str):
-            raise TypeError(name)
-    return made
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError(value)
-    return value
-
-
-def _malformed(document: Document, error: Exception) -> LockError:
-    return LockError(
-        Problem(
-            "the lock is not as this tool writes it",
-            document.place(),
-            (str(error),),
-            "`ckpt lock` writes it anew",
-        )
-    )
+    known = {f.name: f for f in fields(kind)}
+    if unknown := sorted(said.keys() - known.keys()):
+        raise ValueError(f"unknown key `{unknown[0]}`")
+    for name, field_ in known.items():
+        default = None if field_.default is MISSING else field_.default
+        said[name] = _value(said, name, int if field_.type == "int" else str, default)
+    return kind(**said)
 
 
 def write_lock(path: Path, lock: Lock) -> bool:
     """Write a lock unless the one that is there means the same; says whether it was written."""
     try:
-        if read_lock(path) == lock:
+        old = read_lock(path)
+        if old is not None and dict(old.facts()) == dict(lock.facts()):
             return False
     except LockError:
         pass  # to be replaced: it says nothing

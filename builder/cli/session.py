@@ -70,17 +70,28 @@ class Work:
 
 
 @contextmanager
-def open_session(path: Path, reporter: Reporter, *, offline: bool = False) -> Iterator[Work]:
-    """Read a recipe and its lock, and open the store; the network is not used before it is needed."""
+def open_session(
+    path: Path, reporter: Reporter, *, offline: bool = False, anew: bool = False
+) -> Iterator[Work]:
+    """Read a recipe and its lock, and open the store; the network is not used before it is needed.
+
+    With `anew` a lock that cannot be read is none.
+    """
     catalog = load_catalog()
     recipe = load_recipe(path, catalog)
     for note in recipe.notes:
         reporter.note(note.fact)
     where = lock_path(path)
+    try:
+        lock = read_lock(where)
+    except LockError:
+        if not anew:
+            raise
+        lock = None
     with Store(reporter=reporter) as store:
         network = _Network(offline, reporter)
         try:
-            yield Work(recipe, catalog, store, read_lock(where), where, reporter, network)
+            yield Work(recipe, catalog, store, lock, where, reporter, network)
         finally:
             network.close()
 
