@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 import shutil
@@ -346,14 +347,11 @@ class Store:
             return self._overlay
 
     def _unwritable(self, error: OSError) -> OutputError:
-        return OutputError(
-            Problem(
-                "cannot write to the store",
-                Place(str(self.root)),
-                (str(error.strerror),),
-                "`ckpt store gc --max-size SIZE` makes room; `CKPT_STORE` chooses another folder",
-            )
-        )
+        full = error.errno in {errno.ENOSPC, errno.EDQUOT}
+        room = "`ckpt store gc --max-size SIZE` makes room; " if full else ""
+        hint = f"{room}`CKPT_STORE` chooses another folder"
+        fact = "cannot write to the store"
+        return OutputError(Problem(fact, Place(str(self.root)), (str(error.strerror),), hint))
 
 
 def _fill(path: Path, blanks: Mapping[str, str], values: Mapping[str, str]) -> None:
