@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from builder.identify import DIFFUSERS_ATTENTION
 from builder.layouts.tensors import Reshaped
 from builder.tensors import DType, LazyTensor, MemoryTensor
 
@@ -41,7 +42,7 @@ POSITIONS = 77
 CLIP_CLASSES = ("CLIP-v1", "CLIP-XL-AUX", "CLIP-mini")
 VAE_CLASSES = ("VAE-v1", "VAE-mini")
 # A linear layer's weights do for a 1x1 convolution what the convolution's own do, less two dimensions.
-VAE_ATTENTION_NAMES = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+VAE_ATTENTION_NAMES = {theirs: ours for ours, theirs in DIFFUSERS_ATTENTION.items()}
 
 
 def exact_position_ids() -> MemoryTensor:

@@ -23,7 +23,7 @@ SCALES = re.compile(r"(?:.*\.)?(?:scaled_fp8|scale_weight|weight_scale|scale_inp
 # Attention of an autoencoder as diffusers spells it. A linear layer's weights are a 1x1 convolution's
 # less two dimensions, so either shape holds the same numbers.
 _ATTENTION = re.compile(r"(.*\bmid\.attn_1\.)(q|k|v|proj_out)(\.(?:weight|bias))")
-_DIFFUSERS = {"q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
+DIFFUSERS_ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
 
 
 class Spec(Protocol):
@@ -211,7 +211,7 @@ def _compare(
         here, attention = name, _ATTENTION.fullmatch(name) if ".attn_1." in name else None
         if attention and full is None:
             stem, layer, kind = attention.groups()
-            here = stem + _DIFFUSERS[layer] + kind
+            here = stem + DIFFUSERS_ATTENTION[layer] + kind
             full = local.get(here)
         if full is None:
             (missing_optional if rule.optional else missing).append(name)
