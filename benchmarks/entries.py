@@ -21,7 +21,7 @@ from builder.formats.blob import BlobTensor
 from builder.hashes import sha256_file
 from builder.metric import SCALES
 from builder.store import Store
-from builder.tensors import DType
+from builder.tensors.lazy import DType
 
 MB = 1e6
 MEMORY = Target("ours", at_most=500 * MB, unit="bytes")

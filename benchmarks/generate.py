@@ -12,7 +12,7 @@ from typing import Literal
 
 from builder.formats.torch_write import write_torch
 from builder.samples import CLEAN, DIRTY, Content, Dirt, Model, make
-from builder.tensors import DType, LazyTensor
+from builder.tensors.lazy import DType, LazyTensor
 
 __all__ = ["CLEAN", "DIRTY", "Content", "Dirt", "Model", "main", "make", "write"]
 

@@ -10,16 +10,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from builder.base.errors import CkptError, OutputError, Place, Problem, SourceError, UsageError
+from builder.base.progress import SILENT, Reporter, human_bytes
 from builder.catalog import Catalog
-from builder.errors import CkptError, OutputError, Place, Problem, SourceError, UsageError
 from builder.formats import open_checkpoint
 from builder.formats.blob import FileBlob
 from builder.formats.checkpoint import Checkpoint
 from builder.identify import identify
-from builder.numeric import PRECISIONS, Faults, NonFinite, Overflow, Precision, cast_all
-from builder.progress import SILENT, Reporter, human_bytes
 from builder.quick import Quick, recipe_name
-from builder.tensors import LazyTensor
+from builder.tensors.cast import PRECISIONS, Faults, NonFinite, Overflow, Precision, cast_all
+from builder.tensors.lazy import LazyTensor
 
 if TYPE_CHECKING:
     from builder.layouts.configs import Prediction
@@ -103,8 +103,8 @@ def convert(
 
     With the precision `keep` no value changes, nor is any looked at. Any other is for weights: integers
     and the noise schedule stay as they are, and values that it cannot hold are handled as `overflow` and
-    `non_finite` say (`builder.numeric.Cast`). `shard_size` is in bytes of tensors. For diffusers' layout,
-    `prediction` overrides what the model says it predicts, and `tokenizer` is a folder with CLIP's
+    `non_finite` say (`builder.tensors.cast.Cast`). `shard_size` is in bytes of tensors. For diffusers'
+    layout, `prediction` overrides what the model says it predicts, and `tokenizer` is a folder with CLIP's
     vocabulary. Raises CkptError; then `target` is as it was.
     """
     form = form_of(str(target))
@@ -257,7 +257,7 @@ def _write_set(
     accept: Callable[[], None],
     options: Mapping[str, Any],
 ) -> int:
-    from builder.formats.folders import making_set
+    from builder.base.folders import making_set
     from builder.formats.sharded_write import SHARD_SIZE, SUFFIX, write_shards
 
     with making_set(index, durable=options["durable"]) as folder:
@@ -371,8 +371,8 @@ def _write_folder(
     accept: Callable[[], None],
     options: Mapping[str, Any],
 ) -> int:
+    from builder.base.folders import making_folder
     from builder.formats.diffusers import REMAINDER, write_folder
-    from builder.formats.folders import making_folder
 
     reporter: Reporter = options["reporter"]
     with making_folder(target, durable=options["durable"]) as folder:

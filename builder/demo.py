@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from builder.formats.atomic import write_text
+from builder.base.disk import write_text
 from builder.formats.torch_write import write_torch
 from builder.formats.writer import write
 from builder.samples import CLEAN, DIRTY, Model, make
-from builder.tensors import DType
+from builder.tensors.lazy import DType
 
 RECIPE = """\
 format = 1

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from builder.errors import printable
+from builder.base.errors import printable
+from builder.base.progress import human_bytes
 from builder.plan import ComponentJob, Node, OutputJob, Plan, SourceJob, StepJob
-from builder.progress import human_bytes
 
 
 def to_text(plan: Plan) -> str:

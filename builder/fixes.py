@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from builder.identify import DIFFUSERS_ATTENTION
-from builder.layouts.tensors import Reshaped
-from builder.tensors import DType, LazyTensor, MemoryTensor
+from builder.tensors.lazy import DType, LazyTensor, MemoryTensor
+from builder.tensors.moves import Reshaped
 
 Tensors = Mapping[str, LazyTensor]
 

@@ -11,11 +11,11 @@ from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
-from builder.errors import Problem, SourceError
+from builder.base.errors import Problem, SourceError
+from builder.base.progress import SILENT, Reporter
 from builder.formats.blob import FileBlob
 from builder.formats.safetensors import MAX_HEADER
-from builder.progress import SILENT, Reporter
-from builder.tensors import WINDOW
+from builder.tensors.lazy import WINDOW
 
 Take = Callable[[int, memoryview], None]  # the next bytes of a file, and their offset
 

@@ -10,10 +10,10 @@ from typing import Any
 import tomli_w
 
 from builder import __version__
-from builder.errors import LockError, Problem
-from builder.formats.atomic import write_text
-from builder.numeric import PROFILE
-from builder.toml import parse
+from builder.base.disk import write_text
+from builder.base.errors import LockError, Problem
+from builder.base.toml import parse
+from builder.tensors.cast import PROFILE
 
 VERSION = 1
 ANEW = "`ckpt lock` writes it anew"

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from builder.progress import SILENT, Reporter
-from builder.scan import BINS, scan
-from builder.tensors import LazyTensor
+from builder.base.progress import SILENT, Reporter
+from builder.tensors.lazy import LazyTensor
+from builder.tensors.scan import BINS, scan
 
 if TYPE_CHECKING:
     import numpy as np

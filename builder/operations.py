@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from builder.tensors import LazyTensor
+from builder.tensors.lazy import LazyTensor
 
 Kind = Literal["number", "integer", "string", "boolean", "choice", "block-weights"]
 Apply = Callable[[Mapping[str, Mapping[str, LazyTensor]], Mapping[str, Any]], Mapping[str, LazyTensor]]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from builder.base.errors import Place, Problem, UsageError, did_you_mean
+from builder.base.words import spelling
 from builder.catalog import Architecture, Catalog
-from builder.catalog.model import spelling
-from builder.errors import Place, Problem, UsageError, did_you_mean
 from builder.formats import open_checkpoint
 from builder.identify import Identity, Match, identify
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from builder.errors import Place, Problem
+from builder.base.errors import Place, Problem
 from builder.fixes import FIXES
 
 

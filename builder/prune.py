@@ -11,19 +11,19 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from builder.errors import Place, Problem, SourceError
+from builder.base.disk import write_bytes
+from builder.base.errors import Place, Problem, SourceError
+from builder.base.progress import SILENT, Reporter
 from builder.formats import open_checkpoint
-from builder.formats.atomic import write_bytes
 from builder.hashes import short_hashes
 from builder.identify import EMA, Identity, Match
-from builder.numeric import cast_type
 from builder.parts import home, usual_precision
-from builder.progress import SILENT, Reporter
 from builder.quick import Quick, make_parts, numbered, recipe_name, run
 from builder.report import Report, examine
 from builder.run import Build
 from builder.store import Store
-from builder.tensors import LazyTensor
+from builder.tensors.cast import cast_type
+from builder.tensors.lazy import LazyTensor
 
 if TYPE_CHECKING:
     from builder.catalog import Catalog

@@ -12,11 +12,11 @@ from typing import Any
 
 import tomli_w
 
+from builder.base.disk import may_replace, replacing, write_all
+from builder.base.errors import OutputError, Problem
+from builder.base.progress import SILENT, Reporter
 from builder.catalog import Catalog
-from builder.errors import OutputError, Problem
-from builder.formats.atomic import may_replace, replacing, write_all
 from builder.plan import Plan, SourceJob, make_plan
-from builder.progress import SILENT, Reporter
 from builder.recipe import Recipe, parse_recipe
 from builder.run import Build, build
 from builder.sources import Found, verify_source

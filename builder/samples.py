@@ -11,9 +11,9 @@ from typing import Literal
 
 import numpy as np
 
+from builder.base.errors import Problem, UsageError, did_you_mean
 from builder.catalog import RANK, Catalog, Component, TensorRule, load_catalog
-from builder.errors import Problem, UsageError, did_you_mean
-from builder.tensors import BY_CODE, DType, LazyTensor, MemoryTensor
+from builder.tensors.lazy import BY_CODE, DType, LazyTensor, MemoryTensor
 
 Content = Literal["random", "sparse"]
 

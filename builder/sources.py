@@ -12,11 +12,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
-from builder.errors import FetchError, Place, Problem, SourceError
+from builder.base.errors import FetchError, Place, Problem, SourceError
+from builder.base.progress import SILENT, Reporter
 from builder.fetch.cache import hugging_face_cache
 from builder.formats import open_checkpoint, sniff
 from builder.formats.blob import FileBlob
-from builder.progress import SILENT, Reporter
 from builder.store import Store
 
 # Bounds of a search: a folder of models is not a whole disk.

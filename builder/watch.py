@@ -15,17 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from builder.errors import CkptError, OutputError, Place, Problem, SourceError, UsageError, render
+from builder.base.disk import replacing, write_all
+from builder.base.errors import CkptError, OutputError, Place, Problem, SourceError, UsageError, render
+from builder.base.progress import SILENT, Reporter
 from builder.formats import open_checkpoint
-from builder.formats.atomic import replacing, write_all
 from builder.hashes import sha256_file
 from builder.identify import Identity, identify
-from builder.numeric import UnfitError
 from builder.parts import kind
-from builder.progress import SILENT, Reporter
 from builder.prune import Options, Pruning, plan_pruning, prune, vacant
 from builder.quick import SHARD, SUFFIXES, numbered, stem
 from builder.store import Store
+from builder.tensors.cast import UnfitError
 
 if TYPE_CHECKING:
     from builder.catalog import Catalog

@@ -22,7 +22,7 @@ from benchmarks.generate import CLEAN, DIRTY, Dirt, Format, Model, make, write
 from builder.catalog import Catalog, load_catalog
 from builder.cli import run
 from builder.formats import open_checkpoint
-from builder.tensors import DType, LazyTensor, MemoryTensor
+from builder.tensors.lazy import DType, LazyTensor, MemoryTensor
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden" / "build"

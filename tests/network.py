@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from builder.tensors import LazyTensor
+from builder.tensors.lazy import LazyTensor
 from tests.building import Folder, model, save, save_dirty, values
 from tests.servers import Server
 

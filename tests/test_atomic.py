@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from builder.errors import OutputError
-from builder.formats import atomic
+from builder.base import disk
+from builder.base.errors import OutputError
 
 
 @pytest.fixture(params=[True, False], ids=["nameless", "named"], autouse=True)
 def nameless(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(atomic, "NAMELESS", atomic.NAMELESS and request.param)
+    monkeypatch.setattr(disk, "NAMELESS", disk.NAMELESS and request.param)
 
 
 def names(folder: Path) -> list[str]:
@@ -31,8 +31,8 @@ def test_a_file_is_there_when_the_block_ends(tmp_path: Path, durable: bool, old:
     path = tmp_path / "x"
     if old is not None:
         path.write_bytes(old)
-    with atomic.replacing(path, durable=durable) as fd:
-        atomic.write_all(fd, memoryview(b"new"), 0)
+    with disk.replacing(path, durable=durable) as fd:
+        disk.write_all(fd, memoryview(b"new"), 0)
         assert (path.read_bytes() if path.exists() else None) == old
     assert path.read_bytes() == b"new"
     assert names(tmp_path) == ["x"]
@@ -42,7 +42,7 @@ def test_a_file_is_there_when_the_block_ends(tmp_path: Path, durable: bool, old:
 def test_nothing_happens_when_the_block_fails(tmp_path: Path, error: type[BaseException]) -> None:
     (tmp_path / "x").write_bytes(b"old")
     for name in ("x", "y"):
-        with pytest.raises(error), atomic.replacing(tmp_path / name) as fd:
+        with pytest.raises(error), disk.replacing(tmp_path / name) as fd:
             os.write(fd, b"new")
             raise error
     assert names(tmp_path) == ["x"]
@@ -54,7 +54,7 @@ def test_a_link_is_replaced_and_what_it_points_at_is_not(tmp_path: Path) -> None
     for target in ("blob", "nowhere"):
         link = tmp_path / f"to-{target}"
         link.symlink_to(target)
-        atomic.write_bytes(link, b"new")
+        disk.write_bytes(link, b"new")
         assert not link.is_symlink()
         assert link.read_bytes() == b"new"
     assert (tmp_path / "blob").read_bytes() == b"blob"
@@ -64,7 +64,7 @@ def test_a_link_is_replaced_and_what_it_points_at_is_not(tmp_path: Path) -> None
 def test_a_link_that_already_says_it_is_left(tmp_path: Path) -> None:
     (tmp_path / "blob").write_bytes(b"same")
     (tmp_path / "link").symlink_to("blob")
-    assert not atomic.write_bytes(tmp_path / "link", b"same")
+    assert not disk.write_bytes(tmp_path / "link", b"same")
     assert (tmp_path / "link").is_symlink()
 
 
@@ -72,7 +72,7 @@ def test_a_link_that_already_says_it_is_left(tmp_path: Path) -> None:
 def test_permissions_are_those_of_any_new_file(tmp_path: Path, umask: int) -> None:
     old = os.umask(umask)
     try:
-        atomic.write_bytes(tmp_path / "x", b"")
+        disk.write_bytes(tmp_path / "x", b"")
     finally:
         os.umask(old)
     assert stat.S_IMODE((tmp_path / "x").stat().st_mode) == 0o666 & ~umask
@@ -96,7 +96,7 @@ def test_what_cannot_be_replaced(tmp_path: Path, name: str, evidence: str, hint:
     (tmp_path / "link-to-pipe").symlink_to("pipe")
     before = names(tmp_path)
     with pytest.raises(OutputError) as caught:
-        atomic.write_bytes(tmp_path / name, b"x")
+        disk.write_bytes(tmp_path / name, b"x")
     problem = caught.value.problems[0]
     assert (problem.fact, problem.evidence, problem.hint) == (
         f"cannot write `{tmp_path / name}`",
@@ -109,12 +109,12 @@ def test_what_cannot_be_replaced(tmp_path: Path, name: str, evidence: str, hint:
 def test_an_input_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "in").write_bytes(b"in")
     (tmp_path / "link").symlink_to("in")
-    with pytest.raises(OutputError) as caught, atomic.replacing(tmp_path / "link", inputs=[tmp_path / "in"]):
+    with pytest.raises(OutputError) as caught, disk.replacing(tmp_path / "link", inputs=[tmp_path / "in"]):
         pass
     problem = caught.value.problems[0]
     assert problem.fact == f"the output `{tmp_path / 'link'}` is one of the inputs"
     assert problem.evidence == (f"it is the same file as `{tmp_path / 'in'}`",)
-    with atomic.replacing(tmp_path / "other", inputs=[tmp_path / "in"]):
+    with disk.replacing(tmp_path / "other", inputs=[tmp_path / "in"]):
         pass
 
 
@@ -133,14 +133,14 @@ def test_what_the_dead_left_is_removed(tmp_path: Path, locked: Path) -> None:
     foreign = [".ckpt-0.tmp", "ckpt-00000000000000cc.tmp", ".ckpt-00000000000000cc.tmp.safetensors"]
     for name in foreign:
         (tmp_path / name).write_bytes(b"theirs")
-    atomic.write_bytes(tmp_path / "x", b"new")
+    disk.write_bytes(tmp_path / "x", b"new")
     assert names(tmp_path) == sorted([*foreign, locked.name, "x"])
 
 
 def test_a_file_being_written_is_not_taken_for_stale(tmp_path: Path) -> None:
-    with atomic.replacing(tmp_path / "x") as fd:
+    with disk.replacing(tmp_path / "x") as fd:
         os.write(fd, b"x")
-        atomic.write_bytes(tmp_path / "y", b"y")
+        disk.write_bytes(tmp_path / "y", b"y")
     assert names(tmp_path) == ["x", "y"]
     assert (tmp_path / "x").read_bytes() == b"x"
 
@@ -152,7 +152,7 @@ def test_many_at_once_in_one_folder(tmp_path: Path) -> None:
     def work(text: str) -> None:
         try:
             for turn in range(30):
-                atomic.write_text(tmp_path / "x", text * turn, durable=False)
+                disk.write_text(tmp_path / "x", text * turn, durable=False)
         except BaseException as error:
             errors.append(error)
 
@@ -168,16 +168,16 @@ def test_many_at_once_in_one_folder(tmp_path: Path) -> None:
 
 def test_text_is_rewritten_only_when_it_differs(tmp_path: Path) -> None:
     path = tmp_path / "x"
-    assert atomic.write_text(path, "é\n")
+    assert disk.write_text(path, "é\n")
     before = path.stat()
-    assert not atomic.write_text(path, "é\n")
+    assert not disk.write_text(path, "é\n")
     assert path.stat() == before
-    assert atomic.write_text(path, "e\n")
+    assert disk.write_text(path, "e\n")
     assert path.read_bytes() == b"e\n"
 
 
 def test_an_error_of_the_block_is_told_of_the_file(tmp_path: Path) -> None:
-    with pytest.raises(OutputError) as caught, atomic.replacing(tmp_path / "x"):
+    with pytest.raises(OutputError) as caught, disk.replacing(tmp_path / "x"):
         raise OSError(errno.EDQUOT, "ignored")
     assert caught.value.problems[0].evidence == (os.strerror(errno.EDQUOT),)
     assert caught.value.problems[0].hint == "make room there, or write to another folder"
@@ -187,7 +187,7 @@ def test_an_error_of_the_block_is_told_of_the_file(tmp_path: Path) -> None:
 def test_no_descriptor_is_left_open(tmp_path: Path) -> None:
     before = len(names(Path("/dev/fd")))
     for n in range(5):
-        atomic.write_text(tmp_path / "x", str(n))
-        with pytest.raises(ZeroDivisionError), atomic.replacing(tmp_path / "x"):
+        disk.write_text(tmp_path / "x", str(n))
+        with pytest.raises(ZeroDivisionError), disk.replacing(tmp_path / "x"):
             raise ZeroDivisionError
     assert len(names(Path("/dev/fd"))) == before

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from benchmarks.generate import DIRTY, Dirt
-from builder.tensors import DType, LazyTensor, MemoryTensor
+from builder.tensors.lazy import DType, LazyTensor, MemoryTensor
 from tests.building import IDS, RECIPE, UNET, VAE, Folder, content, model, save, values
 
 HEAD = 'format = 1\nname = "m"\n'

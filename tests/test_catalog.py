@@ -11,12 +11,12 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from builder.braces import BraceError, escape, expand
+from builder.base.braces import BraceError, escape, expand
+from builder.base.errors import CatalogError, UsageError, render
 from builder.catalog import RANK, TensorRule, load_catalog
 from builder.catalog.files import _ARCHITECTURE, _COMPONENT, parse_table
 from builder.catalog.learn import compress
 from builder.cli import run
-from builder.errors import CatalogError, UsageError, render
 
 # ── braces ──
 

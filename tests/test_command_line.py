@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from builder.base.errors import Place, Problem, render
 from builder.cli import run
-from builder.errors import Place, Problem, render
 from builder.formats.writer import write
-from builder.tensors import DType, MemoryTensor
+from builder.tensors.lazy import DType, MemoryTensor
 
 CKPT = [sys.executable, "-m", "builder"]
 

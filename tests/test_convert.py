@@ -18,14 +18,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from builder.base.errors import OutputError, UsageError
+from builder.base.folders import making_folder, making_set
 from builder.convert import convert, form_of
-from builder.errors import OutputError, UsageError
 from builder.formats import open_checkpoint
-from builder.formats.folders import making_folder, making_set
 from builder.formats.sharded_write import plan_shards
 from builder.formats.writer import write
-from builder.layouts.tensors import Joined, Reshaped, Rows, Transposed
-from builder.tensors import DType, LazyTensor, MemoryTensor
+from builder.tensors.lazy import DType, LazyTensor, MemoryTensor
+from builder.tensors.moves import Joined, Reshaped, Rows, Transposed
 from tests.building import ROOT, Folder, catalog, content, files, model, save, save_dirty, values
 
 NAMES = ("out.safetensors", "out.ckpt", "out.pt", "out.safetensors.index.json")
@@ -297,7 +297,7 @@ def test_a_killed_process_leaves_nothing_that_looks_whole(tmp_path: Path) -> Non
     code = """if True:
         import os, signal, sys
         from pathlib import Path
-        from builder.formats.folders import making_folder
+        from builder.base.folders import making_folder
         with making_folder(Path(sys.argv[1])) as folder:
             (folder / "half").write_text("x")
             os.kill(os.getpid(), signal.SIGKILL)

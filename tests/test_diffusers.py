@@ -16,15 +16,15 @@ import torch
 
 from benchmarks.generate import make
 from benchmarks.generate import write as write_generated
+from builder.base.errors import SourceError
 from builder.convert import FAMILIES
-from builder.errors import SourceError
 from builder.formats import open_checkpoint
 from builder.formats.diffusers import write_folder
 from builder.formats.writer import write
 from builder.layouts import family_of, to_diffusers, to_original
 from builder.layouts.configs import configs
 from builder.layouts.tables import PARTS
-from builder.tensors import DType, LazyTensor, MemoryTensor
+from builder.tensors.lazy import DType, LazyTensor, MemoryTensor
 from tests.building import CLIP, IDS, VAE, Folder, catalog, content, files, model, save, values
 
 pytest.importorskip("diffusers")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from builder.formats import open_checkpoint
-from builder.tensors import DType, MemoryTensor
+from builder.tensors.lazy import DType, MemoryTensor
 from tests.building import UNET, VAE, Folder, catalog, content, model, save, save_dirty
 from tests.recipe_words import golden
 

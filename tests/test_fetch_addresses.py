@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from builder.errors import UsageError
-from builder.fetch.addresses import Civitai, HuggingFace, LocalFile, Web, check_address, parse_address
+from builder.base.addresses import Civitai, HuggingFace, LocalFile, Web, check_address, parse_address
+from builder.base.errors import UsageError
 from builder.fetch.text import file_name, host_words, page_kind, safe_name, scrub, shown
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -199,6 +199,6 @@ def test_what_a_host_says_cannot_drive_a_terminal_or_fill_it() -> None:
 
 
 def test_reading_an_address_imports_nothing_of_the_network() -> None:
-    code = "import sys, builder.fetch.addresses; print({'ssl', 'socket', 'http.client'} & set(sys.modules))"
+    code = "import sys, builder.base.addresses; print({'ssl', 'socket', 'http.client'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout.strip() == "set()"

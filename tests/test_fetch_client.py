@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from builder.base.progress import Reporter
 from builder.fetch.client import Limits, Session
 from builder.fetch.failure import Failure
 from builder.fetch.net import Proxies, private_kind
-from builder.progress import Reporter
 from tests.servers import (
     File,
     Server,

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from builder.errors import CkptError, ExitCode, FetchError, Problem, SourceError, render
+from builder.base.errors import CkptError, ExitCode, FetchError, Problem, SourceError, render
+from builder.base.progress import Reporter
 from builder.fetch.acquire import Fetched, fetch
 from builder.fetch.client import Limits, Session
-from builder.progress import Reporter
 from builder.store import Store
 from tests.servers import (
     File,
@@ -491,7 +491,7 @@ def test_no_room_on_the_disk(server: Server, store: Store, monkeypatch: pytest.M
 CLIENT = """
 import sys
 from pathlib import Path
-from builder.errors import CkptError
+from builder.base.errors import CkptError
 from builder.fetch.acquire import fetch
 from builder.fetch.client import Limits, Session
 from builder.store import Store

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from builder.errors import CkptError, FetchError, SourceError, render
+from builder.base.errors import CkptError, FetchError, SourceError, render
 from builder.fetch.acquire import fetch, lookup_by_hash, resolve
 from builder.fetch.cache import hugging_face_cache
 from builder.fetch.client import Limits, Session

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.generate import Dirt
 from builder.fixes import FIXES, POSITION_IDS, Fixed, exact_position_ids, truncated_position_ids
-from builder.tensors import DType, LazyTensor, MemoryTensor
+from builder.tensors.lazy import DType, LazyTensor, MemoryTensor
 from tests.building import CLIP, IDS, VAE, Folder, catalog, content, model, save, values
 
 RECIPE = 'format = 1\nname = "m"\nbase = "a"\nsources.a.file = "a.safetensors"\n'

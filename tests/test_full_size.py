@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 
 from benchmarks.generate import DIRTY, Model, make, write
-from builder.tensors import DType, LazyTensor
+from builder.tensors.lazy import DType, LazyTensor
 from tests.building import CLIP, IDS, VAE, Folder, catalog
 
 pytestmark = pytest.mark.slow

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from builder.errors import SourceError
+from builder.base.errors import SourceError
 from builder.formats import open_checkpoint
 from tests.torch_forms import records, save, tarred, zipped
 

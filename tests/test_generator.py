@@ -20,13 +20,13 @@ from safetensors import safe_open
 
 from benchmarks.generate import write
 from benchmarks.harness import Sample, Target, outcome
+from builder.base.errors import OutputError, Problem, SourceError, UsageError
 from builder.catalog import load_catalog
-from builder.errors import OutputError, Problem, SourceError, UsageError
 from builder.formats import open_checkpoint, torch_write
 from builder.formats.torch_write import write_torch
 from builder.identify import identify
 from builder.samples import CLEAN, DIRTY, SPREADS, Dirt, Repeated, make
-from builder.tensors import DType, LazyTensor, MemoryTensor
+from builder.tensors.lazy import DType, LazyTensor, MemoryTensor
 
 WRITABLE = [d for d in DType if d.torch_name and d.bits >= 8]
 

@@ -12,10 +12,10 @@ import torch
 from blake3 import blake3
 from safetensors.torch import save_file
 
-from builder.errors import SourceError
+from builder.base.errors import SourceError
+from builder.base.progress import Reporter
 from builder.hashes import file_hashes, sha256_file
-from builder.progress import Reporter
-from builder.tensors import WINDOW
+from builder.tensors.lazy import WINDOW
 
 
 def test_hello_world(tmp_path: Path) -> None:

@@ -461,7 +461,7 @@ def test_a_tensor_met_a_million_times(path: Path) -> None:
 
 
 def test_names_of_terminals_are_kept_from_them(path: Path) -> None:
-    from builder.errors import render
+    from builder.base.errors import render
 
     holding(path, {"\x1b[2Ja\u202e": tensor(storage("7", 6), (6,))})
     assert "\x1b" not in render(refused(path))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from builder.catalog import RANK, load_catalog
 from builder.identify import Identity, Misshapen, identify
-from builder.tensors import DType, LazyTensor
+from builder.tensors.lazy import DType, LazyTensor
 
 CATALOG = load_catalog([])
 SD_V1 = ("UNET-v1-SD", "VAE-v1-SD", "CLIP-v1-SD")

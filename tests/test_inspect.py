@@ -18,15 +18,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from builder.base.errors import Problem
+from builder.base.progress import human_bytes
 from builder.catalog import RANK, Catalog, load_catalog
 from builder.cli import run
 from builder.cli.terminal import make_reporter
-from builder.errors import Problem
 from builder.formats.checkpoint import Checkpoint
-from builder.progress import human_bytes
 from builder.report import Report, build_report, examine, render
 from builder.report.positions import read_position_ids
-from builder.tensors import BY_CODE, DType, LazyTensor, MemoryTensor
+from builder.tensors.lazy import BY_CODE, DType, LazyTensor, MemoryTensor
 from tests.servers import File, Server
 
 GOLDEN = Path(__file__).parent / "golden" / "inspect"

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from builder.errors import LockError
+from builder.base.errors import LockError
 from builder.lock import Lock, LockedComponent, LockedOutput, LockedSource, differences, read_lock, write_lock
 from tests.building import GOLDEN, RECIPE, Folder, model, save, save_dirty
 from tests.recipe_words import golden

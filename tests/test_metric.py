@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from benchmarks.generate import make
 from builder.metric import PUBLISHED, Metric, Scale, counted, digits, label, measure, weigh
-from builder.scan import BINS
-from builder.tensors import LazyTensor
+from builder.tensors.lazy import LazyTensor
+from builder.tensors.scan import BINS
 from tests.test_scan import held, histogram
 
 UNET, VAE, CLIP, CLIP2 = (PUBLISHED[c] for c in ("UNET-v1", "VAE-v1", "CLIP-v1", "CLIP-v2"))

@@ -22,7 +22,7 @@ import pytest
 from benchmarks.generate import make
 from builder.cli import terminal
 from builder.formats import open_checkpoint
-from builder.tensors import DType
+from builder.tensors.lazy import DType
 from tests.building import ROOT, VAE, Folder, catalog, model, save, values
 from tests.network import TOKEN, Net, bulky, dirty, downloads, hosts, saved, sha256, vae
 from tests.servers import COMMIT, File, Handler, answer, civitai, hugging_face, says

@@ -15,11 +15,11 @@ import tomli
 
 from builder.author import Draft, describe
 from builder.author.text import merged, place
+from builder.base.progress import Reporter
 from builder.formats.writer import write as write_tensors
-from builder.numeric import Faults, cast_all
-from builder.progress import Reporter
 from builder.store import Store
-from builder.tensors import DType, LazyTensor, MemoryTensor
+from builder.tensors.cast import Faults, cast_all
+from builder.tensors.lazy import DType, LazyTensor, MemoryTensor
 from tests.building import CLIP, IDS, UNET, VAE, Folder, catalog, model, save, save_dirty, values
 
 GOLDEN = Path(__file__).parent / "golden" / "new"

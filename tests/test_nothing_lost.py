@@ -19,9 +19,9 @@ from pathlib import Path
 
 import pytest
 
+from builder.base.errors import CkptError, OutputError, SourceError, render
+from builder.base.progress import Reporter
 from builder.cli.session import open_session
-from builder.errors import CkptError, OutputError, SourceError, render
-from builder.progress import Reporter
 from builder.run import Build, build
 from tests.building import RECIPE, Folder, files, model, save, save_dirty
 

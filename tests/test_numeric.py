@@ -12,10 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from builder.errors import OutputError, SourceError, render
+from builder.base.errors import OutputError, SourceError, render
 from builder.formats.writer import write
-from builder.numeric import Cast, Fault, Faults, cast_all
-from builder.tensors import WINDOW, DType, LazyTensor, MemoryTensor
+from builder.tensors.cast import Cast, Fault, Faults, cast_all
+from builder.tensors.lazy import WINDOW, DType, LazyTensor, MemoryTensor
 from tests.building import UNET, VAE, Folder, content, like, model, save, values
 
 KINDS = {"fp16": DType.F16, "bf16": DType.BF16, "fp32": DType.F32}

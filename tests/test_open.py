@@ -16,10 +16,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from builder.errors import SourceError
+from builder.base.errors import SourceError
 from builder.formats import open_checkpoint
 from builder.formats.writer import write
-from builder.tensors import DType, MemoryTensor
+from builder.tensors.lazy import DType, MemoryTensor
 
 
 def npz() -> bytes:
@@ -179,7 +179,7 @@ def test_what_is_out_of_reach(tmp_path: Path) -> None:
     (locked / "a.safetensors").write_bytes(b"")
     script = """
 import os, sys
-from builder.errors import SourceError
+from builder.base.errors import SourceError
 from builder.formats import open_checkpoint
 if os.geteuid() == 0:
     os.setgroups([])

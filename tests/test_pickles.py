@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from builder.errors import SourceError
+from builder.base.errors import SourceError
 from builder.formats.pickles import Dict, Global, Malformed, Object, Skipped, Unpickled, load, machine
 from builder.formats.pickles.opcodes import TABLE
 from builder.formats.pickles.policy import holds_code

@@ -13,7 +13,7 @@ import pytest
 from benchmarks.generate import make
 from builder.formats import open_checkpoint
 from builder.formats.writer import plan_layout
-from builder.tensors import DType, LazyTensor, MemoryTensor
+from builder.tensors.lazy import DType, LazyTensor, MemoryTensor
 from tests.building import UNET, Folder, catalog, content, model, save, save_dirty
 from tests.recipe_words import golden
 

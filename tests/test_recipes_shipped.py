@@ -10,13 +10,13 @@ import jsonschema
 import pytest
 import tomli
 
+from builder.base.errors import RecipeError, render
+from builder.base.kinds import Choice, Key, Struct
 from builder.catalog import load_catalog
-from builder.errors import RecipeError, render
 from builder.fixes import FIXES
 from builder.operations import OPERATIONS
 from builder.profiles import PROFILES
 from builder.recipe import load_recipe, parse_recipe
-from builder.recipe.kinds import Choice, Key, Struct
 from builder.recipe.language import Vocabulary
 from tests.recipe_words import golden
 

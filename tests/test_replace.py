@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from builder.formats import open_checkpoint
-from builder.tensors import DType, MemoryTensor
+from builder.tensors.lazy import DType, MemoryTensor
 from tests.building import CLIP, UNET, VAE, Folder, content, model, save, save_dirty
 from tests.recipe_words import golden
 

@@ -12,7 +12,7 @@ import safetensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from builder.errors import SourceError
+from builder.base.errors import SourceError
 from builder.formats.safetensors import MAX_HEADER, from_blob, read_header
 
 Read = dict[str, tuple[str, list[int], bytes]]

@@ -117,7 +117,7 @@ def test_check_says_when_the_bytes_differ(folder: Folder, monkeypatch: pytest.Mo
     from dataclasses import replace
 
     from builder import fixes
-    from builder.tensors import DType, MemoryTensor
+    from builder.tensors.lazy import DType, MemoryTensor
 
     count = iter(range(100))
 

@@ -11,12 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from builder.digests import tensor_digest
-from builder.errors import Problem, SourceError
+from builder.base.errors import Problem, SourceError
+from builder.base.progress import Reporter
 from builder.formats.blob import BlobTensor, FileBlob
-from builder.progress import Reporter
-from builder.scan import BINS, Scan, TensorScan, scan
-from builder.tensors import WINDOW, DType, LazyTensor, MemoryTensor
+from builder.tensors.digests import tensor_digest
+from builder.tensors.lazy import WINDOW, DType, LazyTensor, MemoryTensor
+from builder.tensors.scan import BINS, Scan, TensorScan, scan
 
 FLOATING = [d for d in DType if d.floating and d.torch_name and d not in (DType.F4, DType.F8_E8M0)]
 

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from builder.errors import SourceError
+from builder.base.errors import SourceError
 from builder.formats import open_checkpoint
 from builder.formats.writer import write
-from builder.tensors import DType, MemoryTensor
+from builder.tensors.lazy import DType, MemoryTensor
 
 ONE, TWO = "m-00001-of-00002.safetensors", "m-00002-of-00002.safetensors"
 

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from builder.errors import ExitCode, FetchError, Problem, SourceError, render
+from builder.base.errors import ExitCode, FetchError, Problem, SourceError, render
+from builder.base.progress import Reporter
 from builder.fetch.cache import hugging_face_cache
 from builder.formats.writer import write
-from builder.progress import Reporter
 from builder.sources import (
     Found,
     find_source,
@@ -24,7 +24,7 @@ from builder.sources import (
 )
 from builder.store import Store
 from builder.store.memory import RACY
-from builder.tensors import DType, MemoryTensor
+from builder.tensors.lazy import DType, MemoryTensor
 
 ABC = b"abc"
 SHA = hashlib.sha256(ABC).hexdigest()

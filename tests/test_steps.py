@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from builder.errors import RecipeError
+from builder.base.errors import RecipeError
 from builder.lock import Lock
 from builder.operations import Operation, Param
 from builder.plan import Plan, make_plan
 from builder.recipe import load_recipe
 from builder.run import Build, build
 from builder.store import Store
-from builder.tensors import DType, LazyTensor
+from builder.tensors.lazy import DType, LazyTensor
 from tests.building import UNET, Folder, catalog, content, model, save
 
 MODELS = """\

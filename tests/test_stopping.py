@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
+from builder.base.progress import Reporter
 from builder.plan import Plan, make_plan
-from builder.progress import Reporter
 from builder.recipe import load_recipe
 from builder.run.context import Context
 from builder.run.measure import Metrics
 from builder.run.schedule import Cancelled
 from builder.store import Store
-from builder.tensors import WINDOW
+from builder.tensors.lazy import WINDOW
 from tests.building import RECIPE, catalog, model, save
 
 

@@ -17,17 +17,17 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
+from builder.base.errors import OutputError, Problem, UsageError
+from builder.base.progress import Reporter
+from builder.base.staging import staging, sweep
 from builder.cli import run
-from builder.digests import component_digest
-from builder.errors import OutputError, Problem, UsageError
 from builder.formats.writer import write
-from builder.progress import Reporter
 from builder.store import DamagedEntry, Made, Store, default_root
 from builder.store.entries import VerifiedTensor
 from builder.store.memory import RACY
-from builder.store.staging import staging, sweep
 from builder.store.upkeep import check, collect, items
-from builder.tensors import DType, LazyTensor, MemoryTensor
+from builder.tensors.digests import component_digest
+from builder.tensors.lazy import DType, LazyTensor, MemoryTensor
 
 ROOT = Path(__file__).parent.parent
 A, B, C = "a" * 64, "b" * 64, "c" * 64
@@ -201,7 +201,7 @@ def test_facts_are_kept_and_may_be_forgotten(store: Store) -> None:
 FULL = """
 import resource, sys
 from pathlib import Path
-from builder.errors import OutputError, render
+from builder.base.errors import OutputError, render
 from builder.store import Store
 from tests.test_store import A, put
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), int(sys.argv[2])))
@@ -493,7 +493,7 @@ SLOW = """
 import sys, time
 from pathlib import Path
 from builder.store import Store
-from builder.tensors import DType, MemoryTensor
+from builder.tensors.lazy import DType, MemoryTensor
 from tests.test_store import A, model
 class Slow(MemoryTensor):
     def read_into(self, start, out):

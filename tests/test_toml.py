@@ -10,8 +10,8 @@ import tomli
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from builder.errors import Place, RecipeError, render
-from builder.toml import Keys, load, parse
+from builder.base.errors import Place, RecipeError, render
+from builder.base.toml import Keys, load, parse
 
 
 def _place(text: str, *keys: str | int, value: bool = False) -> Place:

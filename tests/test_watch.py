@@ -19,13 +19,13 @@ from pathlib import Path
 import pytest
 
 from builder import watch as module
+from builder.base.errors import OutputError, UsageError
 from builder.cli import run
 from builder.demo import write_sources
-from builder.errors import OutputError, UsageError
 from builder.formats import open_checkpoint
 from builder.prune import Options
 from builder.store import Store
-from builder.tensors import DType, LazyTensor, MemoryTensor
+from builder.tensors.lazy import DType, LazyTensor, MemoryTensor
 from builder.watch import LAYOUTS, Event, Watch, kind_of, layout_of, move
 from tests.building import ROOT, Folder, catalog, content, model, save, save_dirty
 
@@ -249,7 +249,7 @@ def test_values_that_are_none_fail_and_a_full_disk_does_not(
     tensors[f"first_stage_model.{name}"] = MemoryTensor(DType.F32, (3,), b"\0\0\xc0\x7f" * 3)
     save(folder / "in/nan.ckpt", tensors)
     save_dirty(folder / "in/whole.ckpt")
-    from builder.errors import Problem
+    from builder.base.errors import Problem
 
     def full(*args: object, **options: object) -> object:
         raise OutputError(Problem("cannot write", evidence=("No space left on device",)))
@@ -299,7 +299,7 @@ def test_moving_without_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, e
     place.write_text("two")
     with monkeypatch.context() as patch:
         patch.setattr(os, "link", refuse)
-        patch.setattr("builder.formats.atomic.NAMELESS", False)
+        patch.setattr("builder.base.disk.NAMELESS", False)
         assert move(one, place) == tmp_path / "to/a(1).x"
     assert not one.exists() and (tmp_path / "to/a(1).x").read_bytes() == bytes(range(256)) * 1000
     assert place.read_text() == "two"

@@ -20,12 +20,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from builder.digests import tensor_digest
-from builder.errors import CkptError, OutputError, Problem, SourceError
+from builder.base.errors import CkptError, OutputError, Problem, SourceError
+from builder.base.progress import Reporter
 from builder.formats import open_checkpoint
 from builder.formats.writer import Written, plan_layout, write
-from builder.progress import Reporter
-from builder.tensors import DType, LazyTensor, MemoryTensor
+from builder.tensors.digests import tensor_digest
+from builder.tensors.lazy import DType, LazyTensor, MemoryTensor
 
 DTYPES = [d for d in DType if d.torch_name and hasattr(torch, d.torch_name)]
 NAMES = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=12)
@@ -298,14 +298,14 @@ def test_room_is_looked_for_before_anything_is_read(tmp_path: Path) -> None:
 
 
 def run(script: str, *args: object, **kwargs: object) -> subprocess.Popen[str]:
-    """A Python process in which `write`, `tensor`s and `atomic` are at hand; it imports no torch."""
+    """A Python process in which `write`, `tensor`s and `disk` are at hand; it imports no torch."""
     head = """
         import sys, time
         from pathlib import Path
-        from builder.errors import CkptError, render
-        from builder.formats import atomic
+        from builder.base.errors import CkptError, render
+        from builder.base import disk
         from builder.formats.writer import write
-        from builder.tensors import DType, LazyTensor
+        from builder.tensors.lazy import DType, LazyTensor
 
         class Slow(LazyTensor):
             def read_into(self, start, out):
@@ -323,7 +323,7 @@ def run(script: str, *args: object, **kwargs: object) -> subprocess.Popen[str]:
 
 WRITE_FOREVER = """
     path, nameless, file_digest = Path(sys.argv[1]), sys.argv[2] == "1", sys.argv[3] == "1"
-    atomic.NAMELESS = atomic.NAMELESS and nameless
+    disk.NAMELESS = disk.NAMELESS and nameless
     print("ready", flush=True)
     while True:
         write(path, {str(n): Slow(DType.U8, (100_000,)) for n in range(20)}, file_digest=file_digest)
@@ -373,7 +373,7 @@ FULL = """
     if len(sys.argv) > 2:
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
     big = {str(n): Slow(DType.U8, (1_000_000,)) for n in range(10)}
-    atomic.NAMELESS = atomic.NAMELESS and "named" not in sys.argv
+    disk.NAMELESS = disk.NAMELESS and "named" not in sys.argv
     import builder.formats.writer as writer
     writer._check_room = lambda *_: None  # as when another process takes the room meanwhile
     for file_digest in (True, False):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from builder.errors import Problem, SourceError
+from builder.base.errors import Problem, SourceError
 from builder.formats import open_checkpoint
 from builder.formats.checkpoint import Checkpoint
 

@@ -12,21 +12,21 @@ from pathlib import Path
 
 import xxhash
 
+from builder.base.errors import CkptError, Problem, SourceError, UsageError
+from builder.base.progress import SILENT, Reporter, human_bytes
+from builder.base.words import counted as number
 from builder.catalog import Architecture, Catalog
-from builder.digests import Digest, Row, component_digest, tensor_digest
-from builder.errors import CkptError, Problem, SourceError, UsageError
 from builder.fixes import FIXES, POSITION_IDS, exact_position_ids
 from builder.formats import open_checkpoint
 from builder.identify import Match, identify
 from builder.metric import PUBLISHED, Metric, counted, label
-from builder.numeric import PRECISIONS, PROFILE, Faults, Precision, cast_all
 from builder.plan.sources import OpenSource
-from builder.progress import SILENT, Reporter, human_bytes
-from builder.report.faults import counted as number
-from builder.scan import Scan, scan
 from builder.sources import Found, files_below, verify_source
 from builder.store import Store
-from builder.tensors import DType, LazyTensor, MemoryTensor
+from builder.tensors.cast import PRECISIONS, PROFILE, Faults, Precision, cast_all
+from builder.tensors.digests import Digest, Row, component_digest, tensor_digest
+from builder.tensors.lazy import DType, LazyTensor, MemoryTensor
+from builder.tensors.scan import Scan, scan
 
 SUFFIXES = {".safetensors", ".ckpt", ".pt", ".pth", ".bin"}
 MARKERS = ("v_pred", "ztsnr")  # those that a recipe can add

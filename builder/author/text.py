@@ -12,10 +12,10 @@ from typing import Any
 import tomli_w
 
 from builder.author.explain import Draft, File, Taken
+from builder.base.errors import printable
+from builder.base.progress import human_bytes
 from builder.catalog import Catalog
-from builder.errors import printable
 from builder.metric import NOT_A_NUMBER
-from builder.progress import human_bytes
 from builder.quick import recipe_name
 
 # What a file's metadata says for people; all else, a build says anew.

@@ -8,6 +8,8 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 import components_db
+from builder.base.errors import CatalogError, Problem, did_you_mean
+from builder.base.words import spelling
 from builder.catalog.files import Fields, Table, read_architectures, read_known, read_optional, read_table
 from builder.catalog.model import (
     RANK,
@@ -20,9 +22,7 @@ from builder.catalog.model import (
     KnownPart,
     TensorRule,
     Tensors,
-    spelling,
 )
-from builder.errors import CatalogError, Problem, did_you_mean
 
 __all__ = [
     "RANK",

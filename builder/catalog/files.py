@@ -9,7 +9,9 @@ from math import prod
 from pathlib import Path
 from typing import Any, NoReturn
 
-from builder.braces import BraceError, expand
+from builder.base.braces import BraceError, expand
+from builder.base.errors import CatalogError, Place, Problem, did_you_mean
+from builder.base.toml import Document, Keys, load, parse
 from builder.catalog.model import (
     NAMINGS,
     RANK,
@@ -19,9 +21,7 @@ from builder.catalog.model import (
     KnownPart,
     TensorRule,
 )
-from builder.errors import CatalogError, Place, Problem, did_you_mean
-from builder.tensors import BY_CODE
-from builder.toml import Document, Keys, load, parse
+from builder.tensors.lazy import BY_CODE
 
 Shape = tuple[int, ...]
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
-from builder.errors import Problem, UsageError, did_you_mean
+from builder.base.errors import Problem, UsageError, did_you_mean
+from builder.base.words import spelling
 
 RANK = -1  # as a dimension: the rank of a LoRA, which may be any number
 
@@ -231,8 +232,3 @@ class Catalog:
         Raises UsageError when the architecture has no such slot.
         """
         return self.candidates(cls, architecture)[0]
-
-
-def spelling(name: str) -> str:
-    """A name as it is compared: without case, dashes, underscores and spaces."""
-    return name.casefold().translate({ord(c): None for c in "-_ "})

@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from builder import __version__
-from builder.errors import CkptError, ExitCode, Place, Problem, render
+from builder.base.errors import CkptError, ExitCode, Place, Problem, render
 
 # A command's module is imported when it is asked for: starting stays fast whatever the others need.
 COMMANDS: dict[str, str] = {
@@ -57,7 +57,7 @@ class _Commands(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        from builder.errors import did_you_mean
+        from builder.base.errors import did_you_mean
 
         if args and args[0] not in COMMANDS and not args[0].startswith("-"):
             hint = did_you_mean(args[0], COMMANDS)
@@ -81,7 +81,7 @@ def cli() -> None:
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run the command line and exit with its code (see `builder.errors.ExitCode`)."""
+    """Run the command line and exit with its code (see `builder.base.errors.ExitCode`)."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="backslashreplace")  # not every terminal has every character

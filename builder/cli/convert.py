@@ -8,13 +8,13 @@ from typing import Any
 
 import click
 
+from builder.base.errors import ExitCode
+from builder.base.progress import human_bytes
 from builder.cli.oneline import open_bench, ready, recipe_path, save_option
 from builder.cli.session import json_option, quiet_option
 from builder.cli.sizes import parse_size
 from builder.convert import convert, recipe_of
-from builder.errors import ExitCode
-from builder.numeric import PRECISIONS
-from builder.progress import human_bytes
+from builder.tensors.cast import PRECISIONS
 
 
 @click.command("convert")

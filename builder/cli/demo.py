@@ -11,9 +11,9 @@ from pathlib import Path
 
 import click
 
+from builder.base.errors import ExitCode
 from builder.cli.terminal import is_terminal
 from builder.demo import write_sources
-from builder.errors import ExitCode
 
 
 @click.command("demo")

@@ -9,9 +9,9 @@ from typing import Any
 
 import click
 
+from builder.base.errors import ExitCode, Problem, UsageError
 from builder.cli.made import note_changes, to_json, to_text
 from builder.cli.oneline import FILE, making, open_bench, output_keys, ready, recipe_path, save_option
-from builder.errors import ExitCode, Problem, UsageError
 from builder.identify import Match
 from builder.metric import SCALES
 from builder.parts import find_part, kind, look, slot_of, usual_precision

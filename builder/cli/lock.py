@@ -7,9 +7,9 @@ from pathlib import Path
 
 import click
 
+from builder.base.errors import ExitCode, Problem, UsageError, did_you_mean
 from builder.cli.session import open_session, quiet_option, recipe_argument
 from builder.cli.terminal import make_reporter
-from builder.errors import ExitCode, Problem, UsageError, did_you_mean
 from builder.lock import Lock, differences, write_lock
 from builder.recipe import Recipe
 from builder.run import resolve_sources

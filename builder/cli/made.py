@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from builder.base.progress import Reporter, human_bytes
 from builder.plan import Plan
-from builder.progress import Reporter, human_bytes
 from builder.run import Build
 
 

@@ -10,16 +10,16 @@ from typing import Any, TypeVar
 
 import click
 
+from builder.base.errors import Problem, UsageError
+from builder.base.progress import Reporter
 from builder.catalog import Catalog, load_catalog
 from builder.cli.session import json_option, quiet_option
 from builder.cli.terminal import make_reporter
-from builder.errors import Problem, UsageError
 from builder.fixes import FIXES
-from builder.numeric import PRECISIONS
 from builder.profiles import PROFILES
-from builder.progress import Reporter
 from builder.quick import Quick
 from builder.store import Store
+from builder.tensors.cast import PRECISIONS
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -11,11 +11,7 @@ from typing import Any
 
 import click
 
-from builder.cli.made import note_changes
-from builder.cli.oneline import FILE, Bench, open_bench, recipe_path, save_option
-from builder.cli.session import json_option, quiet_option
-from builder.cli.watching import Where, watch
-from builder.errors import (
+from builder.base.errors import (
     CkptError,
     ExitCode,
     Place,
@@ -26,11 +22,15 @@ from builder.errors import (
     printable,
     render,
 )
-from builder.numeric import PRECISIONS
-from builder.progress import human_bytes
+from builder.base.progress import human_bytes
+from builder.cli.made import note_changes
+from builder.cli.oneline import FILE, Bench, open_bench, recipe_path, save_option
+from builder.cli.session import json_option, quiet_option
+from builder.cli.watching import Where, watch
 from builder.prune import Options, Pruning, Share, plan_pruning, prune, vacant
 from builder.quick import SHARD, SUFFIXES, output_path, stem
 from builder.run.expect import Built
+from builder.tensors.cast import PRECISIONS
 from builder.watch import LAYOUTS, SETTLE
 
 EXAMPLES = 3

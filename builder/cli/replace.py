@@ -9,11 +9,11 @@ from typing import Any
 
 import click
 
+from builder.base.errors import ExitCode, Place, Problem, SourceError, UsageError, did_you_mean
+from builder.base.words import spelling
 from builder.catalog import Architecture, Catalog
-from builder.catalog.model import spelling
 from builder.cli.made import note_changes, note_left_out, to_json, to_text
 from builder.cli.oneline import FILE, making, open_bench, output_keys, ready, recipe_path, save_option
-from builder.errors import ExitCode, Place, Problem, SourceError, UsageError, did_you_mean
 from builder.parts import find_part, home, kind, look
 from builder.quick import Quick, output_path, recipe_name, run
 

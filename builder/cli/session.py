@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from builder.base.errors import LockError, Problem
+from builder.base.progress import Reporter
 from builder.catalog import Catalog, load_catalog
-from builder.errors import LockError, Problem
 from builder.lock import Lock, lock_path, read_lock
 from builder.plan import Plan, Sources, make_plan
-from builder.progress import Reporter
 from builder.recipe import Recipe, load_recipe
 from builder.sources import model_folders
 from builder.store import Store

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from builder.base.errors import ExitCode, Problem, printable, render
+from builder.base.progress import human_bytes
 from builder.cli.sizes import parse_size
 from builder.cli.terminal import make_reporter
-from builder.errors import ExitCode, Problem, printable, render
-from builder.progress import human_bytes
 from builder.store import Store
 
 if TYPE_CHECKING:

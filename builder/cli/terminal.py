@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from builder.errors import Problem, printable, render
-from builder.progress import Reporter, human_bytes
+from builder.base.errors import Problem, printable, render
+from builder.base.progress import Reporter, human_bytes
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import click
 
+from builder.base.errors import ExitCode
 from builder.cli.session import open_session, quiet_option, recipe_argument
 from builder.cli.terminal import make_reporter
-from builder.errors import ExitCode
 from builder.run import verify
 
 

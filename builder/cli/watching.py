@@ -8,9 +8,9 @@ from pathlib import Path
 
 import click
 
+from builder.base.errors import ExitCode, OutputError, Problem, UsageError, printable, render
+from builder.base.progress import human_bytes
 from builder.cli.oneline import open_bench
-from builder.errors import ExitCode, OutputError, Problem, UsageError, printable, render
-from builder.progress import human_bytes
 from builder.prune import Options
 from builder.watch import Event, Watch, layout_of
 

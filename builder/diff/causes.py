@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+from builder.base.progress import human_bytes
+from builder.base.words import counted
 from builder.diff.model import Diff, Part, Side, TensorDiff
 from builder.fixes import POSITION_IDS
 from builder.identify import EMA, Identity
-from builder.progress import human_bytes
-from builder.report.faults import counted
-from builder.tensors import DType
+from builder.tensors.lazy import DType
 
 TYPES = {DType.F16: "FP16", DType.F32: "FP32", DType.F64: "FP64"}
 MANTISSA = {DType.F16: 10, DType.BF16: 7, DType.F32: 23, DType.F64: 52}  # bits behind the point

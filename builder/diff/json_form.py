@@ -9,7 +9,7 @@ from typing import Any
 from builder.diff.causes import causes
 from builder.diff.model import Diff, Part, Side, TensorDiff, Total, type_counts
 from builder.diff.values import Rounding, Spot
-from builder.tensors import LazyTensor
+from builder.tensors.lazy import LazyTensor
 
 SCHEMA = 1
 

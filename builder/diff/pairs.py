@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from builder.identify import Identity, Match
-from builder.tensors import LazyTensor
+from builder.tensors.lazy import LazyTensor
 
 Shape = tuple[int, ...]
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+from builder.base.errors import printable
+from builder.base.page import LABEL, Style
+from builder.base.progress import human_bytes
+from builder.base.words import CONTAINERS, TYPES, counted
 from builder.diff.causes import causes, is_positions, type_name
 from builder.diff.json_form import mapping_changes, unravel
 from builder.diff.model import Diff, Part, Side, TensorDiff, type_counts
 from builder.diff.values import Spot
-from builder.errors import printable
-from builder.progress import human_bytes
-from builder.report.faults import counted
-from builder.report.text import CONTAINERS, LABEL, TYPES, Style
-from builder.tensors import LazyTensor
+from builder.tensors.lazy import LazyTensor
 
 LIMIT = 8  # of a list's lines in the short form
 BAR = 24  # columns of the longest bar

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from builder.tensors import WINDOW, DType, LazyTensor
+from builder.tensors.lazy import WINDOW, DType, LazyTensor
 
 if TYPE_CHECKING:
     import numpy as np

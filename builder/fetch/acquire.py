@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-from builder.errors import FetchError, Problem, SourceError
-from builder.fetch.addresses import Address, LocalFile, is_pinned, parse_address
+from builder.base.addresses import Address, LocalFile, is_pinned, parse_address
+from builder.base.errors import FetchError, Problem, SourceError
+from builder.base.progress import SILENT, Reporter
 from builder.fetch.client import Session
 from builder.fetch.download import Received, Wish, discard, download, settle, sole
 from builder.fetch.failure import Failure
 from builder.fetch.hosts import Pin, by_hash, cached, download_url, pin_of
 from builder.fetch.text import safe_name
-from builder.progress import SILENT, Reporter
 
 
 class Downloads(Protocol):

@@ -17,11 +17,11 @@ from typing import NamedTuple, TypeVar
 from urllib.parse import urljoin
 
 from builder import __version__
-from builder.fetch.addresses import DEFAULT_PORTS, split
+from builder.base.addresses import DEFAULT_PORTS, split
+from builder.base.progress import SILENT, Reporter
 from builder.fetch.failure import Failure
 from builder.fetch.net import Dialer, Proxies, loopback_name, tls_context
 from builder.fetch.text import host_words, page_kind, scrub, shown
-from builder.progress import SILENT, Reporter
 
 T = TypeVar("T")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from builder.fetch.addresses import Address, Civitai, HuggingFace, LocalFile, Web
+from builder.base.addresses import Address, Civitai, HuggingFace, LocalFile, Web
 from builder.fetch.cache import hugging_face_cache
 from builder.fetch.client import REDIRECTS, Response, Session
 from builder.fetch.failure import Failure

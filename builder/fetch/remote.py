@@ -10,9 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from builder.digests import Row, component_digest, tensor_digest
-from builder.errors import FetchError, Place, Problem, SourceError
-from builder.fetch.addresses import Address, LocalFile, parse_address
+from builder.base.addresses import Address, LocalFile, parse_address
+from builder.base.errors import FetchError, Place, Problem, SourceError
+from builder.base.progress import SILENT, Reporter
 from builder.fetch.client import PIECE, Response, Session
 from builder.fetch.failure import Failure, StartOver
 from builder.fetch.hosts import download_url
@@ -22,7 +22,7 @@ from builder.formats import safetensors
 from builder.formats.blob import BlobTensor, FileBlob
 from builder.formats.checkpoint import Checkpoint
 from builder.formats.writer import plan_layout
-from builder.progress import SILENT, Reporter
+from builder.tensors.digests import Row, component_digest, tensor_digest
 
 T = TypeVar("T")
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import Any, Protocol
 from urllib.parse import unquote, urlsplit
 
-from builder.errors import printable
+from builder.base.errors import printable
 
 
 class Headers(Protocol):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from builder.errors import Place, Problem, SourceError
+from builder.base.errors import Place, Problem, SourceError
 from builder.formats import safetensors, sniff
 from builder.formats.blob import FileBlob
 from builder.formats.checkpoint import Checkpoint

@@ -7,8 +7,8 @@ import stat
 from pathlib import Path
 from typing import Protocol
 
-from builder.errors import Place, Problem, SourceError
-from builder.tensors import DType, LazyTensor
+from builder.base.errors import Place, Problem, SourceError
+from builder.tensors.lazy import DType, LazyTensor
 
 
 class Blob(Protocol):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 
 from builder.formats.blob import Blob
-from builder.tensors import LazyTensor
+from builder.tensors.lazy import LazyTensor
 
 
 @dataclass(eq=False)

@@ -9,16 +9,16 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
-from builder.errors import Place, Problem, SourceError
-from builder.formats.atomic import write_bytes, write_text
+from builder.base.disk import write_bytes, write_text
+from builder.base.errors import Place, Problem, SourceError
+from builder.base.progress import SILENT, Reporter
 from builder.formats.blob import FileBlob
 from builder.formats.checkpoint import Checkpoint
 from builder.formats.sharded_write import plan_shards, write_shards
 from builder.formats.writer import write
 from builder.layouts import family_of, to_diffusers, to_original
 from builder.layouts.configs import MODEL_INDEX, SCHEDULER, Prediction, configs
-from builder.progress import SILENT, Reporter
-from builder.tensors import DType, LazyTensor, MemoryTensor
+from builder.tensors.lazy import DType, LazyTensor, MemoryTensor
 
 # What the layout has no place for, such as noise schedules; diffusers does not look at it.
 REMAINDER = "remainder.safetensors"
@@ -169,7 +169,7 @@ def write_folder(
     `others`, which are none of its, and metadata. Those tensors are returned. `vocabulary` are the files of
     CLIP's tokenizer by name; without it, loaders have to be given a tokenizer, or they would make up an
     empty one. Parts of more than `shard_size` bytes become sharded sets. Make the folder with
-    `builder.formats.folders`.
+    `builder.base.folders`.
     Raises OutputError, and what the tensors' `read_into` raises.
     """
     parts, rest = to_diffusers(family, tensors)

@@ -8,10 +8,10 @@ from functools import lru_cache
 from math import prod
 from typing import Any, NamedTuple, NoReturn
 
-from builder.errors import Place, Problem, SourceError
+from builder.base.errors import Place, Problem, SourceError
 from builder.formats.blob import Blob, BlobTensor
 from builder.formats.checkpoint import Checkpoint
-from builder.tensors import BY_CODE, DType
+from builder.tensors.lazy import BY_CODE, DType
 
 METADATA = "__metadata__"
 MAX_HEADER = 100_000_000  # bytes; the limit of the reference implementation

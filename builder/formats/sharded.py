@@ -7,13 +7,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-from builder.errors import Place, Problem, SourceError
+from builder.base.errors import Place, Problem, SourceError
 from builder.formats import safetensors
 from builder.formats.blob import FileBlob
 from builder.formats.checkpoint import Checkpoint
 from builder.formats.sniff import is_safetensors
 from builder.formats.torch_files import HEAD, looks_like_torch
-from builder.tensors import LazyTensor
+from builder.tensors.lazy import LazyTensor
 
 MAX_INDEX = 32 << 20  # bytes; the index of a model of a million tensors is a third of that
 

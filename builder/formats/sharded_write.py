@@ -7,11 +7,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from builder.errors import OutputError, Problem
-from builder.formats.atomic import write_text
+from builder.base.disk import write_text
+from builder.base.errors import OutputError, Problem
+from builder.base.progress import SILENT, Reporter
 from builder.formats.writer import write
-from builder.progress import SILENT, Reporter
-from builder.tensors import LazyTensor
+from builder.tensors.lazy import LazyTensor
 
 SHARD_SIZE = 5_000_000_000  # bytes of tensors; what the Hugging Face libraries take by default
 SUFFIX = ".safetensors.index.json"
@@ -61,7 +61,7 @@ def write_shards(
 ) -> Path:
     """Write a sharded set into `folder`; the path of its index, which is written last.
 
-    Every shard carries the metadata. Make the folder with `builder.formats.folders`, so that no part of
+    Every shard carries the metadata. Make the folder with `builder.base.folders`, so that no part of
     a set is ever seen. Raises OutputError, and what the tensors' `read_into` raises.
     """
     if not tensors:

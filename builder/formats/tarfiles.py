@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from builder.errors import Place, Problem, SourceError
+from builder.base.errors import Place, Problem, SourceError
 from builder.formats.blob import Blob
 
 _BLOCK = 512

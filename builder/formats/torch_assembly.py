@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from builder.errors import Place, Problem, SourceError
+from builder.base.errors import Place, Problem, SourceError
 from builder.formats.blob import Blob
 from builder.formats.checkpoint import Checkpoint
 from builder.formats.torch_tree import Found, gather
 from builder.formats.torch_values import Storage
 from builder.formats.views import tensor_at
-from builder.tensors import LazyTensor
+from builder.tensors.lazy import LazyTensor
 
 # Tied tensors and expanded views count each time; what is a hundred times its file was made to drown us.
 _MAX_REPEATS = 64

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from builder.errors import Place, Problem, SourceError
+from builder.base.errors import Place, Problem, SourceError
 from builder.formats.blob import FileBlob
 from builder.formats.checkpoint import Checkpoint
 from builder.formats.torch_legacy import MAGIC, open_legacy, open_tar

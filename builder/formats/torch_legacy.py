@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from builder.errors import Place, Problem, SourceError
+from builder.base.errors import Place, Problem, SourceError
 from builder.formats.blob import Blob
 from builder.formats.checkpoint import Checkpoint
 from builder.formats.pickles import Global, Malformed, Unpickled, load

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import prod
 
 from builder.formats.pickles import Builder, Global, Malformed, Object, Stateful
-from builder.tensors import BY_TORCH_NAME, DType
+from builder.tensors.lazy import BY_TORCH_NAME, DType
 
 MAX_DIMS = 64  # PyTorch's own limit
 

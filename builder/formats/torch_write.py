@@ -11,10 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from builder.errors import OutputError, Problem
-from builder.formats.atomic import replacing, write_all
-from builder.progress import SILENT, Reporter
-from builder.tensors import DType, LazyTensor, MemoryTensor
+from builder.base.disk import replacing, write_all
+from builder.base.errors import OutputError, Problem
+from builder.base.progress import SILENT, Reporter
+from builder.tensors.lazy import DType, LazyTensor, MemoryTensor
 
 ROOT = "archive"
 ALIGNMENT = 64  # of every record's data, as torch does

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 
-from builder.errors import Place, Problem, SourceError
+from builder.base.errors import Place, Problem, SourceError
 from builder.formats.blob import Blob
 from builder.formats.checkpoint import Checkpoint
 from builder.formats.pickles import load

@@ -8,7 +8,7 @@ from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
 from builder.formats.blob import Blob, BlobTensor
-from builder.tensors import DType, LazyTensor
+from builder.tensors.lazy import DType, LazyTensor
 
 if TYPE_CHECKING:
     import numpy as np

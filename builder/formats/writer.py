@@ -13,12 +13,12 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from builder.digests import Digest, TensorHasher
-from builder.errors import CkptError, OutputError, Problem, SourceError
-from builder.formats.atomic import replacing, write_all
+from builder.base.disk import replacing, write_all
+from builder.base.errors import CkptError, OutputError, Problem, SourceError
+from builder.base.progress import SILENT, Reporter
 from builder.formats.safetensors import MAX_HEADER, METADATA, Entry
-from builder.progress import SILENT, Reporter
-from builder.tensors import WINDOW, DType, LazyTensor
+from builder.tensors.digests import Digest, TensorHasher
+from builder.tensors.lazy import WINDOW, DType, LazyTensor
 
 _ALIGN = 16  # bytes; of windows, so that no element is cut
 _FLUSH = 1 << 20  # bytes from which telling the system about a write is worth a call

@@ -7,7 +7,7 @@ import threading
 import zlib
 from dataclasses import dataclass
 
-from builder.errors import Place, Problem, SourceError
+from builder.base.errors import Place, Problem, SourceError
 from builder.formats.blob import Blob
 
 MAX_RECORDS = 1 << 18

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from builder.layouts.tables import PARTS
-from builder.tensors import LazyTensor
+from builder.tensors.lazy import LazyTensor
 
 Tensors = Mapping[str, LazyTensor]
 

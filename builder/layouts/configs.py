@@ -8,7 +8,7 @@ from math import gcd
 from typing import Any, Literal
 
 from builder.layouts.tables import CLIP, PARTS
-from builder.tensors import LazyTensor
+from builder.tensors.lazy import LazyTensor
 
 Tensors = Mapping[str, LazyTensor]
 Prediction = Literal["epsilon", "v"]

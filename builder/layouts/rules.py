@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple
 
-from builder.braces import expand
-from builder.layouts.tensors import Joined, Reshaped, Rows, Transposed
-from builder.tensors import LazyTensor
+from builder.base.braces import expand
+from builder.tensors.lazy import LazyTensor
+from builder.tensors.moves import Joined, Reshaped, Rows, Transposed
 
 Change = Literal["same", "linear", "transpose", "qkv"]
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from builder.catalog import Component
-from builder.digests import Digest, tensor_digest
-from builder.numeric import PROFILE
 from builder.plan.model import Applied, ComponentJob, Finished, Origin, OutputJob, Plan, StepJob, Take
+from builder.tensors.cast import PROFILE
+from builder.tensors.digests import Digest, tensor_digest
 
 if TYPE_CHECKING:
     from builder.store import Store

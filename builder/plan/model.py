@@ -9,12 +9,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
-from builder.errors import Problem
+from builder.base.errors import Problem
+from builder.base.toml import Keys
 from builder.fixes import FIXES
-from builder.numeric import NonFinite, Overflow, Precision, cast_type
 from builder.operations import Operation
-from builder.tensors import DType, LazyTensor
-from builder.toml import Keys
+from builder.tensors.cast import NonFinite, Overflow, Precision, cast_type
+from builder.tensors.lazy import DType, LazyTensor
 
 if TYPE_CHECKING:
     import networkx as nx

@@ -9,8 +9,9 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
+from builder.base.errors import Problem, RecipeError, SourceError, did_you_mean
+from builder.base.progress import SILENT, Reporter
 from builder.catalog import Architecture
-from builder.errors import Problem, RecipeError, SourceError, did_you_mean
 from builder.identify import EMA, Match
 from builder.operations import OPERATIONS, Operation
 from builder.plan.keys import assembly_key, component_key, known_extras, step_key
@@ -32,10 +33,9 @@ from builder.plan.model import (
 )
 from builder.plan.sources import Sources
 from builder.profiles import sidecar, warnings, with_profile
-from builder.progress import SILENT, Reporter
 from builder.recipe import FromBase, NewBase, Output, Pick, Recipe, slot_problems
 from builder.sources import model_folders
-from builder.tensors import DType, LazyTensor, MemoryTensor
+from builder.tensors.lazy import DType, LazyTensor, MemoryTensor
 
 if TYPE_CHECKING:
     from builder.catalog import Catalog

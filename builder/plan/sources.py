@@ -9,15 +9,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from builder.errors import CkptError, FetchError, Problem, SourceError
+from builder.base.errors import CkptError, FetchError, Problem, SourceError
+from builder.base.progress import Reporter
 from builder.formats import open_checkpoint
 from builder.formats.blob import FileBlob
 from builder.formats.checkpoint import Checkpoint
 from builder.identify import Identity, Match, identify
-from builder.numeric import PROFILE
-from builder.progress import Reporter
 from builder.sources import Found, find_source
-from builder.tensors import DType, LazyTensor
+from builder.tensors.cast import PROFILE
+from builder.tensors.lazy import DType, LazyTensor
 
 if TYPE_CHECKING:
     from builder.catalog import Catalog
@@ -255,7 +255,7 @@ class Sources:
         raise refused
 
     def _read_remote(self, name: str, address: str) -> Checkpoint:
-        from builder.fetch.addresses import LocalFile, parse_address
+        from builder.base.addresses import LocalFile, parse_address
         from builder.fetch.remote import open_remote
 
         where = parse_address(address)

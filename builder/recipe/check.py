@@ -7,11 +7,11 @@ from collections.abc import Callable, Collection, Iterator
 from graphlib import CycleError, TopologicalSorter
 from typing import TYPE_CHECKING, Any
 
-from builder.errors import Place, Problem, UsageError, did_you_mean, nearest
-from builder.recipe.kinds import listed
+from builder.base.errors import Place, Problem, UsageError, did_you_mean, nearest
+from builder.base.kinds import listed
+from builder.base.toml import Keys
 from builder.recipe.language import NEW, Vocabulary
 from builder.recipe.model import FromBase, NewBase, Output, Pick, Recipe
-from builder.toml import Keys
 
 if TYPE_CHECKING:
     from builder.catalog import Architecture, Catalog

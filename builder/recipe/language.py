@@ -8,11 +8,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from builder.errors import did_you_mean
-from builder.fetch.addresses import FORMS, check_address
-from builder.fixes import Fix
-from builder.operations import Operation, Param
-from builder.recipe.kinds import (
+from builder.base.addresses import FORMS, check_address
+from builder.base.errors import did_you_mean
+from builder.base.kinds import (
     NO_CONTROLS,
     NOT_EMPTY,
     WRONG,
@@ -30,6 +28,8 @@ from builder.recipe.kinds import (
     Table,
     Text,
 )
+from builder.fixes import Fix
+from builder.operations import Operation, Param
 from builder.recipe.model import FORMAT
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from builder.errors import Place, Problem
-from builder.toml import Document, Keys
+from builder.base.errors import Place, Problem
+from builder.base.toml import Document, Keys
 
 FORMAT = 1
 
@@ -192,7 +192,7 @@ class Recipe:
     notes: tuple[Problem, ...] = field(default=(), compare=False)
 
     def place(self, *keys: str | int, value: bool = False) -> Place:
-        """Where the recipe says something, for messages: as `builder.toml.Document.place`."""
+        """Where the recipe says something, for messages: as `builder.base.toml.Document.place`."""
         return self.document.place(*keys, value=value)
 
     def output(self, name: str | None = None) -> Output | None:

@@ -8,16 +8,16 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
-from builder import toml
-from builder.errors import Place, Problem, RecipeError, UsageError, did_you_mean
+from builder.base import toml
+from builder.base.errors import Place, Problem, RecipeError, UsageError, did_you_mean
+from builder.base.kinds import WRONG, At, Item, listed, note
+from builder.base.toml import Document, Keys
 from builder.fixes import FIXES, Fix
 from builder.operations import OPERATIONS, Operation
 from builder.profiles import PROFILES
 from builder.recipe.check import problems_of
-from builder.recipe.kinds import WRONG, At, Item, listed, note
 from builder.recipe.language import NEW, Format, Vocabulary
 from builder.recipe.model import Expect, FromBase, NewBase, Output, Pick, Recipe, Source, Step
-from builder.toml import Document, Keys
 
 if TYPE_CHECKING:
     from builder.catalog import Catalog

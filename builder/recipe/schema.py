@@ -6,10 +6,10 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from builder.base.kinds import Schema
 from builder.fixes import FIXES, Fix
 from builder.operations import OPERATIONS, Operation
 from builder.profiles import PROFILES
-from builder.recipe.kinds import Schema
 from builder.recipe.language import Vocabulary
 
 if TYPE_CHECKING:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from builder.errors import Problem
+from builder.base.errors import Problem
+from builder.base.words import EXAMPLES, counted, listed
 from builder.identify import Match, Rejection
 from builder.report.positions import Position
 
 if TYPE_CHECKING:
     from builder.report.model import Report
 
-EXAMPLES = 5
 FP16_MAX = 65504
 
 
@@ -36,7 +36,7 @@ def describe(rejection: Rejection) -> str:
     if r.outdone_by:
         return f"{line}, all part of `{r.outdone_by}`"
     if r.missing:
-        line += f"; missing {_listed(r.missing, 1)}"
+        line += f"; missing {listed(r.missing, 1)}"
     if r.misshapen:
         name, expected, found = r.misshapen[0]
         more = f" and {len(r.misshapen) - 1:,} more" if len(r.misshapen) > 1 else ""
@@ -81,7 +81,7 @@ def _numbers(report: Report) -> Iterator[Problem]:
         nan, infinite = (sum(getattr(s, kind) for s in bad.values()) for kind in ("nan", "infinite"))
         yield Problem(
             f"not numbers in {counted(len(bad), 'tensor')}: {nan:,} NaN, {infinite:,} infinite",
-            evidence=(_listed(tuple(bad)),),
+            evidence=(listed(tuple(bad)),),
             hint="the file is damaged, or came out of a broken merge: get another copy",
         )
     over = {n: s for n, s in report.scans.items() if s.overflow}
@@ -90,7 +90,7 @@ def _numbers(report: Report) -> Iterator[Problem]:
         yield Problem(
             f"beyond FP16: {counted(sum(s.overflow for s in over.values()), 'value')} "
             f"in {counted(len(over), 'tensor')}",
-            evidence=(f"the largest is {largest:g}, FP16 ends at {FP16_MAX:,}", _listed(tuple(over))),
+            evidence=(f"the largest is {largest:g}, FP16 ends at {FP16_MAX:,}", listed(tuple(over))),
             hint='keep them in another precision, or let a recipe say `overflow = "clamp"`',
         )
 
@@ -160,7 +160,7 @@ def _scales(report: Report) -> Iterator[Problem]:
     if report.identity.scales:
         yield Problem(
             f"packed 8-bit weights with {counted(len(report.identity.scales), 'scale')}",
-            evidence=(_listed(report.identity.scales),),
+            evidence=(listed(report.identity.scales),),
             hint="a plain cast would misread them: take the source they were made from",
         )
 
@@ -176,7 +176,7 @@ def _integers(report: Report) -> Iterator[Problem]:
             kinds = sorted({report.tensors[name].dtype.code for name in odd})
             yield Problem(
                 f"integers where `{match.component.name}` has weights: {counted(len(odd), 'tensor')}",
-                evidence=(f"{' and '.join(kinds)}: {_listed(tuple(odd))}",),
+                evidence=(f"{' and '.join(kinds)}: {listed(tuple(odd))}",),
                 hint="they are quantized: take the source they were made from",
             )
 
@@ -190,13 +190,3 @@ def _published(report: Report) -> Iterator[Problem]:
                 evidence=(entry.note,) if entry.note else (),
                 hint=f"`{entry.fix}` takes their place",
             )
-
-
-def counted(number: int, noun: str) -> str:
-    """A number and its noun, as in `1 key` and `1,131 keys`."""
-    return f"{number:,} {noun}" + ("" if number == 1 else "s")
-
-
-def _listed(names: tuple[str, ...], limit: int = EXAMPLES) -> str:
-    shown = ", ".join(f"`{n}`" for n in names[:limit])
-    return shown + (f" and {len(names) - limit:,} more" if len(names) > limit else "")

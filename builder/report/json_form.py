@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from builder.errors import Problem
+from builder.base.errors import Problem
 from builder.identify import Rejection
 from builder.report.model import Part, Report, Share
 from builder.report.positions import Position

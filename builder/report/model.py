@@ -10,19 +10,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from builder.digests import Row, component_digest
-from builder.errors import Problem
+from builder.base.errors import Problem
+from builder.base.progress import SILENT, Reporter
 from builder.formats import open_checkpoint
 from builder.formats.checkpoint import Checkpoint
 from builder.identify import Identity, Match, identify
-from builder.progress import SILENT, Reporter
 from builder.report.positions import PositionIds, read_position_ids
-from builder.tensors import LazyTensor
+from builder.tensors.digests import Row, component_digest
+from builder.tensors.lazy import LazyTensor
 
 if TYPE_CHECKING:
     from builder.catalog import Catalog, Known, KnownFile, KnownPart
     from builder.metric import Metric
-    from builder.scan import TensorScan
+    from builder.tensors.scan import TensorScan
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Part:
     """A component of the file.
 
     `dtypes` counts its tensors by type code, most first. `digest` is the XXH3-128 of its contents (see
-    `builder.digests.component_digest`), None where its data was not read. `known` is the name of its
+    `builder.tensors.digests.component_digest`), None where its data was not read. `known` is the name of its
     weights, where contents or metric are a published one; `published` is the entry of the former.
     """
 
@@ -211,7 +211,7 @@ def _scan(
 ) -> tuple[Mapping[str, TensorScan], Metric, Mapping[str, str]]:
     """One pass over the data, of the model's components or of everything; metric, and digits by class."""
     from builder.metric import counted, label, labels
-    from builder.scan import scan
+    from builder.tensors.scan import scan
 
     components = {m.component.cls: m.names for m in identity.matches}
     kept = {n for names in components.values() for n in names.values()} - set(identity.ema)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from builder.fixes import POSITION_IDS, POSITIONS
-from builder.tensors import DType, LazyTensor
+from builder.tensors.lazy import DType, LazyTensor
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,48 +5,14 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 
-from builder.errors import Problem, clipped, shown
-from builder.progress import human_bytes
-from builder.report.faults import counted, describe
+from builder.base.errors import Problem, clipped, shown
+from builder.base.page import LABEL, Style
+from builder.base.progress import human_bytes
+from builder.base.words import CONTAINERS, TYPES, counted, examples, grouped
+from builder.report.faults import describe
 from builder.report.model import Part, Report, Share
 
-CONTAINERS = {
-    "safetensors": "safetensors",
-    "safetensors-sharded": "sharded safetensors",
-    "diffusers": "diffusers folder",
-    "torch-zip": "PyTorch zip",
-    "torch-legacy": "PyTorch legacy pickle",
-    "torch-tar": "PyTorch tar",
-}
-TYPES = {"F16": "fp16", "BF16": "bf16", "F32": "fp32", "F64": "fp64"}
-LABEL = 11  # columns of the labels at the left
-
 Row = Sequence[str]
-
-
-class Style:
-    """Escape codes of a terminal, or none of them. Nothing is meant by colour alone."""
-
-    def __init__(self, color: bool) -> None:
-        self._color = color
-
-    def __call__(self, code: str, text: str) -> str:
-        return f"\x1b[{code}m{text}\x1b[0m" if self._color and text else text
-
-    def strong(self, text: str) -> str:
-        return self("1", text)
-
-    def dim(self, text: str) -> str:
-        return self("2", text)
-
-    def good(self, text: str) -> str:
-        return self("1;32", text)
-
-    def bad(self, text: str) -> str:
-        return self("1;31", text)
-
-    def caution(self, text: str) -> str:
-        return self("33", text)
 
 
 def render(report: Report, *, full: bool = False, width: int | None = None, color: bool = False) -> str:
@@ -113,13 +79,13 @@ class _Page:
             yield from self.fact("published", f"as {r.published.name}")
         for label, share in (("EMA", r.ema), ("junk", r.junk), ("unknown", r.unknown)):
             if share.names:
-                listed = "" if label == "EMA" or self.full else f": {_grouped(share.names)}"
+                listed = "" if label == "EMA" or self.full else f": {grouped(share.names)}"
                 yield from self.fact(
                     label, f"{self.size(share.bytes)} in {counted(share.keys, 'key')}{listed}"
                 )
         if r.optional.names:
             by_size = sorted(r.optional.names, key=lambda n: r.tensors[n].nbytes)
-            yield from self.fact("extra", _examples(by_size, 4))
+            yield from self.fact("extra", examples(by_size, 4))
         if r.parts and r.precision_waste * 1000 > (0 if self.full else r.pruned):
             wasted = self.size(r.precision_waste)
             yield from self.fact("precision", f"{wasted} wasted: 16 bits a number would do")
@@ -128,9 +94,9 @@ class _Page:
             yield from self.fact("pruned", f"{human_bytes(r.size)} → {self.size(r.pruned)}")
         if r.metadata and not self.full:
             keys = counted(len(r.metadata), "key")
-            yield from self.fact("metadata", f"{keys}: {_examples(sorted(r.metadata), 4)}")
+            yield from self.fact("metadata", f"{keys}: {examples(sorted(r.metadata), 4)}")
         if r.globals:
-            listed = ", ".join(r.globals) if self.full else _examples(r.globals, 2)
+            listed = ", ".join(r.globals) if self.full else examples(r.globals, 2)
             yield from self.fact("pickle", f"{counted(len(r.globals), 'global')}, none run: {listed}")
 
     def hashes(self) -> Iterator[str]:
@@ -186,7 +152,7 @@ class _Page:
         if part.digest:
             yield f"content xxh3:{part.digest}"
         if match.missing_optional:
-            yield f"without the optional {_examples(match.missing_optional, 4)}"
+            yield f"without the optional {examples(match.missing_optional, 4)}"
         if match.component.note:
             yield match.component.note
 
@@ -238,21 +204,3 @@ def _remarks(part: Part) -> Iterator[str]:
         yield f"rank {low}" if low == high else f"ranks {low} to {high}"
     if match.component.prefix and not match.prefix:
         yield "bare names"
-
-
-def _examples(names: Sequence[str], limit: int) -> str:
-    more = len(names) - limit
-    return ", ".join(clipped(n, 80) for n in names[:limit]) + (f" and {more:,} more" if more > 0 else "")
-
-
-def _grouped(names: Sequence[str], limit: int = 3) -> str:
-    """What names there are, in few words: those with the same two first parts stand for each other."""
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        groups.setdefault(".".join(name.split(".", 2)[:2]), []).append(name)
-    told = [
-        clipped(group[0] if len(group) == 1 else f"{head}.… ({len(group):,})", 80)
-        for head, group in list(groups.items())[:limit]
-    ]
-    rest = len(names) - sum(map(len, list(groups.values())[:limit]))
-    return ", ".join(told) + (f" and {rest:,} more" if rest else "")

@@ -12,14 +12,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from builder.errors import OutputError, Problem
+from builder.base.errors import OutputError, Problem
+from builder.base.progress import SILENT, Reporter
 from builder.lock import Lock
 from builder.metric import SCALES
-from builder.numeric import PRECISIONS
 from builder.plan import Plan
 from builder.plan.keys import component_key
 from builder.plan.model import ComponentJob, Node, OutputJob, SourceJob
-from builder.progress import SILENT, Reporter
 from builder.run import outputs
 from builder.run.context import Context
 from builder.run.evaluate import finish
@@ -28,7 +27,8 @@ from builder.run.measure import Metrics
 from builder.run.remote import bring, hold_to_lock, in_parts
 from builder.run.schedule import Task, run_all
 from builder.store import DamagedEntry, Store
-from builder.tensors import WINDOW
+from builder.tensors.cast import PRECISIONS
+from builder.tensors.lazy import WINDOW
 
 if TYPE_CHECKING:
     from builder.catalog import Catalog

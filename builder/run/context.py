@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from builder.errors import FetchError, Place, Problem, SourceError
+from builder.base.errors import FetchError, Place, Problem, SourceError
+from builder.base.progress import Reporter
 from builder.plan import Plan
 from builder.plan.model import ComponentJob, Node, OutputJob, SourceJob
-from builder.progress import Reporter
 from builder.run.schedule import Cancelled
 from builder.run.sources import see
 from builder.store import Made, Store

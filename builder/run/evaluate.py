@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from builder.errors import Problem
+from builder.base.errors import Problem
 from builder.fixes import FIXES, truncated_position_ids
-from builder.numeric import Faults, cast_all
 from builder.plan.model import Applied, ComponentJob, Finished, Origin, Plan, StepJob, Take
 from builder.plan.resolve import taken
 from builder.run.schedule import Cancelled
 from builder.store import Store
-from builder.tensors import LazyTensor
+from builder.tensors.cast import Faults, cast_all
+from builder.tensors.lazy import LazyTensor
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from builder.errors import Problem
+from builder.base.errors import Problem
 from builder.metric import Metric
 from builder.recipe import Output, Recipe
 

@@ -8,9 +8,8 @@ from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 
-from builder.digests import Digest, Row, component_digest, tensor_digest
-from builder.errors import LockError, OutputError, Problem, SourceError
-from builder.formats.atomic import write_bytes
+from builder.base.disk import write_bytes
+from builder.base.errors import LockError, OutputError, Problem, SourceError
 from builder.formats.writer import Written
 from builder.lock import Lock, LockedComponent, LockedOutput, differences, lock_path
 from builder.plan.keys import assembly_key, extras_key, known_extras, output_format
@@ -27,7 +26,8 @@ from builder.run.write import write_output
 from builder.sources import files_of
 from builder.store import DamagedEntry
 from builder.store.entries import VerifiedTensor
-from builder.tensors import LazyTensor
+from builder.tensors.digests import Digest, Row, component_digest, tensor_digest
+from builder.tensors.lazy import LazyTensor
 
 
 def put(

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from builder.errors import CkptError, Problem, SourceError
+from builder.base.errors import CkptError, Problem, SourceError
+from builder.base.progress import Reporter
 from builder.formats.blob import BlobTensor, FileBlob
 from builder.lock import LockedComponent, LockedOutput
-from builder.numeric import PROFILE
 from builder.plan import Node, Plan, SourceJob
 from builder.plan.model import Applied, ComponentJob, Origin, OutputJob, StepJob, Take
 from builder.plan.resolve import full_names
-from builder.progress import Reporter
 from builder.store import Store
+from builder.tensors.cast import PROFILE
 
 
 def in_parts(plan: Plan, source: Node, wanted: Iterable[Node]) -> bool:

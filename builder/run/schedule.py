@@ -7,7 +7,7 @@ from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from dataclasses import dataclass, field
 from typing import Any
 
-from builder.errors import CkptError
+from builder.base.errors import CkptError
 
 
 class Cancelled(CkptError):

@@ -6,10 +6,10 @@ from contextlib import suppress
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
-from builder.errors import FetchError
+from builder.base.errors import FetchError
+from builder.base.progress import SILENT, Reporter
 from builder.lock import LockedSource
 from builder.plan import Plan, SourceJob, Sources
-from builder.progress import SILENT, Reporter
 from builder.sources import Found, verify_source
 from builder.store import Store
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from builder.digests import Row, component_digest
-from builder.errors import LockError, OutputError, Place, Problem, UsageError
+from builder.base.errors import LockError, OutputError, Place, Problem, UsageError
+from builder.base.progress import SILENT, Reporter
 from builder.formats import open_checkpoint
 from builder.identify import identify
 from builder.lock import Lock, LockedOutput
 from builder.metric import Metric, counted, label
-from builder.progress import SILENT, Reporter
 from builder.recipe import Output, Recipe
 from builder.run.expect import Built, missed
-from builder.scan import scan
 from builder.store import Store
+from builder.tensors.digests import Row, component_digest
+from builder.tensors.scan import scan
 
 if TYPE_CHECKING:
     from builder.catalog import Catalog

@@ -7,10 +7,10 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from builder.base.progress import Reporter
 from builder.formats.torch_write import write_torch
 from builder.formats.writer import Written, write
-from builder.progress import Reporter
-from builder.tensors import WINDOW, LazyTensor
+from builder.tensors.lazy import WINDOW, LazyTensor
 
 
 def write_output(

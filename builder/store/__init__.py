@@ -16,11 +16,11 @@ from typing import Any
 
 import xxhash
 
-from builder.digests import Row, component_digest
-from builder.errors import OutputError, Place, Problem
+from builder.base.errors import OutputError, Place, Problem
+from builder.base.progress import SILENT, Reporter
+from builder.base.staging import staging, sweep
 from builder.formats.checkpoint import Checkpoint
 from builder.formats.writer import write
-from builder.progress import SILENT, Reporter
 from builder.store.entries import (
     CLASS,
     COMPONENT,
@@ -43,8 +43,8 @@ from builder.store.records import (
     read_record,
     write_record,
 )
-from builder.store.staging import staging, sweep
-from builder.tensors import LazyTensor
+from builder.tensors.digests import Row, component_digest
+from builder.tensors.lazy import LazyTensor
 
 __all__ = ["DamagedEntry", "Made", "Store", "default_root"]
 

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import xxhash
 
-from builder.digests import Digest, Row, component_digest, tensor_digest
-from builder.errors import Place, Problem, SourceError
+from builder.base.errors import Place, Problem, SourceError
+from builder.base.progress import SILENT, Reporter
 from builder.formats.blob import BlobTensor, FileBlob
 from builder.formats.safetensors import read_header
-from builder.progress import SILENT, Reporter
-from builder.tensors import WINDOW, DType, LazyTensor
+from builder.tensors.digests import Digest, Row, component_digest, tensor_digest
+from builder.tensors.lazy import WINDOW, DType, LazyTensor
 
 # Keys of an entry's metadata. The digests of its tensors stand there one after the other, in the order
 # of the sorted names: the file's name is the digest over them, so the table of contents checks itself.

@@ -12,9 +12,9 @@ from typing import Any
 
 import xxhash
 
-from builder.digests import Digest
-from builder.errors import Problem, UsageError
-from builder.formats.atomic import write_bytes
+from builder.base.disk import write_bytes
+from builder.base.errors import Problem, UsageError
+from builder.tensors.digests import Digest
 
 READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
 

@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 
-from builder.errors import OutputError, Place, Problem, SourceError
+from builder.base.errors import OutputError, Place, Problem, SourceError
+from builder.base.progress import SILENT, Reporter
+from builder.base.staging import sweep
 from builder.hashes import sha256_file
-from builder.progress import SILENT, Reporter
 from builder.store import Store
 from builder.store.entries import DamagedEntry, damage, open_entry
 from builder.store.records import made_from_record, read_record
-from builder.store.staging import sweep
 
 # A partial download that was written to more recently may be in the making.
 IDLE = 3600 * 10**9

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from builder.errors import Place, Problem, SourceError
+from builder.base.errors import Place, Problem, SourceError
 from builder.formats.blob import Blob
 from builder.formats.pickles.builders import BUILDERS
 from builder.formats.pickles.machine import MAX_OPCODES, Builder, Machine, Persistent

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from builder.tensors import WINDOW, LazyTensor
+from builder.tensors.lazy import WINDOW, LazyTensor
 
 
 class Reshaped(LazyTensor):

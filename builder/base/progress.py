@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from builder.errors import Problem
+from builder.base.errors import Problem
 
 
 class Reporter:

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from builder.errors import CkptError, OutputError, Problem, SourceError
-from builder.tensors import WINDOW, DType, LazyTensor
+from builder.base.errors import CkptError, OutputError, Problem, SourceError
+from builder.tensors.lazy import WINDOW, DType, LazyTensor
 
 if TYPE_CHECKING:
     import torch

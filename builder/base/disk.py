@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from builder.errors import OutputError, Problem
+from builder.base.errors import OutputError, Problem
 
 NAMELESS = hasattr(os, "O_TMPFILE")  # whether to try files without a name; tests unset it
 

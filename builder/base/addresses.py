@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlsplit
 
-from builder.errors import Problem, UsageError, printable
+from builder.base.errors import Problem, UsageError, printable
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from builder.errors import OutputError, Problem
-from builder.formats.atomic import output_error
+from builder.base.disk import output_error
+from builder.base.errors import OutputError, Problem
 
 _TEMP = re.compile(r"\.ckpt-[0-9a-f]{16}\.new")
 

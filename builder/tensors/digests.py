@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import xxhash
 
-from builder.tensors import WINDOW, DType, LazyTensor
+from builder.tensors.lazy import WINDOW, DType, LazyTensor
 
 
 @dataclass(frozen=True, slots=True)

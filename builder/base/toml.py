@@ -12,7 +12,7 @@ from typing import Any
 
 import tomli
 
-from builder.errors import CkptError, Place, Problem
+from builder.base.errors import CkptError, Place, Problem
 
 Keys = tuple[str | int, ...]
 Span = tuple[int, int]

@@ -9,9 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from builder.digests import Digest, TensorHasher
-from builder.progress import SILENT, Reporter
-from builder.tensors import WINDOW, DType, LazyTensor
+from builder.base.progress import SILENT, Reporter
+from builder.tensors.digests import Digest, TensorHasher
+from builder.tensors.lazy import WINDOW, DType, LazyTensor
 
 if TYPE_CHECKING:
     import numpy as np

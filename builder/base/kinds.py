@@ -9,9 +9,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, NamedTuple
 
-from builder.catalog.model import spelling
-from builder.errors import Problem, RecipeError, did_you_mean
-from builder.toml import Document, Keys
+from builder.base.errors import Problem, RecipeError, did_you_mean
+from builder.base.toml import Document, Keys
+from builder.base.words import spelling
 
 WRONG: Final = object()  # what reading gives for a value whose problem is on the list
 Schema = dict[str, Any]

@@ -1,0 +1,51 @@
+"""The words of messages and reports: numbers with their nouns, lists cut short, names compared."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from builder.base.errors import clipped
+
+CONTAINERS = {
+    "safetensors": "safetensors",
+    "safetensors-sharded": "sharded safetensors",
+    "diffusers": "diffusers folder",
+    "torch-zip": "PyTorch zip",
+    "torch-legacy": "PyTorch legacy pickle",
+    "torch-tar": "PyTorch tar",
+}
+TYPES = {"F16": "fp16", "BF16": "bf16", "F32": "fp32", "F64": "fp64"}
+EXAMPLES = 5
+
+
+def spelling(name: str) -> str:
+    """A name as it is compared: without case, dashes, underscores and spaces."""
+    return name.casefold().translate({ord(c): None for c in "-_ "})
+
+
+def counted(number: int, noun: str) -> str:
+    """A number and its noun, as in `1 key` and `1,131 keys`."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
+def listed(names: tuple[str, ...], limit: int = EXAMPLES) -> str:
+    shown = ", ".join(f"`{n}`" for n in names[:limit])
+    return shown + (f" and {len(names) - limit:,} more" if len(names) > limit else "")
+
+
+def examples(names: Sequence[str], limit: int) -> str:
+    more = len(names) - limit
+    return ", ".join(clipped(n, 80) for n in names[:limit]) + (f" and {more:,} more" if more > 0 else "")
+
+
+def grouped(names: Sequence[str], limit: int = 3) -> str:
+    """What names there are, in few words: those with the same two first parts stand for each other."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(".".join(name.split(".", 2)[:2]), []).append(name)
+    told = [
+        clipped(group[0] if len(group) == 1 else f"{head}.… ({len(group):,})", 80)
+        for head, group in list(groups.items())[:limit]
+    ]
+    rest = len(names) - sum(map(len, list(groups.values())[:limit]))
+    return ", ".join(told) + (f" and {rest:,} more" if rest else "")

@@ -1,0 +1,1 @@
+"""Tensors: seen without being read, cast, moved, digested and scanned."""
