@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
-from builder.formats.torch_write import write_torch
+from builder.formats.write_torch import write_torch
 from builder.samples import CLEAN, DIRTY, Content, Dirt, Model, make
 from builder.tensors.lazy import DType, LazyTensor
 

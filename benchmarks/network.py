@@ -18,7 +18,7 @@ from pathlib import Path
 
 from builder.fetch.client import Session
 from builder.fetch.remote import fetch_component, open_remote
-from builder.formats.writer import plan_layout
+from builder.formats.write_safetensors import plan_layout
 from builder.tensors.lazy import DType
 
 GIB = 1 << 30

@@ -22,7 +22,7 @@ from builder.tensors.cast import PRECISIONS, Faults, NonFinite, Overflow, Precis
 from builder.tensors.lazy import LazyTensor
 
 if TYPE_CHECKING:
-    from builder.layouts.configs import Prediction
+    from builder.formats.layouts.configs import Prediction
 
 Form = Literal["safetensors", "torch", "sharded", "diffusers"]
 
@@ -239,11 +239,11 @@ def _write_file(
 ) -> int:
     task = f"writing {target.name}"
     if form == "safetensors":
-        from builder.formats.writer import write
+        from builder.formats.write_safetensors import write
 
         write(target, tensors, metadata, file_digest=False, accept=accept, task=task, **options)
     else:
-        from builder.formats.torch_write import write_torch
+        from builder.formats.write_torch import write_torch
 
         write_torch(target, tensors, accept=accept, task=task, **options)
     return target.stat().st_size
@@ -258,7 +258,7 @@ def _write_set(
     options: Mapping[str, Any],
 ) -> int:
     from builder.base.folders import making_set
-    from builder.formats.sharded_write import SHARD_SIZE, SUFFIX, write_shards
+    from builder.formats.write_sharded import SHARD_SIZE, SUFFIX, write_shards
 
     with making_set(index, durable=options["durable"]) as folder:
         size, stem = shard_size or SHARD_SIZE, index.name[: -len(SUFFIX)]
@@ -372,7 +372,8 @@ def _write_folder(
     options: Mapping[str, Any],
 ) -> int:
     from builder.base.folders import making_folder
-    from builder.formats.diffusers import REMAINDER, write_folder
+    from builder.formats.diffusers import REMAINDER
+    from builder.formats.write_diffusers import write_folder
 
     reporter: Reporter = options["reporter"]
     with making_folder(target, durable=options["durable"]) as folder:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from builder.base.disk import write_text
-from builder.formats.torch_write import write_torch
-from builder.formats.writer import write
+from builder.formats.write_safetensors import write
+from builder.formats.write_torch import write_torch
 from builder.samples import CLEAN, DIRTY, Model, make
 from builder.tensors.lazy import DType
 

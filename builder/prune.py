@@ -15,7 +15,7 @@ from builder.base.disk import write_bytes
 from builder.base.errors import Place, Problem, SourceError
 from builder.base.progress import SILENT, Reporter
 from builder.formats import open_checkpoint
-from builder.hashes import short_hashes
+from builder.formats.hashes import short_hashes
 from builder.identify import EMA, Identity, Match
 from builder.parts import home, usual_precision
 from builder.quick import Quick, make_parts, numbered, recipe_name, run

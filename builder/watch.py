@@ -19,7 +19,7 @@ from builder.base.disk import replacing, write_all
 from builder.base.errors import CkptError, OutputError, Place, Problem, SourceError, UsageError, render
 from builder.base.progress import SILENT, Reporter
 from builder.formats import open_checkpoint
-from builder.hashes import sha256_file
+from builder.formats.hashes import sha256_file
 from builder.identify import Identity, identify
 from builder.parts import kind
 from builder.prune import Options, Pruning, plan_pruning, prune, vacant

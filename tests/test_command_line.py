@@ -11,7 +11,7 @@ import pytest
 
 from builder.base.errors import Place, Problem, render
 from builder.cli import run
-from builder.formats.writer import write
+from builder.formats.write_safetensors import write
 from builder.tensors.lazy import DType, MemoryTensor
 
 CKPT = [sys.executable, "-m", "builder"]

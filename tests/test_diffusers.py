@@ -19,11 +19,11 @@ from benchmarks.generate import write as write_generated
 from builder.base.errors import SourceError
 from builder.convert import FAMILIES
 from builder.formats import open_checkpoint
-from builder.formats.diffusers import write_folder
-from builder.formats.writer import write
-from builder.layouts import family_of, to_diffusers, to_original
-from builder.layouts.configs import configs
-from builder.layouts.tables import PARTS
+from builder.formats.layouts import family_of, to_diffusers, to_original
+from builder.formats.layouts.configs import configs
+from builder.formats.layouts.tables import PARTS
+from builder.formats.write_diffusers import write_folder
+from builder.formats.write_safetensors import write
 from builder.tensors.lazy import DType, LazyTensor, MemoryTensor
 from tests.building import CLIP, IDS, VAE, Folder, catalog, content, files, model, save, values
 

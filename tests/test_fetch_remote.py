@@ -15,7 +15,7 @@ from builder.base.errors import CkptError, FetchError, SourceError, UsageError, 
 from builder.fetch.client import Limits, Session
 from builder.fetch.remote import HEAD, RemoteBlob, _Move, coalesce, fetch_component, open_remote
 from builder.formats import open_checkpoint
-from builder.formats.writer import write
+from builder.formats.write_safetensors import write
 from builder.tensors.digests import Row, component_digest, tensor_digest
 from builder.tensors.lazy import DType, MemoryTensor
 from tests.servers import File, Handler, Route, Server, hugging_face, in_turn, redirects, says

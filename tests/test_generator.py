@@ -22,8 +22,8 @@ from benchmarks.generate import write
 from benchmarks.harness import Sample, Target, outcome
 from builder.base.errors import OutputError, Problem, SourceError, UsageError
 from builder.catalog import load_catalog
-from builder.formats import open_checkpoint, torch_write
-from builder.formats.torch_write import write_torch
+from builder.formats import open_checkpoint
+from builder.formats.write_torch import write_torch
 from builder.identify import identify
 from builder.samples import CLEAN, DIRTY, SPREADS, Dirt, Repeated, make
 from builder.tensors.lazy import DType, LazyTensor, MemoryTensor
@@ -98,7 +98,7 @@ def test_records_are_aligned_stored_and_dated_the_same(tmp_path: Path) -> None:
 
 def test_zip64_fields(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # A limit of 4 GiB is met by lowering it: every field that may need 64 bits then uses them.
-    monkeypatch.setattr(torch_write, "_LIMIT", 4096)
+    monkeypatch.setattr("builder.formats.write_torch._LIMIT", 4096)
     path = tmp_path / "wide.pt"
     table: dict[str, LazyTensor] = {
         str(n): MemoryTensor(DType.I64, (n,), bytes(range(8)) * n) for n in (1, 512, 600)

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from builder.base.errors import SourceError
 from builder.base.progress import Reporter
-from builder.hashes import file_hashes, sha256_file
+from builder.formats.hashes import file_hashes, sha256_file
 from builder.tensors.lazy import WINDOW
 
 

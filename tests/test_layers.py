@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent / "builder"
 
 # The rooms from the ground up: a module may import from its own room and from those before it.
 ROOMS = [
-    *("base", "tensors", "layouts", "formats", "hashes"),
+    *("base", "tensors", "formats"),
     *("catalog", "identify", "metric", "parts", "samples"),
     *("fixes", "operations"),
     *("fetch", "store", "profiles", "recipe", "lock", "sources", "plan", "explain"),

@@ -16,7 +16,7 @@ import tomli
 from builder.author import Draft, describe
 from builder.author.text import merged, place
 from builder.base.progress import Reporter
-from builder.formats.writer import write as write_tensors
+from builder.formats.write_safetensors import write as write_tensors
 from builder.store import Store
 from builder.tensors.cast import Faults, cast_all
 from builder.tensors.lazy import DType, LazyTensor, MemoryTensor

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from builder.base.errors import OutputError, SourceError, render
-from builder.formats.writer import write
+from builder.formats.write_safetensors import write
 from builder.tensors.cast import Cast, Fault, Faults, cast_all
 from builder.tensors.lazy import WINDOW, DType, LazyTensor, MemoryTensor
 from tests.building import UNET, VAE, Folder, content, like, model, save, values

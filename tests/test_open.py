@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from builder.base.errors import SourceError
 from builder.formats import open_checkpoint
-from builder.formats.writer import write
+from builder.formats.write_safetensors import write
 from builder.tensors.lazy import DType, MemoryTensor
 
 

@@ -19,9 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from builder.base.errors import SourceError
-from builder.formats.pickles import Dict, Global, Malformed, Object, Skipped, Unpickled, load, machine
-from builder.formats.pickles.opcodes import TABLE
-from builder.formats.pickles.policy import holds_code
+from builder.formats.torch.pickles import Dict, Global, Malformed, Object, Skipped, Unpickled, load, machine
+from builder.formats.torch.pickles.opcodes import TABLE
+from builder.formats.torch.pickles.policy import holds_code
 
 
 class Bytes:
@@ -395,7 +395,7 @@ def test_open_marks_are_limited() -> None:
 
 
 def test_opcodes_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("builder.formats.pickles.MAX_OPCODES", 1000)
+    monkeypatch.setattr("builder.formats.torch.pickles.MAX_OPCODES", 1000)
     read(b"N0" * 499 + b"N.")
     assert "more than 1,000 opcodes" in fact(b"N0" * 500 + b"N.")
 

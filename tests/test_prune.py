@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks.generate import make
 from builder.formats import open_checkpoint
-from builder.formats.writer import plan_layout
+from builder.formats.write_safetensors import plan_layout
 from builder.tensors.lazy import DType, LazyTensor, MemoryTensor
 from tests.building import UNET, Folder, catalog, content, model, save, save_dirty
 from tests.recipe_words import golden
@@ -33,7 +33,7 @@ def metadata(path: Path) -> dict[str, str]:
 
 
 def with_metadata(path: Path, tensors: dict[str, LazyTensor], said: dict[str, str]) -> Path:
-    from builder.formats.writer import write as write_safetensors
+    from builder.formats.write_safetensors import write as write_safetensors
 
     write_safetensors(path, tensors, said)
     return path

@@ -12,7 +12,7 @@ import torch
 
 from builder.base.errors import SourceError
 from builder.formats import open_checkpoint
-from builder.formats.writer import write
+from builder.formats.write_safetensors import write
 from builder.tensors.lazy import DType, MemoryTensor
 
 ONE, TWO = "m-00001-of-00002.safetensors", "m-00002-of-00002.safetensors"

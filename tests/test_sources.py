@@ -15,7 +15,7 @@ import pytest
 from builder.base.errors import ExitCode, FetchError, Problem, SourceError, render
 from builder.base.progress import Reporter
 from builder.fetch.cache import hugging_face_cache
-from builder.formats.writer import write
+from builder.formats.write_safetensors import write
 from builder.sources import (
     Found,
     find_source,

@@ -21,7 +21,7 @@ from builder.base.errors import OutputError, Problem, UsageError
 from builder.base.progress import Reporter
 from builder.base.staging import staging, sweep
 from builder.cli import run
-from builder.formats.writer import write
+from builder.formats.write_safetensors import write
 from builder.store import DamagedEntry, Made, Store, default_root
 from builder.store.entries import VerifiedTensor
 from builder.store.memory import RACY

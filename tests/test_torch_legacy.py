@@ -14,7 +14,7 @@ import torch
 
 from builder.formats import open_checkpoint
 from builder.formats.blob import BlobTensor
-from builder.formats.torch_legacy import MAGIC
+from builder.formats.torch.legacy import MAGIC
 from tests.torch_forms import (
     call,
     content,

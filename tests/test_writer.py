@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from builder.base.errors import CkptError, OutputError, Problem, SourceError
 from builder.base.progress import Reporter
 from builder.formats import open_checkpoint
-from builder.formats.writer import Written, plan_layout, write
+from builder.formats.write_safetensors import Written, plan_layout, write
 from builder.tensors.digests import tensor_digest
 from builder.tensors.lazy import DType, LazyTensor, MemoryTensor
 
@@ -304,7 +304,7 @@ def run(script: str, *args: object, **kwargs: object) -> subprocess.Popen[str]:
         from pathlib import Path
         from builder.base.errors import CkptError, render
         from builder.base import disk
-        from builder.formats.writer import write
+        from builder.formats.write_safetensors import write
         from builder.tensors.lazy import DType, LazyTensor
 
         class Slow(LazyTensor):
@@ -374,7 +374,7 @@ FULL = """
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
     big = {str(n): Slow(DType.U8, (1_000_000,)) for n in range(10)}
     disk.NAMELESS = disk.NAMELESS and "named" not in sys.argv
-    import builder.formats.writer as writer
+    import builder.formats.write_safetensors as writer
     writer._check_room = lambda *_: None  # as when another process takes the room meanwhile
     for file_digest in (True, False):
         try:

@@ -21,7 +21,7 @@ from builder.fetch.text import file_name, shown
 from builder.formats import safetensors
 from builder.formats.blob import BlobTensor, FileBlob
 from builder.formats.checkpoint import Checkpoint
-from builder.formats.writer import plan_layout
+from builder.formats.write_safetensors import plan_layout
 from builder.tensors.digests import Row, component_digest, tensor_digest
 
 T = TypeVar("T")

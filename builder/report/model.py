@@ -165,7 +165,7 @@ def build_report(
             "safetensors-sharded",
             "diffusers",
         ):  # they are hashes of single files
-            from builder.hashes import file_hashes
+            from builder.formats.hashes import file_hashes
 
             found = file_hashes(path, reporter=reporter)
         report = examine(checkpoint, catalog, full, metric, threads, reporter)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from builder.base.disk import write_bytes
 from builder.base.errors import LockError, OutputError, Problem, SourceError
-from builder.formats.writer import Written
+from builder.formats.write_safetensors import Written
 from builder.lock import Lock, LockedComponent, LockedOutput, differences, lock_path
 from builder.plan.keys import assembly_key, extras_key, known_extras, output_format
 from builder.plan.metadata import final_metadata

@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from builder.base.progress import Reporter
-from builder.formats.torch_write import write_torch
-from builder.formats.writer import Written, write
+from builder.formats.write_safetensors import Written, write
+from builder.formats.write_torch import write_torch
 from builder.tensors.lazy import WINDOW, LazyTensor
 
 

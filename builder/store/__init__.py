@@ -20,7 +20,7 @@ from builder.base.errors import OutputError, Place, Problem
 from builder.base.progress import SILENT, Reporter
 from builder.base.staging import staging, sweep
 from builder.formats.checkpoint import Checkpoint
-from builder.formats.writer import write
+from builder.formats.write_safetensors import write
 from builder.store.entries import (
     CLASS,
     COMPONENT,

@@ -11,7 +11,7 @@ import xxhash
 
 from builder.base.errors import OutputError
 from builder.base.progress import SILENT, Reporter
-from builder.hashes import sha256_file
+from builder.formats.hashes import sha256_file
 from builder.store.records import read_record, write_record
 
 # A file that changes twice within one tick of its file system's clock shows no trace of the second

@@ -12,7 +12,7 @@ from pathlib import Path
 from builder.base.errors import OutputError, Place, Problem, SourceError
 from builder.base.progress import SILENT, Reporter
 from builder.base.staging import sweep
-from builder.hashes import sha256_file
+from builder.formats.hashes import sha256_file
 from builder.store import Store
 from builder.store.entries import DamagedEntry, damage, open_entry
 from builder.store.records import made_from_record, read_record

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from builder.base.errors import Place, Problem, SourceError
-from builder.formats.pickles import Dict, Global, Object, Skipped
-from builder.formats.torch_values import Storage, TensorRef
+from builder.formats.torch.pickles import Dict, Global, Object, Skipped
+from builder.formats.torch.tensors_in_pickles import Storage, TensorRef
 
 # Where trainers put the state dict, each also within another; the first of equals wins.
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "params_ema", "params", "ema")

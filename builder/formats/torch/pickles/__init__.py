@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from builder.base.errors import Place, Problem, SourceError
 from builder.formats.blob import Blob
-from builder.formats.pickles.builders import BUILDERS
-from builder.formats.pickles.machine import MAX_OPCODES, Builder, Machine, Persistent
-from builder.formats.pickles.opcodes import TABLE, Stop
-from builder.formats.pickles.values import Dict, Global, Malformed, Object, Skipped, Stateful
+from builder.formats.torch.pickles.builders import BUILDERS
+from builder.formats.torch.pickles.machine import MAX_OPCODES, Builder, Machine, Persistent
+from builder.formats.torch.pickles.opcodes import TABLE, Stop
+from builder.formats.torch.pickles.values import Dict, Global, Malformed, Object, Skipped, Stateful
 
 __all__ = [
     "Builder",

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from builder.formats.blob import Blob
-from builder.formats.pickles.policy import holds_code
-from builder.formats.pickles.values import Dict, Global, Malformed, Object, Skipped
+from builder.formats.torch.pickles.policy import holds_code
+from builder.formats.torch.pickles.values import Dict, Global, Malformed, Object, Skipped
 
 # A checkpoint of 10,000 tensors with optimizer states needs about a million opcodes. Each may leave some
 # hundred bytes in memory, so this bounds memory too.

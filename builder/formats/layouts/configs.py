@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import gcd
 from typing import Any, Literal
 
-from builder.layouts.tables import CLIP, PARTS
+from builder.formats.layouts.tables import CLIP, PARTS
 from builder.tensors.lazy import LazyTensor
 
 Tensors = Mapping[str, LazyTensor]

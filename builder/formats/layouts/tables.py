@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from builder.layouts.rules import Part, Rule, Rules
+from builder.formats.layouts.rules import Part, Rule, Rules
 
 # Two patterns of a rule stand for equally many modules (or tensors), paired in order; what follows in a
 # name is the same in both layouts.

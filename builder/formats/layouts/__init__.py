@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from builder.layouts.tables import PARTS
+from builder.formats.layouts.tables import PARTS
 from builder.tensors.lazy import LazyTensor
 
 Tensors = Mapping[str, LazyTensor]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from builder.formats.pickles.machine import Builder
-from builder.formats.pickles.values import Dict, Global, Malformed, Object, Skipped
+from builder.formats.torch.pickles.machine import Builder
+from builder.formats.torch.pickles.values import Dict, Global, Malformed, Object, Skipped
 
 
 def _dict(args: tuple[object, ...]) -> object:

@@ -6,8 +6,8 @@ import re
 import struct
 from collections.abc import Callable
 
-from builder.formats.pickles.machine import Machine, extend, update
-from builder.formats.pickles.values import Dict, Malformed, Object, Stateful
+from builder.formats.torch.pickles.machine import Machine, extend, update
+from builder.formats.torch.pickles.values import Dict, Malformed, Object, Stateful
 
 MAX_DIGITS = 1000  # of an integer, or its bytes
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from builder.base.disk import write_text
 from builder.base.errors import OutputError, Problem
 from builder.base.progress import SILENT, Reporter
-from builder.formats.writer import write
+from builder.formats.write_safetensors import write
 from builder.tensors.lazy import LazyTensor
 
 SHARD_SIZE = 5_000_000_000  # bytes of tensors; what the Hugging Face libraries take by default

@@ -5,8 +5,8 @@ from __future__ import annotations
 from builder.base.errors import Place, Problem, SourceError
 from builder.formats.blob import FileBlob
 from builder.formats.checkpoint import Checkpoint
-from builder.formats.torch_legacy import MAGIC, open_legacy, open_tar
-from builder.formats.torch_zip import open_zip
+from builder.formats.torch.legacy import MAGIC, open_legacy, open_tar
+from builder.formats.torch.zip_container import open_zip
 
 HEAD = 512  # bytes that tell
 

@@ -7,8 +7,8 @@ from typing import Protocol
 from builder.base.errors import Place, Problem, SourceError
 from builder.formats.blob import Blob
 from builder.formats.checkpoint import Checkpoint
-from builder.formats.torch_tree import Found, gather
-from builder.formats.torch_values import Storage
+from builder.formats.torch.tensors_in_pickles import Storage
+from builder.formats.torch.tree import Found, gather
 from builder.formats.views import tensor_at
 from builder.tensors.lazy import LazyTensor
 

@@ -7,10 +7,10 @@ import zlib
 from builder.base.errors import Place, Problem, SourceError
 from builder.formats.blob import Blob
 from builder.formats.checkpoint import Checkpoint
-from builder.formats.pickles import load
-from builder.formats.torch_assembly import assemble
-from builder.formats.torch_values import BUILDERS, Storage, storage_of
-from builder.formats.zipfiles import Record, content, read_records
+from builder.formats.torch.assembly import assemble
+from builder.formats.torch.pickles import load
+from builder.formats.torch.tensors_in_pickles import BUILDERS, Storage, storage_of
+from builder.formats.torch.zip_directory import Record, content, read_records
 
 _MAX_DEFLATED_PICKLE = 256 << 20
 _PIECE = 1 << 20

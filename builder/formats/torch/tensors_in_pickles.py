@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
-from builder.formats.pickles import Builder, Global, Malformed, Object, Stateful
+from builder.formats.torch.pickles import Builder, Global, Malformed, Object, Stateful
 from builder.tensors.lazy import BY_TORCH_NAME, DType
 
 MAX_DIMS = 64  # PyTorch's own limit

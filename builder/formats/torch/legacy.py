@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from builder.base.errors import Place, Problem, SourceError
 from builder.formats.blob import Blob
 from builder.formats.checkpoint import Checkpoint
-from builder.formats.pickles import Global, Malformed, Unpickled, load
-from builder.formats.tarfiles import read_members
-from builder.formats.torch_assembly import assemble
-from builder.formats.torch_values import BUILDERS, Storage, storage_of, tensor_of
-from builder.formats.zipfiles import Part
+from builder.formats.torch.assembly import assemble
+from builder.formats.torch.pickles import Global, Malformed, Unpickled, load
+from builder.formats.torch.tar_directory import read_members
+from builder.formats.torch.tensors_in_pickles import BUILDERS, Storage, storage_of, tensor_of
+from builder.formats.torch.zip_directory import Part
 
 MAGIC = 0x1950A86A20F9469CFC6C
 _PROTOCOL = 1001

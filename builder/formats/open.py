@@ -1,0 +1,82 @@
+"""Opening a checkpoint of whatever kind, which its leading bytes tell."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from builder.base.errors import Place, Problem, SourceError
+from builder.formats import safetensors, sniff
+from builder.formats.blob import FileBlob
+from builder.formats.checkpoint import Checkpoint
+
+
+def open_checkpoint(path: Path | str, *, as_name: str | None = None) -> Checkpoint:
+    """Open a checkpoint: its table of contents is read, its tensors are not.
+
+    `path` is a safetensors file, a PyTorch file (zip, legacy or tar), the index of a sharded set, a folder
+    that holds exactly one such index, or a model's folder in diffusers' layout, whose tensors get the
+    names of the original layout. Which it is, is told by its leading bytes, never by its suffix.
+    `as_name` replaces the path as the checkpoint's name. Close it, or use it in `with`.
+    Raises SourceError for anything else, saying what it is.
+    """
+    path = Path(path)
+    name = as_name or str(path)
+    # Of os.path, which answers where pathlib raises: a name may be too long, a folder out of reach.
+    if os.path.isfile(path / "model_index.json"):  # noqa: PTH113
+        from builder.formats.diffusers import open_folder
+
+        return open_folder(path, name, _open_file)
+    return _open_file(_index_in(path) if os.path.isdir(path) else path, name)  # noqa: PTH112
+
+
+def _open_file(path: Path, name: str) -> Checkpoint:
+    blob = FileBlob(path)
+    try:
+        checkpoint = _open(blob, path, name)
+        if blob not in checkpoint.blobs:
+            blob.close()
+        return checkpoint
+    except BaseException:
+        blob.close()
+        raise
+
+
+def _open(blob: FileBlob, path: Path, name: str) -> Checkpoint:
+    head = blob.read(0, min(blob.size, sniff.HEAD))
+    if sniff.is_safetensors(head):
+        return safetensors.from_blob(blob, name)
+    from builder.formats import sharded  # not needed for most files, so not loaded at the start
+    from builder.formats.torch.files import looks_like_torch, open_torch
+
+    if looks_like_torch(head) and not sniff.is_npz(head):
+        return open_torch(blob, name)
+    if head.lstrip()[:1] == b"{" and (index := sharded.read_index(blob)) is not None:
+        return sharded.from_index(index, path, name)
+    stranger = sniff.stranger(head)
+    if stranger is not None:
+        problem = Problem(f"this is no checkpoint but {stranger.what}", Place(blob.name), *stranger[1:])
+        raise SourceError(problem)
+    if head[8:9] == b"{" or path.suffix == ".safetensors":
+        return safetensors.from_blob(blob, name)  # which says what is wrong with it
+    raise SourceError(
+        Problem(
+            "this is no checkpoint, nor any kind of file that is known",
+            Place(blob.name),
+            (f"it begins with the bytes {head[:16].hex(' ')}",),
+        )
+    )
+
+
+def _index_in(folder: Path) -> Path:
+    found = sorted(folder.glob("*.index.json"))
+    if len(found) == 1:
+        return found[0]
+    have = ", ".join(f"`{p.name}`" for p in found[:5]) or "no file `*.index.json`"
+    raise SourceError(
+        Problem(
+            f"`{folder}` is a folder that does not hold one sharded set",
+            evidence=(f"it holds {have}",),
+            hint="give a file",
+        )
+    )
