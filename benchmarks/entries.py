@@ -19,7 +19,7 @@ from benchmarks.harness import Benchmark, Contender, Target
 from builder.formats import open_checkpoint
 from builder.formats.blob import BlobTensor
 from builder.formats.hashes import sha256_file
-from builder.metric import SCALES
+from builder.models.metric import SCALES
 from builder.store import Store
 from builder.tensors.lazy import DType
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from builder.formats.write_torch import write_torch
-from builder.samples import CLEAN, DIRTY, Content, Dirt, Model, make
+from builder.models.samples import CLEAN, DIRTY, Content, Dirt, Model, make
 from builder.tensors.lazy import DType, LazyTensor
 
 __all__ = ["CLEAN", "DIRTY", "Content", "Dirt", "Model", "main", "make", "write"]

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from builder.base.errors import CkptError, OutputError, Place, Problem, SourceError, UsageError
 from builder.base.progress import SILENT, Reporter, human_bytes
-from builder.catalog import Catalog
 from builder.formats import open_checkpoint
 from builder.formats.blob import FileBlob
 from builder.formats.checkpoint import Checkpoint
-from builder.identify import identify
-from builder.quick import Quick, recipe_name
+from builder.models.catalog import Catalog
+from builder.models.identify import identify
+from builder.quick import Quick
+from builder.recipe.names import recipe_name
 from builder.tensors.cast import PRECISIONS, Faults, NonFinite, Overflow, Precision, cast_all
 from builder.tensors.lazy import LazyTensor
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from builder.base.disk import write_text
 from builder.formats.write_safetensors import write
 from builder.formats.write_torch import write_torch
-from builder.samples import CLEAN, DIRTY, Model, make
+from builder.models.samples import CLEAN, DIRTY, Model, make
 from builder.tensors.lazy import DType
 
 RECIPE = """\

@@ -16,9 +16,10 @@ from builder.base.errors import Place, Problem, SourceError
 from builder.base.progress import SILENT, Reporter
 from builder.formats import open_checkpoint
 from builder.formats.hashes import short_hashes
-from builder.identify import EMA, Identity, Match
-from builder.parts import home, usual_precision
-from builder.quick import Quick, make_parts, numbered, recipe_name, run
+from builder.models.identify import EMA, Identity, Match
+from builder.models.parts import home, usual_precision
+from builder.quick import Quick, make_parts, run
+from builder.recipe.names import numbered, recipe_name
 from builder.report import Report, examine
 from builder.run import Build
 from builder.store import Store
@@ -26,7 +27,7 @@ from builder.tensors.cast import cast_type
 from builder.tensors.lazy import LazyTensor
 
 if TYPE_CHECKING:
-    from builder.catalog import Catalog
+    from builder.models.catalog import Catalog
 
 _ONE_FILE = ("safetensors", "torch-zip", "torch-legacy", "torch-tar")
 ORIGIN = "pruned_from"  # the metadata that says which file this was

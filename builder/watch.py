@@ -20,15 +20,15 @@ from builder.base.errors import CkptError, OutputError, Place, Problem, SourceEr
 from builder.base.progress import SILENT, Reporter
 from builder.formats import open_checkpoint
 from builder.formats.hashes import sha256_file
-from builder.identify import Identity, identify
-from builder.parts import kind
+from builder.models.identify import Identity, identify
+from builder.models.parts import kind
 from builder.prune import Options, Pruning, plan_pruning, prune, vacant
-from builder.quick import SHARD, SUFFIXES, numbered, stem
+from builder.recipe.names import SHARD, SUFFIXES, numbered, stem
 from builder.store import Store
 from builder.tensors.cast import UnfitError
 
 if TYPE_CHECKING:
-    from builder.catalog import Catalog
+    from builder.models.catalog import Catalog
 
 FAILED = "Failed"
 SETTLE = 3.0  # seconds without a change after which a file counts as whole, if it opens

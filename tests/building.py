@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks.generate import CLEAN, DIRTY, Dirt, Format, Model, make, write
-from builder.catalog import Catalog, load_catalog
 from builder.cli import run
 from builder.formats import open_checkpoint
+from builder.models.catalog import Catalog, load_catalog
 from builder.tensors.lazy import DType, LazyTensor, MemoryTensor
 
 ROOT = Path(__file__).parent.parent

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from builder.operations import Operation, Param
+from builder.operations.registry import Operation, Param
 
 GOLDEN = Path(__file__).parent / "golden" / "recipe"
 

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from builder.base.braces import BraceError, escape, expand
 from builder.base.errors import CatalogError, UsageError, render
-from builder.catalog import RANK, TensorRule, load_catalog
-from builder.catalog.files import _ARCHITECTURE, _COMPONENT, parse_table
-from builder.catalog.learn import compress
 from builder.cli import run
+from builder.models.catalog import RANK, TensorRule, load_catalog
+from builder.models.catalog.files import _ARCHITECTURE, _COMPONENT, parse_table
+from builder.models.catalog.learn import compress
 
 # ── braces ──
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from builder.base.errors import UsageError
-from builder.catalog import Catalog, Component, load_catalog
-from builder.catalog.model import NAMINGS
+from builder.models.catalog import Catalog, Component, load_catalog
+from builder.models.catalog.tables import NAMINGS
 
 GOLDEN = Path(__file__).parent / "golden" / "catalog"
 TABLES = {

@@ -52,7 +52,7 @@ def nai(tensors: Tensors) -> Tensors:
 
 
 def diffusers_attention(tensors: Tensors) -> Tensors:
-    from builder.fixes import Reshaped
+    from builder.operations.fixes import Reshaped
 
     named = {}
     for name, tensor in tensors.items():

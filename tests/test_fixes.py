@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks.generate import Dirt
-from builder.fixes import FIXES, POSITION_IDS, Fixed, exact_position_ids, truncated_position_ids
+from builder.operations.fixes import FIXES, POSITION_IDS, Fixed, exact_position_ids, truncated_position_ids
 from builder.tensors.lazy import DType, LazyTensor, MemoryTensor
 from tests.building import CLIP, IDS, VAE, Folder, catalog, content, model, save, values
 

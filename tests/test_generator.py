@@ -21,11 +21,11 @@ from safetensors import safe_open
 from benchmarks.generate import write
 from benchmarks.harness import Sample, Target, outcome
 from builder.base.errors import OutputError, Problem, SourceError, UsageError
-from builder.catalog import load_catalog
 from builder.formats import open_checkpoint
 from builder.formats.write_torch import write_torch
-from builder.identify import identify
-from builder.samples import CLEAN, DIRTY, SPREADS, Dirt, Repeated, make
+from builder.models.catalog import load_catalog
+from builder.models.identify import identify
+from builder.models.samples import CLEAN, DIRTY, SPREADS, Dirt, Repeated, make
 from builder.tensors.lazy import DType, LazyTensor, MemoryTensor
 
 WRITABLE = [d for d in DType if d.torch_name and d.bits >= 8]

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from builder.catalog import RANK, load_catalog
-from builder.identify import Identity, Misshapen, identify
+from builder.models.catalog import RANK, load_catalog
+from builder.models.identify import Identity, Misshapen, identify
 from builder.tensors.lazy import DType, LazyTensor
 
 CATALOG = load_catalog([])

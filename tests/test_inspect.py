@@ -20,10 +20,10 @@ from hypothesis import strategies as st
 
 from builder.base.errors import Problem
 from builder.base.progress import human_bytes
-from builder.catalog import RANK, Catalog, load_catalog
 from builder.cli import run
 from builder.cli.terminal import make_reporter
 from builder.formats.checkpoint import Checkpoint
+from builder.models.catalog import RANK, Catalog, load_catalog
 from builder.report import Report, build_report, examine, render
 from builder.report.positions import read_position_ids
 from builder.tensors.lazy import BY_CODE, DType, LazyTensor, MemoryTensor

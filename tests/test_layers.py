@@ -9,10 +9,8 @@ ROOT = Path(__file__).parent.parent / "builder"
 
 # The rooms from the ground up: a module may import from its own room and from those before it.
 ROOMS = [
-    *("base", "tensors", "formats"),
-    *("catalog", "identify", "metric", "parts", "samples"),
-    *("fixes", "operations"),
-    *("fetch", "store", "profiles", "recipe", "lock", "sources", "plan", "explain"),
+    *("base", "tensors", "formats", "models", "operations"),
+    *("fetch", "store", "recipe", "sources", "plan", "explain"),
     *("run", "quick"),
     *("report", "diff", "author"),
     *("prune", "convert", "watch", "demo"),

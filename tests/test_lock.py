@@ -11,7 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from builder.base.errors import LockError
-from builder.lock import Lock, LockedComponent, LockedOutput, LockedSource, differences, read_lock, write_lock
+from builder.recipe.lock import (
+    Lock,
+    LockedComponent,
+    LockedOutput,
+    LockedSource,
+    differences,
+    read_lock,
+    write_lock,
+)
 from tests.building import GOLDEN, RECIPE, Folder, model, save, save_dirty
 from tests.recipe_words import golden
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.generate import make
-from builder.metric import PUBLISHED, Metric, Scale, counted, digits, label, measure, weigh
+from builder.models.metric import PUBLISHED, Metric, Scale, counted, digits, label, measure, weigh
 from builder.tensors.lazy import LazyTensor
 from builder.tensors.scan import BINS
 from tests.test_scan import held, histogram

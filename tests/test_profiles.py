@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from builder.fixes import FIXES
-from builder.profiles import PROFILES, sidecar, with_profile
+from builder.operations.fixes import FIXES
+from builder.recipe.profiles import PROFILES, sidecar, with_profile
 from tests.building import IDS, RECIPE, Folder, content
 
 

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from builder.base.errors import ExitCode, RecipeError, render
-from builder.catalog import load_catalog
-from builder.operations import Operation, Param
+from builder.models.catalog import load_catalog
+from builder.operations.registry import Operation, Param
 from builder.recipe import FromBase, NewBase, Pick, Recipe, load_recipe, parse_recipe, slot_problems
 from tests.recipe_words import GOLDEN, OPERATIONS, golden
 

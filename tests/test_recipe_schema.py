@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from builder.base.errors import RecipeError
-from builder.catalog import load_catalog
 from builder.cli.schema import command
+from builder.models.catalog import load_catalog
 from builder.recipe import parse_recipe
 from builder.recipe.schema import recipe_schema, schema_text
 from tests.recipe_words import GOLDEN, OPERATIONS, golden

@@ -12,12 +12,12 @@ import tomli
 
 from builder.base.errors import RecipeError, render
 from builder.base.kinds import Choice, Key, Struct
-from builder.catalog import load_catalog
-from builder.fixes import FIXES
-from builder.operations import OPERATIONS
-from builder.profiles import PROFILES
+from builder.models.catalog import load_catalog
+from builder.operations.fixes import FIXES
+from builder.operations.registry import OPERATIONS
 from builder.recipe import load_recipe, parse_recipe
 from builder.recipe.language import Vocabulary
+from builder.recipe.profiles import PROFILES
 from tests.recipe_words import golden
 
 ROOT = Path(__file__).parent.parent

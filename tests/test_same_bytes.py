@@ -116,7 +116,7 @@ def test_check_says_when_the_bytes_differ(folder: Folder, monkeypatch: pytest.Mo
     """A fix that does something else each time is caught, and the component that differs is named."""
     from dataclasses import replace
 
-    from builder import fixes
+    from builder.operations import fixes
     from builder.tensors.lazy import DType, MemoryTensor
 
     count = iter(range(100))

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from builder.base.errors import RecipeError
-from builder.lock import Lock
-from builder.operations import Operation, Param
+from builder.operations.registry import Operation, Param
 from builder.plan import Plan, make_plan
 from builder.recipe import load_recipe
+from builder.recipe.lock import Lock
 from builder.run import Build, build
 from builder.store import Store
 from builder.tensors.lazy import DType, LazyTensor

@@ -320,7 +320,7 @@ def test_another_file_system_for_real(folder: Folder, watch: Watch) -> None:
 
 
 def test_kinds_and_layouts(tmp_path: Path) -> None:
-    from builder.identify import identify
+    from builder.models.identify import identify
 
     for name, expected in (
         ("SD-mini", "checkpoint"),

@@ -15,11 +15,11 @@ import xxhash
 from builder.base.errors import CkptError, Problem, SourceError, UsageError
 from builder.base.progress import SILENT, Reporter, human_bytes
 from builder.base.words import counted as number
-from builder.catalog import Architecture, Catalog
-from builder.fixes import FIXES, POSITION_IDS, exact_position_ids
 from builder.formats import open_checkpoint
-from builder.identify import Match, identify
-from builder.metric import PUBLISHED, Metric, counted, label
+from builder.models.catalog import Architecture, Catalog
+from builder.models.identify import Match, identify
+from builder.models.metric import PUBLISHED, Metric, counted, label
+from builder.operations.fixes import FIXES, POSITION_IDS, exact_position_ids
 from builder.plan.sources import OpenSource
 from builder.sources import Found, files_below, verify_source
 from builder.store import Store

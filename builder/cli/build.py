@@ -15,10 +15,10 @@ from builder.base.progress import Reporter
 from builder.cli.made import note_changes, note_left_out, to_json, to_text
 from builder.cli.session import Work, json_option, need_lock, open_session, quiet_option, recipe_argument
 from builder.cli.terminal import make_reporter
-from builder.lock import differences, write_lock
 from builder.plan.keys import output_format
 from builder.quick import output_path
 from builder.recipe import Output, Recipe
+from builder.recipe.lock import differences, write_lock
 from builder.run import Build, build
 from builder.store import Store
 

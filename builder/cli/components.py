@@ -11,9 +11,9 @@ from typing import Any
 import click
 
 from builder.base.errors import CatalogError, Problem, UsageError, nearest, printable
-from builder.catalog import Architecture, Catalog, Component, TensorRule, load_catalog
-from builder.catalog.learn import compress, fold
 from builder.formats import open_checkpoint
+from builder.models.catalog import Architecture, Catalog, Component, TensorRule, load_catalog
+from builder.models.catalog.learn import compress, fold
 from builder.tensors.lazy import LazyTensor
 
 _json = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout (docs/catalog.md).")

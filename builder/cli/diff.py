@@ -11,10 +11,10 @@ from pathlib import Path
 import click
 
 from builder.base.errors import ExitCode
-from builder.catalog import load_catalog
 from builder.cli.session import json_option
 from builder.cli.terminal import is_terminal, make_reporter
 from builder.diff import compare, render, to_json
+from builder.models.catalog import load_catalog
 
 
 @click.command("diff")

@@ -12,10 +12,11 @@ import click
 from builder.base.errors import ExitCode, Problem, UsageError
 from builder.cli.made import note_changes, to_json, to_text
 from builder.cli.oneline import FILE, making, open_bench, output_keys, ready, recipe_path, save_option
-from builder.identify import Match
-from builder.metric import SCALES
-from builder.parts import find_part, kind, look, slot_of, usual_precision
-from builder.quick import WRITTEN, Quick, free_name, output_path, recipe_name, run, stem
+from builder.models.identify import Match
+from builder.models.metric import SCALES
+from builder.models.parts import find_part, kind, look, slot_of, usual_precision
+from builder.quick import Quick, output_path, run
+from builder.recipe.names import WRITTEN, free_name, recipe_name, stem
 
 PARTS = ("unet", "vae", "clip")  # of a metric, in their order
 

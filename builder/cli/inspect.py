@@ -12,8 +12,8 @@ import click
 
 from builder.base.errors import ExitCode, FetchError, Problem, SourceError, UsageError
 from builder.base.errors import render as render_problem
-from builder.catalog import Catalog, load_catalog
 from builder.cli.terminal import is_terminal, make_reporter
+from builder.models.catalog import Catalog, load_catalog
 from builder.report import Refused, Report, build_report, examine, render, to_json
 
 _ADDRESS = re.compile(r"(?:https?|hf|urn|air|civitai|sd1|sdxl):", re.IGNORECASE)

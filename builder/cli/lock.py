@@ -10,8 +10,8 @@ import click
 from builder.base.errors import ExitCode, Problem, UsageError, did_you_mean
 from builder.cli.session import open_session, quiet_option, recipe_argument
 from builder.cli.terminal import make_reporter
-from builder.lock import Lock, differences, write_lock
 from builder.recipe import Recipe
+from builder.recipe.lock import Lock, differences, write_lock
 from builder.run import resolve_sources
 
 

@@ -12,9 +12,9 @@ from builder.author import Draft, describe, write
 from builder.base.disk import write_bytes
 from builder.base.errors import ExitCode, Problem, UsageError
 from builder.base.progress import Reporter
-from builder.catalog import load_catalog
 from builder.cli.session import quiet_option
 from builder.cli.terminal import make_reporter
+from builder.models.catalog import load_catalog
 from builder.recipe import parse_recipe
 from builder.store import Store
 

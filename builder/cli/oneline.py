@@ -12,12 +12,12 @@ import click
 
 from builder.base.errors import Problem, UsageError
 from builder.base.progress import Reporter
-from builder.catalog import Catalog, load_catalog
 from builder.cli.session import json_option, quiet_option
 from builder.cli.terminal import make_reporter
-from builder.fixes import FIXES
-from builder.profiles import PROFILES
+from builder.models.catalog import Catalog, load_catalog
+from builder.operations.fixes import FIXES
 from builder.quick import Quick
+from builder.recipe.profiles import PROFILES
 from builder.store import Store
 from builder.tensors.cast import PRECISIONS
 

@@ -28,7 +28,8 @@ from builder.cli.oneline import FILE, Bench, open_bench, recipe_path, save_optio
 from builder.cli.session import json_option, quiet_option
 from builder.cli.watching import Where, watch
 from builder.prune import Options, Pruning, Share, plan_pruning, prune, vacant
-from builder.quick import SHARD, SUFFIXES, output_path, stem
+from builder.quick import output_path
+from builder.recipe.names import SHARD, SUFFIXES, stem
 from builder.run.expect import Built
 from builder.tensors.cast import PRECISIONS
 from builder.watch import LAYOUTS, SETTLE

@@ -11,11 +11,12 @@ import click
 
 from builder.base.errors import ExitCode, Place, Problem, SourceError, UsageError, did_you_mean
 from builder.base.words import spelling
-from builder.catalog import Architecture, Catalog
 from builder.cli.made import note_changes, note_left_out, to_json, to_text
 from builder.cli.oneline import FILE, making, open_bench, output_keys, ready, recipe_path, save_option
-from builder.parts import find_part, home, kind, look
-from builder.quick import Quick, output_path, recipe_name, run
+from builder.models.catalog import Architecture, Catalog
+from builder.models.parts import find_part, home, kind, look
+from builder.quick import Quick, output_path, run
+from builder.recipe.names import recipe_name
 
 
 @click.command("replace")

@@ -12,7 +12,7 @@ def command() -> None:
     Editors that know TOML use it to complete and check: save it as `recipe.schema.json` and begin a
     recipe with `#:schema recipe.schema.json`.
     """
-    from builder.catalog import load_catalog
+    from builder.models.catalog import load_catalog
     from builder.recipe.schema import schema_text
 
     click.echo(schema_text(load_catalog()), nl=False)

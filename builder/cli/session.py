@@ -13,10 +13,10 @@ import click
 
 from builder.base.errors import LockError, Problem
 from builder.base.progress import Reporter
-from builder.catalog import Catalog, load_catalog
-from builder.lock import Lock, lock_path, read_lock
+from builder.models.catalog import Catalog, load_catalog
 from builder.plan import Plan, Sources, make_plan
 from builder.recipe import Recipe, load_recipe
+from builder.recipe.lock import Lock, lock_path, read_lock
 from builder.sources import model_folders
 from builder.store import Store
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from builder.base.progress import human_bytes
 from builder.base.words import counted
 from builder.diff.model import Diff, Part, Side, TensorDiff
-from builder.fixes import POSITION_IDS
-from builder.identify import EMA, Identity
+from builder.models.identify import EMA, Identity
+from builder.operations.fixes import POSITION_IDS
 from builder.tensors.lazy import DType
 
 TYPES = {DType.F16: "FP16", DType.F32: "FP32", DType.F64: "FP64"}

@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from builder.catalog import Component
+from builder.models.catalog import Component
 from builder.plan.model import Applied, ComponentJob, Finished, Origin, OutputJob, Plan, StepJob, Take
 from builder.tensors.cast import PROFILE
 from builder.tensors.digests import Digest, tensor_digest

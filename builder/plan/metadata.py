@@ -9,7 +9,7 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from builder.catalog import Architecture
+    from builder.models.catalog import Architecture
     from builder.recipe import Output, Recipe
     from builder.store import Made
 

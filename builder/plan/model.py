@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from builder.base.errors import Problem
 from builder.base.toml import Keys
-from builder.fixes import FIXES
-from builder.operations import Operation
+from builder.operations.fixes import FIXES
+from builder.operations.registry import Operation
 from builder.tensors.cast import NonFinite, Overflow, Precision, cast_type
 from builder.tensors.lazy import DType, LazyTensor
 
 if TYPE_CHECKING:
     import networkx as nx
 
-    from builder.catalog import Architecture
-    from builder.lock import Lock
+    from builder.models.catalog import Architecture
     from builder.plan.sources import Sources
     from builder.recipe import Output, Recipe
+    from builder.recipe.lock import Lock
     from builder.store import Made
 
 State = Literal["make", "stored", "unchanged", "stream", "known", "hash", "fetch"]

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 
 from builder.base.errors import Problem, RecipeError, SourceError, did_you_mean
 from builder.base.progress import SILENT, Reporter
-from builder.catalog import Architecture
-from builder.identify import EMA, Match
-from builder.operations import OPERATIONS, Operation
+from builder.models.catalog import Architecture
+from builder.models.identify import EMA, Match
+from builder.operations.registry import OPERATIONS, Operation
 from builder.plan.keys import assembly_key, component_key, known_extras, step_key
 from builder.plan.metadata import stated_metadata
 from builder.plan.model import (
@@ -32,15 +32,15 @@ from builder.plan.model import (
     component_specs,
 )
 from builder.plan.sources import Sources
-from builder.profiles import sidecar, warnings, with_profile
 from builder.recipe import FromBase, NewBase, Output, Pick, Recipe, slot_problems
+from builder.recipe.profiles import sidecar, warnings, with_profile
 from builder.sources import model_folders
 from builder.tensors.lazy import DType, LazyTensor, MemoryTensor
 
 if TYPE_CHECKING:
-    from builder.catalog import Catalog
     from builder.fetch.client import Session
-    from builder.lock import Lock
+    from builder.models.catalog import Catalog
+    from builder.recipe.lock import Lock
     from builder.store import Store
 
 

@@ -14,16 +14,16 @@ from builder.base.progress import Reporter
 from builder.formats import open_checkpoint
 from builder.formats.blob import FileBlob
 from builder.formats.checkpoint import Checkpoint
-from builder.identify import Identity, Match, identify
+from builder.models.identify import Identity, Match, identify
 from builder.sources import Found, find_source
 from builder.tensors.cast import PROFILE
 from builder.tensors.lazy import DType, LazyTensor
 
 if TYPE_CHECKING:
-    from builder.catalog import Catalog
     from builder.fetch.client import Session
-    from builder.lock import Lock, LockedSource
+    from builder.models.catalog import Catalog
     from builder.recipe import Recipe, Source
+    from builder.recipe.lock import Lock, LockedSource
     from builder.store import Store
 
 

@@ -11,10 +11,10 @@ from builder.base.errors import Place, Problem, UsageError, did_you_mean, neares
 from builder.base.kinds import listed
 from builder.base.toml import Keys
 from builder.recipe.language import NEW, Vocabulary
-from builder.recipe.model import FromBase, NewBase, Output, Pick, Recipe
+from builder.recipe.recipe import FromBase, NewBase, Output, Pick, Recipe
 
 if TYPE_CHECKING:
-    from builder.catalog import Architecture, Catalog
+    from builder.models.catalog import Architecture, Catalog
 
 MAX_CYCLES = 10  # that are shown: steps may be woven into more than anyone reads
 

@@ -28,12 +28,12 @@ from builder.base.kinds import (
     Table,
     Text,
 )
-from builder.fixes import Fix
-from builder.operations import Operation, Param
-from builder.recipe.model import FORMAT
+from builder.operations.fixes import Fix
+from builder.operations.registry import Operation, Param
+from builder.recipe.recipe import FORMAT
 
 if TYPE_CHECKING:
-    from builder.catalog import Catalog
+    from builder.models.catalog import Catalog
 
 NEW = "NEW"
 

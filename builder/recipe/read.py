@@ -12,15 +12,15 @@ from builder.base import toml
 from builder.base.errors import Place, Problem, RecipeError, UsageError, did_you_mean
 from builder.base.kinds import WRONG, At, Item, listed, note
 from builder.base.toml import Document, Keys
-from builder.fixes import FIXES, Fix
-from builder.operations import OPERATIONS, Operation
-from builder.profiles import PROFILES
+from builder.operations.fixes import FIXES, Fix
+from builder.operations.registry import OPERATIONS, Operation
 from builder.recipe.check import problems_of
 from builder.recipe.language import NEW, Format, Vocabulary
-from builder.recipe.model import Expect, FromBase, NewBase, Output, Pick, Recipe, Source, Step
+from builder.recipe.profiles import PROFILES
+from builder.recipe.recipe import Expect, FromBase, NewBase, Output, Pick, Recipe, Source, Step
 
 if TYPE_CHECKING:
-    from builder.catalog import Catalog
+    from builder.models.catalog import Catalog
 
 MAX_SIZE = 1 << 20  # bytes; a recipe is a page, and what is larger is some other file
 MAX_DEPTH = 32  # recipes in recipes

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from builder.base.kinds import Schema
-from builder.fixes import FIXES, Fix
-from builder.operations import OPERATIONS, Operation
-from builder.profiles import PROFILES
+from builder.operations.fixes import FIXES, Fix
+from builder.operations.registry import OPERATIONS, Operation
 from builder.recipe.language import Vocabulary
+from builder.recipe.profiles import PROFILES
 
 if TYPE_CHECKING:
-    from builder.catalog import Catalog
+    from builder.models.catalog import Catalog
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 

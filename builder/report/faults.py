@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from builder.base.errors import Problem
 from builder.base.words import EXAMPLES, counted, listed
-from builder.identify import Match, Rejection
+from builder.models.identify import Match, Rejection
 from builder.report.positions import Position
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from builder.base.errors import Problem
-from builder.identify import Rejection
+from builder.models.identify import Rejection
 from builder.report.model import Part, Report, Share
 from builder.report.positions import Position
 

@@ -14,14 +14,14 @@ from builder.base.errors import Problem
 from builder.base.progress import SILENT, Reporter
 from builder.formats import open_checkpoint
 from builder.formats.checkpoint import Checkpoint
-from builder.identify import Identity, Match, identify
+from builder.models.identify import Identity, Match, identify
 from builder.report.positions import PositionIds, read_position_ids
 from builder.tensors.digests import Row, component_digest
 from builder.tensors.lazy import LazyTensor
 
 if TYPE_CHECKING:
-    from builder.catalog import Catalog, Known, KnownFile, KnownPart
-    from builder.metric import Metric
+    from builder.models.catalog import Catalog, Known, KnownFile, KnownPart
+    from builder.models.metric import Metric
     from builder.tensors.scan import TensorScan
 
 
@@ -210,7 +210,7 @@ def _scan(
     identity: Identity, checkpoint: Checkpoint, full: bool, threads: int | None, reporter: Reporter
 ) -> tuple[Mapping[str, TensorScan], Metric, Mapping[str, str]]:
     """One pass over the data, of the model's components or of everything; metric, and digits by class."""
-    from builder.metric import counted, label, labels
+    from builder.models.metric import counted, label, labels
     from builder.tensors.scan import scan
 
     components = {m.component.cls: m.names for m in identity.matches}

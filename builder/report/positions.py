@@ -7,7 +7,7 @@ import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from builder.fixes import POSITION_IDS, POSITIONS
+from builder.operations.fixes import POSITION_IDS, POSITIONS
 from builder.tensors.lazy import DType, LazyTensor
 
 

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 
 from builder.base.errors import OutputError, Problem
 from builder.base.progress import SILENT, Reporter
-from builder.lock import Lock
-from builder.metric import SCALES
+from builder.models.metric import SCALES
 from builder.plan import Plan
 from builder.plan.keys import component_key
 from builder.plan.model import ComponentJob, Node, OutputJob, SourceJob
+from builder.recipe.lock import Lock
 from builder.run import outputs
 from builder.run.context import Context
 from builder.run.evaluate import finish
@@ -31,7 +31,7 @@ from builder.tensors.cast import PRECISIONS
 from builder.tensors.lazy import WINDOW
 
 if TYPE_CHECKING:
-    from builder.catalog import Catalog
+    from builder.models.catalog import Catalog
 
 MEMORY = 256 << 20  # bytes of windows in flight, over all steps
 

@@ -18,7 +18,7 @@ from builder.run.sources import see
 from builder.store import Made, Store
 
 if TYPE_CHECKING:
-    from builder.catalog import Catalog
+    from builder.models.catalog import Catalog
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from builder.base.errors import Problem
-from builder.fixes import FIXES, truncated_position_ids
+from builder.operations.fixes import FIXES, truncated_position_ids
 from builder.plan.model import Applied, ComponentJob, Finished, Origin, Plan, StepJob, Take
 from builder.plan.resolve import taken
 from builder.run.schedule import Cancelled

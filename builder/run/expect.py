@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from builder.base.errors import Problem
-from builder.metric import Metric
+from builder.models.metric import Metric
 from builder.recipe import Output, Recipe
 
 

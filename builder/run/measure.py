@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 
-from builder.metric import SCALES, Metric, measure
+from builder.models.metric import SCALES, Metric, measure
 from builder.run.context import Context
 from builder.run.evaluate import Stoppable
 from builder.store import Made

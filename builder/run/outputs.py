@@ -11,11 +11,11 @@ from pathlib import Path
 from builder.base.disk import write_bytes
 from builder.base.errors import LockError, OutputError, Problem, SourceError
 from builder.formats.write_safetensors import Written
-from builder.lock import Lock, LockedComponent, LockedOutput, differences, lock_path
 from builder.plan.keys import assembly_key, extras_key, known_extras, output_format
 from builder.plan.metadata import final_metadata
 from builder.plan.model import Node, OutputJob, SourceJob
 from builder.plan.resolve import output_state
+from builder.recipe.lock import Lock, LockedComponent, LockedOutput, differences, lock_path
 from builder.run.context import Context
 from builder.run.evaluate import Stoppable
 from builder.run.expect import Built, missed

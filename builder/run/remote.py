@@ -7,10 +7,10 @@ from collections.abc import Iterable, Iterator
 from builder.base.errors import CkptError, Problem, SourceError
 from builder.base.progress import Reporter
 from builder.formats.blob import BlobTensor, FileBlob
-from builder.lock import LockedComponent, LockedOutput
 from builder.plan import Node, Plan, SourceJob
 from builder.plan.model import Applied, ComponentJob, Origin, OutputJob, StepJob, Take
 from builder.plan.resolve import full_names
+from builder.recipe.lock import LockedComponent, LockedOutput
 from builder.store import Store
 from builder.tensors.cast import PROFILE
 

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 
 from builder.base.errors import FetchError
 from builder.base.progress import SILENT, Reporter
-from builder.lock import LockedSource
 from builder.plan import Plan, SourceJob, Sources
+from builder.recipe.lock import LockedSource
 from builder.sources import Found, verify_source
 from builder.store import Store
 
 if TYPE_CHECKING:
-    from builder.catalog import Catalog
     from builder.fetch.hosts import Pin
+    from builder.models.catalog import Catalog
 
 
 def see(sources: Sources, name: str, catalog: Catalog, store: Store, reporter: Reporter) -> Found:

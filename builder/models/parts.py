@@ -6,9 +6,9 @@ from pathlib import Path
 
 from builder.base.errors import Place, Problem, UsageError, did_you_mean
 from builder.base.words import spelling
-from builder.catalog import Architecture, Catalog
 from builder.formats import open_checkpoint
-from builder.identify import Identity, Match, identify
+from builder.models.catalog import Architecture, Catalog
+from builder.models.identify import Identity, Match, identify
 
 
 def look(path: Path, catalog: Catalog) -> Identity:

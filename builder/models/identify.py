@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Protocol
 
-from builder.catalog import RANK, Architecture, Catalog, Component
+from builder.models.catalog import RANK, Architecture, Catalog, Component
 
 Shape = tuple[int, ...]
 

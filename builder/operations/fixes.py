@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from builder.identify import DIFFUSERS_ATTENTION
+from builder.models.identify import DIFFUSERS_ATTENTION
 from builder.tensors.lazy import DType, LazyTensor, MemoryTensor
 from builder.tensors.moves import Reshaped
 

@@ -10,8 +10,15 @@ from pathlib import Path
 import components_db
 from builder.base.errors import CatalogError, Problem, did_you_mean
 from builder.base.words import spelling
-from builder.catalog.files import Fields, Table, read_architectures, read_known, read_optional, read_table
-from builder.catalog.model import (
+from builder.models.catalog.files import (
+    Fields,
+    Table,
+    read_architectures,
+    read_known,
+    read_optional,
+    read_table,
+)
+from builder.models.catalog.tables import (
     RANK,
     Architecture,
     Catalog,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from builder.base.errors import Place, Problem
-from builder.fixes import FIXES
+from builder.operations.fixes import FIXES
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 from builder.base.braces import escape
 from builder.base.errors import CatalogError, Problem
-from builder.catalog.files import parse_table
-from builder.catalog.model import RANK, TensorRule
+from builder.models.catalog.files import parse_table
+from builder.models.catalog.tables import RANK, TensorRule
 
 ROWS = 12  # keys under one heading, beyond which its parts get headings of their own
 PAIRS = 4  # tensors of a module that share a line, such as a weight and its bias

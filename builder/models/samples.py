@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 
 from builder.base.errors import Problem, UsageError, did_you_mean
-from builder.catalog import RANK, Catalog, Component, TensorRule, load_catalog
+from builder.models.catalog import RANK, Catalog, Component, TensorRule, load_catalog
 from builder.tensors.lazy import BY_CODE, DType, LazyTensor, MemoryTensor
 
 Content = Literal["random", "sparse"]

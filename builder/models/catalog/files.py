@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from builder.base.braces import BraceError, expand
 from builder.base.errors import CatalogError, Place, Problem, did_you_mean
 from builder.base.toml import Document, Keys, load, parse
-from builder.catalog.model import (
+from builder.models.catalog.tables import (
     NAMINGS,
     RANK,
     Architecture,

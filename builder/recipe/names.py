@@ -1,0 +1,51 @@
+"""The names of checkpoints, and those that files and recipes get after them."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator
+from itertools import count
+from pathlib import Path
+
+SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")  # of checkpoints; of an index below them too
+WRITTEN = SUFFIXES[:3]  # what a recipe can make
+SHARD = re.compile(r".+-\d{5}-of-\d{5}\.(?:safetensors|bin)", re.IGNORECASE)
+_MODEL = re.compile(r"(.+?)(?:\.(?:safetensors|ckpt|pt|pth|bin))?(?:\.index\.json)?", re.IGNORECASE)
+
+
+def stem(path: Path) -> str:
+    """A checkpoint's name without its suffix, whatever dots it has: `Anything-V3.0` of `…-V3.0.ckpt`."""
+    name = path.name or path.resolve().name
+    match = _MODEL.fullmatch(name)
+    return match[1] if match else name
+
+
+def recipe_name(path: Path, taken: Iterable[str] = ()) -> str:
+    """A name for a recipe or a source after a file's, less what names may not hold, and unlike `taken`."""
+    name = re.sub(r"[^\w.-]+", "-", stem(path)).strip("-_.")[:80].rstrip("-_.") or "model"
+    if name == "NEW":
+        name = "model"
+    number, found = 1, name
+    while found in taken:
+        number += 1
+        found = f"{name}-{number}"
+    return found
+
+
+def numbered(path: Path, suffix: str | None = None) -> Iterator[Path]:
+    """`path`, then `NAME(1).EXT`, `NAME(2).EXT`, … without end.
+
+    `suffix` is what stays behind the number, if not the last suffix alone.
+    """
+    end = path.suffix if suffix is None else suffix
+    assert path.name.endswith(end)
+    front = path.name[: len(path.name) - len(end)]
+    yield path
+    for number in count(1):
+        yield path.with_name(f"{front}({number}){end}")
+
+
+def free_name(path: Path, suffix: str | None = None) -> Path:
+    """The first of the `numbered` paths that is not taken."""
+    return next(p for p in numbered(path, suffix) if not os.path.lexists(p))
