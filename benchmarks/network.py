@@ -16,9 +16,9 @@ import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from builder.fetch.client import Session
-from builder.fetch.remote import fetch_component, open_remote
 from builder.formats.write_safetensors import plan_layout
+from builder.sources.net.client import Session
+from builder.sources.net.remote import fetch_component, open_remote
 from builder.tensors.lazy import DType
 
 GIB = 1 << 30
@@ -70,8 +70,8 @@ def _serve(folder: str) -> None:
 _CLIENT = """
 import json, resource, sys, time
 from pathlib import Path
-from builder.fetch.acquire import fetch
-from builder.fetch.client import Session
+from builder.sources.net.acquire import fetch
+from builder.sources.net.client import Session
 from builder.store import Store
 
 started = time.perf_counter()

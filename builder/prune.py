@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from builder.base.disk import write_bytes
 from builder.base.errors import Place, Problem, SourceError
 from builder.base.progress import SILENT, Reporter
+from builder.build import Build
 from builder.formats import open_checkpoint
 from builder.formats.hashes import short_hashes
 from builder.models.identify import EMA, Identity, Match
@@ -21,7 +22,6 @@ from builder.models.parts import home, usual_precision
 from builder.quick import Quick, make_parts, run
 from builder.recipe.names import numbered, recipe_name
 from builder.report import Report, examine
-from builder.run import Build
 from builder.store import Store
 from builder.tensors.cast import cast_type
 from builder.tensors.lazy import LazyTensor

@@ -13,12 +13,12 @@ import tomli_w
 from builder.base.disk import may_replace, replacing, write_all
 from builder.base.errors import OutputError, Problem
 from builder.base.progress import SILENT, Reporter
+from builder.build import Build, build
 from builder.models.catalog import Catalog
 from builder.plan import Plan, SourceJob, make_plan
 from builder.recipe import Recipe, parse_recipe
 from builder.recipe.names import WRITTEN
-from builder.run import Build, build
-from builder.sources import Found, verify_source
+from builder.sources.find import Found, verify_source
 from builder.store import Store
 
 ORIGIN = "<command line>"

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from builder.base.addresses import Civitai, HuggingFace, LocalFile, Web, check_address, parse_address
 from builder.base.errors import UsageError
-from builder.fetch.text import file_name, host_words, page_kind, safe_name, scrub, shown
+from builder.sources.net.text import file_name, host_words, page_kind, safe_name, scrub, shown
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from builder.base.progress import Reporter
-from builder.fetch.client import Limits, Session
-from builder.fetch.failure import Failure
-from builder.fetch.net import Proxies, private_kind
+from builder.sources.net.client import Limits, Session
+from builder.sources.net.connect import Proxies, private_kind
+from builder.sources.net.failure import Failure
 from tests.servers import (
     File,
     Server,

@@ -18,8 +18,8 @@ import pytest
 
 from builder.base.errors import CkptError, ExitCode, FetchError, Problem, SourceError, render
 from builder.base.progress import Reporter
-from builder.fetch.acquire import Fetched, fetch
-from builder.fetch.client import Limits, Session
+from builder.sources.net.acquire import Fetched, fetch
+from builder.sources.net.client import Limits, Session
 from builder.store import Store
 from tests.servers import (
     File,
@@ -492,8 +492,8 @@ CLIENT = """
 import sys
 from pathlib import Path
 from builder.base.errors import CkptError
-from builder.fetch.acquire import fetch
-from builder.fetch.client import Limits, Session
+from builder.sources.net.acquire import fetch
+from builder.sources.net.client import Limits, Session
 from builder.store import Store
 
 url, root, sha256 = sys.argv[1:]

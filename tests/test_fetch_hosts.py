@@ -13,10 +13,9 @@ from pathlib import Path
 import pytest
 
 from builder.base.errors import CkptError, FetchError, SourceError, render
-from builder.fetch.acquire import fetch, lookup_by_hash, resolve
-from builder.fetch.cache import hugging_face_cache
-from builder.fetch.client import Limits, Session
-from builder.fetch.hosts import Pin
+from builder.sources.net.acquire import fetch, lookup_by_hash, resolve
+from builder.sources.net.client import Limits, Session
+from builder.sources.net.hosts import Pin, hugging_face_cache
 from builder.store import Store
 from tests.servers import COMMIT, File, Server, civitai, hugging_face, in_turn, redirects, says
 

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from builder.base.errors import CkptError, FetchError, SourceError, UsageError, render
-from builder.fetch.client import Limits, Session
-from builder.fetch.remote import HEAD, RemoteBlob, _Move, coalesce, fetch_component, open_remote
 from builder.formats import open_checkpoint
 from builder.formats.write_safetensors import write
+from builder.sources.net.client import Limits, Session
+from builder.sources.net.remote import HEAD, RemoteBlob, _Move, coalesce, fetch_component, open_remote
 from builder.tensors.digests import Row, component_digest, tensor_digest
 from builder.tensors.lazy import DType, MemoryTensor
 from tests.servers import File, Handler, Route, Server, hugging_face, in_turn, redirects, says

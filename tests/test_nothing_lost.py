@@ -21,8 +21,8 @@ import pytest
 
 from builder.base.errors import CkptError, OutputError, SourceError, render
 from builder.base.progress import Reporter
+from builder.build import Build, build
 from builder.cli.session import open_session
-from builder.run import Build, build
 from tests.building import RECIPE, Folder, files, model, save, save_dirty
 
 NOBODY = 65534
@@ -30,7 +30,7 @@ TEMPORARY = re.compile(r"\.ckpt-[0-9a-f]{16}\.tmp")
 
 # Processes that are killed are forked from one that has imported torch: a kill takes them at their work.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["torch", "builder.cli.build", "builder.run", "tests.building"])
+FORKS.set_forkserver_preload(["torch", "builder.cli.build", "builder.build", "tests.building"])
 
 
 def prepared(root: Path, seed: int = 0) -> Folder:

@@ -14,14 +14,9 @@ import pytest
 
 from builder.base.errors import ExitCode, FetchError, Problem, SourceError, render
 from builder.base.progress import Reporter
-from builder.fetch.cache import hugging_face_cache
 from builder.formats.write_safetensors import write
-from builder.sources import (
-    Found,
-    find_source,
-    model_folders,
-    verify_source,
-)
+from builder.sources.find import Found, find_source, model_folders, verify_source
+from builder.sources.net.hosts import hugging_face_cache
 from builder.store import Store
 from builder.store.memory import RACY
 from builder.tensors.lazy import DType, MemoryTensor
@@ -258,7 +253,7 @@ def test_a_search_is_bounded(place: Place, monkeypatch: pytest.MonkeyPatch) -> N
     place.missing(Spec())
     file = place.write("m1/" + "d/" * 15 + "Anything.ckpt")
     assert place.find(Spec()).path == file
-    monkeypatch.setattr("builder.sources.MAX_FILES", 2)
+    monkeypatch.setattr("builder.sources.find.MAX_FILES", 2)
     for n in range(3):
         place.write(f"m1/a{n}")
     place.missing(Spec())

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from builder.base.errors import RecipeError
+from builder.build import Build, build
 from builder.operations.registry import Operation, Param
 from builder.plan import Plan, make_plan
 from builder.recipe import load_recipe
 from builder.recipe.lock import Lock
-from builder.run import Build, build
 from builder.store import Store
 from builder.tensors.lazy import DType, LazyTensor
 from tests.building import UNET, Folder, catalog, content, model, save

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from builder.base.progress import Reporter
+from builder.build.context import Context
+from builder.build.measure import Metrics
+from builder.build.schedule import Cancelled
 from builder.plan import Plan, make_plan
 from builder.recipe import load_recipe
-from builder.run.context import Context
-from builder.run.measure import Metrics
-from builder.run.schedule import Cancelled
 from builder.store import Store
 from builder.tensors.lazy import WINDOW
 from tests.building import RECIPE, catalog, model, save

@@ -20,8 +20,8 @@ from builder.models.catalog import Architecture, Catalog
 from builder.models.identify import Match, identify
 from builder.models.metric import PUBLISHED, Metric, counted, label
 from builder.operations.fixes import FIXES, POSITION_IDS, exact_position_ids
-from builder.plan.sources import OpenSource
-from builder.sources import Found, files_below, verify_source
+from builder.sources.find import Found, files_below, verify_source
+from builder.sources.opened import OpenSource
 from builder.store import Store
 from builder.tensors.cast import PRECISIONS, PROFILE, Faults, Precision, cast_all
 from builder.tensors.digests import Digest, Row, component_digest, tensor_digest

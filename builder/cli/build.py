@@ -9,17 +9,17 @@ from pathlib import Path
 
 import click
 
-from builder import explain
 from builder.base.errors import ExitCode, Problem, UnreproducibleError, UsageError
 from builder.base.progress import Reporter
+from builder.build import Build, build
 from builder.cli.made import note_changes, note_left_out, to_json, to_text
 from builder.cli.session import Work, json_option, need_lock, open_session, quiet_option, recipe_argument
 from builder.cli.terminal import make_reporter
+from builder.plan import explain
 from builder.plan.keys import output_format
 from builder.quick import output_path
 from builder.recipe import Output, Recipe
 from builder.recipe.lock import differences, write_lock
-from builder.run import Build, build
 from builder.store import Store
 
 

@@ -61,8 +61,8 @@ def command(
 
 
 def _remote(address: str, catalog: Catalog, hashes: bool) -> Report:
-    from builder.fetch.client import Session
-    from builder.fetch.remote import open_remote
+    from builder.sources.net.client import Session
+    from builder.sources.net.remote import open_remote
 
     if hashes:
         raise UsageError(

@@ -12,7 +12,7 @@ from builder.cli.session import open_session, quiet_option, recipe_argument
 from builder.cli.terminal import make_reporter
 from builder.recipe import Recipe
 from builder.recipe.lock import Lock, differences, write_lock
-from builder.run import resolve_sources
+from builder.sources.have import resolve_sources
 
 
 @click.command("lock")

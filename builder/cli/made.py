@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from builder.base.progress import Reporter, human_bytes
+from builder.build import Build
 from builder.plan import Plan
-from builder.run import Build
 
 
 def to_json(made: Build) -> dict[str, Any]:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import click
 
-from builder import explain
 from builder.base.errors import ExitCode
 from builder.cli.session import open_session, quiet_option, recipe_argument
 from builder.cli.terminal import make_reporter
+from builder.plan import explain
 
 
 @click.command("plan")

@@ -23,6 +23,7 @@ from builder.base.errors import (
     render,
 )
 from builder.base.progress import human_bytes
+from builder.build.expect import Built
 from builder.cli.made import note_changes
 from builder.cli.oneline import FILE, Bench, open_bench, recipe_path, save_option
 from builder.cli.session import json_option, quiet_option
@@ -30,7 +31,6 @@ from builder.cli.watching import Where, watch
 from builder.prune import Options, Pruning, Share, plan_pruning, prune, vacant
 from builder.quick import output_path
 from builder.recipe.names import SHARD, SUFFIXES, stem
-from builder.run.expect import Built
 from builder.tensors.cast import PRECISIONS
 from builder.watch import LAYOUTS, SETTLE
 

@@ -14,14 +14,15 @@ import click
 from builder.base.errors import LockError, Problem
 from builder.base.progress import Reporter
 from builder.models.catalog import Catalog, load_catalog
-from builder.plan import Plan, Sources, make_plan
+from builder.plan import Plan, make_plan
 from builder.recipe import Recipe, load_recipe
 from builder.recipe.lock import Lock, lock_path, read_lock
-from builder.sources import model_folders
+from builder.sources.find import model_folders
+from builder.sources.opened import Sources
 from builder.store import Store
 
 if TYPE_CHECKING:
-    from builder.fetch.client import Session
+    from builder.sources.net.client import Session
 
 recipe_argument = click.argument("recipe", type=click.Path(path_type=Path), metavar="RECIPE")
 quiet_option = click.option("--quiet", "-q", is_flag=True, help="No progress, no notes.")
@@ -108,7 +109,7 @@ class _Network:
     def __call__(self) -> Session:
         with self._lock:
             if self._session is None:
-                from builder.fetch.client import Session
+                from builder.sources.net.client import Session
 
                 self._session = Session(offline=self._offline, reporter=self._reporter)
             return self._session

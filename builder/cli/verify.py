@@ -7,9 +7,9 @@ from pathlib import Path
 import click
 
 from builder.base.errors import ExitCode
+from builder.build import verify
 from builder.cli.session import open_session, quiet_option, recipe_argument
 from builder.cli.terminal import make_reporter
-from builder.run import verify
 
 
 @click.command("verify")

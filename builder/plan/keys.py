@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from builder.models.catalog import Component
-from builder.plan.model import Applied, ComponentJob, Finished, Origin, OutputJob, Plan, StepJob, Take
+from builder.plan.graph import Applied, ComponentJob, Finished, Origin, OutputJob, Plan, StepJob, Take
 from builder.tensors.cast import PROFILE
 from builder.tensors.digests import Digest, tensor_digest
 

@@ -14,9 +14,7 @@ from builder.base.progress import SILENT, Reporter
 from builder.models.catalog import Architecture
 from builder.models.identify import EMA, Match
 from builder.operations.registry import OPERATIONS, Operation
-from builder.plan.keys import assembly_key, component_key, known_extras, step_key
-from builder.plan.metadata import stated_metadata
-from builder.plan.model import (
+from builder.plan.graph import (
     Applied,
     ComponentJob,
     Finished,
@@ -31,16 +29,18 @@ from builder.plan.model import (
     Take,
     component_specs,
 )
-from builder.plan.sources import Sources
+from builder.plan.keys import assembly_key, component_key, known_extras, step_key
+from builder.plan.metadata import stated_metadata
 from builder.recipe import FromBase, NewBase, Output, Pick, Recipe, slot_problems
 from builder.recipe.profiles import sidecar, warnings, with_profile
-from builder.sources import model_folders
+from builder.sources.find import model_folders
+from builder.sources.opened import Sources
 from builder.tensors.lazy import DType, LazyTensor, MemoryTensor
 
 if TYPE_CHECKING:
-    from builder.fetch.client import Session
     from builder.models.catalog import Catalog
     from builder.recipe.lock import Lock
+    from builder.sources.net.client import Session
     from builder.store import Store
 
 

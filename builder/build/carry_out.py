@@ -14,18 +14,18 @@ from typing import TYPE_CHECKING
 
 from builder.base.errors import OutputError, Problem
 from builder.base.progress import SILENT, Reporter
+from builder.build import outputs
+from builder.build.context import Context
+from builder.build.evaluate import finish
+from builder.build.expect import Built
+from builder.build.in_parts import bring, hold_to_lock, in_parts
+from builder.build.measure import Metrics
+from builder.build.schedule import Task, run_all
 from builder.models.metric import SCALES
 from builder.plan import Plan
+from builder.plan.graph import ComponentJob, Node, OutputJob, SourceJob
 from builder.plan.keys import component_key
-from builder.plan.model import ComponentJob, Node, OutputJob, SourceJob
 from builder.recipe.lock import Lock
-from builder.run import outputs
-from builder.run.context import Context
-from builder.run.evaluate import finish
-from builder.run.expect import Built
-from builder.run.measure import Metrics
-from builder.run.remote import bring, hold_to_lock, in_parts
-from builder.run.schedule import Task, run_all
 from builder.store import DamagedEntry, Store
 from builder.tensors.cast import PRECISIONS
 from builder.tensors.lazy import WINDOW

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     import networkx as nx
 
     from builder.models.catalog import Architecture
-    from builder.plan.sources import Sources
     from builder.recipe import Output, Recipe
     from builder.recipe.lock import Lock
+    from builder.sources.opened import Sources
     from builder.store import Made
 
 State = Literal["make", "stored", "unchanged", "stream", "known", "hash", "fetch"]

@@ -13,15 +13,15 @@ from typing import NamedTuple, TypeVar
 from builder.base.addresses import Address, LocalFile, parse_address
 from builder.base.errors import FetchError, Place, Problem, SourceError
 from builder.base.progress import SILENT, Reporter
-from builder.fetch.client import PIECE, Response, Session
-from builder.fetch.failure import Failure, StartOver
-from builder.fetch.hosts import download_url
-from builder.fetch.ranges import RangedFile, content_range, refuse_encoded, strong_etag
-from builder.fetch.text import file_name, shown
 from builder.formats import safetensors
 from builder.formats.blob import BlobTensor, FileBlob
 from builder.formats.checkpoint import Checkpoint
 from builder.formats.write_safetensors import plan_layout
+from builder.sources.net.client import PIECE, Response, Session
+from builder.sources.net.failure import Failure, StartOver
+from builder.sources.net.hosts import download_url
+from builder.sources.net.ranges import RangedFile, content_range, refuse_encoded, strong_etag
+from builder.sources.net.text import file_name, shown
 from builder.tensors.digests import Row, component_digest, tensor_digest
 
 T = TypeVar("T")

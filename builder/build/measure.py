@@ -5,9 +5,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 
+from builder.build.context import Context
+from builder.build.evaluate import Stoppable
 from builder.models.metric import SCALES, Metric, measure
-from builder.run.context import Context
-from builder.run.evaluate import Stoppable
 from builder.store import Made
 
 _THREADS = 2  # a component; several are measured at once, and each thread has buffers of its own

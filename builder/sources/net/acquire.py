@@ -10,11 +10,11 @@ from typing import Protocol
 from builder.base.addresses import Address, LocalFile, is_pinned, parse_address
 from builder.base.errors import FetchError, Problem, SourceError
 from builder.base.progress import SILENT, Reporter
-from builder.fetch.client import Session
-from builder.fetch.download import Received, Wish, discard, download, settle, sole
-from builder.fetch.failure import Failure
-from builder.fetch.hosts import Pin, by_hash, cached, download_url, pin_of
-from builder.fetch.text import safe_name
+from builder.sources.net.client import Session
+from builder.sources.net.download import Received, Wish, discard, download, settle, sole
+from builder.sources.net.failure import Failure
+from builder.sources.net.hosts import Pin, by_hash, cached, download_url, pin_of
+from builder.sources.net.text import safe_name
 
 
 class Downloads(Protocol):

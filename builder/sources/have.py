@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 
 from builder.base.errors import FetchError
 from builder.base.progress import SILENT, Reporter
-from builder.plan import Plan, SourceJob, Sources
 from builder.recipe.lock import LockedSource
-from builder.sources import Found, verify_source
+from builder.sources.find import Found, verify_source
+from builder.sources.opened import Sources
 from builder.store import Store
 
 if TYPE_CHECKING:
-    from builder.fetch.hosts import Pin
     from builder.models.catalog import Catalog
+    from builder.sources.net.hosts import Pin
 
 
 def see(sources: Sources, name: str, catalog: Catalog, store: Store, reporter: Reporter) -> Found:
@@ -53,9 +53,9 @@ def resolve_sources(
         pin = _stated(sources, name) if sources.remote(name) else None
         if pin is None:
             sha256 = str(see(sources, name, catalog, store, reporter).sha256)
-            made = _locked(sources, name, sha256, sources.resolved.get(name, ""))
+            made = locked_source(sources, name, sha256, sources.resolved.get(name, ""))
         else:
-            made = _locked(sources, name, str(pin.sha256), pin.url, pin.size)
+            made = locked_source(sources, name, str(pin.sha256), pin.url, pin.size)
         locked[sources.scope + name] = made
     return locked
 
@@ -65,8 +65,8 @@ def _stated(sources: Sources, name: str) -> Pin | None:
 
     A host that cannot be asked, or has another file, is passed over.
     """
-    from builder.fetch.acquire import lookup_by_hash, resolve
-    from builder.fetch.hosts import Pin
+    from builder.sources.net.acquire import lookup_by_hash, resolve
+    from builder.sources.net.hosts import Pin
 
     wanted, addresses, session = sources.wanted(name).sha256, sources.addresses(name), sources.session()
     silent = False
@@ -94,22 +94,10 @@ def _requested(sources: Sources, name: str) -> str:
     return PurePosixPath(first).name if first.startswith("file:") else first
 
 
-def locked_sources(plan: Plan) -> dict[str, LockedSource]:
-    """What the sources of the recipe, and of those it includes, are as far as it is known.
-
-    A source whose components were all stored may not be on this machine: what the lock says of it stays.
-    """
-    jobs = [(n.job, n.key) for n in plan]
-    return {
-        job.sources.scope + job.source: _locked(
-            job.sources, job.source, key, job.sources.resolved.get(job.source, "")
-        )
-        for job, key in jobs
-        if isinstance(job, SourceJob) and key is not None
-    }
-
-
-def _locked(sources: Sources, name: str, sha256: str, resolved: str, size: int | None = None) -> LockedSource:
+def locked_source(
+    sources: Sources, name: str, sha256: str, resolved: str, size: int | None = None
+) -> LockedSource:
+    """What is to be locked of a source; what the lock says of the same file stays."""
     old = sources.locked(name)
     if old is None or old.sha256 != sha256:
         old = LockedSource("", sha256, 0)

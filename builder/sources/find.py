@@ -14,7 +14,6 @@ from typing import Protocol
 
 from builder.base.errors import FetchError, Place, Problem, SourceError
 from builder.base.progress import SILENT, Reporter
-from builder.fetch.cache import hugging_face_cache
 from builder.formats import open_checkpoint, sniff
 from builder.formats.blob import FileBlob
 from builder.store import Store
@@ -99,6 +98,8 @@ def find_source(
         search.looked.append("among the store's downloads")
         found = search.choose([store.download_path(wanted.sha256)], "download")
     if found is None and wanted.sha256 is not None:
+        from builder.sources.net.hosts import hugging_face_cache
+
         cache = hugging_face_cache()
         search.looked.append(f"in the Hugging Face cache: `{cache}`")
         # Large files are kept there under their SHA-256.

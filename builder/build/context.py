@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 from builder.base.errors import FetchError, Place, Problem, SourceError
 from builder.base.progress import Reporter
+from builder.build.schedule import Cancelled
 from builder.plan import Plan
-from builder.plan.model import ComponentJob, Node, OutputJob, SourceJob
-from builder.run.schedule import Cancelled
-from builder.run.sources import see
+from builder.plan.graph import ComponentJob, Node, OutputJob, SourceJob
+from builder.sources.have import see
 from builder.store import Made, Store
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from builder.base.errors import CkptError, Problem, SourceError
 from builder.base.progress import Reporter
 from builder.formats.blob import BlobTensor, FileBlob
 from builder.plan import Node, Plan, SourceJob
-from builder.plan.model import Applied, ComponentJob, Origin, OutputJob, StepJob, Take
+from builder.plan.graph import Applied, ComponentJob, Origin, OutputJob, StepJob, Take
 from builder.plan.resolve import full_names
 from builder.recipe.lock import LockedComponent, LockedOutput
 from builder.store import Store
@@ -39,7 +39,7 @@ def in_parts(plan: Plan, source: Node, wanted: Iterable[Node]) -> bool:
 
 def bring(plan: Plan, node: Node, store: Store, reporter: Reporter) -> None:
     """Fetch what a component takes from sources that are not on this machine; raises as `fetch_component`."""
-    from builder.fetch.remote import fetch_component
+    from builder.sources.net.remote import fetch_component
 
     for take in _takes(plan, node):
         if not take.sources.remote(take.source):

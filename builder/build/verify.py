@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 from builder.base.errors import LockError, OutputError, Place, Problem, UsageError
 from builder.base.progress import SILENT, Reporter
+from builder.build.expect import Built, missed
 from builder.formats import open_checkpoint
 from builder.models.identify import identify
 from builder.models.metric import Metric, counted, label
 from builder.recipe import Output, Recipe
 from builder.recipe.lock import Lock, LockedOutput
-from builder.run.expect import Built, missed
 from builder.store import Store
 from builder.tensors.digests import Row, component_digest
 from builder.tensors.scan import scan

@@ -8,10 +8,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from builder.base.errors import Problem
+from builder.build.schedule import Cancelled
 from builder.operations.fixes import FIXES, truncated_position_ids
-from builder.plan.model import Applied, ComponentJob, Finished, Origin, Plan, StepJob, Take
+from builder.plan.graph import Applied, ComponentJob, Finished, Origin, Plan, StepJob, Take
 from builder.plan.resolve import taken
-from builder.run.schedule import Cancelled
 from builder.store import Store
 from builder.tensors.cast import Faults, cast_all
 from builder.tensors.lazy import LazyTensor

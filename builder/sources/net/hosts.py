@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from builder.base.addresses import Address, Civitai, HuggingFace, LocalFile, Web
-from builder.fetch.cache import hugging_face_cache
-from builder.fetch.client import REDIRECTS, Response, Session
-from builder.fetch.failure import Failure
+from builder.sources.net.client import REDIRECTS, Response, Session
+from builder.sources.net.failure import Failure
 
 MAX_ANSWER = 16 << 20  # bytes of an answer of an API
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -218,3 +219,11 @@ def cached(session: Session, address: Address | None, sha256: str | None) -> Pat
         if file.is_file() and file.resolve().is_relative_to(repo.resolve()):
             return file
     return None
+
+
+def hugging_face_cache(environ: Mapping[str, str] = os.environ) -> Path:
+    """The folder of Hugging Face's downloads: `HF_HUB_CACHE`, else `HF_HOME`, else by habit."""
+    if given := environ.get("HF_HUB_CACHE") or environ.get("HUGGINGFACE_HUB_CACHE"):
+        return Path(given).expanduser()
+    home = environ.get("HF_HOME") or f"{environ.get('XDG_CACHE_HOME') or '~/.cache'}/huggingface"
+    return Path(home).expanduser() / "hub"

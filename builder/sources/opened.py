@@ -15,15 +15,15 @@ from builder.formats import open_checkpoint
 from builder.formats.blob import FileBlob
 from builder.formats.checkpoint import Checkpoint
 from builder.models.identify import Identity, Match, identify
-from builder.sources import Found, find_source
+from builder.sources.find import Found, find_source
 from builder.tensors.cast import PROFILE
 from builder.tensors.lazy import DType, LazyTensor
 
 if TYPE_CHECKING:
-    from builder.fetch.client import Session
     from builder.models.catalog import Catalog
     from builder.recipe import Recipe, Source
     from builder.recipe.lock import Lock, LockedSource
+    from builder.sources.net.client import Session
     from builder.store import Store
 
 
@@ -162,7 +162,7 @@ class Sources:
 
     def fetch(self, name: str) -> Found:
         """Download a source, or take it from a cache; raises FetchError, or SourceError for another file."""
-        from builder.fetch.acquire import fetch
+        from builder.sources.net.acquire import fetch
 
         if not self.remote(name):
             raise self.missing(name)
@@ -256,7 +256,7 @@ class Sources:
 
     def _read_remote(self, name: str, address: str) -> Checkpoint:
         from builder.base.addresses import LocalFile, parse_address
-        from builder.fetch.remote import open_remote
+        from builder.sources.net.remote import open_remote
 
         where = parse_address(address)
         if isinstance(where, LocalFile):

@@ -19,9 +19,9 @@ from urllib.parse import urljoin
 from builder import __version__
 from builder.base.addresses import DEFAULT_PORTS, split
 from builder.base.progress import SILENT, Reporter
-from builder.fetch.failure import Failure
-from builder.fetch.net import Dialer, Proxies, loopback_name, tls_context
-from builder.fetch.text import host_words, page_kind, scrub, shown
+from builder.sources.net.connect import Dialer, Proxies, loopback_name, tls_context
+from builder.sources.net.failure import Failure
+from builder.sources.net.text import host_words, page_kind, scrub, shown
 
 T = TypeVar("T")
 

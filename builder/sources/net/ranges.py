@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from builder.fetch.client import Response, Session
-from builder.fetch.failure import Failure, StartOver
+from builder.sources.net.client import Response, Session
+from builder.sources.net.failure import Failure, StartOver
 
 # What hosts answer when the address that a redirect led to is no longer good.
 _EXPIRED = frozenset({400, 401, 403, 404, 410})

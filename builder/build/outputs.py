@@ -10,20 +10,20 @@ from pathlib import Path
 
 from builder.base.disk import write_bytes
 from builder.base.errors import LockError, OutputError, Problem, SourceError
+from builder.build.context import Context
+from builder.build.evaluate import Stoppable
+from builder.build.expect import Built, missed
+from builder.build.in_parts import hold_output_to_lock
+from builder.build.measure import Metrics
+from builder.build.write import write_output
 from builder.formats.write_safetensors import Written
+from builder.plan.graph import Node, OutputJob, Plan, SourceJob
 from builder.plan.keys import assembly_key, extras_key, known_extras, output_format
 from builder.plan.metadata import final_metadata
-from builder.plan.model import Node, OutputJob, SourceJob
 from builder.plan.resolve import output_state
-from builder.recipe.lock import Lock, LockedComponent, LockedOutput, differences, lock_path
-from builder.run.context import Context
-from builder.run.evaluate import Stoppable
-from builder.run.expect import Built, missed
-from builder.run.measure import Metrics
-from builder.run.remote import hold_output_to_lock
-from builder.run.sources import locked_sources
-from builder.run.write import write_output
-from builder.sources import files_of
+from builder.recipe.lock import Lock, LockedComponent, LockedOutput, LockedSource, differences, lock_path
+from builder.sources.find import files_of
+from builder.sources.have import locked_source
 from builder.store import DamagedEntry
 from builder.store.entries import VerifiedTensor
 from builder.tensors.digests import Digest, Row, component_digest, tensor_digest
@@ -68,7 +68,22 @@ def lock_of(context: Context, built: Mapping[str, Built]) -> Lock:
         outputs[job.output.name] = LockedOutput(
             job.output.file, made.sha256, made.tensor_digest, made.size, made.metric
         )
-    return Lock(context.plan.recipe.digest, locked_sources(context.plan), tuple(components), outputs)
+    return Lock(context.plan.recipe.digest, _locked_sources(context.plan), tuple(components), outputs)
+
+
+def _locked_sources(plan: Plan) -> dict[str, LockedSource]:
+    """What the sources of the recipe, and of those it includes, are as far as it is known.
+
+    A source whose components were all stored may not be on this machine: what the lock says of it stays.
+    """
+    jobs = [(n.job, n.key) for n in plan]
+    return {
+        job.sources.scope + job.source: locked_source(
+            job.sources, job.source, key, job.sources.resolved.get(job.source, "")
+        )
+        for job, key in jobs
+        if isinstance(job, SourceJob) and key is not None
+    }
 
 
 class _Assembly:

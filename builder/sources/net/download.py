@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from builder.base.progress import Reporter
-from builder.fetch.client import Response, Session
-from builder.fetch.failure import Failure, StartOver
-from builder.fetch.ranges import RangedFile, content_range, refuse_encoded, strong_etag
-from builder.fetch.text import file_name, safe_name
+from builder.sources.net.client import Response, Session
+from builder.sources.net.failure import Failure, StartOver
+from builder.sources.net.ranges import RangedFile, content_range, refuse_encoded, strong_etag
+from builder.sources.net.text import file_name, safe_name
 
 _READ_BACK = 1 << 20  # bytes hashed at a time
 _SPARE = 64 << 20  # bytes left free on the disk

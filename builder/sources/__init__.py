@@ -1,0 +1,1 @@
+"""A recipe's sources: found, opened, and had from elsewhere."""
