@@ -20,12 +20,12 @@ from hypothesis import strategies as st
 
 from builder.base.errors import OutputError, UsageError
 from builder.base.folders import making_folder, making_set
-from builder.convert import convert, form_of
 from builder.formats import open_checkpoint
 from builder.formats.write_safetensors import write
 from builder.formats.write_sharded import plan_shards
 from builder.tensors.lazy import DType, LazyTensor, MemoryTensor
 from builder.tensors.moves import Joined, Reshaped, Rows, Transposed
+from builder.toolkit.convert import convert, form_of
 from tests.building import ROOT, Folder, catalog, content, files, model, save, save_dirty, values
 
 NAMES = ("out.safetensors", "out.ckpt", "out.pt", "out.safetensors.index.json")

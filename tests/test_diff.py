@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from builder.cli import run
-from builder.diff.values import Comparer, Rounding
 from builder.formats.write_safetensors import write as write_tensors
+from builder.reports.diff.values import Comparer, Rounding
 from builder.tensors.cast import Faults, cast_all
 from builder.tensors.lazy import DType, LazyTensor, MemoryTensor
 from tests.building import CLIP, IDS, UNET, VAE, model, save, save_dirty, values

@@ -17,7 +17,6 @@ import torch
 from benchmarks.generate import make
 from benchmarks.generate import write as write_generated
 from builder.base.errors import SourceError
-from builder.convert import FAMILIES
 from builder.formats import open_checkpoint
 from builder.formats.layouts import family_of, to_diffusers, to_original
 from builder.formats.layouts.configs import configs
@@ -25,6 +24,7 @@ from builder.formats.layouts.tables import PARTS
 from builder.formats.write_diffusers import write_folder
 from builder.formats.write_safetensors import write
 from builder.tensors.lazy import DType, LazyTensor, MemoryTensor
+from builder.toolkit.convert import FAMILIES
 from tests.building import CLIP, IDS, VAE, Folder, catalog, content, files, model, save, values
 
 pytest.importorskip("diffusers")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from builder.demo import write_sources
+from builder.toolkit.demo import write_sources
 
 ROOT = Path(__file__).parent.parent
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

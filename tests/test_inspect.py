@@ -24,8 +24,8 @@ from builder.cli import run
 from builder.cli.terminal import make_reporter
 from builder.formats.checkpoint import Checkpoint
 from builder.models.catalog import RANK, Catalog, load_catalog
-from builder.report import Report, build_report, examine, render
-from builder.report.positions import read_position_ids
+from builder.reports.inspect import Report, build_report, examine, render
+from builder.reports.inspect.positions import read_position_ids
 from builder.tensors.lazy import BY_CODE, DType, LazyTensor, MemoryTensor
 from tests.servers import File, Server
 

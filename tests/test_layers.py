@@ -11,9 +11,7 @@ ROOT = Path(__file__).parent.parent / "builder"
 ROOMS = [
     *("base", "tensors", "formats", "models", "operations"),
     *("store", "recipe", "sources", "plan", "build"),
-    "quick",
-    *("report", "diff", "author"),
-    *("prune", "convert", "watch", "demo"),
+    *("reports", "toolkit"),
     "cli",
 ]
 

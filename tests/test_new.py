@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import tomli
 
-from builder.author import Draft, describe
-from builder.author.text import merged, place
 from builder.base.progress import Reporter
 from builder.formats.write_safetensors import write as write_tensors
+from builder.reports.new import Draft, describe
+from builder.reports.new.recipe_text import merged, place
 from builder.store import Store
 from builder.tensors.cast import Faults, cast_all
 from builder.tensors.lazy import DType, LazyTensor, MemoryTensor

@@ -18,15 +18,15 @@ from pathlib import Path
 
 import pytest
 
-from builder import watch as module
 from builder.base.errors import OutputError, UsageError
 from builder.cli import run
-from builder.demo import write_sources
 from builder.formats import open_checkpoint
-from builder.prune import Options
 from builder.store import Store
 from builder.tensors.lazy import DType, LazyTensor, MemoryTensor
-from builder.watch import LAYOUTS, Event, Watch, kind_of, layout_of, move
+from builder.toolkit import watch as module
+from builder.toolkit.demo import write_sources
+from builder.toolkit.prune import Options
+from builder.toolkit.watch import LAYOUTS, Event, Watch, kind_of, layout_of, move
 from tests.building import ROOT, Folder, catalog, content, model, save, save_dirty
 
 DOCS = ROOT / "docs" / "commands.md"

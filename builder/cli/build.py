@@ -17,10 +17,10 @@ from builder.cli.session import Work, json_option, need_lock, open_session, quie
 from builder.cli.terminal import make_reporter
 from builder.plan import explain
 from builder.plan.keys import output_format
-from builder.quick import output_path
 from builder.recipe import Output, Recipe
 from builder.recipe.lock import differences, write_lock
 from builder.store import Store
+from builder.toolkit.quick import output_path
 
 
 @click.command("build")

@@ -13,8 +13,8 @@ from builder.base.progress import human_bytes
 from builder.cli.oneline import open_bench, ready, recipe_path, save_option
 from builder.cli.session import json_option, quiet_option
 from builder.cli.sizes import parse_size
-from builder.convert import convert, recipe_of
 from builder.tensors.cast import PRECISIONS
+from builder.toolkit.convert import convert, recipe_of
 
 
 @click.command("convert")

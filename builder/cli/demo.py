@@ -13,7 +13,7 @@ import click
 
 from builder.base.errors import ExitCode
 from builder.cli.terminal import is_terminal
-from builder.demo import write_sources
+from builder.toolkit.demo import write_sources
 
 
 @click.command("demo")

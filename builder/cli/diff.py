@@ -13,8 +13,8 @@ import click
 from builder.base.errors import ExitCode
 from builder.cli.session import json_option
 from builder.cli.terminal import is_terminal, make_reporter
-from builder.diff import compare, render, to_json
 from builder.models.catalog import load_catalog
+from builder.reports.diff import compare, render, to_json
 
 
 @click.command("diff")

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
-from builder.base.errors import ExitCode, Problem, UsageError
+from builder.base.errors import ExitCode
 from builder.cli.made import note_changes, to_json, to_text
 from builder.cli.oneline import FILE, making, open_bench, output_keys, ready, recipe_path, save_option
-from builder.models.identify import Match
-from builder.models.metric import SCALES
-from builder.models.parts import find_part, kind, look, slot_of, usual_precision
-from builder.quick import Quick, output_path, run
-from builder.recipe.names import WRITTEN, free_name, recipe_name, stem
-
-PARTS = ("unet", "vae", "clip")  # of a metric, in their order
+from builder.models.parts import find_part, kind, slot_of, usual_precision
+from builder.recipe.names import WRITTEN, recipe_name
+from builder.toolkit.extract import target_of
+from builder.toolkit.look import look
+from builder.toolkit.quick import Quick, run
 
 
 @click.command("extract")
@@ -51,7 +48,7 @@ def command(
         identity = look(file, bench.catalog)
         match = find_part(component, identity, file, bench.catalog)
         cls = slot_of(match, bench.catalog)
-        target = _target(file, match, cls, output, form)
+        target = target_of(file, match, cls, output, form)
         source = recipe_name(file)
         pick = source if match.component.cls == cls else {"from": source, "component": match.component.name}
         quick = Quick(
@@ -77,26 +74,3 @@ def command(
             quick.save(save, made.outputs[0].path)
     click.echo(json.dumps(to_json(made), indent=2) if as_json else to_text(made))
     return ExitCode.DONE
-
-
-def _target(
-    file: Path, match: Match, cls: str, output: Path | None, form: str | None
-) -> Path | Callable[[str], Path]:
-    """The file to write, or how it is named once its metric is known."""
-    if output is not None and not output.is_dir():
-        output_path(output, [file])
-        if form is not None and output.suffix != f".{form}":
-            fact = f"`--format {form}` and `{output.name}` say different formats"
-            raise UsageError(Problem(fact, hint="leave one of the two out"))
-        return output
-    folder = output if output is not None else file.parent
-    average = "-ema" if match.component.cls != cls else ""
-    scale = SCALES.get(cls)
-    suffix = f".{kind(cls) if scale else cls}.{form or 'safetensors'}".lower()
-
-    def named(metric: str) -> Path:
-        digits = metric.split("/")[PARTS.index(scale.part)] if scale and metric else ""
-        known = f"-{digits}" if digits.isdigit() else ""
-        return free_name(folder / f"{stem(file)}{average}{known}{suffix}", suffix)
-
-    return named

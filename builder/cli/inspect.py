@@ -14,7 +14,7 @@ from builder.base.errors import ExitCode, FetchError, Problem, SourceError, Usag
 from builder.base.errors import render as render_problem
 from builder.cli.terminal import is_terminal, make_reporter
 from builder.models.catalog import Catalog, load_catalog
-from builder.report import Refused, Report, build_report, examine, render, to_json
+from builder.reports.inspect import Refused, Report, build_report, examine, render, to_json
 
 _ADDRESS = re.compile(r"(?:https?|hf|urn|air|civitai|sd1|sdxl):", re.IGNORECASE)
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import click
 
-from builder.author import Draft, describe, write
 from builder.base.disk import write_bytes
 from builder.base.errors import ExitCode, Problem, UsageError
 from builder.base.progress import Reporter
@@ -16,6 +15,7 @@ from builder.cli.session import quiet_option
 from builder.cli.terminal import make_reporter
 from builder.models.catalog import load_catalog
 from builder.recipe import parse_recipe
+from builder.reports.new import Draft, describe, write
 from builder.store import Store
 
 

@@ -16,10 +16,10 @@ from builder.cli.session import json_option, quiet_option
 from builder.cli.terminal import make_reporter
 from builder.models.catalog import Catalog, load_catalog
 from builder.operations.fixes import FIXES
-from builder.quick import Quick
 from builder.recipe.profiles import PROFILES
 from builder.store import Store
 from builder.tensors.cast import PRECISIONS
+from builder.toolkit.quick import Quick
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,22 +18,18 @@ from builder.base.errors import (
     SourceError,
     UsageError,
     did_you_mean,
-    printable,
     render,
 )
-from builder.base.progress import human_bytes
-from builder.build.expect import Built
 from builder.cli.made import note_changes
 from builder.cli.oneline import FILE, Bench, open_bench, recipe_path, save_option
 from builder.cli.session import json_option, quiet_option
 from builder.cli.watching import Where, watch
-from builder.prune import Options, Pruning, Share, plan_pruning, prune, vacant
-from builder.quick import output_path
-from builder.recipe.names import SHARD, SUFFIXES, stem
+from builder.recipe.names import stem
 from builder.tensors.cast import PRECISIONS
-from builder.watch import LAYOUTS, SETTLE
-
-EXAMPLES = 3
+from builder.toolkit import prune_text
+from builder.toolkit.prune import Options, Pruning, Result, checkpoints, plan_pruning, prune, vacant
+from builder.toolkit.quick import output_path
+from builder.toolkit.watch import LAYOUTS, SETTLE
 
 
 @dataclass(frozen=True)
@@ -48,18 +43,6 @@ class Wish:
     names: bool
     threads: int | None
     single: bool
-
-
-@dataclass(frozen=True)
-class Result:
-    """What became of a file: `written`, `unchanged`, `tidy`, `to do`, `refused` or `failed`."""
-
-    path: Path
-    state: str
-    pruning: Pruning | None = None
-    built: Built | None = None
-    problems: tuple[Problem, ...] = ()
-    code: ExitCode = ExitCode.DONE
 
 
 @click.command("prune")
@@ -125,7 +108,7 @@ def command(
         raise click.UsageError("--into, --layout, --once and --settle go with --watch")
     if not files:
         raise click.UsageError("name a file or a folder")
-    found = list(_checkpoints(files, recursive))
+    found = list(checkpoints(files, recursive))
     single = found == list(files) and len(found) == 1
     wish = Wish(Options(**options), output, recipe_path(save_recipe), dry_run, names, threads, single)
     _check(wish, found)
@@ -136,9 +119,9 @@ def command(
             for problem in results[-1].problems:
                 click.echo(render(problem), err=True)
     if as_json:
-        click.echo(json.dumps({"schema": 1, "files": [_to_json(r) for r in results]}, indent=2))
+        click.echo(json.dumps({"schema": 1, "files": [prune_text.to_json(r) for r in results]}, indent=2))
     else:
-        said = _line(results[0]) if single else _table(results)
+        said = prune_text.line(results[0]) if single else prune_text.table(results)
         if said:
             click.echo(said)
     return max((r.code for r in results), default=ExitCode.DONE)
@@ -169,7 +152,7 @@ def _prune(path: Path, wish: Wish, bench: Bench, say: Callable[[str], object]) -
         pruning = plan_pruning(path, bench.catalog, wish.options)
         if wish.single and pruning.unmatched:
             raise _unmatched(pruning)
-        say("\n".join(describe(pruning, wish.names)))
+        say("\n".join(prune_text.describe(pruning, wish.names)))
         named = wish.output is not None and not wish.output.is_dir()
         if pruning.checked.tidy and not named:
             return Result(path, "tidy", pruning)
@@ -204,144 +187,3 @@ def _unmatched(pruning: Pruning) -> UsageError:
     return UsageError(
         Problem(fact, Place(str(pruning.path)), hint=did_you_mean(word, pruning.report.tensors))
     )
-
-
-def _checkpoints(files: Iterable[Path], recursive: bool) -> Iterator[Path]:
-    """The files named, and the checkpoints in the folders named that are none themselves."""
-    for file in files:
-        whole = (file / "model_index.json").exists() or any(file.glob("*.index.json"))
-        if whole or not file.is_dir():
-            yield file
-            continue
-        below = sorted(file.rglob("*") if recursive else file.iterdir())
-        for path in below:
-            hidden = any(p.startswith(".") for p in path.relative_to(file).parts)
-            model = path.suffix.lower() in SUFFIXES and not SHARD.fullmatch(path.name)
-            if model and not hidden and _regular(path):
-                yield path
-
-
-def _regular(path: Path) -> bool:
-    try:
-        return stat.S_ISREG(path.stat().st_mode)
-    except OSError:
-        return False
-
-
-def describe(pruning: Pruning, names: bool = False) -> Iterator[str]:
-    """What goes and what stays of a file, the largest first."""
-    report = pruning.report
-    what = report.identity.architecture or "unknown"
-    sizes = f"{human_bytes(report.size)}, {human_bytes(pruning.left)} of tensors stay"
-    yield printable(f"{report.path}: {what}, {sizes}")
-    goes = [(s.reason, s.bytes, _gone(s, pruning)) for s in pruning.goes] or [("nothing", 0, "")]
-    stays = [(s.reason, s.bytes, _counted(s)) for s in pruning.parts]
-    stays += [(s.reason, s.bytes, f"{_counted(s)}: {_grouped(s, pruning)}") for s in pruning.rest]
-    wide = max(len(reason) for reason, *_ in (*goes, *stays))
-    for label, rows in (("goes", goes), ("stays", stays)):
-        for index, (reason, size, text) in enumerate(rows):
-            share = f"{human_bytes(size):>7}" if text else ""
-            head = label if index == 0 else ""
-            yield f"  {head:<6} {reason:<{wide}}  {share}  {printable(text)}".rstrip()
-    for gone in pruning.goes if names else ():
-        yield from (printable(f"  {gone.reason}: {n}") for n in gone.names)
-
-
-def _gone(share: Share, pruning: Pruning) -> str:
-    if share.reason != "precision":
-        return f"{_counted(share)}: {_grouped(share, pruning)}"
-    types = {pruning.report.tensors[n].dtype.code for n in share.names}
-    return (
-        f"{_counted(share)} of {' and '.join(sorted(types))} rounded to {pruning.output['precision'].upper()}"
-    )
-
-
-def _counted(share: Share) -> str:
-    return f"{len(share.names):,} tensor" + "s" * (len(share.names) != 1)
-
-
-def _grouped(share: Share, pruning: Pruning) -> str:
-    """The names of a share by their first part, the largest first."""
-    groups: dict[str, list[str]] = {}
-    for name in share.names:
-        groups.setdefault(name.partition(".")[0], []).append(name)
-    size = {head: sum(pruning.report.tensors[n].nbytes for n in held) for head, held in groups.items()}
-    told = [
-        _clipped(held[0]) if len(held) == 1 else f"{_clipped(head)}.… ({len(held):,})"
-        for head, held in sorted(groups.items(), key=lambda g: -size[g[0]])[:EXAMPLES]
-    ]
-    more = len(groups) - len(told)
-    return ", ".join(told) + (f" and {more:,} more" if more else "")
-
-
-def _clipped(text: str, limit: int = 80) -> str:
-    return text if len(text) <= limit else f"{text[:limit]}…"
-
-
-def _line(result: Result) -> str:
-    """What became of one file, where there is more to say than what goes and what stays."""
-    built = result.built
-    if built is None:
-        return f"tidy       {printable(str(result.path))}" if result.state == "tidy" else ""
-    metric = f"  ({built.metric})" if built.metric else ""
-    where = printable(str(built.path))
-    return f"{built.state:<9}  {where}  {human_bytes(built.size)}{metric}\n{'':<9}  sha256 {built.sha256}"
-
-
-def _table(results: list[Result]) -> str:
-    """What became of several files, a line each, and the sum."""
-    rows = [("FILE", "STATE", "BEFORE", "AFTER"), *map(_row, results)]
-    wide = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        f"{name:<{wide[0]}}  {state:<{wide[1]}}  {before:>{wide[2]}}  {after:>{wide[3]}}".rstrip()
-        for name, state, before, after in rows
-    ]
-    done = [r for r in results if r.pruning is not None and r.code == ExitCode.DONE]
-    before = sum(r.pruning.report.size for r in done if r.pruning is not None)
-    after = sum(map(_after, done))
-    failed = len(results) - len(done)
-    total = f"{len(done):,} of {len(results):,} files, {human_bytes(before)} → {human_bytes(after)}"
-    return "\n".join([*lines, total + (f", {failed:,} not pruned" if failed else "")])
-
-
-def _row(result: Result) -> tuple[str, str, str, str]:
-    before = human_bytes(result.pruning.report.size) if result.pruning is not None else ""
-    after = human_bytes(_after(result)) if result.code == ExitCode.DONE else ""
-    return printable(str(result.path)), result.state, before, after
-
-
-def _after(result: Result) -> int:
-    assert result.pruning is not None
-    if result.built is not None:
-        return result.built.size
-    return result.pruning.report.size if result.state == "tidy" else result.pruning.left
-
-
-def _to_json(result: Result) -> dict[str, Any]:
-    pruning, built = result.pruning, result.built
-    said: dict[str, Any] = {"path": str(result.path), "state": result.state}
-    if pruning is not None:
-        said |= {
-            "architecture": pruning.identity.architecture,
-            "size": pruning.report.size,
-            "left": pruning.left,
-            "precision": pruning.output["precision"],
-            "goes": [_share_json(s) for s in pruning.goes],
-            "stays": [_share_json(s) for s in (*pruning.parts, *pruning.rest)],
-        }
-    if built is not None:
-        said["output"] = {
-            "path": str(built.path),
-            "size": built.size,
-            "sha256": built.sha256,
-            "metric": built.metric or None,
-        }
-    if result.problems:
-        said["error"] = [
-            {"fact": p.fact, "evidence": list(p.evidence), "hint": p.hint} for p in result.problems
-        ]
-    return said
-
-
-def _share_json(share: Share) -> dict[str, Any]:
-    return {"what": share.reason, "bytes": share.bytes, "tensors": list(share.names)}

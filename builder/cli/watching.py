@@ -11,8 +11,8 @@ import click
 from builder.base.errors import ExitCode, OutputError, Problem, UsageError, printable, render
 from builder.base.progress import human_bytes
 from builder.cli.oneline import open_bench
-from builder.prune import Options
-from builder.watch import Event, Watch, layout_of
+from builder.toolkit.prune import Options
+from builder.toolkit.watch import Event, Watch, layout_of
 
 EVERY = 1.0  # seconds between looks
 

@@ -6,15 +6,8 @@ from pathlib import Path
 
 from builder.base.errors import Place, Problem, UsageError, did_you_mean
 from builder.base.words import spelling
-from builder.formats import open_checkpoint
 from builder.models.catalog import Architecture, Catalog
-from builder.models.identify import Identity, Match, identify
-
-
-def look(path: Path, catalog: Catalog) -> Identity:
-    """What a file is, from its table of contents; raises SourceError."""
-    with open_checkpoint(path) as checkpoint:
-        return identify(checkpoint, catalog)
+from builder.models.identify import Identity, Match
 
 
 def find_part(word: str, identity: Identity, path: Path, catalog: Catalog) -> Match:

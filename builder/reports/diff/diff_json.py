@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from builder.diff.causes import causes
-from builder.diff.model import Diff, Part, Side, TensorDiff, Total, type_counts
-from builder.diff.values import Rounding, Spot
+from builder.reports.diff.causes import causes
+from builder.reports.diff.compare import Diff, Part, Side, TensorDiff, Total, type_counts
+from builder.reports.diff.values import Rounding, Spot
 from builder.tensors.lazy import LazyTensor
 
 SCHEMA = 1

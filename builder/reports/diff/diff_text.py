@@ -9,10 +9,10 @@ from builder.base.errors import printable
 from builder.base.page import LABEL, Style
 from builder.base.progress import human_bytes
 from builder.base.words import CONTAINERS, TYPES, counted
-from builder.diff.causes import causes, is_positions, type_name
-from builder.diff.json_form import mapping_changes, unravel
-from builder.diff.model import Diff, Part, Side, TensorDiff, type_counts
-from builder.diff.values import Spot
+from builder.reports.diff.causes import causes, is_positions, type_name
+from builder.reports.diff.compare import Diff, Part, Side, TensorDiff, type_counts
+from builder.reports.diff.diff_json import mapping_changes, unravel
+from builder.reports.diff.values import Spot
 from builder.tensors.lazy import LazyTensor
 
 LIMIT = 8  # of a list's lines in the short form

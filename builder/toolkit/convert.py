@@ -17,10 +17,10 @@ from builder.formats.blob import FileBlob
 from builder.formats.checkpoint import Checkpoint
 from builder.models.catalog import Catalog
 from builder.models.identify import identify
-from builder.quick import Quick
 from builder.recipe.names import recipe_name
 from builder.tensors.cast import PRECISIONS, Faults, NonFinite, Overflow, Precision, cast_all
 from builder.tensors.lazy import LazyTensor
+from builder.toolkit.quick import Quick
 
 if TYPE_CHECKING:
     from builder.formats.layouts.configs import Prediction

@@ -9,8 +9,8 @@ from typing import Any
 
 from builder.base.errors import Problem
 from builder.models.identify import Rejection
-from builder.report.model import Part, Report, Share
-from builder.report.positions import Position
+from builder.reports.inspect.examine import Part, Report, Share
+from builder.reports.inspect.positions import Position
 
 SCHEMA = 1
 EXAMPLES = 5

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 from builder.base.errors import Problem
 from builder.base.words import EXAMPLES, counted, listed
 from builder.models.identify import Match, Rejection
-from builder.report.positions import Position
+from builder.reports.inspect.positions import Position
 
 if TYPE_CHECKING:
-    from builder.report.model import Report
+    from builder.reports.inspect.examine import Report
 
 FP16_MAX = 65504
 

@@ -22,10 +22,10 @@ from builder.formats import open_checkpoint
 from builder.formats.hashes import sha256_file
 from builder.models.identify import Identity, identify
 from builder.models.parts import kind
-from builder.prune import Options, Pruning, plan_pruning, prune, vacant
 from builder.recipe.names import SHARD, SUFFIXES, numbered, stem
 from builder.store import Store
 from builder.tensors.cast import UnfitError
+from builder.toolkit.prune import Options, Pruning, plan_pruning, prune, vacant
 
 if TYPE_CHECKING:
     from builder.models.catalog import Catalog

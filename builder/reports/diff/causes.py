@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 from builder.base.progress import human_bytes
 from builder.base.words import counted
-from builder.diff.model import Diff, Part, Side, TensorDiff
 from builder.models.identify import EMA, Identity
 from builder.operations.fixes import POSITION_IDS
+from builder.reports.diff.compare import Diff, Part, Side, TensorDiff
 from builder.tensors.lazy import DType
 
 TYPES = {DType.F16: "FP16", DType.F32: "FP32", DType.F64: "FP64"}

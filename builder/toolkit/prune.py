@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+import stat
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -12,19 +13,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from builder.base.disk import write_bytes
-from builder.base.errors import Place, Problem, SourceError
+from builder.base.errors import ExitCode, Place, Problem, SourceError
 from builder.base.progress import SILENT, Reporter
 from builder.build import Build
+from builder.build.expect import Built
 from builder.formats import open_checkpoint
 from builder.formats.hashes import short_hashes
 from builder.models.identify import EMA, Identity, Match
 from builder.models.parts import home, usual_precision
-from builder.quick import Quick, make_parts, run
-from builder.recipe.names import numbered, recipe_name
-from builder.report import Report, examine
+from builder.recipe.names import SHARD, SUFFIXES, numbered, recipe_name
+from builder.reports.inspect import Report, examine
 from builder.store import Store
 from builder.tensors.cast import cast_type
 from builder.tensors.lazy import LazyTensor
+from builder.toolkit.quick import Quick, make_parts, run
 
 if TYPE_CHECKING:
     from builder.models.catalog import Catalog
@@ -268,3 +270,37 @@ def _part(match: Match, tensors: Tensors, rounded: Mapping[str, int]) -> Share:
 
 def _shares(groups: Mapping[str, list[str]], tensors: Tensors) -> list[Share]:
     return [_share(reason, names, tensors) for reason, names in groups.items() if names]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of a file: `written`, `unchanged`, `tidy`, `to do`, `refused` or `failed`."""
+
+    path: Path
+    state: str
+    pruning: Pruning | None = None
+    built: Built | None = None
+    problems: tuple[Problem, ...] = ()
+    code: ExitCode = ExitCode.DONE
+
+
+def checkpoints(files: Iterable[Path], recursive: bool) -> Iterator[Path]:
+    """The files named, and the checkpoints in the folders named that are none themselves."""
+    for file in files:
+        whole = (file / "model_index.json").exists() or any(file.glob("*.index.json"))
+        if whole or not file.is_dir():
+            yield file
+            continue
+        below = sorted(file.rglob("*") if recursive else file.iterdir())
+        for path in below:
+            hidden = any(p.startswith(".") for p in path.relative_to(file).parts)
+            model = path.suffix.lower() in SUFFIXES and not SHARD.fullmatch(path.name)
+            if model and not hidden and _regular(path):
+                yield path
+
+
+def _regular(path: Path) -> bool:
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except OSError:
+        return False

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from builder.base.progress import SILENT, Reporter
-from builder.diff.pairs import Pair, pair_up, same_layout
-from builder.diff.values import Comparer, Spot, Values
 from builder.formats import open_checkpoint
 from builder.formats.checkpoint import Checkpoint
 from builder.models.catalog import Catalog, KnownPart
 from builder.models.identify import Identity, Match, identify
 from builder.models.metric import counted, labels
+from builder.reports.diff.pairs import Pair, pair_up, same_layout
+from builder.reports.diff.values import Comparer, Spot, Values
 from builder.tensors.digests import Row, component_digest
 from builder.tensors.lazy import DType, LazyTensor
 from builder.tensors.scan import Scan, scan

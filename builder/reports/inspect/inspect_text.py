@@ -9,8 +9,8 @@ from builder.base.errors import Problem, clipped, shown
 from builder.base.page import LABEL, Style
 from builder.base.progress import human_bytes
 from builder.base.words import CONTAINERS, TYPES, counted, examples, grouped
-from builder.report.faults import describe
-from builder.report.model import Part, Report, Share
+from builder.reports.inspect.examine import Part, Report, Share
+from builder.reports.inspect.faults import describe
 
 Row = Sequence[str]
 

@@ -11,12 +11,12 @@ from typing import Any
 
 import tomli_w
 
-from builder.author.explain import Draft, File, Taken
 from builder.base.errors import printable
 from builder.base.progress import human_bytes
 from builder.models.catalog import Catalog
 from builder.models.metric import NOT_A_NUMBER
 from builder.recipe.names import recipe_name
+from builder.reports.new.describe import Draft, File, Taken
 
 # What a file's metadata says for people; all else, a build says anew.
 SPOKEN = ("title", "author", "description", "license", "tags", "usage_hint")

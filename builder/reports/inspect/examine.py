@@ -15,7 +15,7 @@ from builder.base.progress import SILENT, Reporter
 from builder.formats import open_checkpoint
 from builder.formats.checkpoint import Checkpoint
 from builder.models.identify import Identity, Match, identify
-from builder.report.positions import PositionIds, read_position_ids
+from builder.reports.inspect.positions import PositionIds, read_position_ids
 from builder.tensors.digests import Row, component_digest
 from builder.tensors.lazy import LazyTensor
 
@@ -137,7 +137,7 @@ class Report:
     @cached_property
     def faults(self) -> tuple[Problem, ...]:
         """What is wrong with the file, or will be on use; worst first."""
-        from builder.report.faults import find_faults
+        from builder.reports.inspect.faults import find_faults
 
         return tuple(find_faults(self))
 

@@ -1,0 +1,1 @@
+"""What there is to say of checkpoints, to people and to programs."""

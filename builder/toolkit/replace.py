@@ -1,0 +1,68 @@
+"""What it means to replace components: the slots there are, and the files for them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from builder.base.errors import Place, Problem, SourceError, UsageError, did_you_mean
+from builder.base.words import spelling
+from builder.models.catalog import Architecture, Catalog
+from builder.models.parts import home, kind
+from builder.recipe.names import recipe_name
+from builder.toolkit.look import look
+
+
+def architecture_of(file: Path, catalog: Catalog) -> Architecture:
+    """What a file is, whole or in part; raises SourceError where it has no slots to be filled."""
+    identity = look(file, catalog)
+    found = home(identity, catalog)
+    if found is not None:
+        return found
+    what = f"it is `{identity.architecture}`" if identity.architecture else "nothing in the catalog matches"
+    raise SourceError(
+        Problem(
+            "this is no full checkpoint whose components could be replaced",
+            Place(str(file)),
+            (what,),
+            "`ckpt inspect` says what is in it",
+        )
+    )
+
+
+def parse_part(part: str, architecture: Architecture) -> tuple[str, Path, str | None]:
+    """The class, file and component of `CLASS=FILE[:COMPONENT]`; what is a file as a whole is one."""
+    word, equals, rest = part.partition("=")
+    if not (word and equals and rest):
+        fact = f"`{part}` is not of the form CLASS=FILE or CLASS=FILE:COMPONENT"
+        raise UsageError(Problem(fact, hint="as in `VAE-v1=nai.vae.pt`"))
+    cls = _slot(word, architecture)
+    path, colon, component = rest.rpartition(":")
+    if not colon or os.path.lexists(rest) or not os.path.lexists(path):
+        return cls, Path(rest), None
+    return cls, Path(path), component
+
+
+def _slot(word: str, architecture: Architecture) -> str:
+    said = spelling(word)
+    for found in (
+        [s for s in architecture.slots if spelling(s) == said],
+        [s for s in architecture.slots if spelling(kind(s)) == said],
+    ):
+        if len(found) == 1:
+            return found[0]
+    slots = ", ".join(f"`{s}`" for s in architecture.slots)
+    hint = did_you_mean(word, architecture.slots)
+    raise UsageError(
+        Problem(f"{architecture.name} has no slot `{word}`", evidence=(f"it has {slots}",), hint=hint)
+    )
+
+
+def name_of(path: Path, sources: dict[str, Path]) -> str:
+    """What the recipe calls a file, which is added where it is a new one."""
+    for name, known in sources.items():
+        if path.samefile(known):
+            return name
+    name = recipe_name(path, sources)
+    sources[name] = path
+    return name
