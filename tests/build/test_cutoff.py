@@ -1,0 +1,235 @@
+"""Nothing is made again that need not be: what decides is content, not where or when or what it is called."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+
+from tests.help.building import RECIPE, Folder, content, model, save, save_dirty
+
+PARTS = ("UNET-mini of dirty", "VAE-mini of vae", "CLIP-mini of dirty")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Folder:
+    path = tmp_path / "work"
+    path.mkdir()
+    made = Folder(path, tmp_path / "store").mini()
+    made.know("dirty.ckpt", "vae.safetensors")
+    made.build()
+    return made
+
+
+def nothing(folder: Folder, recipe: str = "mini.toml") -> None:
+    """Neither made nor written; not even hashed, nor touched."""
+    inodes, written = folder.components(), (folder / "mini.safetensors").stat()
+    lock = (folder / "mini.lock.toml").stat()
+    made = folder.build(recipe)
+    assert made["made"] == [] and [o["state"] for o in made["outputs"]] == ["unchanged"]
+    assert folder.components() == inodes
+    assert os.path.samestat((folder / "mini.safetensors").stat(), written)
+    assert (folder / "mini.lock.toml").stat().st_mtime_ns == lock.st_mtime_ns
+
+
+def only(made: Iterable[str], *expected: str) -> None:
+    assert sorted(made) == sorted(expected)
+
+
+def test_nothing_changed(folder: Folder) -> None:
+    assert folder.states() == {
+        "source dirty": "known",
+        "source vae": "known",
+        **dict.fromkeys(PARTS, "stored"),
+        "output mini.safetensors": "unchanged",
+    }
+    nothing(folder)
+
+
+def test_a_comment_and_another_order(folder: Folder) -> None:
+    folder.write("mini.toml", "# better\n" + "\n".join(reversed(RECIPE.splitlines())))
+    nothing(folder)
+    os.utime(folder / "mini.toml", (1, 1))
+    nothing(folder)
+
+
+def test_a_touched_source(folder: Folder) -> None:
+    """It is hashed again, and then known to be the same."""
+    os.utime(folder / "dirty.ckpt", (1, 1))
+    assert folder.states()["source dirty"] == "hash"
+    nothing(folder)
+
+
+def test_a_copy_of_a_source(folder: Folder) -> None:
+    shutil.copy(folder / "vae.safetensors", folder / "copy")
+    (folder / "copy").replace(folder / "vae.safetensors")
+    nothing(folder)
+
+
+def test_a_source_elsewhere(folder: Folder) -> None:
+    (folder / "deep").mkdir()
+    (folder / "dirty.ckpt").rename(folder / "deep" / "dirty.ckpt")
+    folder.write("mini.toml", RECIPE.replace('"dirty.ckpt"', '"deep/dirty.ckpt"'))
+    made = folder.build()
+    assert made["made"] == [] and made["outputs"][0]["state"] == "unchanged"
+
+
+def test_another_folder_with_the_same_store(folder: Folder) -> None:
+    other = folder.beside("other")
+    (other / "mini.safetensors").unlink()
+    made = other.build()
+    assert made["made"] == []
+    assert (other / "mini.safetensors").read_bytes() == (folder / "mini.safetensors").read_bytes()
+
+
+def test_a_copy_of_the_output_is_known_by_its_digest(folder: Folder) -> None:
+    shutil.copy(folder / "mini.safetensors", folder / "copy")
+    (folder / "copy").replace(folder / "mini.safetensors")
+    assert folder.states()["output mini.safetensors"] == "hash"
+    made = folder.build()
+    assert made["made"] == [] and made["outputs"][0]["state"] == "unchanged"
+
+
+def test_the_same_content_from_another_container(folder: Folder) -> None:
+    """The component is taken again, turns out to be the same, and so does the output."""
+    before, inodes = (folder / "mini.safetensors").stat(), folder.components()
+    save(folder / "vae.pt", model("VAE-mini", seed=2), nesting="state_dict")
+    folder.write("mini.toml", RECIPE.replace("vae.safetensors", "vae.pt"))
+    made = folder.build()
+    only(made["made"], "VAE-mini of vae")
+    assert made["outputs"][0]["state"] == "unchanged"
+    assert os.path.samestat((folder / "mini.safetensors").stat(), before)
+    assert set(folder.components()) == set(inodes)
+
+
+def test_another_vae(folder: Folder) -> None:
+    inodes = folder.components()
+    before = content(folder / "mini.safetensors")
+    save(folder / "vae.safetensors", model("VAE-mini", seed=3))
+    states = folder.states()
+    assert states["source dirty"] == "known" and states["source vae"] == "hash"
+    assert [states[p] for p in PARTS] == ["stored", "make", "stored"]
+    assert states["output mini.safetensors"] == "make"
+    made = folder.build()
+    only(made["made"], "VAE-mini of vae")
+    assert made["outputs"][0]["state"] == "written"
+    now = folder.components()
+    assert {k: now[k] for k in inodes} == inodes and len(now) == 4
+    after = content(folder / "mini.safetensors")
+    assert {n for n in before if before[n] != after[n]} == {
+        n for n in before if n.startswith("first_stage_model.")
+    }
+    # And back again: all is there.
+    save(folder / "vae.safetensors", model("VAE-mini", seed=2))
+    assert folder.build()["made"] == []
+    assert content(folder / "mini.safetensors") == before
+
+
+def test_why_is_said(folder: Folder) -> None:
+    save(folder / "vae.safetensors", model("VAE-mini", seed=3))
+    folder.know("vae.safetensors")
+    why = {s["id"]: s["why"] for s in folder.plan()["steps"]}
+    assert why["VAE-mini of vae"].startswith("`vae` is another file than before: ")
+    assert why["UNET-mini of dirty"] == "made before from the same inputs"
+    assert "`VAE-mini of vae`" in why["output mini.safetensors"]
+    said = folder("build", "mini.toml", "--explain")
+    assert "make" in said.err and why["VAE-mini of vae"] in said.err
+
+
+def test_what_decides_only_about_some(folder: Folder) -> None:
+    """A fix of the text encoder is no business of the others; metadata is none of any component."""
+    folder.write("mini.toml", RECIPE.replace('fixes = ["clip-position-ids"]', "fixes = []"))
+    only(folder.build()["made"], "CLIP-mini of dirty")
+    folder.write("mini.toml", RECIPE + 'output.metadata.author = "someone"\n')
+    made = folder.build()
+    assert made["made"] == [] and made["outputs"][0]["state"] == "written"
+    folder.write("mini.toml", RECIPE + 'output.precision = "bf16"\n')
+    only(folder.build()["made"], *PARTS)
+
+
+def test_another_name_of_the_output(folder: Folder) -> None:
+    folder.write("mini.toml", RECIPE + 'output.file = "other.safetensors"\n')
+    made = folder.build()
+    assert made["made"] == []
+    assert (folder / "other.safetensors").read_bytes() == (folder / "mini.safetensors").read_bytes()
+
+
+def test_other_names_of_sources(folder: Folder) -> None:
+    """Components are known by content: only the provenance in the metadata is another."""
+    folder.write(
+        "mini.toml",
+        RECIPE.replace("dirty.", "other.").replace('"dirty"', '"other"').replace("other.ckpt", "dirty.ckpt"),
+    )
+    assert folder.build()["made"] == []
+    assert content(folder / "mini.safetensors")
+
+
+def test_two_recipes_share_what_is_the_same(folder: Folder) -> None:
+    save(folder / "other-vae.safetensors", model("VAE-mini", seed=3))
+    folder.write(
+        "two.toml", RECIPE.replace('"mini"', '"two"', 1).replace("vae.safetensors", "other-vae.safetensors")
+    )
+    only(folder.build("two.toml")["made"], "VAE-mini of vae")
+    assert len(folder.components()) == 4
+
+
+def test_two_outputs_share_what_is_the_same(folder: Folder) -> None:
+    folder.write(
+        "both.toml",
+        RECIPE.replace('"mini"', '"both"', 1)
+        + '[[output]]\nname = "a"\n[[output]]\nname = "b"\nmetadata.author = "someone"\n'
+        + '[[output]]\nname = "c"\nprecision = "fp32"\ncomponents.UNET-mini = "dirty"\n',
+    )
+    shutil.rmtree(folder.store)
+    made = folder.build("both.toml")
+    only(made["made"], *PARTS, *(f"{p} #2" for p in PARTS))
+    assert len(folder.components()) == 6
+    assert [Path(o["path"]).name for o in made["outputs"]] == [
+        "both-a.safetensors",
+        "both-b.safetensors",
+        "both-c.safetensors",
+    ]
+    assert content(folder / "both-a.safetensors") == content(folder / "both-b.safetensors")
+
+
+def test_a_component_that_was_collected_is_made_again(folder: Folder) -> None:
+    record = next(
+        r for r in folder.store.glob("actions/*/*.json") if json.loads(r.read_text())["class"] == "VAE-mini"
+    )
+    digest = json.loads(record.read_text())["xxh3"]
+    (folder.store / "components" / digest[:2] / f"{digest}.safetensors").unlink()
+    expected = (folder / "mini.safetensors").read_bytes()
+    (folder / "mini.safetensors").unlink()
+    only(folder.build()["made"], "VAE-mini of vae")
+    assert (folder / "mini.safetensors").read_bytes() == expected
+
+
+def test_a_missing_source_is_not_missed_when_all_is_stored(folder: Folder) -> None:
+    """With pins, or a lock, what was made of a source can be used without it."""
+    shas = {
+        n: s["sha256"] for s in folder.plan()["steps"] if (n := s["id"].removeprefix("source ")) != s["id"]
+    }
+    pinned = RECIPE + "".join(f'sources.{n}.sha256 = "{s}"\n' for n, s in shas.items())
+    pinned = pinned.replace('base = "dirty"', 'base = "NEW SD-mini"') + (
+        'components.UNET-mini = "dirty"\ncomponents.CLIP-mini = "dirty"\n'
+    )
+    folder.write("pinned.toml", pinned.replace('"mini"', '"pinned"', 1))
+    (folder / "dirty.ckpt").unlink()
+    (folder / "vae.safetensors").unlink()
+    said = folder("build", "pinned.toml", "--offline", "--json")
+    assert said.json["made"] == []
+    assert len(content(folder / "pinned.safetensors")) == 686 + 248 + 197
+
+
+def test_a_base_that_lost_what_lay_beside(folder: Folder) -> None:
+    """Optional tensors of a base are content, too."""
+    before = content(folder / "mini.safetensors")
+    save_dirty(folder / "dirty.ckpt", seed=5)
+    folder.build()
+    after = content(folder / "mini.safetensors")
+    assert before.keys() == after.keys()
+    assert before["alphas_cumprod"] != after["alphas_cumprod"]

@@ -1,0 +1,260 @@
+"""Operations as steps: parsed, planned and built without the parser or the plan knowing any of them."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from builder.base.errors import RecipeError
+from builder.build import Build, build
+from builder.operations.registry import Operation, Param
+from builder.plan import Plan, make_plan
+from builder.recipe import load_recipe
+from builder.recipe.lock import Lock
+from builder.store import Store
+from builder.tensors.lazy import DType, LazyTensor
+from tests.help.building import UNET, Folder, catalog, content, model, save
+
+MODELS = """\
+format = 1
+name = "m"
+sources.a.file = "a.safetensors"
+sources.b.file = "b.safetensors"
+"""
+
+
+class Weighted(LazyTensor):
+    """The sum of tensors, each times a number, in FP32 and in the order given."""
+
+    def __init__(self, *terms: tuple[LazyTensor, float]) -> None:
+        super().__init__(DType.F32, terms[0][0].shape)
+        self.terms = terms
+
+    def read_into(self, start: int, out: memoryview) -> None:
+        total = torch.frombuffer(out, dtype=torch.float32)
+        total.zero_()
+        for tensor, share in self.terms:
+            data = bytearray(len(out) // 4 * tensor.dtype.itemsize)
+            tensor.read_into(start // 4 * tensor.dtype.itemsize, memoryview(data))
+            total += torch.frombuffer(data, dtype=tensor.dtype.torch).float() * share
+
+
+Inputs = Mapping[str, Mapping[str, LazyTensor]]
+
+
+def _sum(inputs: Inputs, params: Mapping[str, Any]) -> Mapping[str, LazyTensor]:
+    a, b, share = inputs["a"], inputs["b"], params["share"]
+    return {n: Weighted((t, 1 - share), (b[n], share)) if t.dtype.floating else t for n, t in a.items()}
+
+
+def _scale(inputs: Inputs, params: Mapping[str, Any]) -> Mapping[str, LazyTensor]:
+    return {n: Weighted((t, params["by"])) if t.dtype.floating else t for n, t in inputs["model"].items()}
+
+
+SUM = Operation(
+    "sum", 1, "A·(1−share) + B·share.", ("a", "b"), _sum, params={"share": Param("number", "B's.")}
+)
+SCALE = Operation(
+    "scale", 1, "All times a number.", ("model",), _scale, params={"by": Param("number", "It.")}
+)
+OPERATIONS = {o.name: o for o in (SUM, SCALE)}
+
+
+class Works:
+    """A folder with two models, and building in it with the test's operations."""
+
+    def __init__(self, folder: Folder) -> None:
+        self.folder = folder
+        save(folder / "a.safetensors", model(seed=1))
+        save(folder / "b.safetensors", model(seed=2))
+        folder.know("a.safetensors", "b.safetensors")
+
+    def plan(
+        self,
+        text: str,
+        store: Store,
+        operations: Mapping[str, Operation] = OPERATIONS,
+        lock: Lock | None = None,
+    ) -> Plan:
+        path = self.folder.write("m.toml", MODELS + text)
+        recipe = load_recipe(path, catalog(), operations=operations)
+        return make_plan(recipe, catalog=catalog(), store=store, folders=(), operations=operations, lock=lock)
+
+    def build(self, text: str, operations: Mapping[str, Operation] = OPERATIONS, threads: int = 2) -> Build:
+        with Store(self.folder.store) as store, self.plan(text, store, operations) as plan:
+            return build(plan, catalog=catalog(), store=store, threads=threads)
+
+    def keys(self, text: str, operations: Mapping[str, Operation] = OPERATIONS) -> dict[str, str | None]:
+        with Store(self.folder.store) as store, self.plan(text, store, operations) as plan:
+            return {n.id: n.key for n in plan}
+
+    def made(self) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
+        return content(self.folder / "m.safetensors")
+
+
+@pytest.fixture
+def works(tmp_path: Path) -> Works:
+    path = tmp_path / "work"
+    path.mkdir()
+    return Works(Folder(path, tmp_path / "store"))
+
+
+def value(seed: int, name: str) -> torch.Tensor:
+    tensor = model(seed=seed)[name]
+    return torch.frombuffer(tensor.tobytes(), dtype=tensor.dtype.torch)
+
+
+def half(values: torch.Tensor) -> bytes:
+    return bytes(values.half().view(torch.uint8).numpy().tobytes())
+
+
+HALF = '[steps.half]\nop = "sum"\na = "a"\nb = "b"\nshare = 0.25\n'
+TWICE = '[steps.twice]\nop = "scale"\nmodel = "half"\nby = 2.0\n'
+NAME = UNET + "out.2.weight"
+
+
+def test_a_step_as_base(works: Works) -> None:
+    made = works.build('base = "half"\n' + HALF)
+    assert sorted(made.made) == ["CLIP-mini of half", "UNET-mini of half", "VAE-mini of half"]
+    for name, (dtype, shape, data) in works.made().items():
+        tensor = model(seed=1)[name]
+        if not tensor.dtype.floating:
+            assert (dtype, data) == ("I64", bytes(tensor.tobytes()))
+            continue
+        expected = value(1, name) * 0.75 + value(2, name) * 0.25
+        assert (dtype, shape, data) == ("F16", tensor.shape, half(expected)), name
+
+
+def test_steps_in_a_chain(works: Works) -> None:
+    """Values go from step to step in FP32, and are rounded once."""
+    works.build('base = "twice"\n' + HALF + TWICE)
+    expected = (value(1, NAME) * 0.75 + value(2, NAME) * 0.25) * 2
+    assert works.made()[NAME][2] == half(expected)
+
+
+def test_a_step_as_the_source_of_a_component(works: Works) -> None:
+    works.build('base = "a"\n[components]\nUNET-mini = "half"\n' + HALF)
+    made = works.made()
+    assert made[NAME][2] == half(value(1, NAME) * 0.75 + value(2, NAME) * 0.25)
+    other = "first_stage_model.decoder.conv_in.weight"
+    assert made[other][2] == half(value(1, other))
+
+
+def test_a_step_of_some_components(works: Works) -> None:
+    """Those it leaves out are those of its first input."""
+    works.build('base = "half"\n' + HALF + 'components = ["VAE-mini"]\n')
+    made = works.made()
+    assert made[NAME][2] == half(value(1, NAME))
+    other = "first_stage_model.decoder.conv_in.weight"
+    assert made[other][2] == half(value(1, other) * 0.75 + value(2, other) * 0.25)
+
+
+def test_a_step_used_twice(works: Works) -> None:
+    text = 'base = "all"\n' + HALF + TWICE + '[steps.all]\nop = "sum"\na = "half"\nb = "twice"\nshare = 0.5\n'
+    works.build(text)
+    first = value(1, NAME) * 0.75 + value(2, NAME) * 0.25
+    assert works.made()[NAME][2] == half(first * 0.5 + first * 2 * 0.5)
+
+
+def test_the_same_bytes_with_any_threads(works: Works) -> None:
+    made = set()
+    for threads in (1, 8):
+        works.folder = Folder(works.folder.path, works.folder.path.parent / f"store-{threads}")
+        works.build('base = "twice"\n' + HALF + TWICE, threads=threads)
+        made.add((works.folder / "m.safetensors").read_bytes())
+        (works.folder / "m.safetensors").unlink()
+    assert len(made) == 1
+
+
+def test_a_step_stays_in_the_store_when_it_says_so(works: Works) -> None:
+    """Else its values only stream through."""
+    text = 'base = "twice"\n' + HALF + "{}" + TWICE
+    made = works.build(text.format("store = true\n"))
+    stored = {p.name for p in works.folder.store.glob("components/*/*")}
+    assert len(stored) == 6
+    assert {m for m in made.made if "step half" in m} == {
+        "UNET-mini of step half",
+        "VAE-mini of step half",
+        "CLIP-mini of step half",
+    }
+    expected = works.made()
+    # What is stored is used: changing what comes after does not compute it again.
+    again = works.build(text.format("store = true\n").replace("by = 2.0", "by = 3.0"))
+    assert not [m for m in again.made if "step half" in m]
+    assert works.made()[NAME][2] == half((value(1, NAME) * 0.75 + value(2, NAME) * 0.25) * 3)
+    # That it is stored has no part in what is made.
+    works.folder = Folder(works.folder.path, works.folder.path.parent / "another")
+    made = works.build(text.format(""))
+    assert works.made() == expected
+    assert len({p.name for p in works.folder.store.glob("components/*/*")}) == 3
+
+
+def test_a_stored_step_that_is_damaged_is_made_again(works: Works) -> None:
+    text = 'base = "twice"\n' + HALF + "store = true\n" + TWICE
+    made = works.build(text)
+    step = max(works.folder.store.glob("components/*/*"), key=lambda p: p.stat().st_size)  # the one in FP32
+    data = step.read_bytes()
+    step.chmod(0o644)
+    step.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    again = works.build(text.replace("by = 2.0", "by = 3.0"))
+    assert len(again.made) == 4 and len(made.made) == 6
+    assert len(set(again.made) & set(made.made) - {m for m in made.made if "twice" in m}) == 1
+    assert step.read_bytes() == data
+    assert works.made()[NAME][2] == half((value(1, NAME) * 0.75 + value(2, NAME) * 0.25) * 3)
+
+
+def test_keys_follow_what_decides(works: Works) -> None:
+    text = 'base = "half"\n' + HALF
+    step = "step half UNET-mini"
+    first = works.keys(text)[step]
+    assert first is not None and first == works.keys(text)[step]
+    assert works.keys(text.replace("0.25", "0.5"))[step] != first
+    assert works.keys(text.replace('a = "a"\nb = "b"', 'a = "b"\nb = "a"'))[step] != first
+    newer = Operation(SUM.name, 2, SUM.doc, SUM.inputs, SUM.apply, params=SUM.params)
+    assert works.keys(text, {**OPERATIONS, "sum": newer})[step] != first
+    save(works.folder / "b.safetensors", model(seed=3))
+    works.folder.know("b.safetensors")
+    assert works.keys(text)[step] != first
+
+
+def test_keys_do_not_follow_names(works: Works) -> None:
+    text = 'base = "half"\n' + HALF
+    first = works.keys(text)
+    other = works.keys(text.replace("half", "mix").replace("share = 0.25", "share = 0.250"))
+    assert other["step mix UNET-mini"] == first["step half UNET-mini"]
+    assert other["UNET-mini of mix"] == first["UNET-mini of half"]
+    stored = works.keys(text + "store = true\n")
+    assert stored["step half UNET-mini"] == first["step half UNET-mini"]
+
+
+def test_nothing_is_computed_twice(works: Works) -> None:
+    text = 'base = "half"\n' + HALF
+    works.build(text)
+    assert works.build(text.replace("half", "mix")).made == []
+
+
+def test_the_plan_shows_steps(works: Works) -> None:
+    with Store(works.folder.store) as store, works.plan('base = "twice"\n' + HALF + TWICE, store) as plan:
+        shown = {n.id: (n.kind, n.state, [i.id for i in plan.inputs(n.id)]) for n in plan}
+    assert shown["step half UNET-mini"] == ("step", "stream", ["source a", "source b"])
+    assert shown["step twice UNET-mini"] == ("step", "stream", ["step half UNET-mini"])
+    assert shown["UNET-mini of twice"] == ("component", "make", ["step twice UNET-mini"])
+
+
+def test_an_input_that_lacks_the_component(works: Works) -> None:
+    save(works.folder / "b.safetensors", model("VAE-mini", seed=2))
+    with pytest.raises(RecipeError, match="`b` has no UNET-mini"):
+        works.build('base = "half"\n' + HALF)
+
+
+def test_numbers_that_overflow_in_a_step_are_errors(works: Works) -> None:
+    text = 'base = "big"\ncomponents.VAE-mini = "b"\n[steps.big]\nop = "scale"\nmodel = "a"\nby = 1e10\n'
+    with pytest.raises(Exception, match="would not survive"):
+        works.build(text)
+    works.build(text + '[output]\noverflow = "clamp"\n')
+    assert {abs(v) for v in struct.unpack("<8e", works.made()[NAME][2][:16])} == {65504.0}

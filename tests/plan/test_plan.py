@@ -1,0 +1,224 @@
+"""Plans: what they say, in every form, and what they must not touch to say it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from tests.help.building import RECIPE, ROOT, Folder, files, model, save
+from tests.help.recipe_words import golden
+
+GOLDEN = Path(__file__).parent / "golden"
+SHIPPED = sorted((ROOT / "recipes").glob("*.toml"))
+# Says which modules came with a command, on the last line of stderr.
+IMPORTED = """
+import atexit
+atexit.register(lambda: print(*sorted({m.split('.')[0] for m in sys.modules}), file=sys.stderr))
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Folder:
+    path = tmp_path / "work"
+    path.mkdir()
+    return Folder(path, tmp_path / "store").mini()
+
+
+def test_text(folder: Folder) -> None:
+    """Before the first build, after it, and with another VAE."""
+    first = folder("plan", "mini.toml")
+    folder.know("dirty.ckpt", "vae.safetensors")
+    known = folder("plan", "mini.toml")
+    folder.build()
+    done = folder("plan", "mini.toml")
+    save(folder / "vae.safetensors", model("VAE-mini", seed=3))
+    folder.know("vae.safetensors")
+    other = folder("plan", "mini.toml")
+    for name, said in (("first", first), ("known", known), ("done", done), ("other-vae", other)):
+        assert said.code == 0 and said.err == ""
+        assert golden(GOLDEN / f"plan-{name}.txt", said.out) == said.out
+    assert done.out.endswith("\nnothing to do\n")
+
+
+def test_json(folder: Folder) -> None:
+    plan = folder.plan()
+    assert plan.keys() == {"schema", "recipe", "reads", "writes", "steps", "left_out"}
+    assert plan["schema"] == 1 and plan["recipe"] == "mini"
+    steps = {s["id"]: s for s in plan["steps"]}
+    order = [s["id"] for s in plan["steps"]]
+    for step in plan["steps"]:
+        assert step.keys() >= {"id", "kind", "state", "why", "key", "inputs", "reads", "writes"}
+        assert step["kind"] in ("source", "step", "component", "output") and step["why"]
+        assert all(order.index(i) < order.index(step["id"]) for i in step["inputs"])
+    assert steps["source dirty"]["reads"] == (folder / "dirty.ckpt").stat().st_size
+    assert steps["UNET-mini of dirty"]["reads"] == 551_580 * 4
+    assert steps["UNET-mini of dirty"]["writes"] == 551_580 * 2
+    assert steps["VAE-mini of vae"]["precision"] == "fp16" and steps["VAE-mini of vae"]["fixes"] == []
+    assert steps["CLIP-mini of dirty"]["fixes"] == [["clip-position-ids", 1]]
+    assert steps["output mini.safetensors"]["architecture"] == "SD-mini"
+    assert plan["reads"] == sum(s["reads"] for s in plan["steps"])
+    assert plan["left_out"]["dirty"]["EMA"] == {"keys": 688, "bytes": 551_580 * 4 + 8}  # and its state
+    assert "junk" in plan["left_out"]["dirty"]
+    # The same again is the same, and a build is what was said.
+    assert folder.plan() == plan
+    folder.know("dirty.ckpt", "vae.safetensors")
+    planned = {s["id"]: s["key"] for s in folder.plan()["steps"] if s["kind"] == "component"}
+    made = folder.build()
+    assert set(made["made"]) == set(planned)
+    assert {s["id"]: s["key"] for s in folder.plan()["steps"] if s["kind"] == "component"} == planned
+    recorded = {p.stem for p in folder.store.glob("actions/*/*.json")}
+    assert recorded == set(planned.values())
+
+
+def test_dot(folder: Folder) -> None:
+    said = folder("plan", "mini.toml", "--dot").out
+    quoted = r'"(?:[^"\\]|\\.)*"'
+    lines = said.splitlines()
+    assert lines[0] == "digraph plan {" and lines[1] == "  rankdir=LR;" and lines[-1] == "}"
+    nodes, edges = set(), set()
+    for line in lines[2:-1]:
+        if edge := re.fullmatch(rf"  ({quoted}) -> ({quoted});", line):
+            edges.add(edge.groups())
+        else:
+            node = re.fullmatch(rf"  ({quoted}) \[label={quoted}, shape=\w+, style=\w+\];", line)
+            assert node, line
+            nodes.add(node[1])
+    steps = folder.plan()["steps"]
+    assert nodes == {json.dumps(s["id"]) for s in steps}
+    assert edges == {(json.dumps(i), json.dumps(s["id"])) for s in steps for i in s["inputs"]}
+
+
+def test_mermaid(folder: Folder) -> None:
+    lines = folder("plan", "mini.toml", "--mermaid").out.splitlines()
+    assert lines[0] == "flowchart LR"
+    nodes = {
+        m[1]: m[2] for line in lines if (m := re.fullmatch(r'  (n\d+)\["([^"]*)<br/><i>\w+</i>"\]', line))
+    }
+    edges = [m.groups() for line in lines if (m := re.fullmatch(r"  (n\d+) --> (n\d+)", line))]
+    assert len(nodes) + len(edges) + 1 == len(lines)
+    steps = folder.plan()["steps"]
+    assert set(nodes.values()) == {s["id"] for s in steps}
+    assert {(nodes[a], nodes[b]) for a, b in edges} == {(i, s["id"]) for s in steps for i in s["inputs"]}
+
+
+def test_drawings_of_strange_names(folder: Folder) -> None:
+    """Quotes and backslashes of names do not break out of the drawing."""
+    name = 'a\\"b]'
+    folder.write(
+        "mini.toml",
+        RECIPE.replace('"dirty"', json.dumps(name)).replace("sources.dirty", f"sources.{json.dumps(name)}"),
+    )
+    said = folder("plan", "mini.toml", "--dot")
+    assert said.code in (0, 3)
+    if said.code == 0:
+        assert all(len(re.findall(r'(?<!\\)(?:\\\\)*"', line)) % 2 == 0 for line in said.out.splitlines())
+        drawn = folder("plan", "mini.toml", "--mermaid").out
+        assert "#quot;" in drawn and '"b]' not in drawn.replace("#quot;", "")
+
+
+# -- what a plan leaves alone
+
+
+def without_data(path: Path) -> None:
+    """A safetensors file whose header is all there is: its data are a hole at its end."""
+    data = path.read_bytes()
+    head = 8 + int.from_bytes(data[:8], "little")
+    path.write_bytes(data[:head])
+    with path.open("r+b") as file:
+        file.truncate(len(data))
+
+
+def test_no_tensor_is_read(folder: Folder) -> None:
+    """Neither before a build nor after it: every read of a source ends before its first tensor."""
+    save(folder / "whole.safetensors", {**model(), **optional()})
+    folder.write("mini.toml", RECIPE.replace("dirty.ckpt", "whole.safetensors"))
+    code = """
+import os
+from pathlib import Path
+real = os.preadv
+def preadv(fd, buffers, offset, *flags):
+    name = os.readlink(f"/proc/self/fd/{fd}")
+    if name.endswith(("whole.safetensors", "vae.safetensors")):
+        head = 8 + int.from_bytes(os.pread(fd, 8, 0), "little")
+        assert offset + sum(map(len, buffers)) <= head, (name, offset)
+    return real(fd, buffers, offset, *flags)
+os.preadv = preadv
+"""
+    assert folder.process("plan", "mini.toml", before=code).code == 0
+    folder.know("whole.safetensors", "vae.safetensors")
+    folder.build()
+    said = folder.process("plan", "mini.toml", before=code)
+    assert said.code == 0 and "nothing to do" in said.out, said.err
+    said = folder.process("build", "mini.toml", before=code)
+    assert said.code == 0, "nor by a build with nothing to do"
+    (folder / "mini.safetensors").unlink()
+    said = folder.process("plan", "mini.toml", before=code)
+    assert said.code == 0 and "the file is gone" in said.out
+
+
+def optional() -> Mapping[str, object]:
+    from benchmarks.generate import Dirt
+
+    return {n: t for n, t in model(dirt=Dirt(junk=True)).items() if n in ("betas", "alphas_cumprod")}  # type: ignore[return-value]
+
+
+def test_a_plan_writes_nothing(folder: Folder) -> None:
+    before = files(folder.path.parent)
+    for form in ((), ("--json",), ("--dot",), ("--mermaid",)):
+        assert folder("plan", "mini.toml", *form).code == 0
+    assert files(folder.path.parent) == before
+
+
+def test_neither_torch_nor_what_draws_is_imported(folder: Folder) -> None:
+    def imported(*args: str) -> set[str]:
+        said = folder.process(*args, before=IMPORTED)
+        assert said.code == 0, said.err
+        return set(said.err.splitlines()[-1].split())
+
+    heavy = {"torch", "numpy", "rich", "huggingface_hub", "safetensors"}
+    assert not heavy & imported("plan", "mini.toml")
+    assert "torch" in imported("build", "mini.toml")
+    assert not heavy & imported("build", "mini.toml"), "there is nothing to do"
+    assert not heavy & imported("plan", "mini.toml", "--json")
+
+
+# -- recipes whose files are elsewhere
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
+def test_shipped_recipes_plan_offline(path: Path, tmp_path: Path) -> None:
+    """Without any of their files: pinned sources are to be fetched, and known by their digests."""
+    folder = Folder(tmp_path, tmp_path / "store")
+    plan = folder("plan", path, "--offline", "--json").json
+    assert {s["state"] for s in plan["steps"] if s["kind"] == "source"} == {"fetch"}
+    assert {s["state"] for s in plan["steps"] if s["kind"] == "output"} == {"make"}
+    classes = {s["class"] for s in plan["steps"] if s["kind"] == "component"}
+    assert classes >= (
+        {"UNET-XL", "CLIP-XL", "VAE-v1"} if "sdxl" in path.stem else {"UNET-v1", "CLIP-v1", "VAE-v1"}
+    )
+    assert not files(tmp_path)
+
+
+def test_what_is_known_by_its_digest_alone_is_not_built(tmp_path: Path) -> None:
+    folder = Folder(tmp_path, tmp_path / "store")
+    said = folder("build", ROOT / "recipes" / "anything-v3-short.toml", "--offline", "-o", "x.safetensors")
+    assert said.code == 5
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_an_unknown_base_that_is_nowhere(folder: Folder) -> None:
+    (folder / "dirty.ckpt").unlink()
+    said = folder("plan", "mini.toml", "--offline")
+    assert said.code == 5
+    assert "the source `dirty` is nowhere to be found" in said.err
+    assert "beside the recipe" in said.err
+
+
+def test_explain_says_what_the_plan_says(folder: Folder) -> None:
+    planned = folder("plan", "mini.toml").out
+    said = folder("build", "mini.toml", "--explain")
+    assert said.err.startswith(planned)

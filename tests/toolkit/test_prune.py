@@ -1,0 +1,373 @@
+"""`ckpt prune`: what goes, what stays, and what is refused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from benchmarks.generate import make
+from builder.formats import open_checkpoint
+from builder.formats.write_safetensors import plan_layout
+from builder.tensors.lazy import DType, LazyTensor, MemoryTensor
+from tests.help.building import UNET, Folder, catalog, content, model, save, save_dirty
+from tests.help.recipe_words import golden
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Folder:
+    path = tmp_path / "work"
+    path.mkdir()
+    return Folder(path, tmp_path / "store")
+
+
+def metadata(path: Path) -> dict[str, str]:
+    with open_checkpoint(path) as checkpoint:
+        return checkpoint.metadata
+
+
+def with_metadata(path: Path, tensors: dict[str, LazyTensor], said: dict[str, str]) -> Path:
+    from builder.formats.write_safetensors import write as write_safetensors
+
+    write_safetensors(path, tensors, said)
+    return path
+
+
+def types(path: Path, prefix: str = "") -> set[str]:
+    return {dtype for n, (dtype, _, _) in content(path).items() if n.startswith(prefix)}
+
+
+def test_ema_junk_and_wasted_precision_go(folder: Folder) -> None:
+    save_dirty(folder / "a.ckpt")
+    said = folder("prune", "a.ckpt", "--json")
+    (one,) = said.json["files"]
+    before, after = content(folder / "a.ckpt"), content(folder / "a-pruned.safetensors")
+    gone = before.keys() - after.keys()
+    told = {g["what"]: g["tensors"] for g in one["goes"]}
+    assert set(told["EMA"]) | set(told["junk"]) == gone
+    assert after.keys() <= before.keys()
+    assert all(n.startswith("model_ema.") for n in told["EMA"])
+    assert {"loss.logvar", "optimizer_states.0.exp_avg"} < set(told["junk"])
+    assert types(folder / "a-pruned.safetensors", UNET) == {"F16"}
+    assert after["betas"] == before["betas"]  # what the sampler counts with is not rounded
+    assert set(told["precision"]) == {n for n in after if before[n][0] == "F32" != after[n][0] != "I64"} | {
+        n for n in after if n.endswith("position_ids")
+    }
+    assert [g["bytes"] for g in one["goes"]] == sorted((g["bytes"] for g in one["goes"]), reverse=True)
+    for share in one["goes"]:
+        sizes = [len(before[n][2]) for n in share["tensors"]]
+        assert sizes == sorted(sizes, reverse=True)
+    total = sum(len(data) for _, _, data in before.values())
+    assert one["left"] == total - sum(g["bytes"] for g in one["goes"])
+    assert one["output"]["path"] == "a-pruned.safetensors" and one["state"] == "written"
+
+
+def test_what_is_said(folder: Folder) -> None:
+    save_dirty(folder / "a.ckpt")
+    texts = []
+    for args in (
+        ["--dry-run"],
+        ["--dry-run", "--keep-ema", "--precision", "keep", "--keep", "loss.*"],
+        [],
+        [],
+        ["-q"],
+    ):
+        said = folder("prune", "a.ckpt", *args)
+        assert said.code == 0, said.err
+        texts.append(f"$ ckpt prune a.ckpt {' '.join(args)}\n{said.out}{said.err}")
+        if "--dry-run" in args:
+            assert [p.name for p in folder.path.iterdir()] == ["a.ckpt"] and not folder.store.exists()
+    said = folder("prune", "a-pruned.safetensors", "--names")
+    texts.append(f"$ ckpt prune a-pruned.safetensors\n{said.out}")
+    text = re.sub(r"[0-9a-f]{64}", "…", "\n".join(texts))
+    assert text == golden(GOLDEN / "prune.txt", text)
+    assert sorted(p.name for p in folder.path.iterdir()) == ["a-pruned.safetensors", "a.ckpt"]
+    named = folder("prune", "a.ckpt", "--dry-run", "--names").out
+    assert "  junk: loss.discriminator.main.2.weight\n" in named and named.count("  EMA: ") == 688
+
+
+def test_keeping(folder: Folder) -> None:
+    save_dirty(folder / "a.ckpt")
+    before = content(folder / "a.ckpt")
+    args = ("--keep", "loss.logvar", "--keep", "optimizer_states.*", "-o", "b.safetensors")
+    assert folder("prune", "a.ckpt", *args).code == 0
+    after = content(folder / "b.safetensors")
+    for name in ("loss.logvar", "optimizer_states.0.exp_avg", "betas"):
+        assert after[name] == before[name]
+    assert "loss.discriminator.main.0.weight" not in after
+    assert folder("prune", "a.ckpt", "--keep-ema", "-o", "c.safetensors").code == 0
+    kept = content(folder / "c.safetensors")
+    assert {n for n in kept if n.startswith("model_ema.")} == {
+        n for n in before if n.startswith("model_ema.")
+    }
+    assert types(folder / "c.safetensors", "model_ema.diffusion_model") == {"F16"}
+    assert folder("inspect", "c.safetensors", "--no-metric", "--json").json["files"][0]["ema"]["keys"] == 686
+    wrong = folder("prune", "a.ckpt", "--keep", "loss.logvr")
+    assert wrong.code == 2 and "did you mean `loss.logvar`?" in wrong.err
+
+
+@pytest.mark.parametrize("asked", [None, "fp16", "bf16", "fp32"])
+@pytest.mark.parametrize("source", [DType.F16, DType.BF16])
+def test_nothing_is_made_wider_or_another_type_of_16_bits(
+    folder: Folder, source: DType, asked: str | None
+) -> None:
+    """Not even where it is asked for: what was lost does not come back."""
+    save(folder / "a.safetensors", {**model("SD-mini", source), "loss.x": like(2)})
+    args = () if asked is None else ("--precision", asked)
+    assert folder("prune", "a.safetensors", *args).code == 0
+    assert types(folder / "a-pruned.safetensors", UNET) == {source.code}
+    before, after = content(folder / "a.safetensors"), content(folder / "a-pruned.safetensors")
+    assert after == {n: t for n, t in before.items() if n != "loss.x"}
+
+
+def like(count: int) -> LazyTensor:
+    return MemoryTensor(DType.F32, (count,), bytes(4 * count))
+
+
+def test_precision_that_is_asked_for(folder: Folder) -> None:
+    save_dirty(folder / "a.ckpt")
+    for wanted, code in (("bf16", "BF16"), ("fp32", "F32"), ("keep", "F32")):
+        assert folder("prune", "a.ckpt", "--precision", wanted, "-o", f"{wanted}.safetensors").code == 0
+        assert types(folder / f"{wanted}.safetensors", UNET) == {code}
+
+
+def test_mixed_types_and_packed_weights(folder: Folder) -> None:
+    """FP8 stays as it is, with its scales, while what is wider beside it is rounded."""
+    tensors = dict(model("SD-mini", DType.F16))
+    name = UNET + "out.2.weight"
+    numel = tensors[name].numel
+    tensors[name] = MemoryTensor(DType.F8_E4M3, tensors[name].shape, bytes([56]) * numel)
+    tensors[UNET + "out.2.scale_weight"] = MemoryTensor(DType.F32, (), b"\0\0\x80\x3f")
+    wide = UNET + "out.0.weight"
+    tensors[wide] = MemoryTensor(DType.F32, tensors[wide].shape, b"\0\0\x80\x3f" * tensors[wide].numel)
+    save(folder / "a.safetensors", tensors)
+    assert folder("prune", "a.safetensors").code == 0
+    after = content(folder / "a-pruned.safetensors")
+    assert after[name][0] == "F8_E4M3" and after[wide][0] == "F16"
+    assert after[UNET + "out.2.scale_weight"][0] == "F32"
+    assert after.keys() == tensors.keys()
+    alone = folder("extract", "a.safetensors", "unet", "-o", "unet.safetensors")
+    assert alone.code == 0 and "out.2.scale_weight" in content(folder / "unet.safetensors")
+    cast = folder("extract", "a.safetensors", "unet", "-o", "wide.safetensors", "--precision", "fp16")
+    assert cast.code == 6 and "scaled FP8" in cast.err
+
+
+def test_what_nothing_explains_stays_as_it_is(folder: Folder) -> None:
+    tensors = {**model("SD-mini", DType.F32), "add_on.weight": like(7), "v_pred": like(0), "loss.x": like(1)}
+    save(folder / "a.safetensors", tensors)
+    said = folder("prune", "a.safetensors", "--json").json["files"][0]
+    after = content(folder / "a-pruned.safetensors")
+    assert after["add_on.weight"] == ("F32", (7,), bytes(28)) and "v_pred" in after and "loss.x" not in after
+    assert {"what": "unknown", "bytes": 28, "tensors": ["add_on.weight"]} in said["stays"]
+
+
+def test_an_xl_without_position_ids_stays_whole(folder: Folder) -> None:
+    """It is what other tools take for a broken VAE, and prune from gigabytes to its autoencoder."""
+    tensors = make("SD-XL", content="sparse", catalog=catalog()).tensors
+    specs = {n: (t.dtype, t.shape) for n, t in tensors.items() if not n.endswith("position_ids")}
+    assert len(specs) < len(tensors)
+    layout = plan_layout(specs)
+    with (folder / "xl.safetensors").open("wb") as file:
+        file.write(layout.head)
+        file.truncate(layout.size)
+    said = folder("prune", "xl.safetensors", "--dry-run", "--json").json["files"][0]
+    assert (said["architecture"], said["state"], said["goes"]) == ("SD-XL", "tidy", [])
+    assert said["left"] == sum(s["bytes"] for s in said["stays"])
+
+
+def test_parts_alone_are_pruned_too(folder: Folder) -> None:
+    names = {}
+    for name in ("VAE-mini-SD", "CLIP-mini-SD", "UNET-mini-SD", "UNET-mini-EMA", "LoRA-v1-CLIP"):
+        save(folder / f"{name}.safetensors", model(name, DType.F32))
+        said = folder("prune", f"{name}.safetensors", "--json").json["files"][0]
+        assert said["state"] == "written", said
+        names[name] = said["architecture"]
+        before, after = (
+            content(folder / f"{name}.safetensors"),
+            content(folder / f"{name}-pruned.safetensors"),
+        )
+        assert before.keys() == after.keys()
+        assert types(folder / f"{name}-pruned.safetensors") - {"I64"} == {"F16"}
+    assert names["VAE-mini-SD"] == "VAE-mini" and names["LoRA-v1-CLIP"] == "LoRA-v1-CLIP"
+
+
+def test_where_models_are_published_in_bf16(folder: Folder) -> None:
+    save(folder / "vae.safetensors", model("VAE-FLUX", DType.F32))
+    assert folder("prune", "vae.safetensors").code == 0
+    assert types(folder / "vae-pruned.safetensors") == {"BF16"}
+
+
+def test_metadata_stay_and_the_original_is_named(folder: Folder) -> None:
+    said = {
+        "ss_network_dim": "8",
+        "ss_tag_frequency": '{"a": {"b": 1}}',
+        "sshs_model_hash": "a" * 64,
+        "sshs_legacy_hash": "abcd1234",
+        "modelspec.architecture": "stable-diffusion-v1-inpainting",
+        "modelspec.title": "The Title",
+        "modelspec.date": "2023-01-01",
+        "modelspec.thumbnail": "data:…",
+        "modelspec.hash_sha256": "0x" + "b" * 64,
+        "my note": "kept",
+        "ckpt.recipe": "gone",
+    }
+    tensors = {**model("SD-mini", DType.F16), "loss.x": like(300_000)}
+    path = with_metadata(folder / "a.safetensors", tensors, said)
+    assert folder("prune", "a.safetensors").code == 0
+    now = metadata(folder / "a-pruned.safetensors")
+    assert {k: v for k, v in said.items() if now.get(k) != v}.keys() == {
+        "modelspec.hash_sha256",
+        "ckpt.recipe",
+    }
+    whole = hashlib.sha256(path.read_bytes()).hexdigest()
+    hashes = folder("inspect", "a.safetensors", "--hashes", "--no-metric", "--json").json["files"][0][
+        "hashes"
+    ]
+    assert json.loads(now["pruned_from"]) == {
+        "file": "a.safetensors",
+        "size": path.stat().st_size,
+        "SHA256": whole,
+        **{kind: hashes[kind] for kind in ("AutoV1", "AutoV2", "AutoV3")},
+    }
+    assert json.loads(now["ckpt.sources"]) == {"a": {"file": "a.safetensors", "sha256": whole}}
+    assert folder("prune", "a-pruned.safetensors", "-o", "b.safetensors").code == 0
+    again = json.loads(metadata(folder / "b.safetensors")["pruned_from"])
+    assert again["file"] == "a-pruned.safetensors" and again["pruned_from"]["SHA256"] == whole
+
+
+def test_the_same_again_and_a_namesake(folder: Folder) -> None:
+    save_dirty(folder / "a.ckpt")
+    first = folder("prune", "a.ckpt", "--json").json["files"][0]
+    again = folder("prune", "a.ckpt", "--json").json["files"][0]
+    assert again["output"] == first["output"] and again["state"] == "unchanged"
+    save_dirty(folder / "other/a.ckpt", seed=7)
+    shutil.move(folder / "other/a.ckpt", folder / "a.ckpt")
+    other = folder("prune", "a.ckpt", "--json").json["files"][0]
+    assert other["output"]["path"] == "a-pruned(1).safetensors"
+    assert (
+        hashlib.sha256((folder / "a-pruned.safetensors").read_bytes()).hexdigest()
+        == first["output"]["sha256"]
+    )
+
+
+def test_the_saved_recipe_makes_the_same_bytes(folder: Folder) -> None:
+    save_dirty(folder / "a.ckpt")
+    for number, args in enumerate(([], ["--keep-ema"], ["--keep", "loss.*", "--precision", "bf16"])):
+        out = f"out-{number}.safetensors"
+        said = folder("prune", "a.ckpt", *args, "-o", out, "--save-recipe", f"{number}.toml")
+        assert said.code == 0, said.err
+        made = (folder / out).read_bytes()
+        (folder / out).unlink()
+        cold = Folder(folder.path, folder.path.parent / f"store-{number}")
+        assert cold("build", f"{number}.toml").code == 0
+        assert (folder / out).read_bytes() == made
+
+
+def test_the_configuration_goes_with_it(folder: Folder) -> None:
+    save_dirty(folder / "a.ckpt")
+    folder.write("a.yaml", "model: v\n")
+    assert folder("prune", "a.ckpt").code == 0
+    assert (folder / "a-pruned.yaml").read_text() == "model: v\n"
+
+
+def broken(folder: Folder) -> dict[str, str]:
+    """Files that are not to be pruned, and why."""
+    whole = model("SD-mini", DType.F32)
+    save(folder / "unet-only.safetensors", {n: t for n, t in whole.items() if n.startswith(UNET)})
+    save(folder / "strange.safetensors", {f"x.{i}.weight": like(9) for i in range(30)})
+    save(folder / "bare.safetensors", {**model("VAE-mini", DType.F32), **model("CLIP-mini", DType.F32)})
+    copy = {f"loss.{n}": t for n, t in whole.items()} | {"loss.more": like(99)}
+    save(folder / "mostly.safetensors", {**whole, **copy})
+    save(folder / "empty.safetensors", {})
+    whole_bytes = save(folder / "cut.safetensors", whole).read_bytes()
+    (folder / "cut.safetensors").write_bytes(whole_bytes[:-1000])
+    folder.write("page.ckpt", "<!doctype html><html>401</html>")
+    return {
+        "unet-only": "not a whole SD-mini: VAE-mini and CLIP-mini missing",
+        "strange": "nothing in the catalog matches",
+        "bare": "make no architecture together",
+        "mostly": "most of it would go",
+        "empty": "no tensors",
+        "cut": "cut",
+        "page": "HTML",
+    }
+
+
+def test_refusals(folder: Folder) -> None:
+    why = broken(folder)
+    told = []
+    before = sorted(p.name for p in folder.path.iterdir())
+    for name in why:
+        (path,) = folder.path.glob(f"{name}.*")
+        said = folder("prune", path.name)
+        assert said.code == 6, said
+        told.append(f"$ ckpt prune {path.name}\n{said.out}{said.err}")
+    for args in (
+        ["missing.ckpt"],
+        [],
+        ["strange.safetensors", "-o", "strange.safetensors", "--force"],
+        ["strange.safetensors", "-o", "x.onnx", "--force"],
+        ["strange.safetensors", "bare.safetensors", "-o", "x.safetensors"],
+        ["strange.safetensors", "bare.safetensors", "--save-recipe", "x.toml"],
+    ):
+        said = folder("prune", *args)
+        assert said.code in (2, 6, 7)
+        told.append(f"$ ckpt prune {' '.join(args)}\n{said.out}{said.err}")
+    assert sorted(p.name for p in folder.path.iterdir()) == before
+    text = "\n".join(told)
+    assert "Traceback" not in text
+    assert text == golden(GOLDEN / "prune-refused.txt", text)
+
+
+def test_force(folder: Folder) -> None:
+    """What is broken is pruned as far as it goes; of what is unknown nothing is touched but EMA and junk."""
+    broken(folder)
+    for name in ("unet-only", "strange", "bare", "mostly"):
+        said = folder("prune", f"{name}.safetensors", "--force", "-o", f"{name}.out.safetensors")
+        assert said.code == 0, (name, said.err)
+    before, after = content(folder / "unet-only.safetensors"), content(folder / "unet-only.out.safetensors")
+    assert before.keys() == after.keys() and {t for t, _, _ in after.values()} == {"F16"}
+    for name in ("strange", "bare"):
+        assert content(folder / f"{name}.safetensors") == content(folder / f"{name}.out.safetensors")
+    assert content(folder / "mostly.out.safetensors").keys() == model("SD-mini", DType.F32).keys()
+    whole = {"x.weight": like(9), "model_ema.xweight": like(9), "loss.x": like(1)}
+    save(folder / "ema.safetensors", whole)
+    assert folder("prune", "ema.safetensors", "--force").code == 0
+    assert content(folder / "ema-pruned.safetensors").keys() == {"x.weight"}
+    for name in ("empty.safetensors", "cut.safetensors", "page.ckpt"):
+        assert folder("prune", name, "--force").code == 6
+
+
+def test_a_folder(folder: Folder) -> None:
+    save_dirty(folder / "in/b.ckpt")
+    save(folder / "in/a.safetensors", model("SD-mini", DType.F16))
+    save(folder / "in/bad.safetensors", {"x": like(1)})
+    save_dirty(folder / "in/deep/c.safetensors")
+    save(folder / "in/.hidden.safetensors", model("VAE-mini", DType.F32))
+    folder.write("in/notes.txt", "x")
+    folder.write("in/page.pt", "<html>")
+    said = folder("prune", "in", "--quiet")
+    assert said.code == 6
+    assert said.out == golden(GOLDEN / "prune-folder.txt", said.out)
+    made = sorted(str(p.relative_to(folder.path)) for p in folder.path.rglob("*-pruned*"))
+    assert made == ["in/b-pruned.safetensors"]
+    assert "`x" not in said.err and said.err.count("error: ") == 2
+    (folder / "in/bad.safetensors").unlink()
+    (folder / "in/page.pt").unlink()
+    (folder / "out").mkdir()
+    deep = folder("prune", "in", "-r", "-o", "out", "--json").json["files"]
+    states = {Path(f["path"]).name: f["state"] for f in deep}
+    assert states == {
+        "a.safetensors": "tidy",
+        "b.ckpt": "written",
+        "b-pruned.safetensors": "tidy",
+        "c.safetensors": "written",
+    }
+    made = sorted(p.name for p in (folder / "out").iterdir())
+    assert made == ["b-pruned.safetensors", "c-pruned.safetensors"]

@@ -1,0 +1,145 @@
+"""`ckpt replace`: checkpoints with components of other files."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from builder.formats import open_checkpoint
+from builder.tensors.lazy import DType, MemoryTensor
+from tests.help.building import CLIP, UNET, VAE, Folder, content, model, save, save_dirty
+from tests.help.recipe_words import golden
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Folder:
+    path = tmp_path / "work"
+    path.mkdir()
+    save_dirty(path / "a.ckpt")
+    save(path / "vae.pt", model("VAE-mini", DType.F16, seed=5))
+    return Folder(path, tmp_path / "store")
+
+
+def part(path: Path, prefix: str) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
+    return {n[len(prefix) :]: t for n, t in content(path).items() if n.startswith(prefix)}
+
+
+def test_only_what_is_named_is_replaced(folder: Folder) -> None:
+    said = folder("replace", "a.ckpt", "VAE-mini=vae.pt", "-o", "b.safetensors")
+    assert said.code == 0, said.err
+    assert "left out of `a`: EMA" in said.err and "left out of `a`: junk" in said.err
+    made = folder / "b.safetensors"
+    assert part(made, VAE) == content(folder / "vae.pt")
+    folder("extract", "a.ckpt", "unet", "-o", "unet.safetensors")
+    assert part(made, UNET) == content(folder / "unet.safetensors")
+    with open_checkpoint(made) as checkpoint:
+        sources = json.loads(checkpoint.metadata["ckpt.sources"])
+        assert sources.keys() == {"a", "vae"} and sources["vae"]["file"] == "vae.pt"
+
+
+def test_a_component_of_a_file_that_has_several(folder: Folder) -> None:
+    said = folder("replace", "a.ckpt", "unet=a.ckpt:UNET-mini-EMA", "vae=vae.pt:vae", "-o", "b.safetensors")
+    assert said.code == 0, said.err
+    folder("extract", "a.ckpt", "EMA", "-o", "ema.safetensors")
+    assert part(folder / "b.safetensors", UNET) == content(folder / "ema.safetensors")
+
+
+@pytest.mark.parametrize("name", ["a:b.pt", "vae=x.pt", "a=b:c=d.pt", "x:VAE-mini", "mit Lücke.safetensors"])
+def test_names_with_colons_and_equal_signs(folder: Folder, name: str) -> None:
+    save(folder / name, model("VAE-mini", seed=9))
+    for word in (name, f"{name}:VAE-mini-SD"):
+        said = folder("replace", "a.ckpt", f"VAE-mini={word}", "-o", "b.safetensors", "--precision", "keep")
+        assert said.code == 0, said.err
+        assert part(folder / "b.safetensors", VAE) == content(folder / name)
+
+
+def test_two_files_of_one_name_and_a_file_named_twice(folder: Folder) -> None:
+    save(folder / "sub/vae.pt", model("CLIP-mini-SD", seed=5))
+    (folder / "link.pt").symlink_to("vae.pt")
+    args = ("VAE-mini=link.pt", "CLIP-mini=sub/vae.pt", "UNET-mini=./a.ckpt")
+    said = folder("replace", "a.ckpt", *args, "-o", "b.safetensors", "--save-recipe", "b.toml")
+    assert said.code == 0, said.err
+    text = (folder / "b.toml").read_text()
+    assert text.count("sha256 =") == 3 and 'UNET-mini = "a"' in text
+    assert part(folder / "b.safetensors", CLIP).keys() == content(folder / "sub/vae.pt").keys()
+
+
+def test_an_open_slot_is_filled(folder: Folder) -> None:
+    whole = model("SD-mini", DType.F16)
+    save(folder / "unet.safetensors", {n: t for n, t in whole.items() if not n.startswith(VAE)})
+    said = folder("replace", "unet.safetensors", "VAE=vae.pt", "-o", "b.safetensors", "--json")
+    assert said.code == 0, said.err
+    assert folder("inspect", "b.safetensors", "--no-metric").code == 0
+    missing = folder("replace", "unet.safetensors", "UNET=a.ckpt", "-o", "c.safetensors")
+    assert missing.code == 3 and "nothing fills the slot `VAE-mini`" in missing.err
+
+
+def test_the_saved_recipe_makes_the_same_bytes(folder: Folder) -> None:
+    args = ("replace", "a.ckpt", "VAE-mini=vae.pt", "--fix", "clip-position-ids", "--profile", "kohya")
+    assert folder(*args, "-o", "out/b.safetensors").code == 7
+    (folder / "out").mkdir()
+    assert folder(*args, "-o", "out/b.safetensors", "--save-recipe", "b.toml").code == 0
+    first = (folder / "out/b.safetensors").read_bytes()
+    assert folder(*args, "-o", "plain.safetensors").code == 0
+    (folder / "out/b.safetensors").unlink()
+    assert folder("build", "b.toml").code == 0
+    assert (folder / "out/b.safetensors").read_bytes() == first
+    assert content(folder / "plain.safetensors") == content(folder / "out/b.safetensors")
+
+
+def test_saving_below_a_link(folder: Folder) -> None:
+    """`..` leads out of what a link leads to, so paths are taken from there."""
+    (folder / "deep/down").mkdir(parents=True)
+    (folder / "link").symlink_to("deep/down")
+    args = ("replace", "a.ckpt", "VAE-mini=vae.pt", "-o", "b.safetensors", "--save-recipe", "link/b.toml")
+    assert folder(*args).code == 0
+    assert folder("build", "link/b.toml").code == 0
+    assert (folder / "deep/down/b.safetensors").read_bytes() == (folder / "b.safetensors").read_bytes()
+
+
+def test_refusals(folder: Folder) -> None:
+    save(folder / "strange.safetensors", {"x": MemoryTensor(DType.F32, (2,), bytes(8))})
+    folder.write("page.pt", "<!doctype html><html>401</html>")
+    (folder / "link.safetensors").symlink_to("a.ckpt")
+    (folder / "hard.safetensors").hardlink_to(folder / "vae.pt")
+    before = sorted(p.name for p in folder.path.iterdir())
+    told = []
+    for args in (
+        ["a.ckpt", "VAE=vae.pt"],
+        ["a.ckpt", "-o", "b.safetensors"],
+        ["a.ckpt", "vae.pt", "-o", "b.safetensors"],
+        ["a.ckpt", "VAE=", "-o", "b.safetensors"],
+        ["a.ckpt", "VAE-mni=vae.pt", "-o", "b.safetensors"],
+        ["a.ckpt", "VAE=missing.pt", "-o", "b.safetensors"],
+        ["a.ckpt", "VAE=vae.pt:CLIP-mini", "-o", "b.safetensors"],
+        ["a.ckpt", "VAE=vae.pt:what", "-o", "b.safetensors"],
+        ["a.ckpt", "UNET=vae.pt", "-o", "b.safetensors"],
+        ["a.ckpt", "VAE=page.pt", "-o", "b.safetensors"],
+        ["a.ckpt", "VAE=vae.pt", "vae-mini=a.ckpt", "-o", "b.safetensors"],
+        ["strange.safetensors", "VAE=vae.pt", "-o", "b.safetensors"],
+        ["vae.pt", "VAE=vae.pt", "-o", "b.safetensors"],
+        ["a.ckpt", "VAE=vae.pt", "-o", "a.ckpt"],
+        ["a.ckpt", "VAE=vae.pt", "-o", "link.safetensors"],
+        ["a.ckpt", "VAE=vae.pt", "-o", "hard.safetensors"],
+        ["a.ckpt", "VAE=vae.pt", "-o", "b"],
+        ["a.ckpt", "VAE=vae.pt:UNET", "-o", "b.safetensors"],
+    ):
+        said = folder("replace", *args)
+        told.append(f"$ ckpt replace {' '.join(args)}\n{said.err}[{said.code}]\n")
+        assert said.code in (2, 3, 6, 7) and "Traceback" not in said.err and not said.out
+    assert sorted(p.name for p in folder.path.iterdir()) == before
+    text = "\n".join(told).replace(str(folder.path), "…")
+    assert text == golden(GOLDEN / "replace.txt", text)
+
+
+def test_names_that_no_recipe_can_hold(folder: Folder) -> None:
+    for name in ("line\nbreak.pt", os.fsdecode(b"\xff.pt")):
+        save(folder / name, model("VAE-mini"))
+        said = folder("replace", "a.ckpt", f"VAE={name}", "-o", "b.safetensors", "--save-recipe", "b.toml")
+        assert said.code != 0 and "Traceback" not in said.err and said.err.startswith("error: ")
+        assert not (folder / "b.toml").exists()

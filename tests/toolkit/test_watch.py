@@ -1,0 +1,460 @@
+"""`ckpt prune --watch`: files go where they belong, and whatever happens nothing is lost."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import pytest
+
+from builder.base.errors import OutputError, UsageError
+from builder.cli import run
+from builder.formats import open_checkpoint
+from builder.store import Store
+from builder.tensors.lazy import DType, LazyTensor, MemoryTensor
+from builder.toolkit import watch as module
+from builder.toolkit.demo import write_sources
+from builder.toolkit.prune import Options
+from builder.toolkit.watch import LAYOUTS, Event, Watch, kind_of, layout_of, move
+from tests.help.building import ROOT, Folder, catalog, content, model, save, save_dirty
+
+DOCS = ROOT / "docs" / "commands.md"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Folder:
+    """`in` is watched, `models` is what it is sorted into."""
+    path = tmp_path / "work"
+    (path / "in").mkdir(parents=True)
+    (path / "models").mkdir()
+    return Folder(path, tmp_path / "store")
+
+
+@pytest.fixture
+def watch(folder: Folder) -> Iterator[Watch]:
+    with Store(folder.store) as store:
+        yield Watch(
+            folder / "in", folder / "models", "a1111", Options(), catalog=catalog(), store=store, settle=0
+        )
+
+
+def tree(folder: Folder) -> list[str]:
+    return sorted(str(p.relative_to(folder.path)) for p in folder.path.rglob("*") if not p.is_dir())
+
+
+def states(events: Iterator[Event]) -> dict[str, str]:
+    return {e.path.name: e.state for e in events}
+
+
+def like(count: int) -> LazyTensor:
+    return MemoryTensor(DType.F32, (count,), bytes(4 * count))
+
+
+def some_of_each(folder: Folder) -> None:
+    save_dirty(folder / "in/NAI.ckpt")
+    save(folder / "in/nai.vae.pt", model("VAE-mini", DType.F32))
+    save(folder / "in/style.safetensors", model("LoRA-v1-CLIP", DType.F16))
+    save(folder / "in/unet.safetensors", model("UNET-mini-SD", DType.F32))
+    save(folder / "in/clip.safetensors", model("CLIP-mini-SD", DType.F16))
+    save(folder / "in/strange.safetensors", {"x": like(3)})
+    (folder / "in/page.ckpt").write_text("<!doctype html><html>401 no token</html>")
+
+
+@pytest.mark.parametrize("layout", ["a1111", "comfyui"])
+def test_everything_goes_where_it_belongs(folder: Folder, layout: str) -> None:
+    some_of_each(folder)
+    args = ("--into", "models", "--layout", layout, "--once", "--settle", "0")
+    said = folder("prune", "--watch", "in", *args)
+    assert said.code == 6, said.err
+    at = LAYOUTS[layout]
+    assert tree(folder) == sorted(
+        [
+            "in/Failed/page.ckpt",
+            "in/Failed/page.txt",
+            "in/Failed/strange.safetensors",
+            "in/Failed/strange.txt",
+            f"models/{at['checkpoint']}/NAI.safetensors",
+            f"models/{at['VAE']}/nai.vae.safetensors",
+            f"models/{at['LoRA']}/style.safetensors",
+            f"models/{at.get('UNET', at[''])}/unet.safetensors",
+            f"models/{at['CLIP']}/clip.safetensors",
+        ]
+    )
+    assert "nothing in the catalog matches" in (folder / "in/Failed/strange.txt").read_text()
+    assert "401 no token" in (folder / "in/Failed/page.txt").read_text()
+    for event in ("pruned   NAI.ckpt → models/", "moved    style.safetensors → ", "failed   page.ckpt → "):
+        assert event in said.out
+    model_ = folder / f"models/{at['checkpoint']}/NAI.safetensors"
+    assert folder("inspect", model_, "--json").json["files"][0]["ema"]["keys"] == 0
+    with open_checkpoint(model_) as checkpoint:
+        assert json.loads(checkpoint.metadata["pruned_from"])["file"] == "NAI.ckpt"
+    again = folder("prune", "--watch", "in", *args)
+    assert (again.code, again.out) == (0, "")
+
+
+def test_the_example_in_the_docs(folder: Folder) -> None:
+    """The demo's files, and one that is damaged."""
+    write_sources(folder / "inbox")
+    (folder / "inbox/demo.toml").unlink()
+    whole = (folder / "inbox/good.vae.safetensors").read_bytes()
+    (folder / "inbox/broken.safetensors").write_bytes(whole[:-1])
+    said = folder("prune", "--watch", "inbox", "--into", "models", "--once", "--settle", "0", "-q")
+    docs = DOCS.read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```text\n\$ ckpt prune --watch [^\n]*\n(.*?)^```$", docs, re.M | re.S)
+    if os.environ.get("UPDATE_GOLDEN"):
+        DOCS.write_text(docs.replace(block, said.out), encoding="utf-8")
+    else:
+        assert said.out == block
+
+
+def test_what_is_tidy_keeps_its_bytes(folder: Folder, watch: Watch) -> None:
+    path = save(folder / "in/style.safetensors", model("LoRA-v1-CLIP", DType.F16))
+    data, inode = path.read_bytes(), path.stat().st_ino
+    assert states(watch.look()) == {"style.safetensors": "moved"}
+    moved = folder / "models/Lora/style.safetensors"
+    assert moved.read_bytes() == data and moved.stat().st_ino == inode and moved.stat().st_nlink == 1
+
+
+def test_names_that_are_taken(folder: Folder, watch: Watch) -> None:
+    for seed in range(3):
+        save_dirty(folder / "in/NAI.ckpt", seed=seed)
+        assert states(watch.look()) == {"NAI.ckpt": "pruned"}
+        save(folder / "in/vae.safetensors", model("VAE-mini", DType.F16, seed=seed))
+        assert states(watch.look()) == {"vae.safetensors": "moved"}
+        (folder / "in/bad.pt").write_text(f"<html>{seed}")
+        assert states(watch.look()) == {"bad.pt": "failed"}
+    names = ["NAI(1).safetensors", "NAI(2).safetensors", "NAI.safetensors"]
+    assert sorted(p.name for p in (folder / "models/Stable-diffusion").iterdir()) == names
+    assert sorted(p.name for p in (folder / "models/VAE").iterdir()) == [
+        "vae(1).safetensors",
+        "vae(2).safetensors",
+        "vae.safetensors",
+    ]
+    failed = sorted(p.name for p in (folder / "in/Failed").iterdir())
+    assert failed == ["bad(1).pt", "bad(1).txt", "bad(2).pt", "bad(2).txt", "bad.pt", "bad.txt"]
+    for number in range(3):
+        name = f"bad({number})" if number else "bad"
+        assert (folder / f"in/Failed/{name}.pt").read_text() == f"<html>{number}"
+
+
+def test_what_is_there_already_is_known_by_its_content(folder: Folder, watch: Watch) -> None:
+    save_dirty(folder / "in/NAI.ckpt")
+    save(folder / "in/vae.safetensors", model("VAE-mini", DType.F16))
+    assert set(states(watch.look()).values()) == {"pruned", "moved"}
+    before = tree(folder)
+    save_dirty(folder / "in/NAI.ckpt")
+    save(folder / "in/other name.safetensors", model("VAE-mini", DType.F16))
+    assert states(watch.look()) == {"NAI.ckpt": "known", "other name.safetensors": "known"}
+    assert tree(folder) == before
+
+
+def test_what_is_left_alone(folder: Folder, watch: Watch, tmp_path: Path) -> None:
+    outside = save_dirty(tmp_path / "outside.ckpt")
+    (folder / "in/link.ckpt").symlink_to(outside)
+    (folder / "in/dangling.ckpt").symlink_to("nowhere")
+    (folder / "in/sub.ckpt").mkdir()
+    save_dirty(folder / "in/sub.ckpt/deep.ckpt")
+    os.mkfifo(folder / "in/pipe.ckpt")
+    whole = save_dirty(folder / "in/.hidden.ckpt")
+    for name in ("a.ckpt.part", "b.ckpt.crdownload", "c.tmp", "d.ckpt~", "e.txt"):
+        shutil.copy(whole, folder / f"in/{name}")
+    for name, beside in (("f.ckpt", "f.ckpt.part"), ("g.ckpt", "g.ckpt.aria2")):
+        shutil.copy(whole, folder / f"in/{name}")
+        (folder / f"in/{beside}").touch()
+    save(folder / "in/set-00001-of-00002.safetensors", model("VAE-mini"))
+    before = tree(folder)
+    assert list(watch.look()) == [] and watch.waiting == [] and tree(folder) == before
+    (folder / "in/f.ckpt.part").unlink()
+    assert states(watch.look()) == {"f.ckpt": "pruned"}
+
+
+def test_a_half_copied_file_waits(folder: Folder, watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = save_dirty(folder / "whole.ckpt").read_bytes()
+    path = folder / "in/a.ckpt"
+    path.write_bytes(data[: len(data) // 2])
+    monkeypatch.setattr(module, "PATIENCE", float("inf"))
+    watch.settle = 1e-9
+    assert list(watch.look()) == []  # it does not open
+    watch.settle = 3600
+    path.write_bytes(data)
+    assert list(watch.look()) == [] and watch.waiting == [path]  # it has just changed
+    watch.settle = 0
+    with path.open("ab"):
+        assert list(watch.look()) == [] and watch.waiting == [path]  # somebody is writing to it
+    assert states(watch.look()) == {"a.ckpt": "pruned"}
+
+
+def test_what_never_becomes_whole_is_given_up(folder: Folder, watch: Watch) -> None:
+    data = save_dirty(folder / "whole.ckpt").read_bytes()
+    (folder / "in/a.ckpt").write_bytes(data[: len(data) // 2])
+    (folder / "in/empty.safetensors").touch()
+    assert states(watch.look()) == {"a.ckpt": "failed", "empty.safetensors": "failed"}
+    assert (folder / "in/Failed/a.ckpt").read_bytes() == data[: len(data) // 2]
+
+
+def test_a_file_that_changes_meanwhile_is_not_removed(
+    folder: Folder, watch: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save_dirty(folder / "in/a.ckpt")
+    real = module.verify_on_disk
+
+    def changing(*args: object) -> None:
+        real(*args)  # type: ignore[arg-type]
+        save_dirty(path, seed=4)
+
+    monkeypatch.setattr(module, "verify_on_disk", changing)
+    assert list(watch.look()) == [] and watch.waiting == [path] and path.exists()
+    monkeypatch.undo()
+    assert states(watch.look()) == {"a.ckpt": "pruned"}
+    assert len(list((folder / "models/Stable-diffusion").iterdir())) == 2
+
+
+def test_the_original_stays_unless_the_product_is_right(
+    folder: Folder, watch: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save_dirty(folder / "in/a.ckpt")
+    real = module.prune
+
+    def failing_disk(*args: object, **options: object) -> object:
+        made, quick = real(*args, **options)  # type: ignore[arg-type]
+        target = made.outputs[0].path
+        data = bytearray(target.read_bytes())
+        data[-1] ^= 1
+        target.write_bytes(data)
+        return made, quick
+
+    monkeypatch.setattr(module, "prune", failing_disk)
+    (event,) = watch.look()
+    assert event.state == "kept" and path.exists()
+    assert event.problems[0].fact == "what is on the disk is not what was written"
+    assert list(watch.look()) == []  # not at once again
+
+
+def test_values_that_are_none_fail_and_a_full_disk_does_not(
+    folder: Folder, watch: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = dict(model("SD-mini", DType.F32))
+    name = "decoder.conv_out.bias"
+    tensors[f"first_stage_model.{name}"] = MemoryTensor(DType.F32, (3,), b"\0\0\xc0\x7f" * 3)
+    save(folder / "in/nan.ckpt", tensors)
+    save_dirty(folder / "in/whole.ckpt")
+    from builder.base.errors import Problem
+
+    def full(*args: object, **options: object) -> object:
+        raise OutputError(Problem("cannot write", evidence=("No space left on device",)))
+
+    assert states(watch.look()) == {"nan.ckpt": "failed", "whole.ckpt": "pruned"}
+    assert name in (folder / "in/Failed/nan.txt").read_text()
+    save_dirty(folder / "in/more.ckpt", seed=2)
+    monkeypatch.setattr(module, "prune", full)
+    assert states(watch.look()) == {"more.ckpt": "kept"}
+    assert (folder / "in/more.ckpt").exists()
+
+
+def test_the_configuration_goes_along(folder: Folder, watch: Watch) -> None:
+    save_dirty(folder / "in/a.ckpt")
+    save(folder / "in/b.safetensors", model("SD-mini", DType.F16))
+    for name in "ab":
+        folder.write(f"in/{name}.yaml", f"model: {name}\n")
+    assert states(watch.look()) == {"a.ckpt": "pruned", "b.safetensors": "moved"}
+    names = ("a.safetensors", "a.yaml", "b.safetensors", "b.yaml")
+    assert tree(folder) == [f"models/Stable-diffusion/{n}" for n in names]
+    assert (folder / "models/Stable-diffusion/b.yaml").read_text() == "model: b\n"
+
+
+def test_moving_never_replaces_and_goes_on_after_a_crash(tmp_path: Path) -> None:
+    one, place = tmp_path / "a.x", tmp_path / "to/a.x"
+    place.parent.mkdir()
+    one.write_text("one")
+    place.write_text("two")
+    assert move(one, place) == tmp_path / "to/a(1).x" and not one.exists()
+    assert (place.read_text(), (tmp_path / "to/a(1).x").read_text()) == ("two", "one")
+    os.link(tmp_path / "to/a(1).x", one)  # as after a kill between the two names
+    assert move(one, place) == tmp_path / "to/a(1).x" and not one.exists()
+    assert sorted(p.name for p in place.parent.iterdir()) == ["a(1).x", "a.x"]
+
+
+@pytest.mark.parametrize("error", ["EXDEV", "EPERM"])
+def test_moving_without_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: str) -> None:
+    """To another file system, or on one that knows no hard links."""
+    import errno
+
+    def refuse(*args: object, **options: object) -> None:
+        raise OSError(getattr(errno, error), error)
+
+    one, place = tmp_path / "a.x", tmp_path / "to/a.x"
+    place.parent.mkdir()
+    one.write_bytes(bytes(range(256)) * 1000)
+    place.write_text("two")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "link", refuse)
+        patch.setattr("builder.base.disk.NAMELESS", False)
+        assert move(one, place) == tmp_path / "to/a(1).x"
+    assert not one.exists() and (tmp_path / "to/a(1).x").read_bytes() == bytes(range(256)) * 1000
+    assert place.read_text() == "two"
+
+
+def test_another_file_system_for_real(folder: Folder, watch: Watch) -> None:
+    shm = Path("/dev/shm")
+    if not shm.is_dir() or shm.stat().st_dev == folder.path.stat().st_dev or not os.access(shm, os.W_OK):
+        pytest.skip("no second file system at hand")
+    import tempfile
+
+    with tempfile.TemporaryDirectory(dir=shm) as other:
+        watch.into = Path(other)
+        data = save(folder / "in/style.safetensors", model("LoRA-v1-CLIP", DType.F16)).read_bytes()
+        save_dirty(folder / "in/a.ckpt")
+        assert states(watch.look()) == {"a.ckpt": "pruned", "style.safetensors": "moved"}
+        assert (Path(other) / "Lora/style.safetensors").read_bytes() == data
+
+
+def test_kinds_and_layouts(tmp_path: Path) -> None:
+    from builder.models.identify import identify
+
+    for name, expected in (
+        ("SD-mini", "checkpoint"),
+        ("VAE-mini", "VAE"),
+        ("LoRA-v1-UNET", "LoRA"),
+        ("LoRA-v1", "LoRA"),
+        ("UNET-mini-EMA", "EMA"),
+        ("ControlNet-v1", "ControlNet"),
+        ("T5-XXL", "T5"),
+    ):
+        from benchmarks.generate import make
+
+        assert kind_of(identify(make(name, content="sparse").tensors, catalog()), catalog()) == expected
+    assert layout_of(tmp_path) == "a1111"
+    (tmp_path / "checkpoints").mkdir()
+    assert layout_of(tmp_path) == "comfyui"
+    (tmp_path / "Stable-diffusion").mkdir()
+    assert layout_of(tmp_path) == "a1111"
+
+
+def test_usage(folder: Folder, watch: Watch) -> None:
+    (folder / "models/VAE").mkdir()
+    for args, code in (
+        (["--watch", "nowhere", "--once"], 2),
+        (["--watch", "in", "--into", "nowhere", "--once"], 2),
+        (["--watch", "models/VAE", "--into", "models", "--once"], 2),
+        (["--watch", "in", "x.ckpt"], 2),
+        (["--once", "x.ckpt"], 2),
+        (["--watch", "in", "--once", "--json"], 2),
+        (["--watch", "in", "--once"], 0),
+    ):
+        said = folder("prune", *args)
+        assert said.code == code and "Traceback" not in said.err, said
+    with watch.alone(), pytest.raises(UsageError, match="watched already"), watch.alone():
+        pass
+    fd = os.open(folder / "in", os.O_RDONLY)
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    busy = folder("prune", "--watch", "in", "--once")
+    os.close(fd)
+    assert busy.code == 2 and "watched already" in busy.err
+
+
+# Every process begins with what takes longest to import, so that a test can start and kill many.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["torch", "builder.cli.prune"])
+
+
+def _run(path: Path, variables: dict[str, str], args: list[str]) -> None:
+    os.environ.update(variables)
+    os.chdir(path)
+    with open("out.txt", "w") as out, open("err.txt", "w") as err:  # noqa: PTH123
+        sys.stdout, sys.stderr = out, err
+        code = run(["prune", "--watch", "in", "--into", "models", "--settle", "0", *args])
+    os._exit(code)
+
+
+def start(folder: Folder, *args: str) -> BaseProcess:
+    """`ckpt prune --watch` as a process of its own."""
+    process = PROCESSES.Process(target=_run, args=(folder.path, folder.variables, list(args)))
+    process.start()
+    return process
+
+
+def until(met: Callable[[], bool], process: BaseProcess) -> None:
+    """Wait until a condition is met; fail when the process ends before."""
+    while not met():
+        assert process.is_alive()
+        time.sleep(0.02)
+
+
+def test_files_that_arrive_and_a_clean_interrupt(folder: Folder) -> None:
+    def pruned(count: int) -> bool:
+        said = folder / "out.txt"
+        return said.exists() and said.read_text().count("pruned") == count
+
+    save_dirty(folder / "in/a.ckpt")
+    process = start(folder)
+    until(lambda: pruned(1), process)
+    save_dirty(folder / "later.ckpt", seed=3)
+    (folder / "later.ckpt").rename(folder / "in/later.ckpt")
+    until(lambda: pruned(2), process)
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGINT)
+    process.join()
+    said = (folder / "err.txt").read_text()
+    assert process.exitcode == 0 and "Traceback" not in said and "stopped" in said
+    for name in ("out.txt", "err.txt"):
+        (folder / name).unlink()
+    assert tree(folder) == [f"models/Stable-diffusion/{n}.safetensors" for n in ("a", "later")]
+
+
+def test_killed_at_any_moment_nothing_is_lost(folder: Folder, tmp_path: Path) -> None:
+    """Until its product is whole each original is there; in the end there is one product each."""
+    sources, expected = {}, {}
+    for seed in range(2):
+        path = save_dirty(tmp_path / f"m{seed}.ckpt", seed=seed)
+        sources[path.name] = path.read_bytes()
+        reference = Folder(tmp_path, tmp_path / "reference-store")
+        assert reference("prune", path.name).code == 0
+        expected[path.stem] = content(tmp_path / f"m{seed}-pruned.safetensors")
+    vae = save(tmp_path / "v.safetensors", model("VAE-mini", DType.F16))
+    sources[vae.name], expected["v"] = vae.read_bytes(), content(vae)
+    (tmp_path / "bad.ckpt").write_text("<html>")
+    sources["bad.ckpt"] = b"<html>"
+    for name, data in sources.items():
+        (folder / f"in/{name}").write_bytes(data)
+
+    def product(name: str) -> Path:
+        if name == "bad.ckpt":
+            return folder / "in/Failed/bad.ckpt"
+        place = "VAE" if name.startswith("v") else "Stable-diffusion"
+        return folder / f"models/{place}/{Path(name).stem}.safetensors"
+
+    def check() -> None:
+        for name, data in sources.items():
+            if (folder / f"in/{name}").exists():
+                assert (folder / f"in/{name}").read_bytes() == data
+            elif name == "bad.ckpt":
+                assert product(name).read_bytes() == data
+            else:
+                assert content(product(name)) == expected[Path(name).stem]
+
+    chance = random.Random(5)
+    kills = 0
+    while any((folder / f"in/{name}").exists() for name in sources):
+        process = start(folder, "--once")
+        process.join(chance.uniform(0.05, 0.9) if kills < 12 else None)
+        if process.is_alive():
+            process.kill()
+            process.join()
+            kills += 1
+        check()
+    assert kills
+    for name in ("out.txt", "err.txt"):
+        (folder / name).unlink()
+    extra = {"in/Failed/bad.txt"}
+    assert set(tree(folder)) - extra == {str(product(n).relative_to(folder.path)) for n in sources}

@@ -1,0 +1,69 @@
+"""Imports go down only, and only the command line speaks."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2] / "builder"
+
+# The rooms from the ground up: a module may import from its own room and from those before it.
+ROOMS = [
+    *("base", "tensors", "formats", "models", "operations"),
+    *("store", "recipe", "sources", "plan", "build"),
+    *("reports", "toolkit"),
+    "cli",
+]
+
+# Imports that still go up. There are to be fewer of them.
+KNOWN: set[tuple[str, str]] = set()
+
+
+def _imports(path: Path) -> set[str]:
+    """The modules that a module names in imports, wherever they stand."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {a.name for a in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module == "builder":
+            found |= {f"builder.{a.name}" for a in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+    return {name.removeprefix("builder.") for name in found if name.startswith("builder.")}
+
+
+def _modules() -> list[tuple[str, Path]]:
+    """Every module by its name below `builder`."""
+    files = sorted(p for p in ROOT.rglob("*.py") if p.parent != ROOT or not p.stem.startswith("__"))
+    return [(".".join(f.relative_to(ROOT).with_suffix("").parts), f) for f in files]
+
+
+def _room(module: str) -> int:
+    return ROOMS.index(module.partition(".")[0])
+
+
+def test_every_module_is_in_a_room() -> None:
+    assert not {module.partition(".")[0] for module, _ in _modules()} - set(ROOMS)
+
+
+def test_imports_go_down_only() -> None:
+    up = {
+        (module, name)
+        for module, path in _modules()
+        for name in _imports(path)
+        if name in {r for n, _ in _modules() for r in (n, n.removesuffix(".__init__"))}
+        and _room(name) > _room(module)
+    }
+    assert up == KNOWN
+
+
+def test_only_the_command_line_prints_or_exits() -> None:
+    speaking = {"print", "sys.exit", "exit", "os._exit"}
+    wrong = [
+        f"{path}:{node.lineno}"
+        for module, path in _modules()
+        if not module.startswith("cli.")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in speaking
+    ]
+    assert not wrong, "\n".join(wrong)

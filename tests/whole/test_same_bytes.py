@@ -1,0 +1,147 @@
+"""The same recipe and sources give the same bytes, whatever is around them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.help.building import RECIPE, Folder, content, model, save, save_dirty
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Folder:
+    path = tmp_path / "work"
+    path.mkdir()
+    return Folder(path, tmp_path / "store").mini()
+
+
+def fresh(folder: Folder, name: str) -> Folder:
+    return Folder(folder.path, folder.path.parent / name, folder.environment)
+
+
+def test_any_number_of_threads(folder: Folder) -> None:
+    made = {}
+    for threads in (1, 2, 8):
+        cold = fresh(folder, f"store-{threads}")
+        assert len(cold.build("mini.toml", "--threads", threads)["made"]) == 3
+        made[threads] = (folder / "mini.safetensors").read_bytes()
+        (folder / "mini.safetensors").unlink()
+    assert made[1] == made[2] == made[8]
+
+
+def test_any_process(folder: Folder) -> None:
+    """Folder, umask, hash seed, locale, time zone and temporary folder have no part in the bytes."""
+    folder.build()
+    other = folder.beside("elsewhere/with a space", store="other-store")
+    (other / "mini.safetensors").unlink()
+    (other / "mini.lock.toml").unlink()
+    said = other.process(
+        "build",
+        other / "mini.toml",
+        before="import os; os.umask(0o077); os.chdir('/')",
+        PYTHONHASHSEED="12345",
+        TZ="Asia/Kathmandu",
+        LC_ALL="C",
+    )
+    assert said.code == 0, said.err
+    assert (other / "mini.safetensors").read_bytes() == (folder / "mini.safetensors").read_bytes()
+    assert (other / "mini.lock.toml").read_bytes() == (folder / "mini.lock.toml").read_bytes()
+    assert (other / "mini.safetensors").stat().st_mode & 0o777 == 0o600
+    again = fresh(folder, "third-store").process(
+        "build", "mini.toml", "-o", "again.safetensors", PYTHONHASHSEED="0"
+    )
+    assert again.code == 0, again.err
+    assert (folder / "again.safetensors").read_bytes() == (folder / "mini.safetensors").read_bytes()
+
+
+def test_a_cold_and_a_warm_store(folder: Folder) -> None:
+    folder.build()
+    cold = (folder / "mini.safetensors").read_bytes()
+    (folder / "mini.safetensors").unlink()
+    assert folder.build()["made"] == []
+    assert (folder / "mini.safetensors").read_bytes() == cold
+    # Warm with the components of another recipe.
+    (folder / "mini.safetensors").unlink()
+    part = fresh(folder, "part")
+    folder.write("part.toml", RECIPE.replace('"mini"', '"part"', 1))
+    part.build("part.toml")
+    (folder / "part.safetensors").unlink()
+    assert part.build()["made"] == []
+    assert (folder / "mini.safetensors").read_bytes() == cold
+
+
+def test_any_container_of_the_same_tensors(folder: Folder) -> None:
+    folder.build()
+    expected = (folder / "mini.safetensors").read_bytes()
+    made = {}
+    for form in ("safetensors", "ckpt"):
+        other = Folder(folder.path.parent / form, folder.path.parent / f"store-{form}")
+        save_dirty(other.path / f"dirty.{form}")
+        save(other.path / "vae.pt", model("VAE-mini", seed=2), nesting="state_dict")
+        text = RECIPE.replace("dirty.ckpt", f"dirty.{form}").replace("vae.safetensors", "vae.pt")
+        other.write("mini.toml", text)
+        other.build()
+        made[form] = (other / "mini.safetensors").read_bytes()
+    assert made["safetensors"] == made["ckpt"] == expected
+
+
+def test_another_order_of_tensors(folder: Folder) -> None:
+    folder.build()
+    expected = content(folder / "mini.safetensors")
+    tensors = model("VAE-mini", seed=2)
+    save(folder / "vae.pt", dict(reversed(tensors.items())))
+    folder.write("mini.toml", RECIPE.replace("vae.safetensors", "vae.pt"))
+    folder.build()
+    assert content(folder / "mini.safetensors") == expected
+
+
+def test_check_builds_twice_and_leaves_nothing(folder: Folder) -> None:
+    said = folder("build", "mini.toml", "--check")
+    assert said.code == 0
+    assert "built a second time without the store: the same bytes" in said.err
+    assert sorted(p.name for p in folder.path.iterdir()) == [
+        "dirty.ckpt",
+        "mini.lock.toml",
+        "mini.safetensors",
+        "mini.toml",
+        "vae.safetensors",
+    ]
+    assert not list(folder.store.glob("tmp/*"))
+
+
+def test_check_says_when_the_bytes_differ(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fix that does something else each time is caught, and the component that differs is named."""
+    from dataclasses import replace
+
+    from builder.operations import fixes
+    from builder.tensors.lazy import DType, MemoryTensor
+
+    count = iter(range(100))
+
+    def fickle(tensors: fixes.Tensors) -> fixes.Fixed:
+        made = MemoryTensor(DType.I64, (1, 77), bytes([next(count)]) * 77 * 8)
+        return fixes.Fixed({**tensors, fixes.POSITION_IDS: made}, ("something else",))
+
+    real = fixes.FIXES["clip-position-ids"]
+    monkeypatch.setitem(fixes.FIXES, "clip-position-ids", replace(real, apply=fickle))
+    said = folder("build", "mini.toml", "--check")
+    assert said.code == 8
+    assert "building `mini.safetensors` again gave another file" in said.err
+    assert "CLIP-mini of `mini`: sha256" in said.err
+    assert "VAE-mini of" not in said.err
+
+
+def test_sources_found_elsewhere(folder: Folder) -> None:
+    folder.build()
+    expected = (folder / "mini.safetensors").read_bytes()
+    models = folder.path.parent / "models"
+    moved = folder.beside("moved", store="moved-store")
+    (moved / "mini.safetensors").unlink()
+    models.mkdir()
+    for name in ("dirty.ckpt", "vae.safetensors"):
+        shutil.move(moved / name, models / name)
+    Folder(moved.path, moved.store, {"CKPT_MODELS": os.fspath(models)}).build()
+    assert (moved / "mini.safetensors").read_bytes() == expected
