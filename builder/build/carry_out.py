@@ -21,7 +21,6 @@ from builder.build.expect import Built
 from builder.build.in_parts import bring, hold_to_lock, in_parts
 from builder.build.measure import Metrics
 from builder.build.schedule import Task, run_all
-from builder.models.metric import SCALES
 from builder.plan import Plan
 from builder.plan.graph import ComponentJob, Node, OutputJob, SourceJob
 from builder.plan.keys import component_key
@@ -131,7 +130,8 @@ class _Builder:
             seen = {s.id for s in sources[id_] if s.id in unseen}
             yield Task(f"record {id_}", partial(self._record, node), frozenset({id_, *seen}))
         slots = [n.job.slots for n in self.plan.outputs() if isinstance(n.job, OutputJob)]
-        for id_, cls in {id_: cls for of in slots for cls, (_, id_) in of.items() if cls in SCALES}.items():
+        scales = self.context.catalog.scales
+        for id_, cls in {id_: cls for of in slots for cls, (_, id_) in of.items() if cls in scales}.items():
             yield Task(f"metric {id_}", partial(self._measure, cls, id_), frozenset({id_} & missing.keys()))
         for node in self.plan.outputs() if self.assemble else ():
             parts = self.plan.ancestors(node.id)
@@ -170,7 +170,7 @@ class _Builder:
         with context.stoppable():
             bring(self.plan, node, self.store, context.reporter)
         with ExitStack() as opened:
-            done = finish(self.plan, job, self.store, context.stop, opened)
+            done = finish(self.plan, job, context.catalog, self.store, context.stop, opened)
 
             def sound() -> None:
                 if (error := done.faults.error(f"`{node.id}`", PRECISIONS[job.precision])) is not None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from builder.base.errors import Problem
 from builder.build.schedule import Cancelled
+from builder.models.catalog import Catalog
 from builder.operations.fixes import FIXES, truncated_position_ids
 from builder.plan.graph import Applied, ComponentJob, Finished, Origin, Plan, StepJob, Take
 from builder.plan.resolve import taken
@@ -27,7 +28,9 @@ class Finish:
     faults: Faults
 
 
-def finish(plan: Plan, job: ComponentJob, store: Store, stop: threading.Event, opened: ExitStack) -> Finish:
+def finish(
+    plan: Plan, job: ComponentJob, catalog: Catalog, store: Store, stop: threading.Event, opened: ExitStack
+) -> Finish:
     """Compose a component: taken or computed, repaired, rounded. Nothing is read but small tensors.
 
     Stored components that it is made of stay open in `opened`; reading them, or this, may raise
@@ -35,14 +38,12 @@ def finish(plan: Plan, job: ComponentJob, store: Store, stop: threading.Event, o
     """
     tensors, component = evaluate(plan, job.origin, store, opened)
     changes: list[str] = []
-    renamed = component.endswith("-NAI")
+    renamed = catalog.components[component].mislabelled
     if renamed:
         changes.append(f"clip-names: {len(tensors):,} tensors get the names that loaders expect")
     for name in (n for n in job.fixes if n != "clip-names" or not renamed):
-        fix = FIXES[name]
-        if job.cls in fix.classes:
-            tensors, done = fix.apply(tensors)
-            changes += [f"{name}: {change}" for change in done] or [f"{name}: nothing to change"]
+        tensors, done = FIXES[name].apply(tensors)
+        changes += [f"{name}: {change}" for change in done] or [f"{name}: nothing to change"]
     tensors, done = truncated_position_ids(tensors)
     changes += done
     faults = Faults()

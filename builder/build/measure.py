@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from builder.build.context import Context
 from builder.build.evaluate import Stoppable
-from builder.models.metric import SCALES, Metric, measure
+from builder.models.metric import Metric, measure
 from builder.store import Made
 
 _THREADS = 2  # a component; several are measured at once, and each thread has buffers of its own
@@ -28,9 +28,10 @@ class Metrics:
         Raises DamagedEntry when one is not in the store as it was put there.
         """
         known: dict[str, str] = {}
+        scales = self._context.catalog.scales
         for cls, made in parts.items():
-            if cls in SCALES and SCALES[cls].part not in known:
-                known[SCALES[cls].part] = self.digits(cls, made)
+            if cls in scales and scales[cls].part not in known:
+                known[scales[cls].part] = self.digits(cls, made)
         metric = Metric(**known)
         return metric.text if metric != Metric() else ""
 
@@ -60,8 +61,9 @@ class Metrics:
         with checkpoint:
             found = measure(
                 {cls: {n: Stoppable(t, context.stop) for n, t in checkpoint.items()}},
+                context.catalog.scales,
                 threads=min(context.threads, _THREADS),
                 reporter=context.reporter,
                 task=f"metric of {cls}",
             )
-        return str(getattr(found, SCALES[cls].part))
+        return str(getattr(found, context.catalog.scales[cls].part))

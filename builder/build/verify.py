@@ -78,9 +78,9 @@ def _examine(
     output: Output, path: Path, sha256: str, lock: Lock | None, catalog: Catalog, reporter: Reporter
 ) -> tuple[Built, list[str]]:
     """What a file is, and its components that are not those of the lock, in words."""
-    with open_checkpoint(path) as checkpoint:
+    with open_checkpoint(path, catalog.layouts) as checkpoint:
         identity = identify(checkpoint, catalog)
-        groups = counted({m.component.cls: m.names for m in identity.matches})
+        groups = counted({m.component.cls: m.names for m in identity.matches}, catalog.scales)
         found = scan(
             checkpoint,
             groups=groups,
@@ -94,7 +94,7 @@ def _examine(
             seen = found.tensors[name].digest
             assert seen is not None
             rows[name] = Row(tensor.dtype, tensor.shape, seen)
-        metric = label(found.histograms)
+        metric = label(found.histograms, catalog.scales)
         differ = []
         for match in identity.matches:
             locked = lock.component(output.name, match.component.cls) if lock is not None else None

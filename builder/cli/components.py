@@ -80,7 +80,7 @@ def learn(file: Path, output: Path | None, name: str | None, cls: str | None, pr
         if not re.fullmatch(r"\w[\w.+-]*", word):
             hint = "use letters, digits, `-` and `.`"
             raise UsageError(Problem(f"`{word}` is no name for a {what}", hint=hint))
-    with open_checkpoint(file) as checkpoint:
+    with open_checkpoint(file, catalog.layouts) as checkpoint:
         rules = {n.removeprefix(prefix): _rule(t) for n, t in checkpoint.items() if n.startswith(prefix)}
         if not rules:
             raise UsageError(_nothing_under(prefix, file, checkpoint))
@@ -192,7 +192,7 @@ def _architecture(architecture: Architecture) -> dict[str, Any]:
         "only": list(architecture.only),
         "aliases": list(architecture.aliases),
         "precision": architecture.precision,
-        "modelspec": architecture.modelspec,
+        "modelspec": architecture.modelspec and architecture.modelspec.architecture,
     }
 
 

@@ -48,7 +48,7 @@ def command(
         identity = look(file, bench.catalog)
         match = find_part(component, identity, file, bench.catalog)
         cls = slot_of(match, bench.catalog)
-        target = target_of(file, match, cls, output, form)
+        target = target_of(file, match, cls, output, form, bench.catalog)
         source = recipe_name(file)
         pick = source if match.component.cls == cls else {"from": source, "component": match.component.name}
         quick = Quick(

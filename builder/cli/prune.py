@@ -29,7 +29,7 @@ from builder.tensors.cast import PRECISIONS
 from builder.toolkit import prune_text
 from builder.toolkit.prune import Options, Pruning, Result, checkpoints, plan_pruning, prune, vacant
 from builder.toolkit.quick import output_path
-from builder.toolkit.watch import LAYOUTS, SETTLE
+from builder.toolkit.watch import SETTLE
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,11 @@ class Wish:
     "--watch", "watched", type=FILE, metavar="FOLDER", help="Prune what is in FOLDER, and what comes."
 )
 @click.option("--into", type=FILE, metavar="MODELS", help="Where --watch sorts it into folders; else FOLDER.")
-@click.option("--layout", type=click.Choice(list(LAYOUTS)), help="Of MODELS; else told by what is there.")
+@click.option(
+    "--layout",
+    metavar="PROGRAM",
+    help="Whose folders MODELS has: a1111, comfyui; else told by them.",
+)
 @click.option("--once", is_flag=True, help="Stop when all that --watch finds is done.")
 @click.option(
     "--settle", type=click.FloatRange(0), metavar="SECONDS", help="How long a file must be at rest."

@@ -40,7 +40,7 @@ def watch(where: Where, options: Options, threads: int | None, quiet: bool) -> i
         watched = Watch(
             where.folder,
             into,
-            where.layout or layout_of(into),
+            where.layout or layout_of(into, bench.catalog),
             options,
             catalog=bench.catalog,
             store=bench.store,

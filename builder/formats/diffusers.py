@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
@@ -12,15 +12,15 @@ from typing import Any
 from builder.base.errors import Place, Problem, SourceError
 from builder.formats.blob import FileBlob
 from builder.formats.checkpoint import Checkpoint
-from builder.formats.layouts import family_of, to_original
+from builder.formats.layouts import Layout, layout_of
 from builder.formats.layouts.configs import MODEL_INDEX, SCHEDULER
 from builder.tensors.lazy import DType, MemoryTensor
 
 # What the layout has no place for, such as noise schedules; diffusers does not look at it.
 REMAINDER = "remainder.safetensors"
 
-FOLDERS = ("unet", "vae", "text_encoder", "text_encoder_2")
 _SAFETY = ("safety_checker", "image_encoder")  # parts of a pipeline that are none of the model
+_WITHOUT = (*_SAFETY, "scheduler", "tokenizer", "feature_extractor")  # folders without weights of the model
 _WEIGHTS = re.compile(
     r"(?:diffusion_pytorch_model|model|pytorch_model)(?:\.(?P<variant>[\w-]+))?\.(?P<kind>safetensors|bin)"
     r"(?P<index>\.index(?:\.(?P<indexed>[\w-]+))?\.json)?"
@@ -30,37 +30,60 @@ _VARIANTS = ("", "fp16", "bf16")  # in the order of preference; others only wher
 _MAX_CONFIG = 1 << 20  # bytes
 
 
-def open_folder(folder: Path, name: str, open_file: Callable[[Path, str], Checkpoint]) -> Checkpoint:
-    """The checkpoint of a model's folder in diffusers' layout, under the names of the original layout.
+def open_folder(
+    folder: Path, name: str, layouts: Collection[Layout], open_file: Callable[[Path, str], Checkpoint]
+) -> Checkpoint:
+    """The checkpoint of a model's folder in one of diffusers' layouts, under the names of the original.
 
     Of each part, safetensors are preferred to PyTorch files and the plain file to variants such as fp16.
     Markers tell what the scheduler's configuration says of v-prediction and zero terminal SNR. Parts and
     tensors that an original file has no place for are listed as `others`. `open_file` opens a file.
     Raises SourceError for a model of another kind, a part without weights, and what `open_file` raises.
     """
-    opened: dict[str, Checkpoint] = {}
-    scheduler = None
     with ExitStack() as stack:
-        for part in FOLDERS:
-            if (folder / part).is_dir():
-                path = _weights(folder / part)
-                opened[part] = stack.enter_context(open_file(path, str(path)))
-        if (folder / REMAINDER).is_file():
-            opened[""] = stack.enter_context(open_file(folder / REMAINDER, str(folder / REMAINDER)))
-        if (folder / SCHEDULER).is_file():
-            scheduler = stack.enter_context(closing(FileBlob(folder / SCHEDULER)))
-        checkpoint = _join(folder, name, opened, scheduler)
+        checkpoint = _join(folder, name, layouts, *_open_parts(folder, open_file, stack))
         stack.pop_all()
     return checkpoint
 
 
-def _join(
-    folder: Path, name: str, opened: Mapping[str, Checkpoint], scheduler: FileBlob | None
-) -> Checkpoint:
+def files_in(folder: Path, open_file: Callable[[Path, str], Checkpoint]) -> list[Path]:
+    """The files that a model's folder in diffusers' layout is read from; raises as `open_folder`."""
+    with ExitStack() as stack:
+        _, opened, scheduler = _open_parts(folder, open_file, stack)
+        blobs = [*(b for c in opened.values() for b in c.blobs), *([scheduler] if scheduler else [])]
+        return sorted(Path(blob.name) for blob in blobs)
+
+
+def _open_parts(
+    folder: Path, open_file: Callable[[Path, str], Checkpoint], stack: ExitStack
+) -> tuple[dict[str, Any], dict[str, Checkpoint], FileBlob | None]:
+    """The index of a folder, its parts by name (the remainder as ""), and the scheduler's configuration."""
     with closing(FileBlob(folder / MODEL_INDEX)) as blob:
         index = _read_config(blob)
-    family = family_of(opened)
-    if family is None:
+    opened: dict[str, Checkpoint] = {}
+    for part, said in index.items():
+        held = isinstance(said, list) and any(said) and not part.startswith(_WITHOUT)
+        if held and Path(part).name == part and (folder / part).is_dir():
+            path = _weights(folder / part)
+            opened[part] = stack.enter_context(open_file(path, str(path)))
+    if (folder / REMAINDER).is_file():
+        opened[""] = stack.enter_context(open_file(folder / REMAINDER, str(folder / REMAINDER)))
+    scheduler = None
+    if (folder / SCHEDULER).is_file():
+        scheduler = stack.enter_context(closing(FileBlob(folder / SCHEDULER)))
+    return index, opened, scheduler
+
+
+def _join(
+    folder: Path,
+    name: str,
+    layouts: Collection[Layout],
+    index: Mapping[str, Any],
+    opened: Mapping[str, Checkpoint],
+    scheduler: FileBlob | None,
+) -> Checkpoint:
+    layout = layout_of(opened, layouts)
+    if layout is None:
         raise SourceError(
             Problem(
                 f"`{folder}` is a model in diffusers' layout, but of a kind that has no original layout here",
@@ -69,7 +92,7 @@ def _join(
             )
         )
     try:
-        tensors, strange = to_original(family, opened)
+        tensors, strange = layout.to_original(opened)
     except ValueError as error:
         raise SourceError(Problem(f"two tensors would be `{error}`", Place(str(folder)))) from None
     remainder = opened.get("")
@@ -90,7 +113,7 @@ def _join(
         "diffusers",
         sum(c.size for c in opened.values()),
         tensors,
-        remainder.metadata if remainder is not None else dict(opened["unet"].metadata),
+        remainder.metadata if remainder is not None else dict(opened[layout.parts[0].folder].metadata),
         globals=tuple(sorted({g for c in opened.values() for g in c.globals})),
         others=others,
         blobs=(*(blob for c in opened.values() for blob in c.blobs), *([scheduler] if scheduler else [])),

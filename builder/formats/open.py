@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from builder.base.errors import Place, Problem, SourceError
 from builder.formats import safetensors, sniff
 from builder.formats.blob import FileBlob
 from builder.formats.checkpoint import Checkpoint
 
+if TYPE_CHECKING:
+    from builder.formats.layouts import Layout
 
-def open_checkpoint(path: Path | str, *, as_name: str | None = None) -> Checkpoint:
+NONE: Mapping[str, Layout] = {}
+
+
+def open_checkpoint(
+    path: Path | str, layouts: Mapping[str, Layout] = NONE, *, as_name: str | None = None
+) -> Checkpoint:
     """Open a checkpoint: its table of contents is read, its tensors are not.
 
     `path` is a safetensors file, a PyTorch file (zip, legacy or tar), the index of a sharded set, a folder
-    that holds exactly one such index, or a model's folder in diffusers' layout, whose tensors get the
-    names of the original layout. Which it is, is told by its leading bytes, never by its suffix.
+    that holds exactly one such index, or a model's folder in one of diffusers' `layouts`, whose tensors get
+    the names of the original layout. Which it is, is told by its leading bytes, never by its suffix.
     `as_name` replaces the path as the checkpoint's name. Close it, or use it in `with`.
     Raises SourceError for anything else, saying what it is.
     """
@@ -26,8 +35,18 @@ def open_checkpoint(path: Path | str, *, as_name: str | None = None) -> Checkpoi
     if os.path.isfile(path / "model_index.json"):  # noqa: PTH113
         from builder.formats.diffusers import open_folder
 
-        return open_folder(path, name, _open_file)
+        return open_folder(path, name, layouts.values(), _open_file)
     return _open_file(_index_in(path) if os.path.isdir(path) else path, name)  # noqa: PTH112
+
+
+def files_of(path: Path) -> list[Path]:
+    """The files that a checkpoint's tensors lie in, sorted; raises as `open_checkpoint`."""
+    if os.path.isfile(path / "model_index.json"):  # noqa: PTH113
+        from builder.formats.diffusers import files_in
+
+        return files_in(path, _open_file)
+    with open_checkpoint(path) as checkpoint:
+        return sorted(Path(blob.name) for blob in checkpoint.blobs)
 
 
 def _open_file(path: Path, name: str) -> Checkpoint:

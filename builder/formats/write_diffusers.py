@@ -10,16 +10,18 @@ from typing import Any
 from builder.base.disk import write_bytes, write_text
 from builder.base.progress import SILENT, Reporter
 from builder.formats.diffusers import REMAINDER
-from builder.formats.layouts import to_diffusers
+from builder.formats.layouts import Layout
 from builder.formats.layouts.configs import Prediction, configs
 from builder.formats.write_safetensors import write
 from builder.formats.write_sharded import plan_shards, write_shards
 from builder.tensors.lazy import LazyTensor
 
+STEM = "diffusion_pytorch_model"  # of weights that diffusers itself loads
+
 
 def write_folder(
     folder: Path,
-    family: str,
+    layout: Layout,
     tensors: Mapping[str, LazyTensor],
     metadata: Mapping[str, str],
     *,
@@ -42,7 +44,7 @@ def write_folder(
     `builder.base.folders`.
     Raises OutputError, and what the tensors' `read_into` raises.
     """
-    parts, rest = to_diffusers(family, tensors)
+    parts, rest = layout.to_diffusers(tensors)
     rest |= others or {}
     options: dict[str, Any] = {
         "threads": threads,
@@ -50,15 +52,16 @@ def write_folder(
         "inputs": tuple(inputs),
         "reporter": reporter,
     }
-    said = configs(family, parts, prediction=prediction, zero_snr=zero_snr, tokenizers=bool(vocabulary))
+    said = configs(layout, parts, prediction=prediction, zero_snr=zero_snr, tokenizers=bool(vocabulary))
     for path, config in said.items():
         (folder / path).parent.mkdir(exist_ok=True)
         write_text(folder / path, json.dumps(config, indent=2, sort_keys=True) + "\n", durable=durable)
-    for tokenizer in sorted(folder.glob("tokenizer*")):
+    for tokenizer in (p.tokenizer for p in layout.parts if p.tokenizer is not None):
         for file, data in (vocabulary or {}).items():
-            write_bytes(tokenizer / file, data, durable=durable)
+            write_bytes(folder / tokenizer / file, data, durable=durable)
+    stems = {p.folder: "model" if p.library == "transformers" else STEM for p in layout.parts}
     for part, found in parts.items():
-        stem = "model" if part.startswith("text_encoder") else "diffusion_pytorch_model"
+        stem = stems[part]
         if shard_size is not None and len(plan_shards(found, stem, shard_size)) > 1:
             write_shards(folder / part, stem, found, {"format": "pt"}, shard_size=shard_size, **options)
         else:

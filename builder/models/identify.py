@@ -58,7 +58,7 @@ class Match:
     @property
     def ema(self) -> bool:
         """Whether this is an average kept for training rather than the model itself."""
-        return self.component.cls.startswith("EMA-")
+        return self.component.average_of is not None
 
     @property
     def diffusers_attention(self) -> bool:
@@ -203,7 +203,7 @@ def _compare(
     missing_optional: list[str] = []
     misshapen: list[Misshapen] = []
     ranks: dict[str, int] = {}
-    for name, rule in component.tensors.rules.items():
+    for name, rule in component.tensors.whole.items():
         full = local.get(name)
         if full is not None and specs[full].shape == rule.shape:
             names[name] = full
@@ -234,7 +234,7 @@ def _compare(
     if not missing and not misshapen:
         bounds = (min(ranks.values()), max(ranks.values())) if ranks else None
         return Match(component, prefix, names, tuple(missing_optional), renamed, tuple(reshaped), bounds)
-    present = sum(not component.tensors.rules[name].optional for name in names)
+    present = sum(not component.tensors.whole[name].optional for name in names)
     total = present + len(missing) + len(misshapen)
     if present * 20 < total:
         return None

@@ -6,9 +6,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from builder.base.progress import SILENT, Reporter
+from builder.models.catalog import Scale
 from builder.tensors.lazy import LazyTensor
 from builder.tensors.scan import BINS, scan
 
@@ -19,48 +20,6 @@ if TYPE_CHECKING:
 ABSENT = "----"
 NOT_A_NUMBER = "NaN!"
 PERIOD = 5000  # from 10000 on, every further step of this size repeats the four digits
-
-
-class Scale(NamedTuple):
-    """How a class's weights become digits: `n = int(abs(sum / base - 1) * k)`.
-
-    A tensor counts when its unprefixed name holds one of `having` (any name, if empty) and none of
-    `lacking`.
-    """
-
-    part: str
-    base: float
-    k: int
-    having: tuple[str, ...] = ()
-    lacking: tuple[str, ...] = ()
-
-    def counts(self, name: str) -> bool:
-        """Whether the tensor of this unprefixed name counts."""
-        held = not self.having or any(part in name for part in self.having)
-        return held and not any(part in name for part in self.lacking)
-
-
-_UNET = Scale("unet", -6131.5400, 10_000)
-_CLIP = ("mlp.",), (".23.",)
-
-# The published definition: the bases are the sums of SD v1's own weights, and of SD v2's text encoder.
-PUBLISHED: dict[str, Scale] = {
-    "UNET-v1": _UNET,
-    "UNET-v1-Pix2Pix": _UNET,
-    "UNET-v2": _UNET,
-    "UNET-v2-Depth": _UNET,
-    "VAE-v1": Scale("vae", 17870.7051, 10_000, ("encoder.", "decoder.")),
-    "CLIP-v1": Scale("clip", -2097.8596, 1_000_000, *_CLIP),
-    "CLIP-v2": Scale("clip", -8757.5630, 10_000, *_CLIP),
-}
-
-# An extension of ours: nobody publishes miniatures, so their bases are round numbers of the right size.
-OWN: dict[str, Scale] = {
-    "UNET-mini": Scale("unet", 10.0, 1_000),
-    "VAE-mini": Scale("vae", 10.0, 1_000, ("encoder.", "decoder.")),
-    "CLIP-mini": Scale("clip", 10.0, 1_000, *_CLIP),
-}
-SCALES = PUBLISHED | OWN
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +39,7 @@ class Metric:
         return f"{self.unet}/{self.vae}/{self.clip}"
 
 
-def counted(
-    components: Mapping[str, Mapping[str, str]], scales: Mapping[str, Scale] = SCALES
-) -> dict[str, str]:
+def counted(components: Mapping[str, Mapping[str, str]], scales: Mapping[str, Scale]) -> dict[str, str]:
     """The tensors that the metric counts, each with its class: what `scan` takes as `groups`.
 
     `components` is, by class, unprefixed name to full name.
@@ -96,14 +53,12 @@ def counted(
     }
 
 
-def labels(
-    histograms: Mapping[str, NDArray[np.int64]], scales: Mapping[str, Scale] = SCALES
-) -> dict[str, str]:
+def labels(histograms: Mapping[str, NDArray[np.int64]], scales: Mapping[str, Scale]) -> dict[str, str]:
     """The four digits of each class, of histograms as `scan` makes them."""
     return {cls: digits(weigh(counts), scales[cls]) for cls, counts in histograms.items()}
 
 
-def label(histograms: Mapping[str, NDArray[np.int64]], scales: Mapping[str, Scale] = SCALES) -> Metric:
+def label(histograms: Mapping[str, NDArray[np.int64]], scales: Mapping[str, Scale]) -> Metric:
     """The metric of histograms by class, as `scan` makes them.
 
     Of two classes that are the same part, such as the text encoders of two families, the first counts.
@@ -116,7 +71,7 @@ def label(histograms: Mapping[str, NDArray[np.int64]], scales: Mapping[str, Scal
 
 def measure(
     components: Mapping[str, Mapping[str, LazyTensor]],
-    scales: Mapping[str, Scale] = SCALES,
+    scales: Mapping[str, Scale],
     *,
     threads: int = 2,
     reporter: Reporter = SILENT,

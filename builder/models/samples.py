@@ -121,10 +121,10 @@ def _parts(name: str, catalog: Catalog, dirt: Dirt) -> Iterator[tuple[Component,
     for cls in catalog.architectures[name].slots:
         component = catalog.component_for(cls, name)
         if dirt.nai_names:
-            component = next((c for c in catalog.classes[cls] if c.name.endswith("-NAI")), component)
+            component = next((c for c in catalog.classes[cls] if c.mislabelled), component)
         yield component, component.prefix
-        if dirt.ema and f"EMA-{cls}" in catalog.classes:
-            ema = catalog.classes[f"EMA-{cls}"][0]
+        ema = catalog.averages.get(cls)
+        if dirt.ema and ema is not None:
             yield ema, ema.prefix
 
 

@@ -26,21 +26,18 @@ class Fix:
     """A repair that a recipe names.
 
     `apply` takes a component's tensors under their unprefixed names and gives them repaired. It reads no
-    more than a few hundred bytes. `classes` are those it speaks about; others pass untouched.
+    more than a few hundred bytes. Of which classes it speaks, the catalog says; others pass untouched.
     """
 
     name: str
     version: int
     doc: str
-    classes: tuple[str, ...]
     apply: Callable[[Tensors], Fixed]
     excludes: tuple[str, ...] = ()
 
 
 POSITION_IDS = "embeddings.position_ids"
 POSITIONS = 77
-CLIP_CLASSES = ("CLIP-v1", "CLIP-XL-AUX", "CLIP-mini")
-VAE_CLASSES = ("VAE-v1", "VAE-mini")
 # A linear layer's weights do for a 1x1 convolution what the convolution's own do, less two dimensions.
 VAE_ATTENTION_NAMES = {theirs: ours for ours, theirs in DIFFUSERS_ATTENTION.items()}
 
@@ -102,7 +99,6 @@ FIXES: dict[str, Fix] = {
             1,
             "Makes a text encoder's `position_ids` exact: int64 0..76. Merges turn them into floats and "
             "damage them, and a loader that truncates 75.9975 reads the prompt's tokens in the wrong places.",
-            CLIP_CLASSES,
             _clip_position_ids,
         ),
         Fix(
@@ -110,7 +106,6 @@ FIXES: dict[str, Fix] = {
             1,
             "Gives NAI-style text encoders (`cond_stage_model.transformer.encoder…`) the names that loaders "
             "expect (`…transformer.text_model.encoder…`). Done by itself wherever such names are found.",
-            CLIP_CLASSES,
             # Components are unprefixed, and the two spellings differ in nothing but the prefix.
             _nothing,
         ),
@@ -119,14 +114,12 @@ FIXES: dict[str, Fix] = {
             1,
             "Gives a VAE's attention the names and the [512, 512, 1, 1] shapes of the original layout, where "
             "it has diffusers' `to_q`, `to_k`, `to_v`, `to_out.0` or [512, 512] linear weights.",
-            VAE_CLASSES,
             _vae_attention_shape,
         ),
         Fix(
             "position-ids-present",
             1,
             "Adds exact `position_ids` where a text encoder lacks them, for loaders that insist on the key.",
-            CLIP_CLASSES,
             _position_ids_present,
             ("position-ids-absent",),
         ),
@@ -134,7 +127,6 @@ FIXES: dict[str, Fix] = {
             "position-ids-absent",
             1,
             "Removes `position_ids`, for loaders that call the key unexpected; they make their own.",
-            CLIP_CLASSES,
             _position_ids_absent,
             ("position-ids-present",),
         ),

@@ -84,7 +84,7 @@ class StepJob:
 class ComponentJob:
     """A finished component: where it comes from, how it is repaired and rounded.
 
-    `source` is what the recipe calls the source or step.
+    `source` is what the recipe calls the source or step, `fixes` are those that speak of the class.
     """
 
     cls: str
@@ -98,9 +98,8 @@ class ComponentJob:
 
     def params(self) -> dict[str, Any]:
         """What of this, beside the origin, decides the bytes."""
-        applicable = [n for n in self.fixes if self.cls in FIXES[n].classes]
         return {
-            "fixes": [[n, FIXES[n].version] for n in applicable],
+            "fixes": [[n, FIXES[n].version] for n in self.fixes],
             "precision": self.precision,
             "overflow": self.overflow,
             "non_finite": self.non_finite,

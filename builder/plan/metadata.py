@@ -19,16 +19,6 @@ _UNTRUE = ("modelspec.hash_sha256", "modelspec.date", "modelspec.thumbnail", "ss
 # What a base says of its kind.
 _OWN = ("modelspec.architecture", "modelspec.implementation", "modelspec.resolution")
 
-# Pixels that an architecture was trained on, by the beginning of its ModelSpec name.
-_RESOLUTIONS = {
-    "stable-diffusion-v1": "512x512",
-    "stable-diffusion-v2-512": "512x512",
-    "stable-diffusion-v2": "768x768",
-    "stable-diffusion-xl": "1024x1024",
-    "stable-diffusion-3": "1024x1024",
-    "flux": "1024x1024",
-}
-
 
 def canonical(data: Any) -> str:
     """JSON of one form: sorted, compact, ASCII."""
@@ -50,16 +40,16 @@ def stated_metadata(
     said = {k: v for k, v in carried.items() if not k.startswith(_UNTRUE)}
     said["format"] = "pt"  # what transformers insists on, and every tool for PyTorch writes
     v = "v_pred" in output.markers
-    spec = (architecture.modelspec_v if v else None) or architecture.modelspec
+    spec = architecture.modelspec
     if spec is not None:
         said |= {
             "modelspec.sai_model_spec": "1.0.1",
-            "modelspec.architecture": spec,
+            "modelspec.architecture": spec.name(v),
             "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
             "modelspec.title": recipe.name,
         }
-        if resolution := next((r for k, r in _RESOLUTIONS.items() if spec.startswith(k)), None):
-            said["modelspec.resolution"] = resolution
+        if pixels := spec.pixels(v):
+            said["modelspec.resolution"] = f"{pixels}x{pixels}"
         if recipe.description:
             said["modelspec.description"] = recipe.description
         if v:

@@ -211,7 +211,7 @@ class _Resolver:
             pick.cls,
             pick.source,
             origin,
-            output.fixes,
+            tuple(n for n in output.fixes if self.catalog.applies(n, pick.cls)),
             output.precision,  # type: ignore[arg-type]
             output.narrow,
             output.overflow,  # type: ignore[arg-type]
@@ -354,8 +354,7 @@ class _Resolver:
     def _sidecar(self, output: Output, architecture: Architecture) -> bytes | None:
         """What is to lie beside the output as its `.yaml`; raises RecipeError when it cannot be read."""
         if output.config is None:
-            made = sidecar(output.profile, architecture.name, output.markers)
-            return made.encode() if made is not None else None
+            return sidecar(output.profile, architecture, output.markers)
         folder = self.recipe.path.parent if self.recipe.path else Path()
         try:
             return (folder / output.config).read_bytes()
@@ -416,7 +415,7 @@ class _Resolver:
         """The optional tensors of a base that are kept; raises RecipeError for a name that it has not."""
         opened = self.sources.open(base.name)
         if output.keep is None:
-            averaged = any(c.startswith("EMA-") for c in output.components)
+            averaged = any(map(self.catalog.is_average, output.components))
             return [n for n in opened.identity.optional if averaged or not n.startswith(EMA)]
         absent = [n for n in output.keep if n not in opened.checkpoint and n not in self.catalog.optional]
         if absent:
@@ -439,7 +438,7 @@ class _Resolver:
             "unknown": rest,
         }
         names = {r: tuple(n for n in found if n not in kept) for r, found in reasons.items()}
-        if any(c.startswith("EMA-") for c in output.components):
+        if any(map(self.catalog.is_average, output.components)):
             names.pop("EMA")
         sizes = {k: sum(opened.checkpoint[n].nbytes for n in v) for k, v in names.items()}
         self.plan.left_out[base.name] = LeftOut({k: v for k, v in names.items() if v}, sizes)

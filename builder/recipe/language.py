@@ -281,10 +281,6 @@ class Base(Kind):
         }
 
 
-BLOCKS = {  # by count of numbers: what a string of block weights names, in its order
-    26: ("base", *(f"IN{i:02}" for i in range(12)), "M00", *(f"OUT{i:02}" for i in range(12))),
-    20: ("base", *(f"IN{i:02}" for i in range(9)), "M00", *(f"OUT{i:02}" for i in range(9))),
-}
 _NUMBER = r"[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?"
 
 
@@ -293,13 +289,18 @@ class BlockWeights(Kind):
     """A number for the whole model, or one for each block of its UNET and a base for all the rest.
 
     Gives a float where all are equal, else a dict: the base, then every block that differs from it. A
-    string has 26 numbers (SD v1 and v2) or 20 (SDXL), in the order of `BLOCKS`.
+    string has a number for `base` and one for each of the `blocks` that the catalog knows so many of.
     """
 
     weight: Number
-    noun: str = "a number, a string of 26 numbers or a table of blocks"
-    label: str = "number, string of 26 (SDXL: 20) numbers, or table of blocks"
+    blocks: Mapping[int, tuple[str, ...]]
+    noun: str = "a number, a string of numbers or a table of blocks"
+    label: str = "number, string of a number for the base and each block, or table of blocks"
     types: tuple[type, ...] = (int, float, str, dict)
+
+    @property
+    def _names(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(["base", *(b for blocks in self.blocks.values() for b in blocks)]))
 
     def check(self, value: Any, at: At) -> Any:
         if isinstance(value, str):
@@ -312,20 +313,19 @@ class BlockWeights(Kind):
         words = [w.strip() for w in value.split(",")]
         if any(not re.fullmatch(_NUMBER, w) for w in words):
             return at.wrong(f"{at.name} must hold numbers with commas between")
-        if len(words) not in BLOCKS:
-            with_base = len(words) + 1 in BLOCKS
+        if len(words) - 1 not in self.blocks:
+            with_base = len(words) in self.blocks
             hint = "put the base first: the weight of all that is in no block" if with_base else None
-            return at.wrong(f"{at.name} has {len(words)} numbers, not 26 (or 20 for SDXL)", hint=hint)
-        return dict(zip(BLOCKS[len(words)], map(float, words), strict=True))
+            due = " or ".join(str(count + 1) for count in self.blocks)
+            return at.wrong(f"{at.name} has {len(words)} numbers, not {due}", hint=hint)
+        return dict(zip(("base", *self.blocks[len(words) - 1]), map(float, words), strict=True))
 
     def _table(self, value: dict[str, Any], at: At) -> Any:
-        names = BLOCKS[26]
+        names = self._names
         found: dict[str, float] = {}
         for key, item in value.items():
             if key not in names:
-                hint = (
-                    did_you_mean(key, names) or "known: `base`, `IN00` to `IN11`, `M00`, `OUT00` to `OUT11`"
-                )
+                hint = did_you_mean(key, names) or f"there are {', '.join(f'`{n}`' for n in names)}"
                 at.down(key).wrong(f"unknown block `{key}`", hint=hint, key=True)
             elif (read := self.weight.read(item, at.down(key))) is not WRONG:
                 found[key] = read
@@ -341,10 +341,10 @@ class BlockWeights(Kind):
 
     def schema(self, defs: Schema) -> Schema:
         number = self.weight.schema(defs)
-        counts = "|".join(f"({_NUMBER}\\s*,\\s*){{{count - 1}}}{_NUMBER}" for count in BLOCKS)
+        counts = "|".join(f"({_NUMBER}\\s*,\\s*){{{count}}}{_NUMBER}" for count in self.blocks)
         table = {
             "type": "object",
-            "properties": dict.fromkeys(BLOCKS[26], number),
+            "properties": dict.fromkeys(self._names, number),
             "required": ["base"],
             "additionalProperties": False,
         }
@@ -352,17 +352,17 @@ class BlockWeights(Kind):
 
 
 PARAMS: dict[str, Any] = {
-    "number": lambda p: Number(p.minimum, p.maximum),
-    "integer": lambda p: Number(p.minimum, p.maximum, whole=True),
-    "string": lambda p: Text(CLEAN),
-    "boolean": lambda p: Boolean(),
-    "choice": lambda p: Choice("choice", dict.fromkeys(p.choices, "")),
-    "block-weights": lambda p: BlockWeights(Number(p.minimum, p.maximum)),
+    "number": lambda p, _: Number(p.minimum, p.maximum),
+    "integer": lambda p, _: Number(p.minimum, p.maximum, whole=True),
+    "string": lambda p, _: Text(CLEAN),
+    "boolean": lambda p, _: Boolean(),
+    "choice": lambda p, _: Choice("choice", dict.fromkeys(p.choices, "")),
+    "block-weights": lambda p, catalog: BlockWeights(Number(p.minimum, p.maximum), catalog.blocks),
 }
 
 
-def _param(param: Param) -> Key:
-    kind: Kind = PARAMS[param.kind](param)
+def _param(param: Param, catalog: Catalog) -> Key:
+    kind: Kind = PARAMS[param.kind](param, catalog)
     example = {"number": "0.5", "block-weights": "0.5", "integer": "1", "boolean": "true"}.get(
         param.kind, '"…"'
     )
@@ -395,7 +395,7 @@ class StepKind(Kind):
         return {"oneOf": [s.schema(defs) for s in self.operations.values()]}
 
 
-def _operation(operation: Operation, classes: Choice) -> Struct:
+def _operation(operation: Operation, classes: Choice, catalog: Catalog) -> Struct:
     inputs = {n: Key(REFERENCE, "A source or step.", '"…"', required=True) for n in operation.inputs}
     optional = {n: Key(REFERENCE, "A source or step.", '"…"') for n in operation.optional_inputs}
     keys = {
@@ -404,7 +404,7 @@ def _operation(operation: Operation, classes: Choice) -> Struct:
         ),
         **inputs,
         **optional,
-        **{n: _param(p) for n, p in operation.params.items()},
+        **{n: _param(p, catalog) for n, p in operation.params.items()},
         "components": Key(
             Array(classes, minimum=1),
             "Only these classes; the others are those of its first input.",
@@ -583,7 +583,7 @@ def _language(words: Vocabulary) -> Struct:
         excludes={"recipe": ("file", "sha256", "size", "urls")},
         needs={"output": "recipe"},
     )
-    steps = StepKind({n: _operation(o, classes) for n, o in words.operations.items()})
+    steps = StepKind({n: _operation(o, classes, catalog) for n, o in words.operations.items()})
     tables = (source, output, expect)
     keys = {
         "format": Key(Format(), "Version of the language.", str(FORMAT), required=True),

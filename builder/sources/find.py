@@ -14,8 +14,9 @@ from typing import Protocol
 
 from builder.base.errors import FetchError, Place, Problem, SourceError
 from builder.base.progress import SILENT, Reporter
-from builder.formats import open_checkpoint, sniff
+from builder.formats import sniff
 from builder.formats.blob import FileBlob
+from builder.formats.open import files_of as checkpoint_files
 from builder.store import Store
 
 # Bounds of a search: a folder of models is not a whole disk.
@@ -212,8 +213,7 @@ def files_of(path: Path) -> list[Path]:
             head = blob.read(0, min(blob.size, sniff.HEAD))
         if sniff.is_safetensors(head) or head.lstrip()[:1] != b"{":
             return [path]
-    with open_checkpoint(path) as checkpoint:
-        return sorted(Path(blob.name) for blob in checkpoint.blobs)
+    return checkpoint_files(path)
 
 
 def _digest(path: Path, digests: Mapping[Path, str]) -> str:

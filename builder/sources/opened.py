@@ -210,7 +210,10 @@ class Sources:
         Raises SourceError when it holds something else than was planned with.
         """
         if self.find(name) is None and name in self._open:
-            with open_checkpoint(found.path) as now, self._open.pop(name).checkpoint as before:
+            with (
+                open_checkpoint(found.path, self.catalog.layouts) as now,
+                self._open.pop(name).checkpoint as before,
+            ):
                 if (_contents(now), now.metadata) != (_contents(before), before.metadata):
                     raise SourceError(
                         Problem(f"`{name}` is not what its host showed at first", hint="build again")
@@ -233,7 +236,11 @@ class Sources:
         """A source's table of contents and identity; raises CkptError when it cannot be had."""
         if name not in self._open:
             found = self.find(name)
-            checkpoint = open_checkpoint(found.path) if found is not None else self._open_remote(name)
+            checkpoint = (
+                open_checkpoint(found.path, self.catalog.layouts)
+                if found is not None
+                else self._open_remote(name)
+            )
             self._open[name] = OpenSource(checkpoint, identify(checkpoint, self.catalog))
         return self._open[name]
 
@@ -251,7 +258,7 @@ class Sources:
             except CkptError as error:
                 refused = error
         if self._download:
-            return open_checkpoint(self.fetch(name).path)
+            return open_checkpoint(self.fetch(name).path, self.catalog.layouts)
         raise refused
 
     def _read_remote(self, name: str, address: str) -> Checkpoint:
@@ -260,7 +267,7 @@ class Sources:
 
         where = parse_address(address)
         if isinstance(where, LocalFile):
-            return open_checkpoint(where.under(self._folder))
+            return open_checkpoint(where.under(self._folder), self.catalog.layouts)
         checkpoint = open_remote(where, session=self.session())
         size = self.wanted(name).size
         if size is not None and checkpoint.size != size:

@@ -15,7 +15,7 @@ from builder.base.progress import SILENT, Reporter, human_bytes
 from builder.formats import open_checkpoint
 from builder.formats.blob import FileBlob
 from builder.formats.checkpoint import Checkpoint
-from builder.models.catalog import Catalog
+from builder.models.catalog import Catalog, ModelSpec
 from builder.models.identify import identify
 from builder.recipe.names import recipe_name
 from builder.tensors.cast import PRECISIONS, Faults, NonFinite, Overflow, Precision, cast_all
@@ -23,6 +23,7 @@ from builder.tensors.lazy import LazyTensor
 from builder.toolkit.quick import Quick
 
 if TYPE_CHECKING:
+    from builder.formats.layouts import Layout
     from builder.formats.layouts.configs import Prediction
 
 Form = Literal["safetensors", "torch", "sharded", "diffusers"]
@@ -35,16 +36,6 @@ FORMS: dict[str, Form] = {
     ".pth": "torch",
     ".bin": "torch",
     ".safetensors.index.json": "sharded",
-}
-
-# The architectures that diffusers has a layout for here, and which.
-FAMILIES = {
-    "SD-v1": "SD-v1",
-    "SD-v1-Pix2Pix": "SD-v1",
-    "SD-mini": "SD-v1",
-    "SD-v2": "SD-v2",
-    "SD-XL": "SD-XL",
-    "SD-XL-Refiner": "SD-XL-Refiner",
 }
 
 VOCABULARY = ("vocab.json", "merges.txt")
@@ -121,7 +112,7 @@ def convert(
         option = "--prediction" if prediction else "--tokenizer"
         fact = f"`{option}` is for a diffusers folder, and `{target}` is none"
         raise UsageError(Problem(fact, hint="name a folder, or leave the option out"))
-    with open_checkpoint(source) as checkpoint:
+    with open_checkpoint(source, catalog.layouts) as checkpoint:
         faults = Faults()
         tensors = _cast(checkpoint, precision, overflow, non_finite, faults, catalog)
         blobs = [b for b in checkpoint.blobs if isinstance(b, FileBlob)]
@@ -157,7 +148,7 @@ def recipe_of(
 
     A recipe makes one file, and carries what the catalog knows under the names that it has there.
     """
-    with open_checkpoint(source) as checkpoint:
+    with open_checkpoint(source, catalog.layouts) as checkpoint:
         identity = identify(checkpoint, catalog)
     left = [*identity.ema, *identity.junk, *identity.unknown, *identity.scales]
     odd = [m.component.name for m in identity.matches if m.diffusers_attention or m.usual_prefix]
@@ -281,7 +272,7 @@ class _Model(NamedTuple):
     `others` are those that are no part of the model, such as averaged weights.
     """
 
-    family: str
+    layout: Layout
     tensors: Mapping[str, LazyTensor]
     others: Mapping[str, LazyTensor]
     metadata: Mapping[str, str]
@@ -296,12 +287,13 @@ def _model(
     prediction: Prediction | None,
 ) -> _Model:
     identity = identify(checkpoint, catalog)
-    family = FAMILIES.get(identity.architecture or "") if identity.intact else None
-    if family is None:
+    architecture = catalog.architectures.get(identity.architecture or "") if identity.intact else None
+    if architecture is None or architecture.diffusers is None:
+        known = ", ".join(a.name for a in catalog.architectures.values() if a.diffusers is not None)
         raise SourceError(
             Problem(
                 f"`{checkpoint.name}` is no model that diffusers' layout is known for",
-                evidence=(f"it is {identity.architecture or 'unknown'}", f"there are {', '.join(FAMILIES)}"),
+                evidence=(f"it is {identity.architecture or 'unknown'}", f"there are {known}"),
                 hint="name a file to write it in another container",
             )
         )
@@ -314,31 +306,33 @@ def _model(
                 hint="name a file to write it in another container",
             )
         )
-    architecture = catalog.architecture(str(identity.architecture))
+    layout = catalog.layouts[architecture.diffusers]
     usual: dict[str, str] = {}
     for match in (m for m in identity.matches if m.component.cls in architecture.slots):
         prefix = catalog.component_for(match.component.cls, architecture).prefix
         usual |= {full: prefix + bare for bare, full in match.names.items()}
     return _Model(
-        family,
+        layout,
         {usual[name]: tensor for name, tensor in tensors.items() if name in usual},
         {name: tensor for name, tensor in tensors.items() if name not in usual},
         _metadata(checkpoint),
-        prediction or _prediction(checkpoint, family),
+        prediction or _prediction(checkpoint, architecture.modelspec, layout),
         "ztsnr" in checkpoint,
     )
 
 
-def _prediction(checkpoint: Checkpoint, family: str) -> Prediction:
+def _prediction(checkpoint: Checkpoint, spec: ModelSpec | None, layout: Layout) -> Prediction:
     said = checkpoint.metadata.get("modelspec.prediction_type", "")
-    architecture = checkpoint.metadata.get("modelspec.architecture", "")
-    if "v_pred" in checkpoint or said in ("v", "v_prediction") or architecture.endswith("-768-v"):
+    called = checkpoint.metadata.get("modelspec.architecture", "")
+    names = (spec.architecture, spec.v) if spec is not None else ()
+    if "v_pred" in checkpoint or said in ("v", "v_prediction") or called in names[1:]:
         return "v"
-    if family == "SD-v2" and said != "epsilon" and not architecture.endswith("-512"):
+    if layout.pixels_v is not None and said != "epsilon" and called not in names[:1]:
+        kinds = f"of {layout.pixels} pixels epsilon, of {layout.pixels_v} pixels v"
         raise UsageError(
             Problem(
                 f"nothing in `{checkpoint.name}` says what it predicts",
-                evidence=("SD v2 comes in both kinds: of 512 pixels epsilon, of 768 pixels v",),
+                evidence=(f"{layout.name} comes in both kinds: {kinds}",),
                 hint="say `--prediction epsilon` or `--prediction v`",
             )
         )
@@ -380,7 +374,7 @@ def _write_folder(
     with making_folder(target, durable=options["durable"]) as folder:
         rest = write_folder(
             folder,
-            model.family,
+            model.layout,
             model.tensors,
             model.metadata,
             others=model.others,

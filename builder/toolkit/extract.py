@@ -6,17 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 from builder.base.errors import Problem, UsageError
+from builder.models.catalog import PARTS, Catalog
 from builder.models.identify import Match
-from builder.models.metric import SCALES
 from builder.models.parts import kind
 from builder.recipe.names import free_name, stem
 from builder.toolkit.quick import output_path
 
-PARTS = ("unet", "vae", "clip")  # of a metric, in their order
-
 
 def target_of(
-    file: Path, match: Match, cls: str, output: Path | None, form: str | None
+    file: Path, match: Match, cls: str, output: Path | None, form: str | None, catalog: Catalog
 ) -> Path | Callable[[str], Path]:
     """The file to write, or how it is named once its metric is known."""
     if output is not None and not output.is_dir():
@@ -27,7 +25,7 @@ def target_of(
         return output
     folder = output if output is not None else file.parent
     average = "-ema" if match.component.cls != cls else ""
-    scale = SCALES.get(cls)
+    scale = catalog.scales.get(cls)
     suffix = f".{kind(cls) if scale else cls}.{form or 'safetensors'}".lower()
 
     def named(metric: str) -> Path:

@@ -11,5 +11,5 @@ from builder.models.identify import Identity, identify
 
 def look(path: Path, catalog: Catalog) -> Identity:
     """What a file is, from its table of contents; raises SourceError."""
-    with open_checkpoint(path) as checkpoint:
+    with open_checkpoint(path, catalog.layouts) as checkpoint:
         return identify(checkpoint, catalog)

@@ -106,7 +106,7 @@ class Pruning:
 
 def plan_pruning(path: Path, catalog: Catalog, options: Options) -> Pruning:
     """What pruning would do to a file, from its table of contents; raises SourceError for no checkpoint."""
-    with open_checkpoint(path) as checkpoint:
+    with open_checkpoint(path, catalog.layouts) as checkpoint:
         report = examine(checkpoint, catalog, metric=False)
     identity, tensors = report.identity, report.tensors
     at = home(identity, catalog)

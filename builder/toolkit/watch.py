@@ -16,7 +16,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from builder.base.disk import replacing, write_all
-from builder.base.errors import CkptError, OutputError, Place, Problem, SourceError, UsageError, render
+from builder.base.errors import (
+    CkptError,
+    OutputError,
+    Place,
+    Problem,
+    SourceError,
+    UsageError,
+    did_you_mean,
+    render,
+)
 from builder.base.progress import SILENT, Reporter
 from builder.formats import open_checkpoint
 from builder.formats.hashes import sha256_file
@@ -34,31 +43,6 @@ FAILED = "Failed"
 SETTLE = 3.0  # seconds without a change after which a file counts as whole, if it opens
 PATIENCE = 20  # times as long, if it does not open: a slow copy may stall
 RETRY = 60.0  # seconds after which something is tried again that the system prevented
-
-# Folders below that of all models, by the kind of what a file is; "" is the rest.
-LAYOUTS: dict[str, dict[str, str]] = {
-    "a1111": {
-        "checkpoint": "Stable-diffusion",
-        "VAE": "VAE",
-        "LoRA": "Lora",
-        "ControlNet": "ControlNet",
-        "CLIP": "text_encoder",
-        "T5": "text_encoder",
-        "": "Components",
-    },
-    "comfyui": {
-        "checkpoint": "checkpoints",
-        "VAE": "vae",
-        "LoRA": "loras",
-        "ControlNet": "controlnet",
-        "CLIP": "text_encoders",
-        "T5": "text_encoders",
-        "UNET": "diffusion_models",
-        "MMDIT": "diffusion_models",
-        "DIT": "diffusion_models",
-        "": "components",
-    },
-}
 
 _UNFINISHED = (".part", ".crdownload", ".tmp", ".aria2", ".partial", ".!qB")  # what downloads lie beside
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
@@ -86,18 +70,20 @@ class _Seen:
     not_before: float = 0.0
 
 
-def layout_of(models: Path) -> str:
-    """The layout that a folder of models has: ComfyUI's where it holds `checkpoints`, else A1111's."""
-    a1111 = (models / LAYOUTS["a1111"]["checkpoint"]).is_dir()
-    return "comfyui" if (models / "checkpoints").is_dir() and not a1111 else "a1111"
+def layout_of(models: Path, catalog: Catalog) -> str:
+    """The program whose folder of whole models a folder of models has; else the first that there is."""
+    programs = catalog.programs
+    return next((p for p in programs if (models / programs[p]["checkpoint"]).is_dir()), next(iter(programs)))
 
 
 class Watch:
     """A watched folder.
 
-    `into` is the folder of all models, whose subfolders `layout` names. A file is touched once it has not
-    changed for `settle` seconds, nobody has it open for writing, and it opens as a checkpoint; what does
-    not open is given up after `PATIENCE` times as long. Hidden files, links and folders are left alone.
+    `into` is the folder of all models, whose subfolders are those of the program `layout`. A file is touched
+    once it has not changed for `settle` seconds, nobody has it open for writing, and it opens as a
+    checkpoint; what does not open is given up after `PATIENCE` times as long. Hidden files, links and folders
+    are left alone.
+    Raises UsageError for a program that the catalog does not know.
     """
 
     def __init__(
@@ -115,7 +101,10 @@ class Watch:
     ) -> None:
         self.folder = folder
         self.into = into
-        self.layout = LAYOUTS[layout]
+        if layout not in catalog.programs:
+            hint = did_you_mean(layout, catalog.programs) or f"there are {', '.join(catalog.programs)}"
+            raise UsageError(Problem(f"the folders of `{layout}` are not known", hint=hint))
+        self.layout = catalog.programs[layout]
         self.options = options
         self.catalog = catalog
         self.store = store
@@ -222,7 +211,7 @@ class Watch:
 
     def _place(self, pruning: Pruning, status: os.stat_result) -> Event | None:
         path = pruning.path
-        folder = self.into / self.layout.get(kind_of(pruning.identity, self.catalog), self.layout[""])
+        folder = self.into / self.layout.get(kind_of(pruning.identity, self.catalog), self.layout["other"])
         folder.mkdir(parents=True, exist_ok=True)
         place = folder / f"{stem(path)}.safetensors"
         state: State = "moved"
@@ -350,7 +339,7 @@ def same_file(path: Path, folder: Path) -> Path | None:
 def verify_on_disk(path: Path, sha256: str, identity: Identity, catalog: Catalog) -> None:
     """Read a file back from the disk; raises OutputError unless it is what was written, and what it was."""
     found = _on_disk(path)
-    with open_checkpoint(path) as checkpoint:
+    with open_checkpoint(path, catalog.layouts) as checkpoint:
         now = identify(checkpoint, catalog)
     if found != sha256 or now.architecture != identity.architecture:
         evidence = (f"written: SHA-256 {sha256}", f"read:    SHA-256 {found}")

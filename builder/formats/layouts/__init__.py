@@ -2,71 +2,104 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
-from builder.formats.layouts.tables import PARTS
+from builder.formats.layouts.rules import Rules
 from builder.tensors.lazy import LazyTensor
 
 Tensors = Mapping[str, LazyTensor]
 
 
-def to_diffusers(
-    family: str, tensors: Tensors
-) -> tuple[dict[str, dict[str, LazyTensor]], dict[str, LazyTensor]]:
-    """A full checkpoint's tensors by diffusers' folder and name; and those that have no place there.
+@dataclass(frozen=True)
+class Part:
+    """A part of a model: its folder in diffusers' layout, and its prefix in an original file.
 
-    `family` is one of `PARTS`, `tensors` have their full original names. Nothing is read.
+    `model` is the class that loads it, of `library`; `config` what shapes do not say of it. `tokenizer` is
+    the folder of the one that the part needs, which fills up with the token `padding`.
     """
-    made: dict[str, dict[str, LazyTensor]] = {part.folder: {} for part in PARTS[family]}
-    rest: dict[str, LazyTensor] = {}
-    for name, tensor in tensors.items():
-        part = next((p for p in PARTS[family] if name.startswith(p.prefix)), None)
-        new = part.rules.to_diffusers(name[len(part.prefix) :], tensor) if part else None
-        if part is None or new is None:
-            rest[name] = tensor
-        else:
-            made[part.folder].update(new)
-    return made, rest
+
+    folder: str
+    prefix: str
+    rules: Rules
+    model: str
+    library: str = "diffusers"
+    config: Mapping[str, Any] = field(default_factory=dict)
+    tokenizer: str | None = None
+    padding: str = ""
 
 
-def family_of(folders: Mapping[str, Tensors]) -> str | None:
-    """The family of a model in diffusers' layout, by the parts it has and its UNET; None: it is another."""
-    unet = folders.get("unet")
-    if unet is None:
-        return None
-    deep = any(name.startswith("down_blocks.3.") for name in unet)
-    encoders = folders.keys() & {"text_encoder", "text_encoder_2"}
-    if not deep:
-        return "SD-XL"
-    if encoders == {"text_encoder_2"}:
-        return "SD-XL-Refiner"
-    projection = unet.get("down_blocks.0.attentions.0.proj_in.weight")
-    if len(encoders) == 2 or projection is None:
-        return None
-    return "SD-v2" if len(projection.shape) == 2 else "SD-v1"
+@dataclass(frozen=True)
+class Layout:
+    """A model as diffusers has it.
 
-
-def to_original(
-    family: str, folders: Mapping[str, Tensors]
-) -> tuple[dict[str, LazyTensor], dict[str, list[str]]]:
-    """A full checkpoint's tensors from those of diffusers' folders; and names without a place, by folder.
-
-    Nothing is read. Raises ValueError with a name that two tensors would have.
+    It is told by `FOLDER/NAME` of its tensors: some begin with each of `has`, none with any of `lacks`, and
+    those of `ranks` have as many dimensions. `pipelines` are pipelines by the channels that `unet` takes,
+    `pipeline` is any other. `pixels` are those it was trained on, `pixels_v` where it predicts v.
+    `index` and `absent` are entries of the model's index; `scheduler` is a configuration, to which
+    `plain` adds where the noise schedule leaves some of the picture, and `zero_snr` where it does not.
     """
-    made: dict[str, LazyTensor] = {}
-    strange: dict[str, list[str]] = {}
-    for part in PARTS[family]:
-        found = folders.get(part.folder, {})
-        if part.folder.startswith("text_encoder"):
-            found = {_text_model(n): t for n, t in found.items()}
-        original, left = part.rules.to_original(found)
-        made |= {part.prefix + n: t for n, t in original.items()}
-        if left:
-            strange[part.folder] = left
-    return made, strange
+
+    name: str
+    parts: tuple[Part, ...]
+    has: tuple[str, ...]
+    lacks: tuple[str, ...]
+    ranks: Mapping[str, int]
+    pipeline: str
+    pipelines: Mapping[str, str]
+    pixels: int
+    pixels_v: int | None
+    index: Mapping[str, Any]
+    absent: tuple[str, ...]
+    scheduler: Mapping[str, Any]
+    plain: Mapping[str, Any]
+    zero_snr: Mapping[str, Any]
+
+    def fits(self, ranks: Mapping[str, int]) -> bool:
+        """Whether tensors, of so many dimensions by `FOLDER/NAME`, are a model in this layout."""
+        return (
+            all(any(name.startswith(start) for name in ranks) for start in self.has)
+            and not any(name.startswith(self.lacks) for name in ranks)
+            and all(ranks.get(name) == rank for name, rank in self.ranks.items())
+        )
+
+    def to_diffusers(
+        self, tensors: Tensors
+    ) -> tuple[dict[str, dict[str, LazyTensor]], dict[str, LazyTensor]]:
+        """A full checkpoint's tensors by diffusers' folder and name; and those that have no place there.
+
+        `tensors` have their full original names. Nothing is read.
+        """
+        made: dict[str, dict[str, LazyTensor]] = {part.folder: {} for part in self.parts}
+        rest: dict[str, LazyTensor] = {}
+        for name, tensor in tensors.items():
+            part = next((p for p in self.parts if name.startswith(p.prefix)), None)
+            new = part.rules.to_diffusers(name[len(part.prefix) :], tensor) if part else None
+            if part is None or new is None:
+                rest[name] = tensor
+            else:
+                made[part.folder].update(new)
+        return made, rest
+
+    def to_original(
+        self, folders: Mapping[str, Tensors]
+    ) -> tuple[dict[str, LazyTensor], dict[str, list[str]]]:
+        """A full checkpoint's tensors from those of diffusers' folders; and names without a place, by folder.
+
+        Nothing is read. Raises ValueError with a name that two tensors would have.
+        """
+        made: dict[str, LazyTensor] = {}
+        strange: dict[str, list[str]] = {}
+        for part in self.parts:
+            original, left = part.rules.to_original(folders.get(part.folder, {}))
+            made |= {part.prefix + n: t for n, t in original.items()}
+            if left:
+                strange[part.folder] = left
+        return made, strange
 
 
-def _text_model(name: str) -> str:
-    """A text encoder's name as transformers before version 5 writes it."""
-    known = name.startswith(("text_model.", "text_projection"))
-    return name if known else f"text_model.{name}"
+def layout_of(folders: Mapping[str, Tensors], layouts: Iterable[Layout]) -> Layout | None:
+    """The layout of a model in diffusers' folders; None: it is another."""
+    ranks = {f"{folder}/{name}": len(t.shape) for folder, held in folders.items() for name, t in held.items()}
+    return next((layout for layout in layouts if layout.fits(ranks)), None)

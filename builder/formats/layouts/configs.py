@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from math import gcd
 from typing import Any, Literal
 
-from builder.formats.layouts.tables import CLIP, PARTS
-from builder.tensors.lazy import LazyTensor
+from builder.base.errors import CatalogError, Problem
+from builder.formats.layouts import Layout, Part, Tensors
 
-Tensors = Mapping[str, LazyTensor]
 Prediction = Literal["epsilon", "v"]
 Config = dict[str, Any]
 
@@ -22,41 +20,8 @@ VERSION = "0.30.0"  # of diffusers, whose conventions these files follow
 _GROUPS = 32
 
 
-@dataclass(frozen=True)
-class Facts:
-    """What shapes do not say: the pipeline's name, the pixels it was trained on, the scale of its latents."""
-
-    pipeline: str
-    pixels: int
-    scaling: float
-    index: Mapping[str, Any]
-
-
-_PLAIN = {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
-
-FACTS: dict[str, Facts] = {
-    "SD-v1": Facts("StableDiffusion", 512, 0.18215, _PLAIN),
-    "SD-v2": Facts("StableDiffusion", 512, 0.18215, _PLAIN),
-    "SD-XL": Facts("StableDiffusionXL", 1024, 0.13025, {"force_zeros_for_empty_prompt": True}),
-    "SD-XL-Refiner": Facts(
-        "StableDiffusionXL",
-        1024,
-        0.13025,
-        {
-            "force_zeros_for_empty_prompt": False,
-            "requires_aesthetics_score": True,
-            "text_encoder": [None, None],
-            "tokenizer": [None, None],
-        },
-    ),
-}
-
-# The kind of pipeline, by the channels that the UNET takes: latents alone, with a picture, with a mask too.
-_KINDS = {4: "", 8: "InstructPix2Pix", 9: "Inpaint"}
-
-
 def configs(
-    family: str,
+    layout: Layout,
     parts: Mapping[str, Tensors],
     *,
     prediction: Prediction,
@@ -68,40 +33,49 @@ def configs(
     `parts` are the tensors by diffusers' folder and name; `zero_snr`: the noise schedule ends in nothing
     but noise. Without `tokenizers` the folder says that it has none, and a loader asks for them.
     """
-    facts = FACTS[family]
-    unet = _unet(parts["unet"])
-    kind = "Img2Img" if family == "SD-XL-Refiner" else _KINDS.get(unet["in_channels"], "")
-    scheduler = _scheduler(facts.pipeline, prediction, zero_snr)
-    pixels = 768 if family == "SD-v2" and prediction == "v" else facts.pixels
-    vae = _vae(parts["vae"], facts.scaling)
-    unet["sample_size"] = pixels >> (len(vae["block_out_channels"]) - 1)
-    # SD 2.1 overflows in FP16 without it, and what is no SD 2.1 looks just the same.
-    unet["upcast_attention"] = family == "SD-v2"
-    made: dict[str, Config] = {
-        MODEL_INDEX: {
-            "_class_name": f"{facts.pipeline}{kind}Pipeline",
-            "_diffusers_version": VERSION,
-            **facts.index,
-            "scheduler": ["diffusers", scheduler["_class_name"]],
-            "unet": ["diffusers", unet["_class_name"]],
-            "vae": ["diffusers", vae["_class_name"]],
-        },
-        SCHEDULER: scheduler,
-        "unet/config.json": unet,
-        "vae/config.json": vae | {"sample_size": pixels},
+    pixels = (layout.pixels_v if prediction == "v" else None) or layout.pixels
+    scheduler: Config = {
+        "_diffusers_version": VERSION,
+        "prediction_type": "v_prediction" if prediction == "v" else "epsilon",
+        "trained_betas": None,
+        **layout.scheduler,
+        **(layout.zero_snr if zero_snr else layout.plain),
     }
-    for part in (p for p in PARTS[family] if p.folder.startswith("text_encoder")):
-        folder, tokenizer = part.folder, part.folder.replace("text_encoder", "tokenizer")
-        text = _text_encoder(parts[folder], "quick_gelu" if part.rules is CLIP else "gelu")
-        made[f"{folder}/config.json"] = text
-        made[MODEL_INDEX] |= {
-            folder: ["transformers", text["architectures"][0]],
-            tokenizer: ["transformers", "CLIPTokenizer"] if tokenizers else [None, None],
-        }
-        padding = "<|endoftext|>" if part.rules is CLIP else "!"
-        for name, config in _tokenizer(padding).items() if tokenizers else ():
-            made[f"{tokenizer}/{name}"] = config
+    index: Config = {
+        "_diffusers_version": VERSION,
+        **layout.index,
+        **{name: [None, None] for name in layout.absent},
+        "scheduler": ["diffusers", scheduler["_class_name"]],
+    }
+    made: dict[str, Config] = {MODEL_INDEX: index, SCHEDULER: scheduler}
+    for part in layout.parts:
+        index[part.folder] = [part.library, part.model]
+        config = _part(part, parts[part.folder])
+        made[f"{part.folder}/config.json"] = config
+        if part.tokenizer is not None:
+            index[part.tokenizer] = ["transformers", "CLIPTokenizer"] if tokenizers else [None, None]
+            for name, said in _tokenizer(part.padding).items() if tokenizers else ():
+                made[f"{part.tokenizer}/{name}"] = said
+    latents = pixels
+    if (vae := made.get("vae/config.json")) is not None:
+        vae["sample_size"] = pixels
+        latents = pixels >> (len(vae.get("block_out_channels", [0])) - 1)
+    if (unet := made.get("unet/config.json")) is not None:
+        unet["sample_size"] = latents
+    channels = str(unet.get("in_channels")) if unet is not None else ""
+    index["_class_name"] = layout.pipelines.get(channels, layout.pipeline)
     return made
+
+
+def _part(part: Part, tensors: Tensors) -> Config:
+    try:
+        derived = SHAPES[part.model][1](tensors) if part.model in SHAPES else {}
+    except (LookupError, ValueError) as error:
+        fact = f"what the layout puts into `{part.folder}` is no `{part.model}`"
+        raise CatalogError(Problem(fact, evidence=(f"it lacks {error}",))) from None
+    if part.library == "transformers":
+        return {"architectures": [part.model], **derived, **part.config}
+    return {"_class_name": part.model, "_diffusers_version": VERSION, **derived, **part.config}
 
 
 def _unet(tensors: Tensors) -> Config:
@@ -114,8 +88,6 @@ def _unet(tensors: Tensors) -> Config:
     linear = len(tensors[f"{middle}.proj_in.weight"].shape) == 2
     added = tensors.get("add_embedding.linear_1.weight")
     config: Config = {
-        "_class_name": "UNet2DConditionModel",
-        "_diffusers_version": VERSION,
         "act_fn": "silu",
         # The number of heads, whatever it is called; where it grows with the channels, a head is 64 wide.
         "attention_head_dim": [max(1, c // 64) for c in channels] if linear else 8,
@@ -145,12 +117,10 @@ def _unet(tensors: Tensors) -> Config:
     return config
 
 
-def _vae(tensors: Tensors, scaling: float) -> Config:
+def _vae(tensors: Tensors) -> Config:
     levels = list(_counted(tensors, "encoder.down_blocks.{}.resnets.1.conv2.weight"))
     channels = [tensors[name].shape[0] for name in levels]
     return {
-        "_class_name": "AutoencoderKL",
-        "_diffusers_version": VERSION,
         "act_fn": "silu",
         "block_out_channels": channels,
         "down_block_types": ["DownEncoderBlock2D"] * len(channels),
@@ -159,20 +129,17 @@ def _vae(tensors: Tensors, scaling: float) -> Config:
         "layers_per_block": 2,
         "norm_num_groups": gcd(_GROUPS, *channels),
         "out_channels": tensors["decoder.conv_out.weight"].shape[0],
-        "scaling_factor": scaling,
         "up_block_types": ["UpDecoderBlock2D"] * len(channels),
     }
 
 
-def _text_encoder(tensors: Tensors, activation: str) -> Config:
+def _text_encoder(tensors: Tensors) -> Config:
     words, width = tensors["text_model.embeddings.token_embedding.weight"].shape
     projection = tensors.get("text_projection.weight")
     return {
-        "architectures": ["CLIPTextModel" if projection is None else "CLIPTextModelWithProjection"],
         "attention_dropout": 0.0,
         "bos_token_id": 0,
         "eos_token_id": 2,  # not the real one: says that the last of a prompt's tokens is the highest
-        "hidden_act": activation,
         "hidden_size": width,
         "intermediate_size": tensors["text_model.encoder.layers.0.mlp.fc1.weight"].shape[0],
         "layer_norm_eps": 1e-05,
@@ -184,33 +151,6 @@ def _text_encoder(tensors: Tensors, activation: str) -> Config:
         "projection_dim": width if projection is None else projection.shape[0],
         "vocab_size": words,
     }
-
-
-def _scheduler(pipeline: str, prediction: Prediction, zero_snr: bool) -> Config:
-    # PNDM is what SD v1 and v2 are published with, but it knows nothing of a schedule rescaled to zero SNR.
-    large = pipeline == "StableDiffusionXL"
-    name = "EulerDiscreteScheduler" if large else "DDIMScheduler" if zero_snr else "PNDMScheduler"
-    config: Config = {
-        "_class_name": name,
-        "_diffusers_version": VERSION,
-        "beta_end": 0.012,
-        "beta_schedule": "scaled_linear",
-        "beta_start": 0.00085,
-        "clip_sample": False,
-        "num_train_timesteps": 1000,
-        "prediction_type": "v_prediction" if prediction == "v" else "epsilon",
-        "set_alpha_to_one": False,
-        "steps_offset": 1,
-        "timestep_spacing": "trailing" if zero_snr else "leading",
-        "trained_betas": None,
-    }
-    if zero_snr:
-        config["rescale_betas_zero_snr"] = True
-    if name == "PNDMScheduler":
-        config["skip_prk_steps"] = True
-    if large:
-        config |= {"interpolation_type": "linear", "use_karras_sigmas": False}
-    return config
 
 
 def _tokenizer(padding: str) -> dict[str, Config]:
@@ -240,3 +180,12 @@ def _counted(tensors: Tensors, pattern: str) -> Iterator[str]:
 
 def _depth(tensors: Tensors, module: str) -> int:
     return len(list(_counted(tensors, f"{module}.transformer_blocks.{{}}.norm1.weight")))
+
+
+# Classes by name: their library, and what of their configuration shapes tell.
+SHAPES: dict[str, tuple[str, Callable[[Tensors], Config]]] = {
+    "UNet2DConditionModel": ("diffusers", _unet),
+    "AutoencoderKL": ("diffusers", _vae),
+    "CLIPTextModel": ("transformers", _text_encoder),
+    "CLIPTextModelWithProjection": ("transformers", _text_encoder),
+}

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
-from builder.base.braces import expand
 from builder.tensors.lazy import LazyTensor
 from builder.tensors.moves import Joined, Reshaped, Rows, Transposed
 
 Change = Literal["same", "linear", "transpose", "qkv"]
 
 
-@dataclass(frozen=True)
-class Rule:
-    """Modules or tensors by their names in both layouts, as patterns with braces that pair in order.
+CHANGES: tuple[Change, ...] = get_args(Change)
+
+
+class Rule(NamedTuple):
+    """A module or tensor by its name in both layouts; what follows in a name is the same in both.
 
     `change` is what becomes of the tensors in diffusers' layout: a 1x1 convolution is a `linear` layer; a
     matrix is `transpose`d; the rows of `qkv` are three tensors, whose names have q, k and v for the `*`.
@@ -39,26 +38,25 @@ class Rules:
     """The rules of one part of a model; the longest name that a rule knows decides.
 
     `without` are tensors of the original that diffusers makes itself, `read_also` other names that its
-    files may have.
+    files may have, `within` what may be left away at the beginning of a name there.
     """
 
-    def __init__(self, *rules: Rule, without: Sequence[str] = (), read_also: Sequence[Rule] = ()) -> None:
-        self._rules = rules
-        self._read_also = read_also
+    def __init__(
+        self,
+        rules: Sequence[Rule],
+        *,
+        without: Sequence[str] = (),
+        read_also: Sequence[Rule] = (),
+        within: str = "",
+    ) -> None:
         self._without = frozenset(without)
-
-    @cached_property
-    def _to_diffusers(self) -> dict[str, Place]:
-        return {o: Place(d, rule.change) for rule in self._rules for o, d in _pairs(rule)}
-
-    @cached_property
-    def _to_original(self) -> dict[str, Place]:
-        found: dict[str, Place] = {}
-        for rule in (*self._rules, *self._read_also):
-            for original, diffusers in _pairs(rule):
-                for part, name in enumerate(_split(diffusers)):
-                    found[name] = Place(original, rule.change, part)
-        return found
+        self._within = within
+        self._to_diffusers = {r.original: Place(r.diffusers, r.change) for r in rules}
+        self._to_original = {
+            name: Place(rule.original, rule.change, part)
+            for rule in (*rules, *read_also)
+            for part, name in enumerate(_split(rule.diffusers))
+        }
 
     def to_diffusers(self, name: str, tensor: LazyTensor) -> dict[str, LazyTensor] | None:
         """The tensors that one of the original is in diffusers' layout; None: it has none there."""
@@ -90,6 +88,8 @@ class Rules:
         strange: list[str] = []
         for name, tensor in tensors.items():
             place, rest = _longest(self._to_original, name)
+            if place is None and self._within:
+                place, rest = _longest(self._to_original, self._within + name)
             if place is None or (place.change == "transpose" and len(tensor.shape) != 2):
                 strange.append(name)
                 continue
@@ -112,19 +112,6 @@ class Rules:
             else:
                 strange += names.values()
         return made, strange
-
-
-@dataclass(frozen=True)
-class Part:
-    """A part of a model: its folder in diffusers' layout, and its prefix in an original file."""
-
-    folder: str
-    prefix: str
-    rules: Rules
-
-
-def _pairs(rule: Rule) -> list[tuple[str, str]]:
-    return list(zip(expand(rule.original)[0], expand(rule.diffusers)[0], strict=True))
 
 
 def _split(name: str) -> list[str]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
 
 import components_db
 from builder.base.errors import CatalogError, Problem, did_you_mean
@@ -13,12 +14,16 @@ from builder.base.words import spelling
 from builder.models.catalog.files import (
     Fields,
     Table,
+    modelspec,
     read_architectures,
+    read_classes,
     read_known,
     read_optional,
+    read_programs,
     read_table,
 )
 from builder.models.catalog.tables import (
+    PARTS,
     RANK,
     Architecture,
     Catalog,
@@ -27,11 +32,18 @@ from builder.models.catalog.tables import (
     KnownFile,
     KnownMetric,
     KnownPart,
+    Later,
+    ModelSpec,
+    Scale,
     TensorRule,
-    Tensors,
+    Traits,
 )
 
+if TYPE_CHECKING:
+    from builder.formats.layouts import Layout
+
 __all__ = [
+    "PARTS",
     "RANK",
     "Architecture",
     "Catalog",
@@ -40,7 +52,10 @@ __all__ = [
     "KnownFile",
     "KnownMetric",
     "KnownPart",
+    "ModelSpec",
+    "Scale",
     "TensorRule",
+    "Traits",
     "load_catalog",
 ]
 
@@ -50,8 +65,9 @@ BUILT_IN = Path(components_db.__file__).parent
 def load_catalog(extra: Sequence[Path] | None = None) -> Catalog:
     """The built-in catalog, and the folders of `extra` (default: those that CKPT_COMPONENTS names).
 
-    The tables of a user's own folders are checked at once; a built-in one is expanded when its tensors are
-    asked for. Called again with the same folders, it gives the same object. Raises CatalogError.
+    What is in a user's own folders is checked at once; a built-in table is expanded when its tensors are
+    asked for, and layouts are read when there is one to convert. Called again with the same folders, it gives
+    the same object. Raises CatalogError.
     """
     if extra is None:
         extra = [Path(p) for p in os.environ.get("CKPT_COMPONENTS", "").split(os.pathsep) if p]
@@ -74,7 +90,13 @@ def _load(extra: tuple[Path, ...]) -> Catalog:
     catalog = reader.catalog()
     for name in reader.tables.keys() - built_in:
         len(catalog.components[name].tensors)  # expands it
+    if any(not path.is_relative_to(BUILT_IN) for path, _ in reader.layouts):
+        len(catalog.layouts)
     return catalog
+
+
+def _order(architecture: Architecture) -> tuple[bool, str]:
+    return not architecture.path.startswith(f"{BUILT_IN.name}/"), architecture.name.casefold()
 
 
 class _Reader:
@@ -85,25 +107,24 @@ class _Reader:
         self.components: dict[str, Component] = {}
         self.architectures: dict[str, Architecture] = {}
         self.fields: dict[str, Fields] = {}  # of each architecture
+        self.described: dict[str, Fields] = {}  # of each class that has some
         self.spellings: dict[str, Architecture] = {}
         self.optional: dict[str, tuple[int, ...] | None] = {}
+        self.traits: dict[str, Traits] = {}
+        self.layouts: list[tuple[Path, str]] = []  # files, which are read when they are needed
+        self.programs: dict[str, dict[str, str]] = {}
         self.known: list[KnownMetric | KnownFile | KnownPart] = []
 
     def folder(self, root: Path, called: str) -> None:
-        """Read every TOML file below a folder; its subfolders `architectures` and `known` are special."""
+        """Read every TOML file below a folder; what it holds, its name or a folder's says."""
         for path in sorted(root.rglob("*.toml")):
             inner = path.relative_to(root)
             name = f"{called}/{inner.as_posix()}"
-            if inner.parts[0] == "architectures":
-                self._architectures(path, name)
-            elif inner.parts[0] == "known":
-                self.known += read_known(path, name)
-            elif inner.parts == ("optional.toml",):
-                self.optional |= read_optional(path, name)
-            else:
-                self._table(read_table(path, name))
+            kind = next((w for w in inner.with_suffix("").parts if w in self.KINDS), None)
+            (self.KINDS[kind] if kind else _Reader._table)(self, path, name)
 
-    def _table(self, table: Table) -> None:
+    def _table(self, path: Path, name: str) -> None:
+        table = read_table(path, name)
         if table.name in self.tables:
             other = self.tables[table.name].fields.document.path
             built_in = other.startswith(f"{BUILT_IN.name}/")
@@ -123,6 +144,46 @@ class _Reader:
             self.architectures[architecture.name] = architecture
             self.fields[architecture.name] = fields
 
+    def _classes(self, path: Path, name: str) -> None:
+        for cls, traits, fields in read_classes(path, name):
+            if cls in self.traits:
+                fields.fail(f"class `{cls}` is described already", evidence=(f"in {self.traits[cls].path}",))
+            for other, their in self.traits.items():
+                if len(their.blocks) == len(traits.blocks) and their.blocks != traits.blocks:
+                    fact = f"`{other}` has as many blocks under other names"
+                    fields.fail(fact, "blocks", value=True, evidence=(f"in {their.path}",))
+            self.traits[cls] = traits
+            self.described[cls] = fields
+
+    def _known(self, path: Path, name: str) -> None:
+        self.known += read_known(path, name)
+
+    def _optional(self, path: Path, name: str) -> None:
+        self.optional |= read_optional(path, name)
+
+    def _layouts(self, path: Path, name: str) -> None:
+        self.layouts.append((path, name))
+
+    def _programs(self, path: Path, name: str) -> None:
+        for program, folders, fields in read_programs(path, name):
+            known = self.programs.setdefault(program, {})
+            for kind in folders:
+                if kind in known:
+                    fields.fail(f"{program} has a folder for `{kind}` already", program, kind)
+            known |= folders
+            for kind in ("checkpoint", "other"):
+                if kind not in known:
+                    fields.fail(f"`{kind}` is missing", program)
+
+    KINDS: ClassVar[Mapping[str, Callable[[_Reader, Path, str], None]]] = {
+        "architectures": _architectures,
+        "classes": _classes,
+        "diffusers": _layouts,
+        "known": _known,
+        "optional": _optional,
+        "programs": _programs,
+    }
+
     def catalog(self) -> Catalog:
         """Join what was read. Raises CatalogError for a reference to something that is not there."""
         for name in self.tables:
@@ -133,8 +194,14 @@ class _Reader:
         for members in classes.values():
             # The standard one is that which is not a variant of another of its class.
             members.sort(key=lambda c: c.extends in {m.name for m in members})
+        for cls, fields in self.described.items():
+            if cls not in classes:
+                fields.fail(f"unknown class `{cls}`", hint=did_you_mean(cls, classes))
         for name, fields in self.fields.items():
             architecture = self.architectures[name]
+            for program in architecture.sidecars_v.keys() - self.programs.keys():
+                hint = did_you_mean(program, self.programs)
+                fields.fail(f"unknown program `{program}`", "sidecars_v", program, hint=hint)
             for field, known in (("slots", classes), ("only", self.components)):
                 for index, word in enumerate(getattr(architecture, field)):
                     if word not in known:
@@ -143,7 +210,9 @@ class _Reader:
         return Catalog(
             components=self.components,
             classes={cls: tuple(members) for cls, members in classes.items()},
-            architectures=self.architectures,
+            traits=self.traits,
+            # Of equals the first is meant: the built-in ones come first.
+            architectures=dict(sorted(self.architectures.items(), key=lambda named: _order(named[1]))),
             spellings=self.spellings,
             optional=self.optional,
             known=Known(
@@ -151,14 +220,29 @@ class _Reader:
                 tuple(k for k in self.known if isinstance(k, KnownFile)),
                 tuple(k for k in self.known if isinstance(k, KnownPart)),
             ),
+            layouts=Later(self._read_layouts),
+            programs=self.programs,
         )
+
+    def _read_layouts(self) -> dict[str, Layout]:
+        from builder.models.catalog.layouts import read_layouts
+
+        found = read_layouts(self.layouts)
+        for name, fields in self.fields.items():
+            layout = self.architectures[name].diffusers
+            if layout is not None and layout not in found:
+                hint = did_you_mean(layout, found)
+                fields.fail(f"unknown layout `{layout}`", "diffusers", value=True, hint=hint)
+        return found
 
     def _component(self, name: str, below: tuple[str, ...]) -> Component:
         if name in self.components:
             return self.components[name]
         table = self.tables[name]
         fields = table.fields
-        cls, prefix, plain = fields.get("class"), fields.get("prefix"), Tensors(dict)
+        cls, prefix = fields.get("class"), fields.get("prefix")
+        plain: Mapping[str, TensorRule] = {}
+        average_of = None
         if table.extends is not None:
             chain = (*below, name)
             if table.extends in chain:
@@ -169,20 +253,23 @@ class _Reader:
                 fields.fail(f"unknown component `{table.extends}`", "extends", value=True, hint=hint)
             base = self._component(table.extends, chain)
             plain = base.tensors
+            average_of = base.cls if fields.get("average") else None
             cls = base.cls if cls is None else cls
             prefix = base.prefix if prefix is None else prefix
         component = Component(
             name=name,
             cls=cls,
             prefix=prefix or "",
-            tensors=Tensors(partial(table.expand, plain)),
+            tensors=Later(partial(table.expand, plain)),
             keys=fields.get("keys"),
             parameters=fields.get("parameters"),
             note=fields.get("note"),
             naming=table.naming,
             base=table.extends if table.naming else None,
             extends=table.extends,
-            modelspec=fields.get("modelspec"),
+            average_of=average_of,
+            mislabelled=bool(fields.get("mislabelled")),
+            modelspec=modelspec(fields),
             path=fields.document.path,
             plain=plain,
         )

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from math import prod
-from pathlib import Path
+from math import isfinite, prod
+from pathlib import Path, PurePath
 from typing import Any, NoReturn
 
 from builder.base.braces import BraceError, expand
@@ -14,12 +14,16 @@ from builder.base.errors import CatalogError, Place, Problem, did_you_mean
 from builder.base.toml import Document, Keys, load, parse
 from builder.models.catalog.tables import (
     NAMINGS,
+    PARTS,
     RANK,
     Architecture,
     KnownFile,
     KnownMetric,
     KnownPart,
+    ModelSpec,
+    Scale,
     TensorRule,
+    Traits,
 )
 from builder.tensors.lazy import BY_CODE
 
@@ -35,7 +39,9 @@ _COMPONENT = {
     "extends": str,
     "without": list,
     "naming": str,
-    "modelspec": str,
+    "average": bool,
+    "mislabelled": bool,
+    "modelspec": dict,
     "keys": int,
     "parameters": int,
     "tensors": dict,
@@ -45,10 +51,14 @@ _ARCHITECTURE = {
     "aliases": list,
     "only": list,
     "precision": str,
-    "modelspec": str,
-    "modelspec_v": str,
+    "modelspec": dict,
+    "diffusers": str,
+    "sidecars_v": dict,
     "note": str,
 }
+_MODELSPEC = {"architecture": str, "v": str, "resolution": int, "resolution_v": int}
+_CLASS = {"metric": dict, "fixes": list, "blocks": list}
+_SCALE = {"part": str, "base": float, "k": int, "having": list, "lacking": list}
 _RULE = {"shape": list, "dtype": str, "optional": bool}
 _METRIC = {"name": str, "class": str, "value": str}
 _FILE = {
@@ -61,7 +71,14 @@ _FILE = {
     "fix": str,
 }
 _PART = {"name": str, "class": str, "xxh3": str, "sha256": str, "note": str, "fix": str}
-_WORDS = {str: "a string", int: "a number", bool: "true or false", list: "a list", dict: "a table"}
+_WORDS = {
+    str: "a string",
+    int: "a number",
+    float: "a number with a point",
+    bool: "true or false",
+    list: "a list",
+    dict: "a table",
+}
 
 
 class Fields:
@@ -96,6 +113,24 @@ class Fields:
     def strings(self, name: str) -> tuple[str, ...]:
         """The field's strings, none if it is not given."""
         return tuple(self.table.get(name, ()))
+
+    def inner(self, name: str, allowed: Mapping[str, type], *needed: str) -> Fields | None:
+        """A table inside, or None."""
+        return Fields(self.document, (*self.keys, name), allowed, *needed) if name in self.table else None
+
+    def texts(self, name: str) -> dict[str, str]:
+        """A table inside that has nothing but strings, empty if it is not given."""
+        for key, value in self.table.get(name, {}).items():
+            if not isinstance(value, str):
+                self.fail(f"`{key}` is not a string", name, key, value=True)
+        return dict(self.table.get(name, {}))
+
+    def expand(self, pattern: str, *keys: str | int) -> tuple[list[str], int]:
+        """What a pattern of this table, at these keys, stands for, as `braces.expand` gives it."""
+        try:
+            return expand(pattern)
+        except BraceError as wrong:
+            self.fail(str(wrong), *keys)
 
     def place(self, *keys: str | int, value: bool = False) -> Place:
         """Where a field of this table stands."""
@@ -146,15 +181,9 @@ class Table:
         self._checksums(rules)
         return rules
 
-    def _names(self, pattern: str, *keys: str | int) -> tuple[list[str], int]:
-        try:
-            return expand(pattern)
-        except BraceError as wrong:
-            self.fields.fail(str(wrong), *keys)
-
     def _without(self, pattern: str, base: Mapping[str, TensorRule], index: int) -> set[str]:
         found: set[str] = set()
-        for name in self._names(pattern, "without", index)[0]:
+        for name in self.fields.expand(pattern, "without", index)[0]:
             match = re.compile(".*".join(map(re.escape, name.split("*"))), re.DOTALL).fullmatch
             matches = set(filter(match, base))
             if not matches:
@@ -164,7 +193,7 @@ class Table:
         return found
 
     def _rules(self, pattern: str, keys: Keys, value: Any) -> Iterator[tuple[str, TensorRule]]:
-        names, last = self._names(pattern, *keys)
+        names, last = self.fields.expand(pattern, *keys)
         dtype, optional = None, False
         if isinstance(value, dict):
             rule = Fields(self.fields.document, (*self.fields.keys, *keys), _RULE, "shape")
@@ -237,7 +266,53 @@ def _table(document: Document) -> Table:
                 fields.fail(f"`{key}` needs `extends`", key)
         if fields.get("class") is None:
             fields.fail("`class` is missing")
+    if fields.get("average") and naming is None:
+        fields.fail("`average` needs `naming`", "average")
     return Table(fields, fields.get("name"), fields.get("extends"), naming)
+
+
+def modelspec(fields: Fields) -> ModelSpec | None:
+    """What a table says of ModelSpec metadata."""
+    said = fields.inner("modelspec", _MODELSPEC, "architecture")
+    return ModelSpec(**said.table) if said is not None else None
+
+
+def read_classes(path: Path, name: str) -> Iterator[tuple[str, Traits, Fields]]:
+    """What a file says of classes: one table each."""
+    document = load(path, CatalogError, name)
+    for cls in document.data:
+        fields = Fields(document, (cls,), _CLASS)
+        blocks = [
+            b for at, p in enumerate(fields.strings("blocks")) for b in fields.expand(p, "blocks", at)[0]
+        ]
+        if len({"base", *blocks}) <= len(blocks):
+            fields.fail("`blocks` does not name each block once, and none `base`", "blocks", value=True)
+        yield cls, Traits(_scale(fields), fields.strings("fixes"), tuple(blocks), name), fields
+
+
+def _scale(fields: Fields) -> Scale | None:
+    said = fields.inner("metric", _SCALE, "part", "base", "k")
+    if said is None:
+        return None
+    part, base, k = (said.get(key) for key in ("part", "base", "k"))
+    if part not in PARTS:
+        said.fail(f"a metric has no part `{part}`", "part", value=True, hint=f"it has {', '.join(PARTS)}")
+    for key in ("base", "k"):
+        if not said.get(key) or not isfinite(said.get(key)):
+            said.fail(f"`{key}` is nothing to compare with", key, value=True)
+    return Scale(part, base, k, said.strings("having"), said.strings("lacking"))
+
+
+def read_programs(path: Path, name: str) -> Iterator[tuple[str, Mapping[str, str], Fields]]:
+    """Where programs keep their models: a table each, of folders by the kind of what a file is."""
+    document = load(path, CatalogError, name)
+    for program in document.data:
+        fields = Fields(document, (), dict.fromkeys(document.data, dict))
+        folders = fields.texts(program)
+        for kind, folder in folders.items():
+            if not _is_name(folder) or PurePath(folder).is_absolute() or ".." in PurePath(folder).parts:
+                fields.fail(f"`{kind}` is no folder below that of all models", program, kind, value=True)
+        yield program, folders, fields
 
 
 def read_architectures(path: Path, name: str) -> Iterator[tuple[Architecture, Fields]]:
@@ -261,13 +336,24 @@ def read_architectures(path: Path, name: str) -> Iterator[tuple[Architecture, Fi
                 aliases=fields.strings("aliases"),
                 only=fields.strings("only"),
                 precision=precision,
-                modelspec=fields.get("modelspec"),
-                modelspec_v=fields.get("modelspec_v"),
+                modelspec=modelspec(fields),
+                diffusers=fields.get("diffusers"),
+                sidecars_v=_beside(fields, "sidecars_v", path.parent),
                 note=fields.get("note"),
                 path=name,
             ),
             fields,
         )
+
+
+def _beside(fields: Fields, name: str, folder: Path) -> dict[str, Path]:
+    """Files that a table names and that lie beside its own."""
+    found = {}
+    for key, file in fields.texts(name).items():
+        found[key] = folder / file
+        if Path(file).name != file or not found[key].is_file():
+            fields.fail(f"there is no file `{file}` beside this one", name, key, value=True)
+    return found
 
 
 def read_optional(path: Path, name: str) -> dict[str, Shape | None]:

@@ -5,12 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from builder.base.errors import Problem, UsageError, did_you_mean
 from builder.base.words import spelling
 
+if TYPE_CHECKING:
+    from builder.formats.layouts import Layout
+
+V = TypeVar("V")
+
 RANK = -1  # as a dimension: the rank of a LoRA, which may be any number
+
+PARTS = ("unet", "vae", "clip")  # of a metric, in their order
 
 # How a component may name the tensors of another.
 NAMINGS: dict[str, Callable[[str], str]] = {"without-dots": lambda name: name.replace(".", "")}
@@ -28,25 +36,73 @@ class TensorRule(NamedTuple):
     optional: bool = False
 
 
-class Tensors(Mapping[str, TensorRule]):
-    """The tensors of a component in the catalog's order, expanded when they are first asked for."""
+class Scale(NamedTuple):
+    """How a class's weights become digits: `n = int(abs(sum / base - 1) * k)`.
 
-    def __init__(self, expand: Callable[[], dict[str, TensorRule]]) -> None:
-        self._expand = expand
+    `part` is the place of the digits in a metric, one of `PARTS`. A tensor counts when its unprefixed name
+    holds one of `having` (any name, if empty) and none of `lacking`.
+    """
+
+    part: str
+    base: float
+    k: int
+    having: tuple[str, ...] = ()
+    lacking: tuple[str, ...] = ()
+
+    def counts(self, name: str) -> bool:
+        """Whether the tensor of this unprefixed name counts."""
+        held = not self.having or any(part in name for part in self.having)
+        return held and not any(part in name for part in self.lacking)
+
+
+class ModelSpec(NamedTuple):
+    """What ModelSpec metadata calls a model, and the pixels that it was trained on, high and wide.
+
+    `v` and `resolution_v` are those of a model that predicts v, where they are others.
+    """
+
+    architecture: str
+    v: str | None = None
+    resolution: int | None = None
+    resolution_v: int | None = None
+
+    def name(self, v: bool) -> str:
+        """The name of a model that predicts v, or of one that does not."""
+        return (self.v if v else None) or self.architecture
+
+    def pixels(self, v: bool) -> int | None:
+        """The resolution of a model that predicts v, or of one that does not."""
+        return (self.resolution_v if v else None) or self.resolution
+
+
+class Traits(NamedTuple):
+    """What holds of all components of a class: its metric, the fixes that speak of it, its blocks' names."""
+
+    scale: Scale | None = None
+    fixes: tuple[str, ...] = ()
+    blocks: tuple[str, ...] = ()
+    path: str = ""
+
+
+class Later(Mapping[str, V]):
+    """A mapping, in its maker's order, that is made when it is first looked into."""
+
+    def __init__(self, make: Callable[[], dict[str, V]]) -> None:
+        self._make = make
 
     @cached_property
-    def rules(self) -> dict[str, TensorRule]:
-        """The same as a plain dict. Raises CatalogError when the table is wrong."""
-        return self._expand()
+    def whole(self) -> dict[str, V]:
+        """The same as a plain dict. Raises CatalogError when what it is made from is wrong."""
+        return self._make()
 
-    def __getitem__(self, name: str) -> TensorRule:
-        return self.rules[name]
+    def __getitem__(self, name: str) -> V:
+        return self.whole[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.rules)
+        return iter(self.whole)
 
     def __len__(self) -> int:
-        return len(self.rules)
+        return len(self.whole)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__}>"
@@ -58,20 +114,24 @@ class Component:
 
     `prefix` stands before the names in a full checkpoint. `parameters` is the number of elements of all
     tensors, the optional ones too, or None where a rank leaves it open. With a `naming`, the tensors are
-    those of the component `base` under other names, and `promote` leads from each name to that one.
+    those of the component `base` under other names, and `promote` leads from each name to that one. Those
+    that are an average, kept for training beside the model, say of which class: `average_of`. `mislabelled`
+    names differ from those that loaders expect in nothing but the prefix.
     """
 
     name: str
     cls: str
     prefix: str
-    tensors: Tensors
+    tensors: Later[TensorRule]
     keys: int
     parameters: int | None = None
     note: str | None = None
     naming: str | None = None
     base: str | None = None
     extends: str | None = None
-    modelspec: str | None = None
+    average_of: str | None = None
+    mislabelled: bool = False
+    modelspec: ModelSpec | None = None
     path: str = ""
     plain: Mapping[str, TensorRule] = field(default_factory=dict, repr=False)
 
@@ -86,8 +146,9 @@ class Architecture:
     """The classes that a full checkpoint consists of, in the order of a file's description.
 
     `only` names components whose prefix is the one that their class has here, where it has others elsewhere.
-    `precision` is the one that such checkpoints are published in, if not FP16. `modelspec` is the name in
-    ModelSpec metadata, `modelspec_v` that of a checkpoint that predicts v. A `bare` one has no prefixes.
+    `precision` is the one that such checkpoints are published in, if not FP16. `diffusers` names its layout
+    there. `sidecars_v` are the files, by program, that lie beside a checkpoint that predicts v, for programs
+    that would take it for an ordinary one. A `bare` architecture has no prefixes.
     """
 
     name: str
@@ -95,8 +156,9 @@ class Architecture:
     aliases: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
     precision: str | None = None
-    modelspec: str | None = None
-    modelspec_v: str | None = None
+    modelspec: ModelSpec | None = None
+    diffusers: str | None = None
+    sidecars_v: Mapping[str, Path] = field(default_factory=dict, hash=False)
     note: str | None = None
     path: str = ""
     bare: bool = False
@@ -179,17 +241,47 @@ def _near(known: str, metric: str) -> bool:
 class Catalog:
     """All that is known about checkpoints before one is read.
 
-    `classes` holds the components of each class, the standard one first; `optional` the keys that a full
-    checkpoint may also hold, with their shapes (None for any), which are kept and never required;
-    `spellings` the architectures by each of their names, as `spelling` makes it.
+    `classes` holds the components of each class, the standard one first; `traits` what is said of a class
+    as a whole; `optional` the keys that a full checkpoint may also hold, with their shapes (None for any),
+    which are kept and never required; `spellings` the architectures by each of their names, as `spelling`
+    makes it; `layouts` those of diffusers' folders by name, read when they are first asked for; `programs`
+    where each keeps its models: by the kind of what a file is (the first word of a class, or `checkpoint`)
+    a folder, that of `other` for the rest.
     """
 
     components: Mapping[str, Component]
     classes: Mapping[str, tuple[Component, ...]]
+    traits: Mapping[str, Traits]
     architectures: Mapping[str, Architecture]
     spellings: Mapping[str, Architecture]
     optional: Mapping[str, tuple[int, ...] | None]
     known: Known
+    layouts: Mapping[str, Layout]
+    programs: Mapping[str, Mapping[str, str]]
+
+    @cached_property
+    def scales(self) -> Mapping[str, Scale]:
+        """By class, how its weights become the digits of a metric."""
+        return {cls: t.scale for cls, t in self.traits.items() if t.scale is not None}
+
+    @cached_property
+    def blocks(self) -> Mapping[int, tuple[str, ...]]:
+        """The names of the blocks that a class may have, by their number; the longest list first."""
+        found = {len(t.blocks): t.blocks for t in self.traits.values() if t.blocks}
+        return dict(sorted(found.items(), reverse=True))
+
+    @cached_property
+    def averages(self) -> Mapping[str, Component]:
+        """By class, the component that is the average of its weights."""
+        return {c.average_of: c for c in self.components.values() if c.average_of is not None}
+
+    def is_average(self, cls: str) -> bool:
+        """Whether a class is one of averages."""
+        return any(c.average_of is not None for c in self.classes.get(cls, ()))
+
+    def applies(self, fix: str, cls: str) -> bool:
+        """Whether a fix speaks of the components of a class; others pass it untouched."""
+        return cls in self.traits and fix in self.traits[cls].fixes
 
     def component(self, name: str) -> Component:
         """The component of this name. Raises UsageError."""

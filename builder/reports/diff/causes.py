@@ -130,7 +130,7 @@ def _rounded(tensors: Sequence[TensorDiff], way: _Way) -> bool:
 
 def _dropped(diff: Diff, way: _Way, side: Side, names: Sequence[str]) -> str | None:
     """Note what is gone; the class that is left when it is the only one."""
-    gone = [p.cls for p in diff.parts if _only(p, way.of) and not p.cls.startswith("EMA-")]
+    gone = [p.cls for p in diff.parts if _only(p, way.of) and not _average(p)]
     left = [p.cls for p in diff.parts if p.cls and p.a and p.b]
     identity = side.identity
     groups = (
@@ -159,6 +159,10 @@ def _states(identity: Identity) -> tuple[str, ...]:
 
 def _only(part: Part, letter: str) -> bool:
     return bool(part.cls) and (part.b is None if letter == "A" else part.a is None)
+
+
+def _average(part: Part) -> bool:
+    return any(match.ema for match in (part.a, part.b) if match is not None)
 
 
 # -- what differs, one by one
@@ -283,7 +287,7 @@ def _names(diff: Diff) -> Iterator[str]:
             continue
         told = False
         for letter, match in (("A", part.a), ("B", part.b)):
-            if match.component.name.endswith("-NAI"):
+            if match.component.mislabelled:
                 yield f"{part.cls} names are NAI's in {letter}"
                 told = True
             elif match.diffusers_attention:

@@ -219,7 +219,7 @@ def compare(
 
     The result does not depend on `threads`. Raises SourceError when a file is refused.
     """
-    with open_checkpoint(a) as first, open_checkpoint(b) as second:
+    with open_checkpoint(a, catalog.layouts) as first, open_checkpoint(b, catalog.layouts) as second:
         return compare_open(
             first,
             second,
@@ -337,7 +337,9 @@ def _known(
     weights = {k.cls for k in catalog.known.parts}
     labelled = {k.cls for k in catalog.known.metrics}
     matches = [m for p in parts if (m := side.identity.find(p.cls)) is not None]
-    groups = counted({m.component.cls: m.names for m in matches if m.component.cls in labelled})
+    groups = counted(
+        {m.component.cls: m.names for m in matches if m.component.cls in labelled}, catalog.scales
+    )
     whole = {full for m in matches if m.component.cls in weights for full in m.names.values()}
     if not groups and not whole:
         return {}
@@ -350,7 +352,7 @@ def _known(
         reporter=reporter,
         task=f"what {Path(side.path).name} has",
     )
-    digits = labels(found.histograms)
+    digits = labels(found.histograms, catalog.scales)
     known = {}
     for match in matches:
         cls = match.component.cls
@@ -381,7 +383,8 @@ def _promoted(
     """Classes that differ as one side has there what is the other's average, with the letter of that side."""
     for part in parts:
         for letter, holder, other in (("B", sides[0], sides[1]), ("A", sides[1], sides[0])):
-            average = holder.identity.find(f"EMA-{part.cls}")
+            spare = catalog.averages.get(part.cls)
+            average = holder.identity.find(spare.cls) if spare is not None else None
             model = other.identity.find(part.cls)
             if average is None or model is None:
                 continue

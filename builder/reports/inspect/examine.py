@@ -20,7 +20,7 @@ from builder.tensors.digests import Row, component_digest
 from builder.tensors.lazy import LazyTensor
 
 if TYPE_CHECKING:
-    from builder.models.catalog import Catalog, Known, KnownFile, KnownPart
+    from builder.models.catalog import Catalog, Known, KnownFile, KnownPart, Scale
     from builder.models.metric import Metric
     from builder.tensors.scan import TensorScan
 
@@ -159,7 +159,7 @@ def build_report(
     read, and torch is not imported. `hashes` reads the file once more, for its hashes.
     Raises SourceError when the file is refused.
     """
-    with open_checkpoint(path) as checkpoint:
+    with open_checkpoint(path, catalog.layouts) as checkpoint:
         found: Mapping[str, str | None] = {}
         if hashes and checkpoint.container not in (
             "safetensors-sharded",
@@ -187,7 +187,7 @@ def examine(
     label = None
     digits: Mapping[str, str] = {}
     if metric and len(checkpoint):
-        scans, label, digits = _scan(identity, checkpoint, full, threads, reporter)
+        scans, label, digits = _scan(identity, checkpoint, full, threads, catalog.scales, reporter)
     return Report(
         path=checkpoint.name,
         container=checkpoint.container,
@@ -207,7 +207,12 @@ def examine(
 
 
 def _scan(
-    identity: Identity, checkpoint: Checkpoint, full: bool, threads: int | None, reporter: Reporter
+    identity: Identity,
+    checkpoint: Checkpoint,
+    full: bool,
+    threads: int | None,
+    scales: Mapping[str, Scale],
+    reporter: Reporter,
 ) -> tuple[Mapping[str, TensorScan], Metric, Mapping[str, str]]:
     """One pass over the data, of the model's components or of everything; metric, and digits by class."""
     from builder.models.metric import counted, label, labels
@@ -217,13 +222,13 @@ def _scan(
     kept = {n for names in components.values() for n in names.values()} - set(identity.ema)
     found = scan(
         {name: tensor for name, tensor in checkpoint.items() if full or name in kept},
-        groups=counted(components),
+        groups=counted(components, scales),
         digests=True,
         threads=threads or min(4, os.cpu_count() or 1),
         reporter=reporter,
         task=f"reading {Path(checkpoint.name).name}",
     )
-    return found.tensors, label(found.histograms), labels(found.histograms)
+    return found.tensors, label(found.histograms, scales), labels(found.histograms, scales)
 
 
 def _part(

@@ -64,7 +64,7 @@ def _structure(report: Report) -> Iterator[Problem]:
         yield Problem("the component is prefixed as in a full checkpoint, but no architecture has it")
     else:
         near = next((r for r in identity.rejected if r.component.cls in identity.absent), None)
-        averages = {m.component.cls.removeprefix("EMA-"): m for m in identity.matches if m.ema}
+        averages = {m.component.average_of: m for m in identity.matches}
         spare = next((cls for cls in identity.absent if cls in averages), None)
         yield Problem(
             f"not a whole {identity.incomplete}: {' and '.join(identity.absent)} missing",

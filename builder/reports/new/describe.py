@@ -16,9 +16,9 @@ from builder.base.errors import CkptError, Problem, SourceError, UsageError
 from builder.base.progress import SILENT, Reporter, human_bytes
 from builder.base.words import counted as number
 from builder.formats import open_checkpoint
-from builder.models.catalog import Architecture, Catalog
+from builder.models.catalog import Architecture, Catalog, Scale
 from builder.models.identify import Match, identify
-from builder.models.metric import PUBLISHED, Metric, counted, label
+from builder.models.metric import Metric, counted, label
 from builder.operations.fixes import FIXES, POSITION_IDS, exact_position_ids
 from builder.sources.find import Found, files_below, verify_source
 from builder.sources.opened import OpenSource
@@ -124,7 +124,7 @@ class Draft:
 
     def known(self, cls: str, catalog: Catalog) -> str | None:
         """The name of a component's weights, where its metric is a published one."""
-        value = getattr(self.metric, PUBLISHED[cls].part) if cls in PUBLISHED else ""
+        value = getattr(self.metric, catalog.scales[cls].part) if cls in catalog.scales else ""
         return catalog.known.label(cls, int(value)) if value.isdigit() else None
 
     @property
@@ -164,7 +164,7 @@ def describe(
     architecture = _architecture(model, catalog)
     parts, whole = _parts(opened, architecture)
     precision = _precision(Taken(c, model, m) for c, m in _matches(model, architecture).items())
-    scanned = _scan(parts, precision, threads, reporter)
+    scanned = _scan(parts, precision, catalog.scales, threads, reporter)
     shelf = [*whole, *_shelf(library, files, architecture, catalog, store, stack, reporter)]
     taken = _explain(parts, precision, shelf, scanned, catalog, store, threads, reporter)
     extras = {
@@ -191,7 +191,7 @@ def describe(
         markers,
         left,
         scanned,
-        label(scanned.histograms),
+        label(scanned.histograms, catalog.scales),
         component_digest(rows).sha256 if explained else None,
         explained and _faithful(rows, model),
         bool(shelf),
@@ -200,7 +200,7 @@ def describe(
 
 
 def _open(path: Path, catalog: Catalog, store: Store, stack: ExitStack, reporter: Reporter) -> File:
-    checkpoint = stack.enter_context(open_checkpoint(path))
+    checkpoint = stack.enter_context(open_checkpoint(path, catalog.layouts))
     return File(path, OpenSource(checkpoint, identify(checkpoint, catalog)), store, reporter)
 
 
@@ -252,11 +252,18 @@ def _precision(parts: Iterable[Taken]) -> Precision:
     return found or "keep"  # type: ignore[return-value]
 
 
-def _scan(parts: Mapping[str, Taken], precision: Precision, threads: int, reporter: Reporter) -> Scan:
+def _scan(
+    parts: Mapping[str, Taken],
+    precision: Precision,
+    scales: Mapping[str, Scale],
+    threads: int,
+    reporter: Reporter,
+) -> Scan:
     """One pass over all that is described, as it will be after rounding; names are `class/bare`."""
     components = {cls: _rounded(p.file.plain(p.match, cls), precision) for cls, p in parts.items()}
     flat = {f"{cls}/{bare}": t for cls, tensors in components.items() for bare, t in tensors.items()}
-    groups = counted({cls: {b: f"{cls}/{b}" for b in tensors} for cls, tensors in components.items()})
+    names = {cls: {b: f"{cls}/{b}" for b in tensors} for cls, tensors in components.items()}
+    groups = counted(names, scales)
     name = next(iter(parts.values())).file.path.name if parts else ""
     return scan(flat, groups=groups, sha256=True, threads=threads, reporter=reporter, task=f"reading {name}")
 
