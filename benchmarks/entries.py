@@ -19,7 +19,7 @@ from benchmarks.harness import Benchmark, Contender, Target
 from builder.formats import open_checkpoint
 from builder.formats.blob import BlobTensor
 from builder.formats.hashes import sha256_file
-from builder.models.metric import SCALES
+from builder.models.catalog import load_catalog
 from builder.store import Store
 from builder.tensors.lazy import DType
 
@@ -142,10 +142,12 @@ def _table_of_contents(bench: Bench) -> Contender:
 def metric(bench: Bench) -> Benchmark:
     """The definition as it stands, against `ckpt inspect` (which digests the components as well)."""
 
+    scales = load_catalog().scales
+
     def counts(name: str) -> bool:
         parts = {UNET: "UNET", VAE: "VAE", CLIP: "CLIP"}
         found = next(((p, c) for p, c in parts.items() if name.startswith(p)), None)
-        return found is not None and SCALES[f"{found[1]}-{bench.family}"].counts(name.removeprefix(found[0]))
+        return found is not None and scales[f"{found[1]}-{bench.family}"].counts(name.removeprefix(found[0]))
 
     plan = bench.ranges("metric", {bench.checkpoint: counts})
     return Benchmark(

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from builder.base.addresses import FORMS, check_address
-from builder.base.errors import did_you_mean
+from builder.base.errors import CatalogError, Place, Problem, did_you_mean
 from builder.base.kinds import (
     NO_CONTROLS,
     NOT_EMPTY,
@@ -72,7 +72,15 @@ class Vocabulary:
 
     @cached_property
     def language(self) -> Struct:
-        """The whole recipe, as the kind of its top-level table."""
+        """The whole recipe, as the kind of its top-level table.
+
+        Raises CatalogError when the catalog speaks of a fix that there is not.
+        """
+        for cls, traits in self.catalog.traits.items():
+            for fix in traits.fixes:
+                if fix not in self.fixes:
+                    fact, hint = f"class `{cls}` names an unknown fix `{fix}`", did_you_mean(fix, self.fixes)
+                    raise CatalogError(Problem(fact, Place(traits.path), hint=hint))
         return _language(self)
 
 

@@ -15,7 +15,7 @@ from builder.base.progress import SILENT, Reporter, human_bytes
 from builder.formats import open_checkpoint
 from builder.formats.blob import FileBlob
 from builder.formats.checkpoint import Checkpoint
-from builder.models.catalog import Catalog, ModelSpec
+from builder.models.catalog import Catalog
 from builder.models.identify import identify
 from builder.recipe.names import recipe_name
 from builder.tensors.cast import PRECISIONS, Faults, NonFinite, Overflow, Precision, cast_all
@@ -316,23 +316,23 @@ def _model(
         {usual[name]: tensor for name, tensor in tensors.items() if name in usual},
         {name: tensor for name, tensor in tensors.items() if name not in usual},
         _metadata(checkpoint),
-        prediction or _prediction(checkpoint, architecture.modelspec, layout),
+        prediction or _prediction(checkpoint, layout, catalog),
         "ztsnr" in checkpoint,
     )
 
 
-def _prediction(checkpoint: Checkpoint, spec: ModelSpec | None, layout: Layout) -> Prediction:
+def _prediction(checkpoint: Checkpoint, layout: Layout, catalog: Catalog) -> Prediction:
     said = checkpoint.metadata.get("modelspec.prediction_type", "")
     called = checkpoint.metadata.get("modelspec.architecture", "")
-    names = (spec.architecture, spec.v) if spec is not None else ()
-    if "v_pred" in checkpoint or said in ("v", "v_prediction") or called in names[1:]:
+    kinds = [a.modelspec for a in catalog.architectures.values() if a.modelspec and a.modelspec.v]
+    if "v_pred" in checkpoint or said in ("v", "v_prediction") or called in {k.v for k in kinds}:
         return "v"
-    if layout.pixels_v is not None and said != "epsilon" and called not in names[:1]:
-        kinds = f"of {layout.pixels} pixels epsilon, of {layout.pixels_v} pixels v"
+    if layout.pixels_v is not None and said != "epsilon" and called not in {k.architecture for k in kinds}:
+        both = f"of {layout.pixels} pixels epsilon, of {layout.pixels_v} pixels v"
         raise UsageError(
             Problem(
                 f"nothing in `{checkpoint.name}` says what it predicts",
-                evidence=(f"{layout.name} comes in both kinds: {kinds}",),
+                evidence=(f"{layout.name} comes in both kinds: {both}",),
                 hint="say `--prediction epsilon` or `--prediction v`",
             )
         )

@@ -18,13 +18,11 @@ from benchmarks.generate import make
 from benchmarks.generate import write as write_generated
 from builder.base.errors import SourceError
 from builder.formats import open_checkpoint
-from builder.formats.layouts import family_of, to_diffusers, to_original
+from builder.formats.layouts import layout_of
 from builder.formats.layouts.configs import configs
-from builder.formats.layouts.tables import PARTS
 from builder.formats.write_diffusers import write_folder
 from builder.formats.write_safetensors import write
 from builder.tensors.lazy import DType, LazyTensor, MemoryTensor
-from builder.toolkit.convert import FAMILIES
 from tests.help.building import CLIP, IDS, VAE, Folder, catalog, content, files, model, save, values
 
 pytest.importorskip("diffusers")
@@ -32,7 +30,9 @@ import diffusers
 import transformers
 from diffusers.loaders import single_file_utils as theirs
 
-FAMILY_NAMES = sorted(PARTS)
+LAYOUTS = catalog().layouts
+FAMILIES = {a.name: a.diffusers for a in catalog().architectures.values() if a.diffusers is not None}
+FAMILY_NAMES = sorted(LAYOUTS)
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 # Prints the peak of the process's own memory, in kB, when it ends.
 PEAK = """\
@@ -147,10 +147,10 @@ WITHOUT = {
 @pytest.mark.parametrize("architecture", sorted(FAMILIES))
 def test_every_name_leads_there_and_back(architecture: str) -> None:
     family, before = FAMILIES[architecture], specs(architecture)
-    parts, rest = to_diffusers(family, before)
+    parts, rest = LAYOUTS[family].to_diffusers(before)
     assert rest.keys() == WITHOUT[family]
-    assert family_of(parts) == family
-    after, strange = to_original(family, parts)
+    assert layout_of(parts, LAYOUTS.values()) is LAYOUTS[family]
+    after, strange = LAYOUTS[family].to_original(parts)
     assert not strange
     assert {n: (t.dtype, t.shape) for n, t in (after | rest).items()} == {
         n: (t.dtype, t.shape) for n, t in before.items()
@@ -159,8 +159,8 @@ def test_every_name_leads_there_and_back(architecture: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)
 def test_diffusers_own_models_have_these_names_and_shapes(family: str) -> None:
-    parts, _ = to_diffusers(family, specs(family))
-    said = configs(family, parts, prediction="epsilon", tokenizers=True)
+    parts, _ = LAYOUTS[family].to_diffusers(specs(family))
+    said = configs(LAYOUTS[family], parts, prediction="epsilon", tokenizers=True)
     index = said["model_index.json"]
     assert issubclass(getattr(diffusers, index["_class_name"]), diffusers.DiffusionPipeline)
     for part, tensors in parts.items():
@@ -183,13 +183,13 @@ def test_diffusers_own_models_have_these_names_and_shapes(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILY_NAMES)
 def test_diffusers_own_conversion_gives_the_same_values(family: str) -> None:
     before = as_torch(small(family))
-    parts, _ = to_diffusers(family, small(family))
-    said = configs(family, parts, prediction="epsilon")
+    parts, _ = LAYOUTS[family].to_diffusers(small(family))
+    said = configs(LAYOUTS[family], parts, prediction="epsilon")
     unet = theirs.convert_ldm_unet_checkpoint(dict(before), said["unet/config.json"])
     same(as_torch(parts["unet"]), unet)
     vae = theirs.convert_ldm_vae_checkpoint(dict(before), said["vae/config.json"])
     same(as_torch(parts["vae"]), vae)
-    for part in PARTS[family]:
+    for part in LAYOUTS[family].parts:
         if not part.prefix.endswith(".model."):
             continue
         config = transformers.CLIPTextConfig(**said[f"{part.folder}/config.json"])
@@ -205,10 +205,10 @@ def test_diffusers_own_conversion_gives_the_same_values(family: str) -> None:
 )
 def test_the_pipeline_follows_from_what_the_unet_takes(channels: int, pipeline: str) -> None:
     for family in ("SD-v1", "SD-XL"):
-        parts, _ = to_diffusers(family, specs(family))
+        parts, _ = LAYOUTS[family].to_diffusers(specs(family))
         conv = parts["unet"]["conv_in.weight"]
         parts["unet"]["conv_in.weight"] = Spec(conv.dtype, (conv.shape[0], channels, 3, 3))
-        said = configs(family, parts, prediction="epsilon")
+        said = configs(LAYOUTS[family], parts, prediction="epsilon")
         name = "StableDiffusionXL" if family == "SD-XL" else "StableDiffusion"
         assert said["model_index.json"]["_class_name"] == f"{name}{pipeline}Pipeline"
         assert hasattr(diffusers, f"{name}{pipeline}Pipeline")
@@ -224,10 +224,10 @@ def test_a_folder_holds_the_very_same_tensors(tmp_path: Path, family: str, shard
     before = {**small(family), "alphas_cumprod": values(np.ones(1000)), "what.is.this": values([1.0])}
     metadata = {"format": "pt", "modelspec.title": "Ünïcode"}
     options: dict[str, Any] = {"shard_size": shard_size, "durable": False, "prediction": "epsilon"}
-    rest = write_folder(tmp_path, family, before, metadata, **options)
+    rest = write_folder(tmp_path, LAYOUTS[family], before, metadata, **options)
     assert rest.keys() == WITHOUT[family] | {"alphas_cumprod", "what.is.this"}
     assert (tmp_path / "unet/diffusion_pytorch_model.safetensors").exists() == (shard_size is None)
-    with open_checkpoint(tmp_path) as found:
+    with open_checkpoint(tmp_path, LAYOUTS) as found:
         assert found.container == "diffusers"
         assert raw(found) == raw(before)
         assert found.metadata == metadata
@@ -242,7 +242,7 @@ def test_diffusers_loads_a_converted_checkpoint(folder: Folder) -> None:
     before = content(folder / "mini.safetensors")
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder / "model", local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
-    parts, _ = to_diffusers("SD-v1", model(precision=DType.F32))
+    parts, _ = LAYOUTS["SD-v1"].to_diffusers(model(precision=DType.F32))
     for name, tensors in parts.items():
         loaded = getattr(pipe, name).state_dict()
         expected = as_torch(tensors)
@@ -266,7 +266,9 @@ def test_diffusers_runs_a_small_xl(tmp_path: Path) -> None:
     words = vocabulary(tmp_path / "words")
     out = tmp_path / "xl"
     out.mkdir()
-    write_folder(out, "SD-XL", small("SD-XL"), {}, prediction="epsilon", vocabulary=words, durable=False)
+    write_folder(
+        out, LAYOUTS["SD-XL"], small("SD-XL"), {}, prediction="epsilon", vocabulary=words, durable=False
+    )
     pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(out, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     assert pipe.tokenizer.pad_token == "<|endoftext|>" and pipe.tokenizer_2.pad_token == "!"
@@ -289,7 +291,7 @@ def test_folders_that_diffusers_writes(tmp_path: Path) -> None:
     first = tmp_path / "first"
     first.mkdir()
     tensors = {n: t for n, t in small("SD-XL").items() if n not in WITHOUT["SD-XL"]}
-    write_folder(first, "SD-XL", tensors, {}, prediction="epsilon", vocabulary=words, durable=False)
+    write_folder(first, LAYOUTS["SD-XL"], tensors, {}, prediction="epsilon", vocabulary=words, durable=False)
     pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(first, local_files_only=True)
     for name, options in (
         ("plain", {}),
@@ -297,7 +299,7 @@ def test_folders_that_diffusers_writes(tmp_path: Path) -> None:
         ("sharded", {"max_shard_size": "1MB"}),
     ):
         pipe.save_pretrained(tmp_path / name, **options)
-        with open_checkpoint(tmp_path / name) as found:
+        with open_checkpoint(tmp_path / name, LAYOUTS) as found:
             assert raw(found) == raw(tensors), name
     pickled = tmp_path / "pickled"
     shutil.copytree(tmp_path / "plain", pickled)
@@ -305,7 +307,7 @@ def test_folders_that_diffusers_writes(tmp_path: Path) -> None:
         stem = "pytorch_model" if path.stem == "model" else path.stem
         torch.save(safetensors_of(path), path.with_name(f"{stem}.bin"))
         path.unlink()
-    with open_checkpoint(pickled) as found:
+    with open_checkpoint(pickled, LAYOUTS) as found:
         assert raw(found) == raw(tensors)
 
 
@@ -318,32 +320,32 @@ def safetensors_of(path: Path) -> dict[str, torch.Tensor]:
 
 def test_the_plain_file_is_preferred(tmp_path: Path) -> None:
     tensors = small("SD-v1")
-    write_folder(tmp_path, "SD-v1", tensors, {}, prediction="epsilon", durable=False)
+    write_folder(tmp_path, LAYOUTS["SD-v1"], tensors, {}, prediction="epsilon", durable=False)
     unet = tmp_path / "unet"
     plain = unet / "diffusion_pytorch_model.safetensors"
     for other in ("fp16.safetensors", "non_ema.safetensors", "bin"):
         unet.joinpath(f"diffusion_pytorch_model.{other}").write_bytes(b"not to be read")
-    with open_checkpoint(tmp_path) as found:
+    with open_checkpoint(tmp_path, LAYOUTS) as found:
         assert raw(found) == raw(tensors)
     plain.rename(unet / "diffusion_pytorch_model.fp16.safetensors")
     (unet / "diffusion_pytorch_model.bin").unlink()
-    with open_checkpoint(tmp_path) as found:
+    with open_checkpoint(tmp_path, LAYOUTS) as found:
         assert raw(found) == raw(tensors)
     (unet / "diffusion_pytorch_model.fp16.safetensors").rename(
         unet / "diffusion_pytorch_model.ema.safetensors"
     )
     with pytest.raises(SourceError, match="which file holds the part's weights is not clear"):
-        open_checkpoint(tmp_path)
+        open_checkpoint(tmp_path, LAYOUTS)
     (unet / "diffusion_pytorch_model.non_ema.safetensors").unlink()
-    with open_checkpoint(tmp_path) as found:
+    with open_checkpoint(tmp_path, LAYOUTS) as found:
         assert raw(found) == raw(tensors)
 
 
 def test_old_names_of_the_autoencoders_attention(tmp_path: Path) -> None:
-    write_folder(tmp_path, "SD-v1", small("SD-v1"), {}, prediction="epsilon", durable=False)
+    write_folder(tmp_path, LAYOUTS["SD-v1"], small("SD-v1"), {}, prediction="epsilon", durable=False)
     path = tmp_path / "vae/diffusion_pytorch_model.safetensors"
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
-    with open_checkpoint(path) as found:
+    with open_checkpoint(path, LAYOUTS) as found:
         renamed: dict[str, LazyTensor] = {}
         for name, tensor in found.items():
             for new, before in old.items():
@@ -351,7 +353,7 @@ def test_old_names_of_the_autoencoders_attention(tmp_path: Path) -> None:
             renamed[name] = MemoryTensor(tensor.dtype, tensor.shape, bytes(tensor.tobytes()))
     assert any("proj_attn" in n for n in renamed)
     write(path, renamed, durable=False)
-    with open_checkpoint(tmp_path) as found:
+    with open_checkpoint(tmp_path, LAYOUTS) as found:
         assert raw(found) == raw(small("SD-v1"))
 
 
@@ -374,7 +376,7 @@ def test_v_prediction_is_carried_both_ways(folder: Folder) -> None:
         scheduler = getattr(diffusers, said[0]).from_pretrained(folder / "model", subfolder="scheduler")
         assert scheduler.config.prediction_type == said[1]
         (folder / "model/remainder.safetensors").unlink(missing_ok=True)  # as from elsewhere
-        with open_checkpoint(folder / "model") as found:
+        with open_checkpoint(folder / "model", LAYOUTS) as found:
             assert {n for n in found if "." not in n} == set(markers)
         shutil.rmtree(folder / "model")
 
@@ -431,7 +433,7 @@ def test_names_and_shapes_that_differ_become_the_usual_ones(folder: Folder) -> N
     )
     save(folder / "m.safetensors", tensors)
     assert folder("convert", "m.safetensors", "-o", "model").code == 0
-    with open_checkpoint(folder / "model") as found:
+    with open_checkpoint(folder / "model", LAYOUTS) as found:
         assert raw(found) == raw(model())
 
 
@@ -523,7 +525,7 @@ def test_full_size_takes_little_memory(folder: Folder) -> None:
         said = folder.process("convert", source, "-o", target, *options, "-q", before=PEAK)
         assert said.code == 0, said.err
         assert int(said.err.split()[-1]) < 500_000  # kB
-    with open_checkpoint(folder / "back.safetensors") as found:
+    with open_checkpoint(folder / "back.safetensors", LAYOUTS) as found:
         shapes = {n: t.shape for n, t in found.items()}
     shutil.rmtree(folder.path)  # several GB
     assert shapes == {n: t.shape for n, t in specs("SD-v2").items()} | {"v_pred": (0,)}
@@ -544,39 +546,39 @@ def test_full_size_takes_little_memory(folder: Folder) -> None:
     ],
 )
 def test_damaged_folders(tmp_path: Path, change: Any, text: str) -> None:
-    write_folder(tmp_path, "SD-v1", model(), {}, prediction="epsilon", durable=False)
+    write_folder(tmp_path, LAYOUTS["SD-v1"], model(), {}, prediction="epsilon", durable=False)
     change(tmp_path)
     with pytest.raises(SourceError, match=text):
-        open_checkpoint(tmp_path)
+        open_checkpoint(tmp_path, LAYOUTS)
 
 
 def test_two_tensors_of_one_name(tmp_path: Path) -> None:
-    write_folder(tmp_path, "SD-v1", model(), {}, prediction="epsilon", durable=False)
+    write_folder(tmp_path, LAYOUTS["SD-v1"], model(), {}, prediction="epsilon", durable=False)
     path = tmp_path / "vae/diffusion_pytorch_model.safetensors"
-    with open_checkpoint(path) as found:
+    with open_checkpoint(path, LAYOUTS) as found:
         doubled: dict[str, LazyTensor] = {
             n: MemoryTensor(t.dtype, t.shape, bytes(t.tobytes())) for n, t in found.items()
         }
     name = "encoder.mid_block.attentions.0.to_q.bias"
     write(path, doubled | {name.replace("to_q", "query"): doubled[name]}, durable=False)
     with pytest.raises(SourceError, match=r"two tensors would be `encoder\.mid\.attn_1\.q\.bias`"):
-        open_checkpoint(tmp_path)
+        open_checkpoint(tmp_path, LAYOUTS)
     write(path, doubled, durable=False)
     write(tmp_path / "remainder.safetensors", {IDS: values([0.0]), f"{VAE}quant_conv.bias": values([0.0])})
     with pytest.raises(SourceError, match="comes twice"):
-        open_checkpoint(tmp_path)
+        open_checkpoint(tmp_path, LAYOUTS)
 
 
 def test_what_the_original_lacks_is_named(tmp_path: Path) -> None:
-    write_folder(tmp_path, "SD-XL", small("SD-XL"), {}, prediction="epsilon", durable=False)
+    write_folder(tmp_path, LAYOUTS["SD-XL"], small("SD-XL"), {}, prediction="epsilon", durable=False)
     path = tmp_path / "text_encoder_2/model.safetensors"
-    with open_checkpoint(path) as found:
+    with open_checkpoint(path, LAYOUTS) as found:
         more = {n: MemoryTensor(t.dtype, t.shape, bytes(t.tobytes())) for n, t in found.items()}
     lost = "text_model.encoder.layers.3.self_attn.k_proj.bias"
     del more[lost]
     write(path, {**more, "text_model.embeddings.position_ids": values([0, 1], "<i8")}, durable=False)
     (tmp_path / "safety_checker").mkdir()
-    with open_checkpoint(tmp_path) as found:
+    with open_checkpoint(tmp_path, LAYOUTS) as found:
         assert set(found.others) == {
             "text_encoder_2/text_model.embeddings.position_ids",
             "text_encoder_2/text_model.encoder.layers.3.self_attn.q_proj.bias",

@@ -80,7 +80,7 @@ def save(path: Path, tensors: Mapping[str, LazyTensor], **extras: Any) -> Path:
 
 def content(path: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
     """Every tensor of a file: dtype, shape and bytes."""
-    with open_checkpoint(path) as checkpoint:
+    with open_checkpoint(path, catalog().layouts) as checkpoint:
         return {n: (t.dtype.code, t.shape, bytes(t.tobytes())) for n, t in checkpoint.items()}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,17 @@ from builder.base.braces import BraceError, escape, expand
 from builder.base.errors import CatalogError, UsageError, render
 from builder.cli import run
 from builder.models.catalog import RANK, TensorRule, load_catalog
-from builder.models.catalog.files import _ARCHITECTURE, _COMPONENT, parse_table
+from builder.models.catalog.files import (
+    _ARCHITECTURE,
+    _CLASS,
+    _COMPONENT,
+    _MODELSPEC,
+    _SCALE,
+    parse_table,
+)
+from builder.models.catalog.layouts import _LAYOUT, _PART, _RULES
 from builder.models.catalog.learn import compress
+from builder.recipe import parse_recipe
 
 # ── braces ──
 
@@ -215,6 +225,9 @@ def test_a_name_that_is_taken(tmp_path: Path) -> None:
     assert _problem(tmp_path).fact == "component `T` is declared already"
 
 
+PART = '[layouts.x]\nextends = "SD-v1"\n[layouts.x.parts.vae]\n'
+
+
 @pytest.mark.parametrize(
     ("file", "text", "fact"),
     [
@@ -249,6 +262,71 @@ def test_a_name_that_is_taken(tmp_path: Path) -> None:
             "a metric has four digits, or three times four with `/` for a model",
         ),
         ("optional.toml", 'x = "some"', 'a shape is a list of numbers, or "any"'),
+        ("mine.toml", 'name = "x"\nclass = "x"\nkeys = 1\naverage = true', "`average` needs `naming`"),
+        ("architectures.toml", '[X]\nslots = ["VAE-v1"]\ndiffusers = "SD-v8"', "unknown layout `SD-v8`"),
+        (
+            "architectures.toml",
+            '[X]\nslots = ["VAE-v1"]\nmodelspec = { resolution = 512 }',
+            "`architecture` is missing",
+        ),
+        (
+            "architectures.toml",
+            '[X]\nslots = ["VAE-v1"]\nsidecars_v = { a1111 = "../x.yaml" }',
+            "there is no file `../x.yaml` beside this one",
+        ),
+        (
+            "architectures.toml",
+            '[X]\nslots = ["VAE-v1"]\nsidecars_v = { a111 = "architectures.toml" }',
+            "unknown program `a111`",
+        ),
+        ("classes.toml", '["VAE-v9"]\nfixes = []', "unknown class `VAE-v9`"),
+        ("classes.toml", '["VAE-v1"]\nfixes = []', "class `VAE-v1` is described already"),
+        ("classes.toml", '["VAE-v3"]\nfixs = []', "unknown field `fixs`"),
+        ("classes.toml", '["VAE-v3"]\nmetric = { base = 1.0, k = 1 }', "`part` is missing"),
+        (
+            "classes.toml",
+            '["VAE-v3"]\nmetric = { part = "x", base = 1.0, k = 1 }',
+            "a metric has no part `x`",
+        ),
+        (
+            "classes.toml",
+            '["VAE-v3"]\nmetric = { part = "vae", base = 0.0, k = 1 }',
+            "`base` is nothing to compare with",
+        ),
+        (
+            "classes.toml",
+            '["VAE-v3"]\nblocks = ["a", "a"]',
+            "`blocks` does not name each block once, and none `base`",
+        ),
+        (
+            "classes.toml",
+            '["VAE-v3"]\nblocks = ["a{0..18}"]',
+            "`UNET-XL` has as many blocks under other names",
+        ),
+        ("programs.toml", '[x]\ncheckpoint = "a"', "`other` is missing"),
+        ("programs.toml", '[a1111]\nVAE = "a"', "a1111 has a folder for `VAE` already"),
+        ("programs.toml", '[a1111]\nX = "../a"', "`X` is no folder below that of all models"),
+        ("programs.toml", "[a1111]\nX = 1", "`X` is not a string"),
+        ("diffusers.toml", "[layout.x]", "unknown field `layout`"),
+        ("diffusers.toml", '[layouts.x]\nextends = "SD-v0"', "no layout `SD-v0` to extend"),
+        ("diffusers.toml", '[layouts.x]\nextends = "x"', "no layout `x` to extend"),
+        ("diffusers.toml", "[layouts.SD-v1]\npixels = 1", "layout `SD-v1` is declared already"),
+        ("diffusers.toml", "[layouts.x]\npixels = 1", "`has` is missing"),
+        ("diffusers.toml", "[rules.VAE-v1]", "rules `VAE-v1` are declared already"),
+        ("diffusers.toml", '[rules.x.same]\n"{a,b}" = "{a,b,c}"', "2 names do not pair with 3"),
+        ("diffusers.toml", '[rules.x.same]\n"a{" = "b"', "`{` without its `}`"),
+        ("diffusers.toml", '[rules.x.same]\n"{a,a}" = "b{0,1}"', "`a` has a rule already"),
+        ("diffusers.toml", '[rules.x.qkv]\n"a" = "b"', "a `*` is for what `qkv` splits"),
+        (
+            "diffusers.toml",
+            PART + 'model = "X"\nprefix = ""\nrules = "VAE-v1"',
+            "which library has `X` is not known",
+        ),
+        (
+            "diffusers.toml",
+            PART + 'model = "X"\nprefix = ""\nrules = "VAE-v7"',
+            "unknown rules `VAE-v7`",
+        ),
     ],
 )
 def test_errors_in_other_files(tmp_path: Path, file: str, text: str, fact: str) -> None:
@@ -480,7 +558,7 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["components", "show", "CLIP-v1-NAI", "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert (shown["schema"], shown["class"], shown["extends"]) == (1, "CLIP-v1", "CLIP-v1-SD")
-    assert shown["architectures"] == ["SD-v1", "SD-v1-Pix2Pix", "SD-v1-ControlNet"]
+    assert shown["architectures"] == ["SD-v1", "SD-v1-ControlNet", "SD-v1-Pix2Pix"]
     assert len(shown["tensors"]) == shown["keys"] == 197
     ids = shown["tensors"]["embeddings.position_ids"]
     assert ids == {"shape": [1, 77], "dtype": "I64", "optional": True}
@@ -500,6 +578,15 @@ def test_an_unknown_component_is_a_usage_error() -> None:
         load_catalog(()).component("x")
 
 
+def test_a_class_with_an_unknown_fix(tmp_path: Path) -> None:
+    (tmp_path / "classes.toml").write_text('["VAE-v3"]\nfixes = ["vae-atention-shape"]')
+    with pytest.raises(CatalogError) as caught:
+        parse_recipe("format = 1", "r.toml", load_catalog([tmp_path]))
+    (problem,) = caught.value.problems
+    assert problem.fact == "class `VAE-v3` names an unknown fix `vae-atention-shape`"
+    assert problem.hint == "did you mean `vae-attention-shape`?"
+
+
 # ── the documentation ──
 
 DOCS = (Path(__file__).parents[2] / "docs" / "catalog.md").read_text(encoding="utf-8")
@@ -507,18 +594,23 @@ EXAMPLES = [block.partition("```")[0] for block in DOCS.split("```toml\n")[1:]]
 
 
 def test_the_examples_of_the_documentation_are_right(tmp_path: Path) -> None:
-    for folder in ("architectures", "known"):
-        (tmp_path / folder).mkdir()
     for number, text in enumerate(EXAMPLES):
-        folder = "known" if "[[" in text.splitlines()[0] else "architectures" if text[0] == "[" else "."
-        text = text.replace("[SD-XL-Refiner]", "[Example]")
-        (tmp_path / folder / f"{number}.toml").write_text(text, encoding="utf-8")
+        heading = DOCS[: DOCS.index(text)].rpartition("\n## ")[2].partition("\n")[0]
+        kind = re.search(r"`(\w+)(?:/\*)?\.toml`", heading)
+        folder = tmp_path / (kind[1] if kind else "tables")
+        folder.mkdir(exist_ok=True)
+        (folder / f"{number}.toml").write_text(text, encoding="utf-8")
     catalog = load_catalog([tmp_path])
     assert {"CLIP-tiny", "UNET-v1-Twelve"} < catalog.components.keys()
-    assert catalog.architecture("sdxl refiner 1.0").only == ("CLIP-XL-Refiner",)
+    assert catalog.architecture("sd2 large").only == ("CLIP-v2-SD",)
+    assert catalog.scales["CLIP-tiny"].having == ("mlp.",)
+    assert catalog.layouts["tiny"].pipeline == "StableDiffusionPipeline"
+    assert catalog.programs["my-program"]["VAE"] == "models/vae"
     assert catalog.known.part("0123456789abcdef" * 2) is not None
 
 
-@pytest.mark.parametrize("fields", [_COMPONENT, _ARCHITECTURE])
+@pytest.mark.parametrize(
+    "fields", [_COMPONENT, _ARCHITECTURE, _MODELSPEC, _CLASS, _SCALE, _LAYOUT, _PART, _RULES]
+)
 def test_every_field_is_documented(fields: dict[str, type]) -> None:
     assert all(f"`{name}`" in DOCS or f"{name} = " in DOCS for name in fields if name != "tensors")

@@ -11,12 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.generate import make
-from builder.models.metric import PUBLISHED, Metric, Scale, counted, digits, label, measure, weigh
+from builder.models.catalog import Scale, load_catalog
+from builder.models.metric import Metric, counted, digits, label, measure, weigh
 from builder.tensors.lazy import LazyTensor
 from builder.tensors.scan import BINS
 from tests.tensors.test_scan import held, histogram
 
-UNET, VAE, CLIP, CLIP2 = (PUBLISHED[c] for c in ("UNET-v1", "VAE-v1", "CLIP-v1", "CLIP-v2"))
+SCALES = load_catalog().scales
+UNET, VAE, CLIP, CLIP2 = (SCALES[c] for c in ("UNET-v1", "VAE-v1", "CLIP-v1", "CLIP-v2"))
 
 
 def defined(values: torch.Tensor) -> float:
@@ -43,7 +45,7 @@ def test_the_most_sensitive_part_agrees_within_one() -> None:
             clip[f"encoder.layers.{layer}.mlp.{name}.weight"] = held(weight)
             total += defined(weight)
     assert abs(total / CLIP.base - 1) < 0.05
-    found = int(measure({"CLIP-v1": clip}).clip)
+    found = int(measure({"CLIP-v1": clip}, SCALES).clip)
     assert abs(found - int(digits(total, CLIP))) <= 1
 
 
@@ -96,7 +98,7 @@ def test_which_tensors_count() -> None:
         "EMA-UNET-v1": ["input_blocks00weight"],
     }
     components = {cls: {n: f"full.{n}" for n in bare} for cls, bare in names.items()}
-    assert counted(components) == {
+    assert counted(components, SCALES) == {
         "full.input_blocks.0.0.weight": "UNET-v1",
         "full.encoder.conv_in.weight": "VAE-v1",
         "full.decoder.conv_in.weight": "VAE-v1",
@@ -107,10 +109,10 @@ def test_which_tensors_count() -> None:
 
 def test_the_label() -> None:
     counts = np.zeros(BINS, np.int64)
-    assert label({}).text == "----/----/----"
-    assert label({"UNET-v1": counts}).text == "----/----/----"  # all of nothing
+    assert label({}, SCALES).text == "----/----/----"
+    assert label({"UNET-v1": counts}, SCALES).text == "----/----/----"  # all of nothing
     counts[0x7E00] = 1
-    assert label({"VAE-v1": counts}) == Metric(vae="NaN!")
+    assert label({"VAE-v1": counts}, SCALES) == Metric(vae="NaN!")
     counts[0x7E00], counts[0x7C00], counts[0xFC00] = 0, 5, 2
     assert weigh(counts) == 1.5  # infinity is at the end of a sigmoid, as in the definition
 
@@ -119,10 +121,10 @@ def test_of_two_text_encoders_the_first_counts() -> None:
     """So a checkpoint's own is not drowned by one of another family that lies beside it."""
     one, two = np.zeros(BINS, np.int64), np.zeros(BINS, np.int64)
     one[0x3C00], two[0x4000] = 4000, 9000
-    ours, theirs = label({"CLIP-v1": one}).clip, label({"CLIP-v2": two}).clip
+    ours, theirs = label({"CLIP-v1": one}, SCALES).clip, label({"CLIP-v2": two}, SCALES).clip
     assert ours != theirs
-    assert label({"CLIP-v1": one, "CLIP-v2": two}).clip == ours
-    assert label({"CLIP-v2": two, "CLIP-v1": one}).clip == theirs
+    assert label({"CLIP-v1": one, "CLIP-v2": two}, SCALES).clip == ours
+    assert label({"CLIP-v2": two, "CLIP-v1": one}, SCALES).clip == theirs
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
@@ -131,14 +133,14 @@ def test_measuring_any_precision(dtype: torch.dtype) -> None:
     values = {n: (torch.randn(5000, generator=random) - 0.1).to(dtype) for n in ("encoder.a", "decoder.b")}
     vae: dict[str, LazyTensor] = {n: held(v) for n, v in values.items()}
     total = sum(defined(v) for v in values.values())
-    assert abs(int(measure({"VAE-v1": vae}).vae) - int(digits(total, VAE))) <= 1
+    assert abs(int(measure({"VAE-v1": vae}, SCALES).vae) - int(digits(total, VAE))) <= 1
 
 
 def test_threads_and_order_change_no_bit() -> None:
     random = torch.Generator().manual_seed(3)
     unet: dict[str, LazyTensor] = {f"t{n}": held(torch.randn(30_000, generator=random)) for n in range(30)}
     backwards = dict(reversed(unet.items()))
-    found = {measure({"UNET-v1": u}, threads=t) for u in (unet, backwards) for t in (1, 2, 5)}
+    found = {measure({"UNET-v1": u}, SCALES, threads=t) for u in (unet, backwards) for t in (1, 2, 5)}
     assert len(found) == 1
 
 
@@ -146,7 +148,7 @@ def test_the_miniature_family_has_a_metric_of_its_own() -> None:
     labels = set()
     for seed in (0, 1):
         parts = {cls: make(cls, seed=seed).tensors for cls in ("UNET-mini", "VAE-mini", "CLIP-mini")}
-        found = measure(parts)
+        found = measure(parts, SCALES)
         assert all(part.isdigit() for part in (found.unet, found.vae, found.clip))
         labels.add(found)
     assert len(labels) == 2

@@ -50,14 +50,14 @@ def plain(tensors: Mapping[str, LazyTensor]) -> dict[str, tuple[DType, tuple[int
 def test_every_fix_says_what_it_is_for() -> None:
     for name, fix in FIXES.items():
         assert fix.name == name and fix.version >= 1 and fix.doc.endswith(".")
-        assert set(fix.classes) <= set(catalog().classes)
+        assert any(catalog().applies(name, cls) for cls in catalog().classes)
         assert all(name in FIXES[other].excludes for other in fix.excludes)
 
 
 @pytest.mark.parametrize("name", sorted(FIXES))
 def test_a_fix_changes_nothing_twice(name: str) -> None:
     fix = FIXES[name]
-    cls = next(c for c in fix.classes if c.endswith("-mini"))
+    cls = next(c for c in catalog().classes if c.endswith("-mini") and catalog().applies(name, c))
     once = fix.apply(bare(cls))
     again = fix.apply(once.tensors)
     assert again.changes == () and plain(again.tensors) == plain(once.tensors)

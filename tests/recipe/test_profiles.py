@@ -8,7 +8,10 @@ import pytest
 
 from builder.operations.fixes import FIXES
 from builder.recipe.profiles import PROFILES, sidecar, with_profile
-from tests.help.building import IDS, RECIPE, Folder, content
+from tests.help.building import IDS, RECIPE, Folder, catalog, content
+
+CATALOG = catalog()
+SD_V1 = CATALOG.architectures["SD-v1"]
 
 
 @pytest.fixture
@@ -42,12 +45,12 @@ def test_position_ids_are_there_for_programs_that_insist_and_not_for_those_that_
 
 
 def test_only_sd_v1_with_v_prediction_needs_a_sidecar() -> None:
-    made = sidecar("a1111", "SD-v1", ["v_pred"])
-    assert made is not None and "parameterization: v\n" in made
-    assert sidecar("a1111", "SD-v1", []) is None
-    assert sidecar("a1111", "SD-XL", ["v_pred"]) is None
-    assert sidecar("comfyui", "SD-v1", ["v_pred"]) is None
-    assert sidecar(None, "SD-v1", ["v_pred"]) is None
+    made = sidecar("a1111", SD_V1, ["v_pred"])
+    assert made is not None and b"parameterization: v\n" in made
+    assert sidecar("a1111", SD_V1, []) is None
+    assert sidecar("a1111", CATALOG.architectures["SD-XL"], ["v_pred"]) is None
+    assert sidecar("comfyui", SD_V1, ["v_pred"]) is None
+    assert sidecar(None, SD_V1, ["v_pred"]) is None
 
 
 def test_a_config_is_copied_beside_the_output(folder: Folder) -> None:

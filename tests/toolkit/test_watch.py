@@ -26,7 +26,7 @@ from builder.tensors.lazy import DType, LazyTensor, MemoryTensor
 from builder.toolkit import watch as module
 from builder.toolkit.demo import write_sources
 from builder.toolkit.prune import Options
-from builder.toolkit.watch import LAYOUTS, Event, Watch, kind_of, layout_of, move
+from builder.toolkit.watch import Event, Watch, kind_of, layout_of, move
 from tests.help.building import ROOT, Folder, catalog, content, model, save, save_dirty
 
 DOCS = ROOT / "docs" / "commands.md"
@@ -77,7 +77,7 @@ def test_everything_goes_where_it_belongs(folder: Folder, layout: str) -> None:
     args = ("--into", "models", "--layout", layout, "--once", "--settle", "0")
     said = folder("prune", "--watch", "in", *args)
     assert said.code == 6, said.err
-    at = LAYOUTS[layout]
+    at = catalog().programs[layout]
     assert tree(folder) == sorted(
         [
             "in/Failed/page.ckpt",
@@ -87,7 +87,7 @@ def test_everything_goes_where_it_belongs(folder: Folder, layout: str) -> None:
             f"models/{at['checkpoint']}/NAI.safetensors",
             f"models/{at['VAE']}/nai.vae.safetensors",
             f"models/{at['LoRA']}/style.safetensors",
-            f"models/{at.get('UNET', at[''])}/unet.safetensors",
+            f"models/{at.get('UNET', at['other'])}/unet.safetensors",
             f"models/{at['CLIP']}/clip.safetensors",
         ]
     )
@@ -334,11 +334,11 @@ def test_kinds_and_layouts(tmp_path: Path) -> None:
         from benchmarks.generate import make
 
         assert kind_of(identify(make(name, content="sparse").tensors, catalog()), catalog()) == expected
-    assert layout_of(tmp_path) == "a1111"
+    assert layout_of(tmp_path, catalog()) == "a1111"
     (tmp_path / "checkpoints").mkdir()
-    assert layout_of(tmp_path) == "comfyui"
+    assert layout_of(tmp_path, catalog()) == "comfyui"
     (tmp_path / "Stable-diffusion").mkdir()
-    assert layout_of(tmp_path) == "a1111"
+    assert layout_of(tmp_path, catalog()) == "a1111"
 
 
 def test_usage(folder: Folder, watch: Watch) -> None:

@@ -90,13 +90,21 @@ def _load(extra: tuple[Path, ...]) -> Catalog:
     catalog = reader.catalog()
     for name in reader.tables.keys() - built_in:
         len(catalog.components[name].tensors)  # expands it
-    if any(not path.is_relative_to(BUILT_IN) for path, _ in reader.layouts):
-        len(catalog.layouts)
+    if any(_own(name) for _, name in reader.layouts) or any(
+        a.diffusers for a in catalog.architectures.values() if _own(a.path)
+    ):
+        len(catalog.layouts)  # reads them
     return catalog
 
 
-def _order(architecture: Architecture) -> tuple[bool, str]:
-    return not architecture.path.startswith(f"{BUILT_IN.name}/"), architecture.name.casefold()
+def _own(file: str) -> bool:
+    """Whether a file, as it is called in messages, is a user's own."""
+    return not file.startswith(f"{BUILT_IN.name}/")
+
+
+def _order(architecture: Architecture) -> tuple[bool, bool, str]:
+    """What is built in first, and of that whole models before parts; then by name."""
+    return _own(architecture.path), len(architecture.slots) == 1, architecture.name.casefold()
 
 
 class _Reader:
@@ -127,8 +135,7 @@ class _Reader:
         table = read_table(path, name)
         if table.name in self.tables:
             other = self.tables[table.name].fields.document.path
-            built_in = other.startswith(f"{BUILT_IN.name}/")
-            fact = f"component `{table.name}` is {'built in' if built_in else 'declared'} already"
+            fact = f"component `{table.name}` is {'declared' if _own(other) else 'built in'} already"
             table.fields.fail(
                 fact, "name", value=True, evidence=(f"in {other}",), hint="give it a name of its own"
             )
@@ -211,7 +218,6 @@ class _Reader:
             components=self.components,
             classes={cls: tuple(members) for cls, members in classes.items()},
             traits=self.traits,
-            # Of equals the first is meant: the built-in ones come first.
             architectures=dict(sorted(self.architectures.items(), key=lambda named: _order(named[1]))),
             spellings=self.spellings,
             optional=self.optional,
