@@ -38,19 +38,28 @@ class HuggingFace:
         return re.fullmatch(r"[0-9a-f]{40}", self.revision) is not None
 
 
+# Hosts of one site that have models of their own each. The first is meant where none is named.
+CIVITAI_HOSTS = ("civitai.com", "civitai.red", "civitai.green")
+
+
 @dataclass(frozen=True, slots=True)
 class Civitai:
     """A file of a model version; without a version, of the model's newest one.
 
-    Without a file, the version's primary one; `format` chooses among several, as AIR names do.
+    Without a file, the version's primary one; `format` chooses among several, as AIR names do. `host` is
+    the one of Civitai's that is asked, and that alone.
     """
 
     version: int | None
     file: int | None = None
     model: int | None = None
     format: str | None = None
+    host: str = CIVITAI_HOSTS[0]
 
     def __str__(self) -> str:
+        if self.host != CIVITAI_HOSTS[0]:
+            file = f"?fileId={self.file}" if self.file is not None else ""
+            return f"https://{self.host}/api/download/models/{self.version}{file}"
         if self.version is not None and self.format is None:
             return f"civitai:{self.version}" + (f"@{self.file}" if self.file is not None else "")
         version = "" if self.version is None else f"@{self.version}"
@@ -93,10 +102,14 @@ _REPO = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 # `refs/pr/7` and `refs/convert/x` are revisions with slashes of their own; in any other they are `%2F`.
 _REVISION = r"(?:refs/(?:pr|convert)/[^/@]+|[^/@]+)"
 _HF = re.compile(rf"hf://(?P<repo>[^/@]+/[^/@]+)(?:@(?P<revision>{_REVISION}))?/(?P<path>.+)")
-_HF_WEB = re.compile(rf"/(?P<repo>[^/@]+/[^/@]+)/(?:resolve|blob)/(?P<revision>{_REVISION})/(?P<path>.+)")
+_HF_WEB = re.compile(rf"/(?P<repo>[^/@]+/[^/@]+)/resolve/(?P<revision>{_REVISION})/(?P<path>.+)")
+_HF_FILE_PAGE = re.compile(
+    r"(?P<repo>/(?:(?:datasets|spaces)/)?[^/@]+/[^/@]+)/(?:blob|raw|blame)/(?P<path>.+)"
+)
+_HF_PAGE = re.compile(r"/(?!api/)(?P<repo>[^/@]+/[^/@]+)(?:/|/(?:tree|commits?|discussions)(?:/.*)?)?")
 _CIVITAI = re.compile(r"civitai:(?P<version>\d{1,12})(?:@(?P<file>\d{1,12}))?", re.ASCII)
 _CIVITAI_WEB = re.compile(r"/api/download/models/(?P<version>\d{1,12})", re.ASCII)
-_CIVITAI_PAGE = re.compile(r"/models/\d+", re.ASCII)
+_CIVITAI_PAGE = re.compile(r"/(?P<kind>models|model-versions)/(?P<number>\d{1,12})(?:/.*)?", re.ASCII)
 _AIR = re.compile(
     r"(?:urn:)?(?:air:)?(?P<ecosystem>[\w-]+):(?P<type>[\w-]+):(?P<source>[\w-]+):(?P<id>[\w/-]+)"
     r"(?:@(?P<version>[\w-]+))?(?:\+(?P<file>[\w-]+))?(?:\.(?P<format>\w+))?",
@@ -105,24 +118,34 @@ _AIR = re.compile(
 FORMS = "`https://…`, `hf://org/name[@revision]/path`, `civitai:VERSION[@FILE]`, `urn:air:…` or `file:…`"
 
 
+class _Page(ValueError):
+    """An address of a page about a file; `hint` says which address is the file's."""
+
+    def __init__(self, text: str, hint: str) -> None:
+        super().__init__(f"`{_short(text)}` is a page, not a file")
+        self.hint = hint
+
+
 def parse_address(text: str) -> Address:
     """The address that `text` spells. Raises UsageError when it spells none.
 
-    Web addresses of files on huggingface.co and civitai.com become the `hf` and `civitai` addresses they
-    stand for, whose hosts state digests.
+    Web addresses of files on Hugging Face and Civitai become the addresses of those hosts, which state
+    digests.
     """
-    try:
-        return _parse(text)
-    except ValueError as error:
-        raise UsageError(Problem(str(error), hint=f"an address is {FORMS}")) from None
+    problem = check_address(text)
+    if problem is not None:
+        raise UsageError(problem)
+    return _parse(text)
 
 
-def check_address(text: str) -> str | None:
-    """What is wrong with an address, in one line; None when nothing is."""
+def check_address(text: str) -> Problem | None:
+    """What is wrong with an address, and what to write instead; None when nothing is."""
     try:
         _parse(text)
+    except _Page as page:
+        return Problem(str(page), hint=page.hint)
     except ValueError as error:
-        return str(error)
+        return Problem(str(error), hint=f"an address is {FORMS}")
     return None
 
 
@@ -150,19 +173,44 @@ def _web(text: str) -> Address:
         raise ValueError(
             f"an address carries a secret in `{_short(secrets[0])}`, which would be shared with the recipe"
         )
-    if url.hostname in {"huggingface.co", "hf.co"}:
-        if found := _HF_WEB.fullmatch(url.path):
-            return _hf(text, unquote(found["repo"]), found["revision"], unquote(found["path"]))
-    elif url.hostname == "civitai.com":
-        query = dict(parse_qsl(url.query))
-        if found := _CIVITAI_WEB.fullmatch(url.path):
-            file = query.pop("fileId", "")
-            if not query and (not file or re.fullmatch(r"[0-9]{1,12}", file)):
-                return Civitai(int(found["version"]), int(file) if file else None)
-        elif _CIVITAI_PAGE.match(url.path):
-            version = query.get("modelVersionId", "VERSION")
-            raise ValueError(f"`{_short(text)}` is a page, not a file: write `civitai:{_short(version)}`")
+    if url.port is None and url.hostname in {"huggingface.co", "hf.co"}:
+        return _hugging_face_web(text, url)
+    if url.port is None and url.hostname in CIVITAI_HOSTS:
+        return _civitai_web(text, url)
     return Web(url.geturl())
+
+
+def _hugging_face_web(text: str, url: SplitResult) -> HuggingFace | Web:
+    if found := _HF_WEB.fullmatch(url.path):
+        return _hf(text, unquote(found["repo"]), found["revision"], unquote(found["path"]))
+    if found := _HF_FILE_PAGE.fullmatch(url.path):
+        raise _Page(text, f"the file is at `https://huggingface.co{found['repo']}/resolve/{found['path']}`")
+    if found := _HF_PAGE.fullmatch(url.path):
+        raise _Page(text, f"a file of it is `hf://{found['repo']}/PATH`")
+    return Web(url.geturl())
+
+
+def _civitai_web(text: str, url: SplitResult) -> Civitai | Web:
+    query = dict(parse_qsl(url.query))
+    host = str(url.hostname)
+    if found := _CIVITAI_WEB.fullmatch(url.path):
+        file = query.pop("fileId", "")
+        if not query and (not file or re.fullmatch(r"[0-9]{1,12}", file)):
+            return Civitai(int(found["version"]), int(file) if file else None, host=host)
+    elif found := _CIVITAI_PAGE.fullmatch(url.path):
+        version = found["number"] if found["kind"] == "model-versions" else query.get("modelVersionId", "")
+        if re.fullmatch(r"[0-9]{1,12}", version):
+            raise _Page(text, f"the file is at `{Civitai(int(version), host=host)}`")
+        raise _Page(text, _file_of_a_model(host, int(found["number"])))
+    return Web(url.geturl())
+
+
+def _file_of_a_model(host: str, model: int) -> str:
+    where = "where `modelVersionId` in its page's address is the version"
+    if host != CIVITAI_HOSTS[0]:
+        return f"the file is at `https://{host}/api/download/models/VERSION`, {where}"
+    newest = Civitai(None, model=model)
+    return f"the file is at `civitai:VERSION`, {where}; of the newest version at `{newest}`"
 
 
 def split(text: str) -> SplitResult:

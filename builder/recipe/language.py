@@ -114,7 +114,7 @@ class Address(Text):
         read = super().check(value, at)
         fault = check_address(value) if read is not WRONG else None
         # What is no address may be anything, a secret too: it is not shown.
-        return read if fault is None else at.wrong(fault, hint=f"an address is {FORMS}", show=False)
+        return read if fault is None else at.wrong(fault.fact, hint=fault.hint, show=False)
 
 
 SHA256 = Text(

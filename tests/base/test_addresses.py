@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -36,11 +37,19 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
             "https://huggingface.co/org/name/resolve/main/sub/m%20x.ckpt?download=true",
             HuggingFace("org/name", "sub/m x.ckpt"),
         ),
-        ("https://huggingface.co/org/name/blob/v2/m.ckpt", HuggingFace("org/name", "m.ckpt", "v2")),
+        ("https://huggingface.co/org/name/resolve/v2/m.ckpt", HuggingFace("org/name", "m.ckpt", "v2")),
+        ("https://huggingface.co/api/models/org/name", Web("https://huggingface.co/api/models/org/name")),
+        ("https://huggingface.co:8443/org/name", Web("https://huggingface.co:8443/org/name")),
         ("civitai:128713", Civitai(128713)),
         ("civitai:128713@95000", Civitai(128713, 95000)),
         ("https://civitai.com/api/download/models/128713", Civitai(128713)),
         ("https://civitai.com/api/download/models/128713?fileId=9", Civitai(128713, 9)),
+        ("https://civitai.red/api/download/models/1", Civitai(1, host="civitai.red")),
+        ("https://civitai.green/api/download/models/1?fileId=9", Civitai(1, 9, host="civitai.green")),
+        (
+            "https://civitai.com.example/api/download/models/1",
+            Web("https://civitai.com.example/api/download/models/1"),
+        ),
         (
             "https://civitai.com/api/download/models/1?type=Model&fp=fp16",
             Web("https://civitai.com/api/download/models/1?type=Model&fp=fp16"),
@@ -84,8 +93,6 @@ def test_an_address_is_understood(text: str, address: object) -> None:
         ("https://example.org/m?token=abc", "carries a secret in `token`"),
         ("https://example.org/m?X-Amz-Signature=abc", "carries a secret in `X-Amz-Signature`"),
         ("https://example.org/m?a=1&access_token=", "carries a secret in `access_token`"),
-        ("https://civitai.com/models/4384?modelVersionId=128713", "write `civitai:128713`"),
-        ("https://civitai.com/models/4384/dreamshaper", "is a page, not a file"),
         ("hf://org/name", "is not of the form"),
         ("hf://name/", "is not of the form"),
         ("hf://org/name@/m", "is not of the form"),
@@ -107,10 +114,42 @@ def test_an_address_is_understood(text: str, address: object) -> None:
 def test_what_is_no_address_is_said_to_be_none(text: str, fact: str) -> None:
     said = check_address(text)
     assert said is not None
-    assert fact in said
+    assert fact in said.fact
     with pytest.raises(UsageError) as raised:
         parse_address(text)
-    assert raised.value.problems[0].fact == said
+    assert raised.value.problems == (said,)
+
+
+@pytest.mark.parametrize(
+    ("page", "hint"),
+    [
+        (
+            "huggingface.co/org/name/blob/v2/sub/m.ckpt?x=1",
+            "`https://huggingface.co/org/name/resolve/v2/sub/m.ckpt`",
+        ),
+        ("hf.co/org/name/raw/main/m.ckpt", "`https://huggingface.co/org/name/resolve/main/m.ckpt`"),
+        ("huggingface.co/datasets/o/n/blob/main/m", "`https://huggingface.co/datasets/o/n/resolve/main/m`"),
+        ("huggingface.co/org/name", "`hf://org/name/PATH`"),
+        ("huggingface.co/org/name/tree/main/vae", "`hf://org/name/PATH`"),
+        ("civitai.com/models/4384?modelVersionId=128713", "the file is at `civitai:128713`"),
+        ("civitai.com/models/4384/dreamshaper?modelVersionId=128713", "the file is at `civitai:128713`"),
+        ("civitai.com/model-versions/128713", "the file is at `civitai:128713`"),
+        ("civitai.com/models/4384/dreamshaper", "the newest version at `urn:air:other:other:civitai:4384`"),
+        ("civitai.com/models/4384?modelVersionId=%1b[2J", "`civitai:VERSION`"),
+        (
+            "civitai.red/models/4?modelVersionId=5",
+            "the file is at `https://civitai.red/api/download/models/5`",
+        ),
+        ("civitai.green/models/4", "`https://civitai.green/api/download/models/VERSION`"),
+    ],
+)
+def test_a_page_is_refused_with_the_address_of_its_file(page: str, hint: str) -> None:
+    said = check_address(f"https://{page}")
+    assert said is not None
+    assert said.fact.endswith("is a page, not a file")
+    assert hint in str(said.hint)
+    for address in re.findall(r"`((?:https|civitai|urn):[^`]*\d[^`]*)`", str(said.hint)):
+        parse_address(address)
 
 
 @given(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 import socket
@@ -40,6 +41,9 @@ class Handler(BaseHTTPRequestHandler):
             route(self)
 
     do_HEAD = do_GET
+
+    def do_CONNECT(self) -> None:
+        self.server.owner.connect(self)
 
     def send(self, data: bytes | memoryview) -> None:
         """Body bytes; none for a HEAD request."""
@@ -90,6 +94,7 @@ class Server:
     def __init__(self, host: str = "127.0.0.1", tls: ssl.SSLContext | None = None) -> None:
         self.routes: dict[str, Route] = {}
         self.prefixes: dict[str, Route] = {}
+        self.connect: Route = lambda handler: answer(handler, 405)  # what it does as a proxy
         self.seen: list[Seen] = []
         self.sent = 0
         self._lock = threading.Lock()
@@ -273,6 +278,16 @@ def garbage(handler: Handler) -> None:
     handler.cut()
 
 
+def sends(data: bytes) -> Route:
+    """These bytes, whatever they are, and then the connection is dropped."""
+
+    def route(handler: Handler) -> None:
+        handler.wfile.write(data)
+        handler.cut()
+
+    return route
+
+
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -399,3 +414,26 @@ def tls_server_context(folder: Path) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(folder / "server.pem", folder / "key.pem")
     return context
+
+
+def drips(head: bytes, then: bytes = b"", pause: float = 0.02) -> Route:
+    """An answer of which `head` comes a byte now and then, and `then` over and over, as slowly."""
+
+    def route(handler: Handler) -> None:
+        for byte in itertools.chain(head, itertools.cycle(then)):
+            handler.wfile.write(bytes([byte]))
+            handler.wfile.flush()
+            time.sleep(pause)
+
+    return route
+
+
+def floods(head: bytes, then: bytes) -> Route:
+    """An answer that begins with `head` and goes on with `then` as fast as it is taken."""
+
+    def route(handler: Handler) -> None:
+        handler.wfile.write(head)
+        while True:
+            handler.wfile.write(then * (1 + BLOCK // len(then)))
+
+    return route

@@ -2,28 +2,40 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from builder.base.errors import FetchError
 from builder.base.progress import Reporter
-from builder.sources.net.client import Limits, Session
+from builder.sources.net.client import Session
 from builder.sources.net.connect import Proxies, private_kind
 from builder.sources.net.failure import Failure
+from builder.sources.net.ranges import refuse_encoded
+from builder.sources.net.remote import open_remote
+from builder.sources.net.wire import Limits
 from tests.help.servers import (
     File,
+    Handler,
+    Route,
     Server,
+    answer,
     certificate,
     dribble,
+    drips,
     endless,
+    floods,
     garbage,
     in_turn,
     redirects,
     says,
+    sends,
     silent,
     tls_server_context,
 )
@@ -272,6 +284,188 @@ def test_hosts_that_misbehave_are_noticed(server: Server, route: object, fact: s
     assert fact in refusal(server.url("/m"), limits=limits).fact
 
 
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+SLOW = "takes more than 0.3 seconds to answer"
+INFORMATIONAL = "sends informational answers only"
+TOO_MUCH = "sends too much beside the file itself"
+STALLS = {
+    "a status": (drips(b"HTTP/1.1 200 OK" + b" " * 999), SLOW),
+    "a header": (drips(b"HTTP/1.1 200 OK\r\n", b"X-A: b\r\n"), SLOW),
+    "100 Continue, slowly": (drips(b"", CONTINUE, 0.01), SLOW),
+    "100 Continue, a flood": (floods(b"", CONTINUE), INFORMATIONAL),
+    "100 Continue in odd words": (floods(b"", b"HTTP/1.1 0100 Continue\r\n\r\n"), TOO_MUCH),
+    "early hints, a flood": (floods(b"", b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n"), INFORMATIONAL),
+    "headers of an informational answer": (floods(b"HTTP/1.1 100 Continue\r\n", b"A: b\r\n"), TOO_MUCH),
+    "a body": (dribble, "sends almost nothing"),
+    "the size of a chunk": (drips(CHUNKED, b"0", 0.005), "sends almost nothing"),
+    "what is said of a chunk": (drips(CHUNKED + b"1;", b"a", 0.005), "sends almost nothing"),
+    "trailers, a flood": (floods(CHUNKED + b"0\r\n", b"A: b\r\n"), TOO_MUCH),
+    "trailers, slowly": (drips(CHUNKED + b"0\r\n", b"A: b\r\n", 0.005), "sends almost nothing"),
+}
+
+
+@pytest.mark.parametrize("what", STALLS)
+def test_no_host_keeps_us_waiting_for_ever(server: Server, what: str) -> None:
+    """Each of these goes on for ever; none lets a single byte fail to come within `read`."""
+    server.routes["/m"], fact = STALLS[what]
+    limits = replace(QUICK, patience=0.3, headers=10.0 if fact == "sends almost nothing" else 0.3)
+    failure = refusal(server.url("/m"), limits=limits)
+    assert fact in failure.fact
+    assert failure.retry == (fact != TOO_MUCH)
+
+
+def test_a_few_informational_answers_are_passed_over(server: Server) -> None:
+    def hinting(handler: Handler) -> None:
+        handler.wfile.write(CONTINUE + b"HTTP/1.1 103 Early Hints\r\nLink: </style.css>\r\n\r\n" + CONTINUE)
+        answer(handler, 200, b"model")
+
+    server.routes["/m"] = hinting
+    with Session(OPEN, limits=QUICK) as session:
+        for _ in range(2):
+            response = session.request("GET", server.url("/m"))
+            assert (response.status, response.headers.get("Link")) == (200, None)
+            assert response.read_all(99) == b"model"
+            response.close()
+    assert len({seen.port for seen in server.seen}) == 1, "and the connection is kept"
+
+
+def test_a_slow_reader_blames_no_host(server: Server) -> None:
+    server.routes["/m"] = File(bytes(3 << 20), block=1 << 20, chunked=True)
+    with Session(OPEN, limits=replace(QUICK, patience=0.05, slowest=1 << 20)) as session:
+        response = session.request("GET", server.url("/m"))
+        size = 0
+        while piece := response.read():
+            size += len(piece)
+            time.sleep(0.02)
+        response.close()
+    assert size == 3 << 20
+
+
+@pytest.mark.parametrize("reply", [drips(b"", b"HTTP/1.1 200 OK"), drips(b"", CONTINUE, 0.01)])
+def test_a_proxy_keeps_nobody_waiting_either(server: Server, reply: Route) -> None:
+    server.connect = reply
+    limits = replace(QUICK, headers=0.3, connect=5)
+    failure = refusal("https://h.example/m", OPEN | {"HTTPS_PROXY": server.url()}, limits)
+    assert failure.fact.startswith("`proxy` takes more than 0.3 seconds")
+
+
+@pytest.mark.parametrize(
+    ("value", "wait"),
+    [
+        ("7", 7.0),
+        (" 7 ", 7.0),
+        ("9" * 5000, 999_999_999.0),
+        ("Fri, 31 Dec 1999 23:59:59 GMT", 0.0),
+        ("Fri, 31 Dec 1999 23:59:59 +999999999999", None),
+        ("Fri, 31 Dec 9999 23:59:59 -9959", None),
+        ("Fri, 99 Dec 2999 23:59:59 GMT", None),
+        ("Fri, 31 Foo 2999 23:59:59 GMT", None),
+        ("Fri, 31 Dec 0000 23:59:59 GMT", None),
+        ("Fri, 31 Dec 2999 99:99:99 GMT", None),
+        ("-7", None),
+        ("1e9", None),
+        ("inf", None),
+        ("\xb2", None),
+        (",", None),
+        ("", None),
+        ("0" * 60_000 + "x", None),
+    ],
+)
+def test_any_time_to_wait_is_one_or_none(server: Server, value: str, wait: float | None) -> None:
+    server.routes["/m"] = says(503, Retry_After=value)
+    with Session(OPEN, limits=QUICK) as session:
+        assert session.request("GET", server.url("/m")).failure().wait == wait
+
+
+def test_a_date_to_come_is_waited_for(server: Server) -> None:
+    server.routes["/m"] = says(503, Retry_After="Fri, 31 Dec 9999 23:59:59 GMT")
+    with Session(OPEN, limits=QUICK) as session:
+        failure = session.request("GET", server.url("/m")).failure()
+        assert failure.wait is not None and failure.wait > 1e11
+        with pytest.raises(Failure, match="asks to wait"):
+            session.pause(1, failure)
+
+
+HOSTILE = "\x1b[31m\x9b2J\u202eMARK\u200b"
+
+
+def test_what_a_host_says_is_escaped(server: Server) -> None:
+    """A marker in every place where a host's words may get into a message."""
+    raw = HOSTILE.encode()
+    latin = raw.decode("latin-1")
+    named = ("Content-Encoding", "Content-Type", "X-Error-Message", "ETag", "Content-Range", "Retry-After")
+    everywhere = {name.replace("-", "_"): latin for name in named}
+    notes: list[str] = []
+
+    class Heard(Reporter):
+        def note(self, message: str) -> None:
+            notes.append(message)
+
+    routes = {
+        "/status": sends(b"HTTP/1.1 " + raw + b" OK\r\n\r\n"),
+        "/reason": sends(b"HTTP/1.1 500 " + raw + b"\r\nContent-Length: 0\r\n\r\n"),
+        "/header": sends(b"HTTP/1.1 500 OK\r\n" + raw + b"\r\n\r\n"),
+        "/all": says(503, raw, **everywhere),
+        "/json": says(404, json.dumps({"message": HOSTILE, "error": HOSTILE})),
+        "/page": says(200, b"<html><title>" + raw + b"</title>"),
+        "/packed": says(200, b"x", Content_Encoding=latin),
+        "/away": redirects("ftp://" + latin),
+        "/down": redirects("/" + latin, 302),
+        "/there": redirects("http://1.1.1.1/" + latin),
+        "/host": redirects("http://" + latin),
+    }
+    for path, route in routes.items():
+        server.routes[path] = route
+    failures = []
+    with Session(OPEN, limits=replace(QUICK, longest_wait=9.0), reporter=Heard()) as session:
+        for path in routes:
+            with pytest.raises(Failure) as raised:
+                response = session.request("GET", server.url(path))
+                refuse_encoded(response)
+                if response.status != 200:
+                    raise response.failure()
+                response.refuse_pages(response.read())
+            failures.append(raised.value)
+            session.pause(1, Failure(raised.value.fact + HOSTILE, wait=3.0 if path == "/all" else None))
+            with pytest.raises(FetchError) as told:
+                open_remote(server.url(path), session=session)
+            failures += [Failure(p.fact) for p in told.value.problems]
+            assert str(told.value).isprintable()
+    said = [text for f in failures for text in (str(f), f.fact, f.hint or "", *f.evidence)] + notes
+    assert notes and sum("MARK" in text for text in said) > 8
+    assert not [text for text in said if not text.isprintable()]
+
+
+def test_a_stop_ends_what_is_under_way_and_nothing_later(server: Server) -> None:
+    server.routes["/m"] = says(200, b"model")
+    server.routes["/slow"] = silent
+    with Session(OPEN, limits=QUICK) as first:
+        second, waiting = first.anew(), first.request("GET", server.url("/slow"))
+        response = first.request("GET", server.url("/m"))
+        response.read_all(99)
+        response.close()
+        (kept,) = [c for idle in first._pool.idle.values() for c in idle]
+        other = second.request("GET", server.url("/m"))
+        first.stop()
+        with pytest.raises(Failure):
+            waiting.read_all(1 << 20)
+        waiting.close()
+        for ended in (lambda: first.request("GET", server.url("/m")), lambda: first.wait(0)):
+            with pytest.raises(Failure, match="stopped"):
+                ended()
+        assert other.read_all(99) == b"model", "taken over from the first, and not broken off with it"
+        assert other._socket is kept.sock
+        other.close()
+        third = first.anew()
+        response = third.request("GET", server.url("/m"))
+        assert response.read_all(99) == b"model"
+        assert response._socket is kept.sock, "connections are shared"
+        response.close()
+        second.stop()
+        third.go_on()
+
+
 def test_a_host_that_is_not_there() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -287,7 +481,7 @@ def test_a_kept_connection_that_was_closed_is_made_anew(server: Server) -> None:
             response = session.request("GET", server.url("/m"))
             assert response.read_all(99) == b"model"
             response.close()
-            for kept in session._idle.values():
+            for kept in session._pool.idle.values():
                 kept[0].sock.shutdown(socket.SHUT_RDWR)
     assert len({seen.port for seen in server.seen}) == 2
 

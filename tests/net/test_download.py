@@ -19,7 +19,8 @@ import pytest
 from builder.base.errors import CkptError, ExitCode, FetchError, Problem, SourceError, render
 from builder.base.progress import Reporter
 from builder.sources.net.acquire import Fetched, fetch
-from builder.sources.net.client import Limits, Session
+from builder.sources.net.client import Session
+from builder.sources.net.wire import Limits
 from builder.store import Store
 from tests.help.servers import (
     File,
@@ -493,7 +494,8 @@ import sys
 from pathlib import Path
 from builder.base.errors import CkptError
 from builder.sources.net.acquire import fetch
-from builder.sources.net.client import Limits, Session
+from builder.sources.net.client import Session
+from builder.sources.net.wire import Limits
 from builder.store import Store
 
 url, root, sha256 = sys.argv[1:]

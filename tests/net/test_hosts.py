@@ -14,8 +14,9 @@ import pytest
 
 from builder.base.errors import CkptError, FetchError, SourceError, render
 from builder.sources.net.acquire import fetch, lookup_by_hash, resolve
-from builder.sources.net.client import Limits, Session
+from builder.sources.net.client import Session
 from builder.sources.net.hosts import Pin, hugging_face_cache
+from builder.sources.net.wire import Limits
 from builder.store import Store
 from tests.help.servers import COMMIT, File, Server, civitai, hugging_face, in_turn, redirects, says
 

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from builder.base.errors import CkptError, FetchError, SourceError, UsageError, render
 from builder.formats import open_checkpoint
 from builder.formats.write_safetensors import write
-from builder.sources.net.client import Limits, Session
+from builder.sources.net.client import Session
 from builder.sources.net.remote import HEAD, RemoteBlob, _Move, coalesce, fetch_component, open_remote
+from builder.sources.net.wire import Limits
 from builder.tensors.digests import Row, component_digest, tensor_digest
 from builder.tensors.lazy import DType, MemoryTensor
 from tests.help.servers import File, Handler, Route, Server, hugging_face, in_turn, redirects, says

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import http.client
 import os
 import random
+import re
 import socket
 import ssl
 import threading
-import time
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from datetime import datetime, timezone
+from functools import partial
 from typing import NamedTuple, TypeVar
 from urllib.parse import urljoin
 
 from builder import __version__
-from builder.base.addresses import DEFAULT_PORTS, split
+from builder.base.addresses import CIVITAI_HOSTS, DEFAULT_PORTS, split
 from builder.base.progress import SILENT, Reporter
 from builder.sources.net.connect import Dialer, Proxies, loopback_name, tls_context
 from builder.sources.net.failure import Failure
 from builder.sources.net.text import host_words, page_kind, scrub, shown
+from builder.sources.net.wire import Answer, Limits
 
 T = TypeVar("T")
 
@@ -31,27 +34,6 @@ TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 52
 EXPLANATION = 64 << 10  # bytes of a failure's body that are read
 PIECE = 1 << 20  # bytes asked of a socket at a time
 _WORTH_A_NOTE = 2.0  # seconds of waiting
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """How long, how often and how much; times in seconds, sizes in bytes.
-
-    A connection that brings less than `slowest` bytes a second over `patience` is dropped and made
-    anew. `attempts` are those in a row that bring nothing new. A wait that a host asks for and that is
-    longer than `longest_wait` is a failure. `max_bytes` holds where no size is pinned.
-    """
-
-    connect: float = 15.0
-    read: float = 30.0
-    slowest: int = 1024
-    patience: float = 60.0
-    attempts: int = 5
-    backoff: float = 0.5
-    longest_wait: float = 120.0
-    max_bytes: int = 64 << 30
-    connections: int = 4
-    segment: int = 16 << 20
 
 
 class Origin(NamedTuple):
@@ -101,27 +83,43 @@ class Session:
         )
         self.civitai = Host(
             "Civitai",
-            self._endpoint("CIVITAI_ENDPOINT", "https://civitai.com"),
+            self.civitai_endpoint(),
             ("CIVITAI_TOKEN", "CIVITAI_API_TOKEN"),
         )
         self._hosts: dict[Origin, Host] = {
             Origin("https", "huggingface.co", 443): self.hugging_face,
-            Origin("https", "civitai.com", 443): self.civitai,
+            **{Origin("https", name, 443): self.civitai for name in CIVITAI_HOSTS},
         }
         for host in (self.hugging_face, self.civitai):
             try:
                 self._hosts[origin_of(host.endpoint)] = host
             except ValueError:
                 continue  # said by name when it is asked for
-        self._dialer = Dialer(self.allow_private, self.limits.connect, Proxies.of(self.environ))
-        self._tls: ssl.SSLContext | None = None
-        self._idle: dict[Origin, list[_Connection]] = {}
+        self._dialer = Dialer(self.allow_private, self.limits, Proxies.of(self.environ))
+        self._pool = _Pool()
+        self._begin()
+
+    def _begin(self) -> None:
         self._sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
         self._stopped = threading.Event()
         self._lock = threading.Lock()
 
+    def anew(self) -> Session:
+        """The same session for another piece of work, such as the next build in one process.
+
+        Settings, tokens and idle connections are shared; `stop` is not: each ends its own requests, and
+        an earlier one ends none of this.
+        """
+        other = copy.copy(self)
+        other._begin()
+        return other
+
     def _endpoint(self, variable: str, default: str) -> str:
         return (self.environ.get(variable) or default).rstrip("/")
+
+    def civitai_endpoint(self, host: str = CIVITAI_HOSTS[0]) -> str:
+        """Where a host of Civitai's is asked: there itself, or at the mirror that the environment names."""
+        return self._endpoint("CIVITAI_ENDPOINT", f"https://{host}")
 
     def host_of(self, url: str) -> Host | None:
         """The known host that a URL belongs to."""
@@ -212,12 +210,17 @@ class Session:
     def _exchange(self, method: str, url: str, origin: Origin, headers: Mapping[str, str]) -> Response:
         target = url.split("/", 3)[3] if url.count("/") > 2 else ""
         for fresh in (False, True):
-            connection = self._connection(origin, fresh)
+            connection = (None if fresh else self._pool.take(origin)) or self._connection(origin)
             reused = connection.sock is not None
             try:
-                connection.request(method, "/" + target, headers=dict(headers))
+                if not reused:
+                    connection.connect()
                 sock = connection.sock  # of which the connection lets go when the answer is its last
-                return Response(connection.getresponse(), connection, sock, self, url)
+                self._watch(sock)
+                connection.request(method, "/" + target, headers=dict(headers))
+                answer = connection.getresponse()
+                assert isinstance(answer, Answer)
+                return Response(answer, connection, sock, self, url)
             except (ConnectionError, http.client.RemoteDisconnected) as error:
                 connection.close()
                 if not reused:  # a kept connection may have been closed meanwhile: that is no failure
@@ -230,21 +233,20 @@ class Session:
                 raise
         raise AssertionError
 
-    def _connection(self, origin: Origin, fresh: bool) -> _Connection:
-        with self._lock:
-            kept = self._idle.get(origin)
-            if kept and not fresh:
-                return kept.pop()
-            if self._tls is None and origin.scheme == "https":
-                self._tls = tls_context()
-        return _Connection(origin, self._dialer, self._tls, self.limits.read, self.watch)
+    def _connection(self, origin: Origin) -> _Connection:
+        tls = self._pool.tls() if origin.scheme == "https" else None
+        return _Connection(origin, self._dialer, tls, self.limits)
 
     def keep(self, connection: _Connection) -> None:
         """Take back a connection whose response has been read to its end."""
         with self._lock:
-            self._idle.setdefault(connection.origin, []).append(connection)
+            self._sockets.discard(connection.sock)  # a later stop is none of its business
+        if self._stopped.is_set():
+            connection.close()
+        else:
+            self._pool.keep(connection)
 
-    def watch(self, opened: socket.socket) -> None:
+    def _watch(self, opened: socket.socket) -> None:
         """Take note of a connection, which `stop` is to break off."""
         with self._lock:
             self._sockets.add(opened)
@@ -252,7 +254,10 @@ class Session:
             _break_off(opened)
 
     def stop(self) -> None:
-        """End all requests soon, from any thread: they fail, and none is made again."""
+        """End all requests soon, from any thread: they fail, and none is made again.
+
+        What comes after takes a session of its own, from `anew`.
+        """
         self._stopped.set()
         with self._lock:
             opened = list(self._sockets)
@@ -270,11 +275,8 @@ class Session:
         self.go_on()
 
     def close(self) -> None:
-        """Close the idle connections."""
-        with self._lock:
-            idle, self._idle = self._idle, {}
-        for connection in (c for kept in idle.values() for c in kept):
-            connection.close()
+        """Close the idle connections, also those of sessions that were made `anew` of this one."""
+        self._pool.close()
 
     def __enter__(self) -> Session:
         return self
@@ -307,19 +309,45 @@ class Session:
         return seconds
 
 
+class _Pool:
+    """What sessions that were made of each other share: idle connections, and what TLS trusts."""
+
+    def __init__(self) -> None:
+        self.idle: dict[Origin, list[_Connection]] = {}
+        self._tls: ssl.SSLContext | None = None
+        self._lock = threading.Lock()
+
+    def take(self, origin: Origin) -> _Connection | None:
+        """An idle connection to an origin, which is nobody else's from now on."""
+        with self._lock:
+            kept = self.idle.get(origin)
+            return kept.pop() if kept else None
+
+    def keep(self, connection: _Connection) -> None:
+        """Have a connection ready for others."""
+        with self._lock:
+            self.idle.setdefault(connection.origin, []).append(connection)
+
+    def tls(self) -> ssl.SSLContext:
+        """Made once: reading the system's certificates takes time."""
+        with self._lock:
+            self._tls = self._tls or tls_context()
+            return self._tls
+
+    def close(self) -> None:
+        """Close the idle connections."""
+        with self._lock:
+            idle, self.idle = self.idle, {}
+        for connection in (c for kept in idle.values() for c in kept):
+            connection.close()
+
+
 class _Connection(http.client.HTTPConnection):
     """A connection that is opened by a Dialer, over TLS when its origin says so."""
 
-    def __init__(
-        self,
-        origin: Origin,
-        dialer: Dialer,
-        tls: ssl.SSLContext | None,
-        timeout: float,
-        watch: Callable[[socket.socket], None],
-    ) -> None:
-        super().__init__(origin.host, origin.port, timeout=timeout)
-        self._watch = watch
+    def __init__(self, origin: Origin, dialer: Dialer, tls: ssl.SSLContext | None, limits: Limits) -> None:
+        super().__init__(origin.host, origin.port, timeout=limits.read)
+        self.response_class = partial(Answer, limits, origin.host)  # type: ignore[assignment]
         self.origin = origin
         self._dialer = dialer
         self._tls = tls
@@ -333,7 +361,6 @@ class _Connection(http.client.HTTPConnection):
             else:
                 self.sock = plain
             self.sock.settimeout(self.timeout)
-            self._watch(self.sock)
         except BaseException:
             plain.close()
             raise
@@ -344,7 +371,7 @@ class Response:
 
     def __init__(
         self,
-        raw: http.client.HTTPResponse,
+        raw: Answer,
         connection: _Connection,
         sock: socket.socket,
         session: Session,
@@ -356,8 +383,6 @@ class Response:
         self._session = session
         self._ended = False
         self._closed = False
-        self._since = time.monotonic()
-        self._recent = 0
         self.url = url
         self.status = raw.status
         self.headers = raw.headers
@@ -371,6 +396,7 @@ class Response:
         if self.left == 0 or self._ended:
             self._ended = True
             return b""
+        self._raw.wire.expect(most)
         try:
             data = self._raw.read1(most)
         except (OSError, http.client.HTTPException) as error:
@@ -383,37 +409,25 @@ class Response:
             self._ended = True
         elif self.left is not None:
             self.left -= len(data)
-        self._watch(len(data))
+        self._raw.wire.brought(len(data))
         return data
-
-    def _watch(self, count: int) -> None:
-        self._recent += count
-        limits = self._session.limits
-        passed = time.monotonic() - self._since
-        if passed >= limits.patience:
-            if self._recent < limits.slowest * passed:
-                raise Failure(f"`{origin_of(self.url).host}` sends almost nothing", retry=True)
-            self._since += passed
-            self._recent = 0
 
     def read_all(self, most: int) -> bytes:
         """The whole body. Raises Failure when it is longer than `most` bytes."""
-        body = b""
+        body = bytearray()
         while piece := self.read():
             body += piece
             if len(body) > most:
                 raise Failure(f"the answer of `{origin_of(self.url).host}` is longer than {most:,} bytes")
-        return body
+        return bytes(body)
 
     def explanation(self) -> bytes:
         """As much of a failure's body as is worth reading; never fails."""
-        body = b""
-        try:
+        body = bytearray()
+        with contextlib.suppress(Failure):
             while len(body) < EXPLANATION and (piece := self.read(EXPLANATION - len(body))):
                 body += piece
-        except Failure:
-            pass
-        return body
+        return bytes(body)
 
     def failure(self, body: bytes | None = None) -> Failure:
         """What a status other than success says, in the host's own words; ends the response."""
@@ -494,19 +508,24 @@ def _login_hint(session: Session, host: Host | None) -> str | None:
     return f"the token in `{variable}` does not open it: see the model's page for what it asks for"
 
 
-def _retry_after(value: str | None) -> float | None:
-    if value is None:
-        return None
-    if value.strip().isascii() and value.strip().isdigit():
-        return float(value.strip()[:9])
-    from datetime import datetime, timezone
-    from email.utils import parsedate_to_datetime
+_MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
+_DATE = re.compile(r"[A-Za-z]+, ([0-9]{2}) ([A-Z][a-z]{2}) ([0-9]{4}) ([0-9]{2}):([0-9]{2}):([0-9]{2}) GMT")
 
+
+def _retry_after(value: str | None) -> float | None:
+    """Seconds to wait, of a number or of a date as HTTP writes it; None for anything else."""
+    said = (value or "").strip()
+    if re.fullmatch(r"[0-9]+", said):
+        return float(said[:9])
+    found = _DATE.fullmatch(said)
+    if found is None or found[2] not in _MONTHS:
+        return None
+    day, year, hour, minute, second = (int(found[i]) for i in (1, 3, 4, 5, 6))
     try:
-        when = parsedate_to_datetime(value)
+        month = _MONTHS.index(found[2]) + 1
+        when = datetime(year, month, day, hour, minute, second, tzinfo=timezone.utc)
     except ValueError:
         return None
-    when = when if when.tzinfo else when.replace(tzinfo=timezone.utc)
     return max(0.0, (when - datetime.now(timezone.utc)).total_seconds())
 
 

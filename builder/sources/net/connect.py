@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import http.client
 import ipaddress
 import socket
 import ssl
@@ -12,9 +11,11 @@ from dataclasses import dataclass
 from urllib.parse import unquote, urlsplit
 
 from builder.sources.net.failure import Failure
+from builder.sources.net.wire import Answer, Limits
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
+_MOST_TRIED = 8  # addresses of one name: each may take its time to refuse
 _UNICAST = ipaddress.ip_network("2000::/3")
 
 
@@ -84,7 +85,7 @@ class Dialer:
     """Opens sockets: resolves a name, refuses what is not permitted, connects to what was checked."""
 
     allow_private: bool
-    timeout: float
+    limits: Limits
     proxies: Proxies
 
     def dial(self, scheme: str, host: str, port: int) -> socket.socket:
@@ -108,7 +109,7 @@ class Dialer:
             )
         connection = self._connect(target.hostname, target.port or 8080, public=False, scheme="https")
         try:
-            _tunnel(connection, host, port, target.username, target.password)
+            _tunnel(connection, self.limits, host, port, target.username, target.password)
         except BaseException:
             connection.close()
             raise
@@ -121,14 +122,14 @@ class Dialer:
             raise Failure(f"the host `{host}` is not known", retry=True) from None
         refused: Failure | None = None
         failed: OSError | None = None
-        for family, kind, protocol, _, where in found:
+        for family, kind, protocol, _, where in found[:_MOST_TRIED]:
             refusal = self._refusal(str(where[0]), host, public, scheme)
             if refusal is not None:
                 refused = refusal
                 continue
             connection = socket.socket(family, kind, protocol)
             try:
-                connection.settimeout(self.timeout)
+                connection.settimeout(self.limits.connect)
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 connection.connect(where)
                 return connection
@@ -168,14 +169,21 @@ def _refuse_literal(host: str) -> None:
         raise Failure(f"`{host}` is {kind}", hint="set `CKPT_ALLOW_PRIVATE=1` if it is meant")
 
 
-def _tunnel(connection: socket.socket, host: str, port: int, user: str | None, password: str | None) -> None:
+def _tunnel(
+    connection: socket.socket,
+    limits: Limits,
+    host: str,
+    port: int,
+    user: str | None,
+    password: str | None,
+) -> None:
     authority = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     lines = [f"CONNECT {authority} HTTP/1.1", f"Host: {authority}"]
     if user is not None:
         secret = base64.b64encode(f"{unquote(user)}:{unquote(password or '')}".encode()).decode("ascii")
         lines.append(f"Proxy-Authorization: Basic {secret}")
     connection.sendall("\r\n".join([*lines, "", ""]).encode("ascii"))
-    answer = http.client.HTTPResponse(connection, method="CONNECT")
+    answer = Answer(limits, "proxy", connection, method="CONNECT")
     try:
         answer.begin()
         if answer.status != 200:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from builder.base.errors import shown
+
 
 class Failure(Exception):
     """One address, or one request, did not give what was wanted.
 
     `retry`: asking again may help, after `wait` seconds where the host said so. `mismatch`: the host
-    gave something, and it is not what was pinned.
+    gave something, and it is not what was pinned. Words of hosts get into messages through here, and are
+    escaped here.
     """
 
     def __init__(
@@ -20,13 +23,13 @@ class Failure(Exception):
         mismatch: bool = False,
         evidence: tuple[str, ...] = (),
     ) -> None:
-        super().__init__(fact)
-        self.fact = fact
+        self.fact = shown(fact)
+        super().__init__(self.fact)
         self.hint = hint
         self.retry = retry
         self.wait = wait
         self.mismatch = mismatch
-        self.evidence = evidence
+        self.evidence = tuple(shown(line) for line in evidence)
 
 
 class StartOver(Exception):

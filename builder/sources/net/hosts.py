@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -14,8 +13,9 @@ from urllib.parse import quote
 from builder.base.addresses import Address, Civitai, HuggingFace, LocalFile, Web
 from builder.sources.net.client import REDIRECTS, Response, Session
 from builder.sources.net.failure import Failure
+from builder.sources.net.text import parse_json
 
-MAX_ANSWER = 16 << 20  # bytes of an answer of an API
+MAX_ANSWER = 4 << 20  # bytes of an answer of an API; those of models with many versions have 1 MB
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -44,14 +44,13 @@ def pin_of(address: Address, session: Session) -> Pin:
 
 def by_hash(sha256: str, session: Session) -> Pin | None:
     """The file of this SHA-256 at Civitai; None when Civitai does not know it. Raises Failure."""
-    said = _ask(
-        session, f"{session.civitai.endpoint}/api/v1/model-versions/by-hash/{sha256.upper()}", absent=True
-    )
+    url = f"{session.civitai_endpoint()}/api/v1/model-versions/by-hash/{sha256.upper()}"
+    said = _ask(session, url, absent=True)
     if said is None:
         return None
     for file in _files(said):
         if _digest(file) == sha256:
-            return _file_pin(_number(said, "id"), file)
+            return _file_pin(Civitai(_number(said, "id"), _number(file, "id")), file)
     return None
 
 
@@ -66,7 +65,7 @@ def download_url(address: Address, session: Session) -> str:
             if address.version is None or address.format is not None:
                 return download_url(_chosen(address, session), session)
             file = f"?fileId={address.file}" if address.file is not None else ""
-            return f"{session.civitai.endpoint}/api/download/models/{address.version}{file}"
+            return f"{session.civitai_endpoint(address.host)}/api/download/models/{address.version}{file}"
         case LocalFile():
             raise AssertionError("a file has no web address")
 
@@ -108,16 +107,21 @@ def _stated(address: HuggingFace, response: Response) -> Pin:
 
 def _civitai_pin(address: Civitai, session: Session) -> Pin:
     version = _version(address, session)
-    return _file_pin(_number(version, "id"), _chosen_file(address, version))
+    file = _chosen_file(address, version)
+    return _file_pin(_exact(address, version, file), file)
 
 
 def _chosen(address: Civitai, session: Session) -> Civitai:
     version = _version(address, session)
-    return Civitai(_number(version, "id"), _number(_chosen_file(address, version), "id"))
+    return _exact(address, version, _chosen_file(address, version))
+
+
+def _exact(address: Civitai, version: dict[str, Any], file: dict[str, Any]) -> Civitai:
+    return Civitai(_number(version, "id"), _number(file, "id"), host=address.host)
 
 
 def _version(address: Civitai, session: Session) -> dict[str, Any]:
-    api = f"{session.civitai.endpoint}/api/v1"
+    api = f"{session.civitai_endpoint(address.host)}/api/v1"
     if address.version is not None:
         said = _ask(session, f"{api}/model-versions/{address.version}")
     else:
@@ -138,7 +142,7 @@ def _chosen_file(address: Civitai, version: dict[str, Any]) -> dict[str, Any]:
         files = [f for f in files if any(w.startswith(address.format[:4]) for w in _formats(f))]
     chosen = next((f for f in files if f.get("primary")), files[0] if files else None)
     if chosen is None:
-        raise Failure(f"`{address}` is not among the files of version {version.get('id')}")
+        raise Failure(f"`{address}` is not among the files of version {_number(version, 'id')}")
     return chosen
 
 
@@ -163,12 +167,12 @@ def _digest(file: dict[str, Any]) -> str | None:
     return said if _SHA256.fullmatch(said) else None
 
 
-def _file_pin(version: int, file: dict[str, Any]) -> Pin:
+def _file_pin(address: Civitai, file: dict[str, Any]) -> Pin:
     # Sizes are stated in KiB, sometimes rounded: only a whole number of bytes is one.
     said = file.get("sizeKB")
     size = said * 1024 if isinstance(said, (int, float)) and 0 <= said < 1e12 else None
     whole = int(size) if size is not None and size == int(size) else None
-    return Pin(str(Civitai(version, _number(file, "id"))), _digest(file), whole, str(version))
+    return Pin(str(address), _digest(file), whole, str(address.version))
 
 
 def _number(said: dict[str, Any], key: str) -> int:
@@ -190,8 +194,8 @@ def _ask(session: Session, url: str, *, absent: bool = False) -> dict[str, Any] 
         if response.status != 200:
             raise response.failure()
         try:
-            said = json.loads(response.read_all(MAX_ANSWER))
-        except (ValueError, RecursionError):
+            said = parse_json(response.read_all(MAX_ANSWER))
+        except ValueError:
             said = None
         finally:
             response.close()
@@ -223,7 +227,6 @@ def cached(session: Session, address: Address | None, sha256: str | None) -> Pat
 
 def hugging_face_cache(environ: Mapping[str, str] = os.environ) -> Path:
     """The folder of Hugging Face's downloads: `HF_HUB_CACHE`, else `HF_HOME`, else by habit."""
-    if given := environ.get("HF_HUB_CACHE") or environ.get("HUGGINGFACE_HUB_CACHE"):
-        return Path(given).expanduser()
     home = environ.get("HF_HOME") or f"{environ.get('XDG_CACHE_HOME') or '~/.cache'}/huggingface"
-    return Path(home).expanduser() / "hub"
+    given = environ.get("HF_HUB_CACHE") or environ.get("HUGGINGFACE_HUB_CACHE") or f"{home}/hub"
+    return Path(os.path.expanduser(given))  # noqa: PTH111 - never raises
