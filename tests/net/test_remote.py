@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from builder.base.addresses import parse_address
 from builder.base.errors import CkptError, FetchError, SourceError, UsageError, render
 from builder.formats import open_checkpoint
 from builder.formats.write_safetensors import write
@@ -19,6 +20,7 @@ from builder.sources.net.remote import HEAD, RemoteBlob, _Move, coalesce, fetch_
 from builder.sources.net.wire import Limits
 from builder.tensors.digests import Row, component_digest, tensor_digest
 from builder.tensors.lazy import DType, MemoryTensor
+from tests.help.network import sha256
 from tests.help.servers import File, Handler, Route, Server, hugging_face, in_turn, redirects, says
 from tests.net.test_download import Heard
 
@@ -231,7 +233,7 @@ def test_what_is_not_on_a_host_is_not_read_there(session: Session) -> None:
 
 def test_bytes_past_the_end_are_not_asked_for(server: Server, session: Session, data: bytes) -> None:
     server.routes["/m"] = File(data)
-    blob = RemoteBlob(session, server.url("/m"), "m")
+    blob = RemoteBlob(session, [parse_address(server.url("/m"))])
     with pytest.raises(FetchError, match="are not there"):
         blob.read_into(blob.size - 1, memoryview(bytearray(2)))
     blob.close()
@@ -261,3 +263,102 @@ def test_coalesced_requests_cover_every_byte(spans: list[tuple[int, int]], gap: 
             m for request in requests for m in request if move.start <= m.start < move.start + move.length
         ]
         assert all(m.to - m.start == move.to - move.start for m in parts)
+
+
+# Several addresses of one file.
+
+
+def ends(data: bytes) -> Route:
+    """A host that shows the beginning of a file, and then has it no more."""
+    return later(File(data), says(410, "taken down"))
+
+
+def test_a_component_is_read_on_from_the_next_address(
+    server: Server, session: Session, data: bytes, tmp_path: Path
+) -> None:
+    notes: list[str] = []
+
+    class Told(Heard):
+        def note(self, message: str) -> None:
+            notes.append(message)
+
+    session.reporter = Told()
+    server.routes["/gone"] = says(404)
+    server.routes["/first"] = ends(data)
+    server.routes["/second"] = File(data, etag='"another"', drops=[HEAD, 5_000, 0, 0, 0])
+    server.routes["/third"] = File(data, etag="")
+    addresses = [server.url(p) for p in ("/gone", "/first", "/second", "/third")]
+    with open_remote(addresses, session=session, size=len(data)) as remote:
+        fetch_component(remote, VAE, tmp_path / "vae", sha256=digest_of(VAE)).close()
+        assert remote["z"].tobytes() == TENSORS["z"].tobytes()
+    assert [len(server.asked(p)) > 0 for p in ("/gone", "/first", "/second", "/third")] == [True] * 4
+    assert [n.split("`")[3] for n in notes] == [server.url("/second"), server.url("/third")]
+    assert all(n.startswith(f"`{server.url('/first')}` is read on from") for n in notes)
+
+
+def test_a_changed_file_is_read_on_elsewhere(server: Server, session: Session, data: bytes) -> None:
+    server.routes["/first"] = later(File(data), File(data, ranges=False))
+    server.routes["/second"] = File(data)
+    addresses = [server.url("/first"), server.url("/second")]
+    with open_remote(addresses, session=session) as remote:
+        assert remote["z"].tobytes() == TENSORS["z"].tobytes()
+
+
+def test_another_file_is_not_read_on_from(server: Server, session: Session, data: bytes) -> None:
+    server.routes["/first"] = ends(data)
+    server.routes["/longer"] = File(data + b"x")
+    server.routes["/other"] = File(data[:500] + b"x" + data[501:])
+    server.routes["/page"] = says(200, "<html><title>Sign in</title>")
+    addresses: list[str] = [server.url(p) for p in ("/first", "/longer", "/other", "/page")]
+    with Server() as storage:
+        other = data[:-1] + b"x"
+        hugging_face(server, storage, "org/name", "m.safetensors", other)
+        addresses.insert(1, "hf://org/name/m.safetensors")
+        pinned = sha256(data)
+        with open_remote(addresses, session=session, sha256=pinned) as remote:
+            for _ in range(2):
+                with pytest.raises(FetchError) as raised:
+                    remote["z"].tobytes()
+    told = said(raised.value)
+    for fact in (
+        f"`{server.url('/first')}` cannot be read: `127.0.0.1` answers 410",
+        f"hf://org/name/m.safetensors: its host states the SHA-256 {sha256(other)}",
+        f"/longer: the file has {len(data) + 1:,} bytes instead of {len(data):,}",
+        "/other: the file begins otherwise",
+        "/page: `127.0.0.1` sends an HTML page",
+    ):
+        assert fact in told
+
+
+def test_every_address_and_why_it_cannot_be_read(server: Server, session: Session, data: bytes) -> None:
+    server.routes["/pickle"] = File(b"PK\x03\x04" + bytes(100))
+    server.routes["/longer"] = File(data + b"x")
+    addresses = ["file:m.safetensors", *(server.url(p) for p in ("/404", "/pickle", "/longer"))]
+    with pytest.raises(SourceError) as raised:
+        open_remote(addresses, session=session, size=len(data))
+    facts = [p.fact for p in raised.value.problems]
+    assert len(facts) == 4 and "is on this machine" in facts[0] and "answers 404" in facts[1]
+    with pytest.raises(FetchError):
+        open_remote([server.url("/404"), server.url("/405")], session=session)
+
+
+def test_what_trickles_in_is_no_progress(server: Server, session: Session, data: bytes) -> None:
+    """A byte a connection would go on for as long as there are bytes."""
+    server.routes["/m"] = later(File(data), File(data, drops=[1] * 1000))
+    with open_remote(server.url("/m"), session=session) as remote, pytest.raises(FetchError) as raised:
+        remote["z"].tobytes()
+    assert "short of its" in said(raised.value)
+    assert len(server.seen) == 1 + QUICK.attempts
+
+
+def test_a_stop_is_no_reason_to_ask_elsewhere(server: Server, session: Session, data: bytes) -> None:
+    def stopped(handler: Handler) -> None:
+        session.stop()
+        says(404)(handler)
+
+    server.routes["/first"] = later(File(data), stopped)
+    server.routes["/second"] = File(data)
+    addresses = [server.url("/first"), server.url("/second")]
+    with open_remote(addresses, session=session) as remote, pytest.raises(FetchError):
+        remote["z"].tobytes()
+    assert server.asked("/second") == []

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
-from builder.base.addresses import Address, LocalFile, parse_address
-from builder.base.errors import FetchError, Place, Problem, SourceError
+from builder.base.addresses import Address, Civitai, HuggingFace, LocalFile, Web, parse_address
+from builder.base.errors import CkptError, FetchError, Place, Problem, SourceError
 from builder.base.progress import SILENT, Reporter
 from builder.formats import safetensors
 from builder.formats.blob import BlobTensor, FileBlob
@@ -19,129 +19,214 @@ from builder.formats.checkpoint import Checkpoint
 from builder.formats.write_safetensors import plan_layout
 from builder.sources.net.client import PIECE, Response, Session
 from builder.sources.net.failure import Failure, StartOver
-from builder.sources.net.hosts import download_url
+from builder.sources.net.hosts import download_url, pin_of
 from builder.sources.net.ranges import RangedFile, content_range, refuse_encoded, strong_etag
 from builder.sources.net.text import file_name, shown
 from builder.tensors.digests import Row, component_digest, tensor_digest
-
-T = TypeVar("T")
 
 HEAD = 256 << 10  # bytes fetched first: the table of contents of most checkpoints fits
 GAP = 16 << 10  # bytes between two tensors that are cheaper read along than asked for around
 REQUEST = 8 << 20  # bytes of one request; also what each connection holds in memory
 
 
+class _Seen(NamedTuple):
+    """A file on a host as it was opened: its parts, its beginning, and the name its host gives it."""
+
+    file: RangedFile
+    head: bytes
+    name: str
+
+
 class RemoteBlob:
     """A file on a host, read in parts; its beginning is read at once and kept.
 
-    Every part is of the version seen first: by its strong ETag, else by its size and date. Reading
-    raises FetchError.
+    The first of `addresses` is read from; when it fails, the others in turn, from where the last one ended.
+    At one address every part is of the version seen first: by its strong ETag, else by its size and date.
+    Another address must have the same size and the same beginning, and its host must not state another
+    digest than `sha256`; hosts' tags say nothing of each other. What is made of the parts is to be
+    compared with a digest in the end. Reading raises FetchError, with what became of each address.
     """
 
-    def __init__(self, session: Session, url: str, address: str) -> None:
+    def __init__(self, session: Session, addresses: Sequence[Address], sha256: str | None = None) -> None:
         self._session = session
-        self._address = address
-        self.name = address
-        self.file_name = ""
-        self.size = 0
-        self._head = b""
-        self._file = RangedFile(session, url, 0, None)
-        self._attempt(self._open)
+        self._address, *self._others = addresses
+        self._sha256 = sha256
+        self._lock = threading.Lock()
+        self._failed: list[tuple[Address, Failure]] = []
+        self.name = _shown(self._address)
+        try:
+            self._seen = session.retrying(partial(self._look, self._address))
+        except Failure as failure:
+            raise _unreadable(session, [(self._address, failure)]) from None
+        self.size = self._seen.file.size
 
-    def _open(self) -> None:
-        response = self._session.request("GET", self._file.url, {"Range": f"bytes=0-{HEAD - 1}"})
+    @property
+    def file_name(self) -> str:
+        """What its host calls the file."""
+        return self._seen.name
+
+    def _look(self, address: Address) -> _Seen:
+        url = download_url(address, self._session)
+        response = self._session.request("GET", url, {"Range": f"bytes=0-{HEAD - 1}"})
         try:
             if response.status == 416:
                 raise Failure("the file is empty")
             if response.status not in {200, 206}:
                 raise response.failure()
             refuse_encoded(response)
-            self.file_name = file_name(response.headers, self._file.url)
             start = response.read()
             response.refuse_pages(start)
-            self._head = start + self._rest(response, len(start))
+            size, length = _extent(response)
+            modified = response.headers.get("Last-Modified")
+            file = RangedFile(self._session, url, size, strong_etag(response), modified)
+            file.near = response.url
+            head = bytearray(start)
+            while len(head) < length and (piece := response.read()):
+                head += piece
+            return _Seen(file, bytes(head[:length]), file_name(response.headers, url))
         finally:
             response.close()
-
-    def _rest(self, response: Response, have: int) -> bytes:
-        span = content_range(response)
-        if response.status == 206 and span is not None and span.first == 0 and span.total is not None:
-            self.size, length = span.total, min(span.last + 1, HEAD)
-        elif response.status == 200 and response.length is not None and response.length <= HEAD:
-            self.size = length = response.length
-        else:
-            raise Failure("the host does not serve parts of the file", hint="download it, and use the file")
-        url, modified = self._file.url, response.headers.get("Last-Modified")
-        self._file = RangedFile(self._session, url, self.size, strong_etag(response), modified)
-        self._file.near = response.url
-        rest = b""
-        while have + len(rest) < length and (piece := response.read()):
-            rest += piece
-        return rest[: length - have]
 
     def read_into(self, offset: int, out: memoryview) -> None:
-        """Fill `out` from `offset` on, in one request; nothing is asked for what is in the beginning."""
-        known = self._head[offset : offset + len(out)]
+        """Fill `out` from `offset` on; nothing is asked for what is in the beginning."""
+        head = self._seen.head
+        known = head[offset : offset + len(out)]
         out[: len(known)] = known
-        done = len(known)
+        if offset + len(out) > self.size:
+            fact = f"bytes {offset:,} to {offset + len(out):,} of {self.size:,} are not there"
+            raise _unreadable(self._session, [(self._address, Failure(fact))])
+        done, failures = len(known), 0
         while done < len(out):
-            done += self._attempt(partial(self._part, offset + done, out[done:]))
+            file = self._seen.file
+            got, failure = self._part(file, offset + done, out[done:])
+            done += got
+            if failure is None:
+                continue
+            # What trickles in is no progress: a host could go on so for ever.
+            failures = 1 if got >= self._session.limits.slowest else failures + 1
+            try:
+                if not failure.retry or failures >= self._session.limits.attempts:
+                    raise failure
+                self._session.wait(self._session.pause(failures, failure))
+            except Failure as last:
+                self._move_on(file, last)
+                failures = 0
 
-    def _part(self, start: int, out: memoryview) -> int:
-        """Fill as much as comes before the connection is dropped; something, or Failure."""
-        if start + len(out) > self.size:
-            raise Failure(f"bytes {start:,} to {start + len(out):,} of {self.size:,} are not there")
-        response = self._file.part(start, start + len(out))
+    def _part(self, file: RangedFile, start: int, out: memoryview) -> tuple[int, Failure | None]:
+        """Fill what one response brings: how many bytes, and why they are not all."""
         done = 0
         try:
-            while done < len(out) and (piece := response.read(min(PIECE, len(out) - done))):
-                out[done : done + len(piece)] = piece
-                done += len(piece)
-        except Failure as failure:
-            if not done or not failure.retry:
-                raise
-        finally:
-            response.close()
-        if not done:
-            raise Failure("the body is empty", retry=True)
-        return done
-
-    def _attempt(self, ask: Callable[[], T]) -> T:
-        try:
-            return self._session.retrying(ask)
+            response = file.part(start, start + len(out))
+            try:
+                while done < len(out):
+                    piece = response.read(min(PIECE, len(out) - done))
+                    if not piece:
+                        raise Failure("the body ends early", retry=True)
+                    out[done : done + len(piece)] = piece
+                    done += len(piece)
+            finally:
+                response.close()
         except StartOver:
-            raise self._error(
-                "the file changed while it was read, or its host stopped serving parts"
-            ) from None
+            fact = "the file changed while it was read, or its host stopped serving parts"
+            return done, Failure(fact)
         except Failure as failure:
-            raise self._error(failure.fact, failure.hint) from None
+            return done, failure
+        return done, None
 
-    def _error(self, fact: str, hint: str | None = None) -> FetchError:
-        return _unreadable(self._session, self._address, fact, hint)
+    def _move_on(self, file: RangedFile, failure: Failure) -> None:
+        """Read from the next address after `file` has failed; raises FetchError when there is none."""
+        with self._lock:
+            if file is not self._seen.file:  # another thread has moved on already
+                return
+            while self._others:
+                address, *self._others = self._others
+                try:
+                    self._session.go_on()
+                    seen = self._session.retrying(partial(self._same, address))
+                except Failure as another:
+                    self._failed.append((address, another))
+                    continue
+                said = f"`{self.name}` is read on from `{_shown(address)}`: {failure.fact}"
+                self._session.reporter.note(self._session.scrub(said))
+                self._failed.append((self._address, failure))
+                self._address, self._seen = address, seen
+                return
+            raise _unreadable(self._session, [(self._address, failure), *self._failed])
+
+    def _same(self, address: Address) -> _Seen:
+        """The same file at another address. Raises Failure where it may be another one."""
+        stated = None if self._sha256 is None else pin_of(address, self._session).sha256
+        if stated not in {None, self._sha256}:
+            raise Failure(f"its host states the SHA-256 {stated}", mismatch=True)
+        seen = self._look(address)
+        if seen.file.size != self.size:
+            raise Failure(f"the file has {seen.file.size:,} bytes instead of {self.size:,}", mismatch=True)
+        if seen.head != self._seen.head:
+            raise Failure("the file begins otherwise", mismatch=True)
+        return seen
 
     def close(self) -> None:
         """Let go of the beginning; connections are the session's."""
-        self._head = b""
+        self._seen = self._seen._replace(head=b"")
 
 
-def _unreadable(session: Session, address: object, fact: str, hint: str | None) -> FetchError:
-    return FetchError(Problem(session.scrub(f"`{address}` cannot be read: {fact}"), hint=hint))
+def _extent(response: Response) -> tuple[int, int]:
+    """The size of the file whose beginning a response holds, and how many bytes of that there are."""
+    span = content_range(response)
+    if response.status == 206 and span is not None and span.first == 0 and span.total is not None:
+        return span.total, min(span.last + 1, HEAD)
+    if response.status == 200 and response.length is not None and response.length <= HEAD:
+        return response.length, response.length
+    raise Failure("the host does not serve parts of the file", hint="download it, and use the file")
 
 
-def open_remote(address: Address | str, *, session: Session) -> Checkpoint:
+def _shown(address: Address) -> str:
+    return shown(str(address)) if str(address).startswith("http") else str(address)
+
+
+def _unreadable(session: Session, failed: Sequence[tuple[Address, Failure]]) -> FetchError:
+    (first, failure), *others = failed
+    evidence = (*failure.evidence, *(f"{_shown(a)}: {f.fact}" for a, f in others))
+    hint = next((f.hint for _, f in failed if f.hint), None)
+    fact = session.scrub(f"`{_shown(first)}` cannot be read: {failure.fact}")
+    return FetchError(Problem(fact, evidence=tuple(session.scrub(line) for line in evidence), hint=hint))
+
+
+def open_remote(
+    addresses: Address | str | Sequence[Address | str],
+    *,
+    session: Session,
+    size: int | None = None,
+    sha256: str | None = None,
+) -> Checkpoint:
     """The table of contents of a safetensors file on a host; its tensors are read when they are pulled.
 
-    Raises FetchError, UsageError for what is no address of a host, and SourceError for a file that is
-    no safetensors file.
+    The file is had from the first of `addresses` that gives it, and read on from those after when that
+    one fails; `size` in bytes and `sha256` are what it must be, as far as they are known. Raises
+    FetchError, UsageError for what is no address of a host, and SourceError for a file of another size
+    and for one that is no safetensors file; of several addresses, the problems of all.
     """
-    address = parse_address(address) if isinstance(address, str) else address
-    if isinstance(address, LocalFile):
-        raise SourceError(Problem(f"`{address}` is on this machine", hint="open it by its path"))
-    try:
-        url = download_url(address, session)
-    except Failure as failure:
-        raise _unreadable(session, address, failure.fact, failure.hint) from None
-    blob = RemoteBlob(session, url, shown(url) if str(address).startswith("http") else str(address))
+    if isinstance(addresses, (str, Web, HuggingFace, Civitai, LocalFile)):
+        addresses = (addresses,)
+    wanted = [parse_address(a) if isinstance(a, str) else a for a in addresses]
+    errors: list[CkptError] = []
+    for index in range(len(wanted)):
+        try:
+            return _open(wanted[index:], session, size, sha256)
+        except (FetchError, SourceError) as error:
+            errors.append(error)
+    wrong = next((e for e in errors if isinstance(e, SourceError)), None)
+    raise (SourceError if wrong else FetchError)(*(p for e in errors for p in e.problems))
+
+
+def _open(addresses: Sequence[Address], session: Session, size: int | None, sha256: str | None) -> Checkpoint:
+    first, *others = addresses
+    if isinstance(first, LocalFile):
+        raise SourceError(Problem(f"`{first}` is on this machine", hint="open it by its path"))
+    blob = RemoteBlob(session, [first, *(a for a in others if not isinstance(a, LocalFile))], sha256)
+    if size is not None and blob.size != size:
+        fact = f"`{blob.name}` is not what was pinned"
+        raise SourceError(Problem(fact, evidence=(f"{blob.size:,} bytes, {size:,} are pinned",)))
     start = bytearray(min(9, blob.size))
     blob.read_into(0, memoryview(start))
     if start[8:9] != b"{":
