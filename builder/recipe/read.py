@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -73,7 +74,7 @@ class _Loader:
         return recipe
 
     def _load(self, path: Path, named: Place | None) -> Recipe | None:
-        real = path.resolve()
+        real = Path(os.path.realpath(path))  # which takes a link to itself as it is
         if real in self.open:
             inner = [p.name for p in self.open[self.open.index(real) :]]
             chain = " → ".join([*inner, real.name])

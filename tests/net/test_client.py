@@ -580,6 +580,46 @@ def test_a_proxy_is_asked_to_connect(tls: Path, monkeypatch: pytest.MonkeyPatch)
         assert b"Proxy-Authorization: Basic dXNlcjpwQHNz\r\n" in proxy.asked
 
 
+def tunnels(to: int) -> Route:
+    """A proxy by which every host is the server at one port of this machine."""
+
+    def route(handler: Handler) -> None:
+        handler.send_response(200)
+        handler.end_headers()
+        with socket.create_connection(("127.0.0.1", to)) as target:
+            back = threading.Thread(target=_pump, args=(target, handler.connection), daemon=True)
+            back.start()
+            _pump(handler.connection, target)
+            back.join(2)
+
+    return route
+
+
+def test_a_token_of_civitai_goes_to_the_host_of_the_address_alone(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ["civitai.com", "civitai.red", "civitai.green", "civitai.example"]
+    try:
+        made = certificate(tmp_path, ",".join(f"DNS:{n}" for n in names))
+    except (OSError, ValueError):
+        pytest.skip("no `openssl` program")
+    monkeypatch.setenv("SSL_CERT_FILE", str(made))
+    environ = {"HTTPS_PROXY": server.url(), "CIVITAI_TOKEN": "cv_secret"}
+    with Server(tls=tls_server_context(tmp_path)) as site:
+        server.connect = tunnels(site.port)
+        site.routes["/m"] = says(200, b"model")
+        carried = {}
+        for host in names:
+            assert get(f"https://{host}/m", environ) == (200, b"model")
+            carried[host] = site.seen[-1].headers.get("Authorization")
+        assert carried == {**dict.fromkeys(names[:3], "Bearer cv_secret"), "civitai.example": None}
+        for host in names[1:]:
+            site.routes["/away"] = redirects(f"https://{host}/m")
+            assert get("https://civitai.com/away", environ) == (200, b"model")
+            assert site.seen[-1].headers["Host"] == host
+            assert "Authorization" not in site.seen[-1].headers
+
+
 def test_a_proxy_that_refuses_and_targets_that_are_refused() -> None:
     with Proxy(b"HTTP/1.1 403 Forbidden\r\n\r\n") as proxy:
         environ = {"HTTPS_PROXY": proxy.url}

@@ -195,7 +195,7 @@ DROPS = {
 @pytest.mark.parametrize("way", DROPS)
 def test_dropped_connections_are_made_anew(server: Server, store: Store, way: str) -> None:
     server.routes["/m"] = DROPS[way]
-    assert good(get(store, server.url("/m")), store)
+    assert good(get(store, server.url("/m"), limits=replace(QUICK, attempts=9)), store)
     if way in {"once", "often"}:
         assert server.sent == len(DATA), "what came before a drop is kept"
 
@@ -367,6 +367,79 @@ def test_files_of_this_machine(store: Store, tmp_path: Path) -> None:
             fetch(["file:none.ckpt"], store=store, session=session, base=tmp_path)
         with pytest.raises(SourceError, match="is not what was pinned"):
             fetch(["file:a model.ckpt"], sha256="0" * 64, store=store, session=session, base=tmp_path)
+
+
+def test_links_that_loop_and_names_that_no_file_has(store: Store, tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    os.mkfifo(tmp_path / "pipe")
+    addresses = ["file:loop", "file:loop/m", f"file:{'m' * 3000}", "file:pipe", "file:."]
+    with Session(environ(store), limits=QUICK) as session, pytest.raises(FetchError) as raised:
+        fetch(addresses, store=store, session=session, base=tmp_path)
+    reasons = [line.partition(": ")[2] for line in raised.value.problems[0].evidence]
+    assert "symbolic links" in reasons[0] and "symbolic links" in reasons[1] and "too long" in reasons[2]
+    assert reasons[3:] == ["it is not a regular file"] * 2
+
+
+def test_a_byte_a_connection_is_no_progress(server: Server, store: Store) -> None:
+    server.routes["/m"] = File(DATA, drops=[SEGMENT, *[1] * 10_000])
+    error = refused_in_parts(store, server.url("/m"))
+    assert "short of its" in said(error)
+    assert len(server.seen) <= 1 + QUICK.attempts * QUICK.connections
+
+
+def refused_in_parts(store: Store, url: str) -> CkptError:
+    with pytest.raises(CkptError) as raised:
+        get(store, url)
+    return raised.value
+
+
+# Archives.
+
+
+def from_archive(
+    store: Store, archives: str, *urls: str, sha256: str | None = SHA256, offline: bool = False
+) -> Fetched:
+    variables = environ(store) | {"CKPT_ARCHIVE": archives}
+    with Session(variables, limits=QUICK, offline=offline) as session:
+        return fetch(urls, sha256=sha256, store=store, session=session, name="m")
+
+
+def test_what_is_gone_is_found_at_an_archive(server: Server, store: Store, tmp_path: Path) -> None:
+    server.routes["/gone"] = says(410)
+    server.routes["/wrong"] = File(bytes(len(DATA)))
+    server.routes[f"/a/{SHA256}"] = says(404)
+    server.routes[f"/b/{SHA256[:2]}/{SHA256}"] = says(404)
+    server.routes[f"/c/{SHA256}.bin"] = File(DATA)
+    archives = f"{server.url('/a/{sha256}')}  {server.url('/c/{sha256}.bin')} {server.url('/never/{sha256}')}"
+    for urls in ((), (server.url("/gone"),), (server.url("/wrong"),)):
+        fetched = from_archive(store, archives, *urls)
+        assert good(fetched, store)
+        assert fetched.address is None, "it is in nobody's lock"
+        fetched.path.unlink()
+    assert not any(s.path.startswith("/never") for s in server.seen)
+    kept = tmp_path / "archive"
+    kept.mkdir()
+    (kept / SHA256).write_bytes(DATA)
+    assert from_archive(store, f"file://{kept}/{{sha256}}", offline=True).path == kept / SHA256
+
+
+def test_an_archive_is_asked_last_and_believed_nothing(server: Server, store: Store) -> None:
+    server.routes["/m"] = File(DATA)
+    server.routes[f"/a/{SHA256}"] = File(bytes(len(DATA)))
+    archive = server.url("/a/{sha256}")
+    assert good(from_archive(store, archive, server.url("/m")), store)
+    (store.root / "downloads" / SHA256).unlink()
+    assert not server.asked(f"/a/{SHA256}")
+    archives = f"{archive} {server.url('/b')} nonsense:{{sha256}}"
+    with pytest.raises(SourceError) as raised:
+        from_archive(store, archives, server.url("/gone"))
+    told = said(raised.value)
+    assert f"archive {archive}: the file is another one" in told
+    assert f"archive {server.url('/b')}: `{{sha256}}` is not in it" in told
+    assert "archive nonsense:{sha256}: `nonsense:" in told
+    assert not leftovers(store)
+    with pytest.raises(FetchError):
+        from_archive(store, archive, server.url("/gone"), sha256=None)
 
 
 def test_offline_says_so(server: Server, store: Store) -> None:

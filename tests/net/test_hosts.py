@@ -7,15 +7,20 @@ import os
 import random
 import subprocess
 import sys
+import time
+import tracemalloc
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from builder.base.addresses import parse_address
 from builder.base.errors import CkptError, FetchError, SourceError, render
 from builder.sources.net.acquire import fetch, lookup_by_hash, resolve
 from builder.sources.net.client import Session
-from builder.sources.net.hosts import Pin, hugging_face_cache
+from builder.sources.net.hosts import Pin, download_url, hugging_face_cache
+from builder.sources.net.text import parse_json
 from builder.sources.net.wire import Limits
 from builder.store import Store
 from tests.help.servers import COMMIT, File, Server, civitai, hugging_face, in_turn, redirects, says
@@ -150,6 +155,11 @@ def test_links_out_of_the_cache_are_not_followed(place: Place) -> None:
     assert place.fetch(f"hf://org/name@{COMMIT}/m.bin") == DATA
 
 
+def test_a_path_that_no_file_has_is_no_failure_of_the_cache(place: Place) -> None:
+    said = place.refused(f"hf://org/name@{COMMIT}/{'m' * 3000}", sha256=SHA256)
+    assert "answers 404" in said
+
+
 OFFICIAL = """
 import sys
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
@@ -280,6 +290,11 @@ def test_what_is_found_by_a_digest_must_have_it(place: Place) -> None:
         '{"id": "x", "files": [{"id": 1}]}',
         '{"id": 1, "files": 5}',
         "[" * 99_999,
+        '{"a":' * 3_000_000,
+        "[]," * 1_000_000,
+        '{"id": 1, "files": ' + "[" * 100 + "]" * 100 + "}",
+        '{"id": 1, "files": [], "name": "' + "x" * (4 << 20) + '"}',
+        '{"id": 1' + "0" * 5000 + "}",
         '{"id": 1, "files": [{"id": -1}]}',
         '{"id": 1, "files": [{"id": true, "hashes": 3}]}',
     ],
@@ -288,6 +303,45 @@ def test_answers_that_make_no_sense_are_failures(place: Place, body: str) -> Non
     place.site.routes["/api/v1/model-versions/1"] = says(200, body)
     with pytest.raises(FetchError, match="cannot be resolved"):
         place.resolve("civitai:1")
+
+
+def test_answers_cost_memory_and_time_in_proportion(place: Place) -> None:
+    """Fifteen megabytes of lists within lists took 730 MB; four are read, and nothing is built of them."""
+    deep, wide, words = (
+        b"[" * (15 << 20),
+        b"[" + b"[]," * (1 << 20) + b"[]]",
+        b'["' + b'\\\\\\"' * (1 << 20) + b'"]',
+    )
+    before = time.process_time()
+    tracemalloc.start()
+    for answer in (deep, deep[: 4 << 20], words):
+        with suppress(ValueError):
+            parse_json(answer)
+    assert tracemalloc.get_traced_memory()[1] < 20 * len(words)
+    tracemalloc.stop()
+    assert len(parse_json(wide)) == (1 << 20) + 1
+    assert time.process_time() - before < 10
+    assert parse_json(b'{"a": "[[[\\"[", "b": [{}]}') == {"a": '[[["[', "b": [{}]}
+
+
+def test_civitai_has_several_hosts(place: Place) -> None:
+    civitai(place.site, place.storage, 1, 95, DATA)
+    pin = place.resolve("https://civitai.red/api/download/models/1")
+    assert pin.url == "https://civitai.red/api/download/models/1?fileId=95", "it stays at its host"
+    assert place.fetch(pin.url) == DATA
+    with Session({}) as session:
+        for host in ("civitai.com", "civitai.red", "civitai.green"):
+            address = parse_address(f"https://{host}/api/download/models/1?fileId=2")
+            assert download_url(address, session) == f"https://{host}/api/download/models/1?fileId=2"
+            known = session.host_of(f"https://{host}/")
+            assert known is session.civitai
+        for url in (
+            "https://civitai.red:444/",
+            "http://civitai.red/",
+            "https://x.civitai.red/",
+            "https://civitai.re/",
+        ):
+            assert session.host_of(url) is None
 
 
 def test_a_busy_civitai_is_asked_again(place: Place) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -158,7 +159,7 @@ def describe(
     for folder in library:
         if not folder.is_dir():
             raise UsageError(Problem(f"`{folder}` is not a folder", hint="a library is a folder of models"))
-    once = {path.resolve(): path for path in reversed(files)}
+    once = {os.path.realpath(path): path for path in reversed(files)}
     opened = [_open(path, catalog, store, stack, reporter) for path in reversed(once.values())]
     model = opened[0]
     architecture = _architecture(model, catalog)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-from builder.base.addresses import Address, LocalFile, is_pinned, parse_address
+from builder.base.addresses import Address, LocalFile, check_address, is_pinned, parse_address
 from builder.base.errors import FetchError, Problem, SourceError
 from builder.base.progress import SILENT, Reporter
 from builder.sources.net.client import Session
@@ -37,7 +38,8 @@ class Downloads(Protocol):
 class Fetched:
     """A file that is here and is what was asked for.
 
-    `address` is where it can be had from, None when no host was asked; `name` is what its host calls it.
+    `address` is where anybody can have it from, None when no host was asked, or an archive; `name` is
+    what its host calls it.
     """
 
     path: Path
@@ -84,6 +86,7 @@ def fetch(
 
     What is in the store's downloads, or in Hugging Face's cache, is not downloaded again. Without a
     digest the host's is taken where it states one. Without an address, Civitai is asked for the digest.
+    What nobody else gives is asked for by its digest at the archives that `CKPT_ARCHIVE` names.
     `base` is the recipe's folder, `name` what messages call the file. Raises FetchError, with what every
     address came to, or SourceError when the last word is that a file is not what was pinned.
     """
@@ -97,6 +100,11 @@ def fetch(
             return request.get(address)
         except Failure as failure:
             tried.append((address, failure))
+    for template in session.archives if sha256 is not None else ():
+        try:
+            return request.from_archive(template)
+        except Failure as failure:
+            tried.append((f"archive {template}", failure))
     wrong = any(failure.mismatch for _, failure in tried)
     fact = f"`{name}` is not what was pinned" if wrong else f"`{name}` could not be fetched"
     raise _unfetched(session, fact, tried)
@@ -144,9 +152,22 @@ class _Request:
         request = replace(self, sha256=self.sha256 or pin.sha256, size=self.size or pin.size)
         return request.here(address) or request.download(address)
 
+    def from_archive(self, template: str) -> Fetched:
+        """The file by its digest, at an archive of the user's, which is nobody else's business."""
+        if "{sha256}" not in template:
+            raise Failure("`{sha256}` is not in it", hint="`CKPT_ARCHIVE` is like `https://host/{sha256}`")
+        problem = check_address(text := template.replace("{sha256}", str(self.sha256)))
+        if problem is not None:
+            raise Failure(problem.fact, hint=problem.hint)
+        return replace(self.get(parse_address(text)), address=None)
+
     def _local(self, path: Path, address: str) -> Fetched:
-        if not path.is_file():
-            raise Failure("there is no such file")
+        try:
+            if not stat.S_ISREG(path.stat().st_mode):
+                raise Failure("it is not a regular file")
+        except (OSError, ValueError) as error:
+            why = getattr(error, "strerror", None) or "no file can have this name"
+            raise Failure(f"there is no such file ({why})") from None
         return self._verified(path, address)
 
     def _verified(self, path: Path, address: str | None) -> Fetched:

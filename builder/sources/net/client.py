@@ -62,7 +62,8 @@ class Session:
     """Everything that requests share: settings and tokens of the environment, and open connections.
 
     Reads `HF_ENDPOINT`, `HF_TOKEN`, `HF_HUB_OFFLINE`, `CIVITAI_ENDPOINT`, `CIVITAI_TOKEN` or
-    `CIVITAI_API_TOKEN`, `CKPT_ALLOW_PRIVATE`, and the proxy variables. May be used from several threads.
+    `CIVITAI_API_TOKEN`, `CKPT_ARCHIVE`, `CKPT_ALLOW_PRIVATE`, and the proxy variables. May be used from
+    several threads.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class Session:
         self.offline = offline
         self.limits = limits or Limits()
         self.reporter = reporter
+        self.archives = self.environ.get("CKPT_ARCHIVE", "").split()
         self.allow_private = self.environ.get("CKPT_ALLOW_PRIVATE") == "1"
         self.hugging_face = Host(
             "Hugging Face", self._endpoint("HF_ENDPOINT", "https://huggingface.co"), ("HF_TOKEN",)
@@ -347,6 +349,8 @@ class _Connection(http.client.HTTPConnection):
 
     def __init__(self, origin: Origin, dialer: Dialer, tls: ssl.SSLContext | None, limits: Limits) -> None:
         super().__init__(origin.host, origin.port, timeout=limits.read)
+        # A port that goes without saying is not said: addresses may be signed with the host's name.
+        self.default_port = DEFAULT_PORTS[origin.scheme]
         self.response_class = partial(Answer, limits, origin.host)  # type: ignore[assignment]
         self.origin = origin
         self._dialer = dialer

@@ -442,7 +442,9 @@ class _Segments:
             try:
                 self._pull(index)
             except Failure as failure:
-                failures = 1 if self.done[index] > before else failures + 1
+                # What trickles in is no progress: a host could go on so for ever.
+                got = self.done[index] - before
+                failures = 1 if got >= self.session.limits.slowest else failures + 1
                 if not failure.retry or failures >= self.session.limits.attempts:
                     raise
                 self.stop.wait(self.session.pause(failures, failure))

@@ -220,7 +220,8 @@ def cached(session: Session, address: Address | None, sha256: str | None) -> Pat
         repo = root / f"models--{address.repo.replace('/', '--')}"
         file = repo / "snapshots" / address.revision / address.path
         # Links in a snapshot lead to the repository's blobs; one that leads elsewhere is not followed.
-        if file.is_file() and file.resolve().is_relative_to(repo.resolve()):
+        readable = os.path.isfile(file)  # noqa: PTH113 - never raises, whatever the path
+        if readable and file.resolve().is_relative_to(repo.resolve()):
             return file
     return None
 
