@@ -669,6 +669,19 @@ def test_no_process_is_given_a_token(net: Net) -> None:
     assert not any(TOKEN.encode() in text for text in listed)
 
 
+def test_a_source_that_is_a_link_to_itself(net: Net) -> None:
+    (net.folder / "loop").symlink_to("loop")
+    (net.folder / "loop.toml").symlink_to("loop.toml")
+    for source in ('file = "loop"', 'urls = ["file:loop"]', 'recipe = "loop.toml"'):
+        _one(net, source)
+        for command in (("plan",), ("build",), ("lock",)):
+            said = net.folder(*command, "mini.toml")
+            assert said.code in {0, 3, 5} and "Traceback" not in said.err
+    for words in (("build", "loop.toml"), ("new", "loop"), ("inspect", "loop")):
+        said = net.folder(*words)
+        assert said.code in {3, 6} and "symbolic links" in said.err
+
+
 # -- full size
 
 

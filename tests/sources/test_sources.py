@@ -407,3 +407,14 @@ def test_what_poses_as_a_sharded_set_is_refused(place: Place) -> None:
     place.write("recipes/Anything.ckpt", b'{"error": "not found"}')
     with pytest.raises(SourceError, match="no checkpoint"):
         verify_source(place.find(Spec()), SHA, store=place.store)
+
+
+def test_links_that_loop_are_no_files(place: Place) -> None:
+    for folder in (place.root / "recipes", place.root / "m1"):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "Anything.ckpt").symlink_to("Anything.ckpt")
+        (folder / "there").symlink_to("back")
+        (folder / "back").symlink_to("there")
+    for spec in (Spec(), Spec(sha256=SHA), Spec(file="there/Anything.ckpt"), Spec(file="m" * 3000)):
+        with pytest.raises(FetchError, match="nowhere to be found"):
+            place.find(spec)
