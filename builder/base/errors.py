@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import heapq
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import IntEnum
 
 _LONGEST = 4000  # characters of a fact; a hostile file's names may have millions
+_LONGEST_WORD = 100  # characters of a word that others are likened to
+_LIKELY = 10  # words that are looked at closely
+_NEAR = 0.6  # of 1: how much two words must have in common
 
 
 class ExitCode(IntEnum):
@@ -26,13 +30,17 @@ class ExitCode(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a fact was seen; lines and columns count from 1, `text` is the line itself."""
+    """Where a fact was seen; lines and columns count from 1.
+
+    `text` is the line itself, less its first `cut` characters and those that are too far from the place.
+    """
 
     path: str
     line: int | None = None
     column: int | None = None
     width: int = 1
     text: str | None = None
+    cut: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,9 +113,24 @@ class UnreproducibleError(CkptError):
 
 def nearest(word: str, words: Iterable[str]) -> str | None:
     """The known word most like `word`, or None when none is near."""
-    known = {w.casefold(): w for w in sorted(words, reverse=True)}
-    found = difflib.get_close_matches(word.casefold(), known, n=1, cutoff=0.6)
-    return known[found[0]] if found else None
+    if len(word) > _LONGEST_WORD:
+        return None
+    known = {w.casefold(): w for w in sorted(words, reverse=True) if len(w) <= _LONGEST_WORD}
+    matcher = difflib.SequenceMatcher()
+    matcher.set_seq2(word.casefold())
+    likely: list[tuple[float, str]] = []
+    for other in known:
+        matcher.set_seq1(other)
+        if matcher.real_quick_ratio() >= _NEAR and (most := matcher.quick_ratio()) >= _NEAR:
+            likely.append((most, other))
+    # The quick ratio is never less than the ratio, which may take the cube of a word's length to find out.
+    best: tuple[float, str] = (_NEAR, "")
+    for most, other in heapq.nlargest(_LIKELY, likely):
+        if most < best[0]:
+            break
+        matcher.set_seq1(other)
+        best = max(best, (matcher.ratio(), other))
+    return known.get(best[1])
 
 
 def did_you_mean(word: str, words: Iterable[str]) -> str | None:
@@ -148,7 +171,8 @@ def render(problem: Problem, severity: str = "error") -> str:
             gutter = " " * len(str(place.line))
             lines += [f"{gutter} |", f"{place.line} | {text}"]
             if place.column is not None:
-                lines.append(f"{gutter} | {' ' * (place.column - 1)}{'^' * max(1, place.width)}")
+                before = " " * (place.column - 1 - place.cut)
+                lines.append(f"{gutter} | {before}{'^' * max(1, place.width)}")
     lines += [f"   = {shown(e)}" for e in problem.evidence]
     if problem.hint:
         lines.append(f"hint: {shown(problem.hint)}")

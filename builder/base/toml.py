@@ -13,6 +13,15 @@ from typing import Any
 import tomli
 
 from builder.base.errors import CkptError, Place, Problem
+from builder.base.files import read_text
+
+MAX_SIZE = 1 << 20  # bytes; what people write by hand, and tables made for them, are far smaller
+MAX_DEPTH = 32  # of arrays and tables in each other
+MAX_VALUES = 100_000  # keys and elements; each is remembered with its place where a message needs one
+_MOST_MARKS = 200_000  # of keys and tables; the parser takes a kilobyte for each that there may be
+_MOST_DOTTED = 40_000_000  # references, a half of which it may keep; reached by six thousand dots in a line
+_MOST_BITS = 4096  # of an integer; Python refuses to spell those of three times as many
+_LONGEST_LINE = 200  # characters of a line that a message shows
 
 Keys = tuple[str | int, ...]
 Span = tuple[int, int]
@@ -56,9 +65,12 @@ class Document:
         index = bisect_right(self._line_starts, start) - 1
         first = self._line_starts[index]
         stop = self.text.find("\n", first)
-        line = self.text[first : stop if stop >= 0 else None]
-        width = max(1, min(end, first + len(line)) - start)
-        return Place(self.path, index + 1, start - first + 1, width, line)
+        stop = len(self.text) if stop < 0 else stop
+        width = max(1, min(end, stop) - start)
+        # Of a long line, what is around the place: a hundred problems may be in one line of a megabyte.
+        cut = 0 if stop - first <= _LONGEST_LINE else max(0, start - first - _LONGEST_LINE // 4)
+        line = self.text[first + cut : min(stop, first + cut + _LONGEST_LINE)]
+        return Place(self.path, index + 1, start - first + 1, min(width, _LONGEST_LINE), line, cut)
 
     @cached_property
     def _line_starts(self) -> list[int]:
@@ -75,8 +87,10 @@ def parse(text: str, path: str, error: type[CkptError]) -> Document:
     Raises `error` with the place where the syntax is wrong.
     """
     text = text.replace("\r\n", "\n")
+    if sum(map(text.count, ".=[{")) > _MOST_MARKS or _dotted(text) > _MOST_DOTTED:
+        raise error(Problem(f"it has more than {MAX_VALUES:,} keys and values", Place(path)))
     try:
-        return Document(path, text, tomli.loads(text))
+        document = Document(path, text, tomli.loads(text))
     except tomli.TOMLDecodeError as wrong:
         draft = Document(path, text, {})
         fact = re.sub("'([^'\n]+)'", r"`\1`", wrong.msg[:1].lower() + wrong.msg[1:])
@@ -86,7 +100,7 @@ def parse(text: str, path: str, error: type[CkptError]) -> Document:
         span = (start, start + 1)
         if fact.startswith(("cannot overwrite", "cannot declare", "cannot mutate")):
             # The parser stands behind the statement by now: point at its key.
-            found = _Spans(text[: wrong.pos]).statement
+            found = _Spans(text[: wrong.pos], keep=False).statement
             if found is not None:
                 names, span = found
                 fact = f"`{'.'.join(names)}` is given twice"
@@ -95,27 +109,57 @@ def parse(text: str, path: str, error: type[CkptError]) -> Document:
         raise error(Problem("arrays or tables are nested too deeply", Place(path))) from None
     except ValueError:  # of an integer longer than Python reads
         raise error(Problem("a number has too many digits", Place(path))) from None
+    _bound(document, error)
+    return document
 
 
-def load(path: Path, error: type[CkptError], name: str | None = None) -> Document:
-    """Parse a TOML file, called `name` in messages (default: its path); raises `error`."""
+def _dotted(text: str) -> int:
+    """How much the parser may remember of dotted keys: for each part, all the parts before it."""
+    return sum(line.count(".") ** 2 for line in text.split("\n"))
+
+
+def _bound(document: Document, error: type[CkptError]) -> None:
+    """Raise `error` for what would take long to look at: too much, too deep, or too large a number."""
+    count, depth, level = 0, 0, [document.data]
+    while level:
+        count += sum(map(len, level))
+        if count > MAX_VALUES:
+            raise error(Problem(f"it has more than {MAX_VALUES:,} keys and values", Place(document.path)))
+        if depth > MAX_DEPTH:
+            raise error(Problem("arrays or tables are nested too deeply", Place(document.path)))
+        below: list[Any] = []
+        for inner in level:
+            for value in inner.values() if isinstance(inner, dict) else inner:
+                if isinstance(value, (dict, list)):
+                    below.append(value)
+                elif isinstance(value, int) and value.bit_length() > _MOST_BITS:
+                    raise error(Problem("a number has too many digits", Place(document.path)))
+        level = below
+        depth += 1
+
+
+def load(path: Path, error: type[CkptError], name: str | None = None, *, limit: int = MAX_SIZE) -> Document:
+    """Parse a TOML file of at most `limit` bytes, called `name` in messages (default: its path).
+
+    Raises `error`.
+    """
     name = str(path) if name is None else name
     try:
-        text = path.read_bytes().decode("utf-8")
-    except OSError as wrong:
-        raise error(Problem(f"cannot read `{name}`: {(wrong.strerror or str(wrong)).lower()}")) from None
-    except UnicodeDecodeError as wrong:
-        line = wrong.object.count(b"\n", 0, wrong.start) + 1
-        byte = wrong.object[wrong.start]
-        raise error(Problem("not UTF-8 text", Place(name, line), (f"byte 0x{byte:02x}",))) from None
+        text = read_text(path, limit, error, name)
+    except FileNotFoundError as wrong:
+        raise error(Problem(f"cannot read `{name}`: {str(wrong.strerror).lower()}")) from None
     return parse(text.removeprefix("\ufeff"), name, error)
 
 
 class _Spans:
-    """The span of every key and value of a text that is valid TOML, at least up to its last statement."""
+    """The span of every key and value of a text that is valid TOML, at least up to its last statement.
 
-    def __init__(self, text: str) -> None:
+    Without `keep`, only that statement.
+    """
+
+    def __init__(self, text: str, keep: bool = True) -> None:
         self.text = text
+        self._keep = keep
         self.pos = 0
         self.keys: dict[Keys, Span] = {}
         self.values: dict[Keys, Span] = {}
@@ -123,6 +167,13 @@ class _Spans:
         self._lengths: dict[Keys, int] = {}  # of the arrays of tables so far
         with suppress(RecursionError):  # what was found so far still stands
             self._document()
+
+    def _note(self, path: Keys, key: Span | None, value: Span | None) -> None:
+        """Remember where a path is first written."""
+        if self._keep and key is not None:
+            self.keys.setdefault(path, key)
+        if self._keep and value is not None:
+            self.values.setdefault(path, value)
 
     def _skip(self, pattern: re.Pattern[str]) -> str:
         found = pattern.match(self.text, self.pos)
@@ -156,17 +207,16 @@ class _Spans:
         path: Keys = ()
         for name, span in parts[:-1]:
             path = self._latest((*path, name))
-            self.keys.setdefault(path, span)
-            self.values.setdefault(path, span)
+            self._note(path, span, span)
         name, span = parts[-1]
         path = (*path, name)
         if array:
             index = self._lengths.get(path, 0)
             self._lengths[path] = index + 1
-            self.keys.setdefault(path, span)
-            self.values.setdefault(path, span)
+            self._note(path, span, span)
             path = (*path, index)
-        self.keys[path] = self.values[path] = span
+        if self._keep:
+            self.keys[path] = self.values[path] = span
         return path
 
     def _latest(self, path: Keys) -> Keys:
@@ -189,13 +239,13 @@ class _Spans:
         statement = self.statement
         for name, span in parts:
             path = (*path, name)
-            self.keys.setdefault(path, span)
+            self._note(path, span, None)
         self._skip(_SPACE)
         self._take("=")
         self._skip(_SPACE)
         span = self._value(path)
         for depth in range(len(table) + 1, len(path) + 1):
-            self.values.setdefault(path[:depth], span)
+            self._note(path[:depth], None, span)
         if top:
             self.statement = statement
 
@@ -205,7 +255,8 @@ class _Spans:
             index = 0
             while not self._closed("]"):
                 item = (*path, index)
-                self.keys[item] = self.values[item] = self._value(item)
+                span = self._value(item)
+                self._note(item, span, span)
                 index += 1
         elif self._take("{"):
             while not self._closed("}"):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import stat
 from pathlib import Path
 from typing import Protocol
 
 from builder.base.errors import Place, Problem, SourceError
+from builder.base.files import NotRegular, open_regular
 from builder.tensors.lazy import DType, LazyTensor
 
 
@@ -34,24 +34,13 @@ class FileBlob:
     def __init__(self, path: Path | str) -> None:
         self.name = os.fspath(path)
         try:
-            # Opening a pipe would wait for its other end.
-            self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0))
-        except ValueError:
-            raise SourceError(
-                Problem(f"cannot open `{self.name}`", evidence=("no path holds NUL",))
-            ) from None
+            self._fd, self.stat = open_regular(path)
+        except NotRegular as error:
+            raise SourceError(Problem(f"`{self.name}` is {error.strerror}")) from None
         except OSError as error:
             raise SourceError(
                 Problem(f"cannot open `{self.name}`", evidence=(str(error.strerror),))
             ) from None
-        try:
-            self.stat = os.fstat(self._fd)
-            if not stat.S_ISREG(self.stat.st_mode):
-                what = "a folder, not a file" if stat.S_ISDIR(self.stat.st_mode) else "not a regular file"
-                raise SourceError(Problem(f"`{self.name}` is {what}"))
-        except BaseException:
-            os.close(self._fd)
-            raise
         self.size = self.stat.st_size
 
     def read_into(self, offset: int, out: memoryview) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack, closing
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from builder.base.errors import Place, Problem, SourceError
+from builder.base.files import parse_json
 from builder.formats.blob import FileBlob
 from builder.formats.checkpoint import Checkpoint
 from builder.formats.layouts import Layout, layout_of
@@ -158,8 +158,8 @@ def _markers(scheduler: FileBlob | None) -> list[str]:
 
 def _read_config(blob: FileBlob) -> dict[str, Any]:
     try:
-        config = json.loads(blob.read(0, min(blob.size, _MAX_CONFIG)))
-    except (ValueError, RecursionError):
+        config = parse_json(blob.read(0, min(blob.size, _MAX_CONFIG)))
+    except ValueError:
         config = None
     if not isinstance(config, dict):
         raise SourceError(Problem("the configuration is not readable as a JSON object", Place(blob.name)))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 from builder.base.errors import Place, Problem, SourceError
+from builder.base.files import parse_json
 from builder.formats import safetensors
 from builder.formats.blob import FileBlob
 from builder.formats.checkpoint import Checkpoint
@@ -23,8 +23,8 @@ def read_index(blob: FileBlob) -> dict[str, Any] | None:
     if blob.size > MAX_INDEX:
         return None
     try:
-        index = json.loads(blob.read(0, blob.size), object_pairs_hook=safetensors.unique)
-    except (ValueError, RecursionError):
+        index = parse_json(blob.read(0, blob.size), object_pairs_hook=safetensors.unique)
+    except ValueError:
         return None
     return index if isinstance(index, dict) and "weight_map" in index else None
 

@@ -11,11 +11,13 @@ import tomli_w
 
 from builder import __version__
 from builder.base.disk import write_text
-from builder.base.errors import LockError, Problem
+from builder.base.errors import LockError, Problem, clipped
+from builder.base.files import read_text
 from builder.base.toml import parse
 from builder.tensors.cast import PROFILE
 
 VERSION = 1
+MAX_SIZE = 4 << 20  # bytes; a source or a component takes some hundreds
 ANEW = "`ckpt lock` writes it anew"
 _HEADING = "# What the recipe resolved to. Made by `ckpt`; to be kept beside the recipe, not edited.\n\n"
 
@@ -118,22 +120,16 @@ def lock_path(recipe: Path) -> Path:
 def read_lock(path: Path) -> Lock | None:
     """The lock at `path`, or None when there is none; raises LockError when it cannot be read."""
     try:
-        text = path.read_text(encoding="utf-8")
+        document = parse(read_text(path, MAX_SIZE, LockError), str(path), LockError)
     except FileNotFoundError:
         return None
-    except OSError as error:
-        raise LockError(Problem(f"cannot read the lock `{path}`", evidence=(str(error.strerror),))) from None
-    except UnicodeDecodeError:
-        raise LockError(Problem(f"the lock `{path}` is not UTF-8 text", hint=ANEW)) from None
-    try:
-        document = parse(text, str(path), LockError)
     except LockError as error:
         raise LockError(*(replace(p, hint=p.hint or ANEW) for p in error.problems)) from None
     data = document.data
     if data.get("version") != VERSION:
         raise LockError(
             Problem(
-                f"the lock is of version `{data.get('version')}`, this tool reads version {VERSION}",
+                f"the lock is of version `{_brief(data.get('version'))}`, this tool reads version {VERSION}",
                 document.place("version", value=True),
                 hint=ANEW,
             )
@@ -165,9 +161,13 @@ def _value(table: Mapping[str, Any], key: str, kind: type, default: Any = None) 
     return found
 
 
+def _brief(value: object) -> str:
+    return clipped(str(value), 100)
+
+
 def _made(kind: Any, table: Any) -> Any:
     if not isinstance(table, dict):
-        raise ValueError(f"`{table}` is not a table")
+        raise ValueError(f"`{_brief(table)}` is not a table")
     said = {("cls" if k == "class" else k): v for k, v in table.items()}
     known = {f.name: f for f in fields(kind)}
     if unknown := sorted(said.keys() - known.keys()):

@@ -14,8 +14,10 @@ import xxhash
 
 from builder.base.disk import write_bytes
 from builder.base.errors import Problem, UsageError
+from builder.base.files import parse_json, read_bounded
 from builder.tensors.digests import Digest
 
+MAX_RECORD = 4 << 20  # bytes; most take some hundreds
 READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
 
 
@@ -64,8 +66,8 @@ def write_record(path: Path, data: dict[str, Any]) -> None:
 def read_record(path: Path) -> dict[str, Any] | None:
     """The record at `path`; None when there is none, or when it is not what was written."""
     try:
-        data = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        data = parse_json(read_bounded(path, MAX_RECORD))
+    except (OSError, ValueError):
         return None
     if not isinstance(data, dict):
         return None

@@ -10,7 +10,7 @@ import tomli
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from builder.base.errors import Place, RecipeError, render
+from builder.base.errors import Place, Problem, RecipeError, render
 from builder.base.toml import Keys, load, parse
 
 
@@ -206,3 +206,39 @@ def test_every_key_of_any_document_is_found_at_its_true_place(data: st.DataObjec
             assert found.line == before.count("\n") + 1
             assert found.column == start - before.rfind("\n")
             assert _shown(found) == writer.text[start:end].split("\n")[0]
+
+
+def test_of_a_long_line_what_is_around_the_place_is_shown() -> None:
+    text = "a = [" + "1, " * 1000 + '"here", ' + "2, " * 1000 + "]\n"
+    place = _place(text, "a", 1000)
+    assert place.column == text.index('"here"') + 1 and place.text is not None and len(place.text) == 200
+    assert place.text[place.column - 1 - place.cut :].startswith('"here"')
+    *_, line, mark = render(RecipeError(Problem("wrong", place)).problems[0]).splitlines()
+    assert line[mark.index("^") :].startswith('"here"') and mark.count("^") == len('"here"')
+
+
+@pytest.mark.parametrize(
+    ("text", "fact"),
+    [
+        ("a = [" + "[" * 40 + "]" * 40 + "]", "nested too deeply"),
+        ("a." * 40 + "a = 1", "nested too deeply"),
+        ("a = [" + "1," * 200_000 + "]", "more than 100,000 keys and values"),
+        ("a = 0x" + "f" * 6000, "a number has too many digits"),
+        ("".join(f"a{n}{'.a' * 900} = 1\n" for n in range(200)), "more than 100,000 keys and values"),
+    ],
+)
+def test_what_is_too_much(text: str, fact: str) -> None:
+    with pytest.raises(RecipeError, match=fact):
+        parse(text, "r.toml", RecipeError)
+
+
+def test_much_prose_is_not_too_much() -> None:
+    parse(
+        'a = """' + "and so on... " * 1000 + '"""\nb = """' + "…\n.\n" * 50_000 + '"""', "r.toml", RecipeError
+    )
+
+
+def test_a_file_that_is_too_large(tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_bytes(b"#" * 200)
+    with pytest.raises(RecipeError, match="200 bytes, more than 100"):
+        load(tmp_path / "a.toml", RecipeError, limit=100)
