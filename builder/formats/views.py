@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 # What lies between elements is read with them where that is cheaper than a call for each: up to so many
-# bytes at once, which are up to so many times the bytes wanted.
-_WASTE = ((64 << 10, 1 << 20), (1 << 20, 32), (8 << 20, 4))
+# bytes at once, and so many for each element.
+_MOST, _FOR_EACH = 8 << 20, 64 << 10
 
 
 class Axis(NamedTuple):
@@ -115,7 +115,7 @@ class StridedTensor(LazyTensor):
         while todo:
             (skip, axes), target = todo.pop()
             span = (sum((a.size - 1) * a.stride for a in axes) + 1) * size
-            if any(span <= most and span <= waste * target.nbytes for most, waste in _WASTE):
+            if span <= min(_MOST, _FOR_EACH * target.size):
                 buffer = bytearray(span)
                 self.blob.read_into(self.offset + skip * size, memoryview(buffer))
                 target[...] = np.lib.stride_tricks.as_strided(

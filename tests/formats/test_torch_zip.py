@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from builder.formats import open_checkpoint
 from builder.formats.blob import BlobTensor, FileBlob
 from builder.formats.torch.files import open_torch
+from builder.formats.torch.zip_directory import Inflated
 from tests.help.torch_forms import content, name, patch, pickled, records, same, save, zipped
 
 DTYPES = [
@@ -505,3 +506,25 @@ def test_zip64(tmp_path: Path) -> None:
                 out.write(data)
     with open_checkpoint(path) as checkpoint:
         same(checkpoint, state)
+
+
+def test_a_deflated_storage_that_is_read_out_of_order_is_unpacked_few_times(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unpacked = 0
+    plain = Inflated._inflate
+
+    def counted(self: Inflated, most: int) -> bytes:
+        nonlocal unpacked
+        piece = plain(self, most)
+        unpacked += len(piece)
+        return piece
+
+    monkeypatch.setattr(Inflated, "_inflate", counted)
+    wide = torch.arange(1 << 21, dtype=torch.int32).reshape(1 << 10, 1 << 11)
+    saved = save(tmp_path / "saved.pt", {"t": wide.t()})
+    path = zipped(tmp_path / "model.pt", records(saved).items(), deflate=lambda n: n.startswith("data/"))
+    with open_checkpoint(path) as checkpoint:
+        same(checkpoint, {"t": wide.t()})
+        same(checkpoint, {"t": wide.t()})
+    assert unpacked < 6 * wide.numel() * 4

@@ -436,7 +436,7 @@ def test_byte_orders_that_are_none(path: Path) -> None:
 def test_a_deep_tensor(path: Path) -> None:
     inner = pickled(tensor(storage("0", 6), (6,)))[2:-1]
     holding(path, b"\x80\x02" + b"]" * 200_000 + inner + b"a" * 200_000 + b".")
-    assert refused(path).fact == "the file's tensors lie too deep within each other to be named"
+    assert refused(path).fact == "the file's tensors are too many, or too deep within each other, to be named"
 
 
 def test_a_deep_nothing(path: Path) -> None:
@@ -454,9 +454,9 @@ def test_lists_of_lists_of_the_same_lists(path: Path) -> None:
         assert len(checkpoint.others) == 59
 
 
-def test_a_tensor_met_a_million_times(path: Path) -> None:
+def test_a_tensor_met_many_times(path: Path) -> None:
     inner = pickled(tensor(storage("0", 1 << 12), (1 << 12,)))[2:-1]
-    holding(path, b"\x80\x02](" + inner + b"2" * 500_000 + b"e.", b"\0" * (1 << 14))
+    holding(path, b"\x80\x02](" + inner + b"2" * 200_000 + b"e.", b"\0" * (1 << 14))
     assert refused(path).fact == "the file's tensors repeat its data beyond reason"
 
 

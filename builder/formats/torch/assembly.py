@@ -7,12 +7,13 @@ from typing import Protocol
 from builder.base.errors import Place, Problem, SourceError
 from builder.formats.blob import Blob
 from builder.formats.checkpoint import Checkpoint
-from builder.formats.torch.tensors_in_pickles import Storage
+from builder.formats.torch.tensors_in_pickles import Storage, TensorRef
 from builder.formats.torch.tree import Found, gather
 from builder.formats.views import tensor_at
 from builder.tensors.lazy import LazyTensor
 
-# Tied tensors and expanded views count each time; what is a hundred times its file was made to drown us.
+# Tied tensors and expanded views count each time, and views with gaps with what is between their elements;
+# what is a hundred times its file was made to drown us.
 _MAX_REPEATS = 64
 _MAX_SMALL = 1 << 30
 
@@ -61,9 +62,14 @@ def assemble(
     )
 
 
+def _to_read(ref: TensorRef) -> int:
+    """The bytes that reading a tensor takes."""
+    return max(ref.nbytes, (ref.extent - ref.offset) * ref.elements.itemsize) if ref.nbytes else 0
+
+
 def _limit(found: Found, file: str) -> None:
     storages = {r.storage.key: r.storage.nbytes for r in found.tensors.values()}
-    total, stored = sum(r.nbytes for r in found.tensors.values()), sum(storages.values())
+    total, stored = sum(map(_to_read, found.tensors.values())), sum(storages.values())
     if total > max(_MAX_SMALL, _MAX_REPEATS * stored):
         raise SourceError(
             Problem(

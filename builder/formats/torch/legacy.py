@@ -16,6 +16,7 @@ from builder.formats.torch.zip_directory import Part
 
 MAGIC = 0x1950A86A20F9469CFC6C
 _PROTOCOL = 1001
+_MAX_PARTS = 100_000  # storages or tensors of a tar, each with a pickle of its own
 _COUNT = 8  # bytes before each storage that say how many elements it has
 
 # Storages are little endian in both containers, whatever `sys_info` says of the machine that wrote them.
@@ -238,6 +239,8 @@ def _count(stream: _Stream) -> int:
     count = stream.pickle().value
     if type(count) is not int or not 0 <= count <= stream.blob.size:
         raise Malformed("the number of its parts is none")
+    if count > _MAX_PARTS:
+        raise Malformed(f"it has {count:,} parts, more than {_MAX_PARTS:,}")
     return count
 
 

@@ -21,7 +21,8 @@ _FIRST_WORDS = ("model.diffusion_model.", "first_stage_model.", "cond_stage_mode
 # Attributes in which a module keeps its parts; its state dict's names are without them.
 _MODULE_PARTS = frozenset({"_modules", "_parameters", "_buffers"})
 
-MAX_NAMES = 64 << 20  # characters of all names together
+MAX_NAMES = 64 << 20  # characters of all names together, each of them counted as
+_A_NAME = 200  # more than it has, for what is remembered beside it
 MAX_OTHERS = 10_000  # entries that are described; the rest is counted
 
 
@@ -116,17 +117,24 @@ class _Walk:
 
     def survey(self, root: object) -> None:
         """Visit every container once, and learn which of them hold tensors."""
-        todo = [(root, -1)]
+        todo = [(iter((root,)), -1)]
         while todo:
-            value, parent = todo.pop()
-            if not _is_container(value) or id(value) in self.index:
-                continue
-            here = self.index[id(value)] = len(self.containers)
-            self.containers.append(value)
-            self.parents.append(parent)
-            inside = [v for v in _values(value) if type(v) in _CONTAINERS or type(v) in _TENSORS]
-            self.holds.append(any(type(v) in _TENSORS for v in inside))
-            todo += [(v, here) for v in reversed(inside)]
+            values, parent = todo[-1]
+            for value in values:
+                kind = type(value)
+                if kind in _TENSORS and parent >= 0:
+                    self.holds[parent] = True
+                if (kind not in _CONTAINERS and kind is not TensorRef) or id(value) in self.index:
+                    continue
+                if _is_container(value):
+                    here = self.index[id(value)] = len(self.containers)
+                    self.containers.append(value)
+                    self.parents.append(parent)
+                    self.holds.append(False)
+                    todo.append((_values(value), here))
+                    break
+            else:
+                todo.pop()
         for here in range(len(self.containers) - 1, 0, -1):
             if self.holds[here]:
                 self.holds[self.parents[here]] = True
@@ -167,7 +175,11 @@ class _Walk:
                         word = f"{name}.{_word(key)}" if name else _word(key)
                     self.spend(word)
                     inside.append((word, part, here, same and hush, hush or same))
-                elif not hush and not same:
+                elif hush or same:
+                    continue
+                elif len(self.found.others) >= MAX_OTHERS:
+                    self.untold += 1
+                else:
                     self.other(f"{name}.{_word(key)}" if name else _word(key), part)
             todo += reversed(inside)
 
@@ -177,13 +189,13 @@ class _Walk:
         return self.holds[here] or self.parents[here] != parent
 
     def spend(self, name: str) -> None:
-        self.budget -= len(name)
+        self.budget -= len(name) + _A_NAME
         if self.budget < 0:
             raise SourceError(
                 Problem(
-                    "the file's tensors lie too deep within each other to be named",
+                    "the file's tensors are too many, or too deep within each other, to be named",
                     Place(self.file),
-                    (f"their names have more than {MAX_NAMES:,} characters",),
+                    (f"their names take more than {MAX_NAMES:,} characters",),
                 )
             )
 
@@ -211,9 +223,14 @@ def _state_dict(root: object) -> tuple[tuple[str, ...], Dict | None]:
     """The path and the value of the dict that names the tensors."""
     if type(root) is not Dict:
         return (), None
-    outer = _wrapped((), root)
-    candidates = [((), root), *outer, *(inner for path, part in outer for inner in _wrapped(path, part))]
-    counts: dict[int, int] = {}
+    outer = _wrapped(root)
+    inner = {id(part): _wrapped(part) for _, part in outer}
+    candidates: list[tuple[tuple[str, ...], Dict]] = [
+        ((), root),
+        *(((word,), part) for word, part in outer),
+        *(((word, below), found) for word, part in outer for below, found in inner[id(part)]),
+    ]
+    counts: dict[int, int] = {}  # by identity: one dict may be at every word
     for _, part in candidates:
         if id(part) not in counts:
             counts[id(part)] = sum(isinstance(v, TensorRef) for _, v in part.pairs())
@@ -221,9 +238,9 @@ def _state_dict(root: object) -> tuple[tuple[str, ...], Dict | None]:
     return best if counts[id(best[1])] else ((), None)
 
 
-def _wrapped(path: tuple[str, ...], value: Dict) -> list[tuple[tuple[str, ...], Dict]]:
+def _wrapped(value: Dict) -> list[tuple[str, Dict]]:
     parts = {k: v for k, v in value.pairs() if type(k) is str and k in _WRAPPERS and type(v) is Dict}
-    return [((*path, word), parts[word]) for word in _WRAPPERS if word in parts]
+    return [(word, parts[word]) for word in _WRAPPERS if word in parts]
 
 
 def _wrapping(main: Dict | None) -> str:

@@ -12,7 +12,9 @@ from builder.formats.torch.pickles import load
 from builder.formats.torch.tensors_in_pickles import BUILDERS, Storage, storage_of
 from builder.formats.torch.zip_directory import Record, content, read_records
 
-_MAX_DEFLATED_PICKLE = 256 << 20
+_MAX_DEFLATED_PICKLE = 64 << 20
+_MAX_RATIO = 100  # a state dict's pickle deflates to a tenth
+_LITTLE = 1 << 20  # bytes that may be whatever they are packed from
 _PIECE = 1 << 20
 
 # Records that say how the archive was written.
@@ -82,7 +84,8 @@ def _big_endian(blob: Blob, own: dict[str, Record], file: str) -> bool:
 
 def _check(pickled: Blob, record: Record, file: str) -> None:
     """Read a pickle once before any of it is believed; archives that know no checksum say 0."""
-    if record.deflated and record.size > _MAX_DEFLATED_PICKLE:
+    most = min(_MAX_DEFLATED_PICKLE, _LITTLE + _MAX_RATIO * record.packed)
+    if record.deflated and record.size > most:
         raise _refused(file, "the record `data.pkl` is deflated and too large", f"{record.size:,} bytes")
     crc = 0
     buffer = memoryview(bytearray(min(record.size, _PIECE)))

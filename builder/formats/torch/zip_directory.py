@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import struct
+import tempfile
 import threading
+import weakref
 import zlib
+from collections import Counter
 from dataclasses import dataclass
+from typing import IO
 
 from builder.base.errors import Place, Problem, SourceError
 from builder.formats.blob import Blob
@@ -65,7 +69,7 @@ def read_records(blob: Blob, file: str) -> dict[str, Record]:
         entries = sorted(_entries(blob, start, size, count), key=lambda e: e.header)
         names = [_name(e) for e in entries]
         if len(set(names)) < len(names):
-            twice = next(n for i, n in enumerate(names) if n in names[:i])
+            twice = next(n for n, count in Counter(names).items() if count > 1)
             raise _Refused(f"it has two records named `{twice}`")
         if entries and entries[0].header:
             raise _Refused(
@@ -250,13 +254,18 @@ class Part:
 
 
 class Inflated:
-    """A deflated record as a blob, unpacked as it is read and never kept.
+    """A deflated record as a blob, unpacked as it is read.
 
-    Reading onward is cheap; reading back begins again. Never more than the declared size is unpacked, and
-    where the last byte is reached, the record's end and checksum are checked.
+    Reading onward keeps nothing. Who goes back, such as a transposed view does at each of its rows, has the
+    record unpacked once more, into a nameless temporary file that later reads are from. Never more than
+    the declared size is unpacked, and where the last byte is reached, the record's end and checksum are
+    checked. The file is gone with this, or when this is closed.
     """
 
     _INPUT = 64 << 10
+    _KEPT = 1 << 20  # bytes kept at once
+    _FEW = 4 << 20  # bytes that are unpacked anew before they are kept, and
+    _PASSES = 3  # times the whole
 
     def __init__(self, blob: Blob, record: Record, file: str) -> None:
         self.name = blob.name
@@ -265,14 +274,23 @@ class Inflated:
         self._record = record
         self._file = file
         self._lock = threading.Lock()
+        self._whole: IO[bytes] | None = None
+        self._at = 0  # up to where the record was read
+        self._again = 0  # bytes that were unpacked in vain, since reading went back
         self._engine: zlib._Decompress | None = None  # only while reading, since a file has thousands of us
 
     def read_into(self, offset: int, out: memoryview) -> None:
         """Fill `out` from `offset` on; raises SourceError when the record is damaged."""
         with self._lock:
             done = 0
+            if offset < self._at:
+                self._again += self._at
+                self._engine = None
+            if self._again > max(self._FEW, self._PASSES * self.size):
+                self._read_kept(offset, out)
+                return
             while done < len(out):
-                if self._engine is None or offset < self._at:
+                if self._engine is None:
                     self._rewind()
                 if self._at < offset:
                     self._inflate(min(offset - self._at, self._INPUT))
@@ -281,6 +299,26 @@ class Inflated:
                 out[done : done + len(piece)] = piece
                 done += len(piece)
                 offset += len(piece)
+
+    def _read_kept(self, offset: int, out: memoryview) -> None:
+        try:
+            if self._whole is None:
+                self._whole = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the record is
+                weakref.finalize(self, self._whole.close)
+                self._rewind()
+                while self._at < self.size:
+                    self._whole.write(self._inflate(min(self._KEPT, self.size - self._at)))
+                self._at = 0
+            self._whole.seek(offset)
+            out[:] = self._whole.read(len(out))
+        except OSError as error:
+            self.close()
+            fact = f"cannot keep the unpacked record `{self._record.name}` in a temporary file"
+            hint = "free some space, set `TMPDIR`, or convert the file first"
+            raise SourceError(Problem(fact, Place(self._file), (str(error.strerror),), hint)) from None
+        except BaseException:
+            self.close()
+            raise
 
     def _rewind(self) -> None:
         self._engine = zlib.decompressobj(-15)
@@ -341,4 +379,7 @@ class Inflated:
         )
 
     def close(self) -> None:
-        """Nothing: the whole is closed by who opened it."""
+        """Let go of what was kept; the whole is closed by who opened it."""
+        if self._whole is not None:
+            self._whole.close()
+            self._whole = None

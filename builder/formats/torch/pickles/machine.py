@@ -8,10 +8,14 @@ from builder.formats.blob import Blob
 from builder.formats.torch.pickles.policy import holds_code
 from builder.formats.torch.pickles.values import Dict, Global, Malformed, Object, Skipped
 
-# A checkpoint of 10,000 tensors with optimizer states needs about a million opcodes. Each may leave some
-# hundred bytes in memory, so this bounds memory too.
+# A checkpoint of 10,000 tensors with optimizer states needs about a million opcodes, and a tenth of what is
+# allowed of the rest.
 MAX_OPCODES = 4_000_000
-MAX_BYTES = 256 << 20  # read, without strings longer than a window; and again as much copied
+MAX_VALUES = 600_000  # lists, tuples, dicts and objects, of some hundred bytes each; and as many memos
+MAX_BYTES = 256 << 20  # read, without long strings
+MAX_TEXT = 32 << 20  # bytes of all strings that are kept
+MAX_STRING = 64 << 10  # bytes of one that is kept
+MAX_COPIED = 64 << 20  # bytes of references
 MAX_DEPTH = 100_000  # of open marks; picklers recurse and end at about a thousand
 MAX_GLOBALS = 10_000
 MAX_NAME = 1_000  # characters of a global's module or name
@@ -50,7 +54,9 @@ class Machine:
         self._persistent = persistent
         self._window = _FIRST_WINDOW
         self._unread = MAX_BYTES
-        self._uncopied = MAX_BYTES
+        self._uncopied = MAX_COPIED
+        self._unmade = MAX_VALUES
+        self._unkept = MAX_TEXT
 
     @property
     def position(self) -> int:
@@ -63,6 +69,7 @@ class Machine:
 
     def refill(self, at: int, least: int = 0) -> int:
         """Move the window to position `at` of the present one; the new position, which is 0."""
+        kept = self.data[at : self.real]  # not read twice, which costs a deflated blob dear
         self._base += at
         left = self._end - self._base
         count = min(max(self._window, least + _MARGIN), left)
@@ -70,11 +77,12 @@ class Machine:
         self.data, self.real, self.safe, self.at = b"", 0, -1, 0
         if count <= 0:
             raise Malformed("it ends in the middle")
-        self._unread -= count
+        self._unread -= count - len(kept)
         if self._unread < 0:
             raise Malformed(f"it has more than {MAX_BYTES:,} bytes")
         buffer = bytearray(count + _MARGIN)
-        self._blob.read_into(self._base, memoryview(buffer)[:count])
+        buffer[: len(kept)] = kept
+        self._blob.read_into(self._base + len(kept), memoryview(buffer)[len(kept) : count])
         self.data = bytes(buffer)
         self.real = count
         self.safe = count - (1 if count == left else _MARGIN)
@@ -83,28 +91,53 @@ class Machine:
     def string(self, at: int, size: int, decode: Callable[[bytes], object]) -> int:
         """Push the string of `size` bytes at `at`, decoded; the position after it."""
         stop = at + size
-        if stop <= self.real:
-            self.stack.append(decode(self.data[at:stop]))
-            return stop
         if not 0 <= size <= self.left(at):
             raise Malformed(f"a string of {size:,} bytes goes past its end")
-        if size > _WINDOW:
+        if size > MAX_STRING:
             self.stack.append(Skipped("bytes" if decode is bytes else "str", size))
+            if stop <= self.real:
+                return stop
             self._base += stop
-            self.real, self.safe = 0, -1
+            self.data, self.real, self.safe = b"", 0, -1
             return 0
-        self.refill(at, size)
-        self.stack.append(decode(self.data[:size]))
-        return size
+        self.keep(size)
+        if stop > self.real:
+            self.refill(at, size)
+            at, stop = 0, size
+        self.stack.append(decode(self.data[at:stop]))
+        return stop
+
+    def keep(self, size: int) -> None:
+        """Count a string of so many bytes."""
+        self._unkept -= size
+        if self._unkept < 0:
+            raise Malformed(f"its strings have more than {MAX_TEXT:,} bytes")
+
+    def make(self, value: object) -> None:
+        """Push a new container."""
+        self.count()
+        self.stack.append(value)
+
+    def count(self) -> None:
+        """Count a new container."""
+        self._unmade -= 1
+        if self._unmade < 0:
+            raise Malformed(f"it has more than {MAX_VALUES:,} lists, dicts and objects")
+
+    def memoize(self, index: int) -> None:
+        """Keep the newest value in the memo."""
+        self.memo[index] = self.stack[-1]
+        if len(self.memo) > MAX_VALUES:
+            raise Malformed(f"it has more than {MAX_VALUES:,} memos")
 
     def line(self, at: int) -> tuple[bytes, int]:
         """The line at `at` without its newline, and the position after it."""
         stop = self.data.find(b"\n", at, self.real)
         if stop < 0:
-            at = self.refill(at, _WINDOW)
+            at = self.refill(at, MAX_STRING)
             stop = self.data.find(b"\n", 0, self.real)
-            if stop < 0:
-                raise Malformed("a line of it has no end")
+        if not at <= stop <= at + MAX_STRING:
+            raise Malformed("a line of it is too long" if stop > at else "a line of it has no end")
         return self.data[at:stop], stop + 1
 
     def mark(self) -> None:
@@ -147,7 +180,9 @@ class Machine:
         if type(args) is not tuple:
             raise Malformed("a call's arguments are not a tuple")
         if type(function) is not Global:
+            self.count()
             return Object("the result of a call", (function, args))
+        self.count()
         build = self._builders.get(function.name)
         if build is None:
             return Object(function.name, args)

@@ -92,26 +92,26 @@ def _dup(m: Machine, at: int) -> int:
 
 @_opcode(b"q")
 def _binput(m: Machine, at: int) -> int:
-    m.memo[m.data[at]] = m.stack[-1]
+    m.memoize(m.data[at])
     return at + 1
 
 
 @_opcode(b"r")
 def _long_binput(m: Machine, at: int) -> int:
-    m.memo[_U32(m.data, at)[0]] = m.stack[-1]
+    m.memoize(_U32(m.data, at)[0])
     return at + 4
 
 
 @_opcode(b"\x94")
 def _memoize(m: Machine, at: int) -> int:
-    m.memo[len(m.memo)] = m.stack[-1]
+    m.memoize(len(m.memo))
     return at
 
 
 @_opcode(b"p")
 def _put(m: Machine, at: int) -> int:
     raw, at = m.line(at)
-    m.memo[_integer(raw)] = m.stack[-1]
+    m.memoize(_integer(raw))
     return at
 
 
@@ -273,6 +273,7 @@ def _unescape(match: re.Match[bytes]) -> bytes:
 @_opcode(b"S")
 def _string(m: Machine, at: int) -> int:
     raw, at = m.line(at)
+    m.keep(4 * len(raw))  # which may be escapes, each taken for itself
     raw = raw.strip()
     if len(raw) < 2 or raw[0] != raw[-1] or raw[:1] not in (b"'", b'"'):
         raise Malformed("a string has no quotes")
@@ -283,6 +284,7 @@ def _string(m: Machine, at: int) -> int:
 @_opcode(b"V")
 def _unicode(m: Machine, at: int) -> int:
     raw, at = m.line(at)
+    m.keep(len(raw))
     try:
         text = str(raw, "raw-unicode-escape")
     except UnicodeDecodeError:
@@ -296,6 +298,7 @@ def _unicode(m: Machine, at: int) -> int:
 
 @_opcode(b"\x85")
 def _tuple1(m: Machine, at: int) -> int:
+    m.count()
     m.stack[-1] = (m.stack[-1],)
     return at
 
@@ -303,6 +306,7 @@ def _tuple1(m: Machine, at: int) -> int:
 @_opcode(b"\x86")
 def _tuple2(m: Machine, at: int) -> int:
     last = m.stack.pop()
+    m.count()
     m.stack[-1] = (m.stack[-1], last)
     return at
 
@@ -310,6 +314,7 @@ def _tuple2(m: Machine, at: int) -> int:
 @_opcode(b"\x87")
 def _tuple3(m: Machine, at: int) -> int:
     last, middle = m.stack.pop(), m.stack.pop()
+    m.count()
     m.stack[-1] = (m.stack[-1], middle, last)
     return at
 
@@ -317,26 +322,26 @@ def _tuple3(m: Machine, at: int) -> int:
 @_opcode(b"t")
 def _tuple(m: Machine, at: int) -> int:
     items = m.marked()
-    m.stack.append(tuple(items))
+    m.make(tuple(items))
     return at
 
 
 @_opcode(b"]")
 def _empty_list(m: Machine, at: int) -> int:
-    m.stack.append([])
+    m.make([])
     return at
 
 
 @_opcode(b"l")
 def _list(m: Machine, at: int) -> int:
     items = m.marked()
-    m.stack.append(items)
+    m.make(items)
     return at
 
 
 @_opcode(b"}")
 def _empty_dict(m: Machine, at: int) -> int:
-    m.stack.append(Dict())
+    m.make(Dict())
     return at
 
 
@@ -345,20 +350,20 @@ def _dict(m: Machine, at: int) -> int:
     items = m.marked()
     made = Dict()
     update(made, items)
-    m.stack.append(made)
+    m.make(made)
     return at
 
 
 @_opcode(b"\x8f")
 def _empty_set(m: Machine, at: int) -> int:
-    m.stack.append(Object("builtins.set", (), []))
+    m.make(Object("builtins.set", (), []))
     return at
 
 
 @_opcode(b"\x91")
 def _frozenset(m: Machine, at: int) -> int:
     items = m.marked()
-    m.stack.append(Object("builtins.frozenset", (), items))
+    m.make(Object("builtins.frozenset", (), items))
     return at
 
 
@@ -447,7 +452,10 @@ def _build(m: Machine, at: int) -> int:
     target = m.stack[-1]
     if not isinstance(target, (Dict, Stateful)):
         raise Malformed("it sets attributes of what has none")
-    target.state = state if target.state is None else (target.state, state)
+    if target.state is not None:
+        m.count()
+        state = (target.state, state)
+    target.state = state
     return at
 
 
