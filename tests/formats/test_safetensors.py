@@ -237,8 +237,8 @@ REFUSED: dict[str, tuple[bytes, str, tuple[str, ...]]] = {
     ),
     "a product over 2^64": (
         file({"a": entry("F32", [1 << 32, 1 << 32], 0, 0)}),
-        "tensor `a` is not as long as its dtype and shape say",
-        ("F32 [4294967296, 4294967296] takes 73786976294838206464 bytes", "data_offsets [0, 0] hold 0 bytes"),
+        "the shape of tensor `a` overflows",
+        ("F32 [4294967296, 4294967296]",),
     ),
     "an overflow hidden by a 0": (
         file({"a": entry("F32", [1 << 32, 1 << 32, 0], 0, 0)}),
