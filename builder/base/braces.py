@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from itertools import product
-from math import prod
 
 LIMIT = 100_000  # names that one pattern may stand for
+_MOST_CHARACTERS = 16 << 20  # of all those names
+_DEEPEST = 8  # braces in each other
 
 _TOKEN = re.compile(r"\\.|[{},\\]|[^{},\\]+", re.DOTALL)
 _RANGE = re.compile(r"(0|[1-9]\d{0,8})\.\.(0|[1-9]\d{0,8})")
@@ -25,10 +26,7 @@ def expand(pattern: str) -> tuple[list[str], int]:
     """
     if "{" not in pattern and "\\" not in pattern and "}" not in pattern:
         return [pattern], 1
-    try:
-        parts, braces = _sequence(_TOKEN.findall(pattern)[::-1], nested=False)
-    except RecursionError:
-        raise BraceError("braces are nested too deeply") from None
+    parts, braces = _sequence(_TOKEN.findall(pattern)[::-1], 0)
     return _joined(parts), len(parts[braces[-1]]) if braces else 1
 
 
@@ -38,20 +36,27 @@ def escape(name: str) -> str:
 
 
 def _joined(parts: list[list[str]]) -> list[str]:
-    if prod(map(len, parts)) > LIMIT:
-        raise BraceError(f"stands for more than {LIMIT} names")
+    count = 1
+    for part in parts:
+        count *= len(part)
+        if count > LIMIT:
+            raise BraceError(f"stands for more than {LIMIT} names")
+    if count * sum(max(map(len, part)) for part in parts) > _MOST_CHARACTERS:
+        raise BraceError(f"stands for names of more than {_MOST_CHARACTERS} characters")
     return ["".join(choice) for choice in product(*parts)]
 
 
-def _sequence(tokens: list[str], nested: bool) -> tuple[list[list[str]], list[int]]:
+def _sequence(tokens: list[str], depth: int) -> tuple[list[list[str]], list[int]]:
     """The alternatives of each part, and which of the parts are braces; takes tokens from the end."""
+    if depth > _DEEPEST:
+        raise BraceError("braces are nested too deeply")
     parts: list[list[str]] = []
     braces: list[int] = []
-    while tokens and not (nested and tokens[-1] in {",", "}"}):
+    while tokens and not (depth and tokens[-1] in {",", "}"}):
         token = tokens.pop()
         if token == "{":
             braces.append(len(parts))
-            parts.append(_alternatives(tokens))
+            parts.append(_alternatives(tokens, depth + 1))
         elif token == "}":
             raise BraceError("`}` without its `{`")
         elif token == "\\":
@@ -61,7 +66,7 @@ def _sequence(tokens: list[str], nested: bool) -> tuple[list[list[str]], list[in
     return parts, braces
 
 
-def _alternatives(tokens: list[str]) -> list[str]:
+def _alternatives(tokens: list[str], depth: int) -> list[str]:
     """The alternatives up to the closing brace."""
     found: list[str] = []
     ranged = False
@@ -76,7 +81,7 @@ def _alternatives(tokens: list[str]) -> list[str]:
             found += map(str, range(first, last + 1))
             ranged = True
         else:
-            found += _joined(_sequence(tokens, nested=True)[0])
+            found += _joined(_sequence(tokens, depth)[0])
         if len(found) > LIMIT:
             raise BraceError(f"stands for more than {LIMIT} names")
         if not tokens:

@@ -7,17 +7,21 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Final, NamedTuple
 
-from builder.base.errors import Problem, RecipeError, did_you_mean
+from builder.base.errors import Problem, RecipeError, clipped, did_you_mean
 from builder.base.toml import Document, Keys
 from builder.base.words import spelling
 
 WRONG: Final = object()  # what reading gives for a value whose problem is on the list
 Schema = dict[str, Any]
 MAX_PROBLEMS = 100
+MAX_ENTRIES = 1000  # of a table, or tables of an array; what is checked of one is looked up in others
 LARGEST = 2**63 - 1  # of TOML's integers; no number in a recipe comes near
 FEW = 12  # words that a hint can list and still be read
+MANY = 40  # words that are listed where they all matter
+LONG = 100  # characters of a word in a list
 
 _TYPES: dict[type, str] = {
     bool: "a boolean",
@@ -33,8 +37,10 @@ _TYPES: dict[type, str] = {
 
 
 def listed(words: Iterable[str]) -> str:
-    """Words in backticks, with commas."""
-    return ", ".join(f"`{w}`" for w in words)
+    """Words in backticks, with commas; of many, the first ones and their number."""
+    words = list(words)
+    more = f" and {len(words) - MANY:,} more" if len(words) > MANY else ""
+    return ", ".join(f"`{clipped(w, LONG)}`" for w in words[:MANY]) + more
 
 
 def note(problems: list[Problem], problem: Problem) -> None:
@@ -140,6 +146,7 @@ class Text(Kind):
     rules: tuple[Rule, ...] = ()
     lower: bool = False
     examples: tuple[str, ...] = ()
+    most: int | None = None  # characters
     noun: str = "a string"
     label: str = "string"
     types: tuple[type, ...] = (str,)
@@ -150,6 +157,8 @@ class Text(Kind):
         return None
 
     def check(self, value: str, at: At) -> Any:
+        if self.most is not None and len(value) > self.most:
+            return at.wrong(f"{at.name} is longer than {self.most:,} characters", show=False)
         for rule in self.rules:
             if rule.broken_by(value):
                 fact = rule.fact.format(key=at.name, count=len(value))
@@ -158,8 +167,9 @@ class Text(Kind):
 
     def schema(self, defs: Schema) -> Schema:
         rules = [r.schema() for r in self.rules]
+        most = {} if self.most is None else {"maxLength": self.most}
         examples = {"examples": list(self.examples)} if self.examples else {}
-        return {"type": "string", **({"allOf": rules} if rules else {}), **examples}
+        return {"type": "string", **most, **({"allOf": rules} if rules else {}), **examples}
 
 
 @dataclass(frozen=True)
@@ -180,13 +190,21 @@ class Choice(Kind):
     def check(self, value: str, at: At) -> Any:
         if value in self.words:
             return value
-        same = [w for w in self.words if spelling(w) == spelling(value)] if self.open else []
+        same = self._spelt.get(spelling(value), []) if self.open else []
         if len(same) == 1:
             return same[0]
         hint = did_you_mean(value, self.words)
         if hint is None and 0 < len(self.words) <= FEW:
             hint = f"known: {listed(self.words)}"
         return at.wrong(f"unknown {self.what} `{value}`", hint=hint)
+
+    @cached_property
+    def _spelt(self) -> dict[str, list[str]]:
+        """The words by how they are compared."""
+        found: dict[str, list[str]] = {}
+        for word in self.words:
+            found.setdefault(spelling(word), []).append(word)
+        return found
 
     def schema(self, defs: Schema) -> Schema:
         if self.open:
@@ -273,6 +291,8 @@ class Array(Kind):
     def check(self, value: list[Any], at: At) -> Any:
         if len(value) < self.minimum:
             return at.wrong(f"{at.name} is empty")
+        if isinstance(self.of, Struct) and len(value) > MAX_ENTRIES:
+            return at.wrong(f"{at.name} has {len(value):,} tables, more than {MAX_ENTRIES:,}")
         found: list[Any] = []
         words: set[str] = set()
         for index, item in enumerate(value):
@@ -312,6 +332,8 @@ class Table(Kind):
         return "table"
 
     def check(self, value: dict[str, Any], at: At) -> Any:
+        if len(value) > MAX_ENTRIES:
+            return at.wrong(f"{at.name} has {len(value):,} entries, more than {MAX_ENTRIES:,}")
         found: dict[str, Item] = {}
         for raw, item in value.items():
             below = at.down(raw)

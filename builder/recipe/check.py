@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import posixpath
 from collections.abc import Callable, Collection, Iterator
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from typing import TYPE_CHECKING, Any
 
@@ -142,8 +143,10 @@ def _architectures(recipe: Recipe, words: Vocabulary) -> Iterator[Problem]:
 
 
 def _components(recipe: Recipe, words: Vocabulary) -> Iterator[Problem]:
-    for pick in (p for o in recipe.outputs for p in o.components.values()):
-        if pick.component is None or fits(pick.component, pick.cls, words):
+    picks = {p.at: p for o in recipe.outputs for p in o.components.values()}  # outputs share the recipe's
+    good = cache(lambda component, cls: fits(component, cls, words))
+    for pick in picks.values():
+        if pick.component is None or good(pick.component, pick.cls):
             continue
         place = recipe.place(*pick.at, "component", value=True)
         known = [c.name for c in words.catalog.components.values() if fits(c.name, pick.cls, words)]

@@ -159,6 +159,7 @@ URL = Address(
         ),
     ),
     label="address",
+    most=2048,  # of which most programs take no more, either
 )
 PROSE = Rule(r"[\x00-\x08\x0b-\x1f\x7f]", "{key} holds a control character", forbid=True)
 _INSIDE = (

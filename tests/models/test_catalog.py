@@ -22,6 +22,7 @@ from builder.models.catalog.files import (
     _COMPONENT,
     _MODELSPEC,
     _SCALE,
+    _matches,
     parse_table,
 )
 from builder.models.catalog.layouts import _LAYOUT, _PART, _RULES
@@ -62,6 +63,8 @@ def test_braces(pattern: str, names: list[str], last: int) -> None:
         ("{a,{0..999}{0..999}}", "stands for more than 100000 names"),
         ("a\\", "ends in a backslash"),
         ("{a," * 5000, "nested too deeply"),
+        ("{a," * 9 + "b" + "}" * 9, "nested too deeply"),
+        ("{0..99999}" + "a" * 1000, "names of more than 16777216 characters"),
     ],
 )
 def test_wrong_braces(pattern: str, reason: str) -> None:
@@ -614,3 +617,30 @@ def test_the_examples_of_the_documentation_are_right(tmp_path: Path) -> None:
 )
 def test_every_field_is_documented(fields: dict[str, type]) -> None:
     assert all(f"`{name}`" in DOCS or f"{name} = " in DOCS for name in fields if name != "tensors")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "name", "fits"),
+    [
+        ("a.*", "a.b", True),
+        ("a.*", "b.a.", False),
+        ("*.w", "a.b.w", True),
+        ("a*b*c", "a-bb-c", True),
+        ("a*b*c", "a-c-b", False),
+        ("ab*ba", "aba", False),
+        ("*a*a*", "a", False),
+        ("*", "", True),
+        ("a*.*", "a.\n", True),
+    ],
+)
+def test_patterns_with_stars(pattern: str, name: str, fits: bool) -> None:
+    assert _matches(pattern, name) is fits
+
+
+def test_tables_may_extend_each_other_only_so_often(tmp_path: Path) -> None:
+    text = 'name = "t0"\nclass = "C"\nkeys = 1\nparameters = 1\n[tensors]\na = [1]\n'
+    (tmp_path / "0.toml").write_text(text)
+    for n in range(1, 10):
+        (tmp_path / f"{n}.toml").write_text(f'name="t{n}"\nextends="t{n - 1}"\nkeys=1\nparameters=1\n')
+    with pytest.raises(CatalogError, match="more than 8 tables extend each other"):
+        load_catalog([tmp_path])

@@ -59,6 +59,8 @@ __all__ = [
     "load_catalog",
 ]
 
+MAX_CHAIN = 8  # tables that extend each other
+MAX_TENSORS = 1_000_000  # of all tables that are a user's own
 BUILT_IN = Path(components_db.__file__).parent
 
 
@@ -88,8 +90,12 @@ def _load(extra: tuple[Path, ...]) -> Catalog:
             )
         reader.folder(folder, str(folder))
     catalog = reader.catalog()
-    for name in reader.tables.keys() - built_in:
-        len(catalog.components[name].tensors)  # expands it
+    total = 0
+    for name, table in reader.tables.items():
+        if name not in built_in:
+            total += len(catalog.components[name].tensors)  # expands it
+            if total > MAX_TENSORS:
+                table.fields.fail(f"the tables have more than {MAX_TENSORS:,} tensors in all")
     if any(_own(name) for _, name in reader.layouts) or any(
         a.diffusers for a in catalog.architectures.values() if _own(a.path)
     ):
@@ -121,6 +127,7 @@ class _Reader:
         self.traits: dict[str, Traits] = {}
         self.layouts: list[tuple[Path, str]] = []  # files, which are read when they are needed
         self.programs: dict[str, dict[str, str]] = {}
+        self.depths: dict[str, int] = {}  # of each component: how many others it extends
         self.known: list[KnownMetric | KnownFile | KnownPart] = []
 
     def folder(self, root: Path, called: str) -> None:
@@ -257,11 +264,16 @@ class _Reader:
             if table.extends not in self.tables:
                 hint = did_you_mean(table.extends, self.tables)
                 fields.fail(f"unknown component `{table.extends}`", "extends", value=True, hint=hint)
+            depth = len(chain) if table.extends not in self.components else self.depths[table.extends] + 1
+            if depth >= MAX_CHAIN:
+                fields.fail(f"more than {MAX_CHAIN} tables extend each other", "extends", value=True)
             base = self._component(table.extends, chain)
+            self.depths[name] = self.depths[table.extends] + 1
             plain = base.tensors
             average_of = base.cls if fields.get("average") else None
             cls = base.cls if cls is None else cls
             prefix = base.prefix if prefix is None else prefix
+        self.depths.setdefault(name, 0)
         component = Component(
             name=name,
             cls=cls,

@@ -30,6 +30,9 @@ from builder.tensors.lazy import BY_CODE
 Shape = tuple[int, ...]
 
 PRECISIONS = ("fp16", "bf16", "fp32")
+MAX_TENSORS = 100_000  # of a table; the largest known have some thousands
+MAX_LOOKS = 2_000_000  # at names, for those that a pattern with `*` means
+MAX_DIMS = 64
 
 _COMPONENT = {
     "name": str,
@@ -141,6 +144,20 @@ class Fields:
         raise CatalogError(Problem(fact, self.place(*keys, value=value), **more))
 
 
+def _matches(pattern: str, name: str) -> bool:
+    """Whether a name is spelt so, `*` standing for anything: each part is looked for once."""
+    first, *middle, last = pattern.split("*")
+    if len(name) < len(first) + len(last) or not (name.startswith(first) and name.endswith(last)):
+        return False
+    at, end = len(first), len(name) - len(last)
+    for part in middle:
+        at = name.find(part, at, end)
+        if at < 0:
+            return False
+        at += len(part)
+    return True
+
+
 def _is_name(text: object) -> bool:
     return isinstance(text, str) and text.strip() != "" and text.isprintable()
 
@@ -159,9 +176,7 @@ class Table:
 
         Raises CatalogError at the line of a bad brace, shape, dtype, a key twice or a wrong checksum.
         """
-        without: set[str] = set()
-        for index, pattern in enumerate(self.fields.strings("without")):
-            without |= self._without(pattern, base, index)
+        without = self._left_out(base)
         rules = {name: rule for name, rule in base.items() if name not in without}
         if self.naming is not None:
             renamed = {NAMINGS[self.naming](name): rule for name, rule in rules.items()}
@@ -171,6 +186,8 @@ class Table:
         seen: dict[str, Keys] = {}
         for pattern, keys, value in _leaves(self.fields.get("tensors") or {}, "", ("tensors",)):
             for name, rule in self._rules(pattern, keys, value):
+                if len(rules) >= MAX_TENSORS:
+                    self.fields.fail(f"`{self.name}` has more than {MAX_TENSORS:,} tensors", *keys)
                 if name in seen:
                     first = self.fields.place(*seen[name])
                     self.fields.fail(
@@ -181,15 +198,20 @@ class Table:
         self._checksums(rules)
         return rules
 
-    def _without(self, pattern: str, base: Mapping[str, TensorRule], index: int) -> set[str]:
+    def _left_out(self, base: Mapping[str, TensorRule]) -> set[str]:
+        """The tensors of `base` that this table goes without."""
         found: set[str] = set()
-        for name in self.fields.expand(pattern, "without", index)[0]:
-            match = re.compile(".*".join(map(re.escape, name.split("*"))), re.DOTALL).fullmatch
-            matches = set(filter(match, base))
-            if not matches:
-                hint = did_you_mean(name, base)
-                self.fields.fail(f"`{self.extends}` has no tensor `{name}`", "without", index, hint=hint)
-            found |= matches
+        looks = 0
+        for index, pattern in enumerate(self.fields.strings("without")):
+            for name in self.fields.expand(pattern, "without", index)[0]:
+                looks += len(base) if "*" in name else 1
+                if looks > MAX_LOOKS:
+                    self.fields.fail("`without` has too many names with `*`", "without", index)
+                matches = {n for n in base if _matches(name, n)} if "*" in name else {name} & base.keys()
+                if not matches:
+                    hint = did_you_mean(name, base)
+                    self.fields.fail(f"`{self.extends}` has no tensor `{name}`", "without", index, hint=hint)
+                found |= matches
         return found
 
     def _rules(self, pattern: str, keys: Keys, value: Any) -> Iterator[tuple[str, TensorRule]]:
@@ -214,7 +236,11 @@ class Table:
         return ((name, rules[index % count]) for index, name in enumerate(names))
 
     def _shape(self, shape: Any, keys: Keys) -> Shape:
-        if not isinstance(shape, list) or not all(type(n) is int and (n >= 0 or n == RANK) for n in shape):
+        if (
+            not isinstance(shape, list)
+            or len(shape) > MAX_DIMS
+            or not all(type(n) is int and (0 <= n < 1 << 63 or n == RANK) for n in shape)
+        ):
             self.fields.fail("a shape is a list of numbers", *keys, value=True)
         return tuple(shape)
 
