@@ -19,10 +19,15 @@ _LAUNCHER = """
 import json, os, subprocess, sys, time
 start = time.perf_counter()
 child = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL, stdin=subprocess.DEVNULL)
-_, status, usage = os.wait4(child.pid, 0)
+os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
 wall = time.perf_counter() - start
+counts = {}
+if os.path.exists(f"/proc/{child.pid}/io"):  # of the ended process, which nobody has waited for yet
+    counts = dict(line.split(": ") for line in open(f"/proc/{child.pid}/io").read().splitlines())
+_, status, usage = os.wait4(child.pid, 0)
 scale = 1 if sys.platform == "darwin" else 1024
-sys.stdout.write(json.dumps([wall, usage.ru_maxrss * scale, os.waitstatus_to_exitcode(status)]))
+moved = [int(counts.get(k, 0)) for k in ("rchar", "wchar")]
+sys.stdout.write(json.dumps([wall, usage.ru_maxrss * scale, *moved, os.waitstatus_to_exitcode(status)]))
 """
 
 
@@ -48,13 +53,17 @@ class Target:
     """What a benchmark is to reach.
 
     Without `over`, seconds or bytes of the contender `of`; with it, how many times those of `over` they are.
+    `bytes` are of memory, `read` and `written` are bytes that the process moved, by the kernel's count: which
+    has no noise. With `per`, the value is in these units, called `called`.
     """
 
     of: str
     over: str | None = None
     at_most: float | None = None
     at_least: float | None = None
-    unit: Literal["seconds", "bytes"] = "seconds"
+    unit: Literal["seconds", "bytes", "read", "written"] = "seconds"
+    per: float = 1.0
+    called: str = ""
 
 
 @dataclass(frozen=True)
@@ -73,6 +82,8 @@ class Sample:
 
     seconds: float
     bytes: float
+    read: float = 0.0
+    written: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -130,11 +141,11 @@ def measure(contender: Contender) -> Sample:
         done = subprocess.run(
             argv, stdout=subprocess.PIPE, stderr=said, env=contender.environment(), check=True
         )
-        seconds, peak, code = json.loads(done.stdout)
+        seconds, peak, read, written, code = json.loads(done.stdout)
         if code != contender.code:
             said.seek(0)
             raise RuntimeError(f"{' '.join(contender.argv)} ended with {code}:\n{said.read()}")
-    return Sample(seconds, peak)
+    return Sample(seconds, peak, read, written)
 
 
 def _set_cache(path: Path, warm: bool) -> None:
@@ -157,6 +168,7 @@ def outcome(target: Target, samples: Mapping[str, Sequence[Sample]]) -> Outcome:
     if target.over is not None:
         bases = [getattr(s, target.unit) for s in samples[target.over]]
         values = [value / base for value, base in zip(values, bases, strict=True)]
+    values = [value / target.per for value in values]
     return Outcome(target, min(values), statistics.median(values), max(values))
 
 
@@ -177,15 +189,17 @@ def to_markdown(report: Report) -> str:
     lines = [
         f"{machine()}. {how}",
         "",
-        "| benchmark | contender | seconds | peak memory |",
-        "|---|---|---|---|",
+        "| benchmark | contender | seconds | peak memory | read | written |",
+        "|---|---|---|---|---|---|",
     ]
     for result in report.results:
         for title, samples in result.samples.items():
             seconds = sorted(s.seconds for s in samples)
             peak = max(s.bytes for s in samples)
             spread = f"{statistics.median(seconds):.2f} ({seconds[0]:.2f} to {seconds[-1]:.2f})"
-            lines.append(f"| {result.title} | {title} | {spread} | {peak / 1e6:.0f} MB |")
+            moved = (max(s.read for s in samples), max(s.written for s in samples))
+            cells = [result.title, title, spread, *(f"{n / 1e6:,.0f} MB" for n in (peak, *moved))]
+            lines.append(f"| {' | '.join(cells)} |")
     outcomes = [(r, o) for r in report.results for o in r.outcomes]
     if outcomes:
         lines += ["", "| benchmark | measured | wanted | found | |", "|---|---|---|---|---|"]
@@ -197,8 +211,11 @@ def to_markdown(report: Report) -> str:
 
 def _words(outcome: Outcome) -> tuple[str, str, str]:
     target = outcome.target
-    scale, unit = {"seconds": (1.0, " s"), "bytes": (1e6, " MB")}[target.unit]
-    what = {"seconds": "time", "bytes": "memory"}[target.unit] + f" of {target.of}"
+    scale, unit = (1.0, " s") if target.unit == "seconds" else (1e6, " MB")
+    words = {"seconds": "time", "bytes": "memory", "read": "bytes read", "written": "bytes written"}
+    what = f"{words[target.unit]} of {target.of}"
+    if target.called:
+        scale, unit, what = 1.0, "", f"{what} / {target.called}"
     if target.over is not None:
         scale, unit, what = 1.0, "", f"{what} / {target.over}"
     wanted = f"≤ {target.at_most / scale:g}{unit}" if target.at_most is not None else ""

@@ -1,23 +1,35 @@
-"""Files that appear whole or not at all."""
+"""The disk: files and folders that appear whole or not at all, locks, and what the dead left behind."""
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import re
 import secrets
+import shutil
+import signal
 import stat
+import threading
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from builder.base.errors import OutputError, Problem
 
-NAMELESS = hasattr(os, "O_TMPFILE")  # whether to try files without a name; tests unset it
+try:
+    import fcntl
+except ImportError:  # Windows: nothing is ever locked there, and only age tells what is stale
+    fcntl = None  # type: ignore[assignment]
 
+NAMELESS = hasattr(os, "O_TMPFILE")  # whether to try files without a name; tests unset it
+OLD = 24 * 3600  # seconds after which, where locks do not work, something unfinished counts as left behind
+
+_FLUSH = 1 << 20  # bytes from which telling the system about a write is worth a call
 _NO_NAMELESS = {errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT}
 _TEMP = re.compile(r"\.ckpt-[0-9a-f]{16}\.tmp")
+_BINARY = getattr(os, "O_BINARY", 0)
 _HINTS = {
     errno.ENOENT: "make its folder first",
     errno.ENOSPC: "make room there, or write to another folder",
@@ -25,33 +37,150 @@ _HINTS = {
     errno.EFBIG: "files this large are not allowed there: write to another folder",
 }
 
+# -- reading and writing at positions
+
+_seeking = threading.Lock()  # where the system has no positioned reads, a descriptor has one position for all
+
+
+def read_at(fd: int, out: memoryview, offset: int) -> int:
+    """Read at most `len(out)` bytes from `offset` on; the number of bytes read, 0 at the end of the file."""
+    if hasattr(os, "preadv"):
+        return os.preadv(fd, [out], offset)
+    with _seeking:
+        os.lseek(fd, offset, os.SEEK_SET)
+        data = os.read(fd, len(out))
+    out[: len(data)] = data
+    return len(data)
+
+
+def write_all(fd: int, data: memoryview | bytes, offset: int) -> None:
+    """Write all of `data` at `offset`; raises OSError."""
+    data, done = memoryview(data), 0
+    while done < len(data):
+        if hasattr(os, "pwrite"):
+            done += os.pwrite(fd, data[done:], offset + done)
+            continue
+        with _seeking:
+            os.lseek(fd, offset + done, os.SEEK_SET)
+            done += os.write(fd, data[done:])
+
+
+def write_through(fd: int, data: memoryview, offset: int) -> None:
+    """Write as `write_all`, and start the way to the disk at once: so that little is left for fsync."""
+    write_all(fd, data, offset)
+    if len(data) >= _FLUSH and hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(fd, offset, len(data), os.POSIX_FADV_DONTNEED)
+
+
+def sync_folder(folder: Path) -> None:
+    """Have a folder's names on the disk, where the system can."""
+    with suppress(OSError):
+        fd = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+# -- locks
+
+
+def try_lock(fd: int) -> bool | None:
+    """Lock an open file or folder if nobody else has; None where there are no locks."""
+    if fcntl is None:
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def _lock(fd: int) -> None:
+    if fcntl is not None:
+        with suppress(OSError):  # a file system without locks: its files are then never found stale
+            fcntl.flock(fd, fcntl.LOCK_EX)
+
+
+def _left_behind(fd: int) -> bool:
+    """Whether nobody works on an open temporary file or folder any more."""
+    locked = try_lock(fd)
+    return locked or (locked is None and time.time() - os.fstat(fd).st_mtime > OLD)
+
+
+def being_written(path: Path) -> bool:
+    """Whether a process has a file open for writing; False also where the system does not tell."""
+    if fcntl is None or not hasattr(fcntl, "F_SETLEASE"):
+        return False
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        # A lease for reading is refused while there is a writer. Should one come in the same instant, the
+        # signal about it must be one that is ignored.
+        fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    except OSError as error:
+        return error.errno == errno.EAGAIN
+    finally:
+        os.close(fd)
+    return False
+
+
+# -- files
+
+
+@dataclass
+class NewFile:
+    """A file in the making: its descriptor, open for reading and writing, and where it will be.
+
+    `path` may be set to another name in the same folder, or to None, and then the file vanishes.
+    """
+
+    fd: int
+    path: Path | None
+
+
+@contextmanager
+def new_file(
+    path: Path | str, *, durable: bool = True, inputs: Iterable[os.stat_result | Path | str] = ()
+) -> Iterator[NewFile]:
+    """A new file that takes the place of `path` when the block ends, and vanishes when the block fails.
+
+    Where the system can, the file has no name until it is whole, so that even a killed process leaves
+    nothing; elsewhere it has a temporary one, and the next file made in that folder removes what the dead
+    left behind. A symbolic link at `path` is itself replaced: what it points at, such as a blob of a
+    download cache, stays as it is. Permissions are those of any new file. With `durable`, the file and its
+    name are on disk at the end.
+    Raises OutputError when `path` is one of `inputs` (by path, link or inode) or no regular file, and for
+    every OSError of making the file or of the block.
+    """
+    path, inputs = Path(path), tuple(inputs)
+    try:
+        may_replace(path, inputs)
+        with _Folder(path.parent) as folder, _unnamed(folder) as (fd, temp):
+            file = NewFile(fd, path)
+            yield file
+            if file.path is not None:
+                if file.path != path:
+                    assert file.path.parent == path.parent, "a file cannot move from where it was made"
+                    may_replace(file.path, inputs)
+                _name(fd, temp, folder, file.path.name, durable)
+    except OSError as error:
+        raise output_error(path, error) from None
+
 
 @contextmanager
 def replacing(
     path: Path | str, *, durable: bool = True, inputs: Iterable[os.stat_result | Path | str] = ()
 ) -> Iterator[int]:
-    """A new file that takes the place of `path` when the block ends, and vanishes when the block fails.
-
-    Yields its descriptor, open for reading and writing. Where the system can, the file has no name until
-    it is whole, so that even a killed process leaves nothing; elsewhere it has a temporary one, and the
-    next file made in that folder removes what the dead left behind. A symbolic link at `path` is itself
-    replaced: what it points at, such as a blob of a download cache, stays as it is. Permissions are those
-    of any new file. With `durable`, the file and its name are on disk at the end.
-    Raises OutputError when `path` is one of `inputs` (by path, link or inode) or no regular file, and for
-    every OSError of making the file or of the block.
-    """
-    path = Path(path)
-    try:
-        may_replace(path, inputs)
-        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            _remove_stale(folder)
-            with _new_file(folder, path.name, durable) as fd:
-                yield fd
-        finally:
-            os.close(folder)
-    except OSError as error:
-        raise output_error(path, error) from None
+    """The descriptor of a `new_file` that goes nowhere else; raises as that does."""
+    with new_file(path, durable=durable, inputs=inputs) as file:
+        yield file.fd
 
 
 def write_bytes(
@@ -76,11 +205,21 @@ def write_text(path: Path | str, text: str, *, durable: bool = True) -> bool:
     return write_bytes(path, text.encode("utf-8"), durable=durable)
 
 
-def write_all(fd: int, data: memoryview, offset: int) -> None:
-    """Write all of `data` at `offset`; raises OSError."""
-    done = 0
-    while done < len(data):
-        done += os.pwrite(fd, data[done:], offset + done)
+def check_room(path: Path, fd: int, size: int) -> None:
+    """Raise OutputError where the file system of a descriptor has no room for `size` bytes."""
+    if hasattr(os, "fstatvfs"):
+        disk = os.fstatvfs(fd)
+        blocks, free = disk.f_blocks, disk.f_bavail * disk.f_frsize
+    else:
+        blocks, _, free = shutil.disk_usage(path.parent)
+    if blocks and free < size:  # some network file systems say that they have no blocks at all
+        raise OutputError(
+            Problem(
+                f"there is no room to write `{path}`",
+                evidence=(f"it needs {size:,} bytes, {free:,} are free",),
+                hint="make room there, or write to another folder",
+            )
+        )
 
 
 def output_error(path: Path | str, error: OSError) -> OutputError:
@@ -118,40 +257,110 @@ def may_replace(path: Path, inputs: Iterable[os.stat_result | Path | str]) -> No
             )
 
 
-@contextmanager
-def _new_file(folder: int, name: str, durable: bool) -> Iterator[int]:
-    fd = _nameless(folder)
-    temp = None
-    if fd is None:
-        fd, temp = _named(folder)
-    try:
-        yield fd
-        if durable:
-            os.fsync(fd)
-        if temp is None:
-            try:
-                _link(fd, folder, name)
-            except FileExistsError:  # a link never replaces, so it takes a name to be renamed from
-                temp = _temp_name()
-                _link(fd, folder, temp)
-        if temp is not None:
-            os.rename(temp, name, src_dir_fd=folder, dst_dir_fd=folder)
-            temp = None
-        if durable:
-            os.fsync(folder)
-    finally:
-        if temp is not None:
+class _Folder:
+    """A folder that files are made in: held open where the system can, so that it stays the one it was."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.fd: int | None = None
+
+    def __enter__(self) -> _Folder:
+        if os.open in os.supports_dir_fd:
+            self.fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            self._remove_stale()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.fd is not None:
+            os.close(self.fd)
+
+    def open(self, name: str, flags: int, mode: int = 0o666) -> int:
+        """Open a file in it."""
+        return os.open(self._at(name), flags | _BINARY, mode, dir_fd=self.fd)
+
+    def rename(self, name: str, to: str) -> None:
+        """Give a file in it another name, in place of what has that."""
+        if self.fd is None:
+            Path(self._at(name)).replace(self._at(to))
+        else:
+            os.rename(name, to, src_dir_fd=self.fd, dst_dir_fd=self.fd)
+
+    def unlink(self, name: str) -> None:
+        """Remove a file in it."""
+        os.unlink(self._at(name), dir_fd=self.fd)
+
+    def sync(self) -> None:
+        """Have its names on the disk."""
+        if self.fd is not None:
+            os.fsync(self.fd)
+
+    def _at(self, name: str) -> str:
+        return name if self.fd is not None else str(self.path / name)
+
+    def _remove_stale(self) -> None:
+        """Remove the temporary files of dead processes: those that nobody holds locked."""
+        flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+        here = self.path if self.fd is None else self.fd
+        for name in filter(_TEMP.fullmatch, os.listdir(here)):  # noqa: PTH208 - it may be a descriptor
             with suppress(OSError):
-                os.unlink(temp, dir_fd=folder)
-        os.close(fd)
+                fd = self.open(name, flags)
+                try:
+                    stale = _left_behind(fd)
+                    if stale and self.fd is not None:
+                        self.unlink(name)
+                finally:
+                    os.close(fd)
+                if stale and self.fd is None:  # an open file cannot be removed everywhere
+                    self.unlink(name)
 
 
-def _nameless(folder: int) -> int | None:
+@contextmanager
+def _unnamed(folder: _Folder) -> Iterator[tuple[int, list[str]]]:
+    """A descriptor of a new file, and its temporary names, which are gone at the end."""
+    fd = _nameless(folder)
+    temp: list[str] = []
+    if fd is None:
+        fd, name = _named(folder)
+        temp.append(name)
+    try:
+        yield fd, temp
+    finally:
+        with suppress(OSError):
+            os.close(fd)
+        for name in temp:
+            with suppress(OSError):
+                folder.unlink(name)
+
+
+def _name(fd: int, temp: list[str], folder: _Folder, name: str, durable: bool) -> None:
+    """Give a new file its name at last, in place of what has it."""
+    if durable:
+        os.fsync(fd)
+    if not temp:
+        try:
+            _link(fd, folder, name)
+        except FileExistsError:  # a link never replaces, so it takes a name to be renamed from
+            temp.append(_temp_name())
+            _link(fd, folder, temp[0])
+    if temp:
+        if folder.fd is None:
+            os.close(fd)  # an open file cannot be renamed everywhere
+        folder.rename(temp[0], name)
+        temp.clear()
+    if durable:
+        folder.sync()
+
+
+def _nameless(folder: _Folder) -> int | None:
     """A locked file without a name, or None where there are none or they could not get one later."""
-    if not NAMELESS:
+    if not NAMELESS or folder.fd is None:
         return None
     try:
-        fd = os.open(".", os.O_TMPFILE | os.O_RDWR, 0o666, dir_fd=folder)
+        fd = folder.open(".", os.O_TMPFILE | os.O_RDWR)
     except OSError as error:
         if error.errno in _NO_NAMELESS:
             return None
@@ -163,42 +372,162 @@ def _nameless(folder: int) -> int | None:
     return fd
 
 
-def _named(folder: int) -> tuple[int, str]:
+def _named(folder: _Folder) -> tuple[int, str]:
     """A locked file with a temporary name."""
     while True:
         name = _temp_name()
-        fd = os.open(name, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666, dir_fd=folder)
+        fd = folder.open(name, os.O_CREAT | os.O_EXCL | os.O_RDWR)
         _lock(fd)
-        if os.fstat(fd).st_nlink:  # else another process took it for stale before it was locked
+        if fcntl is None or os.fstat(fd).st_nlink:  # else another took it for stale before it was locked
             return fd, name
         os.close(fd)
 
 
-def _temp_name() -> str:
-    return f".ckpt-{secrets.token_hex(8)}.tmp"
+def _temp_name(kind: str = "tmp") -> str:
+    return f".ckpt-{secrets.token_hex(8)}.{kind}"
 
 
 def _by_descriptor(fd: int) -> str:
     return f"/proc/self/fd/{fd}"
 
 
-def _link(fd: int, folder: int, name: str) -> None:
+def _link(fd: int, folder: _Folder, name: str) -> None:
     # `dst_dir_fd` makes Python call linkat, without which the link in /proc would not be followed.
-    os.link(_by_descriptor(fd), name, dst_dir_fd=folder, follow_symlinks=True)
+    os.link(_by_descriptor(fd), name, dst_dir_fd=folder.fd, follow_symlinks=True)
 
 
-def _lock(fd: int) -> None:
-    with suppress(OSError):  # a file system without locks: its files are then never found stale
-        fcntl.flock(fd, fcntl.LOCK_EX)
+# -- folders
 
 
-def _remove_stale(folder: int) -> None:
-    """Remove the temporary files of dead processes: those that nobody holds locked."""
-    for name in filter(_TEMP.fullmatch, os.listdir(folder)):
-        with suppress(OSError):
-            fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                os.unlink(name, dir_fd=folder)
-            finally:
-                os.close(fd)
+@contextmanager
+def new_folder(path: Path, *, durable: bool = True) -> Iterator[Path]:
+    """A new folder that becomes `path` when the block ends, and vanishes when the block fails.
+
+    Until then it lies beside `path` under a temporary name; what a killed process left of one is removed
+    by the next. An existing folder is never replaced, unless it is empty. With `durable` names are on
+    disk at the end; files are their writers' concern.
+    Raises OutputError when `path` is taken, and for every OSError of making the folder or of the block.
+    """
+    if os.path.lexists(path) and not _is_empty_folder(path):
+        raise _taken(path)
+    with _beside(path) as temp:
+        yield temp
+        if durable:
+            for folder, _, _ in os.walk(temp):
+                sync_folder(Path(folder))
+        temp.rename(path)
+        if durable:
+            sync_folder(path.parent)
+
+
+@contextmanager
+def new_set(index: Path, *, durable: bool = True) -> Iterator[Path]:
+    """A new folder whose files are moved beside `index` when the block ends, and `index`, one of them, last.
+
+    So the index never names a file that is not there. Existing files are never replaced.
+    Raises OutputError when `index` or another name is taken, and as `new_folder` does.
+    """
+    if os.path.lexists(index):
+        raise _taken(index)
+    with _beside(index) as temp:
+        yield temp
+        made = sorted(temp.iterdir(), key=lambda p: (p.name == index.name, p.name))
+        moved: list[Path] = []
+        try:
+            for file in made:
+                target = index.with_name(file.name)
+                if os.path.lexists(target):
+                    raise _taken(target)
+                file.rename(target)
+                moved.append(target)
+        except BaseException:
+            for target in moved:
+                target.unlink()
+            raise
+        if durable:
+            sync_folder(index.parent)
+
+
+@contextmanager
+def scratch_folder(folder: Path) -> Iterator[Path]:
+    """A new folder inside `folder`, gone at the end with all that is left in it; raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    made, lock = _locked_folder(folder)
+    try:
+        yield made
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def sweep(folder: Path) -> int:
+    """Remove what dead processes left in `folder`; the number of bytes freed."""
+    freed = 0
+    with suppress(OSError):
+        for path in sorted(folder.iterdir()):
+            with suppress(OSError):
+                freed += _sweep(path)
+    return freed
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path`."""
+    try:
+        for found in path.parent.iterdir():
+            if found.name.startswith(".ckpt-") and found.suffix == ".new":
+                with suppress(OSError):
+                    _sweep(found)
+        with scratch_folder(path.parent) as temp:
+            yield temp
+    except OSError as error:
+        raise output_error(path, error) from None
+
+
+def _locked_folder(parent: Path) -> tuple[Path, int | None]:
+    """A new folder, and a descriptor that holds it locked where that can be."""
+    while True:
+        made = parent / _temp_name("new")
+        made.mkdir()
+        if fcntl is None:
+            return made, None
+        try:
+            lock = os.open(made, os.O_RDONLY)
+        except FileNotFoundError:  # another process took it for litter, as below
+            continue
+        _lock(lock)
+        if made.exists():
+            return made, lock
+        os.close(lock)
+
+
+def _sweep(path: Path) -> int:
+    """Remove a folder that nobody holds locked; the bytes freed."""
+    if fcntl is None:
+        if path.is_symlink() or not path.is_dir() or time.time() - path.stat().st_mtime < OLD:
+            return 0
+        return _remove_tree(path)
+    lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        return _remove_tree(path) if _left_behind(lock) else 0
+    finally:
+        os.close(lock)
+
+
+def _remove_tree(path: Path) -> int:
+    freed = sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
+    shutil.rmtree(path)
+    return freed
+
+
+def _is_empty_folder(path: Path) -> bool:
+    try:
+        return not path.is_symlink() and next(path.iterdir(), None) is None
+    except OSError:
+        return False
+
+
+def _taken(path: Path) -> OutputError:
+    fact = f"`{path}` exists already"
+    return OutputError(Problem(fact, hint="remove it first, or give the output another name"))

@@ -1,129 +1,118 @@
-"""What every step of a build works with, and what it asks of the sources."""
+"""What every step of a build works with: the plan, its live sources, and what became known of them."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
 
-from builder.base.errors import FetchError, Place, Problem, SourceError
 from builder.base.progress import Reporter
-from builder.build.schedule import Cancelled
-from builder.plan import Plan
-from builder.plan.graph import ComponentJob, Node, OutputJob, SourceJob
-from builder.sources.have import see
+from builder.operations.registry import Operation
+from builder.plan.graph import ComponentJob, Key, Node, Plan
+from builder.plan.keys import action_key
+from builder.sources.find import Found
+from builder.sources.job import SourceJob
+from builder.sources.opened import Sources, stoppable
 from builder.store import Made, Store
 
-if TYPE_CHECKING:
-    from builder.models.catalog import Catalog
 
-
-@dataclass(frozen=True)
+@dataclass
 class Context:
-    """A plan and the means to carry it out; once `stop` is set, nothing more is read."""
+    """A plan and the means to carry it out; once `stop` is set, nothing more is read.
+
+    Without `hashing`, sources that nothing pins are not hashed, and what is made of them is not remembered.
+    """
 
     plan: Plan
-    catalog: Catalog
-    store: Store
+    sources: Sources
+    operations: Mapping[str, Operation]
     threads: int
+    hashing: bool
     reporter: Reporter
     stop: threading.Event = field(default_factory=threading.Event)
+    _hashing: dict[Key, Future[Found]] = field(default_factory=dict)
+
+    @property
+    def store(self) -> Store:
+        """Where what is made is remembered."""
+        return self.sources.store
 
     @cached_property
-    def stopping(self) -> Reporter:
-        """The reporter, for work that is to be given up once the build has stopped."""
-        return _Stopping(self.reporter, self.stop)
+    def _executor(self) -> ThreadPoolExecutor:
+        # Apart from the threads of a pass: none of its windows waits until a source is hashed.
+        return ThreadPoolExecutor(max(1, self.threads // 2), thread_name_prefix="hash")
+
+    def close(self) -> None:
+        """End all work that is under way, and wait for its end."""
+        self.cancel()
+        if "_executor" in self.__dict__:
+            self._executor.shutdown(cancel_futures=True)
 
     def cancel(self) -> None:
         """Have all work end soon."""
         self.stop.set()
-        for sources in self.plan.sources:
-            sources.stop()
+        self.sources.stop()
 
-    @contextmanager
-    def stoppable(self) -> Iterator[None]:
-        """Tell a download that was broken off from one that failed."""
-        try:
-            yield
-        except FetchError:
-            if self.stop.is_set():
-                raise Cancelled(Problem("the build was stopped")) from None
-            raise
+    # -- sources
 
-    def sources(self, id_: str) -> list[Node]:
-        """The sources that a node hangs on."""
-        found = (self.plan.node(n) for n in sorted(self.plan.ancestors(id_)))
-        return [n for n in found if isinstance(n.job, SourceJob)]
+    def source_nodes(self, keys: Iterable[Key]) -> list[tuple[Key, SourceJob]]:
+        """The sources that nodes hang on, in the order of the plan."""
+        near = {*keys, *self.plan.ancestors(*keys)}
+        return [(n.key, n.job) for n in self.plan if n.key in near and isinstance(n.job, SourceJob)]
 
-    def base(self, job: OutputJob) -> list[Node]:
-        """The source that gives an output what lies beside its components: tensors, metadata."""
-        if job.base is None:
-            return []
-        base = self.plan.node(job.base)
-        assert isinstance(base.job, SourceJob)
-        # What a host shows of a file's metadata is not believed: no digest in a lock speaks of it alone.
-        carried = base.state == "fetch" and set(base.job.sources.metadata(base.job.source)) - {"format"}
-        return [base] if job.extras or carried else []
+    def begin_hashing(self, key: Key, job: SourceJob) -> None:
+        """Have a source hashed beside other work, if its digest is needed and not known of its very files."""
+        if key in self._hashing or not self.needs_digest(job) or self.sources.find(job) is None:
+            return
+        if self.sources.remembered(job) is None:
+            self._hashing[key] = self._executor.submit(self.sources.hash, job, self.stop)
 
-    def digest(self, node: Node) -> str:
-        """Have the source of a node, and its SHA-256; raises as `see`."""
-        job = node.job
-        assert isinstance(job, SourceJob)
-        with self.stoppable():
-            return str(see(job.sources, job.source, self.catalog, self.store, self.stopping).sha256)
+    def needs_digest(self, job: SourceJob) -> bool:
+        """Whether it must be known what a source is."""
+        return self.hashing or self.sources.wanted(job).sha256 is not None
 
-    def settled(self, node: Node) -> None:
-        """Raise SourceError unless what was read of a source is of the file that its digest is of."""
-        job = node.job
-        assert isinstance(job, SourceJob)
-        same = job.sources.unchanged(job.source)
-        if same and node.state == "known":  # it was told by its times, before it was opened
-            same = self.digest(node) == node.key
-        if not same:
-            found = job.sources.find(job.source)
-            raise SourceError(
-                Problem(
-                    f"the source `{job.source}` changed while it was read",
-                    Place(str(found.path)) if found is not None else None,
-                    hint="wait until it is whole, and build again",
-                )
-            )
+    def settle(self, key: Key, job: SourceJob) -> None:
+        """Wait until it is known that what was read of a source is of the file that it should be.
 
-    def part(self, name: str) -> Made:
-        """What a component's node has made."""
-        made = self.plan.node(name).made
-        assert made is not None
-        return made
+        Raises SourceError when it is another, or changed meanwhile.
+        """
+        if self.sources.find(job) is None:
+            return  # fetched in parts, which have a digest of their own
+        if self.needs_digest(job):
+            self.begin_hashing(key, job)
+            if key in self._hashing:
+                self._hashing[key].result()
+            else:
+                self.sources.hash(job, self.stop)
+        self.sources.check_unchanged(job)
 
-    def taken_from(self, name: str) -> str:
-        """What the recipe calls the source or step of a component's node."""
-        job = self.plan.node(name).job
+    def fetch(self, job: SourceJob) -> None:
+        """Have a source on this machine."""
+        with stoppable(self.stop):
+            self.sources.fetch(job)
+
+    # -- what is known of components
+
+    def action(self, key: Key) -> str | None:
+        """Under which the store knows what a node makes; of a source its SHA-256; None while unknown."""
+        job = self.plan.nodes[key].job
+        if isinstance(job, SourceJob):
+            return self.sources.sha256(job)
+        return action_key(job, self.action)
+
+    def made(self, key: Key) -> Made | None:
+        """What a component's node is known to make."""
+        action = self.action(key)
+        return self.store.lookup(action) if action is not None else None
+
+    def component(self, key: Key) -> ComponentJob:
+        """The job of a component's node."""
+        job = self.plan.nodes[key].job
         assert isinstance(job, ComponentJob)
-        return job.source
+        return job
 
-
-class _Stopping(Reporter):
-    """Passes on what it hears, until the work that it hears of is to be given up."""
-
-    def __init__(self, reporter: Reporter, stop: threading.Event) -> None:
-        self._reporter, self._stop = reporter, stop
-
-    def start(self, task: str, total: int) -> None:
-        self._reporter.start(task, total)
-
-    def advance(self, task: str, count: int) -> None:
-        if self._stop.is_set():
-            raise Cancelled(Problem("the build was stopped"))
-        self._reporter.advance(task, count)
-
-    def finish(self, task: str) -> None:
-        self._reporter.finish(task)
-
-    def note(self, message: str) -> None:
-        self._reporter.note(message)
-
-    def warn(self, problem: Problem) -> None:
-        self._reporter.warn(problem)
+    def node(self, key: Key) -> Node:
+        """The node of a key."""
+        return self.plan.nodes[key]

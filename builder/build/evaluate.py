@@ -2,94 +2,97 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from builder.base.errors import Problem
-from builder.build.schedule import Cancelled
-from builder.models.catalog import Catalog
+from builder.base.errors import CkptError
+from builder.build.context import Context
+from builder.models.cut import Cut, cut
 from builder.operations.fixes import FIXES, truncated_position_ids
-from builder.plan.graph import Applied, ComponentJob, Finished, Origin, Plan, StepJob, Take
-from builder.plan.resolve import taken
-from builder.store import Store
-from builder.tensors.cast import Faults, cast_all
+from builder.plan.graph import ComponentJob, Key, Origin, StepJob, Take
+from builder.plan.resolve import match_of
+from builder.sources.job import SourceJob
+from builder.tensors.cast import PRECISIONS, Faults, cast_all
 from builder.tensors.lazy import LazyTensor
 
 
-@dataclass(frozen=True)
-class Finish:
-    """A component ready to be written: its tensors, what was done to them, and the faults they will show."""
+@dataclass
+class Composer:
+    """Composes components; stored ones that they are made of stay open in `opened`.
 
-    component: str
-    tensors: Mapping[str, LazyTensor]
-    changes: tuple[str, ...]
-    faults: Faults
-
-
-def finish(
-    plan: Plan, job: ComponentJob, catalog: Catalog, store: Store, stop: threading.Event, opened: ExitStack
-) -> Finish:
-    """Compose a component: taken or computed, repaired, rounded. Nothing is read but small tensors.
-
-    Stored components that it is made of stay open in `opened`; reading them, or this, may raise
-    DamagedEntry.
+    `faults` are what the composed tensors will show when they are read, each with a label and a precision.
     """
-    tensors, component = evaluate(plan, job.origin, store, opened)
-    changes: list[str] = []
-    renamed = catalog.components[component].mislabelled
-    if renamed:
-        changes.append(f"clip-names: {len(tensors):,} tensors get the names that loaders expect")
-    for name in (n for n in job.fixes if n != "clip-names" or not renamed):
-        tensors, done = FIXES[name].apply(tensors)
-        changes += [f"{name}: {change}" for change in done] or [f"{name}: nothing to change"]
-    tensors, done = truncated_position_ids(tensors)
-    changes += done
-    faults = Faults()
-    cast = cast_all(
-        tensors,
-        job.precision,
-        faults=faults,
-        overflow=job.overflow,
-        non_finite=job.non_finite,
-        narrow=job.narrow,
-    )
-    return Finish(component, {n: Stoppable(t, stop) for n, t in cast.items()}, tuple(changes), faults)
 
+    context: Context
+    opened: ExitStack
+    faults: list[tuple[str, str, Faults]] = field(default_factory=list)
 
-def evaluate(
-    plan: Plan, origin: Origin, store: Store, opened: ExitStack
-) -> tuple[Mapping[str, LazyTensor], str]:
-    """The tensors of an origin under unprefixed names, and the component's name in the catalog."""
-    if isinstance(origin, Take):
-        return taken(origin)
-    node = plan.node(origin.node)
-    if isinstance(origin, Finished):
-        assert node.made is not None
-        checkpoint = store.open(node.made, verify=False)
-        if checkpoint is None:
-            raise store.gone(node.made)
-        opened.enter_context(checkpoint)
-        return checkpoint.tensors, node.made.component
-    assert isinstance(origin, Applied) and isinstance(node.job, StepJob)
-    job = node.job
-    inputs = {p: evaluate(plan, o, store, opened) for p, o in job.inputs.items()}
-    made = job.operation.apply({p: tensors for p, (tensors, _) in inputs.items()}, job.params)
-    return made, inputs[job.operation.inputs[0]][1]
+    def error(self) -> CkptError | None:
+        """The error that names every faulty tensor that was read, or None."""
+        for label, precision, faults in self.faults:
+            if (error := faults.error(f"`{label}`", PRECISIONS[precision])) is not None:
+                return error
+        return None
 
+    def finish(self, key: Key) -> Cut:
+        """A component taken or computed, repaired, rounded. Nothing is read but small tensors.
 
-class Stoppable(LazyTensor):
-    """A tensor that is no longer read once the build has stopped."""
+        Reading stored components that it is made of, or this, may raise DamagedEntry.
+        """
+        job = self.context.component(key)
+        component, tensors, changes = self.origin(job.origin)
+        done = [*changes]
+        fixed = {c.partition(":")[0] for c in changes}
+        made: Mapping[str, LazyTensor] = tensors
+        for name in (n for n in job.fixes if n not in fixed):
+            made, words = FIXES[name].apply(made)
+            done += [f"{name}: {word}" for word in words] or [f"{name}: nothing to change"]
+        made, words = truncated_position_ids(made)
+        faults = Faults()
+        self.faults.append((self.context.node(key).label, job.precision, faults))
+        cast = cast_all(
+            made,
+            job.precision,
+            faults=faults,
+            overflow=job.overflow,
+            non_finite=job.non_finite,
+            narrow=job.narrow,
+        )
+        return Cut(component, cast, (*done, *words))
 
-    __slots__ = ("_stop", "_tensor")
+    def origin(self, origin: Origin) -> Cut:
+        """What an origin gives, under unprefixed names."""
+        job = self.context.node(origin.node).job
+        if isinstance(origin, Take):
+            assert isinstance(job, SourceJob)
+            return self._taken(origin, job)
+        if isinstance(job, StepJob):
+            return self._applied(job)
+        assert isinstance(job, ComponentJob)
+        found = self.stored(origin.node) or self.finish(origin.node)
+        promote = getattr(origin, "promote", None)
+        if promote is None:
+            return found
+        names = self.context.sources.catalog.component(promote).promote
+        return found._replace(tensors={names.get(n, n): t for n, t in found.tensors.items()})
 
-    def __init__(self, tensor: LazyTensor, stop: threading.Event) -> None:
-        super().__init__(tensor.dtype, tensor.shape)
-        self._tensor = tensor
-        self._stop = stop
+    def stored(self, key: Key) -> Cut | None:
+        """A component from where its bytes lie, each tensor verified as it is read; None: nowhere."""
+        made = self.context.made(key)
+        stored = self.context.store.open(made.digest) if made is not None else None
+        if made is None or stored is None:
+            return None
+        self.opened.callback(stored.close)
+        return Cut(made.component, dict(stored.tensors), made.changes)
 
-    def read_into(self, start: int, out: memoryview) -> None:
-        if self._stop.is_set():
-            raise Cancelled(Problem("the build was stopped"))
-        self._tensor.read_into(start, out)
+    def _taken(self, take: Take, job: SourceJob) -> Cut:
+        sources = self.context.sources
+        opened = sources.open(job)
+        return cut(opened.checkpoint, opened.identity, match_of(job, take, sources), take.cls)
+
+    def _applied(self, job: StepJob) -> Cut:
+        operation = self.context.operations[job.op]
+        inputs = {p: self.origin(o) for p, o in job.inputs_by_name.items()}
+        made = operation.apply({p: i.tensors for p, i in inputs.items()}, job.params)
+        return Cut(inputs[operation.inputs[0]].component, dict(made), ())

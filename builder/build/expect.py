@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from builder.base.errors import Problem
 from builder.models.metric import Metric
 from builder.recipe import Output, Recipe
 
 
-@dataclass(frozen=True)
-class Built:
+class Built(NamedTuple):
     """An output as it is: `state` is `written` or `unchanged`, digests are hex, `metric` empty for none."""
 
     name: str

@@ -1,124 +1,165 @@
-"""Components of sources that are elsewhere, had without the rest of their files and held to the lock."""
+"""Components of sources that are elsewhere, had without the rest of their files."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
 
 from builder.base.errors import CkptError, Problem, SourceError
-from builder.base.progress import Reporter
+from builder.build.context import Context
 from builder.formats.blob import BlobTensor, FileBlob
-from builder.plan import Node, Plan, SourceJob
-from builder.plan.graph import Applied, ComponentJob, Origin, OutputJob, StepJob, Take
-from builder.plan.resolve import full_names
-from builder.recipe.lock import LockedComponent, LockedOutput
-from builder.store import Store
-from builder.tensors.cast import PROFILE
+from builder.models.cut import names_of
+from builder.plan.graph import ComponentJob, Key, Node, Origin, OutputJob, StepJob, Take
+from builder.plan.resolve import match_of
+from builder.recipe.lock import LockedComponent
+from builder.sources.job import SourceJob
+from builder.sources.opened import stoppable
+from builder.store import Made
+from builder.tensors.digests import PROFILE
 
 
-def in_parts(plan: Plan, source: Node, wanted: Iterable[Node]) -> bool:
-    """Whether only the components `wanted` of a source are to be fetched.
+class Parts:
+    """What is fetched in parts, and by whose word it is known to be right.
 
-    That takes a file that can be read on its host and of which less than half is wanted; and a lock that
-    says what each component must be, as the digest of the whole file cannot be compared.
+    A part of a file cannot be compared with the file's digest. So it is taken where this store has seen the
+    whole file of that digest, and knows what is made of it; else only where `believing` allows it, by the
+    lock's word: what is made so is never remembered as what the pinned file gives.
     """
-    job = source.job
-    assert isinstance(job, SourceJob)
-    if source.state != "fetch" or source.key is None or not job.sources.addresses(job.source):
-        return False
-    if any(_pinned(plan, node) is None for node in wanted):
-        return False
-    try:
-        checkpoint = job.sources.open(job.source).checkpoint
-        takes = {t for node in wanted for t in _takes(plan, node) if t.node == source.id}
-        names = {name for take in takes for name in full_names(take)}
-    except CkptError:
-        return False  # what is wrong shows when the file is had
-    size = sum(checkpoint[name].nbytes for name in names)
-    return job.sources.remote(job.source) and 2 * size < checkpoint.size
 
+    def __init__(self, context: Context, believing: bool, opened: ExitStack) -> None:
+        self._context = context
+        self._believing = believing
+        self._opened = opened
+        self._sources: set[Key] = set()
 
-def bring(plan: Plan, node: Node, store: Store, reporter: Reporter) -> None:
-    """Fetch what a component takes from sources that are not on this machine; raises as `fetch_component`."""
-    from builder.sources.net.remote import fetch_component
+    def decide(self, key: Key, job: SourceJob, components: list[Key]) -> bool:
+        """Whether only `components` of a source that is not here are to be fetched.
 
-    for take in _takes(plan, node):
-        if not take.sources.remote(take.source):
-            continue
-        opened = take.sources.open(take.source)
-        with opened.lock:  # another step may want the same
-            checkpoint = opened.checkpoint
-            names = {n: n for n in full_names(take) if not _is_here(checkpoint[n])}
-            if not names:
+        That takes a file that can be read on its host, and of which less than half is wanted.
+        """
+        context = self._context
+        if context.sources.wanted(job).sha256 is None or not context.sources.addresses(job):
+            return False
+        if any(self._expected(c) is None for c in components) or self._beside(key):
+            return False
+        try:
+            checkpoint = context.sources.open(job).checkpoint
+            names = {n for c in components for j, t in self._takes(c) if j is job for n in self._names(j, t)}
+        except CkptError:
+            return False  # what is wrong shows when the file is had
+        size = sum(checkpoint[name].nbytes for name in names)
+        if not context.sources.remote(job) or 2 * size >= checkpoint.size:
+            return False
+        self._sources.add(key)
+        for component in components:
+            if context.made(component) is None:
+                label = context.node(component).label
+                word = "that it is of the file that is pinned, only the lock says"
+                context.reporter.note(f"{label}: this part of `{job.name}` alone is fetched; {word}")
+        return True
+
+    def fetched(self, key: Key) -> bool:
+        """Whether a component is of a source of which only parts are here."""
+        return bool(self._sources & {k for k, _ in self._context.source_nodes([key])})
+
+    def bring(self, key: Key) -> None:
+        """Fetch what a component takes from sources that are not on this machine."""
+        from builder.sources.net.remote import fetch_component
+
+        context = self._context
+        for job, take in self._takes(key):
+            if context.sources.find(job) is not None:
                 continue
-            with store.scratch() as folder:  # the open file stays readable, and nothing is left behind
-                path = folder / "component.safetensors"
-                local = fetch_component(checkpoint, names, path, reporter=reporter, task=node.id)
-            checkpoint.tensors |= local.tensors
-            checkpoint.blobs = (*checkpoint.blobs, *local.blobs)
+            opened = context.sources.open(job)
+            with opened.lock:  # another component may want the same
+                checkpoint = opened.checkpoint
+                names = {n: n for n in self._names(job, take) if not _is_here(checkpoint[n])}
+                if not names:
+                    continue
+                # The open file stays readable, and nothing is left behind.
+                with context.store.scratch() as folder, stoppable(context.stop):
+                    path = Path(folder, "component.safetensors")
+                    label = context.node(key).label
+                    local = fetch_component(checkpoint, names, path, reporter=context.reporter, task=label)
+                checkpoint.tensors |= local.tensors
+                checkpoint.blobs = (*checkpoint.blobs, *local.blobs)
 
+    def check(self, node: Node, made: Mapping[str, Made]) -> None:
+        """Raise SourceError when a component that was fetched so is not what it is known to be."""
+        assert isinstance(node.job, OutputJob)
+        for cls, (_, key) in node.job.slots.items():
+            if not self.fetched(key):
+                continue
+            expected, found = self._expected(key), made[cls].digest
+            if found != expected:
+                known = self._context.made(key) is not None
+                than = "it was when the whole file was read" if known else "the lock says"
+                raise SourceError(
+                    Problem(
+                        f"`{self._context.node(key).label}` is not what {than}",
+                        evidence=(f"expected BLAKE3 {expected}", f"received BLAKE3 {found}"),
+                        hint="`ckpt lock --upgrade` takes the source as it is now",
+                    )
+                )
 
-def hold_to_lock(plan: Plan, node: Node) -> None:
-    """Raise SourceError when a component of which a source is elsewhere is not what the lock says."""
-    assert isinstance(node.job, ComponentJob) and node.made is not None
-    if any(take.sources.remote(take.source) for take in _takes(plan, node)):
-        locked = _pinned(plan, node)
-        _compare(node.id, locked.sha256 if locked is not None else None, node.made.digest.sha256)
+    def trusted(self, key: Key) -> bool:
+        """Whether what a component is was not taken on somebody's word."""
+        return not self.fetched(key) or self._context.made(key) is not None
 
+    def _expected(self, key: Key) -> str | None:
+        """The digest that a component must have, by what the store has seen, or by what is believed."""
+        made = self._context.made(key)
+        if made is not None:
+            return made.digest
+        locked = self._locked(key) if self._believing else None
+        return locked.blake3 if locked is not None else None
 
-def hold_output_to_lock(plan: Plan, node: Node, tensor_digest: str) -> None:
-    """Raise SourceError when an output does not consist of what the lock says, as `hold_to_lock`."""
-    assert isinstance(node.job, OutputJob)
-    sources = [plan.node(n) for n in plan.ancestors(node.id)]
-    if any(isinstance(s.job, SourceJob) and s.job.sources.opened_remotely(s.job.source) for s in sources):
-        locked = _locked(plan, node.job)
-        _compare(node.id, locked.tensor_digest if locked is not None else None, tensor_digest)
+    def _locked(self, key: Key) -> LockedComponent | None:
+        """What the lock says of a component, wherever it is used."""
+        plan = self._context.plan
+        lock = plan.lock
+        if lock is None or (lock.recipe, lock.profile) != (plan.recipe.digest, PROFILE):
+            return None
+        for job in (n.job for n in plan.outputs()):
+            assert isinstance(job, OutputJob)
+            for cls, (_, node) in job.slots.items():
+                if node == key:
+                    return lock.component(job.output.name, cls)
+        return None
 
+    def _beside(self, key: Key) -> bool:
+        """Whether an output carries tensors or metadata of a source: no digest speaks of those alone."""
+        sources = self._context.sources
+        for job in (n.job for n in self._context.plan.outputs() if n.state != "unchanged"):
+            assert isinstance(job, OutputJob)
+            if job.base == key:
+                source = self._context.node(key).job
+                assert isinstance(source, SourceJob)
+                if job.beside.names or set(sources.open(source).checkpoint.metadata) - {"format"}:
+                    return True
+        return False
 
-def _compare(what: str, expected: str | None, found: str | None) -> None:
-    if found != expected:
-        raise SourceError(
-            Problem(
-                f"`{what}` is not what the lock says",
-                evidence=(f"expected SHA-256 {expected}", f"received SHA-256 {found}"),
-                hint="`ckpt lock --upgrade` takes the source as it is now",
-            )
-        )
+    def _names(self, job: SourceJob, take: Take) -> list[str]:
+        """The names, in a source's file, of the tensors that are taken."""
+        sources = self._context.sources
+        return list(names_of(sources.open(job).identity, match_of(job, take, sources)).values())
+
+    def _takes(self, key: Key) -> Iterator[tuple[SourceJob, Take]]:
+        """What a component is made of, as sources hold it."""
+        origins: list[Origin] = [self._context.component(key).origin]
+        while origins:
+            origin = origins.pop()
+            job = self._context.node(origin.node).job
+            if isinstance(origin, Take):
+                assert isinstance(job, SourceJob)
+                yield job, origin
+            elif isinstance(job, StepJob):
+                origins += job.inputs_by_name.values()
+            else:
+                assert isinstance(job, ComponentJob)
+                origins.append(job.origin)
 
 
 def _is_here(tensor: object) -> bool:
     return not isinstance(tensor, BlobTensor) or isinstance(tensor.blob, FileBlob)
-
-
-def _takes(plan: Plan, node: Node) -> Iterator[Take]:
-    """What a component is made of, as sources hold it."""
-    assert isinstance(node.job, ComponentJob)
-    origins: list[Origin] = [node.job.origin]
-    while origins:
-        origin = origins.pop()
-        if isinstance(origin, Take):
-            yield origin
-        elif isinstance(origin, Applied):
-            step = plan.node(origin.node).job
-            assert isinstance(step, StepJob)
-            origins += step.inputs.values()
-
-
-def _is_of_this_recipe(plan: Plan) -> bool:
-    """Whether the lock speaks of what this very recipe makes."""
-    lock = plan.lock
-    return lock is not None and (lock.recipe, lock.profile) == (plan.recipe.digest, PROFILE)
-
-
-def _pinned(plan: Plan, node: Node) -> LockedComponent | None:
-    """What the lock says of a component, wherever it is used."""
-    jobs = [o.job for o in plan.outputs() if isinstance(o.job, OutputJob)] if _is_of_this_recipe(plan) else []
-    for job in jobs:
-        for cls, (_, name) in job.slots.items():
-            if name == node.id and plan.lock is not None:
-                return plan.lock.component(job.output.name, cls)
-    return None
-
-
-def _locked(plan: Plan, job: OutputJob) -> LockedOutput | None:
-    lock = plan.lock if _is_of_this_recipe(plan) else None
-    return lock.outputs.get(job.output.name) if lock is not None else None

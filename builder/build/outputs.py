@@ -1,268 +1,443 @@
-"""Outputs: assembled from stored components, held to what is expected of them, put in place."""
+"""Outputs: written in one pass from what they are made of, held to what is expected, put in place."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack, suppress
-from dataclasses import replace
+from contextlib import ExitStack, closing, suppress
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from builder.base.disk import write_bytes
-from builder.base.errors import LockError, OutputError, Problem, SourceError
+from builder.base.errors import LockError, OutputError, Place, Problem, SourceError
 from builder.build.context import Context
-from builder.build.evaluate import Stoppable
+from builder.build.evaluate import Composer
 from builder.build.expect import Built, missed
-from builder.build.in_parts import hold_output_to_lock
-from builder.build.measure import Metrics
+from builder.build.in_parts import Parts
+from builder.build.measure import known_digits, measured, metric_text
 from builder.build.write import write_output
+from builder.formats.blob import FileBlob
 from builder.formats.write_safetensors import Written
-from builder.plan.graph import Node, OutputJob, Plan, SourceJob
-from builder.plan.keys import assembly_key, extras_key, known_extras, output_format
-from builder.plan.metadata import final_metadata
+from builder.models.catalog import Catalog
+from builder.plan.graph import Key, Node, OutputJob
+from builder.plan.keys import assembly_key, note_beside, output_format, recall_beside
 from builder.plan.resolve import output_state
-from builder.recipe.lock import Lock, LockedComponent, LockedOutput, LockedSource, differences, lock_path
-from builder.sources.find import files_of
-from builder.sources.have import locked_source
-from builder.store import DamagedEntry
-from builder.store.entries import VerifiedTensor
-from builder.tensors.digests import Digest, Row, component_digest, tensor_digest
-from builder.tensors.lazy import LazyTensor
+from builder.recipe.lock import Lock, LockedComponent, LockedOutput, differences, lock_path
+from builder.recipe.recipe import Recipe
+from builder.sources.have import locked_sources
+from builder.sources.job import SourceJob
+from builder.store import DamagedEntry, Made
+from builder.store.entries import At, Entry, VerifiedTensor, identity
+from builder.tensors.digests import Row, component_digest, expression_key
+from builder.tensors.lazy import DType, LazyTensor, MemoryTensor
+
+MAX_SIDECAR = 1 << 20  # bytes; a configuration has a few thousand
 
 
-def put(
-    context: Context,
-    node: Node,
-    metrics: Metrics,
-    *,
-    locked: Lock | None = None,
-    naming: Callable[[str], Path] | None = None,
-) -> Built:
-    """Have an output in its place, written unless it is there; `locked` and `naming` as `build` has them.
+@dataclass
+class Part:
+    """A component of an output in the making.
 
-    Raises DamagedEntry for a component that must be made again, OutputError when what is made is not what
-    the recipe expects, LockError when it is not what `locked` says; then the place is as it was.
+    `expected` holds its rows where they are known: its bytes are then those of a place, and compared.
+    `computed`: it is made of sources now.
     """
-    return _Assembly(context, node, metrics, locked, naming).put()
+
+    cls: str
+    key: Key
+    prefix: str
+    component: str
+    tensors: Mapping[str, LazyTensor]
+    changes: tuple[str, ...]
+    stored: Made | None = None
+    path: str = ""
+
+    @property
+    def computed(self) -> bool:
+        """Whether it is made of sources now, rather than taken from where it lay."""
+        return self.stored is None
 
 
-def lock_of(context: Context, built: Mapping[str, Built]) -> Lock:
-    """The lock of outputs that were built, by node."""
-    components, outputs = [], {}
-    for id_, made in built.items():
-        job = context.plan.node(id_).job
-        assert isinstance(job, OutputJob)
-        for cls, (_, name) in job.slots.items():
-            part = context.part(name)
-            components.append(
-                LockedComponent(
-                    job.output.name,
-                    cls,
-                    part.component,
-                    context.taken_from(name),
-                    part.digest.xxh3,
-                    str(part.digest.sha256),
-                    part.tensors,
-                )
-            )
-        outputs[job.output.name] = LockedOutput(
-            job.output.file, made.sha256, made.tensor_digest, made.size, made.metric
-        )
-    return Lock(context.plan.recipe.digest, _locked_sources(context.plan), tuple(components), outputs)
+@dataclass
+class Product:
+    """An output as it came to be: `parts` by class, `fresh` those that were computed."""
+
+    built: Built
+    parts: dict[str, Made]
+    fresh: tuple[Key, ...] = ()
 
 
-def _locked_sources(plan: Plan) -> dict[str, LockedSource]:
-    """What the sources of the recipe, and of those it includes, are as far as it is known.
+Naming = Callable[[Built], Path]
 
-    A source whose components were all stored may not be on this machine: what the lock says of it stays.
+
+@dataclass
+class Assembly:
+    """One output in the making; `locked` and `naming` as `build` has them.
+
+    `keep` has in the store what is to be kept on the way.
     """
-    jobs = [(n.job, n.key) for n in plan]
-    return {
-        job.sources.scope + job.source: locked_source(
-            job.sources, job.source, key, job.sources.resolved.get(job.source, "")
+
+    context: Context
+    node: Node
+    parts_of: Parts
+    keep: Callable[[OutputJob], object] = lambda job: None
+    locked: Lock | None = None
+    naming: Naming | None = None
+    _product: Product | None = None
+    _rows: dict[str, dict[str, Row]] = field(default_factory=dict)
+
+    @cached_property
+    def job(self) -> OutputJob:
+        """What is to be done."""
+        assert isinstance(self.node.job, OutputJob)
+        return self.node.job
+
+    @property
+    def _catalog(self) -> Catalog:
+        return self.context.sources.catalog
+
+    @property
+    def base(self) -> tuple[Key, SourceJob] | None:
+        """The source whose tensors lie beside the components, where some do."""
+        key = self.job.base if self.job.beside.names else None
+        job = self.context.node(key).job if key is not None else None
+        return (key, job) if key is not None and isinstance(job, SourceJob) else None
+
+    def make(self) -> Product:
+        """Have the output in its place, written unless it is there.
+
+        Raises OutputError when what is made is not what the recipe expects, LockError when it is not what
+        `locked` says; then the place is as it was. Places whose bytes turn out to be other than they were
+        are taken out of use, and what lay there is made again.
+        """
+        for _ in range(2 * len(self.job.slots) + 2):
+            try:
+                self.keep(self.job)  # again, should it be what was damaged
+                return self._unchanged() or self._written()
+            except DamagedEntry as damage:
+                self.context.store.set_aside(damage)
+        raise OutputError(
+            Problem(f"`{self.job.output.file}` cannot be made: what it is made of keeps changing")
         )
-        for job, key in jobs
-        if isinstance(job, SourceJob) and key is not None
-    }
 
+    # -- what is there already
 
-class _Assembly:
-    """One output in the making."""
-
-    def __init__(
-        self,
-        context: Context,
-        node: Node,
-        metrics: Metrics,
-        locked: Lock | None,
-        naming: Callable[[str], Path] | None,
-    ) -> None:
-        assert isinstance(node.job, OutputJob)
-        self.context, self.node, self.job = context, node, node.job
-        self.metrics, self.locked, self.naming = metrics, locked, naming
-        self.parts = {cls: context.part(name) for cls, (_, name) in self.job.slots.items()}
-
-    def put(self) -> Built:
-        store = self.context.store
-        extras = self._extras()
-        digests = {name: self.parts[cls].digest.xxh3 for cls, (_, name) in self.job.slots.items()}
-        self.node.key = key = assembly_key(self.job, digests, extras)
-        rows = self._rows(extras)
-        tensors = str(component_digest(rows).sha256)
-        hold_output_to_lock(self.context.plan, self.node, tensors)
-        target = self.job.target if self.naming is None else self.naming(self.metrics.text(self.parts))
-        made = self._unchanged(key, target, tensors)
-        if made is None:
-
-            def accept(written: Written) -> None:
-                nonlocal made
-                self._compare(rows, written)
-                made = self._built(target, str(written.sha256), written.size, tensors, "written")
-                self._hold(made)
-
-            written = self._write(target, accept)
-            assert made is not None
-            self._remember(target, written)
-            store.note("output", key, {"sha256": made.sha256, "size": made.size})
-        else:
-            self._hold(made)
-        if self.job.sidecar is not None:
-            write_bytes(target.with_suffix(".yaml"), self.job.sidecar, inputs=self._inputs())
-        return made
-
-    def _unchanged(self, key: str, target: Path, tensors: str) -> Built | None:
+    def _unchanged(self) -> Product | None:
         """The output, if it is in its place as this would make it."""
-        store = self.context.store
-        fact = store.recall("output", key)
+        if self.naming is not None:
+            return None
+        context, job, store = self.context, self.job, self.context.store
+        made = {cls: context.made(key) for cls, (_, key) in job.slots.items()}
+        known = {cls: m for cls, m in made.items() if m is not None}
+        beside = recall_beside(store, self._base_sha256(), job.beside)
+        if len(known) < len(made) or beside is None:
+            return None
+        action = assembly_key(job, {cls: m.digest for cls, m in known.items()}, beside)
+        fact = store.recall("output", action)
         if fact is None:
             return None
-        state, _ = output_state(store, key, target)
-        if state == "hash" and store.sha256(target, self.context.stopping) == fact["sha256"]:
+        state, _ = output_state(store, action, job.target)
+        if state == "hash" and store.sha256(job.target, context.reporter) == fact["sha256"]:
             state = "unchanged"
         if state != "unchanged":
             return None
-        return self._built(target, fact["sha256"], fact["size"], tensors, "unchanged")
+        tensors, metric = str(fact["tensor_digest"]), str(fact["metric"])
+        sha256, size = str(fact["sha256"]), int(fact["size"])
+        built = Built(job.output.name, job.target, sha256, size, tensors, metric, "unchanged")
+        for key, source in context.source_nodes(job.inputs):
+            if context.sources.is_open(source):
+                context.settle(key, source)
+        self._hold(built, known)
+        self._put_sidecar(built)
+        return Product(built, known)
 
-    def _built(self, target: Path, sha256: str, size: int, tensors: str, state: str) -> Built:
-        metric = self.metrics.text(self.parts)
-        return Built(self.job.output.name, target, sha256, size, tensors, metric, state)
+    def _base_sha256(self) -> str | None:
+        return self.context.sources.sha256(self.base[1]) if self.base is not None else None
 
-    def _hold(self, made: Built) -> None:
-        """Raise unless it is what the recipe expects, and what the lock that must not change says."""
-        if problems := missed(self.job.recipe, self.job.output, made):
-            raise OutputError(*problems)
-        if self.locked is None:
-            return
-        if changes := differences(self.locked, lock_of(self.context, {self.node.id: made}), partial=True):
-            raise LockError(
-                Problem(
-                    "the lock is stale",
-                    evidence=tuple(changes),
-                    hint="`ckpt build` without `--locked` accepts the change",
-                )
-            )
+    # -- making it
 
-    # -- what it consists of
-
-    def _extras(self) -> dict[str, Digest]:
-        """The digests of what lies beside the components."""
-        if self.node.state == "unchanged":
-            known = known_extras(self.context.plan, self.job, self.context.store)
-            if known is not None:
-                return known
-        return self._read_extras()
-
-    def _read_extras(self) -> dict[str, Digest]:
-        """The digests of what lies beside the components, read from the base as it is now."""
-        context, extras = self.context, dict(self.job.extras)
-        bases = context.base(self.job)
-        for base in bases:
-            assert isinstance(base.job, SourceJob)
-            held = base.job.sources.open(base.job.source).checkpoint  # fetched, it is no longer remote
-            extras = {n: held.get(n, t) for n, t in extras.items()}
-        self.job = replace(self.job, extras=extras)
-        found = {n: tensor_digest(t) for n, t in extras.items()}
-        for base in bases:
-            context.settled(base)
-            if base.key is not None:
-                fact = {n: [d.xxh3, d.sha256] for n, d in found.items()}
-                context.store.note("extras", extras_key(base.key, self.job), fact)
-        return found
-
-    def _rows(self, extras: Mapping[str, Digest]) -> dict[str, Row]:
-        """The digest of every tensor, by full name; raises DamagedEntry for what is gone."""
-        rows = {n: Row(t.dtype, t.shape, extras[n]) for n, t in self.job.extras.items()}
-        for cls, (prefix, _) in self.job.slots.items():
-            found = self.context.store.rows(self.parts[cls])
-            if found is None:
-                raise self.context.store.gone(self.parts[cls])
-            rows |= {prefix + name: row for name, row in found.items()}
-        return rows
-
-    # -- writing
-
-    def _write(self, target: Path, accept: Callable[[Written], object]) -> Written:
+    def _written(self) -> Product:
         context, job = self.context, self.job
-        container = output_format(job.target)
-        tensors: dict[str, LazyTensor] = dict(job.extras)
-        sources = {cls: context.taken_from(name) for cls, (_, name) in job.slots.items()}
-        metadata = final_metadata(job.metadata, {c: (sources[c], m) for c, m in self.parts.items()})
         with ExitStack() as opened:
-            for cls, (prefix, _) in job.slots.items():
-                checkpoint = context.store.open(self.parts[cls], verify=False)
-                if checkpoint is None:
-                    raise context.store.gone(self.parts[cls])
-                opened.enter_context(checkpoint)
-                for name, tensor in checkpoint.items():
-                    # A safetensors file is digested as it is written, and compared before it is put in place.
-                    if isinstance(tensor, VerifiedTensor) and container == "safetensors":
-                        tensor = tensor.unchecked
-                    tensors[prefix + name] = Stoppable(tensor, context.stop)
-            return write_output(
-                container,
-                target,
+            composer = Composer(context, opened)
+            missing = [key for _, key in job.slots.values() if not self._is_held(key)]
+            read = context.source_nodes([*missing, *([job.base] if job.base is not None else [])])
+            for key, source in read:  # begun before all else: importing torch takes as long as hashing 1 GB
+                context.begin_hashing(key, source)
+            parts = [self._part(cls, prefix, key, composer) for cls, (prefix, key) in job.slots.items()]
+            computed = context.source_nodes([p.key for p in parts if p.computed])
+            read += [found for found in computed if found not in read]
+            beside = self._beside()
+            tensors = dict(beside)
+            for part in parts:
+                for name, tensor in part.tensors.items():
+                    # Digested as it is written, and compared before it is put in place.
+                    plain = tensor.unchecked if isinstance(tensor, VerifiedTensor) else tensor
+                    tensors[part.prefix + name] = plain
+            written = write_output(
+                output_format(job.target),
+                job.target,
                 tensors,
-                metadata,
+                job.metadata,
+                groups=self._groups(parts),
                 threads=context.threads,
                 inputs=self._inputs(),
                 reporter=context.reporter,
                 task=job.output.file,
-                accept=accept,
+                stop=context.stop,
+                accept=lambda w: self._accept(w, parts, beside, composer, read),
             )
+        assert self._product is not None
+        self._remember(written, parts, beside)
+        self._put_sidecar(self._product.built)
+        return self._product
 
-    def _compare(self, rows: Mapping[str, Row], written: Written) -> None:
-        """Raise DamagedEntry when what was read from the store is not what was put into it."""
+    def _is_held(self, key: Key) -> bool:
+        made = self.context.made(key)
+        return made is not None and self.context.store.holds(made.digest)
+
+    def _part(self, cls: str, prefix: str, key: Key, composer: Composer) -> Part:
+        """A component from where it lies, else composed of what it is made of."""
+        context = self.context
+        made = context.made(key)
+        if made is not None and (stored := context.store.open(made.digest)) is not None:
+            composer.opened.callback(stored.close)
+            path = stored.blob.name
+            return Part(cls, key, prefix, made.component, stored.tensors, made.changes, made, path)
+        self.parts_of.bring(key)
+        return Part(cls, key, prefix, *composer.finish(key))
+
+    def _beside(self) -> dict[str, LazyTensor]:
+        """What lies beside the components, by full name."""
+        names = self.job.beside.markers
+        markers: dict[str, LazyTensor] = {m: MemoryTensor(DType.F32, (0,), b"") for m in names}
+        if self.base is None:
+            return markers
+        held = self.context.sources.open(self.base[1]).checkpoint
+        return {**{n: held[n] for n in self.job.beside.names}, **markers}
+
+    def _groups(self, parts: list[Part]) -> dict[str, str]:
+        """The tensors to be counted for the metric, each with its class: of those not measured before."""
+        groups: dict[str, str] = {}
+        for part in parts:
+            scale = self._catalog.scales.get(part.cls)
+            known = part.stored and known_digits(self.context.store, part.cls, part.stored.digest)
+            if scale is not None and known is None:
+                rules = self._catalog.classes[part.cls]
+                weights = {n for component in rules for n in component.tensors}
+                counted = (n for n in part.tensors if n in weights and scale.counts(n))
+                groups |= dict.fromkeys((part.prefix + n for n in counted), part.cls)
+        return groups
+
+    # -- what was made
+
+    def _accept(
+        self,
+        written: Written,
+        parts: list[Part],
+        beside: Mapping[str, LazyTensor],
+        composer: Composer,
+        read: list[tuple[Key, SourceJob]],
+    ) -> Path | None:
+        """Where the file goes, if all is right with it; None: it is there already."""
+        context, store = self.context, self.context.store
+        self._compare(parts, written)
+        if (error := composer.error()) is not None:
+            raise error
+        for key, source in read:
+            context.settle(key, source)
+        made = {p.cls: self._made(p, written) for p in parts}
+        all_rows = {n: Row(t.dtype, t.shape, written.digests[n]) for n, t in beside.items()}
+        for part in parts:
+            all_rows |= {part.prefix + n: row for n, row in self._rows[part.cls].items()}
+        digits = {}
+        for cls, m in made.items():
+            if (scale := self._catalog.scales.get(cls)) is not None:
+                known = known_digits(store, cls, m.digest)
+                counts = written.histograms.get(cls)
+                if known is None and counts is not None:
+                    known = measured(store, cls, m.digest, counts, scale)
+                if known is not None:
+                    digits[cls] = known
+        tensors = component_digest(all_rows)
+        built = Built(
+            self.job.output.name,
+            self.job.target,
+            str(written.sha256),
+            written.size,
+            tensors,
+            metric_text(digits, self._catalog.scales),
+            "written",
+        )
+        self.parts_of.check(self.node, made)
+        self._hold(built, made)
+        if self.naming is not None:
+            built = built._replace(path=self.naming(built))
+        if self._is_there(built):
+            built = built._replace(state="unchanged")
+        self._product = Product(built, made, tuple(p.key for p in parts if p.computed))
+        return built.path if built.state == "written" else None
+
+    def _compare(self, parts: list[Part], written: Written) -> None:
+        """Raise DamagedEntry when what was read from a place is not what lay there."""
+        for part in parts:
+            for name, tensor in part.tensors.items():
+                if isinstance(tensor, VerifiedTensor):
+                    found = written.digests[part.prefix + name]
+                    if found != tensor.digest:
+                        raise tensor.damaged(f"tensor `{name}` is not the one that was stored")
+
+    def _made(self, part: Part, written: Written) -> Made:
+        rows = {n: Row(t.dtype, t.shape, written.digests[part.prefix + n]) for n, t in part.tensors.items()}
+        self._rows[part.cls] = rows
+        size = sum(t.nbytes for t in part.tensors.values())
+        return Made(part.component, part.cls, component_digest(rows), len(rows), size, part.changes)
+
+    def _is_there(self, built: Built) -> bool:
+        """Whether the file that would be replaced is the same."""
+        try:
+            stat = built.path.lstat()
+        except OSError:
+            return False
+        same = stat.st_size == built.size and not built.path.is_symlink()
+        try:
+            return same and self.context.store.sha256(built.path, self.context.reporter) == built.sha256
+        except SourceError:
+            return False
+
+    def _hold(self, built: Built, made: Mapping[str, Made]) -> None:
+        """Raise unless it is what the recipe expects, and what the lock that must not change says."""
+        if problems := missed(self.job.recipe, self.job.output, built):
+            raise OutputError(*problems)
+        if self.locked is None:
+            return
+        now = lock_of(self.context, {self.node.key: Product(built, dict(made))})
+        if changes := differences(self.locked.only(self.job.output.name), now):
+            hint = "`ckpt build` without `--locked` accepts the change"
+            raise LockError(Problem("the lock is stale", evidence=tuple(changes), hint=hint))
+
+    def _remember(self, written: Written, parts: list[Part], beside: Mapping[str, LazyTensor]) -> None:
+        """Have known what was made, and that its bytes lie in the file, as this is now."""
+        context, store, product = self.context, self.context.store, self._product
+        assert product is not None
+        built = product.built
+        try:
+            now = built.path.stat()
+        except OSError:
+            return
+        if built.state == "written":
+            then = written.stat
+            if not os.path.samestat(now, then) or now.st_mtime_ns != then.st_mtime_ns:
+                return  # another build has put its own there since
+            store.memory.remember(now, built.sha256, seen=None)
+        names = {p.cls: sorted(self._rows[p.cls]) for p in parts}
+        for part in parts:
+            made, action = product.parts[part.cls], context.action(part.key)
+            if action is None:
+                continue  # of sources that were not to be hashed
+            source = self._source_of(part.key)
+            entry = Entry(made.digest, made.component, made.cls, source, self._rows[part.cls])
+            offsets = tuple(written.offsets[part.prefix + n] for n in names[part.cls])
+            store.place(entry, At(str(built.path.absolute()), identity(now), offsets))
+            if self.parts_of.trusted(part.key):
+                store.record(action, made)
+            kept = store.blob_path(made.digest).exists()
+            if (store.keep_all and not kept) or (part.computed and self.parts_of.fetched(part.key)):
+                self._keep(made, source)
+        sha256 = self._base_sha256()
+        rows = {n: Row(t.dtype, t.shape, written.digests[n]) for n, t in beside.items()}
+        if sha256 is not None and self.job.beside.names:
+            note_beside(store, sha256, self.job.beside, rows)
+        if all(context.action(p.key) for p in parts) and (sha256 is not None or self.base is None):
+            key = assembly_key(self.job, {c: m.digest for c, m in product.parts.items()}, rows)
+            fact = {
+                "sha256": built.sha256,
+                "size": built.size,
+                "tensor_digest": built.tensor_digest,
+                "metric": built.metric,
+            }
+            store.note("output", key, fact)
+
+    def _keep(self, made: Made, source: str) -> None:
+        """Have the bytes of a component kept by the store, from the file that was written."""
         store = self.context.store
-        wrong = {n for n, d in written.tensors.items() if d.xxh3 != rows[n].digest.xxh3}
-        for cls, (prefix, _) in self.job.slots.items():
-            made = self.parts[cls]
-            for name in store.rows(made) or ():
-                if prefix + name in wrong:
-                    evidence = f"tensor `{name}` is not the one that was stored"
-                    raise DamagedEntry(store.component_path(made.digest.xxh3), made.digest.xxh3, evidence)
-        if wrong:
-            raise SourceError(
-                Problem(
-                    "what lies beside the components changed while it was read",
-                    evidence=tuple(sorted(wrong)[:1]),
-                )
-            )
+        if (stored := store.open(made.digest)) is not None:
+            try:
+                store.put(made.component, made.cls, stored.tensors, source=source, stop=self.context.stop)
+            finally:
+                stored.close()
+
+    def _source_of(self, key: Key) -> str:
+        """What a component was made of, in words."""
+        jobs = [job for _, job in self.context.source_nodes([key])]
+        return ", ".join(dict.fromkeys(Path(j.file).name if j.file else j.name for j in jobs))
+
+    def _put_sidecar(self, built: Built) -> None:
+        """Put the configuration beside the output; one that is there and is none of ours stays."""
+        if self.job.sidecar is None:
+            return
+        path, store = built.path.with_suffix(".yaml"), self.context.store
+        key = expression_key("sidecar", 1, path=str(path.absolute()))
+        wanted = hashlib.sha256(self.job.sidecar).hexdigest()
+        if os.path.lexists(path):
+            held = _sha256_of(path)
+            if held == wanted:
+                return
+            ours = store.recall("sidecar", key)
+            if held is None or ours is None or ours["sha256"] != held:
+                fact = f"`{path.name}` is there already and stays as it is"
+                hint = "remove it, and build again to have the one that the recipe asks for"
+                self.context.reporter.warn(Problem(fact, Place(str(path)), hint=hint))
+                return
+        write_bytes(path, self.job.sidecar, inputs=self._inputs())
+        store.note("sidecar", key, {"sha256": wanted})
 
     def _inputs(self) -> list[Path]:
         """Every file that this build reads: none of them may be overwritten."""
-        plan = self.context.plan
-        recipes = [s.recipe.path for s in plan.sources if s.recipe.path is not None]
+        plan, sources = self.context.plan, self.context.sources
+        recipes = [r.path for r in _recipes(self.job) if r.path is not None]
         inputs = [*recipes, *map(lock_path, recipes)]
         for job in (n.job for n in plan if isinstance(n.job, SourceJob)):
-            if (found := job.sources.find(job.source)) is not None:
+            if (found := sources.find(job)) is not None:
                 inputs.append(found.path)
                 with suppress(SourceError):
-                    inputs += files_of(found.path)
+                    inputs += [Path(b.name) for b in sources.open(job).files]
         return inputs
 
-    def _remember(self, target: Path, written: Written) -> None:
-        """Have the output's digest known, unless another build has put its own there since."""
-        with suppress(OSError):
-            now, then = target.stat(), written.stat
-            if os.path.samestat(now, then) and now.st_mtime_ns == then.st_mtime_ns:
-                self.context.store.memory.remember(now, str(written.sha256), seen=None)
+
+def _sha256_of(path: Path) -> str | None:
+    """The SHA-256 of a small regular file; None for what is none."""
+    if path.is_symlink():
+        return None
+    try:
+        with closing(FileBlob(path)) as blob:
+            return hashlib.sha256(blob.read(0, min(blob.size, MAX_SIDECAR + 1))).hexdigest()
+    except SourceError:
+        return None
+
+
+def _recipes(job: OutputJob) -> list[Recipe]:
+    found = [job.recipe]
+    for recipe in found:
+        found += recipe.included.values()
+    return found
+
+
+def lock_of(context: Context, products: Mapping[Key, Product]) -> Lock:
+    """The lock of outputs that were built, by node."""
+    components, outputs = [], {}
+    for key, product in products.items():
+        job, built = context.node(key).job, product.built
+        assert isinstance(job, OutputJob)
+        for cls, (_, node) in job.slots.items():
+            part = product.parts[cls]
+            source = context.component(node).source
+            components.append(
+                LockedComponent(job.output.name, cls, part.component, source, part.digest, part.tensors)
+            )
+        outputs[job.output.name] = LockedOutput(
+            job.output.file, built.sha256, built.tensor_digest, built.size, built.metric
+        )
+    sources = locked_sources(context.plan.entries, context.sources)
+    return Lock(context.plan.recipe.digest, sources, tuple(components), outputs)

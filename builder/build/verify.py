@@ -6,31 +6,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from builder.base.errors import LockError, OutputError, Place, Problem, UsageError
-from builder.base.progress import SILENT, Reporter
+from builder.base.progress import Reporter
 from builder.build.expect import Built, missed
 from builder.formats import open_checkpoint
+from builder.formats.hashes import sha256_file
+from builder.models.cut import names_of
 from builder.models.identify import identify
 from builder.models.metric import Metric, counted, label
 from builder.recipe import Output, Recipe
 from builder.recipe.lock import Lock, LockedOutput
-from builder.store import Store
 from builder.tensors.digests import Row, component_digest
 from builder.tensors.scan import scan
+from builder.workspace import Workspace
 
 if TYPE_CHECKING:
     from builder.models.catalog import Catalog
 
 
-def verify(
-    recipe: Recipe,
-    lock: Lock | None,
-    file: Path | None,
-    *,
-    catalog: Catalog,
-    store: Store,
-    reporter: Reporter = SILENT,
-) -> dict[Path, str]:
-    """The SHA-256 of every verified file, by path; reads each of them whole.
+def verify(recipe: Recipe, lock: Lock | None, file: Path | None, workspace: Workspace) -> dict[Path, str]:
+    """The SHA-256 of every verified file, by path; reads each of them whole, whatever is remembered.
 
     Raises OutputError when one is not what the lock or the recipe says, naming the components that
     differ; LockError when neither says anything.
@@ -48,11 +42,11 @@ def verify(
                 )
             )
         path = file or (recipe.path.parent if recipe.path else Path()) / output.file
-        sha256 = store.sha256(path, reporter)
+        sha256 = sha256_file(path, reporter=workspace.reporter).sha256
         if locked is not None and sha256 == locked.sha256 and not output.expect.metric:
             made = Built(output.name, path, sha256, locked.size, locked.tensor_digest, "", "unchanged")
         else:
-            made, differ = _examine(output, path, sha256, lock, catalog, reporter)
+            made, differ = _examine(output, path, sha256, lock, workspace.catalog, workspace.reporter)
             if locked is not None and sha256 != locked.sha256:
                 problems.append(_other(path, locked, made, differ))
         problems += missed(recipe, output, made)
@@ -85,23 +79,19 @@ def _examine(
             checkpoint,
             groups=groups,
             digests=True,
-            sha256=True,
             reporter=reporter,
             task=f"reading {path.name}",
         )
-        rows = {}
-        for name, tensor in checkpoint.items():
-            seen = found.tensors[name].digest
-            assert seen is not None
-            rows[name] = Row(tensor.dtype, tensor.shape, seen)
+        rows = {n: Row(t.dtype, t.shape, str(found.tensors[n].digest)) for n, t in checkpoint.items()}
         metric = label(found.histograms, catalog.scales)
         differ = []
         for match in identity.matches:
             locked = lock.component(output.name, match.component.cls) if lock is not None else None
-            bare = component_digest({b: rows[full] for b, full in match.names.items()})
-            if locked is not None and bare.sha256 != locked.sha256:
-                differ.append(f"{locked.cls}: expected {locked.sha256[:12]}…, found {str(bare.sha256)[:12]}…")
-        digest = str(component_digest(rows).sha256)
+            names = names_of(identity, match)
+            bare = component_digest({b: rows[full] for b, full in names.items()})
+            if locked is not None and bare != locked.blake3:
+                differ.append(f"{locked.cls}: expected {locked.blake3[:12]}…, found {bare[:12]}…")
+        digest = component_digest(rows)
         text = metric.text if metric != Metric() else ""
         return Built(output.name, path, sha256, checkpoint.size, digest, text, "unchanged"), differ
 

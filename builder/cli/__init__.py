@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import io
 import os
+import signal
 import sys
 import traceback
 from contextlib import suppress
@@ -34,9 +35,14 @@ COMMANDS: dict[str, str] = {
     "verify": "Compare a file with its recipe's lock and expectations.",
 }
 
-INTERRUPTED, READER_GONE = 130, 141  # as a shell says of a process that SIGINT or SIGPIPE ended
+# As a shell says of a process that SIGINT, SIGPIPE or SIGTERM ended.
+INTERRUPTED, READER_GONE, TERMINATED = 130, 141, 143
 
 BROKEN = 70  # as sysexits.h calls an internal software error
+
+
+class Terminated(KeyboardInterrupt):
+    """The process is to end, as `docker stop` and a cancelled CI job ask for: as cleanly as for Ctrl-C."""
 
 
 class _Commands(click.Group):
@@ -85,6 +91,8 @@ def main(args: list[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="backslashreplace")  # not every terminal has every character
+    with suppress(ValueError):  # of a thread that is not the first: who embeds us sees to signals
+        signal.signal(signal.SIGTERM, _terminate)
     try:
         code = run(args)
     except Exception:
@@ -93,6 +101,11 @@ def main(args: list[str] | None = None) -> None:
         click.echo("error: this is a mistake in ckpt itself\nhint: report it with the lines above", err=True)
         code = BROKEN
     sys.exit(code)
+
+
+def _terminate(*_: object) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # one is enough: what follows is tidying up
+    raise Terminated
 
 
 def run(args: list[str] | None = None) -> int:
@@ -112,7 +125,10 @@ def run(args: list[str] | None = None) -> int:
         return int(ExitCode.USAGE)
     except click.exceptions.Exit as error:
         return error.exit_code
-    except (click.Abort, KeyboardInterrupt):
+    except (click.Abort, KeyboardInterrupt) as error:
+        if isinstance(error, Terminated) or isinstance(error.__cause__, Terminated):
+            click.echo("error: terminated", err=True)
+            return TERMINATED
         click.echo("error: interrupted", err=True)
         return INTERRUPTED
     except OSError as error:  # what no other message was made of, such as a full disk below stdout

@@ -10,8 +10,7 @@ import click
 
 from builder.base.errors import ExitCode
 from builder.base.progress import human_bytes
-from builder.cli.oneline import open_bench, ready, recipe_path, save_option
-from builder.cli.session import json_option, quiet_option
+from builder.cli.options import json_option, open_workspace, quiet_option, recipe_path, save_option
 from builder.cli.sizes import parse_size
 from builder.tensors.cast import PRECISIONS
 from builder.toolkit.convert import convert, recipe_of
@@ -70,16 +69,18 @@ def command(
     dict of tensors; NAME.safetensors.index.json, a sharded set; a name without suffix, a diffusers folder.
     """
     save = recipe_path(save_recipe)
-    with open_bench(quiet) as bench:
-        quick = None
+    with open_workspace(quiet) as workspace, workspace.sources() as sources:
+        catalog, recipe = workspace.catalog, None
         if save is not None:
             said = {k: options[k] for k in ("precision", "overflow", "non_finite")}
-            quick = ready(recipe_of(source, output, catalog=bench.catalog, **said), save, bench, pin=True)
-        made = convert(source, output, catalog=bench.catalog, reporter=bench.reporter, **options)
+            recipe = recipe_of(source, output, catalog=catalog, **said)
+            recipe.saved(save, Path("model.safetensors"), catalog)
+            recipe = recipe.pinned(sources)
+        made = convert(source, output, catalog=catalog, reporter=workspace.reporter, **options)
         for lost in made.lost:
-            bench.reporter.note(f"not carried over: {lost}")
-        if save is not None and quick is not None:
-            quick.save(save, made.path)
+            workspace.reporter.note(f"not carried over: {lost}")
+        if save is not None and recipe is not None:
+            recipe.save(save, made.path, catalog)
     if as_json:
         result = {
             "schema": 1,

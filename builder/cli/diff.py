@@ -11,9 +11,8 @@ from pathlib import Path
 import click
 
 from builder.base.errors import ExitCode
-from builder.cli.session import json_option
-from builder.cli.terminal import is_terminal, make_reporter
-from builder.models.catalog import load_catalog
+from builder.cli.options import json_option, open_workspace
+from builder.cli.terminal import is_terminal
 from builder.reports.diff import compare, render, to_json
 
 
@@ -34,10 +33,10 @@ def command(a: Path, b: Path, full: bool, threads: int, as_json: bool, quiet: bo
     The files may be in any containers. Exit code 0: the tensors are the same, by name, type, shape and
     every bit, though headers may differ; 1: they differ; 6: a file is refused.
     """
-    with make_reporter(quiet) as reporter:
-        diff = compare(a, b, catalog=load_catalog(), threads=threads, reporter=reporter)
+    with open_workspace(quiet) as workspace:
+        diff = compare(a, b, catalog=workspace.catalog, threads=threads, reporter=workspace.reporter)
     if as_json:
-        click.echo(json.dumps(to_json(diff), indent=2))
+        click.echo(json.dumps(to_json(diff, full), indent=2))
     else:
         terminal = is_terminal(sys.stdout)
         width = shutil.get_terminal_size().columns if terminal else None

@@ -10,12 +10,12 @@ import click
 
 from builder.base.errors import ExitCode
 from builder.cli.made import note_changes, to_json, to_text
-from builder.cli.oneline import FILE, making, open_bench, output_keys, ready, recipe_path, save_option
+from builder.cli.options import FILE, making, open_workspace, output_keys, recipe_path, save_option
 from builder.models.parts import find_part, kind, slot_of, usual_precision
+from builder.recipe import Pick
 from builder.recipe.names import WRITTEN, recipe_name
+from builder.toolkit.command_recipe import CommandRecipe, run
 from builder.toolkit.extract import target_of
-from builder.toolkit.look import look
-from builder.toolkit.quick import Quick, run
 
 
 @click.command("extract")
@@ -44,33 +44,32 @@ def command(
     anything-2982.vae.safetensors; what has that name already stays.
     """
     save = recipe_path(save_recipe)
-    with open_bench(quiet) as bench:
-        identity = look(file, bench.catalog)
-        match = find_part(component, identity, file, bench.catalog)
-        cls = slot_of(match, bench.catalog)
-        target = target_of(file, match, cls, output, form, bench.catalog)
+    with open_workspace(quiet) as workspace, workspace.sources() as sources:
+        catalog = workspace.catalog
+        identity = sources.open(sources.file(file)).identity
+        match = find_part(component, identity, file, catalog)
+        cls = slot_of(match, catalog)
+        target, naming = target_of(file, match, cls, output, form, workspace)
         source = recipe_name(file)
-        pick = source if match.component.cls == cls else {"from": source, "component": match.component.name}
-        quick = Quick(
+        pick = Pick(cls, source, None if match.component.cls == cls else match.component.name)
+        recipe = CommandRecipe(
             f"{source}.{kind(cls).lower()}",
-            f"NEW {cls}",
             {source: file},
-            {cls: pick},
-            fixes,
-            output_keys(usual_precision(cls, identity, bench.catalog), options),
+            new=cls,
+            components={cls: pick},
+            fixes=fixes,
+            output=output_keys(usual_precision(cls, identity, catalog), options),
         )
-        quick = ready(quick, save, bench, pin=False)
         made = run(
-            quick,
+            recipe,
             target,
-            catalog=bench.catalog,
-            store=bench.store,
-            hashing=save is not None,
+            workspace,
+            sources,
+            naming=naming,
+            save=save,
+            hashing=False,
             threads=threads,
-            reporter=bench.reporter,
         )
-        note_changes(made, bench.reporter)
-        if save is not None:
-            quick.save(save, made.outputs[0].path)
+        note_changes(made, workspace.reporter)
     click.echo(json.dumps(to_json(made), indent=2) if as_json else to_text(made))
     return ExitCode.DONE

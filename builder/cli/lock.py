@@ -8,11 +8,11 @@ from pathlib import Path
 import click
 
 from builder.base.errors import ExitCode, Problem, UsageError, did_you_mean
-from builder.cli.session import open_session, quiet_option, recipe_argument
-from builder.cli.terminal import make_reporter
+from builder.cli.options import open_workspace, outside_option, quiet_option, recipe_argument
 from builder.recipe import Recipe
-from builder.recipe.lock import Lock, differences, write_lock
+from builder.recipe.lock import Lock, differences, lock_path, write_lock
 from builder.sources.have import resolve_sources
+from builder.workspace import find_lock
 
 
 @click.command("lock")
@@ -20,20 +20,18 @@ from builder.sources.have import resolve_sources
 @click.option(
     "--upgrade", is_flag=False, flag_value="*", metavar="[SOURCE]", help="Let the pins move: all, or one's."
 )
+@outside_option
 @quiet_option
-def command(recipe: Path, upgrade: str | None, quiet: bool) -> int:
+def command(recipe: Path, upgrade: str | None, outside: bool, quiet: bool) -> int:
     """Pin every source of RECIPE by digest in its lock.
 
     A source that is elsewhere is not downloaded where its host states the digest. Components and outputs
     are pinned by the first build; they stay as they are while no source changes.
     """
-    with make_reporter(quiet) as reporter, open_session(recipe, reporter, anew=True) as session:
-        old = session.lock
-        session.lock = _unpinned(old, upgrade, session.recipe)
-        sources = resolve_sources(
-            session.sources(), catalog=session.catalog, store=session.store, reporter=reporter
-        )
-        lock = Lock(session.recipe.digest, sources)
+    with open_workspace(quiet, outside=outside) as workspace, workspace.sources() as sources:
+        read = workspace.recipe(recipe)
+        old = find_lock(read, anew=True)
+        lock = Lock(read.digest, resolve_sources(read, sources, _unpinned(old, upgrade, read)))
         if old is not None and (old.recipe, old.profile, old.pins()) == (
             lock.recipe,
             lock.profile,
@@ -41,8 +39,9 @@ def command(recipe: Path, upgrade: str | None, quiet: bool) -> int:
         ):
             lock = replace(lock, components=old.components, outputs=old.outputs)
         changes = differences(old, lock) if old is not None else []
-        written = write_lock(session.lock_path, lock)
-    click.echo(f"{'written' if written else 'unchanged'}  {session.lock_path}")
+        where = lock_path(recipe)
+        written = write_lock(where, lock)
+    click.echo(f"{'written' if written else 'unchanged'}  {where}")
     for change in changes:
         click.echo(f"  {change}")
     return ExitCode.DONE

@@ -6,7 +6,7 @@ from typing import Any
 
 from builder.base.progress import Reporter, human_bytes
 from builder.build import Build
-from builder.plan import Plan
+from builder.plan import OutputJob, Plan
 
 
 def to_json(made: Build) -> dict[str, Any]:
@@ -40,15 +40,20 @@ def to_text(made: Build) -> str:
 
 
 def note_left_out(plan: Plan, reporter: Reporter) -> None:
-    """Say what of a base will not be in the product, a note each reason."""
-    for name, left in plan.left_out.items():
+    """Say what of a base will not be in the outputs that are to be written, a note each reason."""
+    pending = {
+        n.job.output.file for n in plan.outputs() if n.state != "unchanged" and isinstance(n.job, OutputJob)
+    }
+    several = len(plan.outputs()) > 1
+    for left in (found for found in plan.left_out if found.output in pending):
+        where = f" for `{left.output}`" if several else ""
         for reason, names in left.names.items():
             size = human_bytes(left.sizes[reason])
-            reporter.note(f"left out of `{name}`: {reason}, {len(names):,} tensors, {size}")
+            reporter.note(f"left out of `{left.base}`{where}: {reason}, {len(names):,} tensors, {size}")
 
 
 def note_changes(made: Build, reporter: Reporter) -> None:
     """Say what fixes changed, a note each."""
-    for id_, changes in sorted(made.changes.items()):
+    for label, changes in made.changes.items():
         for change in changes:
-            reporter.note(f"{id_}: {change}")
+            reporter.note(f"{label}: {change}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from contextlib import ExitStack
 from pathlib import Path
 
 import click
@@ -11,12 +10,9 @@ import click
 from builder.base.disk import write_bytes
 from builder.base.errors import ExitCode, Problem, UsageError
 from builder.base.progress import Reporter
-from builder.cli.session import quiet_option
-from builder.cli.terminal import make_reporter
-from builder.models.catalog import load_catalog
+from builder.cli.options import open_workspace, quiet_option
 from builder.recipe import parse_recipe
 from builder.reports.new import Draft, describe, write
-from builder.store import Store
 
 
 @click.command("new")
@@ -50,19 +46,17 @@ def command(
     """
     if output is not None and os.path.lexists(output) and not force:
         raise UsageError(Problem(f"there is a file `{output}` already", hint="`--force` overwrites it"))
-    catalog = load_catalog()
     folder = output.parent if output is not None else Path()
-    with make_reporter(quiet) as reporter, Store(reporter=reporter) as store, ExitStack() as stack:
-        draft = describe(
-            files, library, catalog=catalog, store=store, stack=stack, threads=threads, reporter=reporter
-        )
+    with open_workspace(quiet) as workspace, workspace.sources() as sources:
+        catalog = workspace.catalog
+        draft = describe(files, library, sources, threads=threads, reporter=workspace.reporter)
         text = write(draft, folder=folder, catalog=catalog, name=name)
-        _tell(draft, bool(library), folder, reporter)
+        _tell(draft, bool(library), folder, workspace.reporter)
     parse_recipe(text, str(output or "<recipe>"), catalog)
     if output is None:
         click.echo(text, nl=False)
     else:
-        write_bytes(output, text.encode(), durable=False)
+        write_bytes(output, text.encode(), durable=False, inputs=files)
     return ExitCode.DONE
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import click
 
 from builder.base.errors import ExitCode
-from builder.cli.session import open_session, quiet_option, recipe_argument
-from builder.cli.terminal import make_reporter
+from builder.cli.options import open_workspace, outside_option, quiet_option, recipe_argument
 from builder.plan import explain
+from builder.workspace import find_lock
 
 
 @click.command("plan")
@@ -19,23 +19,22 @@ from builder.plan import explain
 @click.option("--dot", "form", flag_value="dot", help="A drawing for Graphviz.")
 @click.option("--mermaid", "form", flag_value="mermaid", help="A drawing for Markdown.")
 @click.option("--offline", is_flag=True, help="Use no network.")
+@outside_option
 @quiet_option
-def command(recipe: Path, form: str | None, offline: bool, quiet: bool) -> int:
+def command(recipe: Path, form: str | None, offline: bool, outside: bool, quiet: bool) -> int:
     """Say what building RECIPE would do: each step, its inputs, and why it is made or not.
 
     Reads tables of contents only, never tensor data; downloads nothing.
     """
-    with (
-        make_reporter(quiet) as reporter,
-        open_session(recipe, reporter, offline=offline) as session,
-        session.plan() as plan,
-    ):
-        if form == "json":
-            click.echo(json.dumps(explain.to_json(plan), indent=2))
-        elif form == "dot":
-            click.echo(explain.to_dot(plan))
-        elif form == "mermaid":
-            click.echo(explain.to_mermaid(plan))
-        else:
-            click.echo(explain.to_text(plan))
+    with open_workspace(quiet, offline=offline, outside=outside) as workspace, workspace.sources() as sources:
+        read = workspace.recipe(recipe)
+        plan = workspace.plan(read, sources, find_lock(read))
+    if form == "json":
+        click.echo(json.dumps(explain.to_json(plan), indent=2))
+    elif form == "dot":
+        click.echo(explain.to_dot(plan))
+    elif form == "mermaid":
+        click.echo(explain.to_mermaid(plan))
+    else:
+        click.echo(explain.to_text(plan))
     return ExitCode.DONE

@@ -21,19 +21,19 @@ from builder.base.errors import (
     render,
 )
 from builder.cli.made import note_changes
-from builder.cli.oneline import FILE, Bench, open_bench, recipe_path, save_option
-from builder.cli.session import json_option, quiet_option
+from builder.cli.options import FILE, json_option, open_workspace, quiet_option, recipe_path, save_option
 from builder.cli.watching import Where, watch
-from builder.recipe.names import stem
+from builder.recipe.names import free_name, stem
 from builder.tensors.cast import PRECISIONS
 from builder.toolkit import prune_text
-from builder.toolkit.prune import Options, Pruning, Result, checkpoints, plan_pruning, prune, vacant
-from builder.toolkit.quick import output_path
+from builder.toolkit.command_recipe import output_path, vacant
+from builder.toolkit.prune import Options, Pruning, Result, checkpoints, plan_pruning, prune
 from builder.toolkit.watch import SETTLE
+from builder.workspace import Workspace
 
 
 @dataclass(frozen=True)
-class Wish:
+class Request:
     """How to prune, where to, and what to say of it."""
 
     options: Options
@@ -98,7 +98,7 @@ def command(
     """Write FILE without EMA, junk and wasted precision, as NAME-pruned.safetensors beside it.
 
     Says what goes and what stays first. What nothing explains stays, and nothing is made wider. The
-    metadata stay, with the name and the hashes of the original. Of a FOLDER, each checkpoint is pruned.
+    metadata stay, with the name and the size of the original. Of a FOLDER, each checkpoint is pruned.
 
     With --watch, checkpoints, VAEs, LoRAs and components move on from FOLDER to the folders that programs
     look for them in, pruned; what is broken or unknown moves to FOLDER/Failed, with the reason beside it.
@@ -114,12 +114,12 @@ def command(
         raise click.UsageError("name a file or a folder")
     found = list(checkpoints(files, recursive))
     single = found == list(files) and len(found) == 1
-    wish = Wish(Options(**options), output, recipe_path(save_recipe), dry_run, names, threads, single)
-    _check(wish, found)
-    with open_bench(quiet) as bench:
+    request = Request(Options(**options), output, recipe_path(save_recipe), dry_run, names, threads, single)
+    _check(request, found)
+    with open_workspace(quiet) as workspace:
         results = []
         for path in found:
-            results.append(_prune(path, wish, bench, _silent if as_json or quiet else click.echo))
+            results.append(_prune(path, request, workspace, _silent if as_json or quiet else click.echo))
             for problem in results[-1].problems:
                 click.echo(render(problem), err=True)
     if as_json:
@@ -131,17 +131,17 @@ def command(
     return max((r.code for r in results), default=ExitCode.DONE)
 
 
-def _check(wish: Wish, found: list[Path]) -> None:
+def _check(request: Request, found: list[Path]) -> None:
     """Raise UsageError or OutputError for what cannot be done with these files."""
-    folder = wish.output is not None and wish.output.is_dir()
-    if wish.single:
-        if wish.output is not None and not folder:
-            output_path(wish.output, found)
+    folder = request.output is not None and request.output.is_dir()
+    if request.single:
+        if request.output is not None and not folder:
+            output_path(request.output, found)
         return
-    if wish.save is not None:
+    if request.save is not None:
         raise UsageError(Problem("`--save-recipe` goes with one file", hint="prune them one by one"))
-    if wish.output is not None and not folder:
-        fact = f"`{wish.output}` is no folder, and there may be several files to write"
+    if request.output is not None and not folder:
+        fact = f"`{request.output}` is no folder, and there may be several files to write"
         raise UsageError(Problem(fact, hint="make the folder first"))
 
 
@@ -149,40 +149,36 @@ def _silent(text: str) -> None:
     """Say nothing."""
 
 
-def _prune(path: Path, wish: Wish, bench: Bench, say: Callable[[str], object]) -> Result:
+def _prune(path: Path, request: Request, workspace: Workspace, say: Callable[[str], object]) -> Result:
     """Say what goes and what stays of a file, and do it; errors become its result."""
     pruning = None
     try:
-        pruning = plan_pruning(path, bench.catalog, wish.options)
-        if wish.single and pruning.unmatched:
-            raise _unmatched(pruning)
-        say("\n".join(prune_text.describe(pruning, wish.names)))
-        named = wish.output is not None and not wish.output.is_dir()
-        if pruning.checked.tidy and not named:
-            return Result(path, "tidy", pruning)
-        if wish.dry_run:
-            return Result(path, "to do", pruning)
-        made, quick = prune(
-            pruning,
-            wish.output if named and wish.output else _target(path, wish),
-            catalog=bench.catalog,
-            store=bench.store,
-            threads=wish.threads,
-            reporter=bench.reporter,
-        )
-        note_changes(made, bench.reporter)
+        with workspace.sources() as sources:
+            pruning = plan_pruning(path, sources, request.options)
+            if request.single and pruning.unmatched:
+                raise _unmatched(pruning)
+            say("\n".join(prune_text.describe(pruning, request.names)))
+            named = request.output if request.output is not None and not request.output.is_dir() else None
+            if pruning.checked.tidy and named is None:
+                return Result(path, "tidy", pruning)
+            if request.dry_run:
+                return Result(path, "to do", pruning)
+            usual = (request.output or path.parent) / f"{stem(path)}-pruned.safetensors"
+            made = prune(
+                pruning,
+                named or free_name(usual),
+                workspace,
+                sources,
+                naming=None if named else lambda built: vacant(usual, built, workspace.store),
+                save=request.save,
+                threads=request.threads,
+            )
+        note_changes(made, workspace.reporter)
         built = made.outputs[0]
-        if wish.save is not None:
-            quick.save(wish.save, built.path)
         return Result(path, built.state, pruning, built)
     except CkptError as error:
         state = "refused" if isinstance(error, SourceError) else "failed"
         return Result(path, state, pruning, problems=error.problems, code=error.exit_code)
-
-
-def _target(path: Path, wish: Wish) -> Callable[[str], Path]:
-    folder = wish.output if wish.output is not None else path.parent
-    return lambda sha256: vacant(folder / f"{stem(path)}-pruned.safetensors", sha256)
 
 
 def _unmatched(pruning: Pruning) -> UsageError:

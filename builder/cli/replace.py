@@ -10,11 +10,11 @@ import click
 
 from builder.base.errors import ExitCode, Problem, UsageError
 from builder.cli.made import note_changes, note_left_out, to_json, to_text
-from builder.cli.oneline import FILE, making, open_bench, output_keys, ready, recipe_path, save_option
+from builder.cli.options import FILE, making, open_workspace, output_keys, recipe_path, save_option
 from builder.models.parts import find_part
+from builder.recipe import Pick
 from builder.recipe.names import recipe_name
-from builder.toolkit.look import look
-from builder.toolkit.quick import Quick, output_path, run
+from builder.toolkit.command_recipe import CommandRecipe, output_path, run
 from builder.toolkit.replace import architecture_of, name_of, parse_part
 
 
@@ -44,39 +44,37 @@ def command(
     A slot that FILE leaves open may be filled. COMPONENT says which one, where the file has several.
     """
     save, target = recipe_path(save_recipe), output_path(output, [file])
-    with open_bench(quiet) as bench:
-        architecture = architecture_of(file, bench.catalog)
-        sources = {recipe_name(file): file}
-        picks: dict[str, Any] = {}
+    with open_workspace(quiet) as workspace, workspace.sources() as sources:
+        catalog = workspace.catalog
+        architecture = architecture_of(file, sources.open(sources.file(file)).identity, catalog)
+        files = {recipe_name(file): file}
+        picks: dict[str, Pick] = {}
         for part in parts:
             cls, path, component = parse_part(part, architecture)
             if cls in picks:
                 raise UsageError(Problem(f"`{cls}` is replaced twice", hint="name each class once"))
-            match = find_part(component or cls, look(path, bench.catalog), path, bench.catalog)
-            source = name_of(path, sources)
+            identity = sources.open(sources.file(path)).identity
+            match = find_part(component or cls, identity, path, catalog)
             plain = match.component.cls == cls and component is None
-            picks[cls] = source if plain else {"from": source, "component": match.component.name}
-        output_path(output, sources.values())
-        quick = Quick(
-            recipe_name(output),
+            picks[cls] = Pick(cls, name_of(path, files), None if plain else match.component.name)
+        output_path(output, files.values())
+        recipe = CommandRecipe(
             recipe_name(file),
-            sources,
-            picks,
-            fixes,
-            output_keys(architecture.precision or "fp16", options),
+            files,
+            recipe_name(file),
+            components=picks,
+            fixes=fixes,
+            output=output_keys(architecture.precision or "fp16", options),
         )
-        quick = ready(quick, save, bench, pin=True)
         made = run(
-            quick,
+            recipe,
             target,
-            catalog=bench.catalog,
-            store=bench.store,
+            workspace,
+            sources,
+            save=save,
             threads=threads,
-            before=lambda plan: note_left_out(plan, bench.reporter),
-            reporter=bench.reporter,
+            before=lambda plan: note_left_out(plan, workspace.reporter),
         )
-        note_changes(made, bench.reporter)
-        if save is not None:
-            quick.save(save, target)
+        note_changes(made, workspace.reporter)
     click.echo(json.dumps(to_json(made), indent=2) if as_json else to_text(made))
     return ExitCode.DONE

@@ -7,6 +7,7 @@ import os
 import time
 from dataclasses import asdict
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -16,6 +17,7 @@ from builder.base.progress import human_bytes
 from builder.cli.sizes import parse_size
 from builder.cli.terminal import make_reporter
 from builder.store import Store
+from builder.workspace import Settings
 
 if TYPE_CHECKING:
     from builder.store.upkeep import Item
@@ -29,7 +31,7 @@ def command() -> None:
 @command.command()
 def path() -> None:
     """Print the folder of the store."""
-    click.echo(Store().root)
+    click.echo(Settings.from_environment().store)
 
 
 @command.command("list")
@@ -38,7 +40,7 @@ def list_(as_json: bool) -> None:
     """List what is stored, the most recently used first."""
     from builder.store.upkeep import items
 
-    store = Store()
+    store = Store(Settings.from_environment().store)
     found = [i for i in reversed(items(store)) if i.kind != "fact"]
     total = sum(i.size for i in found)
     if as_json:
@@ -47,12 +49,12 @@ def list_(as_json: bool) -> None:
             json.dumps({"schema": 1, "root": str(store.root), "bytes": total, "items": rows}, indent=2)
         )
         return
-    table = [["COMPONENT", "CLASS", "SIZE", "DIGEST", "LAST USED"]]
-    table += [[*_names(i), human_bytes(i.size), printable(i.digest[:12]), _ago(i.used)] for i in found]
+    table = [["COMPONENT", "SIZE", "DIGEST", "LAST USED", "MADE OF", "LIES IN"]]
+    table += [_row(i) for i in found]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for row in table if found else []:
         cells = [
-            c.rjust(w) if n == 2 else c.ljust(w) for n, (c, w) in enumerate(zip(row, widths, strict=True))
+            c.rjust(w) if n == 1 else c.ljust(w) for n, (c, w) in enumerate(zip(row, widths, strict=True))
         ]
         click.echo("  ".join(cells).rstrip())
     click.echo(f"{len(found)} stored, {human_bytes(total)}, in {store.root}")
@@ -73,7 +75,7 @@ def gc(max_size: int | None, as_json: bool) -> None:
     """
     from builder.store.upkeep import collect
 
-    store = Store()
+    store = Store(Settings.from_environment().store)
     done = collect(store, max_size)
     freed = sum(i.size for i in done.removed) + done.litter
     kept = sum(i.size for i in done.kept)
@@ -82,7 +84,6 @@ def gc(max_size: int | None, as_json: bool) -> None:
             "schema": 1,
             "root": str(store.root),
             "removed": [_as_json(i) for i in done.removed],
-            "records": done.records,
             "freed": freed,
             "kept": kept,
         }
@@ -90,11 +91,7 @@ def gc(max_size: int | None, as_json: bool) -> None:
         return
     for item in done.removed:
         if item.kind != "fact":
-            click.echo(
-                f"removed {' '.join(_names(item))} {printable(item.digest[:12])}, {human_bytes(item.size)}"
-            )
-    if done.records:
-        click.echo(f"removed {done.records} record{'s' * (done.records > 1)} of what is gone")
+            click.echo(f"removed {_name(item)} {printable(item.digest[:12])}, {human_bytes(item.size)}")
     if done.litter:
         click.echo(f"removed litter, {human_bytes(done.litter)}")
     click.echo(f"freed {human_bytes(freed)}, kept {human_bytes(kept)}")
@@ -110,7 +107,7 @@ def check(as_json: bool) -> int:
     from builder.store.upkeep import check as run
     from builder.store.upkeep import items
 
-    store = Store()
+    store = Store(Settings.from_environment().store)
     found = [i for i in items(store) if i.kind in {"component", "download"}]
     with make_reporter() as reporter:
         problems = run(store, threads=min(4, os.cpu_count() or 1), reporter=reporter)
@@ -132,16 +129,27 @@ def _verdict(problems: list[Problem]) -> str:
     return f"{len(problems)} damaged, set aside" if problems else "all sound"
 
 
-def _names(item: Item) -> tuple[str, str]:
+def _name(item: Item) -> str:
     if item.kind == "component":
-        return printable(item.component) or "?", printable(item.cls) or "?"
-    return {"download": "(download)", "partial": "(unfinished download)"}.get(item.kind, item.kind), "-"
+        return printable(item.component) or "?"
+    return {"download": "(download)", "partial": "(unfinished download)"}.get(item.kind, item.kind)
+
+
+def _row(item: Item) -> list[str]:
+    size = human_bytes(item.size) if item.size else "-"
+    places = [Path(p).name for p in item.places]
+    where = ", ".join([*(["the store"] * bool(item.size)), *places]) or "nowhere"
+    made_of = printable(item.source) or "-"
+    return [_name(item), size, printable(item.digest[:12]), _ago(item.used), made_of, printable(where)]
 
 
 def _as_json(item: Item) -> dict[str, Any]:
     used = datetime.fromtimestamp(item.used // 10**9, timezone.utc).isoformat()
     row = {"kind": item.kind, "digest": item.digest, "size": item.size, "used": used}
-    return row | ({"component": item.component, "class": item.cls} if item.kind == "component" else {})
+    if item.kind != "component":
+        return row
+    more = {"component": item.component, "class": item.cls, "source": item.source}
+    return row | more | {"places": list(item.places)}
 
 
 def _ago(used: int) -> str:

@@ -8,28 +8,23 @@ import click
 
 from builder.base.errors import ExitCode
 from builder.build import verify
-from builder.cli.session import open_session, quiet_option, recipe_argument
-from builder.cli.terminal import make_reporter
+from builder.cli.options import open_workspace, outside_option, quiet_option, recipe_argument
+from builder.workspace import find_lock
 
 
 @click.command("verify")
 @recipe_argument
 @click.argument("file", required=False, type=click.Path(path_type=Path), metavar="[FILE]")
+@outside_option
 @quiet_option
-def command(recipe: Path, file: Path | None, quiet: bool) -> int:
+def command(recipe: Path, file: Path | None, outside: bool, quiet: bool) -> int:
     """Compare FILE (or the files that RECIPE makes) with the lock and with what the recipe expects.
 
     Builds nothing. Exit code 7: a file is not what it should be, with the components that differ.
     """
-    with make_reporter(quiet) as reporter, open_session(recipe, reporter) as session:
-        verified = verify(
-            session.recipe,
-            session.lock,
-            file,
-            catalog=session.catalog,
-            store=session.store,
-            reporter=reporter,
-        )
+    with open_workspace(quiet, outside=outside) as workspace:
+        read = workspace.recipe(recipe)
+        verified = verify(read, find_lock(read), file, workspace)
     for path, sha256 in verified.items():
         click.echo(f"verified  {path}\n          sha256 {sha256}")
     return ExitCode.DONE

@@ -10,7 +10,7 @@ import click
 
 from builder.base.errors import ExitCode, OutputError, Problem, UsageError, printable, render
 from builder.base.progress import human_bytes
-from builder.cli.oneline import open_bench
+from builder.cli.options import open_workspace
 from builder.toolkit.prune import Options
 from builder.toolkit.watch import Event, Watch, layout_of
 
@@ -36,26 +36,24 @@ def watch(where: Where, options: Options, threads: int | None, quiet: bool) -> i
     if not into.is_dir():
         fact = f"`{into}` is no folder of models" if where.into else f"`{into}` is no folder"
         raise UsageError(Problem(fact, hint="make it first"))
-    with open_bench(quiet) as bench:
+    with open_workspace(quiet) as workspace:
         watched = Watch(
             where.folder,
             into,
-            where.layout or layout_of(into, bench.catalog),
+            where.layout or layout_of(into, workspace.catalog),
             options,
-            catalog=bench.catalog,
-            store=bench.store,
+            workspace,
             settle=where.settle,
             threads=threads,
-            reporter=bench.reporter,
         )
         with watched.alone():
             if where.once:
                 return _once(watched)
-            bench.reporter.note(f"watching `{where.folder}`, until it is interrupted")
+            workspace.reporter.note(f"watching `{where.folder}`, until it is interrupted")
             try:
                 _forever(watched)
             except KeyboardInterrupt:
-                bench.reporter.note("stopped: what was not done stays where it is")
+                workspace.reporter.note("stopped: what was not done stays where it is")
     return ExitCode.DONE
 
 

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Protocol
 
+from builder.base.disk import read_at
 from builder.base.errors import Place, Problem, SourceError
 from builder.base.files import NotRegular, open_regular
 from builder.tensors.lazy import DType, LazyTensor
@@ -48,7 +49,7 @@ class FileBlob:
         done = 0
         while done < len(out):
             try:
-                count = os.preadv(self._fd, [out[done:]], offset + done)
+                count = read_at(self._fd, out[done:], offset + done)
             except OSError as error:
                 raise SourceError(
                     Problem(

@@ -49,17 +49,17 @@ def open_folder(
 def files_in(folder: Path, open_file: Callable[[Path, str], Checkpoint]) -> list[Path]:
     """The files that a model's folder in diffusers' layout is read from; raises as `open_folder`."""
     with ExitStack() as stack:
-        _, opened, scheduler = _open_parts(folder, open_file, stack)
-        blobs = [*(b for c in opened.values() for b in c.blobs), *([scheduler] if scheduler else [])]
-        return sorted(Path(blob.name) for blob in blobs)
+        _, opened, configs = _open_parts(folder, open_file, stack)
+        return sorted(Path(b.name) for b in (*configs, *(b for c in opened.values() for b in c.blobs)))
 
 
 def _open_parts(
     folder: Path, open_file: Callable[[Path, str], Checkpoint], stack: ExitStack
-) -> tuple[dict[str, Any], dict[str, Checkpoint], FileBlob | None]:
-    """The index of a folder, its parts by name (the remainder as ""), and the scheduler's configuration."""
-    with closing(FileBlob(folder / MODEL_INDEX)) as blob:
-        index = _read_config(blob)
+) -> tuple[dict[str, Any], dict[str, Checkpoint], list[FileBlob]]:
+    """The index of a folder, its parts by name (the remainder as ""), and the configurations that are read:
+    the index itself, and the scheduler's."""
+    configs = [stack.enter_context(closing(FileBlob(folder / MODEL_INDEX)))]
+    index = _read_config(configs[0])
     opened: dict[str, Checkpoint] = {}
     for part, said in index.items():
         held = isinstance(said, list) and any(said) and not part.startswith(_WITHOUT)
@@ -68,10 +68,9 @@ def _open_parts(
             opened[part] = stack.enter_context(open_file(path, str(path)))
     if (folder / REMAINDER).is_file():
         opened[""] = stack.enter_context(open_file(folder / REMAINDER, str(folder / REMAINDER)))
-    scheduler = None
     if (folder / SCHEDULER).is_file():
-        scheduler = stack.enter_context(closing(FileBlob(folder / SCHEDULER)))
-    return index, opened, scheduler
+        configs.append(stack.enter_context(closing(FileBlob(folder / SCHEDULER))))
+    return index, opened, configs
 
 
 def _join(
@@ -80,7 +79,7 @@ def _join(
     layouts: Collection[Layout],
     index: Mapping[str, Any],
     opened: Mapping[str, Checkpoint],
-    scheduler: FileBlob | None,
+    configs: list[FileBlob],
 ) -> Checkpoint:
     layout = layout_of(opened, layouts)
     if layout is None:
@@ -102,7 +101,7 @@ def _join(
                 Problem(f"tensor `{tensor}` comes twice", Place(remainder.name if remainder else ""))
             )
     tensors |= remainder.tensors if remainder is not None else {}
-    for marker in _markers(scheduler):
+    for marker in _markers(configs[1] if len(configs) > 1 else None):
         tensors.setdefault(marker, MemoryTensor(DType.F32, (0,), b""))
     others = {
         f"{part}/{n}": "a tensor that the original layout lacks" for part in strange for n in strange[part]
@@ -116,7 +115,7 @@ def _join(
         remainder.metadata if remainder is not None else dict(opened[layout.parts[0].folder].metadata),
         globals=tuple(sorted({g for c in opened.values() for g in c.globals})),
         others=others,
-        blobs=(*(blob for c in opened.values() for blob in c.blobs), *([scheduler] if scheduler else [])),
+        blobs=(*configs, *(blob for c in opened.values() for blob in c.blobs)),
     )
 
 

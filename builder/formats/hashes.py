@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 import zlib
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
 from builder.base.errors import Problem, SourceError
+from builder.base.parallel import run_windows
 from builder.base.progress import SILENT, Reporter
 from builder.formats.blob import FileBlob
 from builder.formats.safetensors import MAX_HEADER
@@ -32,10 +33,15 @@ class FileDigest(NamedTuple):
 
 def sha256_file(path: Path | str, *, reporter: Reporter = SILENT) -> FileDigest:
     """The SHA-256 of a file; raises SourceError if it cannot be read, or changes while it is."""
-    sha256 = hashlib.sha256()
     with closing(FileBlob(path)) as blob:
-        _read(blob, [lambda _, data: sha256.update(data)], reporter)
-        return FileDigest(sha256.hexdigest(), blob.size, blob.stat)
+        return FileDigest(sha256_blob(blob, reporter=reporter), blob.size, blob.stat)
+
+
+def sha256_blob(blob: FileBlob, *, stop: threading.Event | None = None, reporter: Reporter = SILENT) -> str:
+    """The SHA-256 of an open file, as hex; raises as `sha256_file`, and Cancelled once `stop` is set."""
+    sha256 = hashlib.sha256()
+    _read(blob, [lambda _, data: sha256.update(data)], reporter, stop)
+    return sha256.hexdigest()
 
 
 def file_hashes(path: Path | str, *, reporter: Reporter = SILENT) -> dict[str, str | None]:
@@ -101,23 +107,26 @@ def short_hashes(path: Path | str, *, reporter: Reporter = SILENT) -> dict[str, 
     return found
 
 
-def _read(blob: FileBlob, takes: Sequence[Take], reporter: Reporter) -> None:
-    """Show each window of the file to all of `takes` at once, while the next window is read."""
+def _read(
+    blob: FileBlob, takes: Sequence[Take], reporter: Reporter, stop: threading.Event | None = None
+) -> None:
+    """Show each window of the file to all of `takes`, each in a thread of its own."""
     task = f"hashing {Path(blob.name).name}"
-    buffers = [memoryview(bytearray(min(WINDOW, blob.size))) for _ in range(2)]
+
+    def produce(index: int, buffer: memoryview) -> int:
+        length = min(WINDOW, blob.size - index * WINDOW)
+        blob.read_into(index * WINDOW, buffer[:length])
+        reporter.advance(task, length)
+        return length
+
+    def consumer(take: Take) -> Callable[[int, memoryview], None]:
+        return lambda index, data: take(index * WINDOW, data)
+
     reporter.start(task, blob.size)
     try:
-        with ThreadPoolExecutor(min(len(takes), os.cpu_count() or 1), "hash") as pool:
-            pending: list[Future[None]] = []
-            for number, offset in enumerate(range(0, blob.size, WINDOW)):
-                data = buffers[number % 2][: min(WINDOW, blob.size - offset)]
-                blob.read_into(offset, data)
-                for future in pending:
-                    future.result()
-                pending = [pool.submit(take, offset, data) for take in takes]
-                reporter.advance(task, len(data))
-            for future in pending:
-                future.result()
+        count = -(-blob.size // WINDOW)
+        size = min(WINDOW, blob.size)
+        run_windows(count, produce, [consumer(t) for t in takes], size=size, threads=1, stop=stop)
     finally:
         reporter.finish(task)
     if not blob.unchanged():

@@ -71,7 +71,7 @@ def _open(blob: FileBlob, path: Path, name: str) -> Checkpoint:
     if looks_like_torch(head) and not sniff.is_npz(head):
         return open_torch(blob, name)
     if head.lstrip()[:1] == b"{" and (index := sharded.read_index(blob)) is not None:
-        return sharded.from_index(index, path, name)
+        return sharded.from_index(index, blob, path, name)
     stranger = sniff.stranger(head)
     if stranger is not None:
         problem = Problem(f"this is no checkpoint but {stranger.what}", Place(blob.name), *stranger[1:])
@@ -82,7 +82,7 @@ def _open(blob: FileBlob, path: Path, name: str) -> Checkpoint:
         Problem(
             "this is no checkpoint, nor any kind of file that is known",
             Place(blob.name),
-            (f"it begins with the bytes {head[:16].hex(' ')}",),
+            (f"{blob.size:,} bytes",),
         )
     )
 

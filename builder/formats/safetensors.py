@@ -100,7 +100,7 @@ def _text(blob: Blob) -> tuple[str, int]:
     raw = bytearray(length)
     blob.read_into(8, memoryview(raw))
     if raw[0] != ord("{"):
-        raise _Bad("the safetensors header does not begin with `{`", f"it begins with {bytes(raw[:16])!r}")
+        raise _Bad("the safetensors header does not begin with `{`")
     try:
         return raw.decode("utf-8"), 8 + length
     except UnicodeDecodeError as error:

@@ -29,8 +29,8 @@ def read_index(blob: FileBlob) -> dict[str, Any] | None:
     return index if isinstance(index, dict) and "weight_map" in index else None
 
 
-def from_index(index: dict[str, Any], path: Path, name: str) -> Checkpoint:
-    """The checkpoint of a sharded set, whose shards lie in the folder of its index at `path`.
+def from_index(index: dict[str, Any], blob: FileBlob, path: Path, name: str) -> Checkpoint:
+    """The checkpoint of a sharded set, whose shards lie in the folder of its index `blob` at `path`.
 
     A shard's tensors that the index leaves out belong to it too, as they do for the libraries that load
     such sets. Metadata is the index's, then the shards'; values that are not strings are left out.
@@ -68,7 +68,7 @@ def from_index(index: dict[str, Any], path: Path, name: str) -> Checkpoint:
         size=sum(c.size for c in opened),
         tensors=tensors,
         metadata=metadata,
-        blobs=tuple(blob for c in opened for blob in c.blobs),
+        blobs=(blob, *(b for c in opened for b in c.blobs)),
     )
 
 
@@ -79,7 +79,7 @@ def _weight_map(index: dict[str, Any], path: Path) -> dict[str, str]:
     for tensor, shard in weight_map.items():
         if not isinstance(shard, str):
             raise _bad(path, f"the shard of tensor `{tensor}` is not a name", f"it is {str(shard)[:40]}")
-        if shard in ("", ".", "..") or any(c in shard for c in "/\\\0:"):
+        if shard in ("", ".", "..") or any(c in "/\\:" or not c.isprintable() for c in shard):
             raise _bad(
                 path,
                 f"the shard `{shard}` of tensor `{tensor}` is not a plain file name",

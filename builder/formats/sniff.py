@@ -99,9 +99,6 @@ def _text(text: str) -> Stranger:
             (f"oid sha256:{pointer[1]}", f"size {int(pointer[2]):,} bytes"),
             "fetch the file with `git lfs pull`",
         )
-    start = text.lstrip()[:1]
-    what = {"<": "an HTML or XML page", "{": "JSON", "[": "JSON"}.get(start, "text")
-    plain = re.sub(r"(?s)<(script|style)\b.*?</\1>|<[^>]*>", " ", text) if start == "<" else text
-    words = " ".join(plain.split()) or " ".join(text.split())
-    shown = words if len(words) <= 100 else words[:99] + "…"
-    return Stranger(what, (f"it begins: {shown}",), f"a download may have saved an error page: {_AGAIN}")
+    # What it says is not shown: a recipe may name any file, and its text may be a secret.
+    what = {"<": "an HTML or XML page", "{": "JSON", "[": "JSON"}.get(text.lstrip()[:1], "text")
+    return Stranger(what, hint=f"a download may have saved an error page: {_AGAIN}")

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 # What lies between elements is read with them where that is cheaper than a call for each: up to so many
-# bytes at once, and so many for each element.
-_MOST, _FOR_EACH = 8 << 20, 64 << 10
+# bytes at once, and so many for each run of elements that lie together.
+_MOST, A_CALL = 8 << 20, 64 << 10
 
 
 class Axis(NamedTuple):
@@ -115,7 +115,7 @@ class StridedTensor(LazyTensor):
         while todo:
             (skip, axes), target = todo.pop()
             span = (sum((a.size - 1) * a.stride for a in axes) + 1) * size
-            if span <= min(_MOST, _FOR_EACH * target.size):
+            if span <= min(_MOST, A_CALL * prod(a.size for a in axes if a.stride > 1)):
                 buffer = bytearray(span)
                 self.blob.read_into(self.offset + skip * size, memoryview(buffer))
                 target[...] = np.lib.stride_tricks.as_strided(

@@ -79,4 +79,4 @@ def _write(
     metadata: Mapping[str, str],
     options: Mapping[str, Any],
 ) -> None:
-    write(folder / path, tensors, metadata, file_digest=False, task=f"writing {path}", **options)
+    write(folder / path, tensors, metadata, sha256=False, task=f"writing {path}", **options)

@@ -73,7 +73,7 @@ def write_shards(
             folder / shard.file,
             {name: tensors[name] for name in shard.names},
             metadata,
-            file_digest=False,
+            sha256=False,
             threads=threads,
             durable=durable,
             inputs=inputs,

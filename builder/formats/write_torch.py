@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import struct
 import threading
-import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from builder.base.disk import replacing, write_all
+from builder.base.disk import check_room, new_file, read_at, write_all
 from builder.base.errors import OutputError, Problem
 from builder.base.progress import SILENT, Reporter
-from builder.tensors.lazy import DType, LazyTensor, MemoryTensor
+from builder.formats.write_safetensors import Accept, Written
+from builder.tensors.lazy import WINDOW, DType, LazyTensor, MemoryTensor
+from builder.tensors.scan import Span, run_pass
 
 ROOT = "archive"
 ALIGNMENT = 64  # of every record's data, as torch does
@@ -41,38 +43,81 @@ def write_torch(
     *,
     nesting: str = "",
     extras: Mapping[str, bytes] | None = None,
+    sha256: bool = False,
+    digests: bool = False,
+    groups: Mapping[str, str] | None = None,
     threads: int = 2,
     durable: bool = True,
     inputs: Iterable[os.stat_result | Path | str] = (),
     reporter: Reporter = SILENT,
     task: str = "writing",
-    accept: Callable[[int], object] = lambda fd: None,
-) -> None:
+    stop: threading.Event | None = None,
+    accept: Accept = lambda written: written.path,
+) -> Written:
     """Write a dict of tensors as `torch.save` would, but streaming and always the same bytes.
 
     With `nesting` the tensors lie in a dict of that name inside the file's dict. `extras` are further
     entries of the file's dict: the opcodes (pickle protocol 2, without header and STOP) that push each
-    value; with none, `torch.load(weights_only=True)` reads the file. The order of tensors is kept.
-    `accept` sees the open file before it takes its place, and may raise.
-    Raises OutputError for a type that torch has no tensors of, and as `replacing` does.
+    value; with none, `torch.load(weights_only=True)` reads the file. The order of tensors is kept. All else
+    is as for `write` of `write_safetensors`; with `sha256` the file is read again, as what stands before a
+    tensor follows from it.
+    Raises OutputError for a type that torch has no tensors of, and as `write` does.
     """
     table = _Pickle().file(tensors, nesting, extras or {})
+    named = {f"data/{number}": name for number, name in enumerate(tensors)}
     records = _lay_out(
         {
             "data.pkl": _bytes(table),
             "byteorder": _bytes(b"little"),
-            **{f"data/{number}": tensor for number, tensor in enumerate(tensors.values())},
+            **{path: tensors[name] for path, name in named.items()},
             "version": _bytes(b"3\n"),
         }
     )
+    path, ours = Path(path), dict(zip(named, tensors, strict=True))
+    spans = [Span(r.path, r.tensor, r.start, r.size) for r in records]
+    sums: dict[str, int] = {}
     reporter.start(task, sum(r.size for r in records))
     try:
-        with replacing(path, durable=durable, inputs=inputs) as fd:
-            sums = _copy(fd, records, threads, reporter, task)
-            _write_headers(fd, records, sums)
-            accept(fd)
+        with new_file(path, durable=durable, inputs=inputs) as file:
+            check_room(path, file.fd, records[-1].start + records[-1].size)
+            found = run_pass(
+                spans,
+                write=partial(_write_unless_blank, file.fd),
+                groups={p: groups[n] for p, n in named.items() if n in groups} if groups else None,
+                digests=digests,
+                checksums=sums,
+                threads=threads,
+                stop=stop,
+                advance=lambda count: reporter.advance(task, count),
+            )
+            _write_headers(file.fd, records, [sums[r.path] for r in records])
+            written = Written(
+                path,
+                os.fstat(file.fd).st_size,
+                _sha256(file.fd) if sha256 else None,
+                {n: str(found.tensors[p].digest) for p, n in ours.items()} if digests else {},
+                found.histograms,
+                {ours[r.path]: r.start for r in records if r.path in ours},
+                os.fstat(file.fd),
+            )
+            file.path = accept(written)
     finally:
         reporter.finish(task)
+    return written._replace(path=file.path)
+
+
+def _write_unless_blank(fd: int, data: memoryview, offset: int) -> None:
+    """Write, but for zeros, which stay a hole."""
+    if any(data[:64]) or data.tobytes().count(0) != len(data):
+        write_all(fd, data, offset)
+
+
+def _sha256(fd: int) -> str:
+    digest, buffer, offset = hashlib.sha256(), memoryview(bytearray(WINDOW)), 0
+    while count := read_at(fd, buffer, offset):
+        digest.update(buffer[:count])
+        offset += count
+    return digest.hexdigest()
 
 
 def _bytes(data: bytes) -> LazyTensor:
@@ -167,10 +212,15 @@ def _strides(shape: Sequence[int]) -> list[int]:
 class _Record:
     """A file of the archive: its local header begins at `offset`, its data at `start`."""
 
-    name: bytes
+    path: str
     tensor: LazyTensor
     offset: int
     start: int
+
+    @property
+    def name(self) -> bytes:
+        """The whole name in the archive."""
+        return f"{ROOT}/{self.path}".encode()
 
     @property
     def size(self) -> int:
@@ -183,44 +233,15 @@ _DATE = 0x21  # 1980-01-01, the first that zip can say
 
 
 def _lay_out(contents: Mapping[str, LazyTensor]) -> list[_Record]:
-    records, offset = [], 0
+    records: list[_Record] = []
+    offset = 0
     for path, tensor in contents.items():
         name = f"{ROOT}/{path}".encode()
         bare = offset + 30 + len(name) + (20 if tensor.nbytes >= _LIMIT else 0)
         start = -(-(bare + 4) // ALIGNMENT) * ALIGNMENT  # room for the padding's own header
-        records.append(_Record(name, tensor, offset, start))
+        records.append(_Record(path, tensor, offset, start))
         offset = start + tensor.nbytes
     return records
-
-
-def _copy(fd: int, records: Sequence[_Record], threads: int, reporter: Reporter, task: str) -> list[int]:
-    """Write every record's data; the CRC-32 of each."""
-
-    stop = threading.Event()
-
-    def copy(record: _Record) -> int:
-        crc, offset = 0, record.start
-        for data in record.tensor.windows():
-            if stop.is_set():
-                break
-            crc = zlib.crc32(data, crc)
-            if not _blank(data):  # zeros stay a hole
-                write_all(fd, data, offset)
-            offset += len(data)
-            reporter.advance(task, len(data))
-        return crc
-
-    with ThreadPoolExecutor(max(1, threads), "write") as pool:
-        try:
-            return list(pool.map(copy, records))
-        except BaseException:
-            stop.set()
-            pool.shutdown(cancel_futures=True)
-            raise
-
-
-def _blank(data: memoryview) -> bool:
-    return not any(data[:64]) and data.tobytes().count(0) == len(data)
 
 
 def _write_headers(fd: int, records: Sequence[_Record], sums: Sequence[int]) -> None:

@@ -113,7 +113,8 @@ FIXES: dict[str, Fix] = {
             "vae-attention-shape",
             1,
             "Gives a VAE's attention the names and the [512, 512, 1, 1] shapes of the original layout, where "
-            "it has diffusers' `to_q`, `to_k`, `to_v`, `to_out.0` or [512, 512] linear weights.",
+            "it has diffusers' `to_q`, `to_k`, `to_v`, `to_out.0` or [512, 512] linear weights. Done by "
+            "itself wherever such names and shapes are found.",
             _vae_attention_shape,
         ),
         Fix(

@@ -1,6 +1,6 @@
 """What a build would do, made without reading tensor data."""
 
-from builder.plan.graph import ComponentJob, Node, OutputJob, Plan, SourceJob, StepJob, component_specs
+from builder.plan.graph import ComponentJob, Node, OutputJob, Plan, StepJob, component_specs
 from builder.plan.resolve import make_plan
 
 __all__ = [
@@ -8,7 +8,6 @@ __all__ = [
     "Node",
     "OutputJob",
     "Plan",
-    "SourceJob",
     "StepJob",
     "component_specs",
     "make_plan",

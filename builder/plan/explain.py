@@ -6,7 +6,8 @@ from typing import Any
 
 from builder.base.errors import printable
 from builder.base.progress import human_bytes
-from builder.plan import ComponentJob, Node, OutputJob, Plan, SourceJob, StepJob
+from builder.plan import ComponentJob, Node, OutputJob, Plan, StepJob
+from builder.sources.job import SourceJob
 
 
 def to_text(plan: Plan) -> str:
@@ -26,17 +27,26 @@ def to_text(plan: Plan) -> str:
 
 
 def totals(plan: Plan) -> tuple[int, int]:
-    """Bytes to be read and to be written by the whole plan."""
-    return sum(n.reads for n in plan), sum(n.writes for n in plan if n.state not in ("stored", "stream"))
+    """Bytes to be read and to be written by the whole plan.
+
+    A component that is made goes straight into its output; what is stored is read from where it lies.
+    """
+    pending = [n for n in plan.outputs() if n.state != "unchanged"]
+    used = [plan.nodes[k] for k in dict.fromkeys(i for n in pending for i in n.job.inputs)]
+    parts = [n for n in used if isinstance(n.job, ComponentJob)]
+    reads = sum(n.reads for n in plan if isinstance(n.job, SourceJob) and n.state in ("hash", "fetch"))
+    reads += sum(n.reads if n.state == "make" else n.writes for n in parts)
+    kept = [n for n in plan if isinstance(n.job, ComponentJob) and n.job.store and n.state == "make"]
+    return reads, sum(n.writes for n in [*pending, *kept])
 
 
 def _row(plan: Plan, node: Node) -> tuple[str, str, str, str]:
     size = node.writes if isinstance(node.job, (ComponentJob, OutputJob)) else node.reads
-    inputs = plan.inputs(node.id) if isinstance(node.job, StepJob) else []
-    made_of = f"of {', '.join(n.id for n in inputs)}; " if inputs else ""
+    inputs = plan.inputs(node.key) if isinstance(node.job, StepJob) else []
+    made_of = f"of {', '.join(n.label for n in inputs)}; " if inputs else ""
     return (
         node.state,
-        printable(node.id),
+        printable(node.label),
         human_bytes(size) if size else "",
         printable(f"{made_of}{node.why}"),
     )
@@ -52,37 +62,41 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "writes": writes,
         "steps": [
             {
-                "id": n.id,
+                "key": n.key,
+                "label": n.label,
                 "kind": n.kind,
                 "state": n.state,
                 "why": n.why,
-                "key": n.key,
-                "inputs": [i.id for i in plan.inputs(n.id)],
+                "action": n.action,
+                "inputs": list(n.job.inputs),
                 "reads": n.reads,
                 "writes": n.writes,
                 **_details(n),
             }
             for n in plan.by_kind()
         ],
-        "left_out": {
-            name: {
-                reason: {"keys": len(names), "bytes": left.sizes[reason]}
-                for reason, names in left.names.items()
+        "left_out": [
+            {
+                "base": left.base,
+                "output": left.output,
+                "reasons": {
+                    reason: {"keys": len(names), "bytes": left.sizes[reason]}
+                    for reason, names in left.names.items()
+                },
             }
-            for name, left in plan.left_out.items()
-        },
+            for left in plan.left_out
+        ],
     }
 
 
 def _details(node: Node) -> dict[str, Any]:
     job = node.job
     if isinstance(job, SourceJob):
-        spec = job.sources.spec(job.source)
-        return {"file": spec.file, "sha256": node.key}
+        return {"file": job.file, "sha256": node.action}
     if isinstance(job, StepJob):
-        return {"op": job.operation.name, "class": job.cls, "params": dict(job.params)}
+        return {"op": job.op, "class": job.cls, "params": dict(job.params)}
     if isinstance(job, ComponentJob):
-        digest = node.made.digest.xxh3 if node.made is not None else None
+        digest = node.made.digest if node.made is not None else None
         return {"class": job.cls, "digest": digest, **job.params()}
     return {"file": job.output.file, "architecture": job.architecture.name}
 
@@ -93,9 +107,13 @@ def to_dot(plan: Plan) -> str:
     lines = ["digraph plan {", "  rankdir=LR;"]
     for node in plan.by_kind():
         style = "filled" if node.state in ("make", "hash", "fetch") else "solid"
-        label = _quoted(f"{node.id}\n{node.state}")
-        lines.append(f"  {_quoted(node.id)} [label={label}, shape={shapes[node.kind]}, style={style}];")
-    lines += [f"  {_quoted(i.id)} -> {_quoted(n.id)};" for n in plan.by_kind() for i in plan.inputs(n.id)]
+        label = _quoted(f"{node.label}\n{node.state}")
+        lines.append(f"  {_quoted(node.key[:12])} [label={label}, shape={shapes[node.kind]}, style={style}];")
+    lines += [
+        f"  {_quoted(i.key[:12])} -> {_quoted(n.key[:12])};"
+        for n in plan.by_kind()
+        for i in plan.inputs(n.key)
+    ]
     return "\n".join([*lines, "}"])
 
 
@@ -106,10 +124,10 @@ def _quoted(text: str) -> str:
 
 def to_mermaid(plan: Plan) -> str:
     """The plan as a Mermaid flowchart, which Markdown viewers draw."""
-    names = {n.id: f"n{i}" for i, n in enumerate(plan.by_kind())}
+    names = {n.key: f"n{i}" for i, n in enumerate(plan.by_kind())}
     lines = ["flowchart LR"]
     for node in plan.by_kind():
-        label = printable(node.id).replace('"', "#quot;")
-        lines.append(f'  {names[node.id]}["{label}<br/><i>{node.state}</i>"]')
-    lines += [f"  {names[i.id]} --> {names[n.id]}" for n in plan.by_kind() for i in plan.inputs(n.id)]
+        label = printable(node.label).replace('"', "#quot;")
+        lines.append(f'  {names[node.key]}["{label}<br/><i>{node.state}</i>"]')
+    lines += [f"  {names[i.key]} --> {names[n.key]}" for n in plan.by_kind() for i in plan.inputs(n.key)]
     return "\n".join(lines)

@@ -1,100 +1,111 @@
-"""The plan: a graph whose nodes say what is made, from what, and why."""
+"""The plan: plain values that say what is made, from what, and why."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
-from builder.base.errors import Problem
-from builder.base.toml import Keys
+from builder.base.errors import Place, Problem
 from builder.operations.fixes import FIXES
-from builder.operations.registry import Operation
+from builder.sources.job import SourceJob
 from builder.tensors.cast import NonFinite, Overflow, Precision, cast_type
+from builder.tensors.digests import expression_key
 from builder.tensors.lazy import DType, LazyTensor
 
 if TYPE_CHECKING:
     import networkx as nx
 
     from builder.models.catalog import Architecture
-    from builder.recipe import Output, Recipe
     from builder.recipe.lock import Lock
-    from builder.sources.opened import Sources
+    from builder.recipe.recipe import Output, Recipe
     from builder.store import Made
 
+Key = str
 State = Literal["make", "stored", "unchanged", "stream", "known", "hash", "fetch"]
+
+# A change of what is made from the same inputs must change its version here.
+VERSIONS = {"take": 2, "finish": 2, "assemble": 2}
 
 
 @dataclass(frozen=True)
 class Take:
-    """A component as a source holds it; `cls` is the slot it is for, `component` a name asked for.
+    """A component as a source holds it: `cls` is the slot it is for, `component` a name asked for.
 
-    `at` is where the recipe says so.
+    `tables` are digests of what the catalog says of the components that could be meant: with another table,
+    another choice. `place` is where the recipe asks for it.
     """
 
-    node: str
-    sources: Sources
-    source: str
+    node: Key
     cls: str
     component: str | None
-    at: Keys
+    tables: tuple[str, ...]
+    place: Place | None = field(compare=False, repr=False)
 
 
 @dataclass(frozen=True)
 class Finished:
-    """A component that another part of the plan finishes, as a recipe used as a source does."""
+    """A component that another part of the plan finishes, as a recipe used as a source does.
 
-    node: str
+    With `promote`, an average under the names of what it averages.
+    """
+
+    node: Key
+    promote: str | None = None
 
 
 @dataclass(frozen=True)
 class Applied:
     """A component of a step's model."""
 
-    node: str
+    node: Key
 
 
 Origin = Take | Finished | Applied
 
 
 @dataclass(frozen=True)
-class SourceJob:
-    """A source to be had, and to be hashed where its digest is not known."""
-
-    sources: Sources
-    source: str
-
-
-@dataclass(frozen=True)
 class StepJob:
     """One class of a step's model: an operation over one component of each input."""
 
-    step: str
+    step: str = field(compare=False)
     cls: str
-    operation: Operation
-    inputs: Mapping[str, Origin]
+    op: str
+    version: int
+    inputs_by_name: Mapping[str, Origin]
     params: Mapping[str, Any]
-    store: bool
+
+    @property
+    def key(self) -> Key:
+        """The key of this node."""
+        inputs = {p: origin_data(o) for p, o in self.inputs_by_name.items()}
+        return expression_key(self.op, self.version, cls=self.cls, params=dict(self.params), inputs=inputs)
+
+    @property
+    def inputs(self) -> tuple[Key, ...]:
+        """The keys of what this is made of."""
+        return tuple(dict.fromkeys(o.node for o in self.inputs_by_name.values()))
 
 
 @dataclass(frozen=True)
 class ComponentJob:
     """A finished component: where it comes from, how it is repaired and rounded.
 
-    `source` is what the recipe calls the source or step, `fixes` are those that speak of the class.
+    `source` is what the recipe calls the source or step. `fixes` are those that apply to the class. With
+    `store`, its bytes are kept.
     """
 
     cls: str
-    source: str
+    source: str = field(compare=False)
     origin: Origin
     fixes: tuple[str, ...]
     precision: Precision
     narrow: bool
     overflow: Overflow
     non_finite: NonFinite
+    store: bool = False
 
     def params(self) -> dict[str, Any]:
         """What of this, beside the origin, decides the bytes."""
@@ -106,39 +117,94 @@ class ComponentJob:
             **({"narrow": True} if self.narrow else {}),
         }
 
+    @property
+    def key(self) -> Key:
+        """The key of this node."""
+        return expression_key(
+            "finish", VERSIONS["finish"], cls=self.cls, origin=origin_data(self.origin), **self.params()
+        )
+
+    @property
+    def inputs(self) -> tuple[Key, ...]:
+        """The keys of what this is made of."""
+        return (self.origin.node,)
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What lies beside an output's components: tensors of its base under their own names, and markers.
+
+    `names` are those of the base's tensors, in the base's order; `markers` are empty tensors that are
+    made.
+    """
+
+    names: tuple[str, ...] = ()
+    markers: tuple[str, ...] = ()
+
 
 @dataclass(frozen=True)
 class OutputJob:
     """A file to be assembled: each slot's prefix and the node that fills it, and what lies beside them.
 
-    `base` is the node of the source that gives what lies beside, if there is one.
+    `base` is the source that is its base, if one is. `sidecar` is what is to lie beside the output as its
+    `.yaml`.
     """
 
     recipe: Recipe
     output: Output
     target: Path
     architecture: Architecture
-    slots: Mapping[str, tuple[str, str]]  # class → (prefix, node)
-    base: str | None
-    extras: Mapping[str, LazyTensor]  # full name → optional tensors of the base, and markers
-    metadata: Mapping[str, str]  # all but what the components' digests will add
-    sidecar: bytes | None  # what is to lie beside the output as its `.yaml`
+    slots: Mapping[str, tuple[str, Key]]  # class → (prefix, node)
+    base: Key | None
+    beside: Beside
+    metadata: Mapping[str, str]
+    sidecar: bytes | None
+
+    @property
+    def key(self) -> Key:
+        """The key of this node: of what is in the file and where it goes."""
+        return expression_key(
+            "assemble",
+            VERSIONS["assemble"],
+            target=str(self.target),
+            slots={cls: [prefix, node] for cls, (prefix, node) in self.slots.items()},
+            base=self.base,
+            beside=[self.beside.names, self.beside.markers],
+            metadata=dict(self.metadata),
+        )
+
+    @property
+    def inputs(self) -> tuple[Key, ...]:
+        """The keys of what this is made of."""
+        base = (self.base,) if self.base is not None else ()
+        return tuple(dict.fromkeys([*(node for _, node in self.slots.values()), *base]))
 
 
 Job = SourceJob | StepJob | ComponentJob | OutputJob
 
 
-@dataclass
-class Node:
-    """A step of the plan.
+def origin_data(origin: Origin, names: Mapping[Key, str] | None = None) -> list[Any]:
+    """An origin as data of a key; `names` say by what nodes are known, if not by their keys."""
+    node = origin.node if names is None else names[origin.node]
+    if isinstance(origin, Take):
+        return ["take", VERSIONS["take"], node, origin.cls, origin.component, list(origin.tables)]
+    return ["node", node, origin.promote if isinstance(origin, Finished) else None]
 
-    `key` is None while it hangs on a digest that only the build will know. `reads` and `writes` are bytes
-    of tensor data; `why` is the reason for `state` in words.
+
+@dataclass(frozen=True)
+class Node:
+    """A step of the plan: what is to be done, and why.
+
+    `label` is for people, `key` is the node's identity, and `action` is under which the store remembers
+    what it makes: as `key`, but with every source known by its SHA-256; None while one of them is not.
+    A source's is its SHA-256. `reads` and `writes` are bytes of tensor data; `why` is the reason for
+    `state` in words. `made` is what a component is known to be.
     """
 
-    id: str
     job: Job
-    key: str | None
+    key: Key
+    label: str
+    action: str | None
     state: State
     why: str
     reads: int = 0
@@ -153,46 +219,36 @@ class Node:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """What of a base will not be in the product, by reason: names, and bytes of them."""
+    """What of a base will not be in an output, by reason: names, and bytes of them."""
 
+    base: str
+    output: str
     names: Mapping[str, tuple[str, ...]]
     sizes: Mapping[str, int]
 
 
 @dataclass
 class Plan:
-    """A resolved recipe: nodes by id, inputs before what is made of them, and what each is made of.
+    """A resolved recipe: nodes by key, inputs before what is made of them.
 
-    `unseen` are bases known by their digest alone: enough to show, too little to build.
+    `entries` are the sources by their names in the lock. `unseen` are bases whose contents cannot be seen
+    from here: enough is known to show the plan, too little to build. `left_out` is by output.
     """
 
     recipe: Recipe
     lock: Lock | None = None
-    nodes: dict[str, Node] = field(default_factory=dict)
-    edges: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    sources: list[Sources] = field(default_factory=list)
-    unseen: list[str] = field(default_factory=list)
-    left_out: dict[str, LeftOut] = field(default_factory=dict)
+    nodes: dict[Key, Node] = field(default_factory=dict)
+    entries: dict[str, SourceJob] = field(default_factory=dict)
+    unseen: list[Key] = field(default_factory=list)
+    left_out: list[LeftOut] = field(default_factory=list)
     warnings: list[Problem] = field(default_factory=list)
-
-    def node(self, name: str) -> Node:
-        """The node of this id."""
-        return self.nodes[name]
-
-    def add(self, node: Node, inputs: Sequence[str]) -> str:
-        """Add a node, all of whose inputs are there already, unless it is known; its id."""
-        if node.id not in self.nodes:
-            assert all(i in self.nodes for i in inputs)
-            self.nodes[node.id] = node
-            self.edges[node.id] = tuple(dict.fromkeys(inputs))
-        return node.id
 
     def __iter__(self) -> Iterator[Node]:
         return iter(self.nodes.values())
 
     @cached_property
     def graph(self) -> nx.DiGraph:
-        """The plan as a networkx graph of ids, once it is complete.
+        """The plan as a networkx graph of keys, once it is complete.
 
         Made when it is asked for: a build with nothing to do is over before networkx is loaded.
         """
@@ -200,7 +256,7 @@ class Plan:
 
         graph = nx.DiGraph()
         graph.add_nodes_from(self.nodes)
-        graph.add_edges_from((i, n) for n, inputs in self.edges.items() for i in inputs)
+        graph.add_edges_from((i, n.key) for n in self for i in n.job.inputs)
         return graph
 
     def by_kind(self) -> list[Node]:
@@ -208,38 +264,27 @@ class Plan:
         import networkx as nx
 
         kinds = ("source", "step", "component", "output")
-        rank = {n.id: (kinds.index(n.kind), i) for i, n in enumerate(self)}
-        return [self.node(n) for n in nx.lexicographical_topological_sort(self.graph, key=rank.__getitem__)]
+        rank = {n.key: (kinds.index(n.kind), i) for i, n in enumerate(self)}
+        return [self.nodes[k] for k in nx.lexicographical_topological_sort(self.graph, key=rank.__getitem__)]
 
-    def inputs(self, name: str) -> list[Node]:
+    def inputs(self, key: Key) -> list[Node]:
         """The nodes that this one is made of."""
-        return [self.node(i) for i in self.edges[name]]
+        return [self.nodes[i] for i in self.nodes[key].job.inputs]
 
-    def ancestors(self, name: str) -> set[str]:
-        """The ids of all that this node hangs on, near and far."""
-        found, near = set(self.edges[name]), list(self.edges[name])
+    def ancestors(self, *keys: Key) -> set[Key]:
+        """The keys of all that these nodes hang on, near and far."""
+        found: set[Key] = set()
+        near = [i for k in keys for i in self.nodes[k].job.inputs]
         while near:
-            new = set(self.edges[near.pop()]) - found
-            found |= new
-            near += new
+            key = near.pop()
+            if key not in found:
+                found.add(key)
+                near += self.nodes[key].job.inputs
         return found
 
     def outputs(self) -> list[Node]:
         """The files to be written, in the recipe's order."""
         return [n for n in self if isinstance(n.job, OutputJob)]
-
-    def close(self) -> None:
-        """Close every source."""
-        for sources in self.sources:
-            sources.close()
-
-    def __enter__(self) -> Plan:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def component_specs(

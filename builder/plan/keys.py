@@ -1,60 +1,61 @@
-"""The keys of a plan's steps: digests of what decides their bytes, and of nothing else."""
+"""Under which the store remembers what steps make: keys over what decides bytes, and nothing else."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from builder.models.catalog import Component
-from builder.plan.graph import Applied, ComponentJob, Finished, Origin, OutputJob, Plan, StepJob, Take
-from builder.tensors.cast import PROFILE
-from builder.tensors.digests import Digest, tensor_digest
+from blake3 import blake3
+
+from builder.plan.graph import (
+    VERSIONS,
+    Beside,
+    ComponentJob,
+    Job,
+    Key,
+    OutputJob,
+    StepJob,
+    origin_data,
+)
+from builder.sources.job import SourceJob
+from builder.tensors.digests import Row, expression_key
+from builder.tensors.lazy import BY_CODE, DType
 
 if TYPE_CHECKING:
+    from builder.models.catalog import Catalog, Component
     from builder.store import Store
 
-# A change of what is made from the same inputs must change its version here.
-VERSIONS = {"take": 1, "finish": 1, "assemble": 1}
+
+def action_key(job: Job, action: Callable[[Key], str | None]) -> str | None:
+    """The key of a step or a component with its inputs known by content; None while one is not.
+
+    `action` gives that of each input: of a source, its SHA-256.
+    """
+    known = {key: action(key) for key in job.inputs}
+    if isinstance(job, (SourceJob, OutputJob)) or None in known.values():
+        return None
+    names = {key: str(name) for key, name in known.items()}
+    if isinstance(job, StepJob):
+        inputs = {p: origin_data(o, names) for p, o in job.inputs_by_name.items()}
+        return expression_key(job.op, job.version, cls=job.cls, params=dict(job.params), inputs=inputs)
+    assert isinstance(job, ComponentJob)
+    origin = origin_data(job.origin, names)
+    return expression_key("finish", VERSIONS["finish"], cls=job.cls, origin=origin, **job.params())
 
 
-def key_of(op: str, version: int, **params: Any) -> str:
-    """The key of a step: SHA-256, cut to 128 bits, of its operation, version and canonical parameters."""
-    said = {"op": op, "version": version, "profile": PROFILE, **params}
-    text = json.dumps(said, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+def tables(catalog: Catalog, cls: str, component: str | None) -> tuple[str, ...]:
+    """Digests of what the catalog says of the components that a slot may be filled with."""
+    components = catalog.classes[cls]
+    if component is not None:
+        components = (catalog.component(component), *components[:1])
+    return tuple(_table(c) for c in components)
 
 
-def origin_key(plan: Plan, origin: Origin) -> str | None:
-    """The key of a component before it is finished; None while a digest is missing."""
-    node = plan.node(origin.node)
-    if isinstance(origin, Take):
-        if node.key is None:
-            return None
-        return key_of(
-            "take",
-            VERSIONS["take"],
-            cls=origin.cls,
-            component=origin.component,
-            tables=_tables(origin),
-            source=node.key,
-        )
-    if isinstance(origin, Finished):
-        return node.made.digest.xxh3 if node.made is not None else None
-    assert isinstance(origin, Applied) and isinstance(node.job, StepJob)
-    return step_key(plan, node.job)
-
-
-def _tables(origin: Take) -> list[str]:
-    """What the catalog says of the components that could be meant: another table, another choice."""
-    catalog = origin.sources.catalog
-    components = catalog.classes[origin.cls]
-    if origin.component is not None:
-        components = (catalog.component(origin.component), *components[:1])
-    return [_table(c) for c in components]
+EMPTY = Row(DType.F32, (0,), blake3().hexdigest())  # that of a marker
 
 
 @lru_cache(maxsize=256)
@@ -64,50 +65,41 @@ def _table(component: Component) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def step_key(plan: Plan, job: StepJob) -> str | None:
-    """The key of one class of a step's model."""
-    inputs = {p: origin_key(plan, o) for p, o in job.inputs.items()}
-    if None in inputs.values():
-        return None
-    operation = job.operation
-    return key_of(operation.name, operation.version, cls=job.cls, params=dict(job.params), inputs=inputs)
+def assembly_key(job: OutputJob, components: Mapping[str, str], beside: Mapping[str, Row]) -> str:
+    """The key of an output: by what its components are (BLAKE3 by class), not by how they were made.
 
-
-def component_key(plan: Plan, job: ComponentJob) -> str | None:
-    """The key of a finished component."""
-    source = origin_key(plan, job.origin)
-    if source is None:
-        return None
-    return key_of("finish", VERSIONS["finish"], **job.params(), cls=job.cls, input=source)
-
-
-def assembly_key(job: OutputJob, digests: Mapping[str, str], extras: Mapping[str, Digest]) -> str:
-    """The key of an output: by what its components are (XXH3 by node), not by how they were made.
-
-    `extras` holds the digests of the tensors that lie beside the components.
+    `beside` holds the rows of the tensors that lie beside the components.
     """
-    return key_of(
+    return expression_key(
         "assemble",
         VERSIONS["assemble"],
-        slots={cls: [prefix, digests[node]] for cls, (prefix, node) in job.slots.items()},
-        extras={n: [t.dtype.code, list(t.shape), extras[n].xxh3] for n, t in job.extras.items()},
+        slots={cls: [prefix, components[cls]] for cls, (prefix, _) in job.slots.items()},
+        beside={n: [r.dtype.code, list(r.shape), r.digest] for n, r in beside.items()},
         metadata=dict(job.metadata),
         format=output_format(job.target),
     )
 
 
-def known_extras(plan: Plan, job: OutputJob, store: Store) -> dict[str, Digest] | None:
-    """The digests of what lies beside an output's components; None until the base was read once."""
-    if job.base is None or not job.extras:
-        return {n: tensor_digest(t) for n, t in job.extras.items()}  # markers, which are made here
-    sha256 = plan.node(job.base).key
-    fact = store.recall("extras", extras_key(sha256, job)) if sha256 is not None else None
-    return {n: Digest(*fact[n]) for n in job.extras} if fact is not None else None
+def beside_key(sha256: str, beside: Beside) -> str:
+    """Under which the store remembers the digests of what of a base lies beside components."""
+    return expression_key("beside", VERSIONS["assemble"], base=sha256, names=beside.names)
 
 
-def extras_key(sha256: str, job: OutputJob) -> str:
-    """Under which the store remembers the digests of a base's optional tensors."""
-    return key_of("extras", VERSIONS["assemble"], base=sha256, names=sorted(job.extras))
+def recall_beside(store: Store, sha256: str | None, beside: Beside) -> dict[str, Row] | None:
+    """The rows of what lies beside an output's components; None until its base was read once."""
+    rows = dict.fromkeys(beside.markers, EMPTY)
+    if not beside.names:
+        return rows
+    fact = store.recall("beside", beside_key(sha256, beside)) if sha256 is not None else None
+    if fact is None:
+        return None
+    return rows | {n: Row(BY_CODE[c], tuple(s), d) for n, (c, s, d) in fact["tensors"].items()}
+
+
+def note_beside(store: Store, sha256: str, beside: Beside, rows: Mapping[str, Row]) -> None:
+    """Have the rows of what lies beside an output's components remembered."""
+    held = {n: [rows[n].dtype.code, list(rows[n].shape), rows[n].digest] for n in beside.names}
+    store.note("beside", beside_key(sha256, beside), {"tensors": held})
 
 
 def output_format(target: Path) -> str:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from builder.models.catalog import Architecture
     from builder.recipe import Output, Recipe
-    from builder.store import Made
 
 # Of a base's own metadata, what would be untrue of what is made from it.
 _UNTRUE = ("modelspec.hash_sha256", "modelspec.date", "modelspec.thumbnail", "sshs_", "ckpt.")
@@ -63,18 +62,13 @@ def stated_metadata(
         epoch = environment.get("SOURCE_DATE_EPOCH", "")
         if epoch.isdecimal():
             said["modelspec.date"] = datetime.fromtimestamp(int(epoch), timezone.utc).strftime("%Y-%m-%d")
+    near, _ = recipe.reached(output)
     sources = {
         n: {"file": PurePosixPath(s.file).name, "sha256": s.sha256} if s.file else {"sha256": s.sha256}
         for n, s in recipe.sources.items()
-        if s.sha256 is not None
+        if n in near and s.sha256 is not None
     }
-    said |= {"ckpt.recipe": recipe.name, "ckpt.recipe_sha256": recipe.digest}
+    said |= {"ckpt.recipe": recipe.name, "ckpt.recipe_sha256": recipe.closure(output)}
     if sources:
         said["ckpt.sources"] = canonical(sources)
     return said | dict(output.metadata)
-
-
-def final_metadata(stated: Mapping[str, str], made: Mapping[str, tuple[str, Made]]) -> dict[str, str]:
-    """All metadata of an output; `made` holds, by class, the source's name and the finished component."""
-    components = {cls: {"from": source, "sha256": m.digest.sha256} for cls, (source, m) in made.items()}
-    return {**stated, "ckpt.components": canonical(components)}

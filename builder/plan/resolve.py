@@ -2,138 +2,137 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from builder.base.errors import Problem, RecipeError, SourceError, did_you_mean
-from builder.base.progress import SILENT, Reporter
+from builder.base.inside import is_inside, leads_out
 from builder.models.catalog import Architecture
+from builder.models.cut import choose, cut, names_of
 from builder.models.identify import EMA, Match
 from builder.operations.registry import OPERATIONS, Operation
 from builder.plan.graph import (
     Applied,
+    Beside,
     ComponentJob,
     Finished,
+    Job,
+    Key,
     LeftOut,
     Node,
     Origin,
     OutputJob,
     Plan,
-    SourceJob,
     State,
     StepJob,
     Take,
     component_specs,
 )
-from builder.plan.keys import assembly_key, component_key, known_extras, step_key
+from builder.plan.keys import action_key, assembly_key, recall_beside, tables
 from builder.plan.metadata import stated_metadata
 from builder.recipe import FromBase, NewBase, Output, Pick, Recipe, slot_problems
 from builder.recipe.profiles import sidecar, warnings, with_profile
-from builder.sources.find import model_folders
-from builder.sources.opened import Sources
-from builder.tensors.lazy import DType, LazyTensor, MemoryTensor
+from builder.recipe.read import outside
+from builder.sources.job import SourceJob, entry_name
+from builder.tensors.lazy import LazyTensor
 
 if TYPE_CHECKING:
-    from builder.models.catalog import Catalog
     from builder.recipe.lock import Lock
-    from builder.sources.net.client import Session
+    from builder.sources.opened import Sources
     from builder.store import Store
 
 
 def make_plan(
     recipe: Recipe,
+    sources: Sources,
     *,
-    catalog: Catalog,
-    store: Store,
-    folders: Sequence[Path] | None = None,
     lock: Lock | None = None,
     operations: Mapping[str, Operation] = OPERATIONS,
     place: Callable[[Output], Path] | None = None,
-    network: Callable[[], Session] | None = None,
-    download: bool = False,
-    reporter: Reporter = SILENT,
+    environment: Mapping[str, str] = MappingProxyType({}),
 ) -> Plan:
-    """Resolve a recipe. Reads tables of contents only.
+    """Resolve a recipe. Reads tables of contents only, and fetches nothing but those.
 
-    `place` says where an output goes, if not where the recipe says. Over `network` tables of contents are
-    read on their hosts, and with `download` a source is fetched where that cannot be.
+    `place` says where an output goes, if not where the recipe says. Of `environment`, SOURCE_DATE_EPOCH is
+    the date that metadata say.
 
     Raises RecipeError for what does not fit what the sources hold, SourceError for sources that are
     refused, FetchError for those that are needed and nowhere to be found.
     """
     plan = Plan(recipe, lock)
-    folders = folders if folders is not None else model_folders()
-    around = _Surroundings(catalog, store, operations)
-    try:
-        sources = Sources(recipe, catalog, store, folders, reporter, lock, network, download)
-        _Resolver(plan, recipe, sources, around, place).outputs()
-    except BaseException:
-        plan.close()
-        raise
+    resolver = _Resolver(plan, recipe, (), sources, operations)
+    for output in recipe.outputs:
+        resolver.output(output, place, environment)
+    _check_sidecars(plan)
+    _settle(plan, sources.store)
     return plan
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Model:
-    """A source, step or sub-recipe as a set of components."""
+    """A source, step or sub-recipe as a set of components, each of which becomes a node when it is taken."""
 
-    classes: tuple[str, ...]
+    classes: Callable[[], tuple[str, ...]]
+    architecture: Callable[[], Architecture | None]
     origin: Callable[[Pick], Origin]
 
 
-@dataclass(frozen=True)
-class _Surroundings:
-    """What a recipe and those that it includes have in common."""
-
-    catalog: Catalog
-    store: Store
-    operations: Mapping[str, Operation]
-
-
 class _Resolver:
-    """One recipe's part of a plan; the scope of its sources stands before the ids of its nodes."""
+    """One recipe's part of a plan; `scope` are the names of the sources that lead to it."""
 
     def __init__(
         self,
         plan: Plan,
         recipe: Recipe,
+        scope: tuple[str, ...],
         sources: Sources,
-        around: _Surroundings,
-        place: Callable[[Output], Path] | None,
+        operations: Mapping[str, Operation],
     ) -> None:
-        self.plan = plan
-        self.recipe = recipe
-        self.scope = sources.scope
-        self.around = around
-        self.catalog = around.catalog
-        self.store = around.store
-        self.place = place
-        self.sources = sources
-        plan.sources.append(sources)
+        self.plan, self.recipe, self.scope = plan, recipe, scope
+        self.sources, self.operations = sources, operations
+        self.catalog, self.store = sources.catalog, sources.store
         self._models: dict[str, _Model] = {}
 
     # -- nodes
 
-    def source_node(self, name: str) -> str:
-        id_ = f"{self.scope}source {name}"
-        if id_ in self.plan.nodes:
-            return id_
-        sha256 = self.sources.sha256(name)
-        found = self.sources.find(name)
+    def add(self, job: Job, label: str, **facts: Any) -> Key:
+        """Add a node, all of whose inputs are there already, unless it is known; its key."""
+        key = job.key
+        if key not in self.plan.nodes:
+            said = {n.label for n in self.plan}
+            number, unlike = 1, label
+            while unlike in said:
+                number += 1
+                unlike = f"{label} #{number}"
+            self.plan.nodes[key] = Node(job, key, unlike, **facts)
+        return key
+
+    def action(self, job: Job) -> str | None:
+        """The key of what a job makes, with its sources known by content."""
+        return action_key(job, lambda key: self.plan.nodes[key].action)
+
+    def source(self, name: str) -> SourceJob:
+        """A source of this recipe, which gets a node."""
+        entry = entry_name((*self.scope, name))
+        locked = self.plan.lock.sources.get(entry) if self.plan.lock is not None else None
+        job = self.sources.job(self.recipe, name, entry, locked, self.plan.recipe.path)
+        found = self.sources.find(job)
         state: State
         if found is None:
-            where = self.sources.addresses(name)
+            where = self.sources.addresses(job)
             state, why = "fetch", "not on this machine" + (f", but at {where[0]}" if where else "")
         elif found.sha256 is None:
             state, why = "hash", "seen for the first time"
         else:
             state, why = "known", "its digest is known"
-        reads = (self.sources.size(name) or 0) if state != "known" else 0
-        return self.plan.add(Node(id_, SourceJob(self.sources, name), sha256, state, why, reads), ())
+        reads = (self.sources.size(job) or 0) if state != "known" else 0
+        self.add(job, f"source {name}", action=self.sources.sha256(job), state=state, why=why, reads=reads)
+        self.plan.entries[entry] = job
+        return job
 
     # -- models
 
@@ -148,65 +147,105 @@ class _Resolver:
         return self._models[name]
 
     def _source(self, name: str) -> _Model:
-        def origin(pick: Pick) -> Origin:
-            return Take(self.source_node(name), self.sources, name, pick.cls, pick.component, pick.at)
+        def classes() -> tuple[str, ...]:
+            job = self.source(name)
+            if (known := self.sources.known_architecture(job)) is not None:
+                return self.catalog.architecture(known).slots
+            identity = self.sources.open(job).identity
+            return tuple(dict.fromkeys(m.component.cls for m in identity.matches if not m.ema))
 
-        # A source that is not here may not be needed: its classes are asked for only when it is a base.
-        return _Model((), origin)
+        def architecture() -> Architecture | None:
+            job = self.source(name)
+            if (known := self.sources.known_architecture(job)) is not None:
+                return self.catalog.architecture(known)
+            identity = self.sources.open(job).identity
+            found = identity.architecture if identity.intact else identity.incomplete
+            return self.catalog.architecture(found) if found is not None else None
+
+        def origin(pick: Pick) -> Origin:
+            return Take(
+                self.source(name).key,
+                pick.cls,
+                pick.component,
+                tables(self.catalog, pick.cls, pick.component),
+                self.recipe.place(*pick.at, value=True),
+            )
+
+        return _Model(classes, architecture, origin)
 
     def _sub_recipe(self, name: str) -> _Model:
         recipe = self.recipe.included[name]
-        inner = _Resolver(self.plan, recipe, self.sources.inner(name), self.around, None)
+        inner = _Resolver(self.plan, recipe, (*self.scope, name), self.sources, self.operations)
         output = recipe.output(self.recipe.sources[name].output)
         assert output is not None, "the reader of recipes has seen to it"
-        _, slots = inner.slots(output)
-        return _Model(tuple(slots), lambda pick: Finished(slots[pick.cls]))
+        architecture, picks = inner.filled(output)
+
+        def origin(pick: Pick) -> Origin:
+            wanted = self.catalog.component(pick.component) if pick.component is not None else None
+            cls = wanted.cls if wanted is not None else pick.cls
+            if cls not in picks:
+                raise self._absent(pick, picks)
+            key = inner.component(output, picks[cls])
+            promote = None if cls == pick.cls or wanted is None else wanted.name
+            finished = Finished(key, promote)
+            self._check_component(pick, Finished(key), picks)
+            return finished
+
+        return _Model(lambda: tuple(picks), lambda: architecture, origin)
 
     def _step(self, name: str) -> _Model:
         step = self.recipe.steps[name]
-        operation = self.around.operations[step.op]
+        operation = self.operations[step.op]
         models = {p: self.model(n) for p, n in step.inputs.items()}
-        first = step.inputs[operation.inputs[0]]
-        classes = self.classes(first)
+        first = models[operation.inputs[0]]
 
         def origin(pick: Pick) -> Origin:
+            plain = replace(pick, component=None)
             if step.components and pick.cls not in step.components:
-                return models[operation.inputs[0]].origin(pick)
-            inputs = {p: m.origin(replace(pick, component=None)) for p, m in models.items()}
-            job = StepJob(name, pick.cls, operation, inputs, step.params, step.store)
-            node = Node(
-                f"{self.scope}step {name} {pick.cls}",
-                job,
-                step_key(self.plan, job),
-                "stream",
-                "computed as it is needed",
+                return first.origin(pick)
+            if pick.component is not None:
+                self._check_component(pick, first.origin(plain), first.classes())
+            inputs = {p: m.origin(plain) for p, m in models.items()}
+            job = StepJob(name, pick.cls, operation.name, operation.version, inputs, dict(step.params))
+            applied = Applied(
+                self.add(
+                    job,
+                    f"step {name} {pick.cls}",
+                    action=self.action(job),
+                    state="stream",
+                    why="computed as it is needed",
+                )
             )
-            applied = Applied(self.plan.add(node, [o.node for o in inputs.values()]))
-            return Finished(self._stored_step(name, pick.cls, applied)) if step.store else applied
+            if not step.store:
+                return applied
+            # Kept as it is, every bit of it, for whoever finishes it.
+            kept = ComponentJob(pick.cls, name, applied, (), "keep", False, "keep", "keep", store=True)
+            return Finished(self._component(kept, f"{pick.cls} of step {name}", pick))
 
-        return _Model(classes, origin)
+        return _Model(first.classes, first.architecture, origin)
 
-    def _stored_step(self, name: str, cls: str, origin: Applied) -> str:
-        """The node of a step's component as it is kept: every bit of it, for whoever finishes it."""
-        job = ComponentJob(cls, name, origin, (), "keep", False, "keep", "keep")
-        id_ = f"{self.scope}{cls} of step {name}"
-        return id_ if id_ in self.plan.nodes else self._component(id_, job, Pick(cls, name))
+    def _check_component(self, pick: Pick, origin: Origin, held: Any) -> None:
+        """Raise RecipeError when what another model makes is not the component that is asked for."""
+        if pick.component is None:
+            return
+        found = component_name(self.plan, self.sources, origin)
+        if found is not None and found != pick.component:
+            raise self._absent(pick, [found, *(c for c in held if c != pick.cls)])
 
-    def classes(self, name: str) -> tuple[str, ...]:
-        """The classes that a model has components of."""
-        model = self.model(name)
-        if model.classes or name in self.recipe.steps:
-            return model.classes
-        if (known := self.sources.known_architecture(name)) is not None:
-            return self.catalog.architecture(known).slots
-        identity = self.sources.open(name).identity
-        return tuple(dict.fromkeys(m.component.cls for m in identity.matches if not m.ema))
+    def _absent(self, pick: Pick, held: Any) -> RecipeError:
+        return RecipeError(
+            Problem(
+                f"`{pick.source}` has no {pick.component or pick.cls}",
+                self.recipe.place(*pick.at, value=True),
+                (f"it holds {_words(sorted(held)) or 'nothing that the catalog knows'}",),
+            )
+        )
 
     # -- components
 
-    def component_node(self, output: Output, pick: Pick) -> str:
-        model = self.model(pick.source)
-        origin = model.origin(pick)
+    def component(self, output: Output, pick: Pick) -> Key:
+        """The node of what fills a slot."""
+        origin = self.model(pick.source).origin(pick)
         job = ComponentJob(
             pick.cls,
             pick.source,
@@ -217,151 +256,166 @@ class _Resolver:
             output.overflow,  # type: ignore[arg-type]
             output.non_finite,  # type: ignore[arg-type]
         )
-        if isinstance(origin, Finished):
-            inner = self.plan.node(origin.node)
-            assert isinstance(inner.job, ComponentJob)
-            if inner.job.params() == job.params():
-                return str(inner.id)  # finished in the same way already: it is the component
-        id_ = self._component_id(job, pick)
-        return id_ if id_ in self.plan.nodes else self._component(id_, job, pick)
+        if isinstance(origin, Finished) and origin.promote is None:
+            inner = self.plan.nodes[origin.node].job
+            assert isinstance(inner, ComponentJob)
+            if inner.params() == job.params():
+                return origin.node  # finished in the same way already: it is the component
+        named = f" ({pick.component})" if pick.component else ""
+        return self._component(job, f"{pick.cls} of {pick.source}{named}", pick)
 
-    def _component(self, id_: str, job: ComponentJob, pick: Pick) -> str:
-        origin = job.origin
-        key = component_key(self.plan, job)
-        made = self.store.lookup(key) if key is not None else None
-        node = Node(id_, job, key, "stored", "made before from the same inputs", made=made)
-        if made is None:
-            node.state, node.why = "make", self._why(pick, node)
-            # What is to be fetched is seen when it is here.
-            specs = {} if self._elsewhere(origin) else to_read(self.plan, origin)
-            node.reads = sum(t.nbytes for t in specs.values())
-            node.writes = sum(
-                d.bits * prod(s) // 8 for d, s in component_specs(specs, job.precision, job.narrow).values()
-            )
-        return self.plan.add(node, [origin.node])
+    def _component(self, job: ComponentJob, label: str, pick: Pick) -> Key:
+        key = job.key
+        if key in self.plan.nodes:
+            return key
+        action = self.action(job)
+        made = self.store.lookup(action) if action is not None else None
+        # What is to be fetched is seen when it is here.
+        specs = {} if self._elsewhere(job) else to_read(self.plan, self.sources, job.origin)
+        sizes = component_specs(specs, job.precision, job.narrow).values()
+        return self.add(
+            job,
+            label,
+            action=action,
+            state="make" if made is None else "stored",
+            why=self._why(pick, action) if made is None else "made before from the same inputs",
+            reads=sum(t.nbytes for t in specs.values()),
+            writes=made.bytes if made is not None else sum(d.bits * prod(s) // 8 for d, s in sizes),
+            made=made,
+        )
 
-    def _component_id(self, job: ComponentJob, pick: Pick) -> str:
-        base = f"{self.scope}{pick.cls} of {pick.source}" + (f" ({pick.component})" if pick.component else "")
-        # Outputs that want the same share it; those that want it otherwise get a node of their own.
-        same = [n for n in self.plan.nodes if n == base or n.startswith(f"{base} #")]
-        for name in same:
-            other = self.plan.node(name)
-            if isinstance(other.job, ComponentJob) and other.job.params() == job.params():
-                return name
-        return f"{base} #{len(same) + 1}" if same else base
+    def _why(self, pick: Pick, action: str | None) -> str:
+        if pick.source not in self.recipe.sources or self.recipe.sources[pick.source].recipe is not None:
+            return "not made before"
+        job = self.source(pick.source)
+        if action is None:
+            return f"`{pick.source}` is not known yet: it is read and hashed at once"
+        now = self.sources.sha256(job)
+        if job.locked is not None and now is not None and job.locked.sha256 != now:
+            return f"`{pick.source}` is another file than before: {job.locked.sha256[:12]} became {now[:12]}"
+        return "not made before"
 
-    def _why(self, pick: Pick, node: Node) -> str:
-        if node.key is None:
-            return f"waits for the digest of `{pick.source}`"
-        locked = self.sources.locked(pick.source)
-        now = self.sources.sha256(pick.source) if pick.source in self.recipe.sources else None
-        if locked is not None and now is not None and locked.sha256 != now:
-            return f"`{pick.source}` is another file than before: {locked.sha256[:12]} became {now[:12]}"
-        return "not in the store"
-
-    def _elsewhere(self, origin: Origin) -> bool:
-        jobs = (self.plan.node(n).job for n in {origin.node, *self.plan.ancestors(origin.node)})
-        return any(isinstance(j, SourceJob) and j.sources.remote(j.source) for j in jobs)
+    def _elsewhere(self, job: ComponentJob) -> bool:
+        keys = {job.origin.node, *self.plan.ancestors(job.origin.node)}
+        jobs = (self.plan.nodes[k].job for k in keys)
+        return any(isinstance(j, SourceJob) and self.sources.find(j) is None for j in jobs)
 
     # -- outputs
 
-    def slots(self, output: Output) -> tuple[Architecture, dict[str, str]]:
-        """The architecture of an output, and the node that fills each of its classes."""
+    def filled(self, output: Output) -> tuple[Architecture, dict[str, Pick]]:
+        """The architecture of an output, and what fills each of its classes."""
         picks = dict(output.components)
         base = output.base
+        held: tuple[str, ...] = ()
         if isinstance(base, NewBase):
             architecture = self.catalog.architecture(base.architecture)
         else:
             architecture = self._base_architecture(base, output.partial and output.unknown == "keep")
-            for cls in self.classes(base.name):
+            held = self.model(base.name).classes()
+            for cls in held:
                 if cls in architecture.slots:
                     picks.setdefault(cls, Pick(cls, base.name, None, base.at))
-        held = () if isinstance(base, NewBase) else self.classes(base.name)
         if problems := tuple(slot_problems(self.recipe, output, architecture, self.catalog, held)):
             raise RecipeError(*problems)
         order = [
             *(s for s in architecture.slots if s in picks),
             *sorted(c for c in picks if c not in architecture.slots),
         ]
-        return architecture, {cls: self.component_node(output, picks[cls]) for cls in order}
+        return architecture, {cls: picks[cls] for cls in order}
 
     def _base_architecture(self, base: FromBase, any_: bool = False) -> Architecture:
         """What a base is; with `any_`, one that is nothing known has no slots."""
-        if base.name in self.recipe.steps:
-            step = self.recipe.steps[base.name]
-            first = step.inputs[self.around.operations[step.op].inputs[0]]
-            return self._base_architecture(FromBase(first, base.at))
-        if self.recipe.sources[base.name].recipe is not None:
-            classes = set(self.model(base.name).classes)
-            for architecture in self.catalog.architectures.values():
-                if set(architecture.slots) == classes:
-                    return architecture
-        if (known := self.sources.known_architecture(base.name)) is not None:
-            return self.catalog.architecture(known)
-        identity = self.sources.open(base.name).identity
-        name = identity.architecture if identity.intact else identity.incomplete
-        if name is None and any_:
+        found = self.model(base.name).architecture()
+        if found is not None:
+            return found
+        if any_:
             return Architecture("unknown", ())
-        if name is None:
-            raise RecipeError(
-                Problem(
-                    f"`{base.name}` is no architecture that the catalog knows",
-                    self.recipe.place(*base.at, value=True),
-                    tuple(
-                        f"{r.component.name}: {r.total - r.present:,} of {r.total:,} tensors are missing"
-                        for r in identity.rejected[:3]
-                    ),
-                    "`ckpt inspect --full` says what is in it",
-                )
+        evidence: tuple[str, ...] = ()
+        if self._is_file(base):
+            rejected = self.sources.open(self.source(base.name)).identity.rejected
+            evidence = tuple(
+                f"{r.component.name}: {r.total - r.present:,} of {r.total:,} tensors are missing"
+                for r in rejected[:3]
             )
-        return self.catalog.architecture(name)
+        raise RecipeError(
+            Problem(
+                f"`{base.name}` is no architecture that the catalog knows",
+                self.recipe.place(*base.at, value=True),
+                evidence,
+                "`ckpt inspect --full` says what is in it",
+            )
+        )
 
-    def outputs(self) -> None:
-        for output in self.recipe.outputs:
-            self._output(output)
-
-    def _output(self, output: Output) -> None:
+    def output(
+        self, output: Output, place: Callable[[Output], Path] | None, environment: Mapping[str, str]
+    ) -> None:
+        """Plan an output and all that it needs."""
         output = replace(output, fixes=with_profile(output.fixes, output.profile))
-        architecture, nodes = self.slots(output)
-        slots = {cls: (self._prefix(cls, architecture), node) for cls, node in nodes.items()}
-        stated = stated_metadata(self.recipe, output, architecture, self._carried(output), os.environ)
-        base = self.source_node(output.base.name) if self._is_file(output.base) else None
-        extras, config = self._extras(output, architecture), self._sidecar(output, architecture)
+        architecture, picks = self.filled(output)
+        nodes = {cls: self.component(output, pick) for cls, pick in picks.items()}
+        base = self.source(output.base.name) if self._is_file(output.base) else None
+        target = place(output) if place is not None else self._target(output)
         job = OutputJob(
-            self.recipe, output, self.target(output), architecture, slots, base, extras, stated, config
+            self.recipe,
+            output,
+            target,
+            architecture,
+            {cls: (self._prefix(cls, architecture), node) for cls, node in nodes.items()},
+            base.key if base is not None else None,
+            self._beside(output, architecture, base),
+            stated_metadata(self.recipe, output, architecture, self._carried(base), environment),
+            self._sidecar(output, architecture),
         )
         self.plan.warnings += warnings(output.profile, output.markers, job.target)
-        parts = [self.plan.node(n) for n in nodes.values()]
-        size = sum(p.made.bytes if p.made is not None else p.writes for p in parts)
-        node = Node(f"output {output.file}", job, None, "make", "", size, size)
-        waiting = [p.id for p in parts if p.made is None]
-        if base is not None and not self._is_seen(output.base):
-            self.plan.unseen.append(base)
-            node.why = f"what else is in `{base}` is seen when it is here"
-        elif waiting:
+        parts = [self.plan.nodes[n] for n in nodes.values()]
+        size = sum(p.writes for p in parts)
+        key = self.add(
+            job, f"output {output.file}", action=None, state="make", why="", reads=size, writes=size
+        )
+        node = self._state(self.plan.nodes[key], job, parts, base)
+        self.plan.nodes[key] = node
+
+    def _state(self, node: Node, job: OutputJob, parts: list[Node], base: SourceJob | None) -> Node:
+        waiting = [p.label for p in parts if p.made is None]
+        if base is not None and not self.sources.seen(base):
+            self.plan.unseen.append(base.key)
+            return replace(node, why=f"what else is in `{base.name}` is seen when it is here")
+        if waiting:
             all_ = "all" if len(waiting) == len(parts) else _words(waiting)
-            node.why = f"of {len(parts)} components, {all_} to be made"
-        elif (found := known_extras(self.plan, job, self.store)) is None:
-            node.why = f"what lies beside the components of `{base}` was not read yet"
-        else:
-            digests = {p.id: p.made.digest.xxh3 for p in parts if p.made is not None}
-            node.key = assembly_key(job, digests, found)
-            node.state, node.why = output_state(self.store, node.key, job.target)
-            if node.state == "unchanged":
-                node.reads = node.writes = 0
-        self.plan.add(node, list(dict.fromkeys([*nodes.values(), *([base] if base is not None else [])])))
+            return replace(node, why=f"of {len(parts)} components, {all_} to be made")
+        known = self.sources.sha256(base) if base is not None else None
+        if (beside := recall_beside(self.store, known, job.beside)) is None:
+            why = f"what lies beside the components of `{base and base.name}` was not read"
+            return replace(node, why=why)
+        digests = {cls: self.plan.nodes[n].made for cls, (_, n) in job.slots.items()}
+        action = assembly_key(job, {cls: m.digest for cls, m in digests.items() if m is not None}, beside)
+        state, why = output_state(self.store, action, job.target)
+        if state == "unchanged":
+            return replace(node, action=action, state=state, why=why, reads=0, writes=0)
+        return replace(node, action=action, state=state, why=why)
 
     def _sidecar(self, output: Output, architecture: Architecture) -> bytes | None:
         """What is to lie beside the output as its `.yaml`; raises RecipeError when it cannot be read."""
         if output.config is None:
             return sidecar(output.profile, architecture, output.markers)
         folder = self.recipe.path.parent if self.recipe.path else Path()
+        place = self.recipe.place(*output.at, "config", value=True)
+        if (why := leads_out(folder, output.config)) is not None:
+            raise RecipeError(outside(output.config, why, place))
         try:
             return (folder / output.config).read_bytes()
         except OSError as error:
-            place = self.recipe.place(*output.at, "config", value=True)
             evidence = (str(error.strerror),)
             raise RecipeError(Problem(f"cannot read `{output.config}`", place, evidence)) from None
+
+    def _target(self, output: Output) -> Path:
+        """Where an output goes, by the recipe; raises RecipeError when a link leads out of its folder."""
+        folder = self.recipe.path.parent if self.recipe.path else Path()
+        path = folder / output.file
+        if self.recipe.path is not None and not is_inside(path.parent, folder):
+            place = self.recipe.place(*output.at, "file", value=True)
+            raise RecipeError(outside(output.file, "a link leads out of it", place))
+        return path
 
     def _prefix(self, cls: str, architecture: Architecture) -> str:
         if architecture.bare:
@@ -370,17 +424,11 @@ class _Resolver:
             return self.catalog.component_for(cls, architecture).prefix
         return self.catalog.classes[cls][0].prefix
 
-    def target(self, output: Output) -> Path:
-        """Where an output is written."""
-        if self.place is not None:
-            return self.place(output)
-        folder = self.recipe.path.parent if self.recipe.path else Path()
-        return folder / output.file
-
-    def _carried(self, output: Output) -> Mapping[str, str]:
+    def _carried(self, base: SourceJob | None) -> Mapping[str, str]:
         """Metadata of the base's own, which outlives a rebuild."""
-        base = output.base
-        return self.sources.metadata(base.name) if self._is_seen(base) else {}
+        if base is None or not self.sources.seen(base):
+            return {}
+        return self.sources.open(base).checkpoint.metadata
 
     def _is_file(self, base: NewBase | FromBase) -> TypeGuard[FromBase]:
         return (
@@ -389,31 +437,25 @@ class _Resolver:
             and self.recipe.sources[base.name].recipe is None
         )
 
-    def _is_seen(self, base: NewBase | FromBase) -> TypeGuard[FromBase]:
-        """Whether a base is a file whose contents can be seen from here."""
-        return self._is_file(base) and self.sources.known_architecture(base.name) is None
-
-    def _extras(self, output: Output, architecture: Architecture) -> dict[str, LazyTensor]:
+    def _beside(self, output: Output, architecture: Architecture, base: SourceJob | None) -> Beside:
         """What of the base the output keeps beside its components, and markers; never cast."""
-        extras: dict[str, LazyTensor] = {}
-        base = output.base
-        if self._is_seen(base):
-            opened = self.sources.open(base.name)
-            parts = [m for m in opened.identity.matches if m.component.cls in architecture.slots]
-            taken = {full for m in parts for full in opened.names(m).values()}
-            kept = {*self._optional(base, output), *(output.keep or ())}
-            if output.unknown == "keep":
-                identity = opened.identity
-                kept |= opened.checkpoint.keys() - {*identity.ema, *identity.junk, *identity.optional}
-            extras = {n: t for n, t in opened.checkpoint.items() if n in kept and n not in taken}
-            self._account(base, output, taken | extras.keys())
-        for marker in output.markers:
-            extras.setdefault(marker, MemoryTensor(DType.F32, (0,), b""))
-        return extras
+        if base is None or not self.sources.seen(base):
+            return Beside(markers=output.markers)
+        opened = self.sources.open(base)
+        identity, held = opened.identity, opened.checkpoint
+        parts = [m for m in identity.matches if m.component.cls in architecture.slots]
+        taken = {full for m in parts for full in names_of(identity, m).values()}
+        kept = {*self._optional(base, output), *(output.keep or ())}
+        if output.unknown == "keep":
+            kept |= held.keys() - {*identity.ema, *identity.junk, *identity.optional}
+        names = tuple(n for n in held if n in kept and n not in taken)
+        self._account(base, output, {*taken, *names})
+        markers = tuple(m for m in output.markers if m not in names)
+        return Beside(names, markers)
 
-    def _optional(self, base: FromBase, output: Output) -> list[str]:
+    def _optional(self, base: SourceJob, output: Output) -> list[str]:
         """The optional tensors of a base that are kept; raises RecipeError for a name that it has not."""
-        opened = self.sources.open(base.name)
+        opened = self.sources.open(base)
         if output.keep is None:
             averaged = any(map(self.catalog.is_average, output.components))
             return [n for n in opened.identity.optional if averaged or not n.startswith(EMA)]
@@ -424,9 +466,9 @@ class _Resolver:
             raise RecipeError(Problem(f"`{base.name}` has no tensor `{absent[0]}`", place, hint=hint))
         return [n for n in opened.identity.optional if n in output.keep]
 
-    def _account(self, base: FromBase, output: Output, kept: Set[str]) -> None:
+    def _account(self, base: SourceJob, output: Output, kept: Set[str]) -> None:
         """Note what of a base is left out; raises SourceError when that is most of it."""
-        opened = self.sources.open(base.name)
+        opened = self.sources.open(base)
         identity = opened.identity
         sorted_out = {*identity.ema, *identity.junk, *identity.optional}
         rest = [n for n in opened.checkpoint if n not in sorted_out]
@@ -441,23 +483,60 @@ class _Resolver:
         if any(map(self.catalog.is_average, output.components)):
             names.pop("EMA")
         sizes = {k: sum(opened.checkpoint[n].nbytes for n in v) for k, v in names.items()}
-        self.plan.left_out[base.name] = LeftOut({k: v for k, v in names.items() if v}, sizes)
+        left = {k: v for k, v in names.items() if v}
+        self.plan.left_out.append(LeftOut(base.name, output.file, left, sizes))
         total = sum(t.nbytes for t in opened.checkpoint.values())
         lost = sizes["junk"] + sizes["unknown"]
         if output.unknown == "drop" and 2 * lost > total:
             raise SourceError(
                 Problem(
                     f"most of `{base.name}` would be left out",
-                    self.recipe.place(*base.at, value=True),
+                    self.recipe.place(*output.base.at, value=True),
                     (f"{lost:,} of {total:,} bytes belong to no component that the catalog knows",),
                     "name what you want of it under [components], with a `NEW` base",
                 )
             )
 
 
-def output_state(store: Store, key: str, target: Path) -> tuple[State, str]:
+def _check_sidecars(plan: Plan) -> None:
+    """Raise RecipeError when two outputs would share a configuration, or one lies on top of a source."""
+    taken: dict[Path, str] = {}
+    for job in (n.job for n in plan.outputs()):
+        assert isinstance(job, OutputJob)
+        if job.sidecar is None:
+            continue
+        beside = job.target.with_suffix(".yaml")
+        if beside in taken:
+            place = job.recipe.place(*job.output.at)
+            evidence = (f"`{taken[beside]}` and `{job.output.file}` both have it beside them",)
+            hint = "give one of them another name"
+            raise RecipeError(Problem(f"two outputs share `{beside.name}`", place, evidence, hint))
+        taken[beside] = job.output.file
+
+
+def _settle(plan: Plan, store: Store) -> None:
+    """Say of each component what will be done with it, now that the outputs are known."""
+    slots = {n: o for o in plan.outputs() if isinstance(o.job, OutputJob) for _, n in o.job.slots.values()}
+    writing = {
+        n
+        for o in plan.outputs()
+        if isinstance(o.job, OutputJob) and o.state != "unchanged"
+        for _, n in o.job.slots.values()
+    }
+    for node in list(plan):
+        if not isinstance(node.job, ComponentJob):
+            continue
+        here = node.made is not None and store.holds(node.made.digest)
+        if node.key not in slots and not node.job.store and not here:
+            plan.nodes[node.key] = replace(node, state="stream", why="computed as it is needed")
+        elif node.key in writing and node.made is not None and not here:
+            why = "made before, but its bytes are nowhere any more"
+            plan.nodes[node.key] = replace(node, state="make", why=why)
+
+
+def output_state(store: Store, action: str, target: Path) -> tuple[State, str]:
     """Whether the file at `target` is what the assembly of this key makes, and why."""
-    written = store.recall("output", key)
+    written = store.recall("output", action)
     try:
         stat = target.stat()
     except OSError:
@@ -472,38 +551,42 @@ def output_state(store: Store, key: str, target: Path) -> tuple[State, str]:
     return "make", "the file is not what was built"
 
 
-def to_read(plan: Plan, origin: Origin) -> Mapping[str, LazyTensor]:
+def to_read(plan: Plan, sources: Sources, origin: Origin) -> Mapping[str, LazyTensor]:
     """The tensors to be read for a component; raises RecipeError when a source does not have it."""
-    if isinstance(origin, Finished):
-        return {}
-    if isinstance(origin, Applied):
-        job = plan.node(origin.node).job
-        assert isinstance(job, StepJob)
-        inputs = {p: to_read(plan, o) for p, o in job.inputs.items()}
+    node = plan.nodes[origin.node]
+    if isinstance(origin, Take):
+        assert isinstance(node.job, SourceJob)
+        opened = sources.open(node.job)
+        match = match_of(node.job, origin, sources)
+        return cut(opened.checkpoint, opened.identity, match, origin.cls).tensors
+    if isinstance(node.job, StepJob):
+        inputs = {p: to_read(plan, sources, o) for p, o in node.job.inputs_by_name.items()}
         return {f"{p}/{n}": t for p, tensors in inputs.items() for n, t in tensors.items()}
-    return taken(origin)[0]
+    assert isinstance(node.job, ComponentJob)
+    return to_read(plan, sources, node.job.origin)
 
 
-def taken(origin: Take) -> tuple[dict[str, LazyTensor], str]:
-    """A source's tensors for a slot under unprefixed names, and the name of the component they are.
+def component_name(plan: Plan, sources: Sources, origin: Origin) -> str | None:
+    """The catalog's name of what an origin gives; None where its source cannot be seen from here."""
+    node = plan.nodes[origin.node]
+    if isinstance(origin, Take):
+        assert isinstance(node.job, SourceJob)
+        if not sources.seen(node.job):
+            return None
+        return match_of(node.job, origin, sources).component.name
+    if isinstance(node.job, StepJob):
+        return component_name(plan, sources, next(iter(node.job.inputs_by_name.values())))
+    assert isinstance(node.job, ComponentJob)
+    return component_name(plan, sources, node.job.origin)
 
-    Raises RecipeError, where the recipe asks for it, when the source has no such component.
-    """
-    match = _match(origin)
-    return origin.sources.open(origin.source).component(match, origin.cls), match.component.name
 
-
-def full_names(origin: Take) -> list[str]:
-    """The names, in the source's file, of the tensors that are taken; raises as `taken`."""
-    return list(origin.sources.open(origin.source).names(_match(origin)).values())
-
-
-def _match(origin: Take) -> Match:
-    opened = origin.sources.open(origin.source)
-    match = choose(opened.identity.matches, origin.cls, origin.component, origin.sources.catalog)
+def match_of(job: SourceJob, take: Take, sources: Sources) -> Match:
+    """What of a source is taken; raises RecipeError, where the recipe asks for it, when it is not there."""
+    opened = sources.open(job)
+    match = choose(opened.identity.matches, take.cls, take.component, sources.catalog)
     if match is not None:
         return match
-    wanted = origin.component or origin.cls
+    wanted = take.component or take.cls
     near = [r for r in opened.identity.rejected if wanted in (r.component.name, r.component.cls)]
     evidence = [
         f"{r.component.name}: {r.total - r.present:,} of {r.total:,} tensors are missing" for r in near[:2]
@@ -511,28 +594,12 @@ def _match(origin: Take) -> Match:
     held = sorted({m.component.name for m in opened.identity.matches})
     raise RecipeError(
         Problem(
-            f"`{origin.source}` has no {wanted}",
-            origin.sources.recipe.place(*origin.at, value=True),
+            f"`{job.name}` has no {wanted}",
+            take.place,
             (*evidence, f"it holds {_words(held) or 'nothing that the catalog knows'}"),
         )
     )
 
 
-def choose(matches: Sequence[Match], cls: str, component: str | None, catalog: Catalog) -> Match | None:
-    """The match that fills a slot: the component named, else the one of the class.
-
-    A component under other names, as EMA, fills the slot of the one whose names it can be given.
-    """
-    if component is None:
-        return next((m for m in matches if m.component.cls == cls), None)
-    for match in matches:
-        found = match.component
-        if found.name == component and (
-            found.cls == cls or (found.base is not None and catalog.component(found.base).cls == cls)
-        ):
-            return match
-    return None
-
-
-def _words(names: Sequence[Any]) -> str:
+def _words(names: Any) -> str:
     return ", ".join(f"`{n}`" for n in names)

@@ -460,7 +460,7 @@ def _language(words: Vocabulary) -> Struct:
             "sha256": Key(SHA256, "SHA-256 of the file.", '"8712e20a5d65…"'),
             "tensor_digest": Key(
                 SHA256,
-                "SHA-256 over its tensors, metadata left out, as the build reports it.",
+                "BLAKE3-256 over its tensors, metadata left out, as the build reports it.",
                 '"67a1…"',
             ),
             "size": Key(Number(1, whole=True), "Bytes of the file.", "2132626102"),

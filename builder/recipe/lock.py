@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -13,8 +14,9 @@ from builder import __version__
 from builder.base.disk import write_text
 from builder.base.errors import LockError, Problem, clipped
 from builder.base.files import read_text
+from builder.base.inside import is_inside
 from builder.base.toml import parse
-from builder.tensors.cast import PROFILE
+from builder.tensors.digests import PROFILE
 
 VERSION = 1
 MAX_SIZE = 4 << 20  # bytes; a source or a component takes some hundreds
@@ -40,8 +42,7 @@ class LockedComponent:
     cls: str
     component: str
     source: str
-    xxh3: str
-    sha256: str
+    blake3: str
     tensors: int
 
 
@@ -74,6 +75,14 @@ class Lock:
         """What fills a class of an output."""
         return next((c for c in self.components if (c.output, c.cls) == (output, cls)), None)
 
+    def only(self, output: str) -> Lock:
+        """What this says of one output, and of all sources."""
+        return replace(
+            self,
+            components=tuple(c for c in self.components if c.output == output),
+            outputs={n: o for n, o in self.outputs.items() if n == output},
+        )
+
     def facts(self) -> Iterator[tuple[str, str]]:
         """Everything that the lock means, as (what, value) pairs in a fixed order."""
         yield "recipe", self.recipe
@@ -82,7 +91,7 @@ class Lock:
             for key, value in asdict(source).items():
                 yield f"source `{name}`: {key}", str(value or "")  # a size may not be known yet
         for c in sorted(self.components, key=lambda c: (c.output, c.cls)):
-            for key in ("component", "source", "sha256", "xxh3", "tensors"):
+            for key in ("component", "source", "blake3", "tensors"):
                 yield f"{c.cls} of `{c.output}`: {key}", str(getattr(c, key))
         for name, output in sorted(self.outputs.items()):
             for key, value in asdict(output).items():
@@ -98,8 +107,7 @@ def differences(old: Lock, new: Lock, *, partial: bool = False) -> list[str]:
     lines = []
     for what in dict.fromkeys([*before, *after]):
         a, b = before.get(what, ""), after.get(what, "")
-        strong = what.replace(": xxh3", ": sha256")  # says the same, to everyone
-        if a != b and (strong == what or before.get(strong) == after.get(strong)):
+        if a != b:
             lines.append(f"{what}: {_short(a)} became {_short(b)}" if a and b else _one_sided(what, a, b))
     return lines
 
@@ -119,6 +127,8 @@ def lock_path(recipe: Path) -> Path:
 
 def read_lock(path: Path) -> Lock | None:
     """The lock at `path`, or None when there is none; raises LockError when it cannot be read."""
+    if not is_inside(path, path.parent):
+        raise LockError(Problem(f"the lock `{path}` is a link that leads out of its folder", hint=ANEW))
     try:
         document = parse(read_text(path, MAX_SIZE, LockError), str(path), LockError)
     except FileNotFoundError:
@@ -148,6 +158,10 @@ def read_lock(path: Path) -> Lock | None:
         ) from None
 
 
+# What becomes part of paths and is looked for, and so must be nothing but a digest.
+_DIGESTS = ("sha256", "blake3", "tensor_digest")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
 _WORDS = {str: "a string", int: "an integer", dict: "a table", list: "an array"}
 
 
@@ -175,6 +189,8 @@ def _made(kind: Any, table: Any) -> Any:
     for name, field_ in known.items():
         default = None if field_.default is MISSING else field_.default
         said[name] = _value(said, name, int if field_.type == "int" else str, default)
+        if name in _DIGESTS and _DIGEST.fullmatch(said[name]) is None:
+            raise ValueError(f"`{name}` is no digest of 64 hex digits")
     return kind(**said)
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from builder.base import toml
 from builder.base.errors import Place, Problem, RecipeError, UsageError, did_you_mean
+from builder.base.inside import leads_out
 from builder.base.kinds import WRONG, At, Item, listed, note
 from builder.base.toml import Document, Keys
 from builder.operations.fixes import FIXES, Fix
@@ -34,12 +35,13 @@ def load_recipe(
     operations: Mapping[str, Operation] = OPERATIONS,
     fixes: Mapping[str, Fix] = FIXES,
     profiles: Mapping[str, Any] = PROFILES,
+    outside: bool = False,
 ) -> Recipe:
-    """Read a recipe and the recipes that it includes.
+    """Read a recipe and the recipes that it includes: those in its folder, unless `outside` allows others.
 
     Raises RecipeError with every problem of all of them.
     """
-    return _Loader(Vocabulary(catalog, operations, fixes, profiles)).load(path)
+    return _Loader(Vocabulary(catalog, operations, fixes, profiles), outside).load(path)
 
 
 def parse_recipe(
@@ -61,8 +63,9 @@ def parse_recipe(
 class _Loader:
     """Recipes and those they include, each read once."""
 
-    def __init__(self, words: Vocabulary) -> None:
+    def __init__(self, words: Vocabulary, outside: bool) -> None:
         self.words = words
+        self.outside = outside
         self.problems: list[Problem] = []
         self.done: dict[Path, Recipe | None] = {}
         self.open: list[Path] = []  # from the outermost recipe to the one being read
@@ -102,10 +105,20 @@ class _Loader:
             if source.recipe is None:
                 continue
             place = recipe.place("sources", name, "recipe", value=True)
+            if (problem := self._refused(source.recipe, path.parent, place)) is not None:
+                self.problems.append(problem)
+                continue
             inner = self._load(path.parent / source.recipe, place)
             if inner is not None:
                 self._one_output(recipe, source, inner)
                 yield name, inner
+
+    def _refused(self, named: str, folder: Path, place: Place) -> Problem | None:
+        """Why a recipe that another names is not read: it could be any file of the user's."""
+        if not named.endswith(".toml"):
+            return Problem(f"`{named}` is no recipe", place, hint="a recipe's name ends in `.toml`")
+        why = None if self.outside else leads_out(folder, named, [self.open[0].parent])
+        return outside(named, why, place) if why is not None else None
 
     def _one_output(self, recipe: Recipe, source: Source, inner: Recipe) -> None:
         if inner.output(source.output) is not None:
@@ -119,6 +132,12 @@ class _Loader:
             hint = did_you_mean(source.output, names) or f"known: {listed(names)}"
         place = recipe.place("sources", source.name, key, value=True)
         self.problems.append(Problem(fact, place, hint=hint))
+
+
+def outside(named: str, why: str, place: Place | None) -> Problem:
+    """That a recipe names something outside its folder, which a stranger's must not."""
+    hint = "put it there, name it alone and its folder in `CKPT_MODELS`, or say `--allow-outside`"
+    return Problem(f"`{named}` is outside the recipe's folder", place, (why,), hint)
 
 
 def _document(path: Path, named: Place | None) -> Document:

@@ -207,14 +207,11 @@ class Recipe:
         Comments, order, spelling, the file names and addresses of pinned sources, the file names of
         outputs and what is expected of them are no part of it. An included recipe is known by its digest.
         """
-        sources = {n: s.meaning() for n, s in sorted(self.sources.items())}
-        for name, recipe in self.included.items():
-            sources[name]["recipe"] = recipe.digest
         return {
             "format": FORMAT,
             "name": self.name,
             "description": self.description,
-            "sources": sources,
+            "sources": {n: self._source(n) for n in sorted(self.sources)},
             "steps": {n: s.meaning() for n, s in sorted(self.steps.items())},
             "outputs": {o.name: o.meaning() for o in sorted(self.outputs, key=lambda o: o.name)},
         }
@@ -222,5 +219,47 @@ class Recipe:
     @cached_property
     def digest(self) -> str:
         """SHA-256, in hex, of the meaning as compact JSON with sorted keys."""
-        text = json.dumps(self.meaning(), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()
+        return _digest(self.meaning())
+
+    def reached(self, output: Output) -> tuple[set[str], set[str]]:
+        """The sources and the steps that an output is made of, near and far."""
+        base = [output.base.name] if isinstance(output.base, FromBase) else []
+        near = [*base, *(p.source for p in output.components.values())]
+        found: set[str] = set()
+        while near:
+            name = near.pop()
+            if name not in found:
+                found.add(name)
+                near += self.steps[name].inputs.values() if name in self.steps else ()
+        return found & self.sources.keys(), found & self.steps.keys()
+
+    def closure(self, output: Output) -> str:
+        """The digest of what the recipe says of one output and of all that it is made of.
+
+        Another output of the same recipe is no part of it, nor is a source that this one does not need.
+        """
+        sources, steps = self.reached(output)
+        return _digest(
+            {
+                "format": FORMAT,
+                "name": self.name,
+                "description": self.description,
+                "sources": {n: self._source(n) for n in sorted(sources)},
+                "steps": {n: self.steps[n].meaning() for n in sorted(steps)},
+                "output": output.meaning(),
+            }
+        )
+
+    def _source(self, name: str) -> dict[str, Any]:
+        """What a source means; of a recipe, the output that is taken."""
+        source, said = self.sources[name], self.sources[name].meaning()
+        if (inner := self.included.get(name)) is not None:
+            output = inner.output(source.output)
+            said["recipe"] = inner.closure(output) if output is not None else inner.digest
+            said.pop("output", None)
+        return said
+
+
+def _digest(data: Any) -> str:
+    text = json.dumps(data, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()

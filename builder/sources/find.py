@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import stat as modes
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import Protocol
 
 from builder.base.errors import FetchError, Place, Problem, SourceError
@@ -18,6 +20,8 @@ from builder.formats import sniff
 from builder.formats.blob import FileBlob
 from builder.formats.open import files_of as checkpoint_files
 from builder.store import Store
+
+BESIDE = "beside the recipe"
 
 # Bounds of a search: a folder of models is not a whole disk.
 MAX_DEPTH = 16
@@ -61,47 +65,43 @@ class Found:
     how: str
 
 
-def model_folders() -> tuple[Path, ...]:
-    """The folders that `CKPT_MODELS` lists, separated as in PATH."""
-    listed = os.environ.get("CKPT_MODELS", "").split(os.pathsep)
-    return tuple(Path(os.path.expanduser(f)) for f in listed if f)  # noqa: PTH111 - never raises
-
-
 def find_source(
     wanted: Wanted,
     *,
     folder: Path,
     model_folders: Sequence[Path],
     store: Store,
-    hashing: bool = True,
+    refused: Collection[Path] = (),
+    environment: Mapping[str, str] = MappingProxyType({}),
     reporter: Reporter = SILENT,
 ) -> Found:
-    """The file on this machine that a source stands for.
+    """The file on this machine that a source stands for; nothing is hashed.
 
     Looked for beside the recipe, in `folder`; in the folders of models, by name and then, if it is
     pinned, by size and digest; among the store's downloads and in the Hugging Face cache, by digest. What
-    lies beside the recipe is taken as it is; elsewhere a pin decides, for which files that may be it are
-    hashed, once. Without `hashing` the first that may be it is taken unread. In both cases
-    `verify_source` has the last word. Raises FetchError, naming the places, when it is nowhere, and
-    SourceError when what lies beside the recipe is of another size than is pinned.
+    lies beside the recipe is taken as it is; elsewhere those of `refused` are passed over, and of a pinned
+    source the first is taken that may be it, as far as digests are remembered: who reads it has the last
+    word. Raises FetchError, naming the places, when it is nowhere, and SourceError when what lies beside
+    the recipe is of another size than is pinned.
     """
-    search = _Search(wanted, store, hashing, reporter)
+    search = _Search(wanted, store)
+    search.refused |= dict.fromkeys(refused, "is not what was pinned")
     if wanted.file is not None:
         path = folder / wanted.file
         search.looked.append(f"beside the recipe: `{path}`")
         for _ in _stats([path], modes.S_ISREG, modes.S_ISDIR):
             digest, size = _known(path, store)
             if wanted.size is not None and wanted.size != size:
-                raise _not_pinned(path, f"{wanted.size:,} bytes", f"{size:,} bytes")
-            return Found(path, digest, size, "beside the recipe")
-    found = _in_models(search, model_folders)
+                raise SourceError(not_pinned(path, f"{wanted.size:,} bytes", f"{size:,} bytes"))
+            return Found(path, digest, size, BESIDE)
+    found = _in_models(search, model_folders, reporter)
     if found is None and wanted.sha256 is not None:
         search.looked.append("among the store's downloads")
         found = search.choose([store.download_path(wanted.sha256)], "download")
     if found is None and wanted.sha256 is not None:
         from builder.sources.net.hosts import hugging_face_cache
 
-        cache = hugging_face_cache()
+        cache = hugging_face_cache(environment)
         search.looked.append(f"in the Hugging Face cache: `{cache}`")
         # Large files are kept there under their SHA-256.
         blobs = sorted(cache.glob(f"*/blobs/{wanted.sha256}"))
@@ -111,34 +111,21 @@ def find_source(
     return found
 
 
-def verify_source(
-    found: Found,
-    pinned: str | None,
-    *,
-    store: Store,
-    known: Callable[[str], str | None] = lambda _: None,
-    reporter: Reporter = SILENT,
-) -> Found:
-    """The same source with its SHA-256, hashed unless that is remembered.
-
-    `known` says what a digest is known as. Raises SourceError when it is not what was pinned, cannot be
-    read, or changes while it is read.
-    """
-    sha256 = _hash(found.path, store, reporter)
-    if pinned is not None and sha256 != pinned:
-        said = (f"{digest}{_known_as(known(digest))}" for digest in (pinned, sha256))
-        raise _not_pinned(found.path, *said)
-    return replace(found, sha256=sha256)
+def this_file(path: Path, store: Store) -> Found:
+    """A file that is named by its path, whatever is wrong with it."""
+    try:
+        return Found(path, *_known(path, store), BESIDE)
+    except SourceError:
+        return Found(path, None, 0, BESIDE)
 
 
-def _not_pinned(path: Path, pinned: str, found: str) -> SourceError:
-    return SourceError(
-        Problem(
-            f"`{path.name}` is not what was pinned",
-            Place(str(path)),
-            (f"pinned: {pinned}", f"found:  {found}"),
-            "get the file that was pinned, or pin this one if it is the one you mean",
-        )
+def not_pinned(path: Path, pinned: str, found: str) -> Problem:
+    """That a file is another one than was pinned."""
+    return Problem(
+        f"`{path.name}` is not what was pinned",
+        Place(str(path)),
+        (f"pinned: {pinned}", f"found:  {found}"),
+        "get the file that was pinned, or pin this one if it is the one you mean",
     )
 
 
@@ -148,8 +135,6 @@ class _Search:
 
     wanted: Wanted
     store: Store
-    hashing: bool
-    reporter: Reporter
     looked: list[str] = field(default_factory=list)
     refused: dict[Path, str] = field(default_factory=dict)
 
@@ -173,18 +158,7 @@ class _Search:
                 unread.append((path, length))
             else:
                 self.refused[path] = f"has the SHA-256 {digest}"
-        for path, length in unread:
-            if not self.hashing:
-                return Found(path, None, length, how)
-            try:
-                digest = _hash(path, self.store, self.reporter)
-            except SourceError as error:
-                self.refused[path] = f"is refused: {error}"
-                continue
-            if digest == pinned:
-                return Found(path, digest, length, how)
-            self.refused[path] = f"has the SHA-256 {digest}"
-        return None
+        return next((Found(path, None, length, how) for path, length in unread), None)
 
     def failure(self) -> FetchError:
         """That it is nowhere, and what was found instead."""
@@ -216,19 +190,17 @@ def files_of(path: Path) -> list[Path]:
     return checkpoint_files(path)
 
 
-def _digest(path: Path, digests: Mapping[Path, str]) -> str:
-    """The digest a source is pinned by: a file's SHA-256, for a sharded set that over its shards'.
+def set_digest(digests: Mapping[str, str]) -> str:
+    """The digest a source is pinned by, of its files' by path: of one file that, of several one over theirs.
 
-    For a set it is what `sha256sum SHARD… | sha256sum` prints in its folder, shards sorted by name.
+    For a set, its index among its files, it is the SHA-256 of the compact ASCII JSON object of their digests
+    by name, sorted; names are relative to the folder that holds them all, with `/`.
     """
-    if path in digests:
-        return digests[path]
-    lines = (f"{digest}  {file.name}\n" for file, digest in digests.items())
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
-def _hash(path: Path, store: Store, reporter: Reporter) -> str:
-    return _digest(path, {file: store.sha256(file, reporter) for file in files_of(path)})
+    if len(digests) == 1:
+        return next(iter(digests.values()))
+    folder = os.path.commonpath([Path(path).parent for path in digests])
+    named = {Path(os.path.relpath(path, folder)).as_posix(): digest for path, digest in digests.items()}
+    return hashlib.sha256(json.dumps(named, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def _known(path: Path, store: Store) -> tuple[str | None, int]:
@@ -240,10 +212,11 @@ def _known(path: Path, store: Store) -> tuple[str | None, int]:
     found = {file: store.remembered_sha256(stat) for file, stat in stats.items()}
     known = {file: digest for file, digest in found.items() if digest is not None}
     size = sum(stat.st_size for stat in stats.values())
-    return _digest(path, known) if len(known) == len(stats) else None, size
+    whole = len(known) == len(stats)
+    return set_digest({str(file): digest for file, digest in known.items()}) if whole else None, size
 
 
-def _in_models(search: _Search, folders: Sequence[Path]) -> Found | None:
+def _in_models(search: _Search, folders: Sequence[Path], reporter: Reporter) -> Found | None:
     wanted = search.wanted
     if not folders:
         search.looked.append("in no folder of models: `CKPT_MODELS` is not set")
@@ -261,7 +234,7 @@ def _in_models(search: _Search, folders: Sequence[Path]) -> Found | None:
         name = path.name
     elif wanted.sha256 is None:
         return None
-    files = files_below(folders, search.reporter)
+    files = files_below(folders, reporter)
     found = search.choose((path for path, _ in files if path.name == name), by_name)
     if found is not None or wanted.sha256 is None:
         return found
@@ -317,7 +290,3 @@ def _stats(paths: Iterable[Path], *kinds: Callable[[int], bool]) -> Iterator[tup
             continue
         if any(kind(stat.st_mode) for kind in kinds):
             yield path, stat
-
-
-def _known_as(name: str | None) -> str:
-    return f" (`{name}`)" if name else ""

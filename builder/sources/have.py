@@ -1,66 +1,55 @@
-"""Having a recipe's sources, and saying what they turned out to be."""
+"""What a recipe's sources turned out to be, for its lock."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from builder.base.errors import FetchError
-from builder.base.progress import SILENT, Reporter
-from builder.recipe.lock import LockedSource
-from builder.sources.find import Found, verify_source
+from builder.recipe.lock import Lock, LockedSource
+from builder.sources.job import SourceJob, entry_name
 from builder.sources.opened import Sources
-from builder.store import Store
 
 if TYPE_CHECKING:
-    from builder.models.catalog import Catalog
+    from builder.recipe.recipe import Recipe
     from builder.sources.net.hosts import Pin
 
 
-def see(sources: Sources, name: str, catalog: Catalog, store: Store, reporter: Reporter) -> Found:
-    """Have a source and its digest, hashing it unless that is remembered.
-
-    Raises SourceError when it is not what was pinned, FetchError when it cannot be had.
-    """
-    found = sources.find(name)
-    if found is None:
-        found = sources.fetch(name)
-    seen = verify_source(
-        found,
-        sources.wanted(name).sha256,
-        store=store,
-        known=lambda sha256: file.name if (file := catalog.known.file(sha256)) is not None else None,
-        reporter=reporter,
-    )
-    sources.provide(name, seen)
-    return seen
-
-
 def resolve_sources(
-    sources: Sources, *, catalog: Catalog, store: Store, reporter: Reporter = SILENT
+    recipe: Recipe,
+    sources: Sources,
+    lock: Lock | None,
+    scope: tuple[str, ...] = (),
+    root: Path | None = None,
 ) -> dict[str, LockedSource]:
-    """What a recipe's sources are, and those of the recipes it includes; raises as `see`.
+    """What a recipe's sources are, and those of the recipes it includes.
 
     A source that is not here is not downloaded where the recipe or the lock pins it, or its host states
-    its digest.
+    its digest. Raises SourceError when one is not what was pinned, FetchError when it cannot be had.
     """
-    locked: dict[str, LockedSource] = {}
-    for name, spec in sources.recipe.sources.items():
+    root = root or recipe.path
+    found: dict[str, LockedSource] = {}
+    for name, spec in recipe.sources.items():
         if spec.recipe is not None:
-            locked |= resolve_sources(sources.inner(name), catalog=catalog, store=store, reporter=reporter)
+            found |= resolve_sources(recipe.included[name], sources, lock, (*scope, name), root)
             continue
-        pin = _stated(sources, name) if sources.remote(name) else None
-        if pin is None:
-            sha256 = str(see(sources, name, catalog, store, reporter).sha256)
-            made = locked_source(sources, name, sha256, sources.resolved.get(name, ""))
-        else:
-            made = locked_source(sources, name, str(pin.sha256), pin.url, pin.size)
-        locked[sources.scope + name] = made
-    return locked
+        entry = entry_name((*scope, name))
+        locked = lock.sources.get(entry) if lock is not None else None
+        job = sources.job(recipe, name, entry, locked, root)
+        pin = _stated(sources, job) if sources.remote(job) else None
+        if pin is not None:
+            found[entry] = _locked(sources, job, str(pin.sha256), pin.url, pin.size)
+            continue
+        if sources.find(job) is None:
+            sources.fetch(job)
+        sha256 = str(sources.hash(job).sha256)
+        found[entry] = _locked(sources, job, sha256, sources.resolved.get(entry, ""))
+    return found
 
 
-def _stated(sources: Sources, name: str) -> Pin | None:
+def _stated(sources: Sources, job: SourceJob) -> Pin | None:
     """What the first host that states a digest says of a source, or the pin that it has; None: unknown.
 
     A host that cannot be asked, or has another file, is passed over.
@@ -68,7 +57,7 @@ def _stated(sources: Sources, name: str) -> Pin | None:
     from builder.sources.net.acquire import lookup_by_hash, resolve
     from builder.sources.net.hosts import Pin
 
-    wanted, addresses, session = sources.wanted(name).sha256, sources.addresses(name), sources.session()
+    wanted, addresses, session = sources.wanted(job).sha256, sources.addresses(job), sources.session()
     silent = False
     for address in addresses:
         with suppress(FetchError):
@@ -84,22 +73,32 @@ def _stated(sources: Sources, name: str) -> Pin | None:
     return Pin("", wanted) if silent or not addresses else None
 
 
-def _requested(sources: Sources, name: str) -> str:
-    spec = sources.spec(name)
-    if spec.file:
-        return PurePosixPath(spec.file).name
-    if not spec.urls:
-        return f"sha256:{spec.sha256}"
-    first = spec.urls[0]
+def locked_sources(entries: Mapping[str, SourceJob], sources: Sources) -> dict[str, LockedSource]:
+    """What sources are as far as it is known, by their names in the lock.
+
+    A source whose components were all known may not be on this machine: what the lock says of it stays.
+    """
+    found = {}
+    for entry, job in sorted(entries.items()):
+        if (sha256 := sources.sha256(job)) is not None:
+            found[entry] = _locked(sources, job, sha256, sources.resolved.get(job.entry, ""))
+    return found
+
+
+def _requested(job: SourceJob) -> str:
+    if job.file:
+        return PurePosixPath(job.file).name
+    if not job.urls:
+        return f"sha256:{job.sha256}"
+    first = job.urls[0]
     return PurePosixPath(first).name if first.startswith("file:") else first
 
 
-def locked_source(
-    sources: Sources, name: str, sha256: str, resolved: str, size: int | None = None
+def _locked(
+    sources: Sources, job: SourceJob, sha256: str, resolved: str, size: int | None = None
 ) -> LockedSource:
-    """What is to be locked of a source; what the lock says of the same file stays."""
-    old = sources.locked(name)
+    old = job.locked
     if old is None or old.sha256 != sha256:
         old = LockedSource("", sha256, 0)
-    size = size or sources.size(name) or old.size
-    return LockedSource(_requested(sources, name), sha256, size, resolved or old.resolved)
+    size = size or sources.size(job) or old.size
+    return LockedSource(_requested(job), sha256, size, resolved or old.resolved)

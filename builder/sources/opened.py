@@ -1,28 +1,34 @@
-"""A recipe's sources, found, opened and identified when they are first asked for."""
+"""Sources found, opened, fetched and hashed: all of a plan that lives, and none of it in the plan."""
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from builder.base.errors import CkptError, FetchError, Problem, SourceError
+from builder.base.addresses import LocalFile, parse_address
+from builder.base.errors import CkptError, FetchError, Place, Problem, RecipeError, SourceError
+from builder.base.inside import leads_out
+from builder.base.parallel import Cancelled
 from builder.base.progress import Reporter
-from builder.formats import open_checkpoint
 from builder.formats.blob import FileBlob
 from builder.formats.checkpoint import Checkpoint
-from builder.models.identify import Identity, Match, identify
-from builder.sources.find import Found, find_source
-from builder.tensors.cast import PROFILE
-from builder.tensors.lazy import DType, LazyTensor
+from builder.formats.hashes import sha256_blob
+from builder.formats.open import open_checkpoint
+from builder.models.identify import Identity, identify
+from builder.recipe.read import outside
+from builder.sources.find import BESIDE, Found, files_of, find_source, not_pinned, set_digest, this_file
+from builder.sources.job import SourceJob
 
 if TYPE_CHECKING:
-    from builder.models.catalog import Catalog
-    from builder.recipe import Recipe, Source
-    from builder.recipe.lock import Lock, LockedSource
+    from builder.models.catalog import Catalog, Known
+    from builder.recipe.lock import LockedSource
+    from builder.recipe.recipe import Recipe
     from builder.sources.net.client import Session
     from builder.store import Store
 
@@ -35,305 +41,442 @@ class OpenSource:
     identity: Identity
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def component(self, match: Match, cls: str) -> dict[str, LazyTensor]:
-        """The tensors of a match under the unprefixed names of class `cls`.
-
-        An averaged component that is promoted gets the names of the one it averages. Names that the file
-        spells otherwise stay so: a fix mends them. Scales come along: 8-bit weights mean nothing without.
-        """
-        promoted = match.component.promote if match.component.cls != cls else {}
-        return {
-            promoted.get(bare, match.renamed.get(bare, bare)): self.checkpoint[full]
-            for bare, full in self.names(match).items()
-        }
-
-    def names(self, match: Match) -> dict[str, str]:
-        """The full name of each tensor of a match, and of the scales among them, by its unprefixed one."""
-        at = len(match.prefix)
-        scales = {n[at:]: n for n in self.identity.scales if n.startswith(match.prefix)}
-        return {**match.names, **scales}
+    @property
+    def files(self) -> list[FileBlob]:
+        """The local files that its tensors lie in."""
+        return [b for b in self.checkpoint.blobs if isinstance(b, FileBlob)]
 
 
 class Sources:
-    """The sources of one recipe; `scope` stands before their names in the lock."""
+    """The live side of a plan's sources; close it, or use it in `with`. Serves several threads.
+
+    `folders` are searched for files; `network` opens the network, None where there is none. `environment`
+    says where other programs keep downloads. With `outside`, recipes may name files anywhere.
+    """
 
     def __init__(
         self,
-        recipe: Recipe,
         catalog: Catalog,
         store: Store,
-        model_folders: Sequence[Path],
-        reporter: Reporter,
-        lock: Lock | None,
+        folders: Sequence[Path],
         network: Callable[[], Session] | None,
-        download: bool,
-        scope: str = "",
+        reporter: Reporter,
+        environment: Mapping[str, str] = MappingProxyType({}),
+        outside: bool = False,
     ) -> None:
-        self.recipe = recipe
         self.catalog = catalog
         self.store = store
-        self._folders = model_folders
-        self._reporter = reporter
-        self.scope = scope
-        self.lock = lock
-        # What a lock says of components holds for the recipe that it was made of.
-        self._parts = (
-            lock is not None
-            and (lock.recipe, lock.profile) == (recipe.digest, PROFILE)
-            and all(output.name in lock.outputs for output in recipe.outputs)
-        )
+        self._folders = folders
         self._network = network
         self._session: Session | None = None
-        self._download = download
-        self._found: dict[str, Found | FetchError] = {}
-        self._open: dict[str, OpenSource] = {}
-        self._unseen: dict[str, str | None] = {}
+        self._reporter = reporter
+        self._environment = environment
+        self._outside = outside
+        self._found: dict[object, Found | FetchError] = {}
+        self._open: dict[SourceJob, OpenSource] = {}
+        self._closed: list[OpenSource] = []
+        self._unseen: dict[SourceJob, str | None] = {}
+        self._refused: set[Path] = set()
+        self._guard = threading.RLock()
         self.resolved: dict[str, str] = {}
 
-    def inner(self, name: str) -> Sources:
-        """The sources of the recipe that a source is."""
-        return Sources(
-            self.recipe.included[name],
-            self.catalog,
-            self.store,
-            self._folders,
-            self._reporter,
-            self.lock,
-            self._network,
-            self._download,
-            f"{self.scope}{name}/",
+    def __enter__(self) -> Sources:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close every file."""
+        with self._guard:
+            for opened in (*self._open.values(), *self._closed):
+                opened.checkpoint.close()
+            self._open.clear()
+            self._closed.clear()
+            self._session = None
+
+    # -- what a recipe means
+
+    def job(
+        self, recipe: Recipe, name: str, entry: str, locked: LockedSource | None, root: Path | None = None
+    ) -> SourceJob:
+        """A source of a recipe as a value; `entry` is its name in the lock.
+
+        `root` is the recipe that is built, which may include this one: what lies in its folder may be named.
+        Raises RecipeError for a file that lies elsewhere.
+        """
+        spec = recipe.sources[name]
+        self._check_inside(recipe, name, root)
+        job = SourceJob(
+            identity="",
+            name=name,
+            entry=entry,
+            folder=recipe.path.parent if recipe.path else Path(),
+            file=spec.file,
+            sha256=spec.sha256,
+            size=spec.size,
+            urls=spec.urls,
+            locked=locked,
+            place=recipe.place("sources", name),
         )
+        if spec.sha256 is not None:
+            identity = f"sha256:{spec.sha256}"
+        elif isinstance(found := self._search(job), Found):
+            identity = f"file:{os.path.realpath(found.path)}"
+        else:
+            identity = "at:" + "\n".join([*spec.urls, str(job.folder / (spec.file or name))])
+        return replace(job, identity=identity)
 
-    def spec(self, name: str) -> Source:
-        """What the recipe says of a source."""
-        return self.recipe.sources[name]
+    def _check_inside(self, recipe: Recipe, name: str, root: Path | None) -> None:
+        """Raise RecipeError when a recipe's source lies elsewhere than in its folder and those of models."""
+        if recipe.path is None or self._outside:
+            return
+        spec, folder = recipe.sources[name], recipe.path.parent
+        allowed = (*self._folders, *([root.parent] if root is not None else []))
+        local = [("file", spec.file, spec.file)] if spec.file is not None else []
+        for url in spec.urls:
+            where = parse_address(url)
+            if isinstance(where, LocalFile):
+                local.append(("urls", url, where.path))
+        for key, said, path in local:
+            if (why := leads_out(folder, path, allowed)) is not None:
+                raise RecipeError(outside(said, why, recipe.place("sources", name, key, value=True)))
 
-    def locked(self, name: str) -> LockedSource | None:
-        """What the lock says of a source."""
-        return self.lock.sources.get(self.scope + name) if self.lock is not None else None
+    def file(self, path: Path) -> SourceJob:
+        """A file of this machine as a source: the one that a recipe means which names it without a pin.
 
-    def wanted(self, name: str) -> Source:
+        Raises SourceError when it cannot be there: who names a file means no namesake elsewhere.
+        """
+        if not os.path.exists(path):  # noqa: PTH110 - which raises nothing
+            FileBlob(path).close()  # which says why
+        known_as = f"file:{os.path.realpath(path)}"
+        job = SourceJob(known_as, path.name, "", path.parent, path.name, None, None, (), None, None)
+        with self._guard:  # it is this very file that is meant: what is wrong with it shows when it is opened
+            if job not in self._found:
+                self._found[job] = this_file(path, self.store)
+        return job
+
+    def wanted(self, job: SourceJob) -> SourceJob:
         """A source with the digest and the size that it must have, by the recipe or by the lock.
 
         A source without an address is a file of this machine, which may change; its lock follows.
         """
-        spec, locked = self.spec(name), self.locked(name)
-        if locked is None or spec.sha256 not in {locked.sha256, None}:
-            return spec
-        if spec.sha256 is None and not self.addresses(name):
-            return spec
-        return replace(spec, sha256=locked.sha256, size=spec.size or locked.size or None)
+        locked = job.locked
+        if locked is None or job.sha256 not in {locked.sha256, None}:
+            return job
+        if job.sha256 is None and not self.addresses(job):
+            return job
+        return replace(job, sha256=locked.sha256, size=job.size or locked.size or None)
 
-    def find(self, name: str) -> Found | None:
-        """The local file of a source, or None when it is nowhere on this machine."""
-        if name not in self._found:
-            folder = self.recipe.path.parent if self.recipe.path else Path()
-            try:
-                self._found[name] = find_source(
-                    self.wanted(name),
-                    folder=folder,
-                    model_folders=self._folders,
-                    store=self.store,
-                    hashing=self._download,
-                    reporter=self._reporter,
-                )
-            except FetchError as error:
-                self._found[name] = error
-        found = self._found[name]
-        return found if isinstance(found, Found) else None
+    def addresses(self, job: SourceJob) -> list[str]:
+        """Where a source can be had from: as the lock resolved it, then as the recipe says."""
+        resolved = [job.locked.resolved] if job.locked is not None and job.locked.resolved else []
+        return list(dict.fromkeys([*resolved, *job.urls]))
 
-    def missing(self, name: str) -> CkptError:
+    # -- finding
+
+    def find(self, job: SourceJob) -> Found | None:
+        """The local file of a source, or None when it is nowhere on this machine; nothing is hashed."""
+        with self._guard:
+            known = self._found.get(job)
+            if not isinstance(known, Found):
+                known = self._search(job)
+                self._found[job] = known
+            return known if isinstance(known, Found) else None
+
+    def _search(self, job: SourceJob) -> Found | FetchError:
+        where = (job.folder, job.file, job.sha256, job.size, job.urls, job.locked)
+        with self._guard:
+            if where not in self._found:
+                try:
+                    self._found[where] = find_source(
+                        self.wanted(job),
+                        folder=job.folder,
+                        model_folders=self._folders,
+                        store=self.store,
+                        refused=self._refused,
+                        environment=self._environment,
+                        reporter=self._reporter,
+                    )
+                except FetchError as error:
+                    self._found[where] = error
+            return self._found[where]
+
+    def missing(self, job: SourceJob) -> CkptError:
         """Why a source is nowhere to be found."""
-        self.find(name)
-        found = self._found[name]
+        found = self._search(job)
         assert isinstance(found, FetchError)
         return found
 
-    def addresses(self, name: str) -> list[str]:
-        """Where a source can be had from: as the lock resolved it, then as the recipe says."""
-        locked = self.locked(name)
-        resolved = [locked.resolved] if locked is not None and locked.resolved else []
-        return list(dict.fromkeys([*resolved, *self.spec(name).urls]))
-
-    def remote(self, name: str) -> bool:
+    def remote(self, job: SourceJob) -> bool:
         """Whether a source is not here, but may be had from somewhere."""
-        known = self.addresses(name) or self.spec(name).sha256 is not None
-        return self.find(name) is None and self._network is not None and bool(known)
+        known = self.addresses(job) or job.sha256 is not None
+        return self.find(job) is None and self._network is not None and bool(known)
 
-    def fetch(self, name: str) -> Found:
+    def sha256(self, job: SourceJob) -> str | None:
+        """The digest of a source as it is pinned, or as it is remembered of the file; None: unknown."""
+        found = self.find(job)
+        return job.sha256 or (found.sha256 if found is not None else self.wanted(job).sha256)
+
+    def size(self, job: SourceJob) -> int | None:
+        """The bytes of a source, as far as they are known."""
+        if (found := self.find(job)) is not None:
+            return found.size
+        opened = self._open.get(job)
+        return self.wanted(job).size or (opened.checkpoint.size if opened is not None else None)
+
+    def another(self, job: SourceJob) -> bool:
+        """Refuse the file that was found for a source; whether there is another that may be it."""
+        with self._guard:
+            found = self._found.pop(job, None)
+            if not isinstance(found, Found) or found.how == BESIDE:
+                return False
+            self._refused.add(found.path)
+            if (opened := self._open.pop(job, None)) is not None:
+                self._closed.append(opened)
+            self._found.clear()
+            return self.find(job) is not None or self.remote(job)
+
+    def refuse_others(self) -> bool:
+        """Read what was taken for pinned sources by name or size, and refuse a file that is another one.
+
+        Says whether one was refused.
+        """
+        with self._guard:
+            guessed = [
+                (job, found)
+                for job, found in self._found.items()
+                if isinstance(job, SourceJob) and isinstance(found, Found) and found.how != BESIDE
+            ]
+        for job, found in guessed:
+            pinned = self.wanted(job).sha256
+            if pinned is not None and self._is_other(found, pinned):
+                self.another(job)
+                return True
+        return False
+
+    def _is_other(self, found: Found, pin: str) -> bool:
+        if found.sha256 is not None:
+            return found.sha256 != pin
+        try:
+            digests = {str(f): self.store.sha256(f, self._reporter) for f in files_of(found.path)}
+        except SourceError:
+            return True
+        return set_digest(digests) != pin
+
+    # -- opening
+
+    def open(self, job: SourceJob) -> OpenSource:
+        """A source's table of contents and identity; raises CkptError when it cannot be had.
+
+        Of one that is not here, as its host shows it, where that can be.
+        """
+        with self._guard:
+            if job not in self._open:
+                found = self.find(job)
+                checkpoint = self._open_remote(job) if found is None else self._open_file(found.path)
+                try:
+                    self._open[job] = OpenSource(checkpoint, identify(checkpoint, self.catalog))
+                except BaseException:
+                    checkpoint.close()
+                    raise
+            return self._open[job]
+
+    def _open_file(self, path: Path) -> Checkpoint:
+        return open_checkpoint(path, self.catalog.layouts)
+
+    def drop(self, job: SourceJob) -> None:
+        """Close a source that is not needed after all."""
+        with self._guard:
+            if (opened := self._open.pop(job, None)) is not None:
+                opened.checkpoint.close()
+
+    def _open_remote(self, job: SourceJob) -> Checkpoint:
+        from builder.sources.net.remote import open_remote
+
+        if not self.remote(job):
+            raise self.missing(job)
+        refused: CkptError = self.missing(job)
+        wanted = self.wanted(job)
+        hosts = []
+        for address in self.addresses(job):
+            where = parse_address(address)
+            if not isinstance(where, LocalFile):
+                hosts.append(where)
+                continue
+            try:
+                return open_checkpoint(where.under(job.folder), self.catalog.layouts)
+            except CkptError as error:
+                refused = error
+        if not hosts:
+            raise refused
+        return open_remote(hosts, session=self.session(), size=wanted.size, sha256=wanted.sha256)
+
+    def is_open(self, job: SourceJob) -> bool:
+        """Whether a source's table of contents was read."""
+        return job in self._open
+
+    def seen(self, job: SourceJob) -> bool:
+        """Whether a source's contents can be seen from here; raises as `open` when nothing is known of it."""
+        return self.known_architecture(job) is None
+
+    def known_architecture(self, job: SourceJob) -> str | None:
+        """What a source is by its digest, when its contents cannot be seen; None when they can be.
+
+        That is enough to plan with, and too little to build. Raises as `open` when nothing is known.
+        """
+        if self.find(job) is not None:
+            return None
+        with self._guard:
+            if job not in self._unseen:
+                try:
+                    self.open(job)
+                    self._unseen[job] = None
+                except CkptError:
+                    file = self.catalog.known.file(self.wanted(job).sha256 or "")
+                    if file is None or file.architecture is None:
+                        raise
+                    self._unseen[job] = file.architecture
+            return self._unseen[job]
+
+    # -- fetching
+
+    def fetch(self, job: SourceJob) -> Found:
         """Download a source, or take it from a cache; raises FetchError, or SourceError for another file."""
         from builder.sources.net.acquire import fetch
 
-        if not self.remote(name):
-            raise self.missing(name)
-        wanted = self.wanted(name)
+        if not self.remote(job):
+            raise self.missing(job)
+        wanted = self.wanted(job)
         try:
             got = fetch(
-                self.addresses(name),
+                self.addresses(job),
                 sha256=wanted.sha256,
                 size=wanted.size,
                 store=self.store,
                 session=self.session(),
                 reporter=self._reporter,
-                base=self._folder,
-                name=name,
+                base=job.folder,
+                name=job.name,
             )
         except SourceError as error:
-            if self.spec(name).sha256 is not None:
+            if job.sha256 is not None:
                 raise
             hint = "the lock pins it: `ckpt lock --upgrade` takes it as it is now"
             raise SourceError(*(replace(p, hint=hint) for p in error.problems)) from None
         found = Found(got.path, got.sha256, got.size, got.address or "a cache")
-        self.provide(name, found)
+        self._provide(job, found)
         if got.address is not None and not got.address.startswith("file:"):
-            self.resolved[name] = got.address
+            self.resolved[job.entry] = got.address
         return found
 
+    def _provide(self, job: SourceJob, found: Found) -> None:
+        """Say where a source is now, after it was fetched: from now on it is read from there.
+
+        Raises SourceError when it holds something else than was planned with.
+        """
+        with self._guard:
+            before = self._open.pop(job, None)
+            self._unseen.pop(job, None)
+            self._found[job] = found
+            if before is not None:
+                self._closed.append(before)
+                with open_checkpoint(found.path, self.catalog.layouts) as now:
+                    then = before.checkpoint
+                    if (_contents(now), now.metadata) != (_contents(then), then.metadata):
+                        raise SourceError(
+                            Problem(f"`{job.name}` is not what its host showed at first", hint="build again")
+                        )
+
     def session(self) -> Session:
-        """The network, opened when it is first used."""
+        """The network, opened when it is first used; a stop of its own ends what these sources fetch."""
         assert self._network is not None
-        self._session = self._network()
-        return self._session
+        with self._guard:
+            if self._session is None:
+                self._session = self._network().anew()
+            return self._session
 
     def stop(self) -> None:
         """Break off whatever is being fetched."""
         if self._session is not None:
             self._session.stop()
 
-    @property
-    def _folder(self) -> Path | None:
-        return self.recipe.path.parent if self.recipe.path else None
+    # -- hashing
 
-    def provide(self, name: str, found: Found) -> None:
-        """Say where a source is now, after it was fetched: from now on it is read from there.
-
-        Raises SourceError when it holds something else than was planned with.
-        """
-        if self.find(name) is None and name in self._open:
-            with (
-                open_checkpoint(found.path, self.catalog.layouts) as now,
-                self._open.pop(name).checkpoint as before,
-            ):
-                if (_contents(now), now.metadata) != (_contents(before), before.metadata):
-                    raise SourceError(
-                        Problem(f"`{name}` is not what its host showed at first", hint="build again")
-                    )
-        self._found[name] = found
-
-    def sha256(self, name: str) -> str | None:
-        """The digest of a source, pinned by the recipe or remembered; None: it is to be computed."""
-        found = self.find(name)
-        return self.spec(name).sha256 or (found.sha256 if found is not None else self.wanted(name).sha256)
-
-    def size(self, name: str) -> int | None:
-        """The bytes of a source, as far as they are known."""
-        if (found := self.find(name)) is not None:
-            return found.size
-        opened = self._open.get(name)
-        return self.wanted(name).size or (opened.checkpoint.size if opened is not None else None)
-
-    def open(self, name: str) -> OpenSource:
-        """A source's table of contents and identity; raises CkptError when it cannot be had."""
-        if name not in self._open:
-            found = self.find(name)
-            checkpoint = (
-                open_checkpoint(found.path, self.catalog.layouts)
-                if found is not None
-                else self._open_remote(name)
-            )
-            self._open[name] = OpenSource(checkpoint, identify(checkpoint, self.catalog))
-        return self._open[name]
-
-    def _open_remote(self, name: str) -> Checkpoint:
-        """The table of contents of a safetensors file on its host; else the whole file, if that may be.
-
-        The whole file is what a build wants at once, unless it may be content with parts.
-        """
-        if not self.remote(name):
-            raise self.missing(name)
-        refused: CkptError = self.missing(name)
-        for address in self.addresses(name) if self._parts or not self._download else ():
-            try:
-                return self._read_remote(name, address)
-            except CkptError as error:
-                refused = error
-        if self._download:
-            return open_checkpoint(self.fetch(name).path, self.catalog.layouts)
-        raise refused
-
-    def _read_remote(self, name: str, address: str) -> Checkpoint:
-        from builder.base.addresses import LocalFile, parse_address
-        from builder.sources.net.remote import open_remote
-
-        where = parse_address(address)
-        if isinstance(where, LocalFile):
-            return open_checkpoint(where.under(self._folder), self.catalog.layouts)
-        checkpoint = open_remote(where, session=self.session())
-        size = self.wanted(name).size
-        if size is not None and checkpoint.size != size:
-            checkpoint.close()
-            evidence = f"{address}: {checkpoint.size:,} bytes, {size:,} are pinned"
-            raise SourceError(Problem(f"`{name}` is not what was pinned", evidence=(evidence,)))
-        return checkpoint
-
-    def metadata(self, name: str) -> Mapping[str, str]:
-        """A source's own metadata; raises as `open`."""
-        return self.open(name).checkpoint.metadata
-
-    def known_architecture(self, name: str) -> str | None:
-        """What a source is by its digest, when its contents cannot be seen; None when they can be.
-
-        That is enough to plan with, and too little to build. Raises as `open` when nothing is known.
-        """
-        if self._download or self.find(name) is not None:
+    def remembered(self, job: SourceJob) -> str | None:
+        """The digest of a source's opened files, if it is remembered of just those; else None."""
+        opened = self.open(job)
+        known = {b.name: self.store.remembered_sha256(b.stat) for b in opened.files}
+        if None in known.values() or len(known) < len(opened.checkpoint.blobs):
             return None
-        if name not in self._unseen:
-            try:
-                self.open(name)
-                self._unseen[name] = None
-            except CkptError:
-                file = self.catalog.known.file(self.wanted(name).sha256 or "")
-                if file is None or file.architecture is None:
-                    raise
-                self._unseen[name] = file.architecture
-        return self._unseen[name]
+        return set_digest({name: str(sha256) for name, sha256 in known.items()})
 
-    def opened_remotely(self, name: str) -> bool:
-        """Whether a source was planned with as its host shows it, and is still elsewhere."""
-        return name in self._open and self.remote(name)
+    def hash(self, job: SourceJob, stop: threading.Event | None = None) -> Found:
+        """The digest of a source, of the very files that its tensors are read from; remembered by them.
 
-    def unchanged(self, name: str) -> bool:
-        """Whether the files that were opened of a source lie where they lay, as they were then."""
-        opened = self._open.get(name)
-        return (
-            opened is None
-            or self.find(name) is None
-            or all(_in_place(b) for b in opened.checkpoint.blobs if isinstance(b, FileBlob))
-        )
+        Raises SourceError when it is not what was pinned or changes meanwhile, and as `open`.
+        """
+        found = self.find(job)
+        if found is None:
+            raise self.missing(job)
+        digests: dict[str, str] = {}
+        for blob in self.open(job).files:
+            known = self.store.remembered_sha256(blob.stat)
+            if known is None:
+                seen = self.store.memory.settle(blob.stat, stop)
+                known = sha256_blob(blob, stop=stop, reporter=self._reporter)
+                self.store.memory.remember(blob.stat, known, seen)
+            digests[blob.name] = known
+        seen_now = replace(found, sha256=set_digest(digests))
+        self.check(job, seen_now)
+        with self._guard:
+            self._found[job] = seen_now
+        return seen_now
 
-    def pinned_by_lock(self, name: str) -> bool:
-        """Whether the lock says which file this was when it was last built."""
-        return self.locked(name) is not None
+    def check(self, job: SourceJob, found: Found) -> None:
+        """Raise SourceError when a source is not what was pinned."""
+        pinned = self.wanted(job).sha256
+        if pinned is not None and found.sha256 != pinned:
+            known = self.catalog.known
+            said = (_known_as(s, known) for s in (pinned, str(found.sha256)))
+            raise NotPinned(job, not_pinned(found.path, *said))
 
-    def close(self) -> None:
-        """Close every file."""
-        for opened in self._open.values():
-            opened.checkpoint.close()
-        self._open.clear()
+    def check_unchanged(self, job: SourceJob) -> None:
+        """Raise SourceError when a file of a source changed since it was opened."""
+        for blob in self.open(job).files:
+            if not blob.unchanged():
+                raise SourceError(
+                    Problem(
+                        f"the source `{job.name}` changed while it was read",
+                        Place(blob.name),
+                        hint="wait until it is whole, and build again",
+                    )
+                )
 
 
-def _contents(checkpoint: Checkpoint) -> dict[str, tuple[DType, tuple[int, ...]]]:
-    return {name: (tensor.dtype, tensor.shape) for name, tensor in checkpoint.items()}
+class NotPinned(SourceError):
+    """A file that was found for a source is another one."""
+
+    def __init__(self, job: SourceJob, problem: Problem) -> None:
+        super().__init__(problem)
+        self.job = job
 
 
-def _in_place(blob: FileBlob) -> bool:
+@contextmanager
+def stoppable(stop: threading.Event) -> Iterator[None]:
+    """Tell a download that was broken off from one that failed."""
     try:
-        now = Path(blob.name).stat()
-    except OSError:
-        return False
-    then = blob.stat
-    return os.path.samestat(now, then) and (now.st_size, now.st_mtime_ns, now.st_ctime_ns) == (
-        then.st_size,
-        then.st_mtime_ns,
-        then.st_ctime_ns,
-    )
+        yield
+    except FetchError:
+        if stop.is_set():
+            raise Cancelled from None
+        raise
+
+
+def _known_as(sha256: str, known: Known) -> str:
+    file = known.file(sha256)
+    return f"{sha256} (`{file.name}`)" if file is not None else sha256
+
+
+def _contents(checkpoint: Checkpoint) -> Mapping[str, object]:
+    return {name: (tensor.dtype, tensor.shape) for name, tensor in checkpoint.items()}

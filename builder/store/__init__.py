@@ -1,4 +1,4 @@
-"""The content-addressed store of made components, remembered digests and finished downloads."""
+"""The content-addressed store: what actions made and where it lies, remembered digests, downloads."""
 
 from __future__ import annotations
 
@@ -11,33 +11,36 @@ import tempfile
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
-from builder.base.errors import OutputError, Place, Problem
+from builder.base.disk import scratch_folder, sweep
+from builder.base.errors import CkptError, OutputError, Place, Problem, SourceError
 from builder.base.progress import SILENT, Reporter
-from builder.base.staging import staging, sweep
-from builder.formats.checkpoint import Checkpoint
+from builder.formats.blob import FileBlob
+from builder.formats.safetensors import read_header
 from builder.formats.write_safetensors import write
 from builder.store.entries import (
-    CLASS,
-    COMPONENT,
-    SHA256,
-    TENSOR_SHA256,
-    TENSOR_XXH3,
+    PLACES,
+    At,
     DamagedEntry,
     Entry,
-    damage,
-    open_entry,
-    stored_size,
+    Stored,
+    entry_from_record,
+    identity,
+    is_at,
+    open_at,
+    stored_in,
 )
 from builder.store.memory import DigestMemory
 from builder.store.records import (
     READ_ONLY,
     Made,
     default_root,
+    is_digest,
     made_from_record,
     made_to_record,
     read_record,
@@ -46,25 +49,42 @@ from builder.store.records import (
 from builder.tensors.digests import Row, component_digest
 from builder.tensors.lazy import LazyTensor
 
+Warn = Callable[[Problem], object]
+
 __all__ = ["DamagedEntry", "Made", "Store", "default_root"]
 
 
 class Store:
-    """Made components by content, what each action made, digests of files, and downloads.
+    """Components by content and where their bytes lie, what each action made, digests of files, downloads.
 
-    Nothing is created before the first write. Several processes may use one store at the same time:
-    every file appears whole, under a name that its content gives, and is checked when it is read. A store
-    that cannot be written to is read, and what it lacks goes to a temporary one that `close` deletes.
-    `downloads` is the folder of another store's downloads, to be shared.
+    A component is a table of digests, and places: in a file that was built, or in a blob of the store's
+    own, which only what is costly gets. Nothing is created before the first write. Several processes may
+    use one store at the same time: every file appears whole, and is checked when it is read. A store that
+    cannot be written to is read, and what it lacks goes to a temporary one that `close` deletes.
+    `downloads` is the folder of another store's downloads, to be shared. `keep_all` has a blob made of
+    every component, as for the cache of a CI. Without `trust_times`, files are hashed each time.
+
+    What lies in a folder that others may write to is not believed: only what proves itself is read from
+    there, which is components and downloads, by their digests, and not what actions made, nor digests of
+    files.
     """
 
     def __init__(
-        self, root: Path | None = None, *, downloads: Path | None = None, reporter: Reporter = SILENT
+        self,
+        root: Path | None = None,
+        *,
+        downloads: Path | None = None,
+        keep_all: bool = False,
+        trust_times: bool = True,
+        reporter: Reporter = SILENT,
     ) -> None:
         self.root = root if root is not None else default_root()
         self._downloads = downloads if downloads is not None else self.root / "downloads"
+        self.keep_all = keep_all
         self.reporter = reporter
-        self.memory = DigestMemory(self.root / "files")
+        self.trusted = _is_ours(self.root, self.reporter)
+        self.memory = DigestMemory(self.root / "files", trust_times and self.trusted)
+        self.grown = 0  # bytes of blobs and downloads that this process has put here
         self._distrusted: set[Path] = set()
         self._overlay: Store | None = None
         self._writable: bool | None = None
@@ -85,22 +105,19 @@ class Store:
     # What actions made.
 
     def lookup(self, action: str) -> Made | None:
-        """What the action of this key made, if its component is still there; reads no tensors.
+        """What the action of this key made, whether or not its bytes are still anywhere.
 
-        Counts as a use of the component.
+        Counts as a use, of the component too.
         """
         if self._overlay is not None and (made := self._overlay.lookup(action)) is not None:
             return made
         path = self.action_path(action)
-        record = read_record(path)
+        record = read_record(path) if self.trusted else None
         made = made_from_record(record) if record is not None else None
-        if made is None:
-            return None
-        component = self.component_path(made.digest.xxh3)
-        if component in self._distrusted or not stored_size(component, made.bytes):
-            return None
-        with contextlib.suppress(OSError):
-            os.utime(path)  # the component's own times stay, as readers take them for a change
+        if made is not None:
+            for used in (path, self.entry_path(made.digest)):
+                with contextlib.suppress(OSError):
+                    os.utime(used)
         return made
 
     def record(self, action: str, made: Made) -> None:
@@ -110,112 +127,125 @@ class Store:
                 write_record(self.action_path(action), made_to_record(made))
             except OSError as error:
                 raise self._unwritable(error) from None
+            except OutputError as error:
+                raise self._full(error.problems[0].evidence) from None
 
     # Components.
 
-    def open(self, made: Made | str, *, verify: bool = True) -> Checkpoint | None:
-        """A stored component, by what was made or its XXH3; None when it is missing or damaged.
+    def entry(self, digest: str) -> Entry | None:
+        """What is known of a component, without reading any of it; None when nothing is."""
+        if self._overlay is not None and (entry := self._overlay.entry(digest)) is not None:
+            return entry
+        record = read_record(self.entry_path(digest)) if is_digest(digest) else None
+        return entry_from_record(digest, record) if record is not None else None
 
-        With `verify` every tensor is read and its XXH3 compared now. Without, each tensor compares its
-        own as it is read from first to last, and raises DamagedEntry: hand that to `set_aside` and make
-        the component again. A damaged entry is set aside, with a warning.
+    def open(self, digest: str, warn: Warn | None = None) -> Stored | None:
+        """A component where it lies now, each tensor verified as it is read; None: it is nowhere.
+
+        Hand the DamagedEntry that reading may raise to `set_aside`, and make the component again.
         """
-        digest = made if isinstance(made, str) else made.digest.xxh3
-        entry = self._entry(digest)
+        entry = self.entry(digest)
         if entry is None:
             return None
-        if verify and (damaged := damage(entry, sha256=False)) is not None:
-            entry.blob.close()
-            self.set_aside(damaged)
-            return None
-        return Checkpoint(entry.component, "safetensors", entry.blob.size, entry.tensors, blobs=(entry.blob,))
+        if (stored := self._open_blob(entry, warn)) is not None:
+            return stored
+        places = (p for p in entry.places if Path(p.path) not in self._distrusted)
+        return next((s for at in places if (s := open_at(entry, at)) is not None), None)
 
-    def rows(self, made: Made | str) -> Mapping[str, Row] | None:
-        """The digest of each tensor of a stored component, without reading any; None as for `open`."""
-        entry = self._entry(made if isinstance(made, str) else made.digest.xxh3)
-        if entry is None:
-            return None
-        entry.blob.close()
-        return entry.rows
+    def holds(self, digest: str) -> bool:
+        """Whether a component may lie somewhere, going by names and identities of files alone."""
+        if (entry := self.entry(digest)) is None:
+            return False
+        return self._blob_of(digest) is not None or any(map(is_at, entry.places))
+
+    def place(self, entry: Entry, at: At | None = None) -> None:
+        """Remember a component and, with `at`, where its bytes lie; where that cannot be, do nothing."""
+        if not self._can_write():
+            return
+        known = self.entry(entry.digest)
+        places = known.places if known is not None else ()
+        if at is not None:
+            places = (at, *(p for p in places if p.path != at.path))
+            self._distrusted.discard(Path(at.path))
+        places = tuple(p for p in places if is_at(p))[:PLACES]
+        if known is not None and known.places == places:
+            return
+        with contextlib.suppress(OSError, OutputError):
+            write_record(self.entry_path(entry.digest), replace(entry, places=places).record())
 
     def put(
         self,
-        action: str | None,
         component: str,
         cls: str,
         tensors: Mapping[str, LazyTensor],
         *,
+        source: str = "",
         threads: int = 1,
         reporter: Reporter | None = None,
         task: str = "",
+        stop: threading.Event | None = None,
         inputs: Iterable[os.stat_result | Path] = (),
         check: Callable[[], object] = lambda: None,
     ) -> Made:
-        """Make a component by reading `tensors`, under bare names, and keep it as what `action` made.
+        """Make a component by reading `tensors`, under bare names, and keep its bytes in a blob.
 
-        Without an action it is stored by its content alone; `record` can say later what made it.
-        `check` is called when all has been read and before it is kept, and may raise.
-        Of two processes that put the same component both succeed. Raises what reading raises, and
-        OutputError when there is no room. Nothing is flushed to the disk: a power cut may damage the
-        entry, which its next use notices.
+        `check` is called when all has been read and before it is kept, and may raise. Of two processes
+        that put the same component both succeed. Raises what reading raises, and OutputError when there is
+        no room. Nothing is flushed to the disk: a power cut may damage the blob, which its next use notices.
         """
         place = self._place()
-        blanks = {
-            SHA256: "0" * 64,
-            TENSOR_XXH3: "0" * 32 * len(tensors),
-            TENSOR_SHA256: "0" * 64 * len(tensors),
-        }
         try:
-            with staging(place.root / "tmp") as folder:
+            with scratch_folder(place.root / "tmp") as folder:
                 staged = folder / "component.safetensors"
                 written = write(
                     staged,
                     tensors,
-                    {COMPONENT: component, CLASS: cls, **blanks},
-                    tensor_digests=True,
-                    file_digest=False,
+                    digests=True,
+                    sha256=False,
                     durable=False,
                     threads=threads,
                     inputs=inputs,
                     reporter=reporter or self.reporter,
                     task=task,
-                    accept=lambda _: check(),
+                    stop=stop,
                 )
-                rows = {
-                    n: Row(tensors[n].dtype, tensors[n].shape, written.tensors[n]) for n in sorted(tensors)
-                }
-                digest = component_digest(rows)
-                values = {
-                    SHA256: str(digest.sha256),
-                    TENSOR_XXH3: "".join(r.digest.xxh3 for r in rows.values()),
-                    TENSOR_SHA256: "".join(str(r.digest.sha256) for r in rows.values()),
-                }
-                _fill(staged, blanks, values)
+                check()
+                rows = {n: Row(t.dtype, t.shape, written.digests[n]) for n, t in tensors.items()}
+                entry = Entry(component_digest(rows), component, cls, source, rows)
                 staged.chmod(0o444)
-                path = place.component_path(digest.xxh3)
+                path = place.blob_path(entry.digest)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 # Also in place of one that is there already: should that be damaged, this heals it.
                 staged.replace(path)
+                known = place.entry(entry.digest)
+                places = known.places if known is not None else ()
+                write_record(place.entry_path(entry.digest), replace(entry, places=places).record())
         except OSError as error:
             raise self._unwritable(error) from None
         self._distrusted.discard(path)
-        made = Made(component, cls, digest, len(tensors), sum(t.nbytes for t in tensors.values()))
-        if action is not None:
-            place.record(action, made)
-        return made
+        if place is self:
+            self.grown += written.size
+        return Made(component, cls, entry.digest, len(tensors), entry.nbytes)
 
-    def gone(self, made: Made) -> DamagedEntry:
-        """That a component is no longer there."""
-        digest = made.digest.xxh3
-        return DamagedEntry(self.component_path(digest), digest, "it is no longer in the store")
+    def set_aside(self, damaged: DamagedEntry, warn: Warn | None = None) -> None:
+        """Take a place whose bytes are not what they were out of use, and say so; a blob is moved away.
 
-    def set_aside(self, damaged: DamagedEntry) -> None:
-        """Take a damaged entry out of use, unless another process has put a new one in its place."""
-        self.reporter.warn(damaged.problems[0])
-        path = damaged.path
-        with contextlib.suppress(FileNotFoundError):
-            if damaged.seen is None or os.path.samestat(path.stat(), damaged.seen):
-                self.quarantine(path)
+        What somebody has put there since stays.
+        """
+        (warn or self.reporter.warn)(damaged.problems[0])
+        if not damaged.is_there():
+            return
+        path = Path(damaged.path)
+        self._distrusted.add(path)
+        for store in (self, self._overlay):
+            if store is None:
+                continue
+            if path == store.blob_path(damaged.digest):
+                store.quarantine(path)
+            elif (entry := store.entry(damaged.digest)) is not None:
+                places = tuple(p for p in entry.places if p.path != damaged.path)
+                with contextlib.suppress(OSError, OutputError):
+                    write_record(store.entry_path(entry.digest), replace(entry, places=places).record())
 
     def quarantine(self, path: Path) -> None:
         """Move a file out of use; where that cannot be, it is not used by this process."""
@@ -233,7 +263,7 @@ class Store:
     def recall(self, kind: str, key: str) -> dict[str, Any] | None:
         """The fact kept under `kind` and `key` (hex), or None; it may have been forgotten at any time."""
         path = self._fact_path(kind, key)
-        fact = read_record(path)
+        fact = read_record(path) if self.trusted else None
         if fact is not None:
             with contextlib.suppress(OSError):
                 os.utime(path)  # a use, which keeps it from being forgotten
@@ -280,18 +310,25 @@ class Store:
             os.fsync(file.fileno())  # a power cut may leave a file's times, and take what was not flushed
         partial.chmod(0o444)
         partial.replace(path)
-        self.memory.remember(path.stat(), sha256, seen=None)
+        stat = path.stat()
+        self.memory.remember(stat, sha256, seen=None)
+        if path.parent == self._downloads:
+            self.grown += stat.st_size
         return path
 
-    # Places.
+    # Where things lie.
 
     def scratch(self) -> contextlib.AbstractContextManager[Path]:
         """A new folder for what is in the making, gone at the end; the next user removes a dead one's."""
-        return staging(self._place().root / "tmp")
+        return scratch_folder(self._place().root / "tmp")
 
-    def component_path(self, digest: str) -> Path:
-        """Where the component of this XXH3 lies, if it is stored."""
-        return self.root / "components" / digest[:2] / f"{digest}.safetensors"
+    def entry_path(self, digest: str) -> Path:
+        """Where what is known of the component of this digest lies."""
+        return self.root / "components" / digest[:2] / f"{digest}.json"
+
+    def blob_path(self, digest: str) -> Path:
+        """Where the component of this digest lies, if the store keeps its bytes."""
+        return self.root / "blobs" / digest[:2] / f"{digest}.safetensors"
 
     def action_path(self, action: str) -> Path:
         """Where the record of this action lies, if there is one."""
@@ -300,25 +337,41 @@ class Store:
     def _fact_path(self, kind: str, key: str) -> Path:
         return self.root / "facts" / kind / key[:2] / f"{key}.json"
 
-    def _entry(self, digest: str) -> Entry | None:
-        if self._overlay is not None and (entry := self._overlay._entry(digest)) is not None:
-            return entry
-        path = self.component_path(digest)
-        if path in self._distrusted:
+    def _blob_of(self, digest: str) -> Path | None:
+        path = self.blob_path(digest)
+        return path if path not in self._distrusted and path.exists() else None
+
+    def _open_blob(self, entry: Entry, warn: Warn | None) -> Stored | None:
+        """The component from the store's own blob, which may have been moved or restored: bytes decide."""
+        stores = [s for s in (self._overlay, self) if s is not None]
+        path = next((p for s in stores if (p := s._blob_of(entry.digest)) is not None), None)
+        if path is None:
             return None
+        blob = None
         try:
-            return open_entry(path, digest)
-        except FileNotFoundError:
-            return None
-        except DamagedEntry as damaged:
-            self.set_aside(damaged)
+            blob = FileBlob(path)
+            header = read_header(blob)
+            held = {n: (t.dtype, t.shape) for n, t in header.tensors.items()}
+            if held != {n: (r.dtype, r.shape) for n, r in entry.rows.items()}:
+                raise SourceError(Problem("its table of contents is not the one stored"))
+            # Of the very file that was opened: another process may put its own there at any moment.
+            return stored_in(
+                entry, blob, [header.data_offset + header.tensors[n].start for n in sorted(held)]
+            )
+        except CkptError as error:
+            file = None
+            if blob is not None:
+                file = identity(blob.stat)
+                blob.close()
+            if path.exists():
+                self.set_aside(DamagedEntry(entry.digest, str(path), error.problems[0].fact, file), warn)
             return None
 
     def _can_write(self) -> bool:
         with self._lock:
             if self._writable is None:
                 try:
-                    with staging(self.root / "tmp"):
+                    with scratch_folder(self.root / "tmp"):
                         self._writable = True
                 except OSError as error:
                     if error.errno not in READ_ONLY:
@@ -347,21 +400,27 @@ class Store:
             return self._overlay
 
     def _unwritable(self, error: OSError) -> OutputError:
-        full = error.errno in {errno.ENOSPC, errno.EDQUOT}
+        return self._full((str(error.strerror),), error.errno in {errno.ENOSPC, errno.EDQUOT})
+
+    def _full(self, evidence: tuple[str, ...], full: bool = True) -> OutputError:
         room = "`ckpt store gc --max-size SIZE` makes room; " if full else ""
         hint = f"{room}`CKPT_STORE` chooses another folder"
-        fact = "cannot write to the store"
-        return OutputError(Problem(fact, Place(str(self.root)), (str(error.strerror),), hint))
+        return OutputError(Problem("cannot write to the store", Place(str(self.root)), evidence, hint))
 
 
-def _fill(path: Path, blanks: Mapping[str, str], values: Mapping[str, str]) -> None:
-    """Put values into a written header in the place of blanks of the same length."""
-    with path.open("r+b") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = file.read(length)
-        for key, value in values.items():
-            # A quote inside of a name is escaped, so that no name looks like this.
-            header = header.replace(f'"{key}":"{blanks[key]}"'.encode(), f'"{key}":"{value}"'.encode())
-        assert len(header) == length
-        file.seek(8)
-        file.write(header)
+def _is_ours(root: Path, reporter: Reporter) -> bool:
+    """Whether nobody but the user may write to a store; others are warned of."""
+    try:
+        stat = root.stat()
+    except OSError:
+        return True  # there is nothing to be believed yet
+    if not hasattr(os, "geteuid") or (stat.st_uid in {os.geteuid(), 0} and not stat.st_mode & 0o002):
+        return True
+    reporter.warn(
+        Problem(
+            "others may write to the store: what it remembers is not believed",
+            Place(str(root)),
+            hint=f"`chmod o-w {root}`, or set `CKPT_STORE` to a folder of yours",
+        )
+    )
+    return False

@@ -1,44 +1,117 @@
-"""Stored components: what their files say of themselves, and reading them without trusting them."""
+"""Known components: a table of digests, and the places where their bytes lie, which are never trusted."""
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-import xxhash
+from blake3 import blake3
 
 from builder.base.errors import Place, Problem, SourceError
-from builder.base.progress import SILENT, Reporter
 from builder.formats.blob import BlobTensor, FileBlob
-from builder.formats.safetensors import read_header
-from builder.tensors.digests import Digest, Row, component_digest, tensor_digest
-from builder.tensors.lazy import WINDOW, DType, LazyTensor
+from builder.tensors.digests import Row, component_digest
+from builder.tensors.lazy import BY_CODE, WINDOW, LazyTensor
 
-# Keys of an entry's metadata. The digests of its tensors stand there one after the other, in the order
-# of the sorted names: the file's name is the digest over them, so the table of contents checks itself.
-COMPONENT, CLASS, SHA256 = "ckpt.component", "ckpt.class", "ckpt.sha256"
-TENSOR_XXH3, TENSOR_SHA256 = "ckpt.tensor_xxh3", "ckpt.tensor_sha256"
+PLACES = 4  # that are remembered of a component: the newest
+
+
+@dataclass(frozen=True)
+class At:
+    """Where a component's bytes lay when they were seen: in which file, as it was, and from which byte on.
+
+    `file` is the file's identity as `identity` gives it; `offsets` follow the names in their order.
+    """
+
+    path: str
+    file: tuple[int, ...]
+    offsets: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A component that was made: its name and class, its tensors, and where its bytes may lie.
+
+    `source` says in words what it was made of, such as a file's name.
+    """
+
+    digest: str
+    component: str
+    cls: str
+    source: str
+    rows: Mapping[str, Row]
+    places: tuple[At, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(_nbytes(r) for r in self.rows.values())
+
+    def record(self) -> dict[str, Any]:
+        """The entry as a record holds it."""
+        return {
+            "component": self.component,
+            "class": self.cls,
+            "source": self.source,
+            "tensors": [[n, r.dtype.code, list(r.shape), r.digest] for n, r in sorted(self.rows.items())],
+            "places": [[p.path, list(p.file), list(p.offsets)] for p in self.places],
+        }
+
+
+def entry_from_record(digest: str, record: Mapping[str, Any]) -> Entry | None:
+    """The entry of a record; None unless its table is the one that the digest is of."""
+    try:
+        rows = {
+            str(name): Row(BY_CODE[code], tuple(map(int, shape)), str(sha))
+            for name, code, shape, sha in record["tensors"]
+        }
+        places = tuple(
+            At(str(path), tuple(map(int, file)), tuple(map(int, offsets)))
+            for path, file, offsets in record["places"]
+            if len(offsets) == len(rows)
+        )
+        if component_digest(rows) != digest:
+            return None
+        component, cls, source = (str(record[key]) for key in ("component", "class", "source"))
+        return Entry(digest, component, cls, source, rows, places)
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def identity(stat: os.stat_result) -> tuple[int, ...]:
+    """What tells a file, as it is now, from any other and from itself changed."""
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
 class DamagedEntry(SourceError):
-    """A stored component is not what was stored; give it to `Store.set_aside` and make it again."""
+    """Bytes are not those of the component that lay there; `Store.set_aside` takes the place out of use.
 
-    def __init__(self, path: Path, digest: str, evidence: str, seen: os.stat_result | None = None) -> None:
+    `file` is the identity of the file that was read, None where it could not be opened.
+    """
+
+    def __init__(self, digest: str, path: str, evidence: str, file: tuple[int, ...] | None = None) -> None:
         super().__init__(
             Problem(
                 f"the stored component `{digest[:12]}` is damaged",
-                Place(str(path)),
+                Place(path),
                 (evidence,),
                 "building again makes it anew",
             )
         )
-        self.path = path
         self.digest = digest
-        self.seen = seen
+        self.path = path
+        self.file = file
+
+    def is_there(self) -> bool:
+        """Whether the damaged file is still the one at its path: another may have been put there since."""
+        try:
+            now = identity(Path(self.path).stat())
+        except OSError:
+            return True
+        return self.file is None or now[:2] == self.file[:2]
 
 
 class VerifiedTensor(LazyTensor):
@@ -49,29 +122,15 @@ class VerifiedTensor(LazyTensor):
     the whole tensor read once more. Raises DamagedEntry when the bytes are not those stored.
     """
 
-    __slots__ = (
-        "_entry",
-        "_hasher",
-        "_next",
-        "_path",
-        "_reading",
-        "_seen",
-        "_tensor",
-        "_turn",
-        "_verified",
-        "digest",
-        "name",
-    )
+    __slots__ = ("_hasher", "_next", "_reading", "_tensor", "_turn", "_verified", "digest", "entry", "name")
 
-    def __init__(
-        self, name: str, tensor: LazyTensor, digest: Digest, path: Path, entry: str, seen: os.stat_result
-    ) -> None:
+    def __init__(self, name: str, tensor: BlobTensor, digest: str, entry: str) -> None:
         super().__init__(tensor.dtype, tensor.shape)
         self.name = name
         self.digest = digest
-        self._path, self._entry, self._seen = path, entry, seen
+        self.entry = entry
         self._tensor = tensor
-        self._hasher = xxhash.xxh3_128()
+        self._hasher = blake3()
         self._next = 0  # up to where bytes were digested
         self._reading = 0  # threads whose bytes are on the way
         self._verified = False
@@ -80,17 +139,17 @@ class VerifiedTensor(LazyTensor):
     @property
     def unchecked(self) -> LazyTensor:
         """The same without digests, for a reader that compares its own; what cannot be read is damage."""
-        return _Unchecked(self.dtype, self.shape, self._read)
+        return _Unchecked(self)
 
     def read_into(self, start: int, out: memoryview) -> None:
         """Read, and digest when all before was."""
         if self._verified:
-            self._read(start, out)
+            self.read(start, out)
             return
         with self._turn:
             self._reading += 1
         try:
-            self._read(start, out)
+            self.read(start, out)
         except BaseException:
             with self._turn:
                 self._reading -= 1
@@ -115,12 +174,12 @@ class VerifiedTensor(LazyTensor):
 
     def windows(self, size: int = WINDOW) -> Iterator[memoryview]:
         """The bytes in pieces; the last comes only when all are right."""
-        hasher, done = xxhash.xxh3_128(), 0
+        hasher, done = blake3(), 0
         total = self.nbytes
         buffer = memoryview(bytearray(min(size, total)))
         while done < total:
             piece = buffer[: min(size, total - done)]
-            self._read(done, piece)
+            self.read(done, piece)
             hasher.update(piece)
             done += len(piece)
             if done == total:
@@ -129,134 +188,86 @@ class VerifiedTensor(LazyTensor):
 
     def damaged(self, evidence: str) -> DamagedEntry:
         """That the entry is not what was stored."""
-        return DamagedEntry(self._path, self._entry, evidence, self._seen)
+        blob = self._tensor.blob
+        file = identity(blob.stat) if isinstance(blob, FileBlob) else None
+        return DamagedEntry(self.entry, blob.name, evidence, file)
 
-    def _check(self, found: str) -> None:
-        if found != self.digest.xxh3:
-            raise self.damaged(f"the XXH3 of tensor `{self.name}` is {found}, {self.digest.xxh3} was stored")
-        self._verified = True
-
-    def _read(self, start: int, out: memoryview) -> None:
+    def read(self, start: int, out: memoryview) -> None:
+        """Read without digesting; raises DamagedEntry when that fails."""
         try:
             self._tensor.read_into(start, out)
         except SourceError as error:
             raise self.damaged("; ".join(p.fact for p in error.problems)) from None
 
+    def _check(self, found: str) -> None:
+        if found != self.digest:
+            raise self.damaged(
+                f"the BLAKE3 of tensor `{self.name}` is {found[:12]}…, {self.digest[:12]}… was stored"
+            )
+        self._verified = True
+
 
 class _Unchecked(LazyTensor):
-    __slots__ = ("_read",)
+    __slots__ = ("_tensor",)
 
-    def __init__(self, dtype: DType, shape: tuple[int, ...], read: Callable[[int, memoryview], None]) -> None:
-        super().__init__(dtype, shape)
-        self._read = read
+    def __init__(self, tensor: VerifiedTensor) -> None:
+        super().__init__(tensor.dtype, tensor.shape)
+        self._tensor = tensor
 
     def read_into(self, start: int, out: memoryview) -> None:
         """Read, and raise DamagedEntry when that fails."""
-        self._read(start, out)
+        self._tensor.read(start, out)
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A stored component's table of contents, in agreement with the file's name and size."""
+class Stored:
+    """A component at one of its places, opened: tensors under bare names, each verified as it is read."""
 
-    path: Path
-    component: str
-    cls: str
-    digest: Digest
-    rows: Mapping[str, Row]
-    tensors: dict[str, LazyTensor]
+    entry: Entry
     blob: FileBlob
+    tensors: Mapping[str, VerifiedTensor] = field(default_factory=dict)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors, without the header."""
-        return sum(t.nbytes for t in self.tensors.values())
+    def close(self) -> None:
+        """Close the file."""
+        self.blob.close()
 
 
-def open_entry(path: Path, digest: str) -> Entry:
-    """Open a stored component and check its table of contents; no tensor is read.
-
-    Raises FileNotFoundError when there is none, and DamagedEntry when it disagrees with itself.
-    """
-    if not path.exists():
-        raise FileNotFoundError(path)
+def open_at(entry: Entry, at: At) -> Stored | None:
+    """The component at a place; None when another file is there now, or the same one changed."""
     try:
-        blob = FileBlob(path)
-    except SourceError as error:
-        if not path.exists():
-            raise FileNotFoundError(path) from None
-        raise DamagedEntry(path, digest, _facts(error)) from None
-    try:
-        return _read_entry(path, digest, blob)
-    except DamagedEntry:
-        blob.close()
-        raise
-    except SourceError as error:
-        blob.close()
-        raise DamagedEntry(path, digest, _facts(error), blob.stat) from None
-    except BaseException:
-        blob.close()
-        raise
-
-
-def _read_entry(path: Path, digest: str, blob: FileBlob) -> Entry:
-    header = read_header(blob)
-    said = header.metadata
-    names = sorted(header.tensors)
-    xxh3 = _cut(said.get(TENSOR_XXH3, ""), 32, len(names))
-    sha256 = _cut(said.get(TENSOR_SHA256, ""), 64, len(names))
-    rows: dict[str, Row] = {}
-    tensors: dict[str, LazyTensor] = {}
-    for name, fast, strong in zip(names, xxh3, sha256, strict=True):
-        dtype, shape, start, _ = header.tensors[name]
-        rows[name] = Row(dtype, shape, Digest(fast, strong))
-        plain = BlobTensor(dtype, shape, blob, header.data_offset + start)
-        tensors[name] = VerifiedTensor(name, plain, rows[name].digest, path, digest, blob.stat)
-    found = component_digest(rows)
-    if found != Digest(digest, said.get(SHA256)):
-        raise DamagedEntry(path, digest, "its table of contents is not the one stored", blob.stat)
-    return Entry(path, said.get(COMPONENT, ""), said.get(CLASS, ""), found, rows, tensors, blob)
-
-
-def damage(
-    entry: Entry, sha256: bool, threads: int = 1, reporter: Reporter = SILENT, task: str = ""
-) -> DamagedEntry | None:
-    """Read every tensor of an entry; the damage found, or None."""
-
-    def read(name: str) -> DamagedEntry | None:
-        tensor = entry.tensors[name]
-        assert isinstance(tensor, VerifiedTensor)
-        try:
-            found = tensor_digest(tensor, sha256)
-        except DamagedEntry as error:
-            return error
-        reporter.advance(task, tensor.nbytes)
-        if sha256 and found != tensor.digest:
-            return tensor.damaged(
-                f"the SHA-256 of tensor `{name}` is {found.sha256}, {tensor.digest.sha256} was stored"
-            )
+        blob = FileBlob(at.path)
+    except SourceError:
         return None
+    if identity(blob.stat) != at.file or not _fits(entry, at.offsets, blob.size):
+        blob.close()
+        return None
+    return stored_in(entry, blob, at.offsets)
 
-    with ThreadPoolExecutor(threads) as pool:
-        return next((d for d in pool.map(read, entry.tensors) if d is not None), None)
+
+def stored_in(entry: Entry, blob: FileBlob, offsets: Sequence[int]) -> Stored:
+    """The component in an open file; `offsets` follow the names in their order."""
+    tensors = {
+        name: VerifiedTensor(name, BlobTensor(row.dtype, row.shape, blob, offset), row.digest, entry.digest)
+        for (name, row), offset in zip(sorted(entry.rows.items()), offsets, strict=True)
+    }
+    return Stored(entry, blob, tensors)
 
 
-def stored_size(path: Path, nbytes: int) -> bool:
-    """Whether a component with `nbytes` of tensors may lie whole at `path`, going by its size alone."""
+def is_at(at: At) -> bool:
+    """Whether a place is as it was, going by the file's identity alone; nothing is opened."""
     try:
-        with path.open("rb", buffering=0) as file:
-            head = file.read(8)
-            return len(head) == 8 and os.fstat(file.fileno()).st_size == (
-                8 + int.from_bytes(head, "little") + nbytes
-            )
-    except OSError:
+        return identity(Path(at.path).stat()) == at.file
+    except (OSError, ValueError):
         return False
 
 
-def _cut(text: str, width: int, count: int) -> list[str]:
-    # A text of the wrong length gives wrong digests, which the digest over them shows.
-    return [text[i * width : (i + 1) * width] for i in range(count)]
+def _fits(entry: Entry, offsets: Sequence[int], size: int) -> bool:
+    rows = sorted(entry.rows.items())
+    return all(0 <= offset <= size - _nbytes(row) for (_, row), offset in zip(rows, offsets, strict=True))
 
 
-def _facts(error: SourceError) -> str:
-    return "; ".join(fact for p in error.problems for fact in (p.fact, *p.evidence))
+def _nbytes(row: Row) -> int:
+    bits = row.dtype.bits
+    for extent in row.shape:
+        bits *= extent
+    return bits // 8

@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,37 +17,45 @@ import xxhash
 from builder.base.disk import write_bytes
 from builder.base.errors import Problem, UsageError
 from builder.base.files import parse_json, read_bounded
-from builder.tensors.digests import Digest
 
-MAX_RECORD = 4 << 20  # bytes; most take some hundreds
+MAX_RECORD = 32 << 20  # bytes; most take some hundreds, the table of a component 100 a tensor
 READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
+
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """What an action made: a component, by name, class and content.
+    """What an action made: a component, by name, class and content (BLAKE3-256, hex).
 
-    `tensors` counts them and `bytes` is the size of their data, without the file's header.
+    `tensors` counts them and `bytes` is the size of their data. `changes` say in words what fixes did.
     """
 
     component: str
     cls: str
-    digest: Digest
+    digest: str
     tensors: int
     bytes: int
+    changes: tuple[str, ...] = ()
 
 
-def default_root() -> Path:
+def is_digest(text: object) -> bool:
+    """Whether this is a digest of 256 bits in lower-case hex, and so may be part of a path."""
+    return isinstance(text, str) and _DIGEST.fullmatch(text) is not None
+
+
+def default_root(environment: Mapping[str, str] | None = None) -> Path:
     """The store's folder: `CKPT_STORE`, else `ckpt-build` in the user's cache folder."""
+    said = os.environ if environment is None else environment
     try:
-        if chosen := os.environ.get("CKPT_STORE"):
+        if chosen := said.get("CKPT_STORE"):
             return Path(chosen).expanduser()
         if sys.platform == "win32":
-            base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData/Local")
+            base = Path(said.get("LOCALAPPDATA") or Path.home() / "AppData/Local")
         elif sys.platform == "darwin":
             base = Path.home() / "Library/Caches"
         else:
-            xdg = os.environ.get("XDG_CACHE_HOME", "")
+            xdg = said.get("XDG_CACHE_HOME", "")
             base = Path(xdg) if xdg.startswith("/") else Path.home() / ".cache"
     except RuntimeError:
         raise UsageError(
@@ -80,19 +90,27 @@ def made_to_record(made: Made) -> dict[str, Any]:
     return {
         "component": made.component,
         "class": made.cls,
-        "xxh3": made.digest.xxh3,
-        "sha256": made.digest.sha256,
+        "blake3": made.digest,
         "tensors": made.tensors,
         "bytes": made.bytes,
+        "changes": list(made.changes),
     }
 
 
 def made_from_record(record: dict[str, Any]) -> Made | None:
-    """What a record says was made; None when another version wrote it."""
+    """What a record says was made; None when another version, or somebody else, wrote it."""
     try:
-        digest = Digest(record["xxh3"], record["sha256"])
-        return Made(record["component"], record["class"], digest, record["tensors"], record["bytes"])
-    except KeyError:
+        if not is_digest(record["blake3"]):
+            return None
+        return Made(
+            str(record["component"]),
+            str(record["class"]),
+            record["blake3"],
+            int(record["tensors"]),
+            int(record["bytes"]),
+            tuple(map(str, record["changes"])),
+        )
+    except (KeyError, TypeError, ValueError):
         return None
 
 
@@ -101,4 +119,5 @@ def _canonical(data: dict[str, Any]) -> bytes:
 
 
 def _seal(data: dict[str, Any]) -> str:
+    # Found by accident alone is damage: a seal that anyone can forge is enough for that.
     return xxhash.xxh3_128_hexdigest(_canonical(data))

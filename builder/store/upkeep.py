@@ -9,13 +9,14 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 
+from builder.base.disk import sweep
 from builder.base.errors import OutputError, Place, Problem, SourceError
 from builder.base.progress import SILENT, Reporter
-from builder.base.staging import sweep
 from builder.formats.hashes import sha256_file
-from builder.store import Store
-from builder.store.entries import DamagedEntry, damage, open_entry
-from builder.store.records import made_from_record, read_record
+from builder.store import DamagedEntry, Store
+from builder.store.entries import is_at
+from builder.store.records import is_digest, read_record
+from builder.tensors.scan import scan
 
 # A partial download that was written to more recently may be in the making.
 IDLE = 3600 * 10**9
@@ -26,9 +27,10 @@ class Item:
     """Something that a store keeps.
 
     `kind` is `component`, `download`, `partial` (an unfinished download) or `fact` (a few bytes that save
-    work, such as the digest of a file); `digest` is of its content or, for a fact, of what it is about;
-    `records` are files that go with it; `component` and `cls` are empty but for components. `size` is in
-    bytes, `used` in nanoseconds since the epoch.
+    work, such as the digest of a file, or what an action made); `digest` is of its content or, for a fact,
+    of what it is about; `records` are files that go with it. `size` is in bytes, `used` in nanoseconds since
+    the epoch. Of a component, `source` says what it was made of, and `places` are the files that it lies in,
+    beside the store's own blob.
     """
 
     kind: str
@@ -38,23 +40,23 @@ class Item:
     used: int
     component: str = ""
     cls: str = ""
+    source: str = ""
+    places: tuple[str, ...] = ()
     records: tuple[Path, ...] = ()
 
 
 @dataclass(slots=True)
 class Collected:
-    """What a collection removed, and what it left."""
+    """What a collection removed, and what it left; `litter` is in bytes."""
 
     removed: list[Item] = field(default_factory=list)
-    records: int = 0
-    litter: int = 0  # bytes of damaged entries and of what dead processes left
+    litter: int = 0  # of damaged entries and of what dead processes left
     kept: list[Item] = field(default_factory=list)
 
 
 def items(store: Store) -> list[Item]:
     """What a store keeps, the least recently used first."""
-    made, _ = _records(store)
-    found = [*_components(store, made), *_downloads(store), *_facts(store)]
+    found = [*_components(store), *_downloads(store), *_facts(store)]
     return sorted(found, key=lambda i: (i.used, i.digest))
 
 
@@ -69,10 +71,6 @@ def collect(store: Store, max_size: int | None = None) -> Collected:
         done.litter = sweep(store.root / "tmp") + sum(
             _remove(p) for p in _files(store.root / "quarantine", "*")
         )
-        _, orphans = _records(store)
-        done.records = len(orphans)
-        for path in orphans:
-            _remove(path)
         _evict(store, max_size, done)
     except OSError as error:
         raise OutputError(
@@ -100,11 +98,12 @@ def _evict(store: Store, max_size: int | None, done: Collected) -> None:
 def check(store: Store, *, threads: int = 1, reporter: Reporter = SILENT) -> list[Problem]:
     """Read everything in the store and set aside what is damaged; a problem for each.
 
-    Components are compared by the XXH3 and the SHA-256 of every tensor, downloads by their SHA-256,
-    records by their seals. What another process removes meanwhile is passed over.
+    Components are compared by the BLAKE3 of every tensor, downloads by their SHA-256, records by their
+    seals. What another process removes meanwhile is passed over, and so are files that were built and are
+    no longer as they were.
     """
     problems = [p for i in items(store) if (p := _check(store, i, threads, reporter)) is not None]
-    for path in _files(store.root / "actions", "*/*.json") + _fact_files(store):
+    for path in _record_files(store):
         if read_record(path) is None and path.exists():
             store.quarantine(path)
             problems.append(Problem("a record is damaged", Place(str(path))))
@@ -112,55 +111,59 @@ def check(store: Store, *, threads: int = 1, reporter: Reporter = SILENT) -> lis
 
 
 def _check(store: Store, item: Item, threads: int, reporter: Reporter) -> Problem | None:
-    problem = None
     if item.kind == "component":
-        damaged = _damaged(item, threads, reporter)
-        problem = damaged.problems[0] if damaged is not None else None
-    elif item.kind == "download":
-        try:
-            found = sha256_file(item.path, reporter=reporter).sha256
-        except SourceError as error:
-            found = str(error)
-        if found != item.digest:
-            fact = f"the download `{item.digest[:12]}` is damaged"
-            problem = Problem(fact, Place(str(item.path)), (f"SHA-256 of the file: {found}",))
-    if problem is None or not item.path.exists():
+        return _check_component(store, item, threads, reporter)
+    if item.kind != "download":
+        return None
+    try:
+        found = sha256_file(item.path, reporter=reporter).sha256
+    except SourceError as error:
+        found = str(error)
+    if found == item.digest or not item.path.exists():
         return None
     store.quarantine(item.path)
-    return problem
+    fact = f"the download `{item.digest[:12]}` is damaged"
+    return Problem(fact, Place(str(item.path)), (f"SHA-256 of the file: {found}",))
 
 
-def _damaged(item: Item, threads: int, reporter: Reporter) -> DamagedEntry | None:
-    try:
-        entry = open_entry(item.path, item.digest)
-    except FileNotFoundError:
-        return None
-    except DamagedEntry as error:
-        return error
+def _check_component(store: Store, item: Item, threads: int, reporter: Reporter) -> Problem | None:
+    damage: list[Problem] = []
+    stored = store.open(item.digest, warn=damage.append)
+    if stored is None:
+        return damage[0] if damage else None
     task = f"checking {item.component} {item.digest[:12]}"
-    reporter.start(task, entry.nbytes)
     try:
-        return damage(entry, sha256=True, threads=threads, reporter=reporter, task=task)
+        scan(stored.tensors, numbers=False, threads=threads, reporter=reporter, task=task)
+    except DamagedEntry as damaged:
+        store.set_aside(damaged, warn=damage.append)
     finally:
-        reporter.finish(task)
-        entry.blob.close()
+        stored.close()
+    return damage[0] if damage else None
 
 
-def _components(store: Store, made: dict[str, list[tuple[Path, int]]]) -> Iterator[Item]:
-    for path in _files(store.root / "components", "*/*.safetensors"):
-        digest = path.stem
-        records = made.get(digest, [])
-        try:
-            stat = path.stat()
-            entry = open_entry(path, digest)
-            entry.blob.close()
-            names = entry.component, entry.cls
-        except FileNotFoundError:
+def _components(store: Store) -> Iterator[Item]:
+    for record in _files(store.root / "components", "*/*.json"):
+        entry, stat = store.entry(record.stem), _stat(record)
+        if entry is None or stat is None:
             continue
-        except DamagedEntry:
-            names = "", ""
-        used = max([stat.st_mtime_ns, *(t for _, t in records)])
-        yield Item("component", path, digest, stat.st_size, used, *names, tuple(p for p, _ in records))
+        blob = store.blob_path(record.stem)
+        size = held.st_size if (held := _stat(blob)) is not None else 0
+        yield Item(
+            "component",
+            blob,
+            record.stem,
+            size,
+            max(stat.st_mtime_ns, held.st_mtime_ns if held is not None else 0),
+            entry.component,
+            entry.cls,
+            entry.source,
+            tuple(at.path for at in entry.places if is_at(at)),
+            (record,),
+        )
+    for blob in _files(store.root / "blobs", "*/*.safetensors"):
+        stat = _stat(blob)
+        if stat is not None and not (is_digest(blob.stem) and store.entry_path(blob.stem).exists()):
+            yield Item("component", blob, blob.stem, stat.st_size, stat.st_mtime_ns)
 
 
 def _downloads(store: Store) -> Iterator[Item]:
@@ -179,27 +182,15 @@ def _downloads(store: Store) -> Iterator[Item]:
 
 
 def _facts(store: Store) -> Iterator[Item]:
-    for path in _fact_files(store):
-        if (stat := _stat(path)) is not None:
+    for path in _record_files(store):
+        if (stat := _stat(path)) is not None and path.parent.parent.name != "components":
             yield Item("fact", path, path.stem, stat.st_size, stat.st_mtime_ns)
 
 
-def _fact_files(store: Store) -> list[Path]:
-    return _files(store.memory.folder, "*/*.json") + _files(store.root / "facts", "*/*/*.json")
-
-
-def _records(store: Store) -> tuple[dict[str, list[tuple[Path, int]]], list[Path]]:
-    """Records of actions and their times by the component they made, and those whose component is gone."""
-    made: dict[str, list[tuple[Path, int]]] = {}
-    orphans = []
-    for path in _files(store.root / "actions", "*/*.json"):
-        record, stat = read_record(path), _stat(path)
-        found = made_from_record(record) if record is not None else None
-        if found is None or stat is None or not store.component_path(found.digest.xxh3).exists():
-            orphans.append(path)
-        else:
-            made.setdefault(found.digest.xxh3, []).append((path, stat.st_mtime_ns))
-    return made, orphans
+def _record_files(store: Store) -> list[Path]:
+    folders = (store.memory.folder, store.root / "actions", store.root / "components")
+    found = [p for folder in folders for p in _files(folder, "*/*.json")]
+    return found + _files(store.root / "facts", "*/*/*.json")
 
 
 def _files(folder: Path, pattern: str) -> list[Path]:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from builder.base.errors import CkptError, OutputError, Problem, SourceError
-from builder.tensors.lazy import WINDOW, DType, LazyTensor
+from builder.tensors.lazy import PACKED, WINDOW, DType, LazyTensor
 
 if TYPE_CHECKING:
     import torch
-
-PROFILE = 1
 
 Precision = Literal["fp16", "bf16", "fp32", "keep"]
 PRECISIONS: dict[str, DType | None] = {"fp16": DType.F16, "bf16": DType.BF16, "fp32": DType.F32, "keep": None}
@@ -21,8 +20,6 @@ PRECISIONS: dict[str, DType | None] = {"fp16": DType.F16, "bf16": DType.BF16, "f
 Overflow = Literal["error", "clamp", "keep"]
 NonFinite = Literal["error", "keep"]
 
-# Made of numbers that mean nothing without a scale beside them, or that a plain cast would misread.
-_PACKED = {DType.F4, DType.F6_E2M3, DType.F6_E3M2, DType.F8_E8M0}
 _SCALES = (".scale_weight", ".weight_scale", ".weight_scale_2", ".scale_input", ".input_scale", "scaled_fp8")
 
 
@@ -83,15 +80,18 @@ class Faults:
 
 
 class _Scratch(threading.local):
-    """A buffer per thread: fresh memory costs more than the cast itself."""
+    """Buffers per thread, one for each cast under way: fresh memory costs more than the cast itself."""
 
     def __init__(self) -> None:
-        self.buffer = bytearray(WINDOW)
+        self.free: list[bytearray] = []
 
-    def view(self, size: int) -> memoryview:
-        if size > len(self.buffer):
-            self.buffer = bytearray(size)
-        return memoryview(self.buffer)[:size]
+    @contextmanager
+    def buffer(self) -> Iterator[memoryview]:
+        held = self.free.pop() if self.free else bytearray(WINDOW)
+        try:
+            yield memoryview(held)
+        finally:
+            self.free.append(held)
 
 
 _scratch = _Scratch()
@@ -124,6 +124,11 @@ class Cast(LazyTensor):
         self.overflow = overflow
         self.non_finite = non_finite
 
+    @property
+    def computed(self) -> bool:
+        """True: torch rounds."""
+        return True
+
     def read_into(self, start: int, out: memoryview) -> None:
         """Read the source's elements and round them, a scratch buffer at a time."""
         import torch
@@ -131,15 +136,16 @@ class Cast(LazyTensor):
         size, source_size = self.dtype.itemsize, self.source.dtype.itemsize
         first, count = start // size, len(out) // size
         step = WINDOW // source_size
-        for done in range(0, count, step):
-            elements = min(step, count - done)
-            data = _scratch.view(elements * source_size)
-            self.source.read_into((first + done) * source_size, data)
-            target = out[done * size : (done + elements) * size]
-            values = torch.frombuffer(data, dtype=self.source.dtype.torch)
-            result = torch.frombuffer(target, dtype=self.dtype.torch)
-            result.copy_(values.float() if values.dtype == torch.float64 else values)
-            self._check(values, result)
+        with _scratch.buffer() as buffer:
+            for done in range(0, count, step):
+                elements = min(step, count - done)
+                data = buffer[: elements * source_size]
+                self.source.read_into((first + done) * source_size, data)
+                target = out[done * size : (done + elements) * size]
+                values = torch.frombuffer(data, dtype=self.source.dtype.torch)
+                result = torch.frombuffer(target, dtype=self.dtype.torch)
+                result.copy_(values.float() if values.dtype == torch.float64 else values)
+                self._check(values, result)
 
     def _check(self, values: torch.Tensor, result: torch.Tensor) -> None:
         # NaN and infinity show in the extremes, and finding those costs a tenth of looking at each value.
@@ -160,8 +166,24 @@ class Cast(LazyTensor):
         if self.non_finite == "error" and bad_source.any():
             fault.nan = int(source.isnan().sum())
             fault.infinite = int(source.isinf().sum())
+        elif self.dtype is not self.source.dtype and (nan := source.isnan()).any():
+            _canonical_nan(result, self.dtype, nan, source.signbit())
         if fault != Fault():
             self.faults.add(self.name, fault)
+
+
+# The quiet NaN of a type, as its bits; those of the negative one have the first bit set too.
+_QUIET_NAN = {DType.F16: 0x7E00, DType.BF16: 0x7FC0, DType.F32: 0x7FC00000}
+
+
+def _canonical_nan(result: torch.Tensor, dtype: DType, nan: torch.Tensor, negative: torch.Tensor) -> None:
+    """One quiet NaN a type, with its sign: what a cast makes of the other bits hangs on the processor."""
+    import torch
+
+    quiet, bits = _QUIET_NAN[dtype], 8 * result.element_size()
+    patterns = result.view(torch.int16 if bits == 16 else torch.int32)
+    patterns[nan & ~negative] = quiet
+    patterns[nan & negative] = quiet - (1 << (bits - 1))
 
 
 def _largest(dtype: DType) -> float:
@@ -190,7 +212,7 @@ def cast_all(
     made: dict[str, LazyTensor] = {}
     for name, tensor in tensors.items():
         dtype = cast_type(name, tensor.dtype, precision, narrow)
-        if not tensor.dtype.floating or tensor.numel == 0 or dtype is tensor.dtype in _PACKED:
+        if not tensor.dtype.floating or tensor.numel == 0 or dtype is tensor.dtype in PACKED:
             made[name] = tensor
         else:
             made[name] = Cast(
@@ -208,7 +230,7 @@ def cast_type(name: str, dtype: DType, precision: Precision, narrow: bool = Fals
 
 
 def _refuse_scaled(tensors: Mapping[str, LazyTensor]) -> None:
-    packed = sorted(n for n, t in tensors.items() if t.dtype in _PACKED)
+    packed = sorted(n for n, t in tensors.items() if t.dtype in PACKED)
     scales = sorted(n for n in tensors if n.endswith(_SCALES))
     eights = [t for t in tensors.values() if t.dtype.floating and t.dtype.bits == 8]
     if packed:

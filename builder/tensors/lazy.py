@@ -66,6 +66,9 @@ class DType(Enum):
         return found
 
 
+# Several numbers in a byte, or scales: no plain cast says what their elements are worth.
+PACKED = {DType.F4, DType.F6_E2M3, DType.F6_E3M2, DType.F8_E8M0}
+
 BY_CODE = {d.code: d for d in DType}
 BY_TORCH_NAME = {d.torch_name: d for d in DType if d.torch_name}
 
@@ -82,6 +85,11 @@ class LazyTensor(ABC):
     def __init__(self, dtype: DType, shape: tuple[int, ...]) -> None:
         self.dtype = dtype
         self.shape = shape
+
+    @property
+    def computed(self) -> bool:
+        """Whether reading computes with torch: a pass then takes care of torch's threads and its rounding."""
+        return False
 
     @property
     def numel(self) -> int:

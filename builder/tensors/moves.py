@@ -17,6 +17,11 @@ class Reshaped(LazyTensor):
         assert self.numel == source.numel
         self.source = source
 
+    @property
+    def computed(self) -> bool:
+        """As the source."""
+        return self.source.computed
+
     def read_into(self, start: int, out: memoryview) -> None:
         """Read from the source: the order of elements is the same."""
         self.source.read_into(start, out)
@@ -33,6 +38,11 @@ class Rows(LazyTensor):
         self.source = source
         self.offset = first * (self.nbytes // count if count else 0)
 
+    @property
+    def computed(self) -> bool:
+        """As the source."""
+        return self.source.computed
+
     def read_into(self, start: int, out: memoryview) -> None:
         """Read the range from the source."""
         self.source.read_into(self.offset + start, out)
@@ -48,6 +58,11 @@ class Joined(LazyTensor):
         super().__init__(first.dtype, (sum(s.shape[0] for s in sources), *first.shape[1:]))
         assert all(s.dtype is first.dtype and s.shape[1:] == first.shape[1:] for s in sources)
         self.sources = tuple(sources)
+
+    @property
+    def computed(self) -> bool:
+        """Whether any source is."""
+        return any(s.computed for s in self.sources)
 
     def read_into(self, start: int, out: memoryview) -> None:
         """Read from each source that the range touches."""
@@ -71,6 +86,11 @@ class Transposed(LazyTensor):
         height, width = source.shape
         super().__init__(source.dtype, (width, height))
         self.source = source
+
+    @property
+    def computed(self) -> bool:
+        """As the source."""
+        return self.source.computed
 
     def read_into(self, start: int, out: memoryview) -> None:
         """Gather the columns from the source, a band of its rows at a time.

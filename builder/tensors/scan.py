@@ -1,17 +1,21 @@
-"""One pass over tensor data, by a few threads: digests, faulty numbers, FP16 histograms."""
+"""The pass over tensors: each window is read, looked at, digested and written while it is warm."""
 
 from __future__ import annotations
 
+import os
 import threading
-from collections import deque
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from blake3 import blake3
+
+from builder.base.errors import CkptError, Problem, SourceError
+from builder.base.parallel import run_windows
 from builder.base.progress import SILENT, Reporter
-from builder.tensors.digests import Digest, TensorHasher
-from builder.tensors.lazy import WINDOW, DType, LazyTensor
+from builder.tensors.lazy import PACKED, WINDOW, DType, LazyTensor
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,20 +24,24 @@ if TYPE_CHECKING:
 
 BINS = 1 << 16  # the bit patterns of a float16
 
-# Several numbers in a byte, or scales: torch cannot say what their elements are worth.
-_PACKED = {DType.F4, DType.F6_E2M3, DType.F6_E3M2, DType.F8_E8M0}
+
+class Whole(Protocol):
+    """Something that takes all bytes of a pass in order, such as a hash of `hashlib`."""
+
+    def update(self, data: memoryview, /) -> object: ...
 
 
 @dataclass(frozen=True, slots=True)
 class TensorScan:
     """What one tensor holds.
 
-    `digest` is None unless asked for. `nan` and `infinite` count elements; `overflow` counts the finite
-    ones that FP16 rounds to infinity; `largest` is the greatest finite magnitude, 0.0 where there is none.
-    Integers and packed types have zeros there.
+    `digest` is the BLAKE3-256 of its bytes, None unless asked for. `nan` and `infinite` count elements;
+    `overflow` counts the finite ones that FP16 rounds to infinity; `largest` is the greatest finite
+    magnitude, 0.0 where there is none. They are zero where numbers were not asked for, and of integers and
+    packed types.
     """
 
-    digest: Digest | None = None
+    digest: str | None = None
     nan: int = 0
     infinite: int = 0
     overflow: int = 0
@@ -51,126 +59,327 @@ class Scan:
     histograms: dict[str, NDArray[np.int64]] = field(default_factory=dict)
 
 
+class Span(NamedTuple):
+    """A tensor, and where its `length` bytes go: from `offset` on."""
+
+    name: str
+    tensor: LazyTensor
+    offset: int
+    length: int
+
+    def read_into(self, start: int, out: memoryview) -> None:
+        """Read the tensor's bytes from `start` on; a failure names the tensor."""
+        try:
+            self.tensor.read_into(start, out)
+        except OSError as error:  # said here, or it would be taken for a failure to write
+            evidence = (os.strerror(error.errno or 0), f"tensor `{self.name}`")
+            raise SourceError(Problem("reading failed", evidence=evidence)) from None
+        except CkptError as error:
+            mark = f"tensor `{self.name}`"
+            error.problems = tuple(
+                p
+                if any(mark in text for text in (p.fact, *p.evidence))
+                else replace(p, evidence=(*p.evidence, mark))
+                for p in error.problems
+            )
+            raise
+
+
 def scan(
     tensors: Mapping[str, LazyTensor],
     *,
     groups: Mapping[str, str] | None = None,
     digests: bool = False,
-    sha256: bool = False,
+    numbers: bool = True,
     threads: int = 2,
     reporter: Reporter = SILENT,
     task: str = "reading",
+    stop: threading.Event | None = None,
 ) -> Scan:
     """Read every tensor given, once.
 
     `groups` names the histogram that a tensor's elements, cast to float16, are counted in; integers and
-    packed types are counted in none. `digests` asks for the XXH3-128 of each tensor, `sha256` for its
-    SHA-256 too. The result does not depend on `threads`. Raises SourceError when bytes cannot be had.
+    packed types are counted in none. `digests` asks for the BLAKE3-256 of each tensor, `numbers` for what
+    `TensorScan` counts. The result does not depend on `threads`. Raises SourceError when bytes cannot be
+    had.
+    """
+    # Wide elements first, as in a file: so every tensor begins at a multiple of its element's size.
+    order = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
+    spans, at = [], 0
+    for name, tensor in order:
+        spans.append(Span(name, tensor, at, tensor.nbytes))
+        at += tensor.nbytes
+    reporter.start(task, at)
+    try:
+        found = run_pass(
+            spans,
+            groups=groups,
+            digests=digests,
+            numbers=numbers,
+            threads=threads,
+            stop=stop,
+            advance=lambda count: reporter.advance(task, count),
+        )
+    finally:
+        reporter.finish(task)
+    return Scan({name: found.tensors[name] for name in tensors}, found.histograms)
+
+
+def run_pass(
+    spans: Sequence[Span],
+    *,
+    write: Callable[[memoryview, int], object] | None = None,
+    whole: Sequence[Whole] = (),
+    groups: Mapping[str, str] | None = None,
+    digests: bool = False,
+    checksums: dict[str, int] | None = None,
+    numbers: bool = False,
+    threads: int = 2,
+    window: int = WINDOW,
+    max_memory: int = 256 << 20,
+    stop: threading.Event | None = None,
+    advance: Callable[[int], object] = lambda count: None,
+) -> Scan:
+    """Pull every span's bytes once, in windows of at most `window` bytes, and show them to all who look.
+
+    `write` gets windows in any order, each with its offset; `whole` gets them from first to last. `groups`,
+    `digests` and `numbers` are as for `scan`, and `checksums` gets the CRC-32 of each tensor. At most
+    `max_memory` bytes of windows exist at once. Of
+    several failures the first in the order of `spans` is raised.
+    """
+    window = max(16, min(window, max_memory) // 16 * 16)  # so that no element is cut
+    chunks = list(_chunks(spans, window))
+    looks = _Looks(groups or {}, numbers)
+    found: dict[str, str] = {}
+
+    def produce(index: int, buffer: memoryview) -> int:
+        chunk, at = chunks[index], 0
+        for span, start, length in chunk.parts:
+            span.read_into(start, buffer[at : at + length])
+            at += length
+        looks.at(chunk, buffer)
+        if write is not None:
+            write(buffer[:at], chunk.offset)
+        advance(at)
+        return at
+
+    consumers = [_all_of(each) for each in whole]
+    if digests:
+        consumers.append(_each(chunks, blake3, lambda span, hasher: found.update({span: hasher.hexdigest()})))
+    if checksums is not None:
+        consumers.append(_each(chunks, _Crc32, lambda span, crc: checksums.update({span: crc.value})))
+    most = max(1, max_memory // window)
+    threads = max(1, min(threads, most))
+    computes = bool(groups) or numbers or any(s.tensor.computed for s in spans)
+    with lone_torch() if computes else _nothing():
+        run_windows(
+            len(chunks),
+            produce,
+            consumers,
+            size=min(window, sum(s.length for s in spans)),
+            threads=threads,
+            buffers=min(2 * threads + 2, most),
+            around=exact_torch if computes else _nothing,
+            stop=stop,
+        )
+    return looks.result(spans, found)
+
+
+class _Chunk(NamedTuple):
+    """Parts of spans (span, start, length) that lie side by side from `offset` on."""
+
+    offset: int
+    parts: list[tuple[Span, int, int]]
+
+
+def _chunks(spans: Iterable[Span], size: int) -> Iterator[_Chunk]:
+    """The spans in their order, cut and gathered into chunks of at most `size` bytes."""
+    parts: list[tuple[Span, int, int]] = []
+    filled, offset = 0, 0
+    for span in spans:
+        start = 0
+        if parts and span.offset != offset + filled:  # there is something between them
+            yield _Chunk(offset, parts)
+            parts = []
+        if not parts:
+            filled, offset = 0, span.offset
+        while True:
+            itemsize = span.tensor.dtype.itemsize
+            length = min(span.length - start, (size - filled) // itemsize * itemsize)
+            if length or not span.length:
+                parts.append((span, start, length))
+            start += length
+            filled += length
+            if start == span.length:
+                break
+            yield _Chunk(offset, parts)
+            parts, filled, offset = [], 0, span.offset + start
+    if parts:
+        yield _Chunk(offset, parts)
+
+
+def _all_of(whole: Whole) -> Callable[[int, memoryview], object]:
+    return lambda _, data: whole.update(data)
+
+
+def _each(
+    chunks: Sequence[_Chunk], new: Callable[[], Any], done: Callable[[str, Any], object]
+) -> Callable[[int, memoryview], None]:
+    """A consumer that has every tensor's bytes taken by an object of its own, given to `done` at the end."""
+    taker = new()
+
+    def take(index: int, data: memoryview) -> None:
+        nonlocal taker
+        at = 0
+        for span, start, length in chunks[index].parts:
+            taker.update(data[at : at + length])
+            at += length
+            if start + length == span.length:
+                done(span.name, taker)
+                taker = new()
+
+    return take
+
+
+class _Crc32:
+    """The CRC-32 of what is taken."""
+
+    def __init__(self) -> None:
+        self.value = 0
+
+    def update(self, data: memoryview) -> None:
+        self.value = zlib.crc32(data, self.value)
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+_torch_users = 0
+_torch_threads = 0
+_torch_lock = threading.Lock()
+
+
+@contextmanager
+def lone_torch() -> Iterator[None]:
+    """Keep torch's threads out of the block: ours each compute alone, and the process's setting comes back.
+
+    What a thread sets, torch takes for every thread that is started later; so the last pass that ends puts
+    back what was found by the first.
     """
     import torch
 
-    # Largest first: what is left for the end is small, so no thread waits long for another.
-    queue = deque(sorted(tensors.items(), key=lambda item: (-item[1].nbytes, item[0])))
-    stop = threading.Event()
-    readers = [
-        _Reader(queue, stop, groups or {}, digests or sha256, sha256, reporter, task)
-        for _ in range(max(1, min(threads, len(queue))))
-    ]
-    before = torch.get_num_threads()
-    reporter.start(task, sum(t.nbytes for t in tensors.values()))
+    global _torch_users, _torch_threads
+    with _torch_lock:
+        if not _torch_users:
+            _torch_threads = torch.get_num_threads()
+        _torch_users += 1
     try:
-        with ThreadPoolExecutor(len(readers), thread_name_prefix="scan") as pool:
-            try:
-                for future in [pool.submit(reader.run) for reader in readers]:
-                    future.result()
-            finally:
-                stop.set()
+        yield
     finally:
-        torch.set_num_threads(before)
-        reporter.finish(task)
-    rows = {name: row for reader in readers for name, row in reader.rows.items()}
-    histograms: dict[str, NDArray[np.int64]] = {}
-    for group in dict.fromkeys((groups or {}).values()):
-        counts = [r.histograms[group].numpy() for r in readers if group in r.histograms]
-        if counts:
-            histograms[group] = sum(counts[1:], counts[0])
-    return Scan({name: rows[name] for name in tensors}, histograms)
+        with _torch_lock:
+            _torch_users -= 1
+            if not _torch_users:
+                torch.set_num_threads(_torch_threads)
 
 
-class _Reader:
-    """One thread's work, with buffers of its own: fresh memory costs more than what is done with it."""
+@contextmanager
+def exact_torch() -> Iterator[None]:
+    """For a thread of a pass: torch computes in it alone, and with denormal numbers.
 
-    def __init__(
-        self,
-        queue: deque[tuple[str, LazyTensor]],
-        stop: threading.Event,
-        groups: Mapping[str, str],
-        digests: bool,
-        sha256: bool,
-        reporter: Reporter,
-        task: str,
-    ) -> None:
-        import torch
+    A process may have flush-to-zero set, by a library that it loaded, and every thread inherits that: FP64
+    denormals and minus zero would then be cast to other bytes. The thread ends with the pass, and so does
+    what is set here.
+    """
+    import torch
 
-        self.queue, self.stop, self.groups = queue, stop, groups
-        self.digests, self.sha256, self.reporter, self.task = digests, sha256, reporter, task
-        self.rows: dict[str, TensorScan] = {}
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(False)
+    yield
+
+
+class _Look(threading.local):
+    """A thread's counts, with buffers of its own: fresh memory costs more than what is done with it."""
+
+    def __init__(self, register: Callable[[_Look], object]) -> None:
         self.histograms: dict[str, torch.Tensor] = {}
-        self.raw = memoryview(bytearray(WINDOW))
-        self.half = torch.empty(WINDOW, dtype=torch.float16)
-        self.index = torch.empty(WINDOW, dtype=torch.int32)
+        self.numbers: dict[str, _Numbers] = {}
+        self.half: torch.Tensor | None = None
+        self.index: torch.Tensor | None = None
+        register(self)
 
-    def run(self) -> None:
-        """Read tensors until none is left or another thread has failed."""
-        import torch
 
-        torch.set_num_threads(1)  # this thread's own; torch would start a team for each of ours
-        try:
-            while self.queue and not self.stop.is_set():
-                try:
-                    name, tensor = self.queue.popleft()
-                except IndexError:
-                    return
-                self.rows[name] = self.read(name, tensor)
-        except BaseException:
-            self.stop.set()
-            raise
+class _Looks:
+    """What is counted in windows, by as many threads as there are."""
 
-    def read(self, name: str, tensor: LazyTensor) -> TensorScan:
-        """One tensor, window by window."""
-        hasher = TensorHasher(self.sha256) if self.digests else None
-        numbers = tensor.dtype.floating and tensor.dtype not in _PACKED
-        group = self.groups.get(name) if numbers else None
-        total = _Numbers()
-        for start in range(0, tensor.nbytes, WINDOW):
-            if self.stop.is_set():
-                break
-            data = self.raw[: min(WINDOW, tensor.nbytes - start)]
-            tensor.read_into(start, data)
-            if hasher is not None:
-                hasher.update(data)
-            if numbers:
-                self.look(data, tensor.dtype, group, total)
-            self.reporter.advance(self.task, len(data))
-        return TensorScan(
-            hasher.digest() if hasher else None, total.nan, total.infinite, total.overflow, total.largest
-        )
+    def __init__(self, groups: Mapping[str, str], numbers: bool) -> None:
+        self._groups, self._numbers = groups, numbers
+        self._counts: list[tuple[dict[str, torch.Tensor], dict[str, _Numbers]]] = []
+        self._look = _Look(lambda look: self._counts.append((look.histograms, look.numbers)))
 
-    def look(self, data: memoryview, dtype: DType, group: str | None, total: _Numbers) -> None:
-        """Add a window's numbers to the tensor's, and to its group's histogram."""
+    def at(self, chunk: _Chunk, buffer: memoryview) -> None:
+        """Count what a chunk holds."""
+        at = 0
+        run: tuple[str, DType, int, int] | None = None  # parts side by side are counted as one
+        for span, _, length in chunk.parts:
+            dtype = span.tensor.dtype
+            if length and dtype.floating and dtype not in PACKED:
+                if self._numbers:
+                    self._number(span.name, dtype, buffer[at : at + length])
+                if (group := self._groups.get(span.name)) is not None:
+                    if run is not None and (run[0], run[1], run[3]) == (group, dtype, at):
+                        run = group, dtype, run[2], at + length
+                    else:
+                        self._count(run, buffer)
+                        run = group, dtype, at, at + length
+            at += length
+        self._count(run, buffer)
+
+    def _number(self, name: str, dtype: DType, data: memoryview) -> None:
         import torch
 
         values = torch.frombuffer(data, dtype=dtype.torch)
-        half = self.half[: len(values)]
-        if group is not None or values.element_size() == 1:
+        total = self._look.numbers.setdefault(name, _Numbers())
+        total.add(values.half() if values.element_size() == 1 else values)
+
+    def _count(self, run: tuple[str, DType, int, int] | None, buffer: memoryview) -> None:
+        if run is None:
+            return
+        import torch
+
+        group, dtype, start, stop = run
+        look = self._look
+        values = torch.frombuffer(buffer[start:stop], dtype=dtype.torch)
+        if look.half is None or look.index is None or len(look.half) < len(values):
+            look.half = torch.empty(len(buffer), dtype=torch.float16)
+            look.index = torch.empty(len(buffer), dtype=torch.int32)
+        half = values
+        if dtype is not DType.F16:
+            half = look.half[: len(values)]
             half.copy_(values)
-        total.add(half if values.element_size() == 1 else values)
-        if group is not None:
-            index = self.index[: len(values)]
-            index.copy_(half.view(torch.int16)).bitwise_and_(BINS - 1)
-            counts = torch.bincount(index, minlength=BINS)
-            known = self.histograms.get(group)
-            self.histograms[group] = counts if known is None else known.add_(counts)
+        index = look.index[: len(values)]
+        index.copy_(half.view(torch.int16)).bitwise_and_(BINS - 1)
+        counts = torch.bincount(index, minlength=BINS)
+        known = look.histograms.get(group)
+        look.histograms[group] = counts if known is None else known.add_(counts)
+
+    def result(self, spans: Sequence[Span], digests: Mapping[str, str]) -> Scan:
+        """All that was counted, by any thread."""
+        tensors = {}
+        for span in spans:
+            total = _Numbers()
+            for _, numbers in self._counts:
+                if (more := numbers.get(span.name)) is not None:
+                    total.merge(more)
+            digest = digests.get(span.name)
+            tensors[span.name] = TensorScan(digest, total.nan, total.infinite, total.overflow, total.largest)
+        histograms: dict[str, NDArray[np.int64]] = {}
+        for group in dict.fromkeys(self._groups.values()):
+            counts = [h[group].numpy() for h, _ in self._counts if group in h]
+            if counts:
+                histograms[group] = sum(counts[1:], counts[0])
+        return Scan(tensors, histograms)
 
 
 @dataclass(slots=True)
@@ -181,6 +390,7 @@ class _Numbers:
     largest: float = 0.0
 
     def add(self, values: torch.Tensor) -> None:
+        """Count the numbers of a window."""
         import torch
 
         # NaN and infinity show in the extremes; only a window that has some is looked at value by value.
@@ -195,3 +405,10 @@ class _Numbers:
         self.largest = max(self.largest, -low, high)
         if max(-low, high) > 65504.0:
             self.overflow += int(values.to(torch.float16).isinf().sum())
+
+    def merge(self, other: _Numbers) -> None:
+        """Count what another thread has counted."""
+        self.nan += other.nan
+        self.infinite += other.infinite
+        self.overflow += other.overflow
+        self.largest = max(self.largest, other.largest)

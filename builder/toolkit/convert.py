@@ -20,11 +20,12 @@ from builder.models.identify import identify
 from builder.recipe.names import recipe_name
 from builder.tensors.cast import PRECISIONS, Faults, NonFinite, Overflow, Precision, cast_all
 from builder.tensors.lazy import LazyTensor
-from builder.toolkit.quick import Quick
+from builder.toolkit.command_recipe import CommandRecipe
 
 if TYPE_CHECKING:
     from builder.formats.layouts import Layout
     from builder.formats.layouts.configs import Prediction
+    from builder.formats.write_safetensors import Written
 
 Form = Literal["safetensors", "torch", "sharded", "diffusers"]
 
@@ -143,7 +144,7 @@ def convert(
 
 def recipe_of(
     source: Path, target: str, *, catalog: Catalog, precision: str, overflow: str, non_finite: str
-) -> Quick:
+) -> CommandRecipe:
     """The recipe whose build has the same tensors as the conversion; raises UsageError where there is none.
 
     A recipe makes one file, and carries what the catalog knows under the names that it has there.
@@ -170,7 +171,7 @@ def recipe_of(
         )
     name = recipe_name(source)
     said = {"precision": precision, "overflow": overflow, "non_finite": non_finite}
-    return Quick(name, name, {name: source}, output={k: v for k, v in said.items() if v != "error"})
+    return CommandRecipe(name, {name: source}, name, output={k: v for k, v in said.items() if v != "error"})
 
 
 def _cast(
@@ -230,14 +231,19 @@ def _write_file(
     options: Mapping[str, Any],
 ) -> int:
     task = f"writing {target.name}"
+
+    def named(written: Written) -> Path | None:
+        accept(written)
+        return written.path
+
     if form == "safetensors":
         from builder.formats.write_safetensors import write
 
-        write(target, tensors, metadata, file_digest=False, accept=accept, task=task, **options)
+        write(target, tensors, metadata, sha256=False, accept=named, task=task, **options)
     else:
         from builder.formats.write_torch import write_torch
 
-        write_torch(target, tensors, accept=accept, task=task, **options)
+        write_torch(target, tensors, accept=named, task=task, **options)
     return target.stat().st_size
 
 
@@ -249,10 +255,10 @@ def _write_set(
     accept: Callable[[], None],
     options: Mapping[str, Any],
 ) -> int:
-    from builder.base.folders import making_set
+    from builder.base.disk import new_set
     from builder.formats.write_sharded import SHARD_SIZE, SUFFIX, write_shards
 
-    with making_set(index, durable=options["durable"]) as folder:
+    with new_set(index, durable=options["durable"]) as folder:
         size, stem = shard_size or SHARD_SIZE, index.name[: -len(SUFFIX)]
         write_shards(folder, stem, tensors, metadata, shard_size=size, **options)
         accept()
@@ -366,12 +372,12 @@ def _write_folder(
     accept: Callable[[], None],
     options: Mapping[str, Any],
 ) -> int:
-    from builder.base.folders import making_folder
+    from builder.base.disk import new_folder
     from builder.formats.diffusers import REMAINDER
     from builder.formats.write_diffusers import write_folder
 
     reporter: Reporter = options["reporter"]
-    with making_folder(target, durable=options["durable"]) as folder:
+    with new_folder(target, durable=options["durable"]) as folder:
         rest = write_folder(
             folder,
             model.layout,

@@ -53,4 +53,4 @@ def write_sources(folder: Path) -> dict[str, str]:
 
 
 def _write_vae(path: Path, model: Model) -> None:
-    write(path, model.tensors, file_digest=False, durable=False)
+    write(path, model.tensors, sha256=False, durable=False)

@@ -6,31 +6,36 @@ from collections.abc import Callable
 from pathlib import Path
 
 from builder.base.errors import Problem, UsageError
-from builder.models.catalog import PARTS, Catalog
+from builder.build import Built
+from builder.models.catalog import PARTS
 from builder.models.identify import Match
 from builder.models.parts import kind
 from builder.recipe.names import free_name, stem
-from builder.toolkit.quick import output_path
+from builder.toolkit.command_recipe import output_path, vacant
+from builder.workspace import Workspace
 
 
 def target_of(
-    file: Path, match: Match, cls: str, output: Path | None, form: str | None, catalog: Catalog
-) -> Path | Callable[[str], Path]:
-    """The file to write, or how it is named once its metric is known."""
+    file: Path, match: Match, cls: str, output: Path | None, form: str | None, workspace: Workspace
+) -> tuple[Path, Callable[[Built], Path] | None]:
+    """The file to write, and how it is named once its metric is known, if it is named by that.
+
+    What has the name already stays, and serves where it is the same.
+    """
     if output is not None and not output.is_dir():
         output_path(output, [file])
         if form is not None and output.suffix != f".{form}":
             fact = f"`--format {form}` and `{output.name}` say different formats"
             raise UsageError(Problem(fact, hint="leave one of the two out"))
-        return output
+        return output, None
     folder = output if output is not None else file.parent
     average = "-ema" if match.component.cls != cls else ""
-    scale = catalog.scales.get(cls)
+    scale = workspace.catalog.scales.get(cls)
     suffix = f".{kind(cls) if scale else cls}.{form or 'safetensors'}".lower()
 
-    def named(metric: str) -> Path:
-        digits = metric.split("/")[PARTS.index(scale.part)] if scale and metric else ""
+    def named(built: Built) -> Path:
+        digits = built.metric.split("/")[PARTS.index(scale.part)] if scale and built.metric else ""
         known = f"-{digits}" if digits.isdigit() else ""
-        return free_name(folder / f"{stem(file)}{average}{known}{suffix}", suffix)
+        return vacant(folder / f"{stem(file)}{average}{known}{suffix}", built, workspace.store, suffix)
 
-    return named
+    return free_name(folder / f"{stem(file)}{average}{suffix}", suffix), named

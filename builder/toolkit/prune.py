@@ -10,28 +10,23 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from builder.base.disk import write_bytes
 from builder.base.errors import ExitCode, Place, Problem, SourceError
-from builder.base.progress import SILENT, Reporter
-from builder.build import Build
-from builder.build.expect import Built
-from builder.formats import open_checkpoint
-from builder.formats.hashes import short_hashes
+from builder.build import Build, Built
+from builder.build.outputs import MAX_SIDECAR
 from builder.models.identify import EMA, Identity, Match
 from builder.models.parts import home, usual_precision
-from builder.recipe.names import SHARD, SUFFIXES, numbered, recipe_name
+from builder.recipe import Pick
+from builder.recipe.names import SHARD, SUFFIXES, recipe_name
 from builder.reports.inspect import Report, examine
-from builder.store import Store
+from builder.sources.opened import Sources
 from builder.tensors.cast import cast_type
 from builder.tensors.lazy import LazyTensor
-from builder.toolkit.quick import Quick, make_parts, run
+from builder.toolkit.command_recipe import CommandRecipe, run
+from builder.workspace import Workspace
 
-if TYPE_CHECKING:
-    from builder.models.catalog import Catalog
-
-_ONE_FILE = ("safetensors", "torch-zip", "torch-legacy", "torch-tar")
 ORIGIN = "pruned_from"  # the metadata that says which file this was
 
 # Of the original's metadata, what a build would leave out or say anew, and stays true of a pruned file.
@@ -70,9 +65,10 @@ class Share:
 class Pruning:
     """What is to become of a file, and why not. Sizes are in bytes, `left` is of the tensors that stay.
 
-    `parts` are the components that stay, at their size after rounding, and `rest` what stays beside them.
+    `parts` are the components that stay, at their size after rounding, and `rest` what stays beside them;
+    `averages` are classes of averages that are components of the pruned file.
     `refusal` says why nothing should be done, `unmatched` which patterns of `keep` match nothing.
-    `components` and `output` are the recipe's tables.
+    `output` is the recipe's table.
     """
 
     path: Path
@@ -81,7 +77,7 @@ class Pruning:
     parts: tuple[Share, ...]
     rest: tuple[Share, ...]
     left: int
-    components: dict[str, str]
+    averages: tuple[str, ...]
     output: dict[str, Any]
     refusal: Problem | None
     unmatched: tuple[str, ...]
@@ -104,10 +100,12 @@ class Pruning:
         return self
 
 
-def plan_pruning(path: Path, catalog: Catalog, options: Options) -> Pruning:
+def plan_pruning(path: Path, sources: Sources, options: Options) -> Pruning:
     """What pruning would do to a file, from its table of contents; raises SourceError for no checkpoint."""
-    with open_checkpoint(path, catalog.layouts) as checkpoint:
-        report = examine(checkpoint, catalog, metric=False)
+    catalog = sources.catalog
+    opened = sources.open(sources.file(path))
+    report = examine(opened.checkpoint, catalog, metric=False, identity=opened.identity)
+    report = replace(report, path=str(path))
     identity, tensors = report.identity, report.tensors
     at = home(identity, catalog)
     precision = options.precision or usual_precision(identity.architecture or "", identity, catalog)
@@ -157,7 +155,7 @@ def plan_pruning(path: Path, catalog: Catalog, options: Options) -> Pruning:
         tuple(_part(m, tensors, rounded) for m in parts),
         tuple(_shares(rest, tensors)),
         sum(t.nbytes for t in left.values()) - sum(rounded.values()),
-        dict.fromkeys(wanted, recipe_name(path)),
+        tuple(wanted),
         output,
         None if options.force and tensors else _refusal(path, report),
         tuple(p for p, names in asked.items() if not names),
@@ -166,68 +164,49 @@ def plan_pruning(path: Path, catalog: Catalog, options: Options) -> Pruning:
 
 def prune(
     pruning: Pruning,
-    target: Path | Callable[[str], Path],
+    target: Path,
+    workspace: Workspace,
+    sources: Sources,
     *,
-    catalog: Catalog,
-    store: Store,
+    naming: Callable[[Built], Path] | None = None,
+    save: Path | None = None,
     threads: int | None = None,
-    reporter: Reporter = SILENT,
-) -> tuple[Build, Quick]:
-    """Write the pruned file to `target`; gives what was built and the recipe it was built from.
+) -> Build:
+    """Write the pruned file to `target`, or where in its folder `naming` says once it is known.
 
-    `target` may be made from the original's SHA-256. Metadata are the original's, with its name and hashes
-    under `pruned_from`. A `.yaml` of its name is copied beside it, unless there is one. Raises CkptError.
+    Metadata are the original's, with its name and size under `pruned_from`. A `.yaml` of its name is copied
+    beside it, unless there is one. With `save`, the recipe is written there. Raises CkptError.
     """
-    quick = _recipe(pruning.checked)
-    quick, parts = make_parts(quick, catalog=catalog, store=store, threads=threads, reporter=reporter)
-    quick = _with_origin(quick, pruning, reporter)
-    (sha256,) = quick.sha256.values()
-    target = target if isinstance(target, Path) else target(sha256)
-    made = run(quick, target, catalog=catalog, store=store, threads=threads, reporter=reporter)
-    made = replace(made, made=[*parts.made, *made.made], changes={**parts.changes, **made.changes})
-    config, beside = pruning.path.with_suffix(".yaml"), target.with_suffix(".yaml")
-    if config.is_file() and not os.path.lexists(beside):
-        with suppress(OSError):
+    made = run(
+        _recipe(pruning.checked), target, workspace, sources, naming=naming, save=save, threads=threads
+    )
+    built = made.outputs[0].path
+    config, beside = pruning.path.with_suffix(".yaml"), built.with_suffix(".yaml")
+    with suppress(OSError):
+        if not os.path.lexists(beside) and _is_plain(config.lstat()):
             write_bytes(beside, config.read_bytes())
-            reporter.note(f"`{config.name}` goes with it, as `{beside.name}`")
-    return made, quick
+            workspace.reporter.note(f"`{config.name}` goes with it, as `{beside.name}`")
+    return made
 
 
-def vacant(path: Path, sha256: str) -> Path:
-    """`path`, or the first of `NAME(1).EXT`, … that is free, or was pruned from the file of this SHA-256."""
-    return next(p for p in numbered(path) if not os.path.lexists(p) or pruned_from(p) == sha256)
+def _is_plain(status: os.stat_result) -> bool:
+    """Whether something may be a configuration: no link, which could lead to any file of the user's."""
+    return stat.S_ISREG(status.st_mode) and status.st_size <= MAX_SIDECAR
 
 
-def pruned_from(path: Path) -> str | None:
-    """The SHA-256 of the file that another was pruned from, by its metadata; None where they say nothing."""
-    if not path.is_file() or path.is_symlink():
-        return None
-    try:
-        with open_checkpoint(path) as checkpoint:
-            origin = _parsed(checkpoint.metadata.get(ORIGIN, ""))
-    except SourceError:
-        return None
-    return str(origin.get("SHA256")) if isinstance(origin, dict) else None
-
-
-def _recipe(pruning: Pruning) -> Quick:
-    name = recipe_name(pruning.path)
-    return Quick(name, name, {name: pruning.path}, pruning.components, output=pruning.output)
-
-
-def _with_origin(quick: Quick, pruning: Pruning, reporter: Reporter) -> Quick:
-    """The recipe with the original's metadata, and its name and hashes."""
+def _recipe(pruning: Pruning) -> CommandRecipe:
+    """The recipe, with the original's metadata and its name."""
     path, said = pruning.path, pruning.report.metadata
-    (sha256,) = quick.sha256.values()
     origin: dict[str, Any] = {"file": path.name or path.resolve().name, "size": pruning.report.size}
-    origin["SHA256"] = sha256
-    if pruning.report.container in _ONE_FILE:
-        origin |= {"AutoV2": sha256[:10], **short_hashes(path, reporter=reporter)}
     if ORIGIN in said:
         origin[ORIGIN] = _parsed(said[ORIGIN])
     kept = {k: v for k, v in said.items() if k.startswith(_TRUE)}
     kept[ORIGIN] = json.dumps(origin, sort_keys=True, ensure_ascii=True)
-    return replace(quick, output={**quick.output, "metadata": kept})
+    name = recipe_name(path)
+    components = {cls: Pick(cls, name) for cls in pruning.averages}
+    return CommandRecipe(
+        name, {name: path}, name, components=components, output={**pruning.output, "metadata": kept}
+    )
 
 
 def _parsed(text: str) -> Any:

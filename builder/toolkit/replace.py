@@ -8,14 +8,13 @@ from pathlib import Path
 from builder.base.errors import Place, Problem, SourceError, UsageError, did_you_mean
 from builder.base.words import spelling
 from builder.models.catalog import Architecture, Catalog
+from builder.models.identify import Identity
 from builder.models.parts import home, kind
 from builder.recipe.names import recipe_name
-from builder.toolkit.look import look
 
 
-def architecture_of(file: Path, catalog: Catalog) -> Architecture:
+def architecture_of(file: Path, identity: Identity, catalog: Catalog) -> Architecture:
     """What a file is, whole or in part; raises SourceError where it has no slots to be filled."""
-    identity = look(file, catalog)
     found = home(identity, catalog)
     if found is not None:
         return found

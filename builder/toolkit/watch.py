@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import shutil
-import signal
 import stat
 import time
 from collections.abc import Iterator
@@ -15,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from builder.base.disk import replacing, write_all
+from builder.base.disk import being_written, replacing, sync_folder, try_lock, write_all
 from builder.base.errors import (
     CkptError,
     OutputError,
@@ -26,15 +24,16 @@ from builder.base.errors import (
     did_you_mean,
     render,
 )
-from builder.base.progress import SILENT, Reporter
 from builder.formats import open_checkpoint
 from builder.formats.hashes import sha256_file
 from builder.models.identify import Identity, identify
 from builder.models.parts import kind
-from builder.recipe.names import SHARD, SUFFIXES, numbered, stem
-from builder.store import Store
+from builder.recipe.names import SHARD, SUFFIXES, free_name, numbered, stem
+from builder.sources.opened import Sources
 from builder.tensors.cast import UnfitError
-from builder.toolkit.prune import Options, Pruning, plan_pruning, prune, vacant
+from builder.toolkit.command_recipe import vacant
+from builder.toolkit.prune import Options, Pruning, plan_pruning, prune
+from builder.workspace import Workspace
 
 if TYPE_CHECKING:
     from builder.models.catalog import Catalog
@@ -92,25 +91,22 @@ class Watch:
         into: Path,
         layout: str,
         options: Options,
+        workspace: Workspace,
         *,
-        catalog: Catalog,
-        store: Store,
         settle: float = SETTLE,
         threads: int | None = None,
-        reporter: Reporter = SILENT,
     ) -> None:
         self.folder = folder
         self.into = into
+        catalog = workspace.catalog
         if layout not in catalog.programs:
             hint = did_you_mean(layout, catalog.programs) or f"there are {', '.join(catalog.programs)}"
             raise UsageError(Problem(f"the folders of `{layout}` are not known", hint=hint))
         self.layout = catalog.programs[layout]
         self.options = options
-        self.catalog = catalog
-        self.store = store
+        self.workspace = workspace
         self.settle = settle
         self.threads = threads
-        self.reporter = reporter
         self.waiting: list[Path] = []  # files that the last look found unready
         self._seen: dict[Path, _Seen] = {}
 
@@ -121,21 +117,18 @@ class Watch:
         if self.folder.resolve() in places:
             fact = f"`{self.folder}` is where pruned files are put"
             raise UsageError(Problem(fact, hint="watch another folder, or give another one with `--into`"))
+        if not self.folder.is_dir():
+            raise UsageError(Problem(f"cannot watch `{self.folder}`", evidence=("it is no folder",)))
+        fd = None
+        with suppress(OSError):  # not everywhere can a folder be opened, and so be held
+            fd = os.open(self.folder, os.O_RDONLY)
         try:
-            fd = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
-        except OSError as error:
-            fact = f"cannot watch `{self.folder}`"
-            raise UsageError(Problem(fact, evidence=(str(error.strerror),))) from None
-        try:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UsageError(Problem(f"`{self.folder}` is being watched already")) from None
-            except OSError:
-                pass  # a file system without locks
+            if fd is not None and try_lock(fd) is False:
+                raise UsageError(Problem(f"`{self.folder}` is being watched already"))
             yield
         finally:
-            os.close(fd)
+            if fd is not None:
+                os.close(fd)
 
     def look(self) -> Iterator[Event]:
         """Do what there is to do now; `waiting` then lists what is not ready. Raises OutputError."""
@@ -193,13 +186,14 @@ class Watch:
         if not os.access(path, os.R_OK):
             return Event(path, "kept", problems=(Problem("it may not be read", Place(str(path))),))
         try:
-            try:
-                pruning = plan_pruning(path, self.catalog, self.options)
-            except SourceError:
-                if age < PATIENCE * self.settle:
-                    return None
-                raise
-            return self._place(pruning.checked, status)
+            with self.workspace.sources() as sources:
+                try:
+                    pruning = plan_pruning(path, sources, self.options)
+                except SourceError:
+                    if age < PATIENCE * self.settle:
+                        return None
+                    raise
+                return self._place(pruning.checked, status, sources)
         except CkptError as error:
             if not _still(path, status):
                 return None  # gone, or still being written after all
@@ -209,9 +203,9 @@ class Watch:
         except OSError as error:
             return Event(path, "kept", problems=(_system(path, error),))
 
-    def _place(self, pruning: Pruning, status: os.stat_result) -> Event | None:
-        path = pruning.path
-        folder = self.into / self.layout.get(kind_of(pruning.identity, self.catalog), self.layout["other"])
+    def _place(self, pruning: Pruning, status: os.stat_result, sources: Sources) -> Event | None:
+        path, catalog, store = pruning.path, self.workspace.catalog, self.workspace.store
+        folder = self.into / self.layout.get(kind_of(pruning.identity, catalog), self.layout["other"])
         folder.mkdir(parents=True, exist_ok=True)
         place = folder / f"{stem(path)}.safetensors"
         state: State = "moved"
@@ -223,21 +217,21 @@ class Watch:
             else:
                 target = move(path, place)
         else:
-            made, _ = prune(
+            made = prune(
                 pruning,
-                lambda sha256: vacant(place, sha256),
-                catalog=self.catalog,
-                store=self.store,
+                free_name(place),
+                self.workspace,
+                sources,
+                naming=lambda built: vacant(place, built, store),
                 threads=self.threads,
-                reporter=self.reporter,
             )
             built = made.outputs[0]
             target, state = built.path, "known" if built.state == "unchanged" else "pruned"
-            verify_on_disk(target, built.sha256, pruning.identity, self.catalog)
+            verify_on_disk(target, built.sha256, pruning.identity, catalog)
             if not _still(path, status):
                 return None
             path.unlink()
-        sync(self.folder)
+        sync_folder(self.folder)
         self._take_along(path, target)
         return Event(path, state, target)
 
@@ -265,7 +259,7 @@ class Watch:
         text = "\n\n".join(render(p) for p in problems) + "\n"
         with replacing(target.with_suffix(".txt")) as fd:
             write_all(fd, memoryview(text.encode("utf-8", "backslashreplace")), 0)
-        sync(self.folder)
+        sync_folder(self.folder)
         return Event(path, "failed", target, problems)
 
 
@@ -275,27 +269,6 @@ def kind_of(identity: Identity, catalog: Catalog) -> str:
     slots = catalog.architectures[name].slots if name in catalog.architectures else (name,)
     kinds = {kind(s) for s in slots}
     return kinds.pop() if len(kinds) == 1 else "checkpoint"
-
-
-def being_written(path: Path) -> bool:
-    """Whether a process has a file open for writing; False also where the system does not tell."""
-    if not hasattr(fcntl, "F_SETLEASE"):
-        return False
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError:
-        return False
-    try:
-        # A lease for reading is refused while there is a writer. Should one come in the same instant, the
-        # signal about it must be one that is ignored.
-        fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)
-        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
-        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
-    except OSError as error:
-        return error.errno == errno.EAGAIN
-    finally:
-        os.close(fd)
-    return False
 
 
 def move(path: Path, place: Path) -> Path:
@@ -322,7 +295,7 @@ def move(path: Path, place: Path) -> Path:
             else:
                 raise
         break
-    sync(target.parent)
+    sync_folder(target.parent)
     path.unlink()
     return target
 
@@ -347,16 +320,6 @@ def verify_on_disk(path: Path, sha256: str, identity: Identity, catalog: Catalog
         raise OutputError(
             Problem("what is on the disk is not what was written", Place(str(path)), evidence, hint)
         )
-
-
-def sync(folder: Path) -> None:
-    """Have a folder's names on the disk."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        with suppress(OSError):  # not every file system can
-            os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _on_disk(path: Path) -> str:

@@ -7,9 +7,11 @@ import json
 import re
 import struct
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from blake3 import blake3
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -185,7 +187,9 @@ def test_unknown_tensors_are_named(folder: Folder) -> None:
     folder.write("m.toml", WHOLE)
     said = folder("build", "m.toml")
     assert "left out of `a`: unknown, 1 tensors, 8 B" in said.err
-    assert folder.plan("m.toml")["left_out"] == {"a": {"unknown": {"keys": 1, "bytes": 8}}}
+    assert folder.plan("m.toml")["left_out"] == [
+        {"base": "a", "output": "m.safetensors", "reasons": {"unknown": {"keys": 1, "bytes": 8}}}
+    ]
 
 
 # -- recipes as sources
@@ -205,10 +209,10 @@ def test_a_recipe_as_base(whole: Folder) -> None:
     assert content(whole / "m.safetensors") == halves(
         {**model(seed=1), **{VAE + n: t for n, t in vae.items()}}
     )
-    assert sorted(made["made"]) == ["i/CLIP-mini of a", "i/UNET-mini of a", "i/VAE-mini of v"]
+    assert sorted(made["made"]) == ["CLIP-mini of a", "UNET-mini of a", "VAE-mini of v"]
     assert not (whole / "sub" / "inner.safetensors").exists(), "it is no output of this recipe"
     # The other way round everything is there already.
-    assert whole.build("sub/inner.toml")["made"] == []
+    assert whole.build("sub/inner.toml", "--allow-outside")["made"] == []
 
 
 def test_a_recipe_as_source_of_one_component(whole: Folder) -> None:
@@ -248,18 +252,26 @@ def test_one_of_the_outputs_of_a_recipe(whole: Folder) -> None:
     assert content(whole / "m.safetensors")[UNET + "out.2.weight"][0] == "BF16"
 
 
-def test_a_damaged_component_of_an_inner_recipe_is_made_again(whole: Folder) -> None:
+@pytest.mark.parametrize("kept", [False, True], ids=["in a file", "in the store"])
+def test_a_damaged_component_of_an_inner_recipe_is_made_again(whole: Folder, kept: bool) -> None:
+    whole = replace(whole, environment={"CKPT_STORE_KEEP": "all" if kept else ""})
     whole.know("a.safetensors")
     whole.write("inner.toml", WHOLE.replace('"m"', '"inner"'))
     whole.build("inner.toml")
-    largest = max(whole.store.glob("components/*/*"), key=lambda p: p.stat().st_size)
-    data = largest.read_bytes()
-    largest.chmod(0o644)
-    largest.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    if kept:
+        (whole / "inner.safetensors").unlink()
+        damaged = max(whole.blobs().values(), key=lambda p: p.stat().st_size)
+    else:
+        damaged = whole / "inner.safetensors"
+    data = damaged.read_bytes()
+    damaged.chmod(0o644)
+    damaged.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     whole.write("m.toml", HEAD + 'base = "i"\nsources.i.recipe = "inner.toml"\noutput.precision = "fp32"\n')
     said = whole("build", "m.toml")
     assert said.code == 0, said.err
-    assert "is damaged" in said.err and largest.read_bytes() == data
+    # A file that was changed is nobody's place any more; what the store keeps is, and cannot change.
+    assert ("is damaged" in said.err) == kept
+    assert damaged.exists() != kept
     first = whole.beside("again", store="other")
     (first / "m.safetensors").unlink()
     first.build("m.toml")
@@ -357,14 +369,33 @@ def test_metadata(folder: Folder) -> None:
     assert (made["author"], made["license"]) == ("someone", "MIT")
     assert made["ckpt.recipe"] == "mini" and re.fullmatch(r"[0-9a-f]{64}", made["ckpt.recipe_sha256"])
     assert json.loads(made["ckpt.sources"]) == {"dirty": {"file": "dirty.ckpt", "sha256": digest}}
-    components = json.loads(made["ckpt.components"])
-    assert {c: v["from"] for c, v in components.items()} == {
-        "UNET-mini": "dirty",
-        "VAE-mini": "vae",
-        "CLIP-mini": "dirty",
-    }
+    own = {"ckpt.recipe", "ckpt.recipe_sha256", "ckpt.sources"}
+    assert {k for k in made if k.startswith("ckpt.")} == own, "no digest of what is beside it in the file"
     text = json.dumps(made)
     assert str(folder.path) not in text and "202" not in re.sub(r"[0-9a-f]{64}", "", text), "no path, no time"
+
+
+def test_the_header_is_of_its_output_alone(whole: Folder) -> None:
+    """Neither another output, nor an unpinned source's digest, nor where the file goes is any part of it."""
+    one = '[[output]]\nname = "x"\nfile = "m-x.safetensors"\n'
+    whole.write("m.toml", WHOLE + one)
+    whole.build("m.toml")
+    alone = (whole / "m-x.safetensors").read_bytes()
+    whole.build("m.toml", "-o", "elsewhere.safetensors")
+    assert (whole / "elsewhere.safetensors").read_bytes() == alone
+    (whole / "m-x.safetensors").unlink()
+    whole.write("m.toml", WHOLE + one + '[[output]]\nname = "y"\nprecision = "fp32"\nmarkers = ["v_pred"]\n')
+    whole.build("m.toml")
+    assert (whole / "m-x.safetensors").read_bytes() == alone
+    assert (
+        metadata(whole / "m-y.safetensors")["ckpt.recipe_sha256"]
+        != (metadata(whole / "m-x.safetensors")["ckpt.recipe_sha256"])
+    )
+    save(whole / "a.ckpt", model(seed=1))
+    (whole / "a.ckpt").replace(whole / "a.safetensors")
+    (whole / "m-x.safetensors").unlink()
+    whole.build("m.toml")
+    assert (whole / "m-x.safetensors").read_bytes() == alone
 
 
 def test_model_spec(tmp_path: Path) -> None:
@@ -397,7 +428,8 @@ def test_model_spec(tmp_path: Path) -> None:
 
     made = said()
     assert made["modelspec.sai_model_spec"] == "1.0.1"
-    assert made["modelspec.architecture"] == architecture.modelspec
+    assert architecture.modelspec is not None
+    assert made["modelspec.architecture"] == architecture.modelspec.architecture
     assert made["modelspec.implementation"].startswith("https://")
     assert made["modelspec.title"] == "Mine"
     assert made["modelspec.description"] == "Words"
@@ -516,10 +548,10 @@ def test_json(whole: Folder) -> None:
     assert output["sha256"] == hashlib.sha256(data).hexdigest() and output["size"] == len(data)
     assert output["path"] == "m.safetensors" and output["state"] == "written" and output["name"] == "m"
     rows = "".join(
-        json.dumps([n, d, list(s), hashlib.sha256(b).hexdigest()], separators=(",", ":")) + "\n"
+        json.dumps([n, d, list(s), blake3(b).hexdigest()], separators=(",", ":")) + "\n"
         for n, (d, s, b) in sorted(content(whole / "m.safetensors").items())
     )
-    assert output["tensor_digest"] == hashlib.sha256(rows.encode()).hexdigest()
+    assert output["tensor_digest"] == blake3(rows.encode()).hexdigest()
 
 
 def test_quiet(whole: Folder) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,11 +28,11 @@ def folder(tmp_path: Path) -> Folder:
 
 def nothing(folder: Folder, recipe: str = "mini.toml") -> None:
     """Neither made nor written; not even hashed, nor touched."""
-    inodes, written = folder.components(), (folder / "mini.safetensors").stat()
+    known, written = folder.components(), (folder / "mini.safetensors").stat()
     lock = (folder / "mini.lock.toml").stat()
     made = folder.build(recipe)
     assert made["made"] == [] and [o["state"] for o in made["outputs"]] == ["unchanged"]
-    assert folder.components() == inodes
+    assert folder.components() == known
     assert os.path.samestat((folder / "mini.safetensors").stat(), written)
     assert (folder / "mini.lock.toml").stat().st_mtime_ns == lock.st_mtime_ns
 
@@ -96,18 +97,25 @@ def test_a_copy_of_the_output_is_known_by_its_digest(folder: Folder) -> None:
 
 def test_the_same_content_from_another_container(folder: Folder) -> None:
     """The component is taken again, turns out to be the same, and so does the output."""
-    before, inodes = (folder / "mini.safetensors").stat(), folder.components()
+    before, known = (folder / "mini.safetensors").stat(), folder.components()
     save(folder / "vae.pt", model("VAE-mini", seed=2), nesting="state_dict")
     folder.write("mini.toml", RECIPE.replace("vae.safetensors", "vae.pt"))
     made = folder.build()
     only(made["made"], "VAE-mini of vae")
     assert made["outputs"][0]["state"] == "unchanged"
     assert os.path.samestat((folder / "mini.safetensors").stat(), before)
-    assert set(folder.components()) == set(inodes)
+    assert folder.components() == known
 
 
-def test_another_vae(folder: Folder) -> None:
-    inodes = folder.components()
+@pytest.mark.parametrize("keep", ["", "all"])
+def test_another_vae(folder: Folder, keep: str) -> None:
+    folder = replace(folder, environment={"CKPT_STORE_KEEP": keep})
+    if keep:
+        shutil.rmtree(folder.store)
+        (folder / "mini.safetensors").unlink()
+        folder.know("dirty.ckpt")
+        folder.build()
+    known = folder.components()
     before = content(folder / "mini.safetensors")
     save(folder / "vae.safetensors", model("VAE-mini", seed=3))
     states = folder.states()
@@ -117,22 +125,23 @@ def test_another_vae(folder: Folder) -> None:
     made = folder.build()
     only(made["made"], "VAE-mini of vae")
     assert made["outputs"][0]["state"] == "written"
-    now = folder.components()
-    assert {k: now[k] for k in inodes} == inodes and len(now) == 4
+    assert folder.components() > known and len(folder.components()) == 4
+    assert len(folder.blobs()) == (4 if keep else 0)
     after = content(folder / "mini.safetensors")
     assert {n for n in before if before[n] != after[n]} == {
         n for n in before if n.startswith("first_stage_model.")
     }
-    # And back again: all is there.
+    # And back again: all is known, and what was overwritten is made again unless it was kept.
     save(folder / "vae.safetensors", model("VAE-mini", seed=2))
-    assert folder.build()["made"] == []
+    only(folder.build()["made"], *([] if keep else ["VAE-mini of vae"]))
+    assert len(folder.components()) == 4
     assert content(folder / "mini.safetensors") == before
 
 
 def test_why_is_said(folder: Folder) -> None:
     save(folder / "vae.safetensors", model("VAE-mini", seed=3))
     folder.know("vae.safetensors")
-    why = {s["id"]: s["why"] for s in folder.plan()["steps"]}
+    why = {s["label"]: s["why"] for s in folder.plan()["steps"]}
     assert why["VAE-mini of vae"].startswith("`vae` is another file than before: ")
     assert why["UNET-mini of dirty"] == "made before from the same inputs"
     assert "`VAE-mini of vae`" in why["output mini.safetensors"]
@@ -142,11 +151,11 @@ def test_why_is_said(folder: Folder) -> None:
 
 def test_what_decides_only_about_some(folder: Folder) -> None:
     """A fix of the text encoder is no business of the others; metadata is none of any component."""
-    folder.write("mini.toml", RECIPE.replace('fixes = ["clip-position-ids"]', "fixes = []"))
-    only(folder.build()["made"], "CLIP-mini of dirty")
     folder.write("mini.toml", RECIPE + 'output.metadata.author = "someone"\n')
     made = folder.build()
     assert made["made"] == [] and made["outputs"][0]["state"] == "written"
+    folder.write("mini.toml", RECIPE.replace('fixes = ["clip-position-ids"]', "fixes = []"))
+    only(folder.build()["made"], "CLIP-mini of dirty")
     folder.write("mini.toml", RECIPE + 'output.precision = "bf16"\n')
     only(folder.build()["made"], *PARTS)
 
@@ -197,21 +206,39 @@ def test_two_outputs_share_what_is_the_same(folder: Folder) -> None:
 
 
 def test_a_component_that_was_collected_is_made_again(folder: Folder) -> None:
-    record = next(
-        r for r in folder.store.glob("actions/*/*.json") if json.loads(r.read_text())["class"] == "VAE-mini"
+    expected = (folder / "mini.safetensors").read_bytes()
+    shutil.rmtree(folder.store)
+    folder = replace(folder, environment={"CKPT_STORE_KEEP": "all"})
+    (folder / "mini.safetensors").unlink()
+    folder.build()
+    entry = next(
+        e
+        for e in folder.store.glob("components/*/*.json")
+        if json.loads(e.read_text())["class"] == "VAE-mini"
     )
-    digest = json.loads(record.read_text())["xxh3"]
-    (folder.store / "components" / digest[:2] / f"{digest}.safetensors").unlink()
+    for gone in ([folder.blobs()[entry.stem]], [folder.blobs()[entry.stem], entry]):
+        for path in gone:
+            path.unlink()
+        (folder / "mini.safetensors").unlink()
+        only(folder.build()["made"], "VAE-mini of vae")
+        assert (folder / "mini.safetensors").read_bytes() == expected
+
+
+def test_what_lay_in_an_output_that_is_gone_is_made_again(folder: Folder) -> None:
     expected = (folder / "mini.safetensors").read_bytes()
     (folder / "mini.safetensors").unlink()
-    only(folder.build()["made"], "VAE-mini of vae")
+    states = folder.states()
+    assert [states[p] for p in PARTS] == ["make"] * 3
+    only(folder.build()["made"], *PARTS)
     assert (folder / "mini.safetensors").read_bytes() == expected
 
 
 def test_a_missing_source_is_not_missed_when_all_is_stored(folder: Folder) -> None:
     """With pins, or a lock, what was made of a source can be used without it."""
     shas = {
-        n: s["sha256"] for s in folder.plan()["steps"] if (n := s["id"].removeprefix("source ")) != s["id"]
+        n: s["sha256"]
+        for s in folder.plan()["steps"]
+        if (n := s["label"].removeprefix("source ")) != s["label"]
     }
     pinned = RECIPE + "".join(f'sources.{n}.sha256 = "{s}"\n' for n, s in shas.items())
     pinned = pinned.replace('base = "dirty"', 'base = "NEW SD-mini"') + (

@@ -1,75 +1,84 @@
-"""A build that is stopped, or fails in one place, ends soon everywhere."""
+"""A build that is stopped, or fails in one place, ends soon everywhere; what was measured stays known."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 
+from builder.base.parallel import Cancelled
 from builder.base.progress import Reporter
 from builder.build.context import Context
-from builder.build.measure import Metrics
-from builder.build.schedule import Cancelled
-from builder.plan import Plan, make_plan
-from builder.recipe import load_recipe
-from builder.store import Store
+from builder.build.in_parts import Parts
+from builder.build.outputs import Assembly
+from builder.sources.job import SourceJob
 from builder.tensors.lazy import WINDOW
-from tests.help.building import RECIPE, catalog, model, save
+from tests.help.building import RECIPE, Folder, files, model, save
 
 
 class _Heard(Reporter):
     def __init__(self) -> None:
-        self.started: list[str] = []
         self.bytes = 0
-
-    def start(self, task: str, total: int) -> None:
-        self.started.append(task)
 
     def advance(self, task: str, count: int) -> None:
         self.bytes += count
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "store")
+def folder(tmp_path: Path) -> Folder:
+    path = tmp_path / "work"
+    path.mkdir()
+    made = Folder(path, tmp_path / "store")
+    save(made / "dirty.ckpt", model())
+    save(made / "vae.safetensors", model("VAE-mini", seed=1))
+    made.write("mini.toml", RECIPE)
+    return made
 
 
-def _context(folder: Path, store: Store, reporter: Reporter) -> tuple[Context, Plan]:
-    save(folder / "dirty.ckpt", model())
-    save(folder / "vae.safetensors", model("VAE-mini", seed=1))
-    (folder / "mini.toml").write_text(RECIPE)
-    recipe = load_recipe(folder / "mini.toml", catalog())
-    plan = make_plan(recipe, catalog=catalog(), store=store, folders=())
-    return Context(plan, catalog(), store, 2, reporter), plan
+@contextmanager
+def _context(folder: Folder, heard: Reporter) -> Iterator[Context]:
+    with folder.workspace() as workspace:
+        workspace.reporter = heard
+        with workspace.sources() as sources:
+            plan = workspace.plan(workspace.recipe(folder / "mini.toml"), sources)
+            context = Context(plan, sources, {}, 2, True, heard)
+            yield context
+            context.close()
 
 
-def test_hashing_ends_when_the_build_is_stopped(tmp_path: Path, store: Store) -> None:
+def test_hashing_ends_when_the_build_is_stopped(folder: Folder) -> None:
     heard = _Heard()
-    context, plan = _context(tmp_path, store, heard)
-    with plan:
+    with _context(folder, heard) as context:
+        key, job = next((n.key, n.job) for n in context.plan if n.label == "source dirty")
+        assert isinstance(job, SourceJob)
         context.cancel()
         with pytest.raises(Cancelled):
-            context.digest(plan.node("source dirty"))
-    assert (tmp_path / "dirty.ckpt").stat().st_size > 2 * WINDOW >= heard.bytes
+            context.settle(key, job)
+    assert (folder / "dirty.ckpt").stat().st_size > 2 * WINDOW >= heard.bytes
 
 
-def test_measuring_ends_when_the_build_is_stopped(tmp_path: Path, store: Store) -> None:
-    heard = _Heard()
-    context, plan = _context(tmp_path, store, heard)
-    with plan:
-        made = store.put(None, "UNET-mini-SD", "UNET-mini", model("UNET-mini"))
+def test_writing_ends_when_the_build_is_stopped(folder: Folder) -> None:
+    heard, before = _Heard(), files(folder.path)
+    with _context(folder, heard) as context, ExitStack() as opened:
         context.cancel()
         with pytest.raises(Cancelled):
-            Metrics(context).digits("UNET-mini", made)
-    assert heard.bytes == 0
+            Assembly(context, context.plan.outputs()[0], Parts(context, False, opened)).make()
+    assert files(folder.path) == before and not folder.components()
+    assert heard.bytes <= 2 * WINDOW
 
 
-def test_a_component_is_measured_once(tmp_path: Path, store: Store) -> None:
-    heard = _Heard()
-    context, plan = _context(tmp_path, store, heard)
-    with plan:
-        made = store.put(None, "UNET-mini-SD", "UNET-mini", model("UNET-mini"))
-        first, again = Metrics(context), Metrics(context)
-        assert first.digits("UNET-mini", made) == first.digits("UNET-mini", made)
-        assert again.text({"UNET-mini": made}) == f"{first.digits('UNET-mini', made)}/----/----"
-    assert heard.started == ["metric of UNET-mini"]
+def test_a_component_is_measured_once(folder: Folder) -> None:
+    """What is remembered of it is said again, whatever it is."""
+    unet, vae, clip = folder.build()["outputs"][0]["metric"].split("/")
+    with folder.workspace() as workspace:
+        lock = (folder / "mini.lock.toml").read_text()
+        digest = lock.split('class = "UNET-mini"')[1].split('blake3 = "')[1][:64]
+        assert workspace.store.recall("metric", digest) == {"UNET-mini": unet}
+        workspace.store.note("metric", digest, {"UNET-mini": "1234"})
+    folder.write("mini.toml", RECIPE + 'output.metadata.author = "someone"\n')
+    assert folder.build()["outputs"][0]["metric"] == f"1234/{vae}/{clip}"
+    (folder / "mini.safetensors").unlink()
+    made = folder.build()
+    assert "UNET-mini of dirty" in made["made"] and made["outputs"][0]["metric"] == f"1234/{vae}/{clip}"

@@ -72,15 +72,15 @@ STRANGERS: dict[str, tuple[bytes, str, tuple[str, ...], str | None]] = {
     "html": (
         b"\r\n<!DOCTYPE html><html><head><style>p {}</style><title>404</title></head><body>Not Found",
         "an HTML or XML page",
-        ("it begins: 404 Not Found",),
+        (),
         PAGE,
     ),
-    "json": (b'{"error":"Unauthorized"}', "JSON", ('it begins: {"error":"Unauthorized"}',), PAGE),
-    "text": ("\ufeffAccess denied: é".encode(), "text", ("it begins: Access denied: é",), PAGE),
+    "json": (b'{"error":"Unauthorized"}', "JSON", (), PAGE),
+    "text": ("\ufeffAccess denied: é".encode(), "text", (), PAGE),
     "long text": (
         ("é" * 5000).encode(),
         "text",
-        ("it begins: " + "é" * 99 + "…",),
+        (),
         PAGE,
     ),
     "lfs": (
@@ -108,14 +108,14 @@ def test_strangers_are_named(tmp_path: Path, kind: str, suffix: str) -> None:
     assert hint in (None, problem.hint)
 
 
-def test_unknown_bytes_are_shown(tmp_path: Path) -> None:
+def test_unknown_bytes_are_not_shown(tmp_path: Path) -> None:
     path = tmp_path / "model.ckpt"
     path.write_bytes(bytes(range(200, 250)))
     with pytest.raises(SourceError) as caught:
         open_checkpoint(path)
     problem = caught.value.problems[0]
     assert problem.fact == "this is no checkpoint, nor any kind of file that is known"
-    assert problem.evidence == ("it begins with the bytes c8 c9 ca cb cc cd ce cf d0 d1 d2 d3 d4 d5 d6 d7",)
+    assert problem.evidence == ("50 bytes",)
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from builder.formats import open_checkpoint
 from builder.formats.write_safetensors import Written, plan_layout, write
 from builder.tensors.digests import tensor_digest
 from builder.tensors.lazy import DType, LazyTensor, MemoryTensor
+from builder.tensors.scan import scan
 
 DTYPES = [d for d in DType if d.torch_name and hasattr(torch, d.torch_name)]
 NAMES = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=12)
@@ -78,8 +79,8 @@ def test_bytes_and_digests_do_not_depend_on_the_way(
     tmp_path_factory: pytest.TempPathFactory,
     named: dict[str, LazyTensor],
     threads: int,
-    tensor_digests: bool,
-    file_digest: bool,
+    digests: bool,
+    sha256: bool,
     max_memory: int,
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "out.safetensors"
@@ -87,8 +88,8 @@ def test_bytes_and_digests_do_not_depend_on_the_way(
         path,
         named,
         {"a": "b"},
-        tensor_digests=tensor_digests,
-        file_digest=file_digest,
+        digests=digests,
+        sha256=sha256,
         threads=threads,
         max_memory=max_memory,
         durable=False,
@@ -96,8 +97,8 @@ def test_bytes_and_digests_do_not_depend_on_the_way(
     data = path.read_bytes()
     assert data == official(named, {"a": "b"})
     assert written.size == len(data)
-    assert written.sha256 == (hashlib.sha256(data).hexdigest() if file_digest else None)
-    assert written.tensors == ({n: tensor_digest(t) for n, t in named.items()} if tensor_digests else {})
+    assert written.sha256 == (hashlib.sha256(data).hexdigest() if sha256 else None)
+    assert written.digests == ({n: tensor_digest(t) for n, t in named.items()} if digests else {})
     with open_checkpoint(path) as back:
         assert {n: (t.dtype, t.shape, t.tobytes()) for n, t in back.items()} == {
             n: (t.dtype, t.shape, t.tobytes()) for n, t in named.items()
@@ -112,18 +113,18 @@ def test_the_order_of_element_types_is_the_official_one() -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 2, 8])
-@pytest.mark.parametrize("file_digest", [True, False])
-def test_tensors_of_many_windows(tmp_path: Path, threads: int, file_digest: bool) -> None:
+@pytest.mark.parametrize("sha256", [True, False])
+def test_tensors_of_many_windows(tmp_path: Path, threads: int, sha256: bool) -> None:
     """Sizes beside those of a window, and many small tensors between large ones."""
     named: dict[str, LazyTensor] = {
         f"{n}.{size}": tensor(DType.F16, (size,), n)
         for n, size in enumerate([0, 1, (2 << 20) - 1, 2 << 20, (2 << 20) + 1, 5 << 20, *[7] * 50])
     }
     path = tmp_path / "out.safetensors"
-    written = write(path, named, tensor_digests=True, file_digest=file_digest, threads=threads, durable=False)
+    written = write(path, named, digests=True, sha256=sha256, threads=threads, durable=False)
     assert path.read_bytes() == official(named, None)
-    assert written.tensors == {n: tensor_digest(t) for n, t in named.items()}
-    assert list(written.tensors) == list(
+    assert written.digests == {n: tensor_digest(t) for n, t in named.items()}
+    assert list(written.digests) == list(
         plan_layout({n: (t.dtype, t.shape) for n, t in named.items()}).tensors
     )
 
@@ -174,11 +175,11 @@ class Counter(Reporter):
         self.calls.append(("finish", task))
 
 
-@pytest.mark.parametrize("file_digest", [True, False])
-def test_the_reporter_hears_of_every_byte(tmp_path: Path, file_digest: bool) -> None:
+@pytest.mark.parametrize("sha256", [True, False])
+def test_the_reporter_hears_of_every_byte(tmp_path: Path, sha256: bool) -> None:
     heard = Counter()
     named: dict[str, LazyTensor] = {str(n): tensor(DType.F32, (n * 1000,)) for n in range(50)}
-    write(tmp_path / "x", named, reporter=heard, task="t", file_digest=file_digest, durable=False)
+    write(tmp_path / "x", named, reporter=heard, task="t", sha256=sha256, durable=False)
     assert heard.calls == [("start", "t"), ("finish", "t")]
     assert heard.total == heard.done == sum(t.nbytes for t in named.values())
 
@@ -202,7 +203,7 @@ def litter(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir())
 
 
-@pytest.mark.parametrize("file_digest", [True, False])
+@pytest.mark.parametrize("sha256", [True, False])
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize(
     ("error", "evidence"),
@@ -213,7 +214,7 @@ def litter(folder: Path) -> list[str]:
     ],
 )
 def test_a_tensor_that_cannot_be_read(
-    tmp_path: Path, file_digest: bool, threads: int, error: BaseException, evidence: tuple[str, ...]
+    tmp_path: Path, sha256: bool, threads: int, error: BaseException, evidence: tuple[str, ...]
 ) -> None:
     path = tmp_path / "x"
     path.write_bytes(b"old")
@@ -221,15 +222,15 @@ def test_a_tensor_that_cannot_be_read(
     named["3"] = Failing(9 << 20, error, at=5 << 20)
     heard = Counter()
     with pytest.raises(SourceError) as caught:
-        write(path, named, file_digest=file_digest, threads=threads, reporter=heard)
+        write(path, named, sha256=sha256, threads=threads, reporter=heard)
     assert caught.value.problems[0].evidence == evidence
     assert heard.calls[-1] == ("finish", "")
     assert path.read_bytes() == b"old"
     assert litter(tmp_path) == ["x"]
 
 
-@pytest.mark.parametrize("file_digest", [True, False])
-def test_of_several_failures_the_first_is_raised(tmp_path: Path, file_digest: bool) -> None:
+@pytest.mark.parametrize("sha256", [True, False])
+def test_of_several_failures_the_first_is_raised(tmp_path: Path, sha256: bool) -> None:
     class Slow(Failing):
         def read_into(self, start: int, out: memoryview) -> None:
             time.sleep(0.03)
@@ -240,7 +241,7 @@ def test_of_several_failures_the_first_is_raised(tmp_path: Path, file_digest: bo
             f"{n}": (Slow if n == 0 else Failing)(4 << 20, SourceError(Problem("bad"))) for n in range(4)
         }
         with pytest.raises(SourceError) as caught:
-            write(tmp_path / "x", named, file_digest=file_digest, threads=4)
+            write(tmp_path / "x", named, sha256=sha256, threads=4)
         assert caught.value.problems[0].evidence == ("tensor `0`",)
     assert litter(tmp_path) == []
 
@@ -249,7 +250,7 @@ def test_an_interrupt_in_a_tensor_is_passed_on(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path / "x", {"a": Failing(10, KeyboardInterrupt())})
     assert litter(tmp_path) == []
-    assert not [t for t in threading.enumerate() if t.name.startswith("writer")]
+    assert not [t for t in threading.enumerate() if t.name.startswith(("window", "in-order"))]
 
 
 def test_what_is_not_accepted_is_not_written(tmp_path: Path) -> None:
@@ -265,11 +266,42 @@ def test_what_is_not_accepted_is_not_written(tmp_path: Path) -> None:
     assert litter(tmp_path) == ["x"]
 
 
-def test_digests_without_sha256(tmp_path: Path) -> None:
-    a = tensor(DType.U8, (5,))
-    for file_digest in (True, False):
-        written = write(tmp_path / "x", {"a": a}, tensor_digests=True, sha256=False, file_digest=file_digest)
-        assert written.tensors == {"a": tensor_digest(a, sha256=False)}
+def test_what_is_accepted_may_go_elsewhere_or_nowhere(tmp_path: Path) -> None:
+    path, other = tmp_path / "x", tmp_path / "other"
+    path.write_bytes(b"old")
+    named: dict[str, LazyTensor] = {"a": tensor(DType.U8, (5,))}
+    assert write(path, named, accept=lambda written: None).path is None
+    assert litter(tmp_path) == ["x"]
+    assert write(path, named, accept=lambda written: other).path == other
+    assert path.read_bytes() == b"old"
+    assert other.read_bytes() == official(named, None)
+    assert litter(tmp_path) == ["other", "x"]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_where_each_tensor_lies_is_said(tmp_path: Path, threads: int) -> None:
+    named: dict[str, LazyTensor] = {d.code: tensor(d, (6,), n) for n, d in enumerate(DTYPES)}
+    written = write(tmp_path / "x", named, {"a": "b"}, threads=threads, durable=False)
+    data = (tmp_path / "x").read_bytes()
+    assert written.offsets.keys() == named.keys()
+    for name, offset in written.offsets.items():
+        assert data[offset : offset + named[name].nbytes] == named[name].tobytes()
+    assert os.path.samestat(written.stat, (tmp_path / "x").stat())
+    assert written.stat.st_size == written.size
+
+
+def test_what_is_measured_on_the_way_is_what_a_scan_finds(tmp_path: Path) -> None:
+    named: dict[str, LazyTensor] = {
+        "a": tensor(DType.F16, (70_000,)),
+        "b": tensor(DType.F32, (30_000,), 1),
+        "ids": tensor(DType.I64, (7,)),
+    }
+    groups = {"a": "one", "b": "two", "ids": "two"}
+    written = write(tmp_path / "x", named, groups=groups, threads=3, durable=False)
+    found = scan(named, groups=groups, numbers=False).histograms
+    assert written.histograms.keys() == found.keys() == {"one", "two"}
+    assert all((written.histograms[g] == found[g]).all() for g in found)
+    assert not write(tmp_path / "x", named, durable=False).histograms
 
 
 def test_an_input_is_never_overwritten(tmp_path: Path) -> None:
@@ -322,11 +354,11 @@ def run(script: str, *args: object, **kwargs: object) -> subprocess.Popen[str]:
 
 
 WRITE_FOREVER = """
-    path, nameless, file_digest = Path(sys.argv[1]), sys.argv[2] == "1", sys.argv[3] == "1"
+    path, nameless, sha256 = Path(sys.argv[1]), sys.argv[2] == "1", sys.argv[3] == "1"
     disk.NAMELESS = disk.NAMELESS and nameless
     print("ready", flush=True)
     while True:
-        write(path, {str(n): Slow(DType.U8, (100_000,)) for n in range(20)}, file_digest=file_digest)
+        write(path, {str(n): Slow(DType.U8, (100_000,)) for n in range(20)}, sha256=sha256)
 """
 
 
@@ -355,7 +387,7 @@ def test_an_interrupted_writer_ends_at_once_and_leaves_nothing(tmp_path: Path) -
         try:
             print("ready", flush=True)
             many = {str(n): Slow(DType.U8, (1000,)) for n in range(10**5)}
-            write(Path(sys.argv[1]), many, file_digest=False)
+            write(Path(sys.argv[1]), many, sha256=False)
         except KeyboardInterrupt:
             print("interrupted")
     """
@@ -375,10 +407,10 @@ FULL = """
     big = {str(n): Slow(DType.U8, (1_000_000,)) for n in range(10)}
     disk.NAMELESS = disk.NAMELESS and "named" not in sys.argv
     import builder.formats.write_safetensors as writer
-    writer._check_room = lambda *_: None  # as when another process takes the room meanwhile
-    for file_digest in (True, False):
+    writer.check_room = lambda *_: None  # as when another process takes the room meanwhile
+    for sha256 in (True, False):
         try:
-            write(Path(sys.argv[1]), big, file_digest=file_digest)
+            write(Path(sys.argv[1]), big, sha256=sha256)
         except CkptError as error:
             print(render(error.problems[0]))
 """

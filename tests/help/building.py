@@ -23,6 +23,7 @@ from builder.cli import run
 from builder.formats import open_checkpoint
 from builder.models.catalog import Catalog, load_catalog
 from builder.tensors.lazy import DType, LazyTensor, MemoryTensor
+from builder.workspace import Settings, Workspace
 
 ROOT = Path(__file__).parents[2]
 UNET = "model.diffusion_model."
@@ -177,7 +178,7 @@ class Folder:
 
     def states(self, recipe: str = "mini.toml") -> dict[str, str]:
         """The state of every step of the plan."""
-        return {s["id"]: s["state"] for s in self.plan(recipe)["steps"]}
+        return {s["label"]: s["state"] for s in self.plan(recipe)["steps"]}
 
     def know(self, *names: str) -> None:
         """Have the digests of files remembered although they were made a moment ago."""
@@ -191,9 +192,17 @@ class Folder:
                 digest = hashlib.sha256(path.read_bytes()).hexdigest()
                 assert store.memory.remember(path.stat(), digest, seen=None)
 
-    def components(self) -> dict[str, int]:
-        """The stored components' files with their inodes."""
-        return {p.name: p.stat().st_ino for p in self.store.glob("components/*/*.safetensors")}
+    def workspace(self) -> Workspace:
+        """A workspace as every run has it."""
+        return Workspace(Settings.from_environment(self.variables), offline=True)
+
+    def components(self) -> set[str]:
+        """The digests of all components that the store knows."""
+        return {p.stem for p in self.store.glob("components/*/*.json")}
+
+    def blobs(self) -> dict[str, Path]:
+        """The components whose bytes the store keeps itself, by digest."""
+        return {p.stem: p for p in self.store.glob("blobs/*/*.safetensors")}
 
 
 def save_dirty(path: Path, *, seed: int = 0) -> Path:

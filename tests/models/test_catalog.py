@@ -258,7 +258,7 @@ PART = '[layouts.x]\nextends = "SD-v1"\n[layouts.x.parts.vae]\n'
         ("known/k.toml", '[[metrics]]\nname = "x"', "unknown kind `metrics`"),
         ("known/k.toml", '[metric]\nname = "x"', "`metric` is not a list of tables"),
         ("known/k.toml", '[[file]]\nname = "x"\nsha256 = "abc"', "`sha256` is not 64 lower-case hex digits"),
-        ("known/k.toml", '[[component]]\nname = "x"\nclass = "VAE-v1"', "`xxh3` or `sha256` is missing"),
+        ("known/k.toml", '[[component]]\nname = "x"\nclass = "VAE-v1"', "`blake3` is missing"),
         (
             "known/k.toml",
             '[[metric]]\nname = "x"\nvalue = "12"',
@@ -369,7 +369,7 @@ def own(tmp_path: Path) -> Path:
     )
     (folder / "architectures" / "a.toml").write_text('[Mine]\nslots = ["C", "VAE-v1"]\n')
     (folder / "known" / "k.toml").write_text(
-        f'[[component]]\nname = "ours"\nclass = "C"\nxxh3 = "{"ab" * 16}"\n'
+        f'[[component]]\nname = "ours"\nclass = "C"\nblake3 = "{"ab" * 32}"\n'
     )
     return folder
 
@@ -382,8 +382,8 @@ def test_a_folder_of_ones_own_adds_to_the_catalog(own: Path, monkeypatch: pytest
     assert catalog.component_for("C", "MINE").name == "T"
     assert dict(catalog.components["VAE-tiny"].tensors) == {"latents": TensorRule((512,))}
     assert catalog.components["VAE-tiny"].prefix == "first_stage_model."
-    part = catalog.known.part("AB" * 16)
-    assert part is not None and part.name == "ours" and catalog.known.part("00" * 16) is None
+    part = catalog.known.part("AB" * 32)
+    assert part is not None and part.name == "ours" and catalog.known.part("00" * 32) is None
     assert "T" not in load_catalog(()).components
 
 
@@ -609,7 +609,7 @@ def test_the_examples_of_the_documentation_are_right(tmp_path: Path) -> None:
     assert catalog.scales["CLIP-tiny"].having == ("mlp.",)
     assert catalog.layouts["tiny"].pipeline == "StableDiffusionPipeline"
     assert catalog.programs["my-program"]["VAE"] == "models/vae"
-    assert catalog.known.part("0123456789abcdef" * 2) is not None
+    assert catalog.known.part("0123456789abcdef" * 4) is not None
 
 
 @pytest.mark.parametrize(

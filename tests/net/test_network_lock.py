@@ -59,9 +59,13 @@ def test_what_a_host_states_is_not_downloaded(hub: Net) -> None:
 
     again = hub.folder("lock", "mini.toml")
     assert again.out.split()[0] == "unchanged"
-    assert hub.folder("build", "mini.toml", "--locked").code == 0, "a lock of sources alone is not stale"
-    assert _sources(hub.folder)["vae"]["sha256"] == sha256(vae())
+    said = hub.folder("build", "mini.toml", "--locked")
+    assert said.code == 4, "a lock of sources alone does not say what is made of them"
+    assert "component: `VAE-mini-SD` is new" in said.err and not (hub.folder / "mini.safetensors").exists()
+    pinned = _sources(hub.folder)
     hub.folder.build()
+    assert _sources(hub.folder) == pinned
+    assert hub.folder("build", "mini.toml", "--locked").code == 0
     made = (hub.folder / "mini.lock.toml").read_text()
     assert "[[components]]" in made and hub.folder("lock", "mini.toml").out.split()[0] == "unchanged"
     assert (hub.folder / "mini.lock.toml").read_text() == made, "what a build pinned stays"
@@ -102,6 +106,7 @@ def test_what_no_host_states_is_downloaded_once(net: Net) -> None:
     assert found["vae"]["sha256"] == sha256(vae())
     assert net.storage.sent == len(dirty())
     asked = net.requests
+    assert net.folder("build", "mini.toml", "--offline").code == 0
     assert net.folder("build", "mini.toml", "--frozen").code == 0
     assert net.requests == asked
 
@@ -121,7 +126,10 @@ def test_what_the_recipe_pins_is_not_downloaded(net: Net) -> None:
         "size": found["vae"]["size"],
     }
     assert not net.storage.seen
-    assert net.folder("build", "mini.toml", "--locked").code == 0, "sizes that were unknown are no change"
+    said = net.folder("build", "mini.toml")
+    assert said.code == 0 and "became" not in said.err, "sizes that were unknown are no change"
+    assert _sources(net.folder)["dirty"]["size"] == len(dirty())
+    assert net.folder("build", "mini.toml", "--locked").code == 0
 
 
 def test_the_first_host_that_answers_pins(net: Net) -> None:

@@ -13,10 +13,8 @@ import torch
 from builder.base.errors import RecipeError
 from builder.build import Build, build
 from builder.operations.registry import Operation, Param
-from builder.plan import Plan, make_plan
-from builder.recipe import load_recipe
-from builder.recipe.lock import Lock
-from builder.store import Store
+from builder.plan import Plan
+from builder.recipe import Recipe, load_recipe
 from builder.tensors.lazy import DType, LazyTensor
 from tests.help.building import UNET, Folder, catalog, content, model, save
 
@@ -74,24 +72,20 @@ class Works:
         save(folder / "b.safetensors", model(seed=2))
         folder.know("a.safetensors", "b.safetensors")
 
-    def plan(
-        self,
-        text: str,
-        store: Store,
-        operations: Mapping[str, Operation] = OPERATIONS,
-        lock: Lock | None = None,
-    ) -> Plan:
-        path = self.folder.write("m.toml", MODELS + text)
-        recipe = load_recipe(path, catalog(), operations=operations)
-        return make_plan(recipe, catalog=catalog(), store=store, folders=(), operations=operations, lock=lock)
+    def plan(self, text: str, operations: Mapping[str, Operation] = OPERATIONS) -> Plan:
+        with self.folder.workspace() as workspace, workspace.sources() as sources:
+            return workspace.plan(self._recipe(text, operations), sources, operations=operations)
 
     def build(self, text: str, operations: Mapping[str, Operation] = OPERATIONS, threads: int = 2) -> Build:
-        with Store(self.folder.store) as store, self.plan(text, store, operations) as plan:
-            return build(plan, catalog=catalog(), store=store, threads=threads)
+        with self.folder.workspace() as workspace, workspace.sources() as sources:
+            plan = workspace.plan(self._recipe(text, operations), sources, operations=operations)
+            return build(plan, sources, operations=operations, threads=threads)
 
-    def keys(self, text: str, operations: Mapping[str, Operation] = OPERATIONS) -> dict[str, str | None]:
-        with Store(self.folder.store) as store, self.plan(text, store, operations) as plan:
-            return {n.id: n.key for n in plan}
+    def actions(self, text: str, operations: Mapping[str, Operation] = OPERATIONS) -> dict[str, str | None]:
+        return {n.label: n.action for n in self.plan(text, operations)}
+
+    def _recipe(self, text: str, operations: Mapping[str, Operation]) -> Recipe:
+        return load_recipe(self.folder.write("m.toml", MODELS + text), catalog(), operations=operations)
 
     def made(self) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
         return content(self.folder / "m.safetensors")
@@ -175,8 +169,8 @@ def test_a_step_stays_in_the_store_when_it_says_so(works: Works) -> None:
     """Else its values only stream through."""
     text = 'base = "twice"\n' + HALF + "{}" + TWICE
     made = works.build(text.format("store = true\n"))
-    stored = {p.name for p in works.folder.store.glob("components/*/*")}
-    assert len(stored) == 6
+    assert len(works.folder.components()) == 6
+    assert len(works.folder.blobs()) == 3, "the output's lie in the output"
     assert {m for m in made.made if "step half" in m} == {
         "UNET-mini of step half",
         "VAE-mini of step half",
@@ -191,13 +185,13 @@ def test_a_step_stays_in_the_store_when_it_says_so(works: Works) -> None:
     works.folder = Folder(works.folder.path, works.folder.path.parent / "another")
     made = works.build(text.format(""))
     assert works.made() == expected
-    assert len({p.name for p in works.folder.store.glob("components/*/*")}) == 3
+    assert len(works.folder.components()) == 3 and not works.folder.blobs()
 
 
 def test_a_stored_step_that_is_damaged_is_made_again(works: Works) -> None:
     text = 'base = "twice"\n' + HALF + "store = true\n" + TWICE
     made = works.build(text)
-    step = max(works.folder.store.glob("components/*/*"), key=lambda p: p.stat().st_size)  # the one in FP32
+    step = max(works.folder.blobs().values(), key=lambda p: p.stat().st_size)
     data = step.read_bytes()
     step.chmod(0o644)
     step.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
@@ -211,24 +205,24 @@ def test_a_stored_step_that_is_damaged_is_made_again(works: Works) -> None:
 def test_keys_follow_what_decides(works: Works) -> None:
     text = 'base = "half"\n' + HALF
     step = "step half UNET-mini"
-    first = works.keys(text)[step]
-    assert first is not None and first == works.keys(text)[step]
-    assert works.keys(text.replace("0.25", "0.5"))[step] != first
-    assert works.keys(text.replace('a = "a"\nb = "b"', 'a = "b"\nb = "a"'))[step] != first
+    first = works.actions(text)[step]
+    assert first is not None and first == works.actions(text)[step]
+    assert works.actions(text.replace("0.25", "0.5"))[step] != first
+    assert works.actions(text.replace('a = "a"\nb = "b"', 'a = "b"\nb = "a"'))[step] != first
     newer = Operation(SUM.name, 2, SUM.doc, SUM.inputs, SUM.apply, params=SUM.params)
-    assert works.keys(text, {**OPERATIONS, "sum": newer})[step] != first
+    assert works.actions(text, {**OPERATIONS, "sum": newer})[step] != first
     save(works.folder / "b.safetensors", model(seed=3))
     works.folder.know("b.safetensors")
-    assert works.keys(text)[step] != first
+    assert works.actions(text)[step] != first
 
 
 def test_keys_do_not_follow_names(works: Works) -> None:
     text = 'base = "half"\n' + HALF
-    first = works.keys(text)
-    other = works.keys(text.replace("half", "mix").replace("share = 0.25", "share = 0.250"))
+    first = works.actions(text)
+    other = works.actions(text.replace("half", "mix").replace("share = 0.25", "share = 0.250"))
     assert other["step mix UNET-mini"] == first["step half UNET-mini"]
     assert other["UNET-mini of mix"] == first["UNET-mini of half"]
-    stored = works.keys(text + "store = true\n")
+    stored = works.actions(text + "store = true\n")
     assert stored["step half UNET-mini"] == first["step half UNET-mini"]
 
 
@@ -239,8 +233,8 @@ def test_nothing_is_computed_twice(works: Works) -> None:
 
 
 def test_the_plan_shows_steps(works: Works) -> None:
-    with Store(works.folder.store) as store, works.plan('base = "twice"\n' + HALF + TWICE, store) as plan:
-        shown = {n.id: (n.kind, n.state, [i.id for i in plan.inputs(n.id)]) for n in plan}
+    plan = works.plan('base = "twice"\n' + HALF + TWICE)
+    shown = {n.label: (n.kind, n.state, [i.label for i in plan.inputs(n.key)]) for n in plan}
     assert shown["step half UNET-mini"] == ("step", "stream", ["source a", "source b"])
     assert shown["step twice UNET-mini"] == ("step", "stream", ["step half UNET-mini"])
     assert shown["UNET-mini of twice"] == ("component", "make", ["step twice UNET-mini"])

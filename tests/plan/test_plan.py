@@ -48,28 +48,42 @@ def test_json(folder: Folder) -> None:
     plan = folder.plan()
     assert plan.keys() == {"schema", "recipe", "reads", "writes", "steps", "left_out"}
     assert plan["schema"] == 1 and plan["recipe"] == "mini"
-    steps = {s["id"]: s for s in plan["steps"]}
-    order = [s["id"] for s in plan["steps"]]
+    steps = {s["label"]: s for s in plan["steps"]}
+    order = [s["key"] for s in plan["steps"]]
+    assert len(set(order)) == len(steps) == len(plan["steps"])
     for step in plan["steps"]:
-        assert step.keys() >= {"id", "kind", "state", "why", "key", "inputs", "reads", "writes"}
+        assert step.keys() >= {"key", "label", "kind", "state", "why", "action", "inputs", "reads", "writes"}
         assert step["kind"] in ("source", "step", "component", "output") and step["why"]
-        assert all(order.index(i) < order.index(step["id"]) for i in step["inputs"])
+        assert re.fullmatch(r"[0-9a-f]{64}", step["key"])
+        assert all(order.index(i) < order.index(step["key"]) for i in step["inputs"])
+    inputs = {
+        s["label"]: {i["label"] for i in plan["steps"] if i["key"] in s["inputs"]} for s in plan["steps"]
+    }
+    assert inputs["VAE-mini of vae"] == {"source vae"} and not inputs["source vae"]
+    assert inputs["output mini.safetensors"] >= {"VAE-mini of vae", "UNET-mini of dirty"}
     assert steps["source dirty"]["reads"] == (folder / "dirty.ckpt").stat().st_size
     assert steps["UNET-mini of dirty"]["reads"] == 551_580 * 4
     assert steps["UNET-mini of dirty"]["writes"] == 551_580 * 2
     assert steps["VAE-mini of vae"]["precision"] == "fp16" and steps["VAE-mini of vae"]["fixes"] == []
     assert steps["CLIP-mini of dirty"]["fixes"] == [["clip-position-ids", 1]]
     assert steps["output mini.safetensors"]["architecture"] == "SD-mini"
-    assert plan["reads"] == sum(s["reads"] for s in plan["steps"])
-    assert plan["left_out"]["dirty"]["EMA"] == {"keys": 688, "bytes": 551_580 * 4 + 8}  # and its state
-    assert "junk" in plan["left_out"]["dirty"]
+    # Each source is hashed, and each component read as it is written into the output.
+    read = [s["reads"] for s in plan["steps"] if s["kind"] in ("source", "component")]
+    assert plan["reads"] == sum(read) and plan["writes"] == steps["output mini.safetensors"]["writes"]
+    (left,) = plan["left_out"]
+    assert (left["base"], left["output"]) == ("dirty", "mini.safetensors")
+    assert left["reasons"]["EMA"] == {"keys": 688, "bytes": 551_580 * 4 + 8}  # and its state
+    assert "junk" in left["reasons"]
     # The same again is the same, and a build is what was said.
     assert folder.plan() == plan
+    assert not any(s["action"] for s in plan["steps"]), "what is in the sources is not known yet"
     folder.know("dirty.ckpt", "vae.safetensors")
-    planned = {s["id"]: s["key"] for s in folder.plan()["steps"] if s["kind"] == "component"}
+    known = folder.plan()
+    assert [s["key"] for s in known["steps"]] == order
+    planned = {s["label"]: s["action"] for s in known["steps"] if s["kind"] == "component"}
     made = folder.build()
     assert set(made["made"]) == set(planned)
-    assert {s["id"]: s["key"] for s in folder.plan()["steps"] if s["kind"] == "component"} == planned
+    assert {s["label"]: s["action"] for s in folder.plan()["steps"] if s["kind"] == "component"} == planned
     recorded = {p.stem for p in folder.store.glob("actions/*/*.json")}
     assert recorded == set(planned.values())
 
@@ -79,17 +93,18 @@ def test_dot(folder: Folder) -> None:
     quoted = r'"(?:[^"\\]|\\.)*"'
     lines = said.splitlines()
     assert lines[0] == "digraph plan {" and lines[1] == "  rankdir=LR;" and lines[-1] == "}"
-    nodes, edges = set(), set()
+    nodes, edges = {}, set()
     for line in lines[2:-1]:
         if edge := re.fullmatch(rf"  ({quoted}) -> ({quoted});", line):
             edges.add(edge.groups())
         else:
-            node = re.fullmatch(rf"  ({quoted}) \[label={quoted}, shape=\w+, style=\w+\];", line)
+            node = re.fullmatch(rf"  ({quoted}) \[label=({quoted}), shape=\w+, style=\w+\];", line)
             assert node, line
-            nodes.add(node[1])
+            nodes[node[1]] = node[2]
     steps = folder.plan()["steps"]
-    assert nodes == {json.dumps(s["id"]) for s in steps}
-    assert edges == {(json.dumps(i), json.dumps(s["id"])) for s in steps for i in s["inputs"]}
+    labels = {json.dumps(s["key"][:12]): s["label"] for s in steps}
+    assert nodes == {n: json.dumps(f"{labels[n]}\n{s['state']}") for n, s in zip(labels, steps, strict=True)}
+    assert edges == {(json.dumps(i[:12]), json.dumps(s["key"][:12])) for s in steps for i in s["inputs"]}
 
 
 def test_mermaid(folder: Folder) -> None:
@@ -101,8 +116,10 @@ def test_mermaid(folder: Folder) -> None:
     edges = [m.groups() for line in lines if (m := re.fullmatch(r"  (n\d+) --> (n\d+)", line))]
     assert len(nodes) + len(edges) + 1 == len(lines)
     steps = folder.plan()["steps"]
-    assert set(nodes.values()) == {s["id"] for s in steps}
-    assert {(nodes[a], nodes[b]) for a, b in edges} == {(i, s["id"]) for s in steps for i in s["inputs"]}
+    assert set(nodes.values()) == {s["label"] for s in steps}
+    labels = {s["key"]: s["label"] for s in steps}
+    expected = {(labels[i], s["label"]) for s in steps for i in s["inputs"]}
+    assert {(nodes[a], nodes[b]) for a, b in edges} == expected
 
 
 def test_drawings_of_strange_names(folder: Folder) -> None:

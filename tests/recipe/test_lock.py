@@ -73,9 +73,9 @@ locks = st.builds(
     sources=st.dictionaries(
         names, st.builds(LockedSource, names, hexes, sizes, st.just("") | names), max_size=3
     ),
-    components=st.lists(
-        st.builds(LockedComponent, names, names, names, names, hexes, hexes, sizes), max_size=3
-    ).map(lambda c: tuple(sorted(c, key=lambda c: (c.output, c.cls)))),
+    components=st.lists(st.builds(LockedComponent, names, names, names, names, hexes, sizes), max_size=3).map(
+        lambda c: tuple(sorted(c, key=lambda c: (c.output, c.cls)))
+    ),
     outputs=st.dictionaries(names, st.builds(LockedOutput, names, hexes, hexes, sizes), max_size=2),
 )
 

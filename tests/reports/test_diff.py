@@ -234,7 +234,7 @@ def test_a_training_checkpoint_against_its_pruned_form(
 
 def test_only_the_header_differs(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save(here / "a.ckpt", model())
-    write_tensors(here / "b.safetensors", model(), {"title": "b"}, tensor_digests=False, file_digest=False)
+    write_tensors(here / "b.safetensors", model(), {"title": "b"}, sha256=False)
     code, out, _ = said(capsys, "a.ckpt", "b.safetensors", "--json")
     found = json.loads(out)
     assert code == 0
@@ -264,10 +264,11 @@ def test_weights_that_are_known_are_named(
     save(here / "b.safetensors", swapped(model(), VAE, model(seed=5)))
     run(["inspect", "--json", "a.safetensors"])
     parts = json.loads(capsys.readouterr().out)["files"][0]["components"]
-    digest = next(p["digest"] for p in parts if p["class"] == "VAE-mini").removeprefix("xxh3:")
+    digest = next(p["digest"] for p in parts if p["class"] == "VAE-mini").removeprefix("blake3:")
     own = here / "own" / "known"
     own.mkdir(parents=True)
-    (own / "parts.toml").write_text(f'[[component]]\nname = "Mine"\nclass = "VAE-mini"\nxxh3 = "{digest}"\n')
+    named = '[[component]]\nname = "Mine"\nclass = "VAE-mini"\n'
+    (own / "parts.toml").write_text(f'{named}blake3 = "{digest}"\n')
     monkeypatch.setenv("CKPT_COMPONENTS", str(here / "own"))
     _, out, _ = said(capsys, "a.safetensors", "b.safetensors")
     assert "VAE-mini differs: A has Mine's" in out

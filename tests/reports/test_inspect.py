@@ -179,7 +179,7 @@ def test_json_keeps_its_shape_whatever_the_file(here: Path, capsys: pytest.Captu
         assert _shape(file).items() >= SHAPE.items(), file["path"]
         for component in file["components"]:
             assert _shape(component).items() >= COMPONENT.items()
-            assert component["digest"] is None or re.fullmatch("xxh3:[0-9a-f]{32}", component["digest"])
+            assert component["digest"] is None or re.fullmatch("blake3:[0-9a-f]{64}", component["digest"])
         assert file["intact"] == (Path(file["path"]).stem in SOUND | {"nan"})
     for refused in (page, missing):
         assert refused.keys() == {"path", "error"}
@@ -234,7 +234,7 @@ def test_no_metric_reads_contents_only_and_never_imports_torch(here: Path) -> No
     code = (
         "import sys\nfrom builder.cli import run\n"
         "code = run(['inspect', '--no-metric', 'model.safetensors'])\n"
-        "heavy = {'torch', 'numpy', 'rich', 'networkx', 'blake3'} & sys.modules.keys()\n"
+        "heavy = {'torch', 'numpy', 'rich', 'networkx'} & sys.modules.keys()\n"
         "sys.exit(f'imported {heavy}' if heavy else code)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=here, capture_output=True, text=True)
@@ -525,7 +525,7 @@ def test_known_contents_are_named_by_their_digest(here: Path) -> None:
     known = here / "mine" / "known"
     known.mkdir(parents=True)
     (known / "parts.toml").write_text(
-        f'[[component]]\nname = "Small"\nclass = "VAE-mini"\nxxh3 = "{digest}"\nfix = "Small-fp16"\n'
+        f'[[component]]\nname = "Small"\nclass = "VAE-mini"\nblake3 = "{digest}"\nfix = "Small-fp16"\n'
     )
     report = build_report(write(here / "model.safetensors", tidy()), catalog=load_catalog([here / "mine"]))
     assert [p.known for p in report.parts] == [None, "Small", None]

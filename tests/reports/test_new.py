@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +16,9 @@ from builder.base.progress import Reporter
 from builder.formats.write_safetensors import write as write_tensors
 from builder.reports.new import Draft, describe
 from builder.reports.new.recipe_text import merged, place
-from builder.store import Store
 from builder.tensors.cast import Faults, cast_all
 from builder.tensors.lazy import DType, LazyTensor, MemoryTensor
-from tests.help.building import CLIP, IDS, UNET, VAE, Folder, catalog, model, save, save_dirty, values
+from tests.help.building import CLIP, IDS, UNET, VAE, Folder, model, save, save_dirty, values
 
 GOLDEN = Path(__file__).parent / "golden" / "new"
 Tensors = Mapping[str, LazyTensor]
@@ -178,9 +176,7 @@ def test_metadata_for_people_is_carried_over_and_a_merge_is_told(folder: Folder)
         "sd_merge_recipe": json.dumps(json.dumps(merge)),
         "sd_merge_models": json.dumps({"ab" * 32: {"name": "one\n[evil]"}}),
     }
-    write_tensors(
-        folder / "mine.safetensors", half(model()), metadata, tensor_digests=False, file_digest=False
-    )
+    write_tensors(folder / "mine.safetensors", half(model()), metadata, sha256=False)
     said = folder("new", "-q", "mine.safetensors", "-l", "library")
     recipe = tomli.loads(said.out)
     assert recipe["output"]["metadata"] == {
@@ -255,15 +251,8 @@ class Heard(Reporter):
 
 
 def described(folder: Folder, heard: Reporter) -> Draft:
-    with Store(folder.store) as store, ExitStack() as stack:
-        return describe(
-            [folder / "mine.safetensors"],
-            [folder / "library"],
-            catalog=catalog(),
-            store=store,
-            stack=stack,
-            reporter=heard,
-        )
+    with folder.workspace() as workspace, workspace.sources() as sources:
+        return describe([folder / "mine.safetensors"], [folder / "library"], sources, reporter=heard)
 
 
 def test_only_what_looks_alike_is_read_and_only_once(folder: Folder) -> None:

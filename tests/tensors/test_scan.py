@@ -77,7 +77,7 @@ def test_threads_change_nothing(digests: bool) -> None:
     groups = {name: "even" if len(name) % 2 else "odd" for name in tensors}
 
     def run(threads: int) -> Scan:
-        return scan(tensors, groups=groups, digests=digests, sha256=digests, threads=threads)
+        return scan(tensors, groups=groups, digests=digests, threads=threads)
 
     one, three = run(1), run(3)
     assert one.tensors == three.tensors
@@ -103,7 +103,7 @@ def test_what_holds_no_numbers_has_a_digest_only() -> None:
     found = scan(tensors, groups=dict.fromkeys(tensors, "g"), digests=True)
     assert not found.histograms
     for name, row in found.tensors.items():
-        assert row == TensorScan(tensor_digest(tensors[name], sha256=False))
+        assert row == TensorScan(tensor_digest(tensors[name]))
 
 
 def test_nothing_to_do() -> None:

@@ -18,8 +18,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from builder.base.disk import new_folder, new_set
 from builder.base.errors import OutputError, UsageError
-from builder.base.folders import making_folder, making_set
 from builder.formats import open_checkpoint
 from builder.formats.write_safetensors import write
 from builder.formats.write_sharded import plan_shards
@@ -297,8 +297,8 @@ def test_a_killed_process_leaves_nothing_that_looks_whole(tmp_path: Path) -> Non
     code = """if True:
         import os, signal, sys
         from pathlib import Path
-        from builder.base.folders import making_folder
-        with making_folder(Path(sys.argv[1])) as folder:
+        from builder.base.disk import new_folder
+        with new_folder(Path(sys.argv[1])) as folder:
             (folder / "half").write_text("x")
             os.kill(os.getpid(), signal.SIGKILL)
     """
@@ -307,15 +307,15 @@ def test_a_killed_process_leaves_nothing_that_looks_whole(tmp_path: Path) -> Non
     done = subprocess.run([sys.executable, "-c", code, str(target)], env=environment, check=False)
     assert done.returncode == -signal.SIGKILL
     assert not target.exists() and len(list(tmp_path.iterdir())) == 1
-    with making_folder(target) as first:
+    with new_folder(target) as first:
         (first / "whole").write_text("x")
-        with making_folder(tmp_path / "other"):
+        with new_folder(tmp_path / "other"):
             assert first.exists()  # another's that is under way is no litter
     assert files(tmp_path) == {"model", "model/whole", "other"}
 
 
 def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
-    for making in (making_folder, making_set):
+    for making in (new_folder, new_set):
         with pytest.raises(UsageError), making(tmp_path / "x") as folder:
             (folder / "half").write_text("x")
             raise UsageError

@@ -225,20 +225,13 @@ def test_metadata_stay_and_the_original_is_named(folder: Folder) -> None:
         "modelspec.hash_sha256",
         "ckpt.recipe",
     }
-    whole = hashlib.sha256(path.read_bytes()).hexdigest()
-    hashes = folder("inspect", "a.safetensors", "--hashes", "--no-metric", "--json").json["files"][0][
-        "hashes"
-    ]
-    assert json.loads(now["pruned_from"]) == {
-        "file": "a.safetensors",
-        "size": path.stat().st_size,
-        "SHA256": whole,
-        **{kind: hashes[kind] for kind in ("AutoV1", "AutoV2", "AutoV3")},
-    }
-    assert json.loads(now["ckpt.sources"]) == {"a": {"file": "a.safetensors", "sha256": whole}}
+    # No digest of data is in a header: what was read is known when it is written already.
+    origin = {"file": "a.safetensors", "size": path.stat().st_size}
+    assert json.loads(now["pruned_from"]) == origin
+    assert hashlib.sha256(path.read_bytes()).hexdigest() not in json.dumps(now)
     assert folder("prune", "a-pruned.safetensors", "-o", "b.safetensors").code == 0
     again = json.loads(metadata(folder / "b.safetensors")["pruned_from"])
-    assert again["file"] == "a-pruned.safetensors" and again["pruned_from"]["SHA256"] == whole
+    assert again["file"] == "a-pruned.safetensors" and again["pruned_from"] == origin
 
 
 def test_the_same_again_and_a_namesake(folder: Folder) -> None:

@@ -168,7 +168,7 @@ def test_locks(tmp_path: Path) -> None:
     lock = Lock(
         "a" * 64,
         {n: LockedSource("a.ckpt", "b" * 64, 5, "https://x/y") for n in "ab"},
-        (LockedComponent("o", "UNET-v1", "UNET-v1-SD", "a", "c" * 32, "d" * 64, 686),),
+        (LockedComponent("o", "UNET-v1", "UNET-v1-SD", "a", "c" * 64, 686),),
         {"o": LockedOutput("o.safetensors", "e" * 64, "f" * 64, 9, "2020/2982/0130")},
     )
     path = tmp_path / "a.lock.toml"
@@ -193,7 +193,7 @@ TABLES = {
     "architectures/a.toml": '[Own]\nslots = ["VAE-v1"]\naliases = ["own"]\nonly = []\nprecision = "fp32"\n',
     "known/a.toml": f'[[file]]\nname = "a"\nsha256 = "{"0" * 64}"\ncivitai_version = 3\n'
     '[[metric]]\nname = "b"\nvalue = "2020/2982/0130"\n[[component]]\nname = "c"\nclass = "d"\n'
-    f'xxh3 = "{"1" * 32}"\n',
+    f'blake3 = "{"1" * 64}"\n',
 }
 
 
@@ -231,8 +231,11 @@ HEADER = {
 }
 
 
+LAYOUTS = load_catalog([]).layouts
+
+
 def _open(path: Path) -> None:
-    with open_checkpoint(path) as checkpoint:
+    with open_checkpoint(path, LAYOUTS) as checkpoint:
         "".join((*checkpoint, *checkpoint.metadata, *checkpoint.metadata.values())).encode()
         for tensor in checkpoint.values():
             for _ in tensor.windows():
@@ -257,15 +260,23 @@ def test_indices(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["model_index.json", "scheduler/scheduler_config.json"])
 def test_folders(tmp_path: Path, name: str) -> None:
-    raw = json.dumps({"a": HEADER["a"]}).encode()
+    def file(tensors: dict[str, list[int]]) -> bytes:
+        held = {
+            n: {"dtype": "F32", "shape": shape, "data_offsets": [4 * i, 4 * i + 4]}
+            for i, (n, shape) in enumerate(tensors.items())
+        }
+        raw = json.dumps(held).encode()
+        return struct.pack("<Q", len(raw)) + raw + bytes(4 * len(held))
+
+    # By what a folder is told to be SD v1.
+    unet = {"down_blocks.0.attentions.0.proj_in.weight": [1, 1, 1, 1], "down_blocks.3.x": [1]}
     files = {
         "model_index.json": '{"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2D"]}',
         "scheduler/scheduler_config.json": '{"prediction_type": "v_prediction", '
         '"rescale_betas_zero_snr": true}',
-        **{
-            f"{part}.safetensors": struct.pack("<Q", len(raw)) + raw + bytes(24)
-            for part in ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model")
-        },
+        "unet/diffusion_pytorch_model.safetensors": file(unet),
+        "vae/diffusion_pytorch_model.safetensors": file({"a": [1]}),
+        "text_encoder/model.safetensors": file({"a": [1]}),
     }
     for other, data in files.items():
         (tmp_path / other).parent.mkdir(exist_ok=True)

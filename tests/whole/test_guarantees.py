@@ -24,5 +24,5 @@ def test_every_test_that_is_named_exists() -> None:
 
 def test_every_guarantee_names_some() -> None:
     sections = re.split(r"^(?:## \d|\*\*)", TEXT, flags=re.M)[1:]
-    assert len(sections) == 9
+    assert len(sections) >= 9
     assert all("\n- `" in section for section in sections)

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[2] / "builder"
 # The rooms from the ground up: a module may import from its own room and from those before it.
 ROOMS = [
     *("base", "tensors", "formats", "models", "operations"),
-    *("store", "recipe", "sources", "plan", "build"),
+    *("store", "recipe", "sources", "plan", "workspace", "build"),
     *("reports", "toolkit"),
     "cli",
 ]

@@ -60,6 +60,19 @@ def test_any_process(folder: Folder) -> None:
 def test_a_cold_and_a_warm_store(folder: Folder) -> None:
     folder.build()
     cold = (folder / "mini.safetensors").read_bytes()
+    # What is known of components is no part of them.
+    (folder / "mini.safetensors").unlink()
+    assert len(folder.build()["made"]) == 3
+    assert (folder / "mini.safetensors").read_bytes() == cold
+    # From where they lie in another file, and from what the store keeps.
+    folder.build("mini.toml", "-o", "other.ckpt")
+    (folder / "mini.safetensors").unlink()
+    assert folder.build()["made"] == []
+    assert (folder / "mini.safetensors").read_bytes() == cold
+    (folder / "other.ckpt").unlink()
+    (folder / "mini.safetensors").unlink()
+    folder = Folder(folder.path, folder.store, {"CKPT_STORE_KEEP": "all"})
+    assert len(folder.build()["made"]) == 3
     (folder / "mini.safetensors").unlink()
     assert folder.build()["made"] == []
     assert (folder / "mini.safetensors").read_bytes() == cold
@@ -130,7 +143,7 @@ def test_check_says_when_the_bytes_differ(folder: Folder, monkeypatch: pytest.Mo
     said = folder("build", "mini.toml", "--check")
     assert said.code == 8
     assert "building `mini.safetensors` again gave another file" in said.err
-    assert "CLIP-mini of `mini`: sha256" in said.err
+    assert "CLIP-mini of `mini`: blake3" in said.err
     assert "VAE-mini of" not in said.err
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Protocol
 
 from builder.base.errors import Place, Problem, SourceError
@@ -9,7 +10,7 @@ from builder.formats.blob import Blob
 from builder.formats.checkpoint import Checkpoint
 from builder.formats.torch.tensors_in_pickles import Storage, TensorRef
 from builder.formats.torch.tree import Found, gather
-from builder.formats.views import tensor_at
+from builder.formats.views import A_CALL, tensor_at
 from builder.tensors.lazy import LazyTensor
 
 # Tied tensors and expanded views count each time, and views with gaps with what is between their elements;
@@ -63,8 +64,10 @@ def assemble(
 
 
 def _to_read(ref: TensorRef) -> int:
-    """The bytes that reading a tensor takes."""
-    return max(ref.nbytes, (ref.extent - ref.offset) * ref.elements.itemsize) if ref.nbytes else 0
+    """The bytes that reading a tensor may take: its own, and those in its gaps or the calls to skip them."""
+    runs = prod(n for n, s in zip(ref.shape, ref.strides, strict=True) if s > 1)
+    extent = (ref.extent - ref.offset) * ref.elements.itemsize
+    return max(ref.nbytes, min(extent, runs * A_CALL)) if ref.nbytes else 0
 
 
 def _limit(found: Found, file: str) -> None:

@@ -73,7 +73,7 @@ _FILE = {
     "note": str,
     "fix": str,
 }
-_PART = {"name": str, "class": str, "xxh3": str, "sha256": str, "note": str, "fix": str}
+_PART = {"name": str, "class": str, "blake3": str, "note": str, "fix": str}
 _WORDS = {
     str: "a string",
     int: "a number",
@@ -449,9 +449,9 @@ def _file(fields: Fields) -> KnownFile:
 
 
 def _part(fields: Fields) -> KnownPart:
-    xxh3, sha256 = _digest(fields, "xxh3", 32), _digest(fields, "sha256", 64)
-    if xxh3 is None and sha256 is None:
-        fields.fail("`xxh3` or `sha256` is missing")
+    blake3 = _digest(fields, "blake3", 64)
+    if blake3 is None:
+        fields.fail("`blake3` is missing")
     return KnownPart(
-        fields.get("name"), fields.get("class"), xxh3, sha256, fields.get("note"), fields.get("fix")
+        fields.get("name"), fields.get("class"), str(blake3), fields.get("note"), fields.get("fix")
     )

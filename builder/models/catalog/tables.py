@@ -195,8 +195,7 @@ class KnownPart:
 
     name: str
     cls: str
-    xxh3: str | None = None
-    sha256: str | None = None
+    blake3: str
     note: str | None = None
     fix: str | None = None
 
@@ -227,7 +226,7 @@ class Known:
 
     def part(self, digest: str) -> KnownPart | None:
         """The published weights with this content digest, XXH3-128 or SHA-256, in hex."""
-        return next((p for p in self.parts if digest.casefold() in (p.xxh3, p.sha256)), None)
+        return next((p for p in self.parts if digest.casefold() == p.blake3), None)
 
 
 def _near(known: str, metric: str) -> bool:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-import threading
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
+from builder.base.parallel import run_windows
 from builder.base.progress import SILENT, Reporter
 from builder.formats import open_checkpoint
 from builder.formats.checkpoint import Checkpoint
@@ -22,7 +21,7 @@ from builder.reports.diff.pairs import Pair, pair_up, same_layout
 from builder.reports.diff.values import Comparer, Spot, Values
 from builder.tensors.digests import Row, component_digest
 from builder.tensors.lazy import DType, LazyTensor
-from builder.tensors.scan import Scan, scan
+from builder.tensors.scan import Scan, exact_torch, lone_torch, scan
 
 
 @dataclass(frozen=True)
@@ -293,38 +292,20 @@ def compare_values(
     task: str = "comparing",
 ) -> dict[Pair, Values]:
     """How the values of each pair of tensors differ, by a few threads."""
-    import torch
-
     # Largest first: what is left for the end is small, so no thread waits long for another.
-    queue = deque(sorted(pairs.items(), key=lambda p: (-p[1][0].nbytes - p[1][1].nbytes, p[0])))
+    order = sorted(pairs.items(), key=lambda p: (-p[1][0].nbytes - p[1][1].nbytes, p[0]))
     found: dict[Pair, Values] = {}
-    stop = threading.Event()
 
-    def work() -> None:
-        torch.set_num_threads(1)  # this thread's own; torch would start a team for each of ours
-        comparer = Comparer(lambda count: reporter.advance(task, count))
-        try:
-            while not stop.is_set():
-                try:
-                    pair, (a, b) = queue.popleft()
-                except IndexError:
-                    return
-                found[pair] = comparer.compare(a, b)
-        except BaseException:
-            stop.set()
-            raise
+    def work(index: int, buffer: memoryview) -> int:
+        pair, (a, b) = order[index]
+        found[pair] = Comparer(lambda count: reporter.advance(task, count)).compare(a, b)
+        return 0
 
-    before = torch.get_num_threads()
     reporter.start(task, sum(t.nbytes for both in pairs.values() for t in both))
     try:
-        with ThreadPoolExecutor(threads, thread_name_prefix="diff") as pool:
-            try:
-                for future in [pool.submit(work) for _ in range(threads)]:
-                    future.result()
-            finally:
-                stop.set()
+        with lone_torch():
+            run_windows(len(order), work, size=0, threads=threads, around=exact_torch)
     finally:
-        torch.set_num_threads(before)
         reporter.finish(task)
     return found
 
@@ -374,7 +355,7 @@ def _published(
         for bare, full in match.names.items()
         if (digest := found.tensors[full].digest) is not None
     }
-    return catalog.known.part(component_digest(rows).xxh3)
+    return catalog.known.part(component_digest(rows))
 
 
 def _promoted(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from builder.reports.diff.causes import causes
@@ -16,8 +16,12 @@ SCHEMA = 1
 Json = dict[str, Any]
 
 
-def to_json(diff: Diff) -> Json:
-    """The comparison as plain values; what each field means is in docs/commands.md."""
+def to_json(diff: Diff, full: bool = False) -> Json:
+    """The comparison as plain values; what each field means is in docs/commands.md.
+
+    With `full` every tensor that is not the same to the bit is listed, and every one that one file has
+    alone; else those whose values differ by more than rounding, and groups of the others.
+    """
     a, b = diff.a.checkpoint, diff.b.checkpoint
     return {
         "schema": SCHEMA,
@@ -31,11 +35,25 @@ def to_json(diff: Diff) -> Json:
             "others": mapping_changes(a.others, b.others),
         },
         "components": [_part(p, a.tensors, b.tensors) for p in diff.parts],
-        "only_a": [_tensor(n, a[n]) for n in sorted(diff.only_a)],
-        "only_b": [_tensor(n, b[n]) for n in sorted(diff.only_b)],
+        "full": full,
+        "only_a": _alone(diff.only_a, a, full),
+        "only_b": _alone(diff.only_b, b, full),
         "values": _total(diff.total),
-        "tensors": [_diff(t) for t in diff.tensors if not t.identical],
+        "tensors": [_diff(t) for t in diff.tensors if not (t.identical if full else t.alike)],
     }
+
+
+def _alone(names: Iterable[str], tensors: Mapping[str, LazyTensor], full: bool) -> list[Json]:
+    """Tensors that one file has alone, or how many there are of each beginning."""
+    if full:
+        return [_tensor(n, tensors[n]) for n in sorted(names)]
+    groups: dict[str, list[str]] = {}
+    for name in sorted(names):
+        groups.setdefault(name.partition(".")[0], []).append(name)
+    return [
+        {"group": head, "tensors": len(held), "bytes": sum(tensors[n].nbytes for n in held)}
+        for head, held in groups.items()
+    ]
 
 
 def mapping_changes(a: Mapping[str, str], b: Mapping[str, str]) -> dict[str, list[str]]:

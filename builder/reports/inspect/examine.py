@@ -180,9 +180,10 @@ def examine(
     metric: bool = True,
     threads: int | None = None,
     reporter: Reporter = SILENT,
+    identity: Identity | None = None,
 ) -> Report:
-    """Inspect an open checkpoint, wherever it lies; as `build_report`, which see."""
-    identity = identify(checkpoint, catalog)
+    """Inspect an open checkpoint, wherever it lies; as `build_report`. `identity` is what it is, if known."""
+    identity = identity or identify(checkpoint, catalog)
     scans: Mapping[str, TensorScan] = {}
     label = None
     digits: Mapping[str, str] = {}
@@ -244,7 +245,7 @@ def _part(
         for bare, full in match.names.items()
         if (scanned := scans.get(full)) is not None and scanned.digest is not None
     }
-    digest = component_digest(rows).xxh3 if len(rows) == len(held) else None
+    digest = component_digest(rows) if len(rows) == len(held) else None
     published = known.part(digest) if digest else None
     return Part(
         match,

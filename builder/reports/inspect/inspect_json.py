@@ -89,7 +89,7 @@ def _part(part: Part) -> Json:
         "component": match.component.name,
         "prefix": match.prefix,
         "tensors": part.tensors,
-        "digest": part.digest and f"xxh3:{part.digest}",
+        "digest": part.digest and f"blake3:{part.digest}",
         "parameters": part.parameters,
         "bytes": part.bytes,
         "dtypes": dict(part.dtypes),

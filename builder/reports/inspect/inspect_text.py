@@ -150,7 +150,7 @@ class _Page:
         held = f"{counted(part.tensors, 'tensor')} ({types})"
         yield f"{held}, {part.parameters:,} parameters, {part.bytes:,} bytes"
         if part.digest:
-            yield f"content xxh3:{part.digest}"
+            yield f"content blake3:{part.digest}"
         if match.missing_optional:
             yield f"without the optional {examples(match.missing_optional, 4)}"
         if match.component.note:

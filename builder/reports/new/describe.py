@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-import xxhash
-
 from builder.base.errors import CkptError, Problem, SourceError, UsageError
 from builder.base.progress import SILENT, Reporter, human_bytes
 from builder.base.words import counted as number
-from builder.formats import open_checkpoint
 from builder.models.catalog import Architecture, Catalog, Scale
-from builder.models.identify import Match, identify
+from builder.models.cut import cut
+from builder.models.identify import Match
 from builder.models.metric import Metric, counted, label
 from builder.operations.fixes import FIXES, POSITION_IDS, exact_position_ids
-from builder.sources.find import Found, files_below, verify_source
-from builder.sources.opened import OpenSource
+from builder.sources.find import files_below
+from builder.sources.opened import OpenSource, Sources
 from builder.store import Store
-from builder.tensors.cast import PRECISIONS, PROFILE, Faults, Precision, cast_all
-from builder.tensors.digests import Digest, Row, component_digest, tensor_digest
+from builder.tensors.cast import PRECISIONS, Faults, Precision, cast_all
+from builder.tensors.digests import Row, component_digest, expression_key, tensor_digest
 from builder.tensors.lazy import DType, LazyTensor, MemoryTensor
 from builder.tensors.scan import Scan, scan
 
@@ -41,14 +37,12 @@ class File:
 
     path: Path
     opened: OpenSource
-    store: Store = field(repr=False)
-    reporter: Reporter = field(repr=False)
+    sources: Sources = field(repr=False)
 
     @cached_property
     def sha256(self) -> str:
         """Of the whole file, or over the shards of a set; raises SourceError."""
-        found = Found(self.path, None, self.opened.checkpoint.size, "")
-        return str(verify_source(found, None, store=self.store, reporter=self.reporter).sha256)
+        return str(self.sources.hash(self.sources.file(self.path)).sha256)
 
     @property
     def size(self) -> int:
@@ -63,12 +57,12 @@ class File:
 
     def plain(self, match: Match, cls: str) -> dict[str, LazyTensor]:
         """A component's tensors under the catalog's own names and shapes, without its position ids."""
-        fixed = FIXES["vae-attention-shape"].apply(self.opened.component(match, cls)).tensors
-        return {n: t for n, t in fixed.items() if n != POSITION_IDS}
+        found = cut(self.opened.checkpoint, self.opened.identity, match, cls).tensors
+        return {n: t for n, t in found.items() if n != POSITION_IDS}
 
     def positions(self, match: Match, cls: str) -> LazyTensor | None:
         """A text encoder's position ids."""
-        return self.opened.component(match, cls).get(POSITION_IDS)
+        return cut(self.opened.checkpoint, self.opened.identity, match, cls).tensors.get(POSITION_IDS)
 
 
 @dataclass(frozen=True)
@@ -142,32 +136,31 @@ class Draft:
 
 def describe(
     files: Sequence[Path],
-    library: Sequence[Path] = (),
+    library: Sequence[Path],
+    sources: Sources,
     *,
-    catalog: Catalog,
-    store: Store,
-    stack: ExitStack,
     threads: int = 2,
     reporter: Reporter = SILENT,
 ) -> Draft:
     """Explain the model that the first of `files` is, with components replaced by those of the others.
 
     A further file that is a whole model, and those below the folders of `library`, are what components may
-    be equal to. Opened files are closed by `stack`. Raises SourceError for files that are refused or
+    be equal to. Opened files are closed with `sources`. Raises SourceError for files that are refused or
     unknown, UsageError for those that have no place in the model.
     """
     for folder in library:
         if not folder.is_dir():
             raise UsageError(Problem(f"`{folder}` is not a folder", hint="a library is a folder of models"))
     once = {os.path.realpath(path): path for path in reversed(files)}
-    opened = [_open(path, catalog, store, stack, reporter) for path in reversed(once.values())]
+    opened = [_open(path, sources) for path in reversed(once.values())]
+    catalog = sources.catalog
     model = opened[0]
     architecture = _architecture(model, catalog)
     parts, whole = _parts(opened, architecture)
     precision = _precision(Taken(c, model, m) for c, m in _matches(model, architecture).items())
     scanned = _scan(parts, precision, catalog.scales, threads, reporter)
-    shelf = [*whole, *_shelf(library, files, architecture, catalog, store, stack, reporter)]
-    taken = _explain(parts, precision, shelf, scanned, catalog, store, threads, reporter)
+    shelf = [*whole, *_shelf(library, files, architecture, sources, reporter)]
+    taken = _explain(parts, precision, shelf, scanned, sources, threads, reporter)
     extras = {
         n: model.opened.checkpoint[n]
         for n in model.opened.identity.optional
@@ -193,16 +186,15 @@ def describe(
         left,
         scanned,
         label(scanned.histograms, catalog.scales),
-        component_digest(rows).sha256 if explained else None,
+        component_digest(rows) if explained else None,
         explained and _faithful(rows, model),
         bool(shelf),
         tuple(f for f in whole if f not in {t.file for t in taken.values()}),
     )
 
 
-def _open(path: Path, catalog: Catalog, store: Store, stack: ExitStack, reporter: Reporter) -> File:
-    checkpoint = stack.enter_context(open_checkpoint(path, catalog.layouts))
-    return File(path, OpenSource(checkpoint, identify(checkpoint, catalog)), store, reporter)
+def _open(path: Path, sources: Sources) -> File:
+    return File(path, sources.open(sources.file(path)), sources)
 
 
 def _architecture(model: File, catalog: Catalog) -> Architecture:
@@ -266,7 +258,7 @@ def _scan(
     names = {cls: {b: f"{cls}/{b}" for b in tensors} for cls, tensors in components.items()}
     groups = counted(names, scales)
     name = next(iter(parts.values())).file.path.name if parts else ""
-    return scan(flat, groups=groups, sha256=True, threads=threads, reporter=reporter, task=f"reading {name}")
+    return scan(flat, groups=groups, digests=True, threads=threads, reporter=reporter, task=f"reading {name}")
 
 
 def _rounded(tensors: Mapping[str, LazyTensor], precision: Precision) -> dict[str, LazyTensor]:
@@ -284,9 +276,7 @@ def _shelf(
     folders: Sequence[Path],
     files: Sequence[Path],
     architecture: Architecture,
-    catalog: Catalog,
-    store: Store,
-    stack: ExitStack,
+    sources: Sources,
     reporter: Reporter,
 ) -> Iterator[File]:
     """The files below folders that have a component the architecture has a slot for."""
@@ -297,14 +287,16 @@ def _shelf(
             continue
         mine.add((stat.st_dev, stat.st_ino))
         try:
-            file = _open(path, catalog, store, stack, reporter)
+            file = _open(path, sources)
         except SourceError:
             strangers += 1
             continue
-        if any(_fits(m, cls, catalog) for m in file.opened.identity.matches for cls in architecture.slots):
+        if any(
+            _fits(m, cls, sources.catalog) for m in file.opened.identity.matches for cls in architecture.slots
+        ):
             yield file
         else:
-            file.opened.checkpoint.close()
+            sources.drop(sources.file(path))
     if strangers:
         reporter.note(f"{strangers:,} files of the library are no checkpoints")
 
@@ -319,8 +311,7 @@ def _explain(
     precision: Precision,
     shelf: Sequence[File],
     scanned: Scan,
-    catalog: Catalog,
-    store: Store,
+    sources: Sources,
     threads: int,
     reporter: Reporter,
 ) -> dict[str, Taken]:
@@ -336,7 +327,7 @@ def _explain(
                 candidate = Taken(cls, file, match, "exact")
                 if not _looks_alike(candidate, tensors, precision):
                     continue
-                if _remembered(candidate, precision, store, threads, reporter) == wanted:
+                if _remembered(candidate, precision, sources.store, threads, reporter) == wanted:
                     same = _types(file.plain(match, cls)) == _types(tensors)
                     found.setdefault(cls, []).append(
                         candidate if same else Taken(cls, file, match, "rounded")
@@ -346,7 +337,7 @@ def _explain(
     shares = Counter(file for choices in found.values() for file in {t.file for t in choices})
 
     def rank(taken: Taken) -> tuple[object, ...]:
-        unknown = catalog.known.file(taken.file.sha256) is None
+        unknown = sources.catalog.known.file(taken.file.sha256) is None
         return unknown, -shares[taken.file], taken.promoted, taken.how != "exact", str(taken.file.path)
 
     return {cls: min(found.get(cls, [part]), key=rank) for cls, part in parts.items()}
@@ -372,24 +363,31 @@ def _looks_alike(taken: Taken, tensors: Mapping[str, LazyTensor], precision: Pre
 
 def _remembered(taken: Taken, precision: Precision, store: Store, threads: int, reporter: Reporter) -> str:
     """The digest of a component after rounding, read once for as long as its file is the same."""
-    said = [taken.file.sha256, taken.match.component.name, taken.match.prefix, taken.cls, precision, PROFILE]
-    key = xxhash.xxh3_128_hexdigest(json.dumps(said).encode())
+    key = expression_key(
+        "rounded",
+        2,
+        source=taken.file.sha256,
+        component=taken.match.component.name,
+        prefix=taken.match.prefix,
+        cls=taken.cls,
+        precision=precision,
+    )
     fact = store.recall("component", key)
     if fact is not None:
-        return str(fact["xxh3"])
+        return str(fact["blake3"])
     tensors = _rounded(taken.file.plain(taken.match, taken.cls), precision)
     found = scan(
         tensors, digests=True, threads=threads, reporter=reporter, task=f"reading {taken.file.path.name}"
     )
     digest = _digest({n: s.digest for n, s in found.tensors.items()}, tensors)
-    store.note("component", key, {"xxh3": digest})
+    store.note("component", key, {"blake3": digest})
     return digest
 
 
-def _digest(digests: Mapping[str, Digest | None], tensors: Mapping[str, LazyTensor]) -> str:
+def _digest(digests: Mapping[str, str | None], tensors: Mapping[str, LazyTensor]) -> str:
     return component_digest(
         {n: Row(t.dtype, t.shape, d) for n, t in tensors.items() if (d := digests[n]) is not None}
-    ).xxh3
+    )
 
 
 # -- what goes around the components

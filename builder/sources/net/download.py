@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from builder.base.disk import read_at, try_lock, write_all
 from builder.base.progress import Reporter
 from builder.sources.net.client import Response, Session
 from builder.sources.net.failure import Failure, StartOver
@@ -93,7 +93,7 @@ class Turn:
     def tell(self, sha256: str) -> None:
         """Say to those who wait what came of the download."""
         if self.lock is not None:
-            os.pwrite(self.lock, sha256.encode(), 0)
+            write_all(self.lock, sha256.encode(), 0)
 
 
 @contextlib.contextmanager
@@ -122,33 +122,25 @@ def sole(partial: Path, session: Session, reporter: Reporter, task: str) -> Iter
 
 def _locked(path: Path, session: Session, reporter: Reporter, task: str) -> tuple[int, str | None] | None:
     """A descriptor that holds the lock, and what its holder before left in it; None without locks."""
-    try:
-        import fcntl
-    except ImportError:
-        return None
     left, told = None, False
     while True:
         lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
-            while True:
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if not told:
-                        reporter.note(f"another process is downloading {task}: waiting for it")
-                        told = True
-                    session.wait(0.1)
+            while not (locked := try_lock(lock)):
+                if locked is None:
+                    os.close(lock)
+                    path.unlink(missing_ok=True)
+                    return None
+                if not told:
+                    reporter.note(f"another process is downloading {task}: waiting for it")
+                    told = True
+                session.wait(0.1)
             # Whoever held the lock has deleted its file: a lock on a deleted file keeps nobody out.
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(lock), path.stat()):
                     return lock, left
-            left = os.pread(lock, 64, 0).decode("ascii", "replace") or left
-        except OSError as error:
-            os.close(lock)
-            if error.errno in {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EOPNOTSUPP}:
-                return None
-            raise
+            said = memoryview(bytearray(64))
+            left = bytes(said[: read_at(lock, said, 0)]).decode("ascii", "replace") or left
         except BaseException:
             os.close(lock)
             raise
@@ -407,7 +399,7 @@ class _Segments:
             told = received
             while hashed < frontier:
                 piece = buffer[: min(len(buffer), frontier - hashed)]
-                count = os.preadv(self.file, [piece], hashed)
+                count = read_at(self.file, piece, hashed)
                 if count == 0:
                     raise StartOver
                 digest.update(piece[:count])
@@ -481,9 +473,7 @@ class _Segments:
                 if start == 0:
                     response.refuse_pages(piece)
                 piece = piece[: end - start]
-                written = os.pwrite(self.file, piece, start)
-                while written < len(piece):
-                    written += os.pwrite(self.file, piece[written:], start + written)
+                write_all(self.file, piece, start)
                 start += len(piece)
                 with self.news:
                     self.done[index] += len(piece)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from builder.base.addresses import Address, Civitai, HuggingFace, LocalFile, Web, parse_address
+from builder.base.disk import write_all
 from builder.base.errors import CkptError, FetchError, Place, Problem, SourceError
 from builder.base.progress import SILENT, Reporter
 from builder.formats import safetensors
@@ -234,8 +235,7 @@ def _open(addresses: Sequence[Address], session: Session, size: int | None, sha2
             Problem(
                 "only safetensors files can be read on their hosts",
                 Place(blob.name),
-                (f"it begins with {bytes(start)!r}",),
-                "download it, and use the file",
+                hint="download it, and use the file",
             )
         )
     return safetensors.from_blob(blob, blob.name)
@@ -274,14 +274,14 @@ def fetch_component(
     names: Mapping[str, str],
     path: Path,
     *,
-    sha256: str | None = None,
+    digest: str | None = None,
     connections: int = 4,
     reporter: Reporter = SILENT,
     task: str = "",
 ) -> Checkpoint:
     """Tensors of a remote safetensors file as a local one at `path`, without the rest of the file.
 
-    `names` are the names that tensors get here and the names they have there; `sha256` is the
+    `names` are the names that tensors get here and the names they have there; `digest` is the
     component digest that they must have under their new names, compared before anything is returned.
     Nothing is left at `path` on failure. Raises FetchError; SourceError when the digest is another one.
     """
@@ -302,15 +302,14 @@ def fetch_component(
         blob.read_into(start, data)
         for move in request:
             part = data[move.start - start : move.start - start + move.length]
-            if os.pwrite(file, part, move.to) != len(part):
-                raise OSError(0, "not all could be written")
+            write_all(file, part, move.to)
             reporter.advance(task, move.length)
 
     reporter.start(task, layout.size - len(layout.head))
     try:
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
         try:
-            os.pwrite(file, layout.head, 0)
+            write_all(file, layout.head, 0)
             os.ftruncate(file, layout.size)
             with ThreadPoolExecutor(connections) as pool:
                 try:
@@ -323,7 +322,7 @@ def fetch_component(
         finally:
             os.close(file)
         local = safetensors.from_blob(FileBlob(path), remote.name)
-        _verify(local, sha256)
+        _verify(local, digest)
         return local
     except OSError as error:
         path.unlink(missing_ok=True)
@@ -335,17 +334,17 @@ def fetch_component(
         reporter.finish(task)
 
 
-def _verify(local: Checkpoint, sha256: str | None) -> None:
-    if sha256 is None:
+def _verify(local: Checkpoint, digest: str | None) -> None:
+    if digest is None:
         return
-    found = component_digest({n: Row(t.dtype, t.shape, tensor_digest(t)) for n, t in local.items()}).sha256
-    if found != sha256:
+    found = component_digest({n: Row(t.dtype, t.shape, tensor_digest(t)) for n, t in local.items()})
+    if found != digest:
         local.close()
         raise SourceError(
             Problem(
                 "a component on its host is not what was pinned",
                 Place(local.name),
-                (f"pinned SHA-256: {sha256}", f"received:       {found}"),
+                (f"pinned BLAKE3: {digest}", f"received:      {found}"),
                 "`ckpt lock --upgrade` takes the file as it is now",
             )
         )

@@ -4,26 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
 from builder.base.errors import Problem, UsageError
-from builder.base.progress import Reporter
-from builder.cli.session import json_option, quiet_option
 from builder.cli.terminal import make_reporter
-from builder.models.catalog import Catalog, load_catalog
 from builder.operations.fixes import FIXES
 from builder.recipe.profiles import PROFILES
-from builder.store import Store
 from builder.tensors.cast import PRECISIONS
-from builder.toolkit.quick import Quick
+from builder.workspace import Workspace
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 FILE = click.Path(path_type=Path)
+
+recipe_argument = click.argument("recipe", type=FILE, metavar="RECIPE")
+outside_option = click.option(
+    "--allow-outside", "outside", is_flag=True, help="Let RECIPE name files outside its folder."
+)
+quiet_option = click.option("--quiet", "-q", is_flag=True, help="No progress, no notes.")
+json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 
 _OPTIONS = (
     click.option(
@@ -79,20 +81,16 @@ def output_keys(usual: str, options: dict[str, Any], *, upcast: bool = True) -> 
     return keys
 
 
-@dataclass(frozen=True)
-class Bench:
-    """What it takes to run a recipe made on the spot."""
-
-    catalog: Catalog
-    store: Store
-    reporter: Reporter
-
-
 @contextmanager
-def open_bench(quiet: bool) -> Iterator[Bench]:
-    """The catalog, the store and a reporter for the length of a command."""
-    with make_reporter(quiet) as reporter, Store(reporter=reporter) as store:
-        yield Bench(load_catalog(), store, reporter)
+def open_workspace(
+    quiet: bool = False, *, offline: bool = False, outside: bool = False
+) -> Iterator[Workspace]:
+    """A workspace for the length of a command, with what it says on the terminal."""
+    with (
+        make_reporter(quiet) as reporter,
+        Workspace(offline=offline, outside=outside, reporter=reporter) as workspace,
+    ):
+        yield workspace
 
 
 def recipe_path(path: Path | None) -> Path | None:
@@ -101,10 +99,3 @@ def recipe_path(path: Path | None) -> Path | None:
         fact = f"a recipe's name ends in `.toml`, not as `{path}` does"
         raise UsageError(Problem(fact, hint=f"`--save-recipe {path.with_suffix('.toml')}`"))
     return path
-
-
-def ready(quick: Quick, save: Path | None, bench: Bench, *, pin: bool) -> Quick:
-    """The recipe as it is run: with the pins of its sources, where it is to be saved or they are wanted."""
-    if save is not None:
-        quick.saved(save, Path("model.safetensors"))
-    return quick.pinned(bench.store, bench.reporter) if pin or save is not None else quick

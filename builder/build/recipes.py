@@ -1,0 +1,158 @@
+"""A recipe built from beginning to end: planned, its sources had, carried out, and its lock written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from builder.base.errors import Problem, UnreproducibleError
+from builder.build.carry_out import Build, build
+from builder.build.outputs import Naming
+from builder.plan import Plan
+from builder.plan.keys import output_format
+from builder.recipe import Output, Recipe
+from builder.recipe.lock import Lock, differences, lock_path, write_lock
+from builder.sources.job import SourceJob
+from builder.sources.opened import NotPinned, Sources
+from builder.store import Store
+from builder.workspace import Workspace, find_lock, need_lock
+
+Place = Callable[[Output], Path]
+
+
+def build_recipe(
+    workspace: Workspace,
+    recipe: Recipe,
+    sources: Sources,
+    *,
+    place: Place | None = None,
+    naming: Naming | None = None,
+    locked: bool = False,
+    partial: bool = False,
+    hashing: bool = True,
+    check: bool = False,
+    threads: int | None = None,
+    keep_lock: bool = False,
+    before: Callable[[Plan], object] = lambda plan: None,
+) -> Build:
+    """Build a recipe, and write its lock unless `locked` or `keep_lock`.
+
+    `place` says where outputs go, if not where the recipe says; `before` sees the plan before anything is
+    made; with `check` everything is built a second time without the store, and compared. All else is as for
+    `build`. Raises CkptError.
+    """
+    lock = need_lock(recipe) if locked else find_lock(recipe)
+    made = _built(
+        workspace,
+        recipe,
+        sources,
+        lock,
+        place,
+        before,
+        lambda plan: build(
+            plan,
+            sources,
+            threads=threads,
+            locked=lock if locked else None,
+            hashing=hashing,
+            partial=partial,
+            naming=naming,
+            reporter=workspace.reporter,
+        ),
+    )
+    if check:
+        _check(workspace, recipe, made, threads)
+    if not locked and not keep_lock:
+        _write_lock(workspace, recipe, lock, made)
+    workspace.tidy()
+    return made
+
+
+def _built(
+    workspace: Workspace,
+    recipe: Recipe,
+    sources: Sources,
+    lock: Lock | None,
+    place: Place | None,
+    before: Callable[[Plan], object],
+    carry_out: Callable[[Plan], Build],
+) -> Build:
+    """Plan and build; again, where a source had to be fetched to be seen, or another file was pinned."""
+    while True:
+        plan = workspace.plan(recipe, sources, lock, place=place)
+        if plan.unseen:
+            _fetch(sources, [plan.nodes[k].job for k in plan.unseen])
+            continue
+        before(plan)
+        try:
+            return carry_out(plan)
+        except NotPinned as error:
+            if not sources.another(error.job):
+                raise
+
+
+def _fetch(sources: Sources, jobs: list[object]) -> None:
+    """Fetch sources, all at once; the failure of the first is raised."""
+    wanted = [j for j in jobs if isinstance(j, SourceJob)]
+    with ThreadPoolExecutor(len(wanted), thread_name_prefix="fetch") as pool:
+        futures = [pool.submit(sources.fetch, job) for job in wanted]
+        try:
+            for future in futures:
+                future.result()
+        except BaseException:
+            sources.stop()
+            raise
+
+
+def _write_lock(workspace: Workspace, recipe: Recipe, lock: Lock | None, made: Build) -> None:
+    """Write the lock beside a recipe, if what was made is the recipe's own; what changes is said."""
+    if made.lock is None or recipe.path is None or not _is_the_recipes_own(made, recipe):
+        return
+    for change in differences(lock, made.lock, partial=True) if lock is not None else ():
+        if "became" in change:
+            workspace.reporter.note(f"the lock changes: {change}")
+    write_lock(lock_path(recipe.path), made.lock)
+
+
+def _is_the_recipes_own(made: Build, recipe: Recipe) -> bool:
+    """Whether what was made is what the recipe says, not its contents in another container."""
+    files = {o.name: Path(o.file) for o in recipe.outputs}
+    return all(output_format(b.path) == output_format(files[b.name]) for b in made.outputs)
+
+
+def _check(workspace: Workspace, recipe: Recipe, made: Build, threads: int | None) -> None:
+    """Build again from nothing, in a folder of its own, and compare; raises UnreproducibleError."""
+    first = {b.name: b for b in made.outputs}
+    downloads = workspace.store.downloads  # which are compared with their pins, and not to be had again
+    reporter = workspace.reporter
+    with (
+        workspace.store.scratch() as root,
+        Store(root / "store", downloads=downloads, reporter=reporter) as store,
+        workspace.sources(store) as sources,
+    ):
+        second = _built(
+            workspace,
+            recipe,
+            sources,
+            made.lock,
+            lambda o: root / f"{o.name}{first[o.name].path.suffix}",
+            lambda plan: None,
+            lambda plan: build(plan, sources, threads=threads, reporter=reporter),
+        )
+    problems = [
+        Problem(
+            f"building `{b.path.name}` again gave another file",
+            evidence=(
+                f"first  {first[b.name].sha256}",
+                f"second {b.sha256}",
+                *(differences(made.lock, second.lock) if made.lock and second.lock else ()),
+            ),
+            hint="please report this with the recipe: it must not happen",
+        )
+        for b in second.outputs
+        if b.sha256 != first[b.name].sha256
+    ]
+    if problems:
+        raise UnreproducibleError(*problems)
+    reporter.note("built a second time without the store: the same bytes")

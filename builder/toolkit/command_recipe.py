@@ -1,0 +1,170 @@
+"""The recipes that one-line commands stand for: built as any other, and written where that is asked for."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from builder.base.disk import may_replace, replacing, write_all
+from builder.base.errors import OutputError, Problem
+from builder.base.toml import Document
+from builder.build import Build, Built, build_recipe
+from builder.models.catalog import Catalog
+from builder.operations.fixes import FIXES
+from builder.plan import Plan
+from builder.recipe import FromBase, NewBase, Output, Pick, Recipe, Source, parse_recipe
+from builder.recipe.names import WRITTEN, numbered
+from builder.sources.opened import Sources
+from builder.store import Store
+from builder.workspace import Workspace
+
+ORIGIN = "<command line>"
+
+
+@dataclass(frozen=True)
+class CommandRecipe:
+    """What a one-line command makes. `sources` are files by name; `sha256` pins those that it holds.
+
+    `base` is a source, or `new` an architecture or a class. `components` are by class. `output` holds what
+    a recipe says under [output].
+    """
+
+    name: str
+    sources: Mapping[str, Path]
+    base: str = ""
+    new: str = ""
+    components: Mapping[str, Pick] = field(default_factory=dict)
+    fixes: Sequence[str] = ()
+    output: Mapping[str, Any] = field(default_factory=dict)
+    sha256: Mapping[str, str] = field(default_factory=dict)
+
+    def recipe(self, catalog: Catalog) -> Recipe:
+        """The recipe; raises UsageError for an architecture that the catalog does not know."""
+        base = FromBase(self.base) if self.base else NewBase(catalog.architecture(self.new).name)
+        fixes = tuple(n for n in FIXES if n in self.fixes)
+        said: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in self.output.items()}
+        file = said.pop("file", f"{self.name}.safetensors")
+        return Recipe(
+            name=self.name,
+            description="",
+            base=base,
+            fixes=fixes,
+            sources={n: Source(n, str(p.absolute()), self.sha256.get(n)) for n, p in self.sources.items()},
+            components=self.components,
+            steps={},
+            outputs=(Output(self.name, file, base, self.components, fixes, **said),),
+            document=Document(ORIGIN, "", {}),
+        )
+
+    def text(self, folder: Path | None = None) -> str:
+        """The recipe as TOML; files are named relative to `folder`, else by their whole path."""
+        base = self.base or f"NEW {self.new}"
+        said: dict[str, Any] = {"format": 1, "name": self.name, "base": base}
+        if self.fixes:
+            said["fixes"] = list(self.fixes)
+        said["sources"] = {n: self._source(n, folder) for n in self.sources}
+        if self.components:
+            picks = self.components.values()
+            said["components"] = {p.cls: p.meaning() if p.component else p.source for p in picks}
+        if self.output:
+            said["output"] = dict(self.output)
+        return tomli_w.dumps(said)
+
+    def _source(self, name: str, folder: Path | None) -> dict[str, str]:
+        path = self.sources[name].absolute()
+        if folder is not None:  # links are followed: `..` leads out of what a link leads to
+            path = Path(os.path.relpath(path.parent.resolve() / path.name, folder.resolve()))
+        pin = {"sha256": self.sha256[name]} if name in self.sha256 else {}
+        return {"file": path.as_posix(), **pin}
+
+    def pinned(self, sources: Sources) -> CommandRecipe:
+        """The same with the digest of every source, hashed where it is not remembered; raises SourceError."""
+        found = {name: str(sources.hash(sources.file(path)).sha256) for name, path in self.sources.items()}
+        return replace(self, sha256=found)
+
+    def save(self, path: Path, target: Path, catalog: Catalog) -> None:
+        """Write the recipe to `path`, as one that makes `target` where that is below it, else a namesake.
+
+        Raises OutputError when it cannot be written, or would take the place of a source or of `target`.
+        """
+        with replacing(path, inputs=[*self.sources.values(), target]) as fd:
+            write_all(fd, memoryview(self.saved(path, target, catalog)), 0)
+
+    def saved(self, path: Path, target: Path, catalog: Catalog) -> bytes:
+        """What `save` writes; raises OutputError or RecipeError for names that no recipe can hold."""
+        folder, goal = path.absolute().parent.resolve(), target.absolute().parent.resolve() / target.name
+        file = goal.relative_to(folder) if goal.is_relative_to(folder) else Path(target.name)
+        text = replace(self, output={"file": file.as_posix(), **self.output}).text(folder)
+        try:
+            data = text.encode()
+        except UnicodeEncodeError:
+            fact = f"a recipe in `{path}` cannot name these files"
+            raise OutputError(Problem(fact, hint="rename them: their names are not valid Unicode")) from None
+        parse_recipe(text, ORIGIN, catalog)
+        return data
+
+
+def run(
+    command: CommandRecipe,
+    target: Path,
+    workspace: Workspace,
+    sources: Sources,
+    *,
+    naming: Callable[[Built], Path] | None = None,
+    save: Path | None = None,
+    hashing: bool = True,
+    threads: int | None = None,
+    before: Callable[[Plan], object] = lambda plan: None,
+) -> Build:
+    """Build a command's recipe into `target`, or where in its folder `naming` says once all is known.
+
+    Where the recipe is to be saved, its sources are pinned first, so that what is saved makes the same file.
+    Without `hashing` sources that nobody has hashed yet stay so, and what is made of them is not
+    remembered. `before` sees the plan before anything is made. Raises CkptError; then `target` is as it was.
+    """
+    if save is not None:
+        command.saved(save, target, workspace.catalog)
+        command = command.pinned(sources)
+    made = build_recipe(
+        workspace,
+        command.recipe(workspace.catalog),
+        sources,
+        place=lambda _: target,
+        naming=naming,
+        hashing=hashing or save is not None,
+        threads=threads,
+        before=before,
+    )
+    if save is not None:
+        command.save(save, made.outputs[0].path, workspace.catalog)
+    return made
+
+
+def vacant(path: Path, built: Built, store: Store, suffix: str | None = None) -> Path:
+    """The first of the `numbered` paths that is free, or that holds just what was built."""
+
+    def same(there: Path) -> bool:
+        if there.is_symlink() or not there.is_file() or there.stat().st_size != built.size:
+            return False
+        return store.sha256(there) == built.sha256
+
+    return next(p for p in numbered(path, suffix) if not os.path.lexists(p) or same(p))
+
+
+def output_path(path: Path, inputs: Iterable[Path] = ()) -> Path:
+    """`path`, if a checkpoint can be written under such a name, and not over `inputs`; raises OutputError."""
+    may_replace(path, inputs)
+    if path.suffix not in WRITTEN:
+        raise OutputError(
+            Problem(
+                f"cannot write `{path}`",
+                evidence=(f"its name ends in {f'`{path.suffix}`' if path.suffix else 'nothing known'}",),
+                hint="the name says the format: `.safetensors`, `.ckpt` or `.pt`",
+            )
+        )
+    return path

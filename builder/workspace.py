@@ -1,0 +1,190 @@
+"""What all work shares: the catalog, the store, the network, settings, and one who hears of it."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from builder.base.errors import CkptError, LockError, OutputError, Problem
+from builder.base.progress import SILENT, Reporter
+from builder.models.catalog import Catalog, load_catalog
+from builder.plan import Plan, make_plan
+from builder.recipe import Recipe, load_recipe
+from builder.recipe.lock import Lock, lock_path, read_lock
+from builder.sources.opened import Sources
+from builder.store import Store, default_root
+
+if TYPE_CHECKING:
+    from builder.sources.net.client import Session
+
+STORE_SIZE = 20_000_000_000  # bytes of blobs and downloads that a store keeps, if nothing else is said
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a user has set for all work.
+
+    `models` are folders that are searched for sources, `components` folders of catalogs beside the shipped
+    one. `keep_all` has the store keep the bytes of every component. Without `trust_times`, no digest of a
+    file is believed that was only remembered by its times. `environment` holds what the network reads
+    (tokens, caches, endpoints) and `SOURCE_DATE_EPOCH`.
+    """
+
+    store: Path
+    models: tuple[Path, ...] = ()
+    components: tuple[Path, ...] = ()
+    keep_all: bool = False
+    trust_times: bool = True
+    environment: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] | None = None) -> Settings:
+        """What the environment says, as it is now."""
+        said = dict(os.environ if environment is None else environment)
+        return cls(
+            default_root(said),
+            _folders(said.get("CKPT_MODELS", "")),
+            _folders(said.get("CKPT_COMPONENTS", "")),
+            said.get("CKPT_STORE_KEEP") == "all",
+            said.get("CKPT_TRUST_STAT") != "0",
+            said,
+        )
+
+
+def _folders(listed: str) -> tuple[Path, ...]:
+    """Folders that a variable lists, separated as in PATH."""
+    return tuple(Path(os.path.expanduser(f)) for f in listed.split(os.pathsep) if f)  # noqa: PTH111
+
+
+class Workspace:
+    """The catalog, the store, the network and settings; use it in `with`. Serves several threads.
+
+    Nothing is opened before it is needed. `offline`: no network. `outside`: recipes may name files outside
+    their own folder and those of models, as a stranger's must not.
+    """
+
+    def __init__(
+        self,
+        settings: Settings | None = None,
+        *,
+        offline: bool = False,
+        outside: bool = False,
+        reporter: Reporter = SILENT,
+    ) -> None:
+        self.settings = settings or Settings.from_environment()
+        self.offline = offline
+        self.outside = outside
+        self.reporter = reporter
+        self._session: Session | None = None
+        self._guard = threading.Lock()
+
+    def __enter__(self) -> Workspace:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close what was opened."""
+        with self._guard:
+            if self._session is not None:
+                self._session.close()
+                self._session = None
+        if "store" in self.__dict__:
+            self.store.close()
+
+    @cached_property
+    def catalog(self) -> Catalog:
+        """The catalog, with the user's own folders."""
+        return load_catalog(self.settings.components)
+
+    @cached_property
+    def store(self) -> Store:
+        """The store."""
+        settings = self.settings
+        return Store(
+            settings.store,
+            keep_all=settings.keep_all,
+            trust_times=settings.trust_times,
+            reporter=self.reporter,
+        )
+
+    def network(self) -> Session:
+        """The network, opened when it is first used: most work need not even load what speaks to it."""
+        with self._guard:
+            if self._session is None:
+                from builder.sources.net.client import Session
+
+                self._session = Session(
+                    offline=self.offline, reporter=self.reporter, environ=self.settings.environment
+                )
+            return self._session
+
+    def sources(self, store: Store | None = None, network: Callable[[], Session] | None = None) -> Sources:
+        """What finds, opens and fetches sources; close it after use."""
+        return Sources(
+            self.catalog,
+            store or self.store,
+            self.settings.models,
+            network or self.network,
+            self.reporter,
+            self.settings.environment,
+            self.outside,
+        )
+
+    def tidy(self) -> None:
+        """Keep the store within its bounds, if it has grown: what was not used for longest goes."""
+        if self.store.grown:
+            from builder.store.upkeep import collect
+
+            with suppress(OutputError):  # what was built is built
+                collect(self.store, STORE_SIZE)
+            self.store.grown = 0
+
+    def recipe(self, path: Path) -> Recipe:
+        """The recipe of a file; remarks on it are reported. Raises RecipeError."""
+        recipe = load_recipe(path, self.catalog, outside=self.outside)
+        for note in recipe.notes:
+            self.reporter.note(note.fact)
+        return recipe
+
+    def plan(self, recipe: Recipe, sources: Sources, lock: Lock | None = None, **options: Any) -> Plan:
+        """The plan of a recipe; `options` go to `make_plan`, and warnings are reported."""
+        while True:
+            try:
+                plan = make_plan(recipe, sources, lock=lock, environment=self.settings.environment, **options)
+                break
+            except CkptError:
+                # It may be planned with another file, which only has the name of the one that is pinned.
+                if not sources.refuse_others():
+                    raise
+        for problem in plan.warnings:
+            self.reporter.warn(problem)
+        return plan
+
+
+def find_lock(recipe: Recipe, *, anew: bool = False) -> Lock | None:
+    """The lock beside a recipe, None where there is none; with `anew`, one that cannot be read is none."""
+    if recipe.path is None:
+        return None
+    try:
+        return read_lock(lock_path(recipe.path))
+    except LockError:
+        if not anew:
+            raise
+        return None
+
+
+def need_lock(recipe: Recipe) -> Lock:
+    """The lock beside a recipe; raises LockError when there is none."""
+    lock = find_lock(recipe)
+    if lock is None:
+        where = lock_path(recipe.path) if recipe.path is not None else recipe.name
+        raise LockError(Problem(f"there is no lock `{where}`", hint="`ckpt build` or `ckpt lock` makes it"))
+    return lock
