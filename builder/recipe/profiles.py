@@ -6,9 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from builder.base.errors import Place, Problem
+from builder.base.errors import CatalogError, Place, Problem
+from builder.base.files import read_bounded
 from builder.models.catalog import Architecture
 from builder.operations.fixes import FIXES
+
+MAX_SIDECAR = 1 << 20  # bytes; a configuration has some thousands
 
 
 @dataclass(frozen=True)
@@ -49,9 +52,16 @@ def with_profile(fixes: Sequence[str], profile: str | None) -> tuple[str, ...]:
 
 
 def sidecar(profile: str | None, architecture: Architecture, markers: Sequence[str]) -> bytes | None:
-    """The `.yaml` that must lie beside a checkpoint for the program to load it right, or None."""
+    """The `.yaml` that must lie beside a checkpoint for the program to load it right, or None.
+
+    Raises CatalogError when the catalog's file cannot be read.
+    """
     file = architecture.sidecars_v.get(profile or "") if "v_pred" in markers else None
-    return file.read_bytes() if file is not None else None
+    try:
+        return read_bounded(file, MAX_SIDECAR) if file is not None else None
+    except OSError as error:
+        fact = f"cannot read `{file}`, which goes beside a model"
+        raise CatalogError(Problem(fact, evidence=(str(error.strerror),))) from None
 
 
 def warnings(profile: str | None, markers: Sequence[str], target: Path) -> list[Problem]:

@@ -547,6 +547,32 @@ def architecture_of_many_slots() -> dict[str, bytes | str]:
     return {"architectures/a.toml": "[a]\nslots=[" + repeated('"{}",', SIZE) + "]\n"}
 
 
+@case("catalog")
+def classes() -> dict[str, bytes | str]:
+    return {"classes.toml": "".join(f"[a{n}]\n" for n in range(90_000))}
+
+
+@case("catalog")
+def classes_of_blocks() -> dict[str, bytes | str]:
+    return {"classes.toml": "".join(f'[a{n}]\nblocks=["{{0..99999}}"]\n' for n in range(20_000))}
+
+
+@case("catalog")
+def programs() -> dict[str, bytes | str]:
+    return {"programs.toml": "".join(f'[own{n}]\ncheckpoint="a"\nother="b"\n' for n in range(30_000))}
+
+
+@case("catalog")
+def layouts_in_a_chain() -> dict[str, bytes | str]:
+    return {"diffusers.toml": "".join(f'[layouts.a{n}]\nextends="a{n + 1}"\n' for n in range(25_000))}
+
+
+@case("catalog")
+def layouts_of_rules() -> dict[str, bytes | str]:
+    rules = (f'[rules.a{n}.same]\n"{{0..99999}}"="{{0..99999}}"\n' for n in range(14_000))
+    return {"diffusers.toml": "".join(rules)}
+
+
 # Records of a store.
 
 

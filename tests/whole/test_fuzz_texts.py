@@ -194,6 +194,11 @@ TABLES = {
     "known/a.toml": f'[[file]]\nname = "a"\nsha256 = "{"0" * 64}"\ncivitai_version = 3\n'
     '[[metric]]\nname = "b"\nvalue = "2020/2982/0130"\n[[component]]\nname = "c"\nclass = "d"\n'
     f'blake3 = "{"1" * 64}"\n',
+    "classes.toml": '[C]\nfixes = ["a"]\nblocks = ["IN{0..3}", "M"]\n'
+    '[C.metric]\npart = "unet"\nbase = 0.5\nk = 12\nhaving = ["a"]\n',
+    "programs.toml": '[a]\ncheckpoint = "models/x"\nother = "models"\nVAE = "é"\n',
+    "diffusers.toml": (ROOT / "components_db" / "v1" / "diffusers.toml").read_text()
+    + '[layouts.other]\nextends = "SD-v1"\npixels = 64\n',
 }
 
 

@@ -38,7 +38,8 @@ class Rules:
     """The rules of one part of a model; the longest name that a rule knows decides.
 
     `without` are tensors of the original that diffusers makes itself, `read_also` other names that its
-    files may have, `within` what may be left away at the beginning of a name there.
+    files may have, `within` what may be left away at the beginning of a name there. `count` is of
+    all its rules.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Rules:
         read_also: Sequence[Rule] = (),
         within: str = "",
     ) -> None:
+        self.count = len(rules) + len(read_also)
         self._without = frozenset(without)
         self._within = within
         self._to_diffusers = {r.original: Place(r.diffusers, r.change) for r in rules}

@@ -125,6 +125,7 @@ class _Reader:
         self.spellings: dict[str, Architecture] = {}
         self.optional: dict[str, tuple[int, ...] | None] = {}
         self.traits: dict[str, Traits] = {}
+        self.blocks: dict[int, str] = {}  # by their number: the first class that has so many
         self.layouts: list[tuple[Path, str]] = []  # files, which are read when they are needed
         self.programs: dict[str, dict[str, str]] = {}
         self.depths: dict[str, int] = {}  # of each component: how many others it extends
@@ -162,10 +163,10 @@ class _Reader:
         for cls, traits, fields in read_classes(path, name):
             if cls in self.traits:
                 fields.fail(f"class `{cls}` is described already", evidence=(f"in {self.traits[cls].path}",))
-            for other, their in self.traits.items():
-                if len(their.blocks) == len(traits.blocks) and their.blocks != traits.blocks:
-                    fact = f"`{other}` has as many blocks under other names"
-                    fields.fail(fact, "blocks", value=True, evidence=(f"in {their.path}",))
+            other = self.blocks.setdefault(len(traits.blocks), cls)
+            if other != cls and (their := self.traits[other]).blocks != traits.blocks:
+                fact = f"`{other}` has as many blocks under other names"
+                fields.fail(fact, "blocks", value=True, evidence=(f"in {their.path}",))
             self.traits[cls] = traits
             self.described[cls] = fields
 

@@ -33,6 +33,7 @@ PRECISIONS = ("fp16", "bf16", "fp32")
 MAX_TENSORS = 100_000  # of a table; the largest known have some thousands
 MAX_LOOKS = 2_000_000  # at names, for those that a pattern with `*` means
 MAX_DIMS = 64
+MAX_BLOCKS = 1000  # of a class; the largest known have some dozens
 
 _COMPONENT = {
     "name": str,
@@ -101,6 +102,8 @@ class Fields:
                 self.fail(f"unknown field `{name}`", name, hint=did_you_mean(name, allowed))
             if type(value) is not allowed[name]:
                 self.fail(f"`{name}` is not {_WORDS[allowed[name]]}", name, value=True)
+            if type(value) is int and not 0 <= value < 1 << 63:
+                self.fail(f"`{name}` is not a number that can be right", name, value=True)
             if type(value) is list and name != "shape" and not all(isinstance(v, str) for v in value):
                 self.fail(f"`{name}` is not a list of strings", name, value=True)
             if name in ("name", "class") and not _is_name(value):
@@ -308,9 +311,11 @@ def read_classes(path: Path, name: str) -> Iterator[tuple[str, Traits, Fields]]:
     document = load(path, CatalogError, name)
     for cls in document.data:
         fields = Fields(document, (cls,), _CLASS)
-        blocks = [
-            b for at, p in enumerate(fields.strings("blocks")) for b in fields.expand(p, "blocks", at)[0]
-        ]
+        blocks: list[str] = []
+        for at, pattern in enumerate(fields.strings("blocks")):
+            blocks += fields.expand(pattern, "blocks", at)[0]
+            if len(blocks) > MAX_BLOCKS:
+                fields.fail(f"more than {MAX_BLOCKS:,} blocks", "blocks", value=True)
         if len({"base", *blocks}) <= len(blocks):
             fields.fail("`blocks` does not name each block once, and none `base`", "blocks", value=True)
         yield cls, Traits(_scale(fields), fields.strings("fixes"), tuple(blocks), name), fields
@@ -332,8 +337,8 @@ def _scale(fields: Fields) -> Scale | None:
 def read_programs(path: Path, name: str) -> Iterator[tuple[str, Mapping[str, str], Fields]]:
     """Where programs keep their models: a table each, of folders by the kind of what a file is."""
     document = load(path, CatalogError, name)
+    fields = Fields(document, (), dict.fromkeys(document.data, dict))
     for program in document.data:
-        fields = Fields(document, (), dict.fromkeys(document.data, dict))
         folders = fields.texts(program)
         for kind, folder in folders.items():
             if not _is_name(folder) or PurePath(folder).is_absolute() or ".." in PurePath(folder).parts:

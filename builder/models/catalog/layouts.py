@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ _PART = {
     "tokenizer": str,
     "padding": str,
 }
+MAX_RULES = 100_000  # of all layouts
+MAX_CHAIN = 8  # layouts that extend each other
 LIBRARIES = ("diffusers", "transformers")
 
 
@@ -47,6 +50,7 @@ def read_layouts(files: Iterable[tuple[Path, str]]) -> dict[str, Layout]:
     """The layouts of files, each with its name in messages. Raises CatalogError."""
     rules: dict[str, Rules] = {}
     found: dict[str, Fields] = {}
+    total = 0
     for path, name in files:
         document = load(path, CatalogError, name)
         top = Fields(document, (), {"rules": dict, "layouts": dict})
@@ -55,6 +59,9 @@ def read_layouts(files: Iterable[tuple[Path, str]]) -> dict[str, Layout]:
             if word in rules:
                 fields.fail(f"rules `{word}` are declared already")
             rules[word] = _rules(fields)
+            total += rules[word].count
+            if total > MAX_RULES:
+                fields.fail(f"more than {MAX_RULES:,} rules in all")
         for word in top.get("layouts") or ():
             fields = Fields(document, ("layouts", word), _LAYOUT)
             if word in found:
@@ -83,6 +90,8 @@ def _pairs(fields: Fields) -> list[Rule]:
             if len(ours) != len(theirs):
                 fact = f"{len(ours)} names do not pair with {len(theirs)}"
                 fields.fail(fact, change, original, value=True)
+            if len(made) + len(ours) > MAX_RULES:
+                fields.fail(f"more than {MAX_RULES:,} rules", change, original)
             for one, other in zip(ours, theirs, strict=True):
                 if one in made:
                     fields.fail(f"`{one}` has a rule already", change, original)
@@ -100,6 +109,8 @@ def _layout(word: str, found: dict[str, Fields], rules: dict[str, Rules]) -> Lay
             hint = did_you_mean(base, found.keys() - {word})
             chain[-1].fail(f"no layout `{base}` to extend", "extends", value=True, hint=hint)
         chain.append(found[base])
+        if len(chain) > MAX_CHAIN:
+            chain[0].fail(f"more than {MAX_CHAIN} layouts extend each other", "extends", value=True)
 
     def held(key: str) -> Fields:
         return next((fields for fields in chain if key in fields.table), chain[0])
@@ -110,6 +121,8 @@ def _layout(word: str, found: dict[str, Fields], rules: dict[str, Rules]) -> Lay
     said: dict[str, Any] = {
         key: held(key).get(key) or {} for key in ("index", "scheduler", "plain", "zero_snr")
     }
+    for key in said:
+        _json(held(key), key)
     for key in ("plain", "zero_snr"):
         if "_class_name" not in said["scheduler"] | said[key]:
             held(key).fail("the scheduler has no `_class_name`", key)
@@ -133,6 +146,14 @@ def _layout(word: str, found: dict[str, Fields], rules: dict[str, Rules]) -> Lay
     )
 
 
+def _json(fields: Fields, key: str) -> None:
+    """Refuse what could not be written into a model's folder: dates, and numbers that are none."""
+    try:
+        json.dumps(fields.get(key), allow_nan=False)
+    except (TypeError, ValueError):
+        fields.fail(f"`{key}` holds what no JSON file can", key, value=True)
+
+
 def _part(layout: Fields, folder: str, rules: dict[str, Rules]) -> Part:
     fields = Fields(layout.document, (*layout.keys, "parts", folder), _PART, "model", "prefix", "rules")
     if Path(folder).name != folder:
@@ -145,6 +166,7 @@ def _part(layout: Fields, folder: str, rules: dict[str, Rules]) -> Part:
     if library not in LIBRARIES:
         hint = f"say it by `library`, one of {', '.join(LIBRARIES)}"
         fields.fail(f"which library has `{model}` is not known", "model", value=True, hint=hint)
+    _json(fields, "config")
     return Part(
         folder,
         fields.get("prefix"),
