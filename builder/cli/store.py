@@ -95,6 +95,8 @@ def gc(max_size: int | None, as_json: bool) -> None:
     if done.litter:
         click.echo(f"removed litter, {human_bytes(done.litter)}")
     click.echo(f"freed {human_bytes(freed)}, kept {human_bytes(kept)}")
+    if max_size is None and kept:
+        click.echo("hint: `--max-size SIZE` removes what was not used for longest", err=True)
 
 
 @command.command()
