@@ -68,7 +68,7 @@ def make_plan(
     for output in recipe.outputs:
         resolver.output(output, place, environment)
     _check_sidecars(plan)
-    _settle(plan, sources.store)
+    _settle(plan, sources)
     return plan
 
 
@@ -270,8 +270,9 @@ class _Resolver:
             return key
         action = self.action(job)
         made = self.store.lookup(action) if action is not None else None
-        # What is to be fetched is seen when it is here.
-        specs = {} if self._elsewhere(job) else to_read(self.plan, self.sources, job.origin)
+        # What is to be fetched is seen when it is here, and what is known need not be looked at.
+        unseen = made is not None or self._elsewhere(job)
+        specs = {} if unseen else to_read(self.plan, self.sources, job.origin)
         sizes = component_specs(specs, job.precision, job.narrow).values()
         return self.add(
             job,
@@ -514,7 +515,7 @@ def _check_sidecars(plan: Plan) -> None:
         taken[beside] = job.output.file
 
 
-def _settle(plan: Plan, store: Store) -> None:
+def _settle(plan: Plan, sources: Sources) -> None:
     """Say of each component what will be done with it, now that the outputs are known."""
     slots = {n: o for o in plan.outputs() if isinstance(o.job, OutputJob) for _, n in o.job.slots.values()}
     writing = {
@@ -526,12 +527,17 @@ def _settle(plan: Plan, store: Store) -> None:
     for node in list(plan):
         if not isinstance(node.job, ComponentJob):
             continue
-        here = node.made is not None and store.holds(node.made.digest)
+        here = node.made is not None and sources.store.holds(node.made.digest)
         if node.key not in slots and not node.job.store and not here:
             plan.nodes[node.key] = replace(node, state="stream", why="computed as it is needed")
         elif node.key in writing and node.made is not None and not here:
             why = "made before, but its bytes are nowhere any more"
-            plan.nodes[node.key] = replace(node, state="make", why=why)
+            near = {node.job.origin.node, *plan.ancestors(node.job.origin.node)}
+            jobs = [plan.nodes[k].job for k in near]
+            seen = all(sources.find(j) is not None for j in jobs if isinstance(j, SourceJob))
+            specs = to_read(plan, sources, node.job.origin) if seen else {}
+            reads = sum(t.nbytes for t in specs.values())
+            plan.nodes[node.key] = replace(node, state="make", why=why, reads=reads)
 
 
 def output_state(store: Store, action: str, target: Path) -> tuple[State, str]:
