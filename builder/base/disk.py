@@ -193,7 +193,7 @@ def write_bytes(
     """Make `path` hold `data`; False when it already does, and is left untouched. Raises as `replacing`."""
     path = Path(path)
     with suppress(OSError):
-        if path.is_file() and path.read_bytes() == data:
+        if path.is_file() and path.stat().st_size == len(data) and path.read_bytes() == data:
             return False
     with replacing(path, durable=durable, inputs=inputs) as fd:
         write_all(fd, memoryview(data), 0)

@@ -279,3 +279,15 @@ def _unquote(raw: str) -> str:
         except tomli.TOMLDecodeError:
             return raw
     return raw[1:-1] if raw[:1] in {'"', "'"} else raw
+
+
+def escaped(text: str) -> str:
+    """A TOML document with what does not print written as `\\u` and digits; it means the same.
+
+    Names come from strangers' files, and a document that is written may be shown on a terminal.
+    """
+    return "".join(c if c.isprintable() or c == "\n" else _escape(ord(c)) for c in text)
+
+
+def _escape(code: int) -> str:
+    return f"\\u{code:04X}" if code <= 0xFFFF else f"\\U{code:08X}"

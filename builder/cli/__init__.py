@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from builder import __version__
-from builder.base.errors import CkptError, ExitCode, Place, Problem, render
+from builder.base.errors import CkptError, ExitCode, Place, Problem, printable, render
 
 # A command's module is imported when it is asked for: starting stays fast whatever the others need.
 COMMANDS: dict[str, str] = {
@@ -119,7 +119,8 @@ def run(args: list[str] | None = None) -> int:
         click.echo(error.format_message(), err=True)
         return int(ExitCode.USAGE)
     except click.UsageError as error:
-        click.echo(f"error: {error.format_message()}", err=True)
+        lines = map(printable, error.format_message().split("\n"))
+        click.echo("error: " + "\n".join(lines), err=True)
         if error.ctx is not None:
             click.echo(f"hint: `{error.ctx.command_path} --help` lists what there is", err=True)
         return int(ExitCode.USAGE)

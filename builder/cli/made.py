@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from builder.base.errors import printable
 from builder.base.progress import Reporter, human_bytes
 from builder.build import Build
 from builder.plan import OutputJob, Plan
@@ -35,7 +36,10 @@ def to_text(made: Build) -> str:
     lines = []
     for b in made.outputs:
         metric = f"  ({b.metric})" if b.metric else ""
-        lines += [f"{b.state:<9}  {b.path}  {human_bytes(b.size)}{metric}", f"           sha256 {b.sha256}"]
+        lines += [
+            f"{b.state:<9}  {printable(str(b.path))}  {human_bytes(b.size)}{metric}",
+            f"           sha256 {b.sha256}",
+        ]
     return "\n".join(lines)
 
 

@@ -10,6 +10,7 @@ import click
 from builder.base.disk import write_bytes
 from builder.base.errors import ExitCode, Problem, UsageError
 from builder.base.progress import Reporter
+from builder.base.toml import escaped
 from builder.cli.options import open_workspace, quiet_option
 from builder.recipe import parse_recipe
 from builder.reports.new import Draft, describe, write
@@ -50,7 +51,7 @@ def command(
     with open_workspace(quiet) as workspace, workspace.sources() as sources:
         catalog = workspace.catalog
         draft = describe(files, library, sources, threads=threads, reporter=workspace.reporter)
-        text = write(draft, folder=folder, catalog=catalog, name=name)
+        text = escaped(write(draft, folder=folder, catalog=catalog, name=name))
         _tell(draft, bool(library), folder, workspace.reporter)
     parse_recipe(text, str(output or "<recipe>"), catalog)
     if output is None:

@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from builder.base.errors import Problem, RecipeError, SourceError, did_you_mean
+from builder.base.files import read_bounded
 from builder.base.inside import is_inside, leads_out
 from builder.models.catalog import Architecture
 from builder.models.cut import choose, cut, names_of
@@ -44,6 +45,9 @@ if TYPE_CHECKING:
     from builder.recipe.lock import Lock
     from builder.sources.opened import Sources
     from builder.store import Store
+
+
+MAX_CONFIG = 1 << 20  # bytes; a configuration has a few thousand
 
 
 def make_plan(
@@ -404,7 +408,7 @@ class _Resolver:
         if (why := leads_out(folder, output.config)) is not None:
             raise RecipeError(outside(output.config, why, place))
         try:
-            return (folder / output.config).read_bytes()
+            return read_bounded(folder / output.config, MAX_CONFIG)
         except OSError as error:
             evidence = (str(error.strerror),)
             raise RecipeError(Problem(f"cannot read `{output.config}`", place, evidence)) from None

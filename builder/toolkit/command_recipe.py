@@ -12,7 +12,7 @@ import tomli_w
 
 from builder.base.disk import may_replace, replacing, write_all
 from builder.base.errors import OutputError, Problem
-from builder.base.toml import Document
+from builder.base.toml import Document, escaped
 from builder.build import Build, Built, build_recipe
 from builder.models.catalog import Catalog
 from builder.operations.fixes import FIXES
@@ -73,7 +73,7 @@ class CommandRecipe:
             said["components"] = {p.cls: p.meaning() if p.component else p.source for p in picks}
         if self.output:
             said["output"] = dict(self.output)
-        return tomli_w.dumps(said)
+        return escaped(tomli_w.dumps(said))
 
     def _source(self, name: str, folder: Path | None) -> dict[str, str]:
         path = self.sources[name].absolute()
