@@ -9,11 +9,13 @@ import click
 
 from builder.base.disk import write_bytes
 from builder.base.errors import ExitCode, Problem, UsageError
-from builder.base.progress import Reporter
+from builder.base.progress import SILENT, Reporter
 from builder.base.toml import escaped
 from builder.cli.options import open_workspace, quiet_option
 from builder.recipe import parse_recipe
+from builder.recipe.names import SUFFIXES
 from builder.reports.new import Draft, describe, write
+from builder.sources.find import files_below
 
 
 @click.command("new")
@@ -57,7 +59,8 @@ def command(
     if output is None:
         click.echo(text, nl=False)
     else:
-        write_bytes(output, text.encode(), durable=False, inputs=files)
+        models = [stat for path, stat in files_below(library, SILENT) if path.suffix.lower() in SUFFIXES]
+        write_bytes(output, text.encode(), durable=False, inputs=[*files, *models])
     return ExitCode.DONE
 
 

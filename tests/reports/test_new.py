@@ -144,6 +144,17 @@ def test_nothing_is_overwritten_without_being_told_to(folder: Folder) -> None:
     assert (folder / "mine.toml").read_text() == folder("new", "-q", "mine.safetensors").out
 
 
+def test_a_model_of_the_library_is_an_input_too(folder: Folder) -> None:
+    save(folder / "mine.safetensors", half(mixed(vae=8)))
+    victim = folder / "library" / "text.safetensors"
+    before = victim.read_bytes()
+    for output in ("library/text.safetensors", "link.toml"):
+        if output == "link.toml":
+            (folder / output).hardlink_to(victim)
+        said = folder("new", "mine.safetensors", "-l", "library", "-o", output, "--force")
+        assert (said.code, victim.read_bytes()) == (7, before), said.err
+
+
 def test_published_files_come_with_their_addresses(folder: Folder) -> None:
     save(folder / "mine.safetensors", half(model()))
     sha256 = hashlib.sha256((folder / "library/sd-one.ckpt").read_bytes()).hexdigest()
