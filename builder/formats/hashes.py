@@ -89,24 +89,6 @@ def file_hashes(path: Path | str, *, reporter: Reporter = SILENT) -> dict[str, s
     }
 
 
-def short_hashes(path: Path | str, *, reporter: Reporter = SILENT) -> dict[str, str]:
-    """AutoV1 and AutoV3: what pages of models name a file by, and its SHA-256 does not tell.
-
-    One that means nothing for this file is left out. Only a safetensors file is read as a whole. Raises
-    SourceError as `file_hashes`.
-    """
-    found: dict[str, str] = {}
-    with closing(FileBlob(path)) as blob:
-        if blob.size > _LEGACY.start:
-            part = blob.read(_LEGACY.start, min(len(_LEGACY), blob.size - _LEGACY.start))
-            found["AutoV1"] = hashlib.sha256(part).hexdigest()[:8]
-        if (body := _after_header(blob)) is not None:
-            tensors = hashlib.sha256()
-            _read(blob, [lambda at, data: tensors.update(data[max(0, body - at) :])], reporter)
-            found["AutoV3"] = tensors.hexdigest()[:12]
-    return found
-
-
 def _read(
     blob: FileBlob, takes: Sequence[Take], reporter: Reporter, stop: threading.Event | None = None
 ) -> None:

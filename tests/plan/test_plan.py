@@ -140,15 +140,6 @@ def test_drawings_of_strange_names(folder: Folder) -> None:
 # -- what a plan leaves alone
 
 
-def without_data(path: Path) -> None:
-    """A safetensors file whose header is all there is: its data are a hole at its end."""
-    data = path.read_bytes()
-    head = 8 + int.from_bytes(data[:8], "little")
-    path.write_bytes(data[:head])
-    with path.open("r+b") as file:
-        file.truncate(len(data))
-
-
 def test_no_tensor_is_read(folder: Folder) -> None:
     """Neither before a build nor after it: every read of a source ends before its first tensor."""
     save(folder / "whole.safetensors", {**model(), **optional()})

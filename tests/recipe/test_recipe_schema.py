@@ -27,7 +27,6 @@ SCHEMA = recipe_schema(CATALOG, operations=OPERATIONS)
 VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
 VALID = [tomli.loads(p.read_text(encoding="utf-8")) for p in sorted((GOLDEN / "valid").glob("*.toml"))]
 WRONG_SHAPE = sorted((GOLDEN / "shape").glob("*.toml"))
-WRONG_MEANING = sorted((GOLDEN / "meaning").glob("*.toml"))
 
 
 def test_the_schema_that_is_checked_in_is_that_of_the_language() -> None:

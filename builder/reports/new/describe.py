@@ -17,6 +17,7 @@ from builder.models.cut import cut
 from builder.models.identify import Match
 from builder.models.metric import Metric, counted, label
 from builder.operations.fixes import FIXES, POSITION_IDS, exact_position_ids
+from builder.recipe.names import SUFFIXES
 from builder.sources.find import files_below
 from builder.sources.opened import OpenSource, Sources
 from builder.store import Store
@@ -25,7 +26,6 @@ from builder.tensors.digests import Row, component_digest, expression_key, tenso
 from builder.tensors.lazy import DType, LazyTensor, MemoryTensor
 from builder.tensors.scan import Scan, scan
 
-SUFFIXES = {".safetensors", ".ckpt", ".pt", ".pth", ".bin"}
 MARKERS = ("v_pred", "ztsnr")  # those that a recipe can add
 PROBES = 3
 PROBE = 1 << 18  # elements; a tensor of no more is read whole to see whether it is worth reading all
