@@ -40,5 +40,6 @@ OPERATIONS = {
 def golden(path: Path, text: str) -> str:
     """What a golden file says; with UPDATE_GOLDEN in the environment it says `text` from now on."""
     if os.environ.get("UPDATE_GOLDEN"):
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
     return path.read_text(encoding="utf-8")

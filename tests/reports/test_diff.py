@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ from builder.reports.diff.values import Comparer, Rounding
 from builder.tensors.cast import Faults, cast_all
 from builder.tensors.lazy import DType, LazyTensor, MemoryTensor
 from tests.help.building import CLIP, IDS, UNET, VAE, model, save, save_dirty, values
+from tests.help.recipe_words import golden
 
 GOLDEN = Path(__file__).parent / "golden" / "diff"
 Tensors = Mapping[str, LazyTensor]
@@ -199,14 +199,6 @@ def said(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, s
     return code, out, err
 
 
-def golden(name: str, text: str) -> None:
-    path = GOLDEN / name
-    if os.environ.get("UPDATE_GOLDEN"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    assert text == path.read_text(encoding="utf-8")
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_likely_causes(case: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a, b, cause = CASES[case]
@@ -214,7 +206,7 @@ def test_likely_causes(case: str, here: Path, capsys: pytest.CaptureFixture[str]
     save(here / "b.safetensors", b())
     code, out, err = said(capsys, "a.safetensors", "b.safetensors")
     assert (code, err) == (0 if case in SAME else 1, "")
-    golden(f"{case}.txt", out)
+    assert out == golden(GOLDEN / f"{case}.txt", out)
     found = json.loads(said(capsys, "a.safetensors", "b.safetensors", "--json")[1])
     assert found["causes"][0] == cause
     assert found["same"] is (case in SAME)
@@ -227,9 +219,11 @@ def test_a_training_checkpoint_against_its_pruned_form(
     save(here / "pruned.safetensors", half(model()))
     code, out, err = said(capsys, "dirty.ckpt", "pruned.safetensors")
     assert (code, err) == (1, "")
-    golden("pruned.txt", out)
-    golden("pruned-full.txt", said(capsys, "--full", "dirty.ckpt", "pruned.safetensors")[1])
-    golden("pruned.json", said(capsys, "--json", "dirty.ckpt", "pruned.safetensors")[1])
+    assert out == golden(GOLDEN / "pruned.txt", out)
+    full = said(capsys, "--full", "dirty.ckpt", "pruned.safetensors")[1]
+    assert full == golden(GOLDEN / "pruned-full.txt", full)
+    data = said(capsys, "--json", "dirty.ckpt", "pruned.safetensors")[1]
+    assert data == golden(GOLDEN / "pruned.json", data)
 
 
 def test_only_the_header_differs(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

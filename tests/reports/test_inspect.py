@@ -27,6 +27,7 @@ from builder.models.catalog import RANK, Catalog, load_catalog
 from builder.reports.inspect import Report, build_report, examine, render
 from builder.reports.inspect.positions import read_position_ids
 from builder.tensors.lazy import BY_CODE, DType, LazyTensor, MemoryTensor
+from tests.help.recipe_words import golden
 from tests.help.servers import File, Server
 
 GOLDEN = Path(__file__).parent / "golden" / "inspect"
@@ -127,14 +128,6 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def golden(name: str, text: str) -> None:
-    path = GOLDEN / name
-    if os.environ.get("UPDATE_GOLDEN"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    assert text == path.read_text(encoding="utf-8")
-
-
 def said(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:
     code = run(["inspect", *args])
     out, err = capsys.readouterr()
@@ -149,21 +142,21 @@ def test_the_short_report(case: str, here: Path, capsys: pytest.CaptureFixture[s
         {"modelspec.title": "Half \x1b[2J"} if case == "dirty" else None,
     )
     code, out, err = said(capsys, "model.safetensors")
-    golden(f"{case}.txt", out)
+    assert out == golden(GOLDEN / f"{case}.txt", out)
     assert (code, err) == (0 if case in SOUND else 1, "")
 
 
 def test_the_long_report(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(here / "model.safetensors", dirty(), {"modelspec.title": "Half \x1b[2J", "long": "x" * 600})
     code, out, _ = said(capsys, "--full", "--hashes", "model.safetensors")
-    golden("dirty-full.txt", out)
+    assert out == golden(GOLDEN / "dirty-full.txt", out)
     assert code == 0
 
 
 def test_json(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(here / "model.safetensors", dirty(), {"modelspec.title": "Half \x1b[2J"})
     code, out, _ = said(capsys, "--json", "--hashes", "model.safetensors")
-    golden("dirty.json", out)
+    assert out == golden(GOLDEN / "dirty.json", out)
     assert code == 0 and out.isascii()
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from builder.reports.new.recipe_text import merged, place
 from builder.tensors.cast import Faults, cast_all
 from builder.tensors.lazy import DType, LazyTensor, MemoryTensor
 from tests.help.building import CLIP, IDS, UNET, VAE, Folder, model, save, save_dirty, values
+from tests.help.recipe_words import golden
 
 GOLDEN = Path(__file__).parent / "golden" / "new"
 Tensors = Mapping[str, LazyTensor]
@@ -93,21 +93,14 @@ def folder(tmp_path: Path) -> Folder:
     return Folder(path, tmp_path / "store")
 
 
-def golden(name: str, text: str) -> None:
-    path = GOLDEN / name
-    if os.environ.get("UPDATE_GOLDEN"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    assert text == path.read_text(encoding="utf-8")
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_a_recipe_builds_the_model_that_it_describes(case: str, folder: Folder) -> None:
     make, same = CASES[case]
     save(folder / "mine.safetensors", make())
     said = folder("new", "-q", "mine.safetensors", "--library", "library", "-o", "mine.toml")
     assert said == (0, "", "")
-    golden(f"{case}.toml", (folder / "mine.toml").read_text(encoding="utf-8"))
+    text = (folder / "mine.toml").read_text(encoding="utf-8")
+    assert text == golden(GOLDEN / f"{case}.toml", text)
     assert folder("build", "-q", "mine.toml").code == 0
     compared = folder("diff", "mine.safetensors", "mine-built.safetensors")
     assert compared.code == (0 if same else 1), compared.out
@@ -117,7 +110,7 @@ def test_a_training_checkpoint_and_a_vae(folder: Folder) -> None:
     save_dirty(folder / "Anything-V3.0.ckpt")
     said = folder("new", "-q", "Anything-V3.0.ckpt", "library/vaes/kl.vae.pt")
     assert (said.code, said.err) == (0, "")
-    golden("training.toml", said.out)
+    assert said.out == golden(GOLDEN / "training.toml", said.out)
     folder.write("any.toml", said.out)
     assert folder("build", "-q", "any.toml").code == 0
 
