@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,35 +9,20 @@ import pytest
 
 from builder.base.errors import LockError
 from builder.base.files import NotRegular, parse_json, read_bounded, read_text
-
-
-def pipe(path: Path) -> None:
-    os.mkfifo(path)
-
-
-def endless(path: Path) -> None:
-    path.symlink_to("/dev/zero")
-
-
-def listener(path: Path) -> None:
-    here = Path.cwd()
-    os.chdir(path.parent)  # the whole path may be too long for one
-    with socket.socket(socket.AF_UNIX) as made:
-        made.bind(path.name)
-    os.chdir(here)
+from tests.help.special_files import pipe, socket, zeros
 
 
 def folder(path: Path) -> None:
     path.mkdir()
 
 
-@pytest.mark.parametrize("make", [pipe, endless, listener, folder])
+@pytest.mark.parametrize("make", [pipe, zeros, socket, folder])
 def test_what_is_no_file(tmp_path: Path, make: Callable[[Path], None]) -> None:
     path = tmp_path / "x"
     make(path)
     with pytest.raises(OSError) as caught:
         read_bounded(path, 100)
-    assert isinstance(caught.value, NotRegular) or make is listener
+    assert isinstance(caught.value, NotRegular) or make is socket
     with pytest.raises(LockError):
         read_text(path, 100, LockError)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,24 +14,9 @@ from builder.models.catalog import load_catalog
 from builder.recipe.lock import read_lock
 from builder.recipe.read import load_recipe
 from builder.store.records import read_record
+from tests.help.special_files import pipe, socket, zeros
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="has no such files")
-
-
-def _pipe(path: Path) -> None:
-    os.mkfifo(path)
-
-
-def _zeros(path: Path) -> None:
-    path.symlink_to("/dev/zero")
-
-
-def _socket(path: Path) -> None:
-    here = Path.cwd()
-    os.chdir(path.parent)  # the whole path may be too long for one
-    with socket.socket(socket.AF_UNIX) as made:
-        made.bind(path.name)
-    os.chdir(here)
 
 
 def _huge(path: Path) -> None:
@@ -45,7 +28,7 @@ def _loop(path: Path) -> None:
     path.symlink_to(path.name)
 
 
-SPECIAL = [_pipe, _zeros, _socket, _huge, _loop]
+SPECIAL = [pipe, zeros, socket, _huge, _loop]
 
 
 @pytest.fixture(params=SPECIAL, ids=lambda make: make.__name__.strip("_"))
