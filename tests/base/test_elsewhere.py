@@ -18,9 +18,7 @@ os.supports_dir_fd = set()
 
 
 def test_a_build_without_them(tmp_path: Path) -> None:
-    path = tmp_path / "work"
-    path.mkdir()
-    folder = Folder(path, tmp_path / "store").mini()
+    folder = Folder.below(tmp_path).mini()
     other = folder.beside("other", store="other-store")
     folder.build()
     for command in (

@@ -25,9 +25,7 @@ WHOLE = HEAD + 'base = "a"\nsources.a.file = "a.safetensors"\n'
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Folder:
-    path = tmp_path / "work"
-    path.mkdir()
-    return Folder(path, tmp_path / "store")
+    return Folder.below(tmp_path)
 
 
 @pytest.fixture

@@ -18,9 +18,7 @@ PARTS = ("UNET-mini of dirty", "VAE-mini of vae", "CLIP-mini of dirty")
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Folder:
-    path = tmp_path / "work"
-    path.mkdir()
-    made = Folder(path, tmp_path / "store").mini()
+    made = Folder.below(tmp_path).mini()
     made.know("dirty.ckpt", "vae.safetensors")
     made.build()
     return made

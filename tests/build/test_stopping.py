@@ -28,9 +28,7 @@ class _Heard(Reporter):
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Folder:
-    path = tmp_path / "work"
-    path.mkdir()
-    made = Folder(path, tmp_path / "store")
+    made = Folder.below(tmp_path)
     save(made / "dirty.ckpt", model())
     save(made / "vae.safetensors", model("VAE-mini", seed=1))
     made.write("mini.toml", RECIPE)

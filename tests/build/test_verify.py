@@ -16,9 +16,7 @@ GOLDEN = Path(__file__).parent / "golden"
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Folder:
-    path = tmp_path / "work"
-    path.mkdir()
-    made = Folder(path, tmp_path / "store").mini()
+    made = Folder.below(tmp_path).mini()
     made.know("dirty.ckpt", "vae.safetensors")
     made.build()
     return made

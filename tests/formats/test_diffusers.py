@@ -124,8 +124,7 @@ def vocabulary(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Folder:
-    (tmp_path / "work").mkdir()
-    return Folder(tmp_path / "work", tmp_path / "store")
+    return Folder.below(tmp_path)
 
 
 # ── names and shapes ──

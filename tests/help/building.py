@@ -113,6 +113,12 @@ class Folder:
     store: Path
     environment: Mapping[str, str] = field(default_factory=dict)
 
+    @classmethod
+    def below(cls, path: Path) -> Folder:
+        """A new folder `work` below a path, with its store beside it."""
+        (path / "work").mkdir()
+        return cls(path / "work", path / "store")
+
     def __truediv__(self, name: str) -> Path:
         return self.path / name
 

@@ -20,9 +20,7 @@ RANGE = np.arange(77.0).reshape(1, 77)
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Folder:
-    path = tmp_path / "work"
-    path.mkdir()
-    return Folder(path, tmp_path / "store")
+    return Folder.below(tmp_path)
 
 
 def make(folder: Folder, tensors: Mapping[str, LazyTensor], *fixes: str) -> list[str]:

@@ -93,9 +93,7 @@ class Works:
 
 @pytest.fixture
 def works(tmp_path: Path) -> Works:
-    path = tmp_path / "work"
-    path.mkdir()
-    return Works(Folder(path, tmp_path / "store"))
+    return Works(Folder.below(tmp_path))
 
 
 def value(seed: int, name: str) -> torch.Tensor:

@@ -21,11 +21,9 @@ VAE = "first_stage_model."
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Folder:
-    path = tmp_path / "work"
-    path.mkdir()
-    made = Folder(path, tmp_path / "store")
+    made = Folder.below(tmp_path)
     for seed in (1, 2, 3):
-        save(path / f"vae{seed}.safetensors", model("VAE-mini", seed=seed))
+        save(made / f"vae{seed}.safetensors", model("VAE-mini", seed=seed))
     return made
 
 

@@ -23,9 +23,7 @@ atexit.register(lambda: print(*sorted({m.split('.')[0] for m in sys.modules}), f
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Folder:
-    path = tmp_path / "work"
-    path.mkdir()
-    return Folder(path, tmp_path / "store").mini()
+    return Folder.below(tmp_path).mini()
 
 
 def test_text(folder: Folder) -> None:

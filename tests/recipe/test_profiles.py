@@ -16,9 +16,7 @@ SD_V1 = CATALOG.architectures["SD-v1"]
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Folder:
-    path = tmp_path / "work"
-    path.mkdir()
-    return Folder(path, tmp_path / "store").mini()
+    return Folder.below(tmp_path).mini()
 
 
 @pytest.mark.parametrize("name", PROFILES)

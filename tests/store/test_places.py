@@ -26,8 +26,7 @@ KEEP = {"CKPT_STORE_KEEP": "all"}
 @pytest.fixture
 def folder(tmp_path: Path) -> Folder:
     """The miniature recipe with its sources, in a folder with a store of its own."""
-    (tmp_path / "work").mkdir()
-    return Folder(tmp_path / "work", tmp_path / "store").mini()
+    return Folder.below(tmp_path).mini()
 
 
 @pytest.fixture

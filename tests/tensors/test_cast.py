@@ -193,9 +193,7 @@ def test_types_that_are_packed_are_refused() -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Folder:
-    path = tmp_path / "work"
-    path.mkdir()
-    return Folder(path, tmp_path / "store")
+    return Folder.below(tmp_path)
 
 
 def prepare(folder: Folder, text: str = "", **replaced: LazyTensor) -> Mapping[str, Any]:

@@ -34,8 +34,7 @@ DTYPES = [DType.BOOL, DType.U8, DType.I64, DType.F16, DType.BF16, DType.F32, DTy
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Folder:
-    (tmp_path / "work").mkdir()
-    return Folder(tmp_path / "work", tmp_path / "store")
+    return Folder.below(tmp_path)
 
 
 @st.composite

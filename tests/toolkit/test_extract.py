@@ -18,10 +18,9 @@ GOLDEN = Path(__file__).parent / "golden"
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Folder:
-    path = tmp_path / "work"
-    path.mkdir()
-    save_dirty(path / "Anything-V3.0.ckpt")
-    return Folder(path, tmp_path / "store")
+    made = Folder.below(tmp_path)
+    save_dirty(made / "Anything-V3.0.ckpt")
+    return made
 
 
 def only(folder: Folder, pattern: str) -> Path:

@@ -22,9 +22,7 @@ GOLDEN = Path(__file__).parent / "golden"
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Folder:
-    path = tmp_path / "work"
-    path.mkdir()
-    return Folder(path, tmp_path / "store")
+    return Folder.below(tmp_path)
 
 
 def metadata(path: Path) -> dict[str, str]:

@@ -19,11 +19,10 @@ GOLDEN = Path(__file__).parent / "golden"
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Folder:
-    path = tmp_path / "work"
-    path.mkdir()
-    save_dirty(path / "a.ckpt")
-    save(path / "vae.pt", model("VAE-mini", DType.F16, seed=5))
-    return Folder(path, tmp_path / "store")
+    made = Folder.below(tmp_path)
+    save_dirty(made / "a.ckpt")
+    save(made / "vae.pt", model("VAE-mini", DType.F16, seed=5))
+    return made
 
 
 def part(path: Path, prefix: str) -> dict[str, tuple[str, tuple[int, ...], bytes]]:

@@ -34,10 +34,10 @@ DOCS = ROOT / "docs" / "commands.md"
 @pytest.fixture
 def folder(tmp_path: Path) -> Folder:
     """`in` is watched, `models` is what it is sorted into."""
-    path = tmp_path / "work"
-    (path / "in").mkdir(parents=True)
-    (path / "models").mkdir()
-    return Folder(path, tmp_path / "store")
+    made = Folder.below(tmp_path)
+    (made / "in").mkdir()
+    (made / "models").mkdir()
+    return made
 
 
 @pytest.fixture

@@ -20,10 +20,9 @@ MEMORY = 500_000_000  # bytes that a build may ever hold resident
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Iterable[Folder]:
-    path = tmp_path / "work"
-    path.mkdir()
-    yield Folder(path, tmp_path / "store")
-    for file in (*path.rglob("*"), *(tmp_path / "store").rglob("*")):
+    made = Folder.below(tmp_path)
+    yield made
+    for file in (*made.path.rglob("*"), *made.store.rglob("*")):
         if file.is_file():
             file.unlink()  # at once, and not when the next run makes room: they are large
 

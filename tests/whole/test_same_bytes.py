@@ -13,9 +13,7 @@ from tests.help.building import RECIPE, Folder, content, model, save, save_dirty
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Folder:
-    path = tmp_path / "work"
-    path.mkdir()
-    return Folder(path, tmp_path / "store").mini()
+    return Folder.below(tmp_path).mini()
 
 
 def fresh(folder: Folder, name: str) -> Folder:
