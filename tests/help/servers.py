@@ -48,8 +48,12 @@ class Handler(BaseHTTPRequestHandler):
     def send(self, data: bytes | memoryview) -> None:
         """Body bytes; none for a HEAD request."""
         if self.command != "HEAD":
-            self.wfile.write(data)
-            self.server.owner.count(len(data))
+            self.server.owner.count(len(data))  # first: who has read it all may ask at once
+            try:
+                self.wfile.write(data)
+            except OSError:
+                self.server.owner.count(-len(data))
+                raise
 
     def cut(self) -> None:
         """Drop the connection, as a network does."""
