@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 
 from builder.base.errors import OutputError, Problem
@@ -58,9 +58,8 @@ def build(
     before the failure.
     """
     context = Context(plan, sources, operations, threads or os.cpu_count() or 1, hashing, reporter)
-    with ExitStack() as opened:
-        opened.callback(context.close)
-        return _Builder(context, Parts(context, partial, opened), locked, naming).run()
+    with closing(context):
+        return _Builder(context, Parts(context, partial), locked, naming).run()
 
 
 class _Builder:
@@ -77,16 +76,12 @@ class _Builder:
             job = context.node(key).job
             assert isinstance(job, SourceJob)
             raise context.sources.missing(job)
-        try:
-            self._have_sources()
-            for node in plan.outputs():
-                assert isinstance(node.job, OutputJob)
-                product = Assembly(context, node, self.parts, self._keep_all, self.locked, self.naming).make()
-                self.products[node.key] = product
-                self.made |= set(product.fresh)
-        except BaseException:
-            context.cancel()
-            raise
+        self._have_sources()
+        for node in plan.outputs():
+            assert isinstance(node.job, OutputJob)
+            product = Assembly(context, node, self.parts, self._keep_all, self.locked, self.naming).make()
+            self.products[node.key] = product
+            self.made |= set(product.fresh)
         return self._result()
 
     def _result(self) -> Build:

@@ -10,7 +10,7 @@ from builder.base.errors import CkptError
 from builder.build.context import Context
 from builder.models.cut import Cut, cut
 from builder.operations.fixes import FIXES, truncated_position_ids
-from builder.plan.graph import ComponentJob, Key, Origin, StepJob, Take
+from builder.plan.graph import ComponentJob, Finished, Key, Origin, StepJob, Take
 from builder.plan.resolve import match_of
 from builder.sources.job import SourceJob
 from builder.tensors.cast import PRECISIONS, Faults, cast_all
@@ -71,10 +71,9 @@ class Composer:
             return self._applied(job)
         assert isinstance(job, ComponentJob)
         found = self.stored(origin.node) or self.finish(origin.node)
-        promote = getattr(origin, "promote", None)
-        if promote is None:
+        if not isinstance(origin, Finished) or origin.promote is None:
             return found
-        names = self.context.sources.catalog.component(promote).promote
+        names = self.context.sources.catalog.component(origin.promote).promote
         return found._replace(tensors={names.get(n, n): t for n, t in found.tensors.items()})
 
     def stored(self, key: Key) -> Cut | None:

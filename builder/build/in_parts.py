@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
 from pathlib import Path
 
 from builder.base.errors import CkptError, Problem, SourceError
@@ -27,10 +26,9 @@ class Parts:
     lock's word: what is made so is never remembered as what the pinned file gives.
     """
 
-    def __init__(self, context: Context, believing: bool, opened: ExitStack) -> None:
+    def __init__(self, context: Context, believing: bool) -> None:
         self._context = context
         self._believing = believing
-        self._opened = opened
         self._sources: set[Key] = set()
 
     def decide(self, key: Key, job: SourceJob, components: list[Key]) -> bool:

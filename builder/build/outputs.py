@@ -25,6 +25,7 @@ from builder.plan.graph import Key, Node, OutputJob
 from builder.plan.keys import assembly_key, note_beside, output_format, recall_beside
 from builder.plan.resolve import output_state
 from builder.recipe.lock import Lock, LockedComponent, LockedOutput, differences, lock_path
+from builder.recipe.profiles import MAX_SIDECAR
 from builder.recipe.recipe import Recipe
 from builder.sources.have import locked_sources
 from builder.sources.job import SourceJob
@@ -33,15 +34,12 @@ from builder.store.entries import At, Entry, VerifiedTensor, identity
 from builder.tensors.digests import Row, component_digest, expression_key
 from builder.tensors.lazy import DType, LazyTensor, MemoryTensor
 
-MAX_SIDECAR = 1 << 20  # bytes; a configuration has a few thousand
-
 
 @dataclass
 class Part:
     """A component of an output in the making.
 
-    `expected` holds its rows where they are known: its bytes are then those of a place, and compared.
-    `computed`: it is made of sources now.
+    `stored` is what is known of it where its bytes are those of a place.
     """
 
     cls: str
@@ -51,7 +49,6 @@ class Part:
     tensors: Mapping[str, LazyTensor]
     changes: tuple[str, ...]
     stored: Made | None = None
-    path: str = ""
 
     @property
     def computed(self) -> bool:
@@ -203,8 +200,7 @@ class Assembly:
         made = context.made(key)
         if made is not None and (stored := context.store.open(made.digest)) is not None:
             composer.opened.callback(stored.close)
-            path = stored.blob.name
-            return Part(cls, key, prefix, made.component, stored.tensors, made.changes, made, path)
+            return Part(cls, key, prefix, made.component, stored.tensors, made.changes, made)
         self.parts_of.bring(key)
         return Part(cls, key, prefix, *composer.finish(key))
 

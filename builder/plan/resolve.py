@@ -36,7 +36,7 @@ from builder.plan.graph import (
 from builder.plan.keys import action_key, assembly_key, recall_beside, tables
 from builder.plan.metadata import stated_metadata
 from builder.recipe import FromBase, NewBase, Output, Pick, Recipe, slot_problems
-from builder.recipe.profiles import sidecar, warnings, with_profile
+from builder.recipe.profiles import MAX_SIDECAR, sidecar, warnings, with_profile
 from builder.recipe.read import outside
 from builder.sources.job import SourceJob, entry_name
 from builder.tensors.lazy import LazyTensor
@@ -45,9 +45,6 @@ if TYPE_CHECKING:
     from builder.recipe.lock import Lock
     from builder.sources.opened import Sources
     from builder.store import Store
-
-
-MAX_CONFIG = 1 << 20  # bytes; a configuration has a few thousand
 
 
 def make_plan(
@@ -408,7 +405,7 @@ class _Resolver:
         if (why := leads_out(folder, output.config)) is not None:
             raise RecipeError(outside(output.config, why, place))
         try:
-            return read_bounded(folder / output.config, MAX_CONFIG)
+            return read_bounded(folder / output.config, MAX_SIDECAR)
         except OSError as error:
             evidence = (str(error.strerror),)
             raise RecipeError(Problem(f"cannot read `{output.config}`", place, evidence)) from None

@@ -305,7 +305,7 @@ class Sources:
                 hosts.append(where)
                 continue
             try:
-                return open_checkpoint(where.under(job.folder), self.catalog.layouts)
+                return self._open_file(where.under(job.folder))
             except CkptError as error:
                 refused = error
         if not hosts:

@@ -144,8 +144,8 @@ def run_pass(
 
     `write` gets windows in any order, each with its offset; `whole` gets them from first to last. `groups`,
     `digests` and `numbers` are as for `scan`, and `checksums` gets the CRC-32 of each tensor. At most
-    `max_memory` bytes of windows exist at once. Of
-    several failures the first in the order of `spans` is raised.
+    `max_memory` bytes of windows exist at once. Of several failures the first in the order of `spans` is
+    raised.
     """
     window = max(16, min(window, max_memory) // 16 * 16)  # so that no element is cut
     chunks = list(_chunks(spans, window))

@@ -14,12 +14,13 @@ from typing import Any
 
 from builder.base.disk import write_bytes
 from builder.base.errors import ExitCode, Place, Problem, SourceError
+from builder.base.files import read_bounded
 from builder.build import Build, Built
-from builder.build.outputs import MAX_SIDECAR
 from builder.models.identify import EMA, Identity, Match
 from builder.models.parts import home, usual_precision
 from builder.recipe import Pick
 from builder.recipe.names import SHARD, SUFFIXES, recipe_name
+from builder.recipe.profiles import MAX_SIDECAR
 from builder.reports.inspect import Report, examine
 from builder.sources.opened import Sources
 from builder.tensors.cast import cast_type
@@ -183,15 +184,11 @@ def prune(
     built = made.outputs[0].path
     config, beside = pruning.path.with_suffix(".yaml"), built.with_suffix(".yaml")
     with suppress(OSError):
-        if not os.path.lexists(beside) and _is_plain(config.lstat()):
-            write_bytes(beside, config.read_bytes())
+        # A link could lead to any file of the user's.
+        if not os.path.lexists(beside) and not config.is_symlink():
+            write_bytes(beside, read_bounded(config, MAX_SIDECAR))
             workspace.reporter.note(f"`{config.name}` goes with it, as `{beside.name}`")
     return made
-
-
-def _is_plain(status: os.stat_result) -> bool:
-    """Whether something may be a configuration: no link, which could lead to any file of the user's."""
-    return stat.S_ISREG(status.st_mode) and status.st_size <= MAX_SIDECAR
 
 
 def _recipe(pruning: Pruning) -> CommandRecipe:

@@ -24,11 +24,13 @@ from builder.base.errors import (
     did_you_mean,
     render,
 )
+from builder.base.files import read_bounded
 from builder.formats import open_checkpoint
 from builder.formats.hashes import sha256_file
 from builder.models.identify import Identity, identify
 from builder.models.parts import kind
 from builder.recipe.names import SHARD, SUFFIXES, free_name, numbered, stem
+from builder.recipe.profiles import MAX_SIDECAR
 from builder.sources.opened import Sources
 from builder.tensors.cast import UnfitError
 from builder.toolkit.command_recipe import vacant
@@ -243,7 +245,7 @@ class Watch:
                 return
             if not os.path.lexists(beside):
                 move(config, beside)
-            elif config.read_bytes() == beside.read_bytes():
+            elif read_bounded(config, MAX_SIDECAR) == read_bounded(beside, MAX_SIDECAR):
                 config.unlink()
 
     def _fail(self, path: Path, problems: tuple[Problem, ...]) -> Event:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -59,10 +59,10 @@ def test_hashing_ends_when_the_build_is_stopped(folder: Folder) -> None:
 
 def test_writing_ends_when_the_build_is_stopped(folder: Folder) -> None:
     heard, before = _Heard(), files(folder.path)
-    with _context(folder, heard) as context, ExitStack() as opened:
+    with _context(folder, heard) as context:
         context.cancel()
         with pytest.raises(Cancelled):
-            Assembly(context, context.plan.outputs()[0], Parts(context, False, opened)).make()
+            Assembly(context, context.plan.outputs()[0], Parts(context, False)).make()
     assert files(folder.path) == before and not folder.components()
     assert heard.bytes <= 2 * WINDOW
 
