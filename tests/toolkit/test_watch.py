@@ -270,6 +270,16 @@ def test_the_configuration_goes_along(folder: Folder, watch: Watch) -> None:
     assert (folder / "models/Stable-diffusion/b.yaml").read_text() == "model: b\n"
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="has no pipes of a name")
+def test_a_pipe_where_its_yaml_would_go_holds_nothing_up(folder: Folder, watch: Watch) -> None:
+    save_dirty(folder / "in/a.ckpt")
+    folder.write("in/a.yaml", "model: a\n")
+    (folder / "models/Stable-diffusion").mkdir()
+    os.mkfifo(folder / "models/Stable-diffusion/a.yaml")
+    assert states(watch.look()) == {"a.ckpt": "pruned"}
+    assert (folder / "in/a.yaml").read_text() == "model: a\n"
+
+
 def test_moving_never_replaces_and_goes_on_after_a_crash(tmp_path: Path) -> None:
     one, place = tmp_path / "a.x", tmp_path / "to/a.x"
     place.parent.mkdir()
