@@ -175,7 +175,7 @@ class _Builder:
                         if (error := composer.error()) is not None:
                             raise error
 
-                    made = store.put(
+                    made = store.save(
                         done.component,
                         job.cls,
                         done.tensors,

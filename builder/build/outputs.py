@@ -360,7 +360,7 @@ class Assembly:
         store = self.context.store
         if (stored := store.open(made.digest)) is not None:
             try:
-                store.put(made.component, made.cls, stored.tensors, source=source, stop=self.context.stop)
+                store.save(made.component, made.cls, stored.tensors, source=source, stop=self.context.stop)
             finally:
                 stored.close()
 

@@ -58,10 +58,10 @@ def watch(where: Where, options: Options, threads: int | None, quiet: bool) -> i
 
 
 def _once(watched: Watch) -> int:
-    codes = [_say(event) for event in watched.look()]
+    codes = [_say(event) for event in watched.poll()]
     if watched.waiting:
         time.sleep(watched.settle)
-        codes += [_say(event) for event in watched.look()]
+        codes += [_say(event) for event in watched.poll()]
     for path in watched.waiting:
         click.echo(f"waiting  {printable(str(path))}  it is not at rest, or not whole yet")
     return max(codes, default=ExitCode.DONE)
@@ -71,7 +71,7 @@ def _forever(watched: Watch) -> None:
     broken = False
     while True:
         try:
-            for event in watched.look():
+            for event in watched.poll():
                 _say(event)
             broken = False
         except OutputError as error:  # the folder is away, as that of a network is at times

@@ -173,7 +173,7 @@ class Store:
         with contextlib.suppress(OSError, OutputError):
             write_record(self.entry_path(entry.digest), replace(entry, places=places).record())
 
-    def put(
+    def save(
         self,
         component: str,
         cls: str,

@@ -149,7 +149,7 @@ def run_pass(
     """
     window = max(16, min(window, max_memory) // 16 * 16)  # so that no element is cut
     chunks = list(_chunks(spans, window))
-    looks = _Looks(groups or {}, numbers)
+    counters = _Counters(groups or {}, numbers)
     found: dict[str, str] = {}
 
     def produce(index: int, buffer: memoryview) -> int:
@@ -157,7 +157,7 @@ def run_pass(
         for span, start, length in chunk.parts:
             span.read_into(start, buffer[at : at + length])
             at += length
-        looks.at(chunk, buffer)
+        counters.count(chunk, buffer)
         if write is not None:
             write(buffer[:at], chunk.offset)
         advance(at)
@@ -182,7 +182,7 @@ def run_pass(
             around=exact_torch if computes else _nothing,
             stop=stop,
         )
-    return looks.result(spans, found)
+    return counters.result(spans, found)
 
 
 class _Chunk(NamedTuple):
@@ -299,10 +299,10 @@ def exact_torch() -> Iterator[None]:
     yield
 
 
-class _Look(threading.local):
+class _Counter(threading.local):
     """A thread's counts, with buffers of its own: fresh memory costs more than what is done with it."""
 
-    def __init__(self, register: Callable[[_Look], object]) -> None:
+    def __init__(self, register: Callable[[_Counter], object]) -> None:
         self.histograms: dict[str, torch.Tensor] = {}
         self.numbers: dict[str, _Numbers] = {}
         self.half: torch.Tensor | None = None
@@ -310,15 +310,15 @@ class _Look(threading.local):
         register(self)
 
 
-class _Looks:
+class _Counters:
     """What is counted in windows, by as many threads as there are."""
 
     def __init__(self, groups: Mapping[str, str], numbers: bool) -> None:
         self._groups, self._numbers = groups, numbers
         self._counts: list[tuple[dict[str, torch.Tensor], dict[str, _Numbers]]] = []
-        self._look = _Look(lambda look: self._counts.append((look.histograms, look.numbers)))
+        self._counter = _Counter(lambda c: self._counts.append((c.histograms, c.numbers)))
 
-    def at(self, chunk: _Chunk, buffer: memoryview) -> None:
+    def count(self, chunk: _Chunk, buffer: memoryview) -> None:
         """Count what a chunk holds."""
         at = 0
         run: tuple[str, DType, int, int] | None = None  # parts side by side are counted as one
@@ -340,7 +340,7 @@ class _Looks:
         import torch
 
         values = torch.frombuffer(data, dtype=dtype.torch)
-        total = self._look.numbers.setdefault(name, _Numbers())
+        total = self._counter.numbers.setdefault(name, _Numbers())
         total.add(values.half() if values.element_size() == 1 else values)
 
     def _count(self, run: tuple[str, DType, int, int] | None, buffer: memoryview) -> None:
@@ -349,20 +349,20 @@ class _Looks:
         import torch
 
         group, dtype, start, stop = run
-        look = self._look
+        counter = self._counter
         values = torch.frombuffer(buffer[start:stop], dtype=dtype.torch)
-        if look.half is None or look.index is None or len(look.half) < len(values):
-            look.half = torch.empty(len(buffer), dtype=torch.float16)
-            look.index = torch.empty(len(buffer), dtype=torch.int32)
+        if counter.half is None or counter.index is None or len(counter.half) < len(values):
+            counter.half = torch.empty(len(buffer), dtype=torch.float16)
+            counter.index = torch.empty(len(buffer), dtype=torch.int32)
         half = values
         if dtype is not DType.F16:
-            half = look.half[: len(values)]
+            half = counter.half[: len(values)]
             half.copy_(values)
-        index = look.index[: len(values)]
+        index = counter.index[: len(values)]
         index.copy_(half.view(torch.int16)).bitwise_and_(BINS - 1)
         counts = torch.bincount(index, minlength=BINS)
-        known = look.histograms.get(group)
-        look.histograms[group] = counts if known is None else known.add_(counts)
+        known = counter.histograms.get(group)
+        counter.histograms[group] = counts if known is None else known.add_(counts)
 
     def result(self, spans: Sequence[Span], digests: Mapping[str, str]) -> Scan:
         """All that was counted, by any thread."""

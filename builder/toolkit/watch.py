@@ -132,7 +132,7 @@ class Watch:
             if fd is not None:
                 os.close(fd)
 
-    def look(self) -> Iterator[Event]:
+    def poll(self) -> Iterator[Event]:
         """Do what there is to do now; `waiting` then lists what is not ready. Raises OutputError."""
         self.waiting = []
         found = dict(self._files())

@@ -65,7 +65,7 @@ def files(root: Path, suffix: str = "") -> list[Path]:
 
 def put(store: Store, action: str = A, seed: int = 0, size: int = 300) -> Made:
     """A component kept in a blob, and known as what an action makes."""
-    made = store.put("UNET-v1-SD", "UNET-v1", model(seed, size), source="a.ckpt")
+    made = store.save("UNET-v1-SD", "UNET-v1", model(seed, size), source="a.ckpt")
     store.record(action, made)
     return made
 
@@ -152,7 +152,7 @@ def test_bytes_do_not_depend_on_threads_or_on_what_was_there(store: Store, tmp_p
     first = put(store)
     other = Store(tmp_path / "other")
     reordered = dict(reversed(model().items()))
-    second = other.put("UNET-v1-SD", "UNET-v1", reordered, threads=4)
+    second = other.save("UNET-v1-SD", "UNET-v1", reordered, threads=4)
     assert first == second
     assert blob(store, first).read_bytes() == blob(other, first).read_bytes()
 
@@ -189,7 +189,7 @@ def test_a_put_that_fails_leaves_nothing(store: Store) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        store.put("X", "X", model() | {"z": Unreadable(DType.F16, (1,), b"xx")})
+        store.save("X", "X", model() | {"z": Unreadable(DType.F16, (1,), b"xx")})
     assert files(store.root) == []
     assert store.lookup(A) is None
 
@@ -199,12 +199,12 @@ def test_what_a_check_refuses_is_not_kept(store: Store) -> None:
         raise ValueError
 
     with pytest.raises(ValueError):
-        store.put("X", "X", model(), check=refuse)
+        store.save("X", "X", model(), check=refuse)
     assert files(store.root) == []
 
 
 def test_a_component_may_be_recorded_later(store: Store) -> None:
-    made = store.put("UNET-v1-SD", "UNET-v1", model())
+    made = store.save("UNET-v1-SD", "UNET-v1", model())
     assert len(files(store.root)) == 2
     changes = ("clip-position-ids: 3 values repaired",)
     store.record(A, replace(made, changes=changes))
@@ -720,7 +720,7 @@ Path(sys.argv[2]).touch()
 while not Path(sys.argv[3]).exists():
     time.sleep(0.001)
 for _ in range(20):
-    made = store.put("UNET-v1-SD", "UNET-v1", model(size=50_000), threads=2)
+    made = store.save("UNET-v1-SD", "UNET-v1", model(size=50_000), threads=2)
     store.record(A, made)
     assert read(store, store.lookup(A).digest) == content(model(size=50_000))
 print(made)
@@ -754,7 +754,7 @@ store = Store(Path(sys.argv[1]))
 tensors = {n: Slow(t.dtype, t.shape, bytes(t.tobytes())) for n, t in model(size=50_000).items()}
 print("begin", flush=True)
 while True:
-    store.record(A, store.put("UNET-v1-SD", "UNET-v1", tensors))
+    store.record(A, store.save("UNET-v1-SD", "UNET-v1", tensors))
 """
 
 

@@ -118,7 +118,7 @@ def test_the_example_in_the_docs(folder: Folder) -> None:
 def test_what_is_tidy_keeps_its_bytes(folder: Folder, watch: Watch) -> None:
     path = save(folder / "in/style.safetensors", model("LoRA-v1-CLIP", DType.F16))
     data, inode = path.read_bytes(), path.stat().st_ino
-    assert states(watch.look()) == {"style.safetensors": "moved"}
+    assert states(watch.poll()) == {"style.safetensors": "moved"}
     moved = folder / "models/Lora/style.safetensors"
     assert moved.read_bytes() == data and moved.stat().st_ino == inode and moved.stat().st_nlink == 1
 
@@ -126,11 +126,11 @@ def test_what_is_tidy_keeps_its_bytes(folder: Folder, watch: Watch) -> None:
 def test_names_that_are_taken(folder: Folder, watch: Watch) -> None:
     for seed in range(3):
         save_dirty(folder / "in/NAI.ckpt", seed=seed)
-        assert states(watch.look()) == {"NAI.ckpt": "pruned"}
+        assert states(watch.poll()) == {"NAI.ckpt": "pruned"}
         save(folder / "in/vae.safetensors", model("VAE-mini", DType.F16, seed=seed))
-        assert states(watch.look()) == {"vae.safetensors": "moved"}
+        assert states(watch.poll()) == {"vae.safetensors": "moved"}
         (folder / "in/bad.pt").write_text(f"<html>{seed}")
-        assert states(watch.look()) == {"bad.pt": "failed"}
+        assert states(watch.poll()) == {"bad.pt": "failed"}
     names = ["NAI(1).safetensors", "NAI(2).safetensors", "NAI.safetensors"]
     assert sorted(p.name for p in (folder / "models/Stable-diffusion").iterdir()) == names
     assert sorted(p.name for p in (folder / "models/VAE").iterdir()) == [
@@ -148,11 +148,11 @@ def test_names_that_are_taken(folder: Folder, watch: Watch) -> None:
 def test_what_is_there_already_is_known_by_its_content(folder: Folder, watch: Watch) -> None:
     save_dirty(folder / "in/NAI.ckpt")
     save(folder / "in/vae.safetensors", model("VAE-mini", DType.F16))
-    assert set(states(watch.look()).values()) == {"pruned", "moved"}
+    assert set(states(watch.poll()).values()) == {"pruned", "moved"}
     before = tree(folder)
     save_dirty(folder / "in/NAI.ckpt")
     save(folder / "in/other name.safetensors", model("VAE-mini", DType.F16))
-    assert states(watch.look()) == {"NAI.ckpt": "known", "other name.safetensors": "known"}
+    assert states(watch.poll()) == {"NAI.ckpt": "known", "other name.safetensors": "known"}
     assert tree(folder) == before
 
 
@@ -171,9 +171,9 @@ def test_what_is_left_alone(folder: Folder, watch: Watch, tmp_path: Path) -> Non
         (folder / f"in/{beside}").touch()
     save(folder / "in/set-00001-of-00002.safetensors", model("VAE-mini"))
     before = tree(folder)
-    assert list(watch.look()) == [] and watch.waiting == [] and tree(folder) == before
+    assert list(watch.poll()) == [] and watch.waiting == [] and tree(folder) == before
     (folder / "in/f.ckpt.part").unlink()
-    assert states(watch.look()) == {"f.ckpt": "pruned"}
+    assert states(watch.poll()) == {"f.ckpt": "pruned"}
 
 
 def test_a_half_copied_file_waits(folder: Folder, watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,21 +182,21 @@ def test_a_half_copied_file_waits(folder: Folder, watch: Watch, monkeypatch: pyt
     path.write_bytes(data[: len(data) // 2])
     monkeypatch.setattr(module, "PATIENCE", float("inf"))
     watch.settle = 1e-9
-    assert list(watch.look()) == []  # it does not open
+    assert list(watch.poll()) == []  # it does not open
     watch.settle = 3600
     path.write_bytes(data)
-    assert list(watch.look()) == [] and watch.waiting == [path]  # it has just changed
+    assert list(watch.poll()) == [] and watch.waiting == [path]  # it has just changed
     watch.settle = 0
     with path.open("ab"):
-        assert list(watch.look()) == [] and watch.waiting == [path]  # somebody is writing to it
-    assert states(watch.look()) == {"a.ckpt": "pruned"}
+        assert list(watch.poll()) == [] and watch.waiting == [path]  # somebody is writing to it
+    assert states(watch.poll()) == {"a.ckpt": "pruned"}
 
 
 def test_what_never_becomes_whole_is_given_up(folder: Folder, watch: Watch) -> None:
     data = save_dirty(folder / "whole.ckpt").read_bytes()
     (folder / "in/a.ckpt").write_bytes(data[: len(data) // 2])
     (folder / "in/empty.safetensors").touch()
-    assert states(watch.look()) == {"a.ckpt": "failed", "empty.safetensors": "failed"}
+    assert states(watch.poll()) == {"a.ckpt": "failed", "empty.safetensors": "failed"}
     assert (folder / "in/Failed/a.ckpt").read_bytes() == data[: len(data) // 2]
 
 
@@ -211,9 +211,9 @@ def test_a_file_that_changes_meanwhile_is_not_removed(
         save_dirty(path, seed=4)
 
     monkeypatch.setattr(module, "verify_on_disk", changing)
-    assert list(watch.look()) == [] and watch.waiting == [path] and path.exists()
+    assert list(watch.poll()) == [] and watch.waiting == [path] and path.exists()
     monkeypatch.undo()
-    assert states(watch.look()) == {"a.ckpt": "pruned"}
+    assert states(watch.poll()) == {"a.ckpt": "pruned"}
     assert len(list((folder / "models/Stable-diffusion").iterdir())) == 2
 
 
@@ -232,10 +232,10 @@ def test_the_original_stays_unless_the_product_is_right(
         return made
 
     monkeypatch.setattr(module, "prune", failing_disk)
-    (event,) = watch.look()
+    (event,) = watch.poll()
     assert event.state == "kept" and path.exists()
     assert event.problems[0].fact == "what is on the disk is not what was written"
-    assert list(watch.look()) == []  # not at once again
+    assert list(watch.poll()) == []  # not at once again
 
 
 def test_values_that_are_none_fail_and_a_full_disk_does_not(
@@ -251,11 +251,11 @@ def test_values_that_are_none_fail_and_a_full_disk_does_not(
     def full(*args: object, **options: object) -> object:
         raise OutputError(Problem("cannot write", evidence=("No space left on device",)))
 
-    assert states(watch.look()) == {"nan.ckpt": "failed", "whole.ckpt": "pruned"}
+    assert states(watch.poll()) == {"nan.ckpt": "failed", "whole.ckpt": "pruned"}
     assert name in (folder / "in/Failed/nan.txt").read_text()
     save_dirty(folder / "in/more.ckpt", seed=2)
     monkeypatch.setattr(module, "prune", full)
-    assert states(watch.look()) == {"more.ckpt": "kept"}
+    assert states(watch.poll()) == {"more.ckpt": "kept"}
     assert (folder / "in/more.ckpt").exists()
 
 
@@ -264,7 +264,7 @@ def test_the_configuration_goes_along(folder: Folder, watch: Watch) -> None:
     save(folder / "in/b.safetensors", model("SD-mini", DType.F16))
     for name in "ab":
         folder.write(f"in/{name}.yaml", f"model: {name}\n")
-    assert states(watch.look()) == {"a.ckpt": "pruned", "b.safetensors": "moved"}
+    assert states(watch.poll()) == {"a.ckpt": "pruned", "b.safetensors": "moved"}
     names = ("a.safetensors", "a.yaml", "b.safetensors", "b.yaml")
     assert tree(folder) == [f"models/Stable-diffusion/{n}" for n in names]
     assert (folder / "models/Stable-diffusion/b.yaml").read_text() == "model: b\n"
@@ -276,7 +276,7 @@ def test_a_pipe_where_its_yaml_would_go_holds_nothing_up(folder: Folder, watch: 
     folder.write("in/a.yaml", "model: a\n")
     (folder / "models/Stable-diffusion").mkdir()
     os.mkfifo(folder / "models/Stable-diffusion/a.yaml")
-    assert states(watch.look()) == {"a.ckpt": "pruned"}
+    assert states(watch.poll()) == {"a.ckpt": "pruned"}
     assert (folder / "in/a.yaml").read_text() == "model: a\n"
 
 
@@ -322,7 +322,7 @@ def test_another_file_system_for_real(folder: Folder, watch: Watch) -> None:
         watch.into = Path(other)
         data = save(folder / "in/style.safetensors", model("LoRA-v1-CLIP", DType.F16)).read_bytes()
         save_dirty(folder / "in/a.ckpt")
-        assert states(watch.look()) == {"a.ckpt": "pruned", "style.safetensors": "moved"}
+        assert states(watch.poll()) == {"a.ckpt": "pruned", "style.safetensors": "moved"}
         assert (Path(other) / "Lora/style.safetensors").read_bytes() == data
 
 
