@@ -298,12 +298,22 @@ PART = '[layouts.x]\nextends = "SD-v1"\n[layouts.x.parts.vae]\n'
         ),
         (
             "classes.toml",
-            '["VAE-v3"]\nblocks = ["a", "a"]',
-            "`blocks` does not name each block once, and none `base`",
+            '["VAE-v3".blocks]\n"a." = "A"\n"a.b." = "B"',
+            "`a.b.` and `a.` may both be of one name",
         ),
         (
             "classes.toml",
-            '["VAE-v3"]\nblocks = ["a{0..18}"]',
+            '["VAE-v3".blocks]\n"a." = "base"',
+            "`base` is no name of a block",
+        ),
+        (
+            "classes.toml",
+            '["VAE-v3".blocks]\n"{a,b,c}." = "{A,B}"',
+            "2 blocks do not pair with 3 prefixes",
+        ),
+        (
+            "classes.toml",
+            '["VAE-v3".blocks]\n"a{0..18}." = "A{0..18}"',
             "`UNET-XL` has as many blocks under other names",
         ),
         ("programs.toml", '[x]\ncheckpoint = "a"', "`other` is missing"),

@@ -61,7 +61,7 @@ _ARCHITECTURE = {
     "note": str,
 }
 _MODELSPEC = {"architecture": str, "v": str, "resolution": int, "resolution_v": int}
-_CLASS = {"metric": dict, "fixes": list, "blocks": list}
+_CLASS = {"metric": dict, "fixes": list, "blocks": dict, "constants": list}
 _SCALE = {"part": str, "base": float, "k": int, "having": list, "lacking": list}
 _RULE = {"shape": list, "dtype": str, "optional": bool}
 _METRIC = {"name": str, "class": str, "value": str}
@@ -311,14 +311,29 @@ def read_classes(path: Path, name: str) -> Iterator[tuple[str, Traits, Fields]]:
     document = load(path, CatalogError, name)
     for cls in document.data:
         fields = Fields(document, (cls,), _CLASS)
-        blocks: list[str] = []
-        for at, pattern in enumerate(fields.strings("blocks")):
-            blocks += fields.expand(pattern, "blocks", at)[0]
-            if len(blocks) > MAX_BLOCKS:
-                fields.fail(f"more than {MAX_BLOCKS:,} blocks", "blocks", value=True)
-        if len({"base", *blocks}) <= len(blocks):
-            fields.fail("`blocks` does not name each block once, and none `base`", "blocks", value=True)
-        yield cls, Traits(_scale(fields), fields.strings("fixes"), tuple(blocks), name), fields
+        constants = fields.strings("constants")
+        yield cls, Traits(_scale(fields), fields.strings("fixes"), _blocks(fields), constants, name), fields
+
+
+def _blocks(fields: Fields) -> dict[str, str]:
+    """Which block the tensors of a prefix belong to; raises CatalogError where that is not clear."""
+    found: dict[str, str] = {}
+    for pattern, named in fields.texts("blocks").items():
+        prefixes = fields.expand(pattern, "blocks", pattern)[0]
+        blocks = fields.expand(named, "blocks", pattern)[0]
+        if len(blocks) not in (1, len(prefixes)):
+            fact = f"{len(blocks):,} blocks do not pair with {len(prefixes):,} prefixes"
+            fields.fail(fact, "blocks", pattern, value=True)
+        for prefix, block in zip(prefixes, blocks * (len(prefixes) // len(blocks)), strict=True):
+            if near := next((p for p in found if p.startswith(prefix) or prefix.startswith(p)), None):
+                fields.fail(f"`{prefix}` and `{near}` may both be of one name", "blocks", pattern)
+            if not re.fullmatch(r"[A-Z]+[0-9]*", block):
+                fact, hint = f"`{block}` is no name of a block", "capitals and a number, as `IN04`"
+                fields.fail(fact, "blocks", pattern, value=True, hint=hint)
+            found[prefix] = block
+            if len(found) > MAX_BLOCKS:
+                fields.fail(f"more than {MAX_BLOCKS:,} blocks", "blocks", pattern)
+    return found
 
 
 def _scale(fields: Fields) -> Scale | None:

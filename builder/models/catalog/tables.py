@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from builder.base.errors import Problem, UsageError, did_you_mean
@@ -76,12 +77,26 @@ class ModelSpec(NamedTuple):
 
 
 class Traits(NamedTuple):
-    """What holds of all components of a class: its metric, the fixes that speak of it, its blocks' names."""
+    """What holds of all components of a class: its metric, the fixes that speak of it, its blocks.
+
+    `block_of` leads from the prefix of tensors' names to their block. `constants` are tensors that are part
+    of the architecture, not of what was learnt: no merge touches them.
+    """
 
     scale: Scale | None = None
     fixes: tuple[str, ...] = ()
-    blocks: tuple[str, ...] = ()
+    block_of: Mapping[str, str] = MappingProxyType({})
+    constants: tuple[str, ...] = ()
     path: str = ""
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """The names of its blocks, from the first to the last."""
+        return tuple(dict.fromkeys(self.block_of.values()))
+
+    def block(self, name: str) -> str | None:
+        """The block of a tensor, by its unprefixed name; None: it is in none."""
+        return next((b for prefix, b in self.block_of.items() if name.startswith(prefix)), None)
 
 
 class Later(Mapping[str, V]):
