@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from builder.base.errors import CkptError, OutputError, Problem, SourceError
 from builder.tensors.lazy import PACKED, WINDOW, DType, LazyTensor
+from builder.tensors.scratch import scratch
 
 if TYPE_CHECKING:
     import torch
@@ -79,24 +79,6 @@ class Faults:
         return UnfitError(*problems)
 
 
-class _Scratch(threading.local):
-    """Buffers per thread, one for each cast under way: fresh memory costs more than the cast itself."""
-
-    def __init__(self) -> None:
-        self.free: list[bytearray] = []
-
-    @contextmanager
-    def buffer(self) -> Iterator[memoryview]:
-        held = self.free.pop() if self.free else bytearray(WINDOW)
-        try:
-            yield memoryview(held)
-        finally:
-            self.free.append(held)
-
-
-_scratch = _Scratch()
-
-
 class Cast(LazyTensor):
     """A tensor in another precision, or in its own but checked.
 
@@ -136,7 +118,7 @@ class Cast(LazyTensor):
         size, source_size = self.dtype.itemsize, self.source.dtype.itemsize
         first, count = start // size, len(out) // size
         step = WINDOW // source_size
-        with _scratch.buffer() as buffer:
+        with scratch() as buffer:
             for done in range(0, count, step):
                 elements = min(step, count - done)
                 data = buffer[: elements * source_size]
