@@ -324,6 +324,7 @@ class Table(Kind):
     name: str  # of its part of the schema
     key: Text | Choice
     of: Kind
+    minimum: int = 0
     noun: str = "a table"
     types: tuple[type, ...] = (dict,)
 
@@ -332,6 +333,8 @@ class Table(Kind):
         return "table"
 
     def check(self, value: dict[str, Any], at: At) -> Any:
+        if len(value) < self.minimum:
+            return at.wrong(f"{at.name} is empty")
         if len(value) > MAX_ENTRIES:
             return at.wrong(f"{at.name} has {len(value):,} entries, more than {MAX_ENTRIES:,}")
         found: dict[str, Item] = {}
@@ -355,7 +358,8 @@ class Table(Kind):
 
     def schema(self, defs: Schema) -> Schema:
         if self.name not in defs:
-            defs[self.name] = {"type": "object", **self._keys(defs)}
+            size = {"minProperties": self.minimum} if self.minimum else {}
+            defs[self.name] = {"type": "object", **self._keys(defs), **size}
         return {"$ref": f"#/$defs/{self.name}"}
 
     def _keys(self, defs: Schema) -> Schema:

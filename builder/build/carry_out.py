@@ -15,7 +15,8 @@ from builder.build.evaluate import Composer
 from builder.build.expect import Built
 from builder.build.in_parts import Parts
 from builder.build.outputs import Assembly, Naming, Product, lock_of
-from builder.operations.registry import OPERATIONS, Operation
+from builder.operations import OPERATIONS
+from builder.operations.registry import Operation
 from builder.plan.graph import ComponentJob, Key, OutputJob, Plan
 from builder.recipe.lock import Lock
 from builder.sources.job import SourceJob

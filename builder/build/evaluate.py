@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from builder.base.errors import CkptError
 from builder.build.context import Context
 from builder.models.cut import Cut, cut
 from builder.operations.fixes import FIXES, truncated_position_ids
-from builder.plan.graph import ComponentJob, Finished, Key, Origin, StepJob, Take
+from builder.operations.registry import Setting
+from builder.plan.graph import ComponentJob, Finished, Key, Origin, StepJob, Take, origin_data
 from builder.plan.resolve import match_of
 from builder.sources.job import SourceJob
 from builder.tensors.cast import PRECISIONS, Faults, cast_all
 from builder.tensors.lazy import LazyTensor
+from builder.tensors.merged import Shared
 
 
 @dataclass
@@ -26,14 +31,27 @@ class Composer:
 
     context: Context
     opened: ExitStack
-    faults: list[tuple[str, str, Faults]] = field(default_factory=list)
+    faults: list[tuple[Key, str, Faults]] = field(default_factory=list)
+    _found: dict[str, Cut] = field(default_factory=dict)
 
     def error(self) -> CkptError | None:
         """The error that names every faulty tensor that was read, or None."""
-        for label, precision, faults in self.faults:
-            if (error := faults.error(f"`{label}`", PRECISIONS[precision])) is not None:
+        for key, precision, faults in self.faults:
+            error = faults.error(f"`{self.context.node(key).label}`", PRECISIONS[precision])
+            if error is not None:
+                how = tuple(self._how(key))
+                error.problems = tuple(replace(p, evidence=(*p.evidence, *how)) for p in error.problems)
                 return error
         return None
+
+    def _how(self, key: Key) -> Iterator[str]:
+        """How a component was computed, in words, if it was."""
+        job = self.context.node(key).job
+        if isinstance(job, ComponentJob):
+            job = self.context.node(job.origin.node).job
+        if isinstance(job, StepJob):
+            inputs = ", ".join(f"`{self.context.node(o.node).label}`" for o in job.inputs_by_name.values())
+            yield f"step `{job.step}`: {job.op} of {inputs}"
 
     def finish(self, key: Key) -> Cut:
         """A component taken or computed, repaired, rounded. Nothing is read but small tensors.
@@ -50,7 +68,7 @@ class Composer:
             done += [f"{name}: {word}" for word in words] or [f"{name}: nothing to change"]
         made, words = truncated_position_ids(made)
         faults = Faults()
-        self.faults.append((self.context.node(key).label, job.precision, faults))
+        self.faults.append((key, job.precision, faults))
         cast = cast_all(
             made,
             job.precision,
@@ -62,13 +80,33 @@ class Composer:
         return Cut(component, cast, (*done, *words))
 
     def origin(self, origin: Origin) -> Cut:
-        """What an origin gives, under unprefixed names."""
+        """What an origin gives, under unprefixed names; what is used more than once is read once."""
+        said = json.dumps(origin_data(origin))
+        if said not in self._found:
+            cut = self._origin(origin)
+            if self._uses[said] > 1:
+                cut = cut._replace(tensors={n: Shared(t) for n, t in cut.tensors.items()})
+            self._found[said] = cut
+        return self._found[said]
+
+    @cached_property
+    def _uses(self) -> Counter[str]:
+        """How often steps use each origin."""
+        jobs = (n.job for n in self.context.plan)
+        return Counter(
+            json.dumps(origin_data(o))
+            for j in jobs
+            if isinstance(j, StepJob)
+            for o in j.inputs_by_name.values()
+        )
+
+    def _origin(self, origin: Origin) -> Cut:
         job = self.context.node(origin.node).job
         if isinstance(origin, Take):
             assert isinstance(job, SourceJob)
             return self._taken(origin, job)
         if isinstance(job, StepJob):
-            return self._applied(job)
+            return self._applied(origin.node, job)
         assert isinstance(job, ComponentJob)
         found = self.stored(origin.node) or self.finish(origin.node)
         if not isinstance(origin, Finished) or origin.promote is None:
@@ -90,8 +128,25 @@ class Composer:
         opened = sources.open(job)
         return cut(opened.checkpoint, opened.identity, match_of(job, take, sources), take.cls)
 
-    def _applied(self, job: StepJob) -> Cut:
+    def _applied(self, key: Key, job: StepJob) -> Cut:
+        """What a step makes of a class."""
+        catalog = self.context.sources.catalog
         operation = self.context.operations[job.op]
         inputs = {p: self.origin(o) for p, o in job.inputs_by_name.items()}
-        made = operation.apply({p: i.tensors for p, i in inputs.items()}, job.params)
-        return Cut(inputs[operation.inputs[0]].component, dict(made), ())
+        traits = catalog.traits.get(job.cls)
+        setting = Setting(job.cls, arithmetic=job.arithmetic)
+        if traits is not None:
+            setting = replace(setting, block=traits.block, constants=traits.constants)
+        try:
+            made, words = operation.apply({p: i.tensors for p, i in inputs.items()}, job.params, setting)
+        except CkptError as error:
+            error.problems = tuple(
+                replace(p, evidence=(*p.evidence, f"step `{job.step}`")) for p in error.problems
+            )
+            raise
+        if job.precision is not None:
+            faults = Faults()
+            self.faults.append((key, job.precision, faults))
+            made = cast_all(made, job.precision, faults=faults)
+        first = inputs[job.first or operation.inputs[0]]
+        return Cut(first.component, dict(made), (*first.changes, *words))

@@ -10,7 +10,7 @@ import click
 
 from builder.base.errors import ExitCode, Problem, UsageError
 from builder.build import build_recipe
-from builder.cli.made import note_changes, note_left_out, to_json, to_text
+from builder.cli.made import note_changes, note_left_out, note_steps, to_json, to_text
 from builder.cli.options import json_option, open_workspace, outside_option, quiet_option, recipe_argument
 from builder.plan import Plan, explain
 from builder.recipe import Output, Recipe
@@ -54,6 +54,7 @@ def command(
             if explained:
                 click.echo(explain.to_text(plan), err=True)
             note_left_out(plan, workspace.reporter)
+            note_steps(plan, workspace.reporter)
 
         read = workspace.recipe(recipe)
         made = build_recipe(

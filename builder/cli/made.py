@@ -56,6 +56,13 @@ def note_left_out(plan: Plan, reporter: Reporter) -> None:
             reporter.note(f"left out of `{left.base}`{where}: {reason}, {len(names):,} tensors, {size}")
 
 
+def note_steps(plan: Plan, reporter: Reporter) -> None:
+    """Say what steps leave alone, a note each, unless nothing is to be written."""
+    if any(n.state != "unchanged" for n in plan.outputs()):
+        for note in plan.notes:
+            reporter.note(note)
+
+
 def note_changes(made: Build, reporter: Reporter) -> None:
     """Say what fixes changed, a note each."""
     for label, changes in made.changes.items():

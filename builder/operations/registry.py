@@ -1,15 +1,15 @@
-"""The operations that a step may name: what each takes, and how it turns mappings into a mapping."""
+"""What an operation is: its inputs and parameters, and how it turns mappings into a mapping."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from builder.tensors.lazy import LazyTensor
 
-Kind = Literal["number", "integer", "string", "boolean", "choice", "block-weights"]
-Apply = Callable[[Mapping[str, Mapping[str, LazyTensor]], Mapping[str, Any]], Mapping[str, LazyTensor]]
+Kind = Literal["number", "integer", "string", "boolean", "choice", "weights"]
+Tensors = Mapping[str, LazyTensor]
 
 
 @dataclass(frozen=True)
@@ -25,13 +25,40 @@ class Param:
 
 
 @dataclass(frozen=True)
+class Setting:
+    """What an operation is told of its place beside inputs and parameters.
+
+    `cls` is the class that is made; `block` gives the block of a tensor, None for one of no block;
+    `constants` are tensors that no operation touches. With the arithmetic `file`, every product and sum is
+    rounded to the type of the inputs.
+    """
+
+    cls: str
+    block: Callable[[str], str | None] = lambda name: None
+    constants: tuple[str, ...] = ()
+    arithmetic: Literal["exact", "file"] = "exact"
+
+
+class Applied(NamedTuple):
+    """What an operation makes, and what is to be said of it, in words."""
+
+    tensors: Tensors
+    words: tuple[str, ...] = ()
+
+
+Apply = Callable[[Mapping[str, Tensors], Mapping[str, Any], Setting], Applied]
+
+
+@dataclass(frozen=True)
 class Operation:
     """A named mapping → mapping.
 
-    `inputs` and `optional_inputs` are the parameters that name a source or a step. `apply` gets the
-    inputs' components of one class by parameter name, each a mapping of unprefixed names, and the
-    canonical parameters; it returns the component it makes, without computing anything. `version` is part
-    of every key: a change of the result must change it.
+    `inputs` and `optional_inputs` are the keys that name a source or a step; `many` is one that holds a
+    list of them, or where they are `weighted` a table, each with a weight of its own. `apply` gets the
+    inputs' components of one class by key (those of a list or table by `KEY.NAME`), each a mapping of
+    unprefixed names, and the canonical parameters; it computes nothing yet. With `whole_models`, it gets
+    their other classes too, by `KEY@CLASS`. `version` is part of every key: a change of the result must
+    change it.
     """
 
     name: str
@@ -40,7 +67,7 @@ class Operation:
     inputs: tuple[str, ...]
     apply: Apply
     optional_inputs: tuple[str, ...] = ()
+    many: str | None = None
+    weighted: bool = True
+    whole_models: bool = False
     params: Mapping[str, Param] = field(default_factory=dict)
-
-
-OPERATIONS: dict[str, Operation] = {}

@@ -75,6 +75,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
             }
             for n in plan.by_kind()
         ],
+        "notes": list(plan.notes),
         "left_out": [
             {
                 "base": left.base,
@@ -94,7 +95,8 @@ def _details(node: Node) -> dict[str, Any]:
     if isinstance(job, SourceJob):
         return {"file": job.file, "sha256": node.action}
     if isinstance(job, StepJob):
-        return {"op": job.op, "class": job.cls, "params": dict(job.params)}
+        how = {"arithmetic": job.arithmetic, "precision": job.precision}
+        return {"op": job.op, "class": job.cls, "params": dict(job.params), **how}
     if isinstance(job, ComponentJob):
         digest = node.made.digest if node.made is not None else None
         return {"class": job.cls, "digest": digest, **job.params()}

@@ -68,7 +68,11 @@ Origin = Take | Finished | Applied
 
 @dataclass(frozen=True)
 class StepJob:
-    """One class of a step's model: an operation over one component of each input."""
+    """One class of a step's model: an operation over one component of each input.
+
+    `params` are what the recipe says as far as it concerns the class. With a `precision` what is made is
+    rounded. `first` is the input whose component this is one of.
+    """
 
     step: str = field(compare=False)
     cls: str
@@ -76,12 +80,23 @@ class StepJob:
     version: int
     inputs_by_name: Mapping[str, Origin]
     params: Mapping[str, Any]
+    arithmetic: Literal["exact", "file"] = "exact"
+    precision: Precision | None = None
+    first: str = field(default="", compare=False)
+
+    def expression(self, names: Mapping[Key, str] | None = None) -> str:
+        """The key of what is made, with the inputs known by their keys or by `names`."""
+        inputs = {p: origin_data(o, names) for p, o in self.inputs_by_name.items()}
+        said = {"arithmetic": self.arithmetic, "precision": self.precision}
+        how = {k: v for k, v in said.items() if v not in (None, "exact")}
+        return expression_key(
+            self.op, self.version, cls=self.cls, params=dict(self.params), inputs=inputs, **how
+        )
 
     @property
     def key(self) -> Key:
         """The key of this node."""
-        inputs = {p: origin_data(o) for p, o in self.inputs_by_name.items()}
-        return expression_key(self.op, self.version, cls=self.cls, params=dict(self.params), inputs=inputs)
+        return self.expression()
 
     @property
     def inputs(self) -> tuple[Key, ...]:
@@ -232,7 +247,8 @@ class Plan:
     """A resolved recipe: nodes by key, inputs before what is made of them.
 
     `entries` are the sources by their names in the lock. `unseen` are bases whose contents cannot be seen
-    from here: enough is known to show the plan, too little to build. `left_out` is by output.
+    from here: enough is known to show the plan, too little to build. `left_out` is by output. `notes` are
+    what steps leave alone.
     """
 
     recipe: Recipe
@@ -242,6 +258,12 @@ class Plan:
     unseen: list[Key] = field(default_factory=list)
     left_out: list[LeftOut] = field(default_factory=list)
     warnings: list[Problem] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def say(self, note: str) -> None:
+        """Have something noted, once, that a reader of the recipe may not expect."""
+        if note not in self.notes:
+            self.notes.append(note)
 
     def __iter__(self) -> Iterator[Node]:
         return iter(self.nodes.values())

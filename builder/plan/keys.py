@@ -40,8 +40,7 @@ def action_key(job: Job, action: Callable[[Key], str | None]) -> str | None:
         return None
     names = {key: str(name) for key, name in known.items()}
     if isinstance(job, StepJob):
-        inputs = {p: origin_data(o, names) for p, o in job.inputs_by_name.items()}
-        return expression_key(job.op, job.version, cls=job.cls, params=dict(job.params), inputs=inputs)
+        return job.expression(names)
     assert isinstance(job, ComponentJob)
     origin = origin_data(job.origin, names)
     return expression_key("finish", VERSIONS["finish"], cls=job.cls, origin=origin, **job.params())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
@@ -15,7 +16,10 @@ from builder.base.inside import is_inside, leads_out
 from builder.models.catalog import Architecture
 from builder.models.cut import choose, cut, names_of
 from builder.models.identify import EMA, Match
-from builder.operations.registry import OPERATIONS, Operation
+from builder.models.parts import kind
+from builder.operations import OPERATIONS
+from builder.operations.registry import Operation
+from builder.operations.weights import Weights, blocks_of, is_given, of_class, patterns
 from builder.plan.graph import (
     Applied,
     Beside,
@@ -35,13 +39,14 @@ from builder.plan.graph import (
 )
 from builder.plan.keys import action_key, assembly_key, recall_beside, tables
 from builder.plan.metadata import stated_metadata
-from builder.recipe import FromBase, NewBase, Output, Pick, Recipe, slot_problems
+from builder.recipe import FromBase, NewBase, Output, Pick, Recipe, Step, slot_problems
 from builder.recipe.profiles import MAX_SIDECAR, sidecar, warnings, with_profile
 from builder.recipe.read import outside
 from builder.sources.job import SourceJob, entry_name
 from builder.tensors.lazy import LazyTensor
 
 if TYPE_CHECKING:
+    from builder.models.catalog import Catalog
     from builder.recipe.lock import Lock
     from builder.sources.opened import Sources
     from builder.store import Store
@@ -69,17 +74,53 @@ def make_plan(
     for output in recipe.outputs:
         resolver.output(output, place, environment)
     _check_sidecars(plan)
+    _check_patterns(plan, sources.catalog)
     _settle(plan, sources)
     return plan
+
+
+def _weights(step: Step, operation: Operation) -> list[Weights]:
+    """All weights that a step gives."""
+    many = step.params.get(operation.many, {}) if operation.many is not None else {}
+    return [*(step.params[n] for n, p in operation.params.items() if p.kind == "weights"), *many.values()]
+
+
+def _given(step: Step, operation: Operation, cls: str) -> bool:
+    """Whether a step gives weights for a class by its name."""
+    return any(is_given(w, cls) for w in _weights(step, operation))
+
+
+def _params(step: Step, operation: Operation, cls: str, catalog: Catalog) -> dict[str, Any]:
+    """The parameters of a step as far as they concern a class."""
+    traits = catalog.traits.get(cls)
+    blocks = traits.blocks if traits is not None else ()
+    found = dict(step.params)
+    for name, param in operation.params.items():
+        if param.kind == "weights":
+            found[name] = of_class(step.params[name], cls, blocks)
+    if operation.many is not None:
+        found[operation.many] = {n: of_class(w, cls, blocks) for n, w in step.params[operation.many].items()}
+    return found
+
+
+def _leader(step: Step, operation: Operation) -> str:
+    """The input whose model a step's is: the first; of a table, whose order is none, that of most weight."""
+    if operation.inputs:
+        return operation.inputs[0]
+    assert operation.many is not None
+    shares = {n: w["base"] if isinstance(w, Mapping) else w for n, w in step.params[operation.many].items()}
+    return f"{operation.many}.{max(shares, key=shares.__getitem__)}"
 
 
 @dataclass(frozen=True)
 class _Model:
     """A source, step or sub-recipe as a set of components, each of which becomes a node when it is taken."""
 
+    name: str
     classes: Callable[[], tuple[str, ...]]
     architecture: Callable[[], Architecture | None]
     origin: Callable[[Pick], Origin]
+    first: _Model | None = None  # of a step, the one whose classes it changes
 
 
 class _Resolver:
@@ -172,7 +213,7 @@ class _Resolver:
                 self.recipe.place(*pick.at, value=True),
             )
 
-        return _Model(classes, architecture, origin)
+        return _Model(name, classes, architecture, origin)
 
     def _sub_recipe(self, name: str) -> _Model:
         recipe = self.recipe.included[name]
@@ -192,22 +233,34 @@ class _Resolver:
             self._check_component(pick, Finished(key), picks)
             return finished
 
-        return _Model(lambda: tuple(picks), lambda: architecture, origin)
+        return _Model(name, lambda: tuple(picks), lambda: architecture, origin)
 
     def _step(self, name: str) -> _Model:
         step = self.recipe.steps[name]
         operation = self.operations[step.op]
         models = {p: self.model(n) for p, n in step.inputs.items()}
-        first = models[operation.inputs[0]]
+        leader = _leader(step, operation)
+        first = models[leader]
 
         def origin(pick: Pick) -> Origin:
             plain = replace(pick, component=None)
-            if step.components and pick.cls not in step.components:
+            self._check_alike(step, operation, models)
+            if not self._takes_part(step, operation, pick.cls, models, leader):
                 return first.origin(pick)
             if pick.component is not None:
                 self._check_component(pick, first.origin(plain), first.classes())
-            inputs = {p: m.origin(plain) for p, m in models.items()}
-            job = StepJob(name, pick.cls, operation.name, operation.version, inputs, dict(step.params))
+            self._note_blocks(step, operation, pick.cls)
+            job = StepJob(
+                name,
+                pick.cls,
+                operation.name,
+                operation.version,
+                self._inputs(step, operation, plain, models, leader),
+                _params(step, operation, pick.cls, self.catalog),
+                step.arithmetic,  # type: ignore[arg-type]
+                step.precision,  # type: ignore[arg-type]
+                leader,
+            )
             applied = Applied(
                 self.add(
                     job,
@@ -223,7 +276,65 @@ class _Resolver:
             kept = ComponentJob(pick.cls, name, applied, (), "keep", False, "keep", "keep", store=True)
             return Finished(self._component(kept, f"{pick.cls} of step {name}", pick))
 
-        return _Model(first.classes, first.architecture, origin)
+        return _Model(name, first.classes, first.architecture, origin, first)
+
+    def _inputs(
+        self, step: Step, operation: Operation, pick: Pick, models: Mapping[str, _Model], leader: str
+    ) -> dict[str, Origin]:
+        """What an operation gets: the class of each input, and where it looks at whole models the others."""
+        inputs = {p: m.origin(pick) for p, m in models.items()}
+        if operation.whole_models:
+            for cls in (c for c in models[leader].classes() if c != pick.cls):
+                if self._takes_part(step, operation, cls, models, leader):
+                    other = replace(pick, cls=cls)
+                    inputs |= {f"{p}@{cls}": m.origin(other) for p, m in models.items()}
+        return inputs
+
+    def _takes_part(
+        self, step: Step, operation: Operation, cls: str, models: Mapping[str, _Model], leader: str
+    ) -> bool:
+        """Whether a step changes a class of its first input; where one may expect it to, why not is said."""
+        if step.components and cls not in step.components:
+            return False
+        given = _given(step, operation, cls)
+        whose = models[leader]
+        while whose.first is not None:
+            whose = whose.first
+        if kind(cls) == "VAE" and not step.vae and not given:
+            hint = "`VAE = true` merges it"
+            self.plan.say(f"the VAE is that of `{whose.name}`, as merged ones break colours; {hint}")
+            return False
+        if absent := [n for p, n in step.inputs.items() if cls not in models[p].classes()]:
+            if given:
+                place = self.recipe.place("steps", step.name)
+                raise RecipeError(Problem(f"`{absent[0]}` has no {cls} to be merged", place))
+            self.plan.say(f"{cls} of `{step.name}` is that of `{whose.name}`, as `{absent[0]}` has none")
+            return False
+        return True
+
+    def _note_blocks(self, step: Step, operation: Operation, cls: str) -> None:
+        """Say which blocks that a step weighs a class does not have, as a shorter UNET has fewer."""
+        traits = self.catalog.traits.get(cls)
+        if traits is None or not traits.block_of:
+            return
+        said = (b for w in _weights(step, operation) for b in blocks_of(w, cls))
+        if absent := [b for b in dict.fromkeys(said) if b not in traits.blocks]:
+            more = f"{absent[0]} to {absent[-1]}" if len(absent) > 1 else absent[0]
+            count = f"{len(absent)} weights" if len(absent) > 1 else "a weight"
+            self.plan.say(f"step `{step.name}`: {cls} has no {more}: {count} of blocks are not used")
+
+    def _check_alike(self, step: Step, operation: Operation, models: Mapping[str, _Model]) -> None:
+        """Raise RecipeError when a step's inputs have nothing in common that it would change."""
+        held = {n: models[p].classes() for p, n in step.inputs.items()}
+        common = set.intersection(*map(set, held.values()))
+        merged = {c for c in common if kind(c) != "VAE" or step.vae or _given(step, operation, c)}
+        if merged & set(step.components or merged):
+            return
+        place = self.recipe.place("steps", step.name)
+        fact = f"the step `{step.name}` has nothing to work on: its inputs are not of one kind"
+        raise RecipeError(
+            Problem(fact, place, tuple(f"`{n}` holds {_words(classes)}" for n, classes in held.items()))
+        )
 
     def _check_component(self, pick: Pick, origin: Origin, held: Any) -> None:
         """Raise RecipeError when what another model makes is not the component that is asked for."""
@@ -516,6 +627,24 @@ def _check_sidecars(plan: Plan) -> None:
         taken[beside] = job.output.file
 
 
+def _check_patterns(plan: Plan, catalog: Catalog) -> None:
+    """Have it noted which patterns over tensors' names match none, in any class that their step changes."""
+    names: dict[tuple[str, str], set[str]] = {}
+    for job in (n.job for n in plan):
+        if isinstance(job, StepJob):
+            for pattern in _patterns(job.params):
+                known = {n for c in catalog.classes[job.cls] for n in c.tensors}
+                names.setdefault((job.step, pattern), set()).update(known)
+    for (step, pattern), known in names.items():
+        if not any(fnmatchcase(name, pattern) for name in known):
+            plan.say(f"step `{step}`: the pattern `{pattern}` is of no tensor")
+
+
+def _patterns(params: Mapping[str, Any]) -> list[str]:
+    inner = (v for v in params.values() if isinstance(v, Mapping))
+    return [*patterns(params), *(p for v in inner for p in _patterns(v))]
+
+
 def _settle(plan: Plan, sources: Sources) -> None:
     """Say of each component what will be done with it, now that the outputs are known."""
     slots = {n: o for o in plan.outputs() if isinstance(o.job, OutputJob) for _, n in o.job.slots.values()}
@@ -582,7 +711,7 @@ def component_name(plan: Plan, sources: Sources, origin: Origin) -> str | None:
             return None
         return match_of(node.job, origin, sources).component.name
     if isinstance(node.job, StepJob):
-        return component_name(plan, sources, next(iter(node.job.inputs_by_name.values())))
+        return component_name(plan, sources, node.job.inputs_by_name[node.job.first])
     assert isinstance(node.job, ComponentJob)
     return component_name(plan, sources, node.job.origin)
 

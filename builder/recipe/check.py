@@ -118,7 +118,7 @@ def _references(recipe: Recipe) -> Iterator[tuple[str, Keys]]:
             yield pick.source, _named_at(recipe, pick)
     for step in recipe.steps.values():
         for param, name in step.inputs.items():
-            yield name, ("steps", step.name, param)
+            yield name, step.at(param)
 
 
 def _named_at(recipe: Recipe, pick: Pick) -> Keys:
@@ -179,7 +179,7 @@ def _cycles(recipe: Recipe, words: Vocabulary) -> Iterator[Problem]:
         step = recipe.steps[chain[1]]
         param = next(p for p, n in step.inputs.items() if n == chain[0])
         fact = "a step is made from itself" if len(chain) == 2 else "steps are made from each other"
-        place = recipe.place("steps", step.name, param, value=True)
+        place = recipe.place(*step.at(param), value=True)
         yield Problem(fact, place, (" → ".join(chain),), "take one of them from a source")
         left[chain[1]].discard(chain[0])
 

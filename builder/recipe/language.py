@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -31,6 +30,7 @@ from builder.base.kinds import (
 from builder.operations.fixes import Fix
 from builder.operations.registry import Operation, Param
 from builder.recipe.recipe import FORMAT
+from builder.recipe.weights import BlockWeights
 
 if TYPE_CHECKING:
     from builder.models.catalog import Catalog
@@ -48,6 +48,10 @@ OVERFLOW = {
     "error": "the build fails and names the tensor",
     "clamp": "the largest finite value takes its place",
     "keep": "it becomes infinite",
+}
+ARITHMETIC = {
+    "exact": "FP32, rounded once, in the output",
+    "file": "each product and sum rounded to the type of the files, as A1111 does",
 }
 UNKNOWN = {
     "drop": "they are left out, and counted; refused when they are most of the base",
@@ -290,91 +294,19 @@ class Base(Kind):
         }
 
 
-_NUMBER = r"[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?"
-
-
-@dataclass(frozen=True)
-class BlockWeights(Kind):
-    """A number for the whole model, or one for each block of its UNET and a base for all the rest.
-
-    Gives a float where all are equal, else a dict: the base, then every block that differs from it. A
-    string has a number for `base` and one for each of the `blocks` that the catalog knows so many of.
-    """
-
-    weight: Number
-    blocks: Mapping[int, tuple[str, ...]]
-    noun: str = "a number, a string of numbers or a table of blocks"
-    label: str = "number, string of a number for the base and each block, or table of blocks"
-    types: tuple[type, ...] = (int, float, str, dict)
-
-    @property
-    def _names(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(["base", *(b for blocks in self.blocks.values() for b in blocks)]))
-
-    def check(self, value: Any, at: At) -> Any:
-        if isinstance(value, str):
-            value = self._string(value, at)
-        if isinstance(value, dict):
-            return self._table(value, at)
-        return WRONG if value is WRONG else self.weight.check(value, at)
-
-    def _string(self, value: str, at: At) -> Any:
-        words = [w.strip() for w in value.split(",")]
-        if any(not re.fullmatch(_NUMBER, w) for w in words):
-            return at.wrong(f"{at.name} must hold numbers with commas between")
-        if len(words) - 1 not in self.blocks:
-            with_base = len(words) in self.blocks
-            hint = "put the base first: the weight of all that is in no block" if with_base else None
-            due = " or ".join(str(count + 1) for count in self.blocks)
-            return at.wrong(f"{at.name} has {len(words)} numbers, not {due}", hint=hint)
-        return dict(zip(("base", *self.blocks[len(words) - 1]), map(float, words), strict=True))
-
-    def _table(self, value: dict[str, Any], at: At) -> Any:
-        names = self._names
-        found: dict[str, float] = {}
-        for key, item in value.items():
-            if key not in names:
-                hint = did_you_mean(key, names) or f"there are {', '.join(f'`{n}`' for n in names)}"
-                at.down(key).wrong(f"unknown block `{key}`", hint=hint, key=True)
-            elif (read := self.weight.read(item, at.down(key))) is not WRONG:
-                found[key] = read
-        if "base" not in value:
-            return at.wrong(
-                "`base` is missing", hint="add `base = 0.5`: the weight of all that is in no block"
-            )
-        if "base" not in found:
-            return WRONG
-        base = found["base"]
-        blocks = {n: found[n] for n in names if n != "base" and found.get(n, base) != base}
-        return {"base": base, **blocks} if blocks else base
-
-    def schema(self, defs: Schema) -> Schema:
-        number = self.weight.schema(defs)
-        counts = "|".join(f"({_NUMBER}\\s*,\\s*){{{count}}}{_NUMBER}" for count in self.blocks)
-        table = {
-            "type": "object",
-            "properties": dict.fromkeys(self._names, number),
-            "required": ["base"],
-            "additionalProperties": False,
-        }
-        return {"oneOf": [number, {"type": "string", "pattern": f"^\\s*({counts})\\s*$"}, table]}
-
-
 PARAMS: dict[str, Any] = {
     "number": lambda p, _: Number(p.minimum, p.maximum),
     "integer": lambda p, _: Number(p.minimum, p.maximum, whole=True),
     "string": lambda p, _: Text(CLEAN),
     "boolean": lambda p, _: Boolean(),
     "choice": lambda p, _: Choice("choice", dict.fromkeys(p.choices, "")),
-    "block-weights": lambda p, catalog: BlockWeights(Number(p.minimum, p.maximum), catalog.blocks),
+    "weights": lambda p, catalog: BlockWeights.of(catalog, Number(p.minimum, p.maximum)),
 }
 
 
 def _param(param: Param, catalog: Catalog) -> Key:
     kind: Kind = PARAMS[param.kind](param, catalog)
-    example = {"number": "0.5", "block-weights": "0.5", "integer": "1", "boolean": "true"}.get(
-        param.kind, '"…"'
-    )
+    example = {"number": "0.5", "weights": "0.5", "integer": "1", "boolean": "true"}.get(param.kind, '"…"')
     return Key(kind, param.doc, example, required=param.default is None, default=param.default)
 
 
@@ -407,12 +339,21 @@ class StepKind(Kind):
 def _operation(operation: Operation, classes: Choice, catalog: Catalog) -> Struct:
     inputs = {n: Key(REFERENCE, "A source or step.", '"…"', required=True) for n in operation.inputs}
     optional = {n: Key(REFERENCE, "A source or step.", '"…"') for n in operation.optional_inputs}
+    many: dict[str, Key] = {}
+    if operation.many is not None:
+        kinds: list[Kind] = [Array(REFERENCE, minimum=1)]
+        doc, example = "Sources and steps.", '["a", "b"]'
+        if operation.weighted:
+            kinds.insert(0, Table(operation.many, WORD, BlockWeights.of(catalog, Number()), minimum=1))
+            doc, example = "Sources and steps, each with its weight, or all with 1.", "{ a = 0.6, b = 0.4 }"
+        many[operation.many] = Key(Either(tuple(kinds)), doc, example, required=True)
     keys = {
         "op": Key(
             Choice("operation", {operation.name: ""}), operation.doc, f'"{operation.name}"', required=True
         ),
         **inputs,
         **optional,
+        **many,
         **{n: _param(p, catalog) for n, p in operation.params.items()},
         "components": Key(
             Array(classes, minimum=1),
@@ -420,6 +361,21 @@ def _operation(operation: Operation, classes: Choice, catalog: Catalog) -> Struc
             '["UNET-v1"]',
             default=(),
             otherwise="the whole model",
+        ),
+        "VAE": Key(
+            Boolean(),
+            "Whether the VAE is merged too, which breaks the colours of most; a weight for it says the same.",
+            "true",
+            default=False,
+        ),
+        "arithmetic": Key(
+            Choice("arithmetic", ARITHMETIC), "In place of the recipe's.", '"file"', otherwise="the recipe's"
+        ),
+        "precision": Key(
+            Choice("precision", PRECISIONS),
+            "Type that what is made is rounded to, as if it were saved before it is used.",
+            '"fp16"',
+            otherwise="not rounded: FP32, or the files' type where the arithmetic is theirs",
         ),
         "store": Key(Boolean(), "Keep what is made in the store, for other recipes.", "true", default=False),
     }
@@ -602,6 +558,7 @@ def _language(words: Vocabulary) -> Struct:
         "fixes": fixes_key,
         "sources": Key(Table("sources", WORD, source), "Checkpoints to take things from.", "{ }", default={}),
         "components": components_key,
+        "arithmetic": Key(Choice("arithmetic", ARITHMETIC), "How steps compute.", '"file"', default="exact"),
         "steps": Key(Table("steps", WORD, steps), "Named intermediate models.", "{ }", default={}),
         "output": Key(
             Either((output, Array(output, minimum=1))),

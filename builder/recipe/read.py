@@ -14,8 +14,9 @@ from builder.base.errors import Place, Problem, RecipeError, UsageError, did_you
 from builder.base.inside import leads_out
 from builder.base.kinds import WRONG, At, Item, listed, note
 from builder.base.toml import Document, Keys
+from builder.operations import OPERATIONS
 from builder.operations.fixes import FIXES, Fix
-from builder.operations.registry import OPERATIONS, Operation
+from builder.operations.registry import Operation
 from builder.recipe.check import problems_of
 from builder.recipe.language import NEW, Format, Vocabulary
 from builder.recipe.profiles import PROFILES
@@ -200,6 +201,7 @@ def _recipe(said: dict[str, Any], document: Document, words: Vocabulary) -> Reci
     base = _base(said.get("base", ""), ("base",), words)
     fixes = _fixes(said.get("fixes", ()), words)
     components = _picks(said.get("components", {}))
+    arithmetic = said.get("arithmetic") or "exact"
     written = said.get("output") or {}
     table = isinstance(written, dict)
     several = not table and len(written) > 1
@@ -229,7 +231,7 @@ def _recipe(said: dict[str, Any], document: Document, words: Vocabulary) -> Reci
         fixes=fixes,
         sources={n: Source(n, **i.value) for n, i in said.get("sources", {}).items()},
         components=components,
-        steps={n: _step(n, i.value, words) for n, i in said.get("steps", {}).items()},
+        steps={n: _step(n, i.value, arithmetic, words) for n, i in said.get("steps", {}).items()},
         outputs=tuple(outputs),
         document=document,
     )
@@ -274,14 +276,26 @@ def _pick(cls: str, item: Item) -> Pick:
     return Pick(cls, item.value.get("from", ""), item.value.get("component"), item.keys)
 
 
-def _step(name: str, said: dict[str, Any], words: Vocabulary) -> Step:
+def _step(name: str, said: dict[str, Any], arithmetic: str, words: Vocabulary) -> Step:
     operation = words.operations[said["op"]]
-    inputs = (*operation.inputs, *operation.optional_inputs)
+    inputs = {n: said[n] for n in (*operation.inputs, *operation.optional_inputs) if said.get(n) is not None}
+    params = {n: said[n] for n in operation.params if n in said}
+    if operation.many is not None and operation.many in said:
+        many = said[operation.many]
+        weights = (
+            {n: i.value for n, i in many.items()} if isinstance(many, dict) else dict.fromkeys(many, 1.0)
+        )
+        # The order in which a table is written is none.
+        params[operation.many] = dict(sorted(weights.items()))
+        inputs |= {f"{operation.many}.{n}": n for n in params[operation.many]}
     return Step(
         name,
         operation.name,
-        {n: said[n] for n in inputs if said.get(n) is not None},
-        {n: said[n] for n in operation.params if n in said},
+        inputs,
+        params,
         said.get("components", ()),
         said.get("store", False),
+        said.get("VAE", False),
+        said.get("arithmetic") or arithmetic,
+        said.get("precision"),
     )

@@ -75,8 +75,10 @@ class Pick:
 class Step:
     """A named intermediate model that an operation makes.
 
-    `inputs` names a source or step by parameter; `params` holds every parameter in canonical form,
-    defaults included. `components` limits it to these classes (none: the whole model).
+    `inputs` names a source or step by parameter, by `KEY.NAME` where a table holds several; `params` holds
+    every parameter in canonical form, defaults included, and of a table the weights by name. `components`
+    limits it to these classes (none: the whole model). With `vae`, the VAE takes part by default too.
+    `precision` rounds what is made; None: it is not rounded.
     """
 
     name: str
@@ -85,15 +87,25 @@ class Step:
     params: Mapping[str, Any]
     components: tuple[str, ...] = ()
     store: bool = False
+    vae: bool = False
+    arithmetic: str = "exact"
+    precision: str | None = None
 
     def meaning(self) -> dict[str, Any]:
         """What the step makes, but not whether that is stored."""
-        return {
+        said = {
             "op": self.op,
             "inputs": dict(self.inputs),
             "params": dict(self.params),
             "components": sorted(self.components),
         }
+        plain = Step.__dataclass_fields__
+        more = {k: getattr(self, k) for k in ("vae", "arithmetic", "precision")}
+        return said | {k: v for k, v in more.items() if v != plain[k].default}
+
+    def at(self, param: str) -> Keys:
+        """Where a recipe names an input."""
+        return ("steps", self.name, *param.split(".", 1))
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from builder.base.kinds import Schema
+from builder.operations import OPERATIONS
 from builder.operations.fixes import FIXES, Fix
-from builder.operations.registry import OPERATIONS, Operation
+from builder.operations.registry import Operation
 from builder.recipe.language import Vocabulary
 from builder.recipe.profiles import PROFILES
 

@@ -112,3 +112,63 @@ class Transposed(LazyTensor):
             wanted[:, row : row + len(values)] = values[:, first:last].T
         skip = start - first * rows * size
         out[:] = wanted.tobytes()[skip : skip + len(out)]
+
+
+class Columns(LazyTensor):
+    """`count` of what a tensor has along its second dimension, from `first` on, such as input channels."""
+
+    __slots__ = ("inner", "offset", "source")
+
+    def __init__(self, source: LazyTensor, first: int, count: int) -> None:
+        super().__init__(source.dtype, (source.shape[0], count, *source.shape[2:]))
+        assert first >= 0 and first + count <= source.shape[1]
+        self.source = source
+        self.inner = self.nbytes // source.shape[0]  # bytes of a row
+        self.offset = first * (self.inner // count if count else 0)
+
+    @property
+    def computed(self) -> bool:
+        """As the source."""
+        return self.source.computed
+
+    def read_into(self, start: int, out: memoryview) -> None:
+        """Read the part of each row that the range touches."""
+        whole = self.source.nbytes // self.shape[0]
+        at = 0
+        while at < len(out):
+            row, inside = divmod(start + at, self.inner)
+            count = min(len(out) - at, self.inner - inside)
+            self.source.read_into(row * whole + self.offset + inside, out[at : at + count])
+            at += count
+
+
+class SideBySide(LazyTensor):
+    """Tensors of one dtype joined along their second dimension."""
+
+    __slots__ = ("sources",)
+
+    def __init__(self, sources: Sequence[LazyTensor]) -> None:
+        first = sources[0]
+        super().__init__(first.dtype, (first.shape[0], sum(s.shape[1] for s in sources), *first.shape[2:]))
+        assert all(s.dtype is first.dtype and s.shape[2:] == first.shape[2:] for s in sources)
+        self.sources = tuple(sources)
+
+    @property
+    def computed(self) -> bool:
+        """Whether any source is."""
+        return any(s.computed for s in self.sources)
+
+    def read_into(self, start: int, out: memoryview) -> None:
+        """Read from each source what of each row the range touches."""
+        rows = self.shape[0]
+        widths = [s.nbytes // rows for s in self.sources]
+        at = 0
+        while at < len(out):
+            row, inside = divmod(start + at, sum(widths))
+            for source, width in zip(self.sources, widths, strict=True):
+                if inside < width:
+                    count = min(len(out) - at, width - inside)
+                    source.read_into(row * width + inside, out[at : at + count])
+                    at += count
+                    break
+                inside -= width

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from builder.operations.registry import Operation, Param
+from builder.operations.registry import Applied, Operation, Param
 
 GOLDEN = Path(__file__).parents[1] / "recipe" / "golden"
 
@@ -17,15 +17,15 @@ OPERATIONS = {
             1,
             "A·(1−alpha) + B·alpha.",
             ("a", "b"),
-            lambda inputs, params: inputs["a"],
-            params={"alpha": Param("block-weights", "Share of B.", minimum=0, maximum=1)},
+            lambda inputs, params, setting: Applied(inputs["a"]),
+            params={"alpha": Param("weights", "Share of B.", minimum=0, maximum=1)},
         ),
         Operation(
             "add-difference",
             1,
             "A + (B − C)·alpha.",
             ("a", "b"),
-            lambda inputs, params: inputs["a"],
+            lambda inputs, params, setting: Applied(inputs["a"]),
             optional_inputs=("c",),
             params={
                 "alpha": Param("number", "Strength.", default=1.0),

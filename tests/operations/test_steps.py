@@ -12,7 +12,7 @@ import torch
 
 from builder.base.errors import RecipeError
 from builder.build import Build, build
-from builder.operations.registry import Operation, Param
+from builder.operations.registry import Applied, Operation, Param, Setting
 from builder.plan import Plan
 from builder.recipe import Recipe, load_recipe
 from builder.tensors.lazy import DType, LazyTensor
@@ -45,13 +45,17 @@ class Weighted(LazyTensor):
 Inputs = Mapping[str, Mapping[str, LazyTensor]]
 
 
-def _sum(inputs: Inputs, params: Mapping[str, Any]) -> Mapping[str, LazyTensor]:
+def _sum(inputs: Inputs, params: Mapping[str, Any], setting: Setting) -> Applied:
     a, b, share = inputs["a"], inputs["b"], params["share"]
-    return {n: Weighted((t, 1 - share), (b[n], share)) if t.dtype.floating else t for n, t in a.items()}
+    return Applied(
+        {n: Weighted((t, 1 - share), (b[n], share)) if t.dtype.floating else t for n, t in a.items()}
+    )
 
 
-def _scale(inputs: Inputs, params: Mapping[str, Any]) -> Mapping[str, LazyTensor]:
-    return {n: Weighted((t, params["by"])) if t.dtype.floating else t for n, t in inputs["model"].items()}
+def _scale(inputs: Inputs, params: Mapping[str, Any], setting: Setting) -> Applied:
+    return Applied(
+        {n: Weighted((t, params["by"])) if t.dtype.floating else t for n, t in inputs["model"].items()}
+    )
 
 
 SUM = Operation(
@@ -105,8 +109,8 @@ def half(values: torch.Tensor) -> bytes:
     return bytes(values.half().view(torch.uint8).numpy().tobytes())
 
 
-HALF = '[steps.half]\nop = "sum"\na = "a"\nb = "b"\nshare = 0.25\n'
-TWICE = '[steps.twice]\nop = "scale"\nmodel = "half"\nby = 2.0\n'
+HALF = '[steps.half]\nVAE = true\nop = "sum"\na = "a"\nb = "b"\nshare = 0.25\n'
+TWICE = '[steps.twice]\nVAE = true\nop = "scale"\nmodel = "half"\nby = 2.0\n'
 NAME = UNET + "out.2.weight"
 
 
@@ -239,9 +243,22 @@ def test_the_plan_shows_steps(works: Works) -> None:
 
 
 def test_an_input_that_lacks_the_component(works: Works) -> None:
+    save(works.folder / "b.safetensors", model("UNET-mini", seed=2))
+    plan = works.plan('base = "half"\n' + HALF)
+    assert "CLIP-mini of `half` is that of `a`, as `b` has none" in plan.notes
+    works.build('base = "half"\n' + HALF)
+    made = works.made()
+    other = model("UNET-mini", seed=2)[NAME.removeprefix(UNET)]
+    b = torch.frombuffer(other.tobytes(), dtype=other.dtype.torch)
+    assert made[NAME][2] == half(value(1, NAME) * 0.75 + b * 0.25)
+    assert all(made[n][2] == half(value(1, n)) for n in made if n.startswith("cond_") and made[n][0] == "F16")
+
+
+def test_inputs_that_have_nothing_in_common(works: Works) -> None:
     save(works.folder / "b.safetensors", model("VAE-mini", seed=2))
-    with pytest.raises(RecipeError, match="`b` has no UNET-mini"):
-        works.build('base = "half"\n' + HALF)
+    with pytest.raises(RecipeError, match="the step `half` has nothing to work on") as error:
+        works.build('base = "half"\n' + HALF.replace("VAE = true\n", ""))
+    assert "`b` holds `VAE-mini`" in error.value.problems[0].evidence
 
 
 def test_numbers_that_overflow_in_a_step_are_errors(works: Works) -> None:

@@ -44,7 +44,7 @@ def test_text(folder: Folder) -> None:
 
 def test_json(folder: Folder) -> None:
     plan = folder.plan()
-    assert plan.keys() == {"schema", "recipe", "reads", "writes", "steps", "left_out"}
+    assert plan.keys() == {"schema", "recipe", "reads", "writes", "steps", "notes", "left_out"}
     assert plan["schema"] == 1 and plan["recipe"] == "mini"
     steps = {s["label"]: s for s in plan["steps"]}
     order = [s["key"] for s in plan["steps"]]

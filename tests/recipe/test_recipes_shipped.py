@@ -13,8 +13,8 @@ import tomli
 from builder.base.errors import RecipeError, render
 from builder.base.kinds import Choice, Key, Struct
 from builder.models.catalog import load_catalog
+from builder.operations import OPERATIONS
 from builder.operations.fixes import FIXES
-from builder.operations.registry import OPERATIONS
 from builder.recipe import load_recipe, parse_recipe
 from builder.recipe.language import Vocabulary
 from builder.recipe.profiles import PROFILES

@@ -1,0 +1,179 @@
+"""The kind of value that weighs a merge: a number, a preset, a list, or a table of such."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from builder.base.errors import did_you_mean
+from builder.base.kinds import WRONG, At, Kind, Number, Schema
+from builder.operations.presets import V1_BLOCKS, presets
+
+if TYPE_CHECKING:
+    from builder.models.catalog import Catalog
+
+_NUMBER = r"[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?"
+_RANGE = re.compile(r"([A-Z]+)([0-9]{1,3})-([A-Z]+)([0-9]{1,3})")
+BASE, TENSORS = "base", "tensors"
+MAX_PATTERNS = 200  # over tensors' names; each is tried on every name
+
+
+@dataclass(frozen=True)
+class BlockWeights(Kind):
+    """Weights; gives them in the canonical form of `builder.operations.weights`.
+
+    `blocks` are the lists of blocks that classes have, by their length, `parts` the classes and their first
+    words. A list begins with the bases: of all that is in no block, or of each text encoder where the
+    catalog's class has several.
+    """
+
+    weight: Number
+    blocks: Mapping[int, tuple[str, ...]]
+    parts: tuple[str, ...]
+    noun: str = "a number, the name of a preset, an array of numbers or a table"
+    label: str = "number, name of a preset, array or string of a number for the base and each block, or table"
+    types: tuple[type, ...] = (int, float, str, list, dict)
+
+    @classmethod
+    def of(cls, catalog: Catalog, weight: Number) -> BlockWeights:
+        """The weights that a catalog has words for."""
+        words = dict.fromkeys([*catalog.classes, *(c.partition("-")[0] for c in catalog.classes)])
+        return cls(weight, catalog.blocks, tuple(words))
+
+    def check(self, value: Any, at: At) -> Any:
+        if not isinstance(value, dict):
+            return self._plain(value, at, alone=True)
+        return self._table(value, at, inner=False)
+
+    # -- numbers, presets, lists
+
+    def _plain(self, value: Any, at: At, *, alone: bool) -> Any:
+        """What is no table; `alone`: it weighs whole models, so a list must begin with the base."""
+        if isinstance(value, str):
+            if re.fullmatch(rf"\s*{_NUMBER}\s*(,\s*{_NUMBER}\s*)*", value):
+                value = [float(word) for word in value.split(",")]
+            elif (known := presets().get(value)) is not None:
+                base = 1.0 if value == "ALL_B" else 0.0
+                return _canonical(base, dict(zip(self.blocks[V1_BLOCKS], known, strict=True)))
+            else:
+                hint = did_you_mean(value, presets()) or "write numbers with commas between, the base first"
+                return at.wrong(f"unknown preset `{value}`", hint=hint)
+        if not isinstance(value, list):
+            return self.weight.read(value, at)
+        numbers = [self.weight.read(item, at.down(index)) for index, item in enumerate(value)]
+        return WRONG if WRONG in numbers else self._list(numbers, at, alone=alone)
+
+    def _list(self, numbers: list[float], at: At, *, alone: bool) -> Any:
+        count = len(numbers)
+        bases = next((n for n in (0, 1, 2) if count - n in self.blocks and self._bases(count - n, n)), None)
+        if bases is None:
+            due = ", ".join(str(n + self._most(n)) for n in self.blocks)
+            return at.wrong(f"{at.name} has {count} numbers, and lists have {due}")
+        if alone and bases == 0:
+            hint = "put the base first: the weight of all that is in no block"
+            return at.wrong(f"{at.name} has {count} numbers, of blocks alone", hint=hint)
+        found = dict(zip(self.blocks[count - bases], numbers[bases:], strict=True))
+        if bases == 2:
+            parts = dict(zip(_ENCODERS, numbers, strict=False))
+            return _canonical(0.0, found, parts)
+        return _canonical(numbers[0] if bases else 0.0, found)
+
+    def _bases(self, blocks: int, count: int) -> bool:
+        return count in (0, self._most(blocks))
+
+    def _most(self, blocks: int) -> int:
+        """How many bases stand before so many blocks: FLUX's list has one for each of its text encoders."""
+        return 2 if "D00" in self.blocks[blocks] else 1
+
+    # -- tables
+
+    @cached_property
+    def _names(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(b for blocks in self.blocks.values() for b in blocks))
+
+    def _table(self, value: dict[str, Any], at: At, *, inner: bool) -> Any:
+        base, parts, tensors = 0.0, {}, {}
+        exact: dict[str, float] = {}
+        wide: dict[str, float] = {}
+        fine = True
+        for key, item in value.items():
+            below = at.down(key)
+            if key == TENSORS and not inner:
+                read = self._tensors(item, below)
+                tensors = read
+            elif key in self.parts and not inner:
+                read = (
+                    self._table(item, below, inner=True)
+                    if isinstance(item, dict)
+                    else self._plain(item, below, alone=False)
+                )
+                parts[key] = read
+            elif key == BASE:
+                base = read = self.weight.read(item, below)
+            else:
+                names = self._meant(key)
+                read = self._unknown(key, below, inner) if not names else self.weight.read(item, below)
+                (exact if names == [key] else wide).update(dict.fromkeys(names, read))
+            fine = fine and read is not WRONG
+        if (exact or wide) and BASE not in value and not inner:
+            hint = "add `base = 0.5`: the weight of all that is in no block"
+            return at.wrong("`base` is missing", hint=hint)
+        return _canonical(base, {**wide, **exact}, parts, tensors) if fine else WRONG
+
+    def _unknown(self, key: str, at: At, inner: bool) -> Any:
+        names = (BASE, *self._names, *(() if inner else (TENSORS, *self.parts)))
+        hint = did_you_mean(key, names) or "as `IN04`, `IN00-IN03` or `OUT*`"
+        return at.wrong(f"unknown block or class `{key}`", hint=hint, key=True)
+
+    def _meant(self, key: str) -> list[str]:
+        """The blocks that a name, a range or a pattern means."""
+        if key in self._names:
+            return [key]
+        if (ends := _RANGE.fullmatch(key)) is not None:
+            kind, first, other, last = ends.groups()
+            numbers = range(int(first), int(last) + 1)
+            names = [n for n in self._names if n.startswith(kind) and n[len(kind) :].isdigit()]
+            return [n for n in names if kind == other and int(n[len(kind) :]) in numbers]
+        return [n for n in self._names if "*" in key and fnmatchcase(n, key)]
+
+    def _tensors(self, value: Any, at: At) -> Any:
+        if not isinstance(value, dict):
+            return at.wrong(f"{at.name} must be a table of patterns over tensors' names")
+        if len(value) > MAX_PATTERNS:
+            return at.wrong(f"{at.name} has {len(value):,} patterns, more than {MAX_PATTERNS:,}")
+        read = {key: self.weight.read(item, at.down(key)) for key, item in value.items()}
+        return WRONG if WRONG in read.values() else read
+
+    def schema(self, defs: Schema) -> Schema:
+        number = self.weight.schema(defs)
+        text = {"type": "string", "minLength": 1}
+        numbers = {"type": "array", "items": number, "minItems": 2}
+        plain = [number, text, numbers]
+        inner = {"type": "object", "additionalProperties": number}
+        tensors = {"type": "object", "additionalProperties": number, "maxProperties": MAX_PATTERNS}
+        known = {BASE: number, TENSORS: tensors, **{part: {"oneOf": [*plain, inner]} for part in self.parts}}
+        table = {"type": "object", "properties": known, "additionalProperties": number}
+        return {"oneOf": [*plain, table]}
+
+
+_ENCODERS = ("CLIP", "T5")
+
+
+def _canonical(
+    base: float,
+    blocks: Mapping[str, float],
+    parts: Mapping[str, Any] | None = None,
+    tensors: Mapping[str, float] | None = None,
+) -> Any:
+    """Weights in their one form: blocks that differ from the base, and nothing that says nothing."""
+    said: dict[str, Any] = {
+        "blocks": {b: w for b, w in blocks.items() if w != base},
+        "parts": dict(parts or {}),
+        "tensors": [[pattern, weight] for pattern, weight in (tensors or {}).items()],
+    }
+    said = {k: v for k, v in said.items() if v}
+    return {"base": base, **said} if said else base
