@@ -248,7 +248,7 @@ class Plan:
 
     `entries` are the sources by their names in the lock. `unseen` are bases whose contents cannot be seen
     from here: enough is known to show the plan, too little to build. `left_out` is by output. `notes` are
-    what steps leave alone.
+    what steps leave alone, `depths` how many steps each node hangs on in a row.
     """
 
     recipe: Recipe
@@ -259,6 +259,7 @@ class Plan:
     left_out: list[LeftOut] = field(default_factory=list)
     warnings: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    depths: dict[Key, int] = field(default_factory=dict)
 
     def say(self, note: str) -> None:
         """Have something noted, once, that a reader of the recipe may not expect."""

@@ -40,6 +40,7 @@ from builder.plan.graph import (
 from builder.plan.keys import action_key, assembly_key, recall_beside, tables
 from builder.plan.metadata import stated_metadata
 from builder.recipe import FromBase, NewBase, Output, Pick, Recipe, Step, slot_problems
+from builder.recipe.check import MAX_STEPS
 from builder.recipe.profiles import MAX_SIDECAR, sidecar, warnings, with_profile
 from builder.recipe.read import outside
 from builder.sources.job import SourceJob, entry_name
@@ -145,6 +146,11 @@ class _Resolver:
         """Add a node, all of whose inputs are there already, unless it is known; its key."""
         key = job.key
         if key not in self.plan.nodes:
+            near = [self.plan.depths.get(i, 0) for i in job.inputs]
+            self.plan.depths[key] = max(near, default=0) + isinstance(job, StepJob)
+            if self.plan.depths[key] > MAX_STEPS:
+                fact = f"more than {MAX_STEPS} steps are made of each other, through all recipes"
+                raise RecipeError(Problem(fact, hint="build one of them first, and name its file"))
             said = {n.label for n in self.plan}
             number, unlike = 1, label
             while unlike in said:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from builder.models.catalog import Architecture, Catalog
 
 MAX_CYCLES = 10  # that are shown: steps may be woven into more than anyone reads
+MAX_STEPS = 64  # that are made of each other: each is a level deeper in what computes a window
 
 
 def problems_of(recipe: Recipe, words: Vocabulary) -> Iterator[Problem]:
@@ -175,6 +176,7 @@ def _cycles(recipe: Recipe, words: Vocabulary) -> Iterator[Problem]:
         except CycleError as error:
             chain: list[str] = error.args[1]  # each one is an input of the next
         else:
+            yield from _too_deep(recipe, left)
             return
         step = recipe.steps[chain[1]]
         param = next(p for p, n in step.inputs.items() if n == chain[0])
@@ -182,6 +184,17 @@ def _cycles(recipe: Recipe, words: Vocabulary) -> Iterator[Problem]:
         place = recipe.place(*step.at(param), value=True)
         yield Problem(fact, place, (" → ".join(chain),), "take one of them from a source")
         left[chain[1]].discard(chain[0])
+
+
+def _too_deep(recipe: Recipe, left: Mapping[str, Collection[str]]) -> Iterator[Problem]:
+    depths: dict[str, int] = {}
+    for name in TopologicalSorter(left).static_order():
+        depths[name] = 1 + max((depths[n] for n in left[name]), default=0)
+        if depths[name] > MAX_STEPS:
+            fact = "steps are made of each other too deeply"
+            hint = f"at most {MAX_STEPS} in a row: make a recipe of its own for some, and build that first"
+            yield Problem(fact, recipe.place("steps", name), hint=hint)
+            return
 
 
 def _unused(recipe: Recipe, words: Vocabulary) -> Iterator[Problem]:

@@ -336,25 +336,10 @@ class StepKind(Kind):
         return {"oneOf": [s.schema(defs) for s in self.operations.values()]}
 
 
-def _operation(operation: Operation, classes: Choice, catalog: Catalog) -> Struct:
-    inputs = {n: Key(REFERENCE, "A source or step.", '"…"', required=True) for n in operation.inputs}
-    optional = {n: Key(REFERENCE, "A source or step.", '"…"') for n in operation.optional_inputs}
-    many: dict[str, Key] = {}
-    if operation.many is not None:
-        kinds: list[Kind] = [Array(REFERENCE, minimum=1)]
-        doc, example = "Sources and steps.", '["a", "b"]'
-        if operation.weighted:
-            kinds.insert(0, Table(operation.many, WORD, BlockWeights.of(catalog, Number()), minimum=1))
-            doc, example = "Sources and steps, each with its weight, or all with 1.", "{ a = 0.6, b = 0.4 }"
-        many[operation.many] = Key(Either(tuple(kinds)), doc, example, required=True)
-    keys = {
-        "op": Key(
-            Choice("operation", {operation.name: ""}), operation.doc, f'"{operation.name}"', required=True
-        ),
-        **inputs,
-        **optional,
-        **many,
-        **{n: _param(p, catalog) for n, p in operation.params.items()},
+def step_keys(catalog: Catalog) -> dict[str, Key]:
+    """The keys that every step has, beside those of its operation."""
+    classes = Choice("class", dict.fromkeys(catalog.classes, ""), open=True)
+    return {
         "components": Key(
             Array(classes, minimum=1),
             "Only these classes; the others are those of its first input.",
@@ -378,6 +363,29 @@ def _operation(operation: Operation, classes: Choice, catalog: Catalog) -> Struc
             otherwise="not rounded: FP32, or the files' type where the arithmetic is theirs",
         ),
         "store": Key(Boolean(), "Keep what is made in the store, for other recipes.", "true", default=False),
+    }
+
+
+def _operation(operation: Operation, catalog: Catalog) -> Struct:
+    inputs = {n: Key(REFERENCE, "A source or step.", '"…"', required=True) for n in operation.inputs}
+    optional = {n: Key(REFERENCE, "A source or step.", '"…"') for n in operation.optional_inputs}
+    many: dict[str, Key] = {}
+    if operation.many is not None:
+        kinds: list[Kind] = [Array(REFERENCE, minimum=1)]
+        doc, example = "Sources and steps.", '["a", "b"]'
+        if operation.weighted:
+            kinds.insert(0, Table(operation.many, WORD, BlockWeights.of(catalog, Number()), minimum=1))
+            doc, example = "Sources and steps, each with its weight, or all with 1.", "{ a = 0.6, b = 0.4 }"
+        many[operation.many] = Key(Either(tuple(kinds)), doc, example, required=True)
+    keys = {
+        "op": Key(
+            Choice("operation", {operation.name: ""}), operation.doc, f'"{operation.name}"', required=True
+        ),
+        **inputs,
+        **optional,
+        **many,
+        **{n: _param(p, catalog) for n, p in operation.params.items()},
+        **step_keys(catalog),
     }
     return Struct(f"op-{operation.name}", "[steps.NAME]", keys)
 
@@ -548,7 +556,7 @@ def _language(words: Vocabulary) -> Struct:
         excludes={"recipe": ("file", "sha256", "size", "urls")},
         needs={"output": "recipe"},
     )
-    steps = StepKind({n: _operation(o, classes, catalog) for n, o in words.operations.items()})
+    steps = StepKind({n: _operation(o, catalog) for n, o in words.operations.items()})
     tables = (source, output, expect)
     keys = {
         "format": Key(Format(), "Version of the language.", str(FORMAT), required=True),

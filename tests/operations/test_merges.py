@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
+from builder.base.errors import OutputError
+from builder.models.catalog import load_catalog
 from builder.operations import OPERATIONS
 from builder.operations.registry import Setting
+from builder.operations.sums import fold, kth_largest
 from builder.tensors.lazy import DType, LazyTensor, MemoryTensor
+from builder.tensors.merged import ELEMENTS, Shared
 
 VECTORS = json.loads(Path(__file__).with_name("merges.json").read_text(encoding="utf-8"))
 TYPES = {"float16": DType.F16, "float32": DType.F32}
@@ -131,3 +139,132 @@ def test_a_chain_in_the_files_arithmetic_is_that_of_saved_files() -> None:
     x = saved(x + saved(saved(c["x"].float() - b["x"].float()) * 1.0))
     x = saved(saved(x * 0.75) + saved(d["x"].float() * 0.25))
     assert torch.equal(three["x"].float(), x)
+
+
+# ── what takes part, and in what pieces ──
+
+
+def test_a_weight_of_nothing_or_all_copies_bytes() -> None:
+    odd = torch.tensor([float("nan"), -0.0, 6e-8, float("inf")]).half()
+    other = torch.tensor([1.0, 2.0, 3.0, 4.0]).half()
+    inputs = {"a": {"x": odd}, "b": {"x": other}}
+    for alpha, wanted in ((0.0, odd), (1.0, other)):
+        found = apply("weighted-sum", inputs, {"alpha": alpha})["x"]
+        assert found.dtype == torch.float16
+        assert torch.equal(found.view(torch.int16), wanted.view(torch.int16))
+
+
+def test_integers_positions_and_constants_are_the_first_inputs() -> None:
+    a = {"embeddings.position_ids": torch.arange(3.0), "steps": torch.arange(3), "pos_embed": torch.ones(2)}
+    b = {name: tensor * 2 for name, tensor in a.items()}
+    setting = Setting("MMDIT-v3", constants=("pos_embed",))
+    found = apply("weighted-sum", {"a": a, "b": b}, {"alpha": 0.5}, setting)
+    assert all(torch.equal(found[name], a[name]) for name in a)
+
+
+def test_of_an_inpainting_model_the_common_channels_are_merged() -> None:
+    """The difference goes to the first four input channels; the other five are those of `a`."""
+    generator = torch.Generator().manual_seed(1)
+    wide = torch.randn(6, 9, 3, 3, generator=generator)
+    b, c = (torch.randn(6, 4, 3, 3, generator=generator) for _ in range(2))
+    found = apply("add-difference", {"a": {"x": wide}, "b": {"x": b}, "c": {"x": c}}, {"alpha": 1.0})["x"]
+    assert torch.equal(found[:, :4], wide[:, :4] + (b - c))
+    assert torch.equal(found[:, 4:], wide[:, 4:])
+
+
+@pytest.mark.parametrize("shape", [(6, 3, 3, 3), (6, 4)])
+def test_other_shapes_are_an_error_that_names_them(shape: tuple[int, ...]) -> None:
+    inputs = {"a": {"x": torch.zeros(6, 4, 3, 3)}, "b": {"x": torch.zeros(shape)}}
+    with pytest.raises(OutputError) as error:
+        apply("weighted-sum", inputs, {"alpha": 0.5})
+    assert f"`x` is [6, 4, 3, 3] in `a`, {list(shape)} in `b`" in error.value.problems[0].evidence
+
+
+def test_weights_by_block_class_and_pattern() -> None:
+    names = ("input_blocks.1.1.attn2.x", "input_blocks.1.1.attn1.x", "middle_block.x", "time_embed.x")
+    traits = load_catalog(()).traits["UNET-v1"]
+    setting = Setting("UNET-v1", block=traits.block)
+    weights = {"base": 0.5, "blocks": {"IN01": 0.25, "IN00": 1.0}, "tensors": [["*.attn2.*", 0.75]]}
+    inputs = {k: {n: torch.full((1,), v) for n in names} for k, v in (("a", 0.0), ("b", 1.0))}
+    found = apply("weighted-sum", inputs, {"alpha": weights}, setting)
+    assert [float(found[n]) for n in names] == [0.75, 0.25, 0.5, 1.0]
+
+
+LONG = 3 * ELEMENTS // 2 + 5  # of more than one window
+
+
+@pytest.mark.parametrize("op", sorted(OPERATIONS))
+def test_windows_make_no_difference(op: str) -> None:
+    """Read in any pieces, an operation's result is the same, bit for bit."""
+    operation = OPERATIONS[op]
+    generator = torch.Generator().manual_seed(7)
+    letters = [*operation.inputs, *([] if operation.many is None else ["of.x", "of.y"])]
+    shape = (LONG // 7, 7) if op != "smooth-add" else (199, 7)
+    values = {k: stored(torch.randn(shape, generator=generator).half()) for k in letters}
+    params: dict[str, Any] = {k: p.default for k, p in operation.params.items()}
+    params |= {"of": {"x": 0.7, "y": 0.4}} if operation.many else {}
+    params |= {"density": 0.5} if "density" in params else {}
+    params |= {"vote": True} if "vote" in params else {}
+    for key in ("alpha", "beta"):
+        params |= {key: 0.3} if key in params else {}
+
+    def make() -> LazyTensor:
+        held = {k: {"x": t} for k, t in values.items()}
+        return operation.apply(held, params, Setting("UNET-v1")).tensors["x"]
+
+    at_once, tensor = read(make()).flatten(), make()
+    size = tensor.dtype.itemsize
+    assert not torch.equal(at_once.half(), read(values[letters[0]]).flatten())
+    for start, count in ((0, 1), (5, 900), (tensor.numel - 333, 333), (tensor.numel // 2, 600)):
+        out = bytearray(count * size)
+        tensor.read_into(start * size, memoryview(out))
+        assert torch.equal(torch.frombuffer(out, dtype=tensor.dtype.torch), at_once[start : start + count])
+
+
+def test_draws_depend_on_seed_input_and_place_alone() -> None:
+    base, x, y = torch.zeros(100_000), torch.ones(100_000), torch.full((100_000,), 2.0)
+    inputs = {"base": {"t": base}, "of.x": {"t": x}, "of.y": {"t": y}}
+    params = {"density": 0.25, "of": {"x": 1.0, "y": 1.0}, "seed": 7}
+    found = apply("dare", inputs, params)["t"]
+    # 1/0.25 of x, of y, of both, of none: as often as independent draws make it.
+    counts = {float(v): int((found == v).sum()) for v in (0.0, 4.0, 8.0, 12.0)}
+    assert sum(counts.values()) == 100_000
+    for value, share in ((0.0, 9 / 16), (4.0, 3 / 16), (8.0, 3 / 16), (12.0, 1 / 16)):
+        assert abs(counts[value] / 100_000 - share) < 0.01
+    assert not torch.equal(found, apply("dare", inputs, params | {"seed": 8})["t"])
+    other = {k: {"u": t["t"]} for k, t in inputs.items()}
+    assert not torch.equal(found, apply("dare", other, params)["u"])
+    assert hashlib.sha256(found.numpy().tobytes()).hexdigest()[:16] == DRAWN
+
+
+DRAWN = "2345b85d01f1f73f"
+
+
+@given(st.lists(st.floats(-4, 4, width=32), min_size=1, max_size=40), st.integers(1, 40))
+def test_the_kth_largest(numbers: list[float], k: int) -> None:
+    k = min(k, len(numbers))
+    held = stored(torch.tensor(numbers, dtype=torch.float32))
+    assert kth_largest([held], lambda v: v[0], k) == sorted(map(abs, numbers), reverse=True)[k - 1]
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=70))
+def test_sums_by_halves(numbers: list[float]) -> None:
+    found = float(fold(torch.tensor(numbers, dtype=torch.float64)))
+    assert abs(found - math.fsum(numbers)) <= 1e-9 * max(1.0, sum(map(abs, numbers)))
+
+
+def test_a_tensor_used_twice_is_read_once() -> None:
+    reads = []
+
+    class Counting(MemoryTensor):
+        def read_into(self, start: int, out: memoryview) -> None:
+            reads.append((start, len(out)))
+            super().read_into(start, out)
+
+    source = Counting(DType.F16, (1000,), bytes(2000))
+    shared = Shared(source)
+    made = OPERATIONS["weighted-sum"].apply(
+        {"a": {"x": shared}, "b": {"x": shared}}, {"alpha": 0.5}, Setting("UNET-v1")
+    )
+    made.tensors["x"].tobytes()
+    assert reads == [(0, 2000)]

@@ -15,8 +15,9 @@ from builder.base.kinds import Choice, Key, Struct
 from builder.models.catalog import load_catalog
 from builder.operations import OPERATIONS
 from builder.operations.fixes import FIXES
+from builder.operations.registry import Operation
 from builder.recipe import load_recipe, parse_recipe
-from builder.recipe.language import Vocabulary
+from builder.recipe.language import Vocabulary, step_keys
 from builder.recipe.profiles import PROFILES
 from tests.help.recipe_words import golden
 
@@ -89,6 +90,17 @@ def _words(words: dict[str, str]) -> str:
     return "".join(f"- `{name}`: {doc}\n" for name, doc in words.items())
 
 
+def _operation(operation: Operation) -> str:
+    many = f", {operation.many} = …" if operation.many else ""
+    inputs = ", ".join(f"{i} = …" for i in operation.inputs)
+    head = f"**`{operation.name}`** ({f'{inputs}{many}'.removeprefix(', ')}): {operation.doc}\n"
+    params = [(n, p) for n, p in operation.params.items()]
+    return head + "".join(f"- `{n}`: {p.doc} Without it {_literal(p.default)}.\n" for n, p in params) + "\n"
+
+
+STEP = Struct("step", "[steps.NAME]", step_keys(CATALOG))
+
+
 def _structs(struct: Struct) -> dict[str, Struct]:
     found = {struct.name: struct}
     stack = [k.kind for k in struct.keys.values()]
@@ -102,6 +114,8 @@ def _structs(struct: Struct) -> dict[str, Struct]:
 
 def test_the_reference_lists_every_key_and_fix() -> None:
     made = {name: _keys(struct) for name, struct in _structs(LANGUAGE).items()}
+    made["step"] = _keys(STEP)
+    made["operations"] = "".join(map(_operation, OPERATIONS.values()))
     made["fixes"] = _words({n: f.doc for n, f in FIXES.items()})
     output = _structs(LANGUAGE)["output"].keys
     for key in ("precision", "overflow", "non_finite", "unknown", "profile"):
