@@ -71,4 +71,34 @@ def stated_metadata(
     said |= {"ckpt.recipe": recipe.name, "ckpt.recipe_sha256": recipe.closure(output)}
     if sources:
         said["ckpt.sources"] = canonical(sources)
+    said |= ancestry(recipe, output)
     return said | dict(output.metadata)
+
+
+def ancestry(recipe: Recipe, output: Output) -> dict[str, str]:
+    """What a merge is made of, as the programs that merge write it, for those that show it.
+
+    Of the models in `sd_merge_models`, known by SHA-256, there are those that the recipe pins.
+    """
+    sources, steps = recipe.reached(output)
+    if not steps:
+        return {}
+    near = {n for step in steps for n in recipe.steps[step].inputs.values()}
+    merged = {n: recipe.sources[n] for n in recipe.sources if n in near & sources}
+    names = {n: PurePosixPath(s.file or s.recipe or n).stem for n, s in merged.items()}
+    said = {
+        "type": "ckpt-build",
+        "name": recipe.name,
+        "models": names,
+        "steps": {n: recipe.steps[n].meaning() for n in sorted(steps)},
+    }
+    models = {
+        s.sha256: {"name": names[n], "legacy_hash": None, "sd_merge_recipe": None}
+        for n, s in merged.items()
+        if s.sha256 is not None
+    }
+    return {
+        "modelspec.merged_from": ", ".join(names.values()),
+        "sd_merge_recipe": canonical(said),
+        **({"sd_merge_models": canonical(models)} if models else {}),
+    }

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
+from builder.formats import open_checkpoint
 from tests.help.building import UNET, Folder, content, model, save
 
 HEAD = """\
@@ -170,3 +173,24 @@ def test_a_long_chain_is_built(folder: Folder) -> None:
     steps = [f'[steps.s{i}]\nop = "weighted-sum"\na = "s{i + 1}"\nb = "b"\nalpha = 0.5\n' for i in range(64)]
     text = 'base = "s0"\n' + SOURCES.partition("sources.c")[0] + "".join(steps)
     build(folder, text.replace('a = "s64"', 'a = "a"'))
+
+
+def test_the_file_says_what_it_was_merged_of(folder: Folder) -> None:
+    pin = hashlib.sha256((folder / "a.safetensors").read_bytes()).hexdigest()
+    sources = (
+        f'sources.a.sha256 = "{pin}"\nsources.a.file = "a.safetensors"\nsources.b.file = "b.safetensors"\n'
+    )
+    build(folder, 'base = "m"\n' + sources + '[steps.m]\nop = "weighted-sum"\na = "a"\nb = "b"\n')
+    with open_checkpoint(folder / "mix.safetensors") as checkpoint:
+        said = dict(checkpoint.metadata)
+    assert said["modelspec.merged_from"] == "a, b"
+    assert json.loads(said["sd_merge_models"]).keys() == {pin}
+    steps = json.loads(said["sd_merge_recipe"])["steps"]
+    assert steps == {
+        "m": {
+            "op": "weighted-sum",
+            "inputs": {"a": "a", "b": "b"},
+            "params": {"alpha": 0.5},
+            "components": [],
+        }
+    }
