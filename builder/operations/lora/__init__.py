@@ -1,0 +1,1 @@
+"""Adapters of models: LoRA and its kin, as steps of a recipe."""
