@@ -18,20 +18,24 @@ _MOST_NESTED = 100_000
 
 # Not every system has all of them.
 _FLAGS = os.O_RDONLY | sum(getattr(os, f"O_{name}", 0) for name in ("BINARY", "NONBLOCK", "NOCTTY"))
+_NO_LINK = getattr(os, "O_NOFOLLOW", 0)  # where a link is put there in the very moment
 
 
 class NotRegular(OSError):
     """Something else than a file is there; `strerror` says what."""
 
 
-def open_regular(path: Path | str) -> tuple[int, os.stat_result]:
+def open_regular(path: Path | str, *, follow: bool = True) -> tuple[int, os.stat_result]:
     """A descriptor that reads a regular file, and what the file was when it was opened.
 
     What the path leads to is looked at on the descriptor, so nothing can be put in its place meanwhile; a
-    pipe is not waited for. Raises NotRegular for all but regular files, and OSError.
+    pipe is not waited for. Without `follow`, a link is no regular file. Raises NotRegular for all but
+    regular files, and OSError.
     """
     try:
-        descriptor = os.open(path, _FLAGS)
+        if not follow and os.path.islink(path):  # noqa: PTH114 - which raises nothing
+            raise NotRegular(errno.ELOOP, "a link, not a file")
+        descriptor = os.open(path, _FLAGS if follow else _FLAGS | _NO_LINK)
     except ValueError:
         raise OSError(errno.EINVAL, "no path holds NUL") from None
     try:
@@ -45,9 +49,12 @@ def open_regular(path: Path | str) -> tuple[int, os.stat_result]:
     return descriptor, status
 
 
-def read_bounded(path: Path | str, limit: int) -> bytes:
-    """The bytes of a regular file that has at most `limit` of them; raises OSError, with words to show."""
-    descriptor, status = open_regular(path)
+def read_bounded(path: Path | str, limit: int, *, follow: bool = True) -> bytes:
+    """The bytes of a regular file that has at most `limit` of them, no link unless `follow`.
+
+    Raises OSError, with words to show.
+    """
+    descriptor, status = open_regular(path, follow=follow)
     with os.fdopen(descriptor, "rb") as file:
         if status.st_size > limit:
             raise OSError(errno.EFBIG, f"it has {status.st_size:,} bytes, more than {limit:,}")
