@@ -61,14 +61,16 @@ def read_bounded(path: Path | str, limit: int, *, follow: bool = True) -> bytes:
         return file.read(status.st_size)
 
 
-def read_text(path: Path | str, limit: int, error: type[CkptError], name: str | None = None) -> str:
+def read_text(
+    path: Path | str, limit: int, error: type[CkptError], name: str | None = None, *, follow: bool = True
+) -> str:
     """The UTF-8 text of such a file, called `name` in messages (default: its path).
 
     Raises FileNotFoundError when nothing is there, and `error` for all else.
     """
     name = str(path) if name is None else name
     try:
-        return read_bounded(path, limit).decode("utf-8")
+        return read_bounded(path, limit, follow=follow).decode("utf-8")
     except FileNotFoundError:
         raise
     except NotRegular as wrong:

@@ -405,7 +405,7 @@ class _Resolver:
         if (why := leads_out(folder, output.config)) is not None:
             raise RecipeError(outside(output.config, why, place))
         try:
-            return read_bounded(folder / output.config, MAX_SIDECAR)
+            return read_bounded(folder / output.config, MAX_SIDECAR, follow=False)
         except OSError as error:
             evidence = (str(error.strerror),)
             raise RecipeError(Problem(f"cannot read `{output.config}`", place, evidence)) from None

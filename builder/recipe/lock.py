@@ -14,7 +14,6 @@ from builder import __version__
 from builder.base.disk import write_text
 from builder.base.errors import LockError, Problem, clipped
 from builder.base.files import read_text
-from builder.base.inside import is_inside
 from builder.base.toml import parse
 from builder.tensors.digests import PROFILE
 
@@ -126,11 +125,12 @@ def lock_path(recipe: Path) -> Path:
 
 
 def read_lock(path: Path) -> Lock | None:
-    """The lock at `path`, or None when there is none; raises LockError when it cannot be read."""
-    if not is_inside(path, path.parent):
-        raise LockError(Problem(f"the lock `{path}` is a link that leads out of its folder", hint=ANEW))
+    """The lock at `path`, or None when there is none; raises LockError when it cannot be read.
+
+    A link is refused: what it leads to may be any file of the user's, and a message would quote it.
+    """
     try:
-        document = parse(read_text(path, MAX_SIZE, LockError), str(path), LockError)
+        document = parse(read_text(path, MAX_SIZE, LockError, follow=False), str(path), LockError)
     except FileNotFoundError:
         return None
     except LockError as error:

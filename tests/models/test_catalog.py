@@ -275,11 +275,11 @@ PART = '[layouts.x]\nextends = "SD-v1"\n[layouts.x.parts.vae]\n'
         (
             "architectures.toml",
             '[X]\nslots = ["VAE-v1"]\nsidecars_v = { a1111 = "../x.yaml" }',
-            "there is no file `../x.yaml` beside this one",
+            "there is no configuration `../x.yaml` beside this file",
         ),
         (
             "architectures.toml",
-            '[X]\nslots = ["VAE-v1"]\nsidecars_v = { a111 = "architectures.toml" }',
+            '[X]\nslots = ["VAE-v1"]\nsidecars_v = { a111 = "v.yaml" }',
             "unknown program `a111`",
         ),
         ("classes.toml", '["VAE-v9"]\nfixes = []', "unknown class `VAE-v9`"),
@@ -336,6 +336,7 @@ def test_errors_in_other_files(tmp_path: Path, file: str, text: str, fact: str) 
     path = tmp_path / file
     path.parent.mkdir(exist_ok=True)
     path.write_text(text)
+    (tmp_path / "v.yaml").touch()
     problem = _problem(tmp_path)
     assert problem.fact == fact
     assert problem.place.line is not None and problem.place.text == text.split("\n")[problem.place.line - 1]

@@ -85,6 +85,84 @@ def test_what_is_not_recognised_is_not_quoted(folder: Folder, command: str) -> N
         assert "s3cr3t" not in said.out + said.err and "PRIVATE" not in said.out + said.err
 
 
+# What may lie beside a stranger's recipe and is the user's own: each would be quoted as a line that is wrong.
+OWN = {
+    "no TOML": f"export TOKEN={SECRET}\n",
+    "TOML": f'TOKEN = "{SECRET}"\n',
+    "a recipe's keys": f'name = "{SECRET}"\nbase = 3\n',
+    "no text": f"TOKEN={SECRET}\n\xff".encode("latin-1"),
+}
+
+
+@pytest.mark.parametrize("text", OWN.values(), ids=OWN)
+@pytest.mark.parametrize(
+    "way", ["lock", "link to a lock", "recipe", "link to a recipe", "a link that is named"]
+)
+def test_what_lies_in_the_folder_is_not_quoted(folder: Folder, way: str, text: str | bytes) -> None:
+    secret = folder / ("other.toml" if way == "recipe" else ".env")
+    secret.write_bytes(text if isinstance(text, bytes) else text.encode())
+    good = HEAD + 'sources.s.file = "vae.safetensors"\n'
+    folder.write("x.toml", good)
+    if way == "lock":
+        (folder / "x.lock.toml").symlink_to(".env")
+    elif way == "link to a lock":
+        (folder / "l").symlink_to(".env")
+        (folder / "x.lock.toml").symlink_to("l")
+    elif way == "a link that is named":
+        (folder / "x.toml").unlink()
+        (folder / "x.toml").symlink_to(".env")
+    else:
+        folder.write("x.toml", HEAD + 'sources.s.recipe = "other.toml"\n')
+        if way != "recipe":
+            (folder / "other.toml").symlink_to(".env")
+    commands = [("plan",), ("plan", "--json"), ("build",), ("build", "--locked"), ("verify",), ("lock",)]
+    for command in commands:
+        said = folder(command[0], "x.toml", *command[1:])
+        if not way.endswith("lock"):
+            assert said.code == 3
+        else:  # a lock that cannot be read is written anew, and the link's file is left alone
+            assert said.code == (0 if command == ("lock",) else 4)
+        assert "s3cr3t" not in said.out + said.err and "TOKEN" not in said.out + said.err
+    assert secret.read_bytes() == (text if isinstance(text, bytes) else text.encode())
+
+
+def test_a_recipe_is_quoted_where_it_is_one(folder: Folder) -> None:
+    """A line that is wrong is shown of what the user names, and of what is a recipe."""
+    folder.write("x.toml", "format = 1\nname = oops\n")
+    assert "2 | name = oops" in folder("plan", "x.toml").err
+    folder.write("inner.toml", HEAD + "oops = 1\n")
+    folder.write("x.toml", HEAD + 'sources.s.recipe = "inner.toml"\n')
+    assert "| oops = 1" in folder("plan", "x.toml").err
+    folder.write("inner.toml", "format = 1\noops\n")
+    said = folder("plan", "x.toml").err
+    assert "oops" not in said and "`ckpt plan inner.toml` says what is wrong" in said
+
+
+def test_a_link_is_no_configuration(folder: Folder) -> None:
+    """Else what it leads to would be copied beside a model that is given away."""
+    (folder / ".env").write_text(SECRET)
+    (folder / "c.yaml").symlink_to(".env")
+    folder.write("x.toml", HEAD + 'sources.s.file = "vae.safetensors"\n[output]\nconfig = "c.yaml"\n')
+    said = folder("build", "x.toml")
+    assert said.code == 3 and "s3cr3t" not in said.err and not (folder / "x.yaml").exists()
+
+
+def test_a_catalog_follows_no_link(folder: Folder) -> None:
+    """Neither for its tables, which messages quote, nor for what it has put beside a model."""
+    (folder / ".env").write_text(f"TOKEN={SECRET}\n")
+    catalog = Folder(folder.path, folder.store, {"CKPT_COMPONENTS": "own"})
+    (folder / "own" / "architectures").mkdir(parents=True)
+    (folder / "own" / "a.toml").symlink_to("../.env")
+    said = catalog("components", "list")
+    assert said.code == 2 and "s3cr3t" not in said.err and "is a link" in said.err
+    (folder / "own" / "a.toml").unlink()
+    for name in ("a.yaml", ".env"):
+        (folder / "own" / "architectures" / name).symlink_to("../../.env")
+        folder.write("own/architectures/a.toml", f'[X]\nslots = ["VAE-mini"]\nsidecars_v.a1111 = "{name}"\n')
+        said = catalog("components", "list")
+        assert said.code == 2 and f"no configuration `{name}`" in said.err, said.err
+
+
 def test_outputs_stay_in_the_folder(folder: Folder) -> None:
     """A link to a folder or to a file in the place of an output leads nowhere."""
     before = own(folder)

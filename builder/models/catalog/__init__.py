@@ -136,6 +136,10 @@ class _Reader:
         for path in sorted(root.rglob("*.toml")):
             inner = path.relative_to(root)
             name = f"{called}/{inner.as_posix()}"
+            if _own(name) and path.is_symlink():  # which may lead to any file, and messages quote it
+                raise CatalogError(
+                    Problem(f"`{name}` is a link, not a file", hint="put the file itself there")
+                )
             kind = next((w for w in inner.with_suffix("").parts if w in self.KINDS), None)
             (self.KINDS[kind] if kind else _Reader._table)(self, path, name)
 

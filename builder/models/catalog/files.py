@@ -369,7 +369,7 @@ def read_architectures(path: Path, name: str) -> Iterator[tuple[Architecture, Fi
                 precision=precision,
                 modelspec=modelspec(fields),
                 diffusers=fields.get("diffusers"),
-                sidecars_v=_beside(fields, "sidecars_v", path.parent),
+                sidecars_v=_beside(fields, "sidecars_v", path),
                 note=fields.get("note"),
                 path=name,
             ),
@@ -377,13 +377,17 @@ def read_architectures(path: Path, name: str) -> Iterator[tuple[Architecture, Fi
         )
 
 
-def _beside(fields: Fields, name: str, folder: Path) -> dict[str, Path]:
-    """Files that a table names and that lie beside its own."""
+def _beside(fields: Fields, name: str, path: Path) -> dict[str, Path]:
+    """Configurations that a table names and that lie beside its own file, at `path`.
+
+    They are copied beside models, so a link is none: unless all are, as some installers have it.
+    """
     found = {}
     for key, file in fields.texts(name).items():
-        found[key] = folder / file
-        if Path(file).name != file or not found[key].is_file():
-            fields.fail(f"there is no file `{file}` beside this one", name, key, value=True)
+        found[key] = path.parent / file
+        plain = Path(file).name == file and file.endswith(".yaml") and "\0" not in file
+        if not plain or not found[key].is_file() or (found[key].is_symlink() and not path.is_symlink()):
+            fields.fail(f"there is no configuration `{file}` beside this file", name, key, value=True)
     return found
 
 
