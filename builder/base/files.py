@@ -12,9 +12,11 @@ from typing import Any
 
 from builder.base.errors import CkptError, Place, Problem
 
-# Each list or object takes a hundred bytes for the two that it is written with.
+_MOST_NESTED = 100_000  # each list or object takes a hundred bytes for the two that it is written with
+_DEEPEST = 64  # lists and objects within each other
+_STRING = re.compile(rb'"[^"]*"')
+_NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
-_MOST_NESTED = 100_000
 
 # Not every system has all of them.
 _FLAGS = os.O_RDONLY | sum(getattr(os, f"O_{name}", 0) for name in ("BINARY", "NONBLOCK", "NOCTTY"))
@@ -83,18 +85,25 @@ def read_text(
         raise error(Problem("not UTF-8 text", Place(name, line), (f"byte 0x{byte:02x}",))) from None
 
 
-def parse_json(raw: bytes, **how: Any) -> Any:
+def parse_json(raw: bytes | str, **how: Any) -> Any:
     """The value of a JSON text that is mostly names and values; `how` as for `json.loads`.
 
-    Memory is linear in the text: lists and objects without number are refused. So are strings with half a
-    character, which no other program could be told of. Raises ValueError.
+    Memory is linear in the text: lists and objects without number are refused, and such as are nested
+    deeper than people's. So are strings with half a character, which no other program could be told of.
+    Raises ValueError.
     """
-    if raw.count(b"[") + raw.count(b"{") > _MOST_NESTED:
+    data = raw.encode() if isinstance(raw, str) else raw
+    text = data.removeprefix(b"\xef\xbb\xbf").decode()
+    # Counted before anything is built: brackets in strings go first, and escapes before those.
+    bare = _STRING.sub(b"", data.replace(rb"\\", b"").replace(rb"\"", b"")).translate(None, _NO_BRACKETS)
+    if bare.count(b"[") + bare.count(b"{") > _MOST_NESTED:
         raise ValueError(f"it has more than {_MOST_NESTED:,} lists and objects")
-    try:
-        value = json.loads(raw, **how)
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-    if _SURROGATE.search(raw):
+    depth = 0
+    for bracket in bare:
+        depth += 1 if bracket in b"[{" else -1
+        if depth > _DEEPEST:
+            raise ValueError("it is nested too deeply")
+    value = json.loads(text, **how)
+    if _SURROGATE.search(data):
         json.dumps(value, ensure_ascii=False).encode()  # raises where half a character stands alone
     return value

@@ -14,7 +14,7 @@ from typing import Any
 
 from builder.base.disk import write_bytes
 from builder.base.errors import ExitCode, Place, Problem, SourceError
-from builder.base.files import read_bounded
+from builder.base.files import parse_json, read_bounded
 from builder.build import Build, Built
 from builder.models.identify import EMA, Identity, Match
 from builder.models.parts import home, usual_precision
@@ -208,7 +208,7 @@ def _recipe(pruning: Pruning) -> CommandRecipe:
 
 def _parsed(text: str) -> Any:
     try:
-        return json.loads(text)
+        return parse_json(text)
     except ValueError:
         return text
 

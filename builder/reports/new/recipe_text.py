@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import Any
 import tomli_w
 
 from builder.base.errors import printable
+from builder.base.files import parse_json
 from builder.base.progress import human_bytes
 from builder.models.catalog import Catalog
 from builder.models.metric import NOT_A_NUMBER
@@ -261,8 +261,8 @@ def _loads(text: str | None) -> Any:
         if not isinstance(value, str):
             return value
         try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
+            value = parse_json(value)
+        except ValueError:
             return None
     return value
 
