@@ -110,6 +110,18 @@ def test_without_encryption_only_the_own_network_is_reached(server: Server) -> N
     assert "without encryption" in refusal("http://1.1.1.1:9/m").fact
 
 
+def test_a_name_that_is_never_resolved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system's resolver knows no deadline; nobody waits for it, at the end of the process either."""
+    hung = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: hung.wait(60))
+    before = time.monotonic()
+    failure = refusal("https://example.com/x", limits=replace(QUICK, connect=0.2))
+    assert "`example.com` was not resolved within 0.2 seconds" in failure.fact
+    assert time.monotonic() - before < 5
+    assert all(t.daemon for t in threading.enumerate() if t.name == "resolve")
+    hung.set()
+
+
 def test_offline_opens_no_socket(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     def opened(*_: object, **__: object) -> None:
         raise AssertionError("a socket was opened")
