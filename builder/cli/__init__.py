@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import io
 import os
-import signal
 import sys
 import traceback
 from contextlib import suppress
@@ -15,6 +14,7 @@ import click
 
 from builder import __version__
 from builder.base.errors import CkptError, ExitCode, Place, Problem, printable, render
+from builder.base.signals import WORDS, catch, code_of, leave
 
 # A command's module is imported when it is asked for: starting stays fast whatever the others need.
 COMMANDS: dict[str, str] = {
@@ -35,14 +35,9 @@ COMMANDS: dict[str, str] = {
     "verify": "Compare a file with its recipe's lock and expectations.",
 }
 
-# As a shell says of a process that SIGINT, SIGPIPE or SIGTERM ended.
-INTERRUPTED, READER_GONE, TERMINATED = 130, 141, 143
+READER_GONE = 141  # as a shell says of a process that SIGPIPE ended
 
 BROKEN = 70  # as sysexits.h calls an internal software error
-
-
-class Terminated(KeyboardInterrupt):
-    """The process is to end, as `docker stop` and a cancelled CI job ask for: as cleanly as for Ctrl-C."""
 
 
 class _Commands(click.Group):
@@ -91,8 +86,7 @@ def main(args: list[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="backslashreplace")  # not every terminal has every character
-    with suppress(ValueError):  # of a thread that is not the first: who embeds us sees to signals
-        signal.signal(signal.SIGTERM, _terminate)
+    catch()
     try:
         code = run(args)
     except Exception:
@@ -100,12 +94,10 @@ def main(args: list[str] | None = None) -> None:
         traceback.print_exc()
         click.echo("error: this is a mistake in ckpt itself\nhint: report it with the lines above", err=True)
         code = BROKEN
-    sys.exit(code)
-
-
-def _terminate(*_: object) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # one is enough: what follows is tidying up
-    raise Terminated
+    done = leave(code)
+    if done != code:
+        click.echo(f"error: {WORDS[done]}", err=True)
+    sys.exit(done)
 
 
 def run(args: list[str] | None = None) -> int:
@@ -127,11 +119,9 @@ def run(args: list[str] | None = None) -> int:
     except click.exceptions.Exit as error:
         return error.exit_code
     except (click.Abort, KeyboardInterrupt) as error:
-        if isinstance(error, Terminated) or isinstance(error.__cause__, Terminated):
-            click.echo("error: terminated", err=True)
-            return TERMINATED
-        click.echo("error: interrupted", err=True)
-        return INTERRUPTED
+        code = code_of(error.__cause__ or error)
+        click.echo(f"error: {WORDS[code]}", err=True)
+        return code
     except OSError as error:  # what no other message was made of, such as a full disk below stdout
         _drop_output()
         place = Place(str(error.filename)) if error.filename else None

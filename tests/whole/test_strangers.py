@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from textwrap import dedent
 
 import pytest
 
@@ -271,15 +272,64 @@ def test_inputs_are_never_outputs(folder: Folder) -> None:
     assert said.code == 7 and (folder / "vae.safetensors").read_bytes() == before
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no such signal")
-def test_being_terminated_is_as_clean_as_ctrl_c(folder: Folder) -> None:
-    code = (
-        "import os, signal, sys\nfrom builder.cli import main\nimport builder.cli.plan as plan\n"
-        "from builder.workspace import Workspace\nold = Workspace.recipe\n"
-        "def recipe(self, path):\n    os.kill(os.getpid(), signal.SIGTERM)\n    return old(self, path)\n"
-        "Workspace.recipe = recipe\nmain(['plan', 'x.toml'])\n"
-    )
+# Where a signal comes: while a recipe is read, and while torch is imported, whose compiled code drops what a
+# handler raises, as finalizers and callbacks of weak references do.
+COMES = {
+    "recipe": """
+        from builder.workspace import Workspace
+        old = Workspace.recipe
+        def recipe(self, path):
+            kill()
+            return old(self, path)
+        Workspace.recipe = recipe
+    """,
+    "compiled code": """
+        class Finder:
+            @staticmethod
+            def find_spec(name, *_):
+                if name == "torch":
+                    try:
+                        kill()
+                    except BaseException:
+                        pass
+        sys.meta_path.insert(0, Finder)
+    """,
+    "finalizer": """
+        class Dies:
+            def __del__(self):
+                kill()
+        class Finder:
+            @staticmethod
+            def find_spec(name, *_):
+                if name == "torch":
+                    Dies()
+        sys.meta_path.insert(0, Finder)
+    """,
+    "command line": """
+        class Finder:
+            @staticmethod
+            def find_spec(name, *_):
+                if name == "click":
+                    kill()
+        sys.meta_path.insert(0, Finder)
+    """,
+}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
+@pytest.mark.parametrize(
+    ("number", "where"),
+    [*((signal.SIGTERM, w) for w in COMES), (signal.SIGINT, "recipe"), (signal.SIGINT, "command line")],
+)
+def test_being_terminated_is_as_clean_as_ctrl_c(folder: Folder, number: signal.Signals, where: str) -> None:
     folder.write("x.toml", HEAD + 'sources.s.file = "vae.safetensors"\n')
+    before = {p.name for p in folder.path.iterdir()}
+    code = (
+        "import os, signal, sys\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        f"def kill():\n    os.kill(os.getpid(), {int(number)})\n"
+        f"{dedent(COMES[where])}\nsys.argv[1:] = ['build', 'x.toml']\n"
+        "from builder.__main__ import main\nmain()\n"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=folder.path,
@@ -288,4 +338,6 @@ def test_being_terminated_is_as_clean_as_ctrl_c(folder: Folder) -> None:
         text=True,
         check=False,
     )
-    assert (done.returncode, done.stderr.strip()) == (128 + signal.SIGTERM, "error: terminated")
+    word = "terminated" if number == signal.SIGTERM else "interrupted"
+    assert (done.returncode, done.stderr.strip()) == (128 + number, f"error: {word}")
+    assert {p.name for p in folder.path.iterdir()} == before
