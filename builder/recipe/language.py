@@ -85,9 +85,16 @@ class Vocabulary:
 
 
 CLEAN = (NOT_EMPTY, NO_CONTROLS)
+# What turns text around, or has no width, has a file's name read as another.
+SHOWN = Rule(
+    r"[\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]",
+    "{key} holds a character that does not show, or turns others around",
+    forbid=True,
+)
 NAME = Text(
     (
         *CLEAN,
+        SHOWN,
         Rule(r"^\s|\s$", "{key} begins or ends with a space", forbid=True),
         Rule(r'[/\\:*?"<>|]', '{key} holds one of / \\ : * ? " < > |, which file names cannot', forbid=True),
         Rule(r"^\.|\.$", "{key} begins or ends with a dot", forbid=True),
@@ -176,6 +183,7 @@ _INSIDE = (
 OUTPUT_FILE = Text(
     (
         *_INSIDE,
+        SHOWN,
         Rule(
             r"[^/]\.(safetensors|ckpt|pt)$",
             "{key} must end in `.safetensors`, `.ckpt` or `.pt`, the formats that are written",

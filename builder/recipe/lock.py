@@ -136,6 +136,8 @@ def read_lock(path: Path) -> Lock | None:
     except LockError as error:
         raise LockError(*(replace(p, hint=p.hint or ANEW) for p in error.problems)) from None
     data = document.data
+    if not data:
+        raise LockError(Problem("the lock is empty", document.place(), hint=ANEW))
     if data.get("version") != VERSION:
         raise LockError(
             Problem(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -239,6 +241,91 @@ def test_a_lock_is_a_claim(folder: Folder) -> None:
     lock.write_text(good.replace(sha256, 'sha256 = "../../own/precious"'), encoding="utf-8")
     said = folder("build", "x.toml")
     assert said.code == 4 and "Traceback" not in said.err
+
+
+@pytest.mark.parametrize("text", ["", "\n", "# nothing\n", "version = 1\n", "version = 1\nprofile = 1\n"])
+def test_a_lock_that_was_emptied_is_none(folder: Folder, text: str) -> None:
+    folder.write("x.toml", HEAD + 'sources.s.file = "vae.safetensors"\n')
+    for command in (("plan",), ("build",), ("build", "--locked"), ("verify",)):
+        folder.write("x.lock.toml", text)
+        assert folder(command[0], "x.toml", *command[1:]).code == 4
+    assert not (folder / "x.safetensors").exists()
+
+
+def test_every_line_of_a_lock_counts(folder: Folder) -> None:
+    """Without any of its lines but those about the tool, it is stale or refused."""
+    folder.write("x.toml", HEAD + 'sources.s.file = "vae.safetensors"\n')
+    folder.build("x.toml")
+    lines = (folder / "x.lock.toml").read_text(encoding="utf-8").split("\n")
+    for index, line in enumerate(lines):
+        if line and not line.startswith(("#", "[tool]", "ckpt-build =")):
+            folder.write("x.lock.toml", "\n".join(lines[:index] + lines[index + 1 :]))
+            assert folder("build", "x.toml", "--locked").code == 4, line
+
+
+def test_a_lock_of_thousands_says_no_more_than_a_person_reads(folder: Folder) -> None:
+    folder.write("x.toml", HEAD + 'sources.s.file = "vae.safetensors"\n')
+    folder.build("x.toml")
+    with (folder / "x.lock.toml").open("a", encoding="utf-8") as lock:
+        for n in range(10_000):
+            lock.write(f'\n[sources.s{n}]\nrequested = "a"\nsha256 = "{"a" * 64}"\nsize = 3\n')
+    said = folder("build", "x.toml", "--locked")
+    assert said.code == 4 and said.err.count("\n") < 60 and "and 29,950 more" in said.err
+
+
+@pytest.mark.parametrize("digest", ["../x", "A" * 64, "a" * 63, "a" * 65, "\u0661" * 64, "a" * 63 + "\\n"])
+def test_a_digest_is_64_hex_digits(folder: Folder, digest: str) -> None:
+    folder.write("x.toml", HEAD + 'sources.s.file = "vae.safetensors"\n')
+    folder.build("x.toml")
+    lock = (folder / "x.lock.toml").read_text(encoding="utf-8")
+    for key in ("sha256", "blake3", "tensor_digest"):
+        folder.write("x.lock.toml", re.sub(f'{key} = "[0-9a-f]+"', lambda _: f'{key} = "{digest}"', lock))  # noqa: B023
+        for command in (("plan",), ("build",), ("build", "--locked"), ("verify",)):
+            said = folder(command[0], "x.toml", *command[1:])
+            assert said.code == 4 and f"`{key}` is no digest" in said.err
+    folder.write("y.toml", HEAD + f'sources.s.file = "vae.safetensors"\nsources.s.sha256 = "{digest}"\n')
+    said = folder("build", "y.toml")
+    if digest == "A" * 64:  # people write both cases: it pins another file
+        assert said.code == 6
+    else:
+        assert said.code == 3 and "y.toml:6" in said.err
+
+
+@pytest.mark.parametrize("name", ["a\u202eb", "a\u200bb", "\u2066", "a\ufeffb", "x\u2028"])
+def test_a_file_is_named_as_it_reads(folder: Folder, name: str) -> None:
+    source = 'sources.s.file = "vae.safetensors"\n'
+    folder.write("x.toml", HEAD.replace('"x"', json.dumps(name)) + source)
+    assert folder("build", "x.toml").code == 3
+    folder.write("x.toml", HEAD + source + f"output.file = {json.dumps(name + '.safetensors')}\n")
+    assert folder("build", "x.toml").code == 3
+    assert {p.name for p in folder.path.iterdir()} == {"vae.safetensors", "x.toml"}
+
+
+@pytest.mark.parametrize("name", ["../../evil", "/tmp/evil", "a/b", "..", "a\\u0000b", "-x", "~", "x" * 400])
+def test_a_catalog_names_no_files(folder: Folder, name: str) -> None:
+    """A component's name becomes part of that of a file that it is extracted to."""
+    table = "keys = 1\nparameters = 1\ntensors.a = [1]\n"
+    catalog = Folder(folder.path, folder.store, {"CKPT_COMPONENTS": str(folder / "own")})
+    for key, other in (("name", "class"), ("class", "name")):
+        folder.write("own/a.toml", f'{key} = "{name}"\n{other} = "plain"\n{table}')
+        said = catalog("components", "list")
+        assert said.code == 2 and f"`{key}` is " in said.err
+    (folder / "own" / "a.toml").unlink()
+    folder.write("own/architectures/a.toml", f'["{name}"]\nslots = ["VAE-mini"]\n')
+    assert catalog("components", "list").code == 2
+
+
+def test_a_model_that_becomes_a_link(folder: Folder) -> None:
+    """Between the plan, or a build that has seen it, and the next: nothing of its old digest is believed."""
+    save(folder / "v.safetensors", model("VAE-mini", seed=3))
+    folder.write("x.toml", HEAD + 'sources.s.file = "v.safetensors"\n')
+    folder.build("x.toml")
+    (folder / "v.safetensors").unlink()
+    (folder / "v.safetensors").symlink_to(folder.path.parent / "own" / "precious.safetensors")
+    before = (folder / "x.safetensors").read_bytes()
+    for command in (("plan",), ("build",), ("build", "--locked")):
+        assert folder(command[0], "x.toml", *command[1:]).code == 3
+    assert (folder / "x.safetensors").read_bytes() == before
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid"), reason="no owners of files")

@@ -165,6 +165,14 @@ def _is_name(text: object) -> bool:
     return isinstance(text, str) and text.strip() != "" and text.isprintable()
 
 
+_PLAIN = re.compile(r"""[^\s./\\:*?"<>|~-][^/\\:*?"<>|]{0,99}""")
+
+
+def is_plain(text: object) -> bool:
+    """Whether a name of a component, a class or an architecture may become part of a file's."""
+    return _is_name(text) and isinstance(text, str) and _PLAIN.fullmatch(text) is not None
+
+
 @dataclass(frozen=True, eq=False)
 class Table:
     """A component's file: its fields, and its tensors not yet expanded."""
@@ -286,6 +294,9 @@ def read_table(path: Path, name: str) -> Table:
 
 def _table(document: Document) -> Table:
     fields = Fields(document, (), _COMPONENT, "name", "keys")
+    for key in ("name", "class"):
+        if (said := fields.get(key)) is not None and not is_plain(said):
+            fields.fail(f"`{key}` is no word that files can be named by", key, value=True)
     naming = fields.get("naming")
     if naming is not None and naming not in NAMINGS:
         fields.fail(f"unknown naming `{naming}`", "naming", value=True, hint=did_you_mean(naming, NAMINGS))
@@ -352,8 +363,8 @@ def read_architectures(path: Path, name: str) -> Iterator[tuple[Architecture, Fi
     for key in document.data:
         fields = Fields(document, (key,), _ARCHITECTURE, "slots")
         slots = fields.strings("slots")
-        if not _is_name(key):
-            fields.fail("an architecture's name is not a word that can be shown")
+        if not is_plain(key):
+            fields.fail("an architecture's name is no word that files can be named by")
         if not slots or len(set(slots)) < len(slots):
             fields.fail("`slots` does not name each class once", "slots", value=True)
         precision = fields.get("precision")
