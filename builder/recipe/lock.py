@@ -11,10 +11,12 @@ from typing import Any
 import tomli_w
 
 from builder import __version__
+from builder.base.addresses import check_address
 from builder.base.disk import write_text
 from builder.base.errors import LockError, Problem, clipped
 from builder.base.files import read_text
 from builder.base.toml import parse
+from builder.recipe.language import URL
 from builder.tensors.digests import PROFILE
 
 VERSION = 1
@@ -193,7 +195,18 @@ def _made(kind: Any, table: Any) -> Any:
         said[name] = _value(said, name, int if field_.type == "int" else str, default)
         if name in _DIGESTS and _DIGEST.fullmatch(said[name]) is None:
             raise ValueError(f"`{name}` is no digest of 64 hex digits")
+    if said.get("resolved"):
+        _check_address(said["resolved"])
     return kind(**said)
+
+
+def _check_address(text: str) -> None:
+    """Raise ValueError for what no recipe may name: a lock's address is asked first."""
+    for rule in URL.rules:
+        if rule.broken_by(text):
+            raise ValueError(rule.fact.format(key="`resolved`", count=len(text)))
+    if (fault := check_address(text)) is not None:
+        raise ValueError(fault.fact)
 
 
 def write_lock(path: Path, lock: Lock) -> bool:

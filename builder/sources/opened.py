@@ -106,7 +106,7 @@ class Sources:
         Raises RecipeError for a file that lies elsewhere.
         """
         spec = recipe.sources[name]
-        self._check_inside(recipe, name, root)
+        self._check_inside(recipe, name, root, locked)
         job = SourceJob(
             identity="",
             name=name,
@@ -127,14 +127,19 @@ class Sources:
             identity = "at:" + "\n".join([*spec.urls, str(job.folder / (spec.file or name))])
         return replace(job, identity=identity)
 
-    def _check_inside(self, recipe: Recipe, name: str, root: Path | None) -> None:
-        """Raise RecipeError when a recipe's source lies elsewhere than in its folder and those of models."""
+    def _check_inside(
+        self, recipe: Recipe, name: str, root: Path | None, locked: LockedSource | None
+    ) -> None:
+        """Raise RecipeError when a source lies elsewhere than in the recipe's folder and those of models.
+
+        By the recipe, or by its lock, which is as much a stranger's.
+        """
         if recipe.path is None or self._outside:
             return
         spec, folder = recipe.sources[name], recipe.path.parent
         allowed = (*self._folders, *([root.parent] if root is not None else []))
         local = [("file", spec.file, spec.file)] if spec.file is not None else []
-        for url in spec.urls:
+        for url in (*spec.urls, *([locked.resolved] if locked is not None and locked.resolved else [])):
             where = parse_address(url)
             if isinstance(where, LocalFile):
                 local.append(("urls", url, where.path))

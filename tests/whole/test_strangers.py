@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -13,6 +14,7 @@ from textwrap import dedent
 
 import pytest
 
+from builder.tensors.digests import PROFILE
 from tests.help.building import ROOT, Folder, model, save, save_dirty
 
 SECRET = "machine example.com login me password s3cr3t-s3cr3t"
@@ -241,6 +243,32 @@ def test_a_lock_is_a_claim(folder: Folder) -> None:
     lock.write_text(good.replace(sha256, 'sha256 = "../../own/precious"'), encoding="utf-8")
     said = folder("build", "x.toml")
     assert said.code == 4 and "Traceback" not in said.err
+
+
+ADDRESSES = (
+    *("file:../own/precious.safetensors", "file:{own}/precious.safetensors", "file:link", "ftp://x"),
+    *("http://192.168.1.1/reboot", "https://me:secret@example.com/x", "https://example.com/x?token=abc"),
+    *("\\u001b[31m", "/etc/passwd", "../own/precious.safetensors"),
+)
+
+
+@pytest.mark.parametrize("address", ADDRESSES)
+def test_a_lock_leads_nowhere_that_a_recipe_may_not(folder: Folder, address: str) -> None:
+    """The address that it gives is asked before the recipe's own."""
+    own = folder.path.parent / "own"
+    (folder / "link").symlink_to(own / "precious.safetensors")
+    sha256 = hashlib.sha256((own / "precious.safetensors").read_bytes()).hexdigest()
+    folder.write("x.toml", HEAD + 'sources.s.urls = ["https://example.invalid/x.safetensors"]\n')
+    lock = (
+        f'version = 1\nprofile = {PROFILE}\nrecipe = "{"a" * 64}"\n[sources.s]\n'
+        f'requested = "https://example.invalid/x.safetensors"\nsha256 = "{sha256}"\n'
+        f'size = {(own / "precious.safetensors").stat().st_size}\nresolved = "{address}"\n'
+    )
+    folder.write("x.lock.toml", lock.replace("{own}", str(own)))
+    for command in (("plan",), ("build",), ("build", "--locked"), ("verify",)):
+        said = folder(command[0], "x.toml", *command[1:])
+        assert said.code in (3, 4), said.err
+    assert not (folder / "x.safetensors").exists()
 
 
 @pytest.mark.parametrize("text", ["", "\n", "# nothing\n", "version = 1\n", "version = 1\nprofile = 1\n"])
