@@ -64,6 +64,21 @@ def test_nothing_outside_is_read_or_shown(folder: Folder, named: str, key: str) 
     os.environ.pop("A_TOKEN")
 
 
+def test_no_part_of_a_source_lies_outside(folder: Folder) -> None:
+    """A sharded set in the recipe's folder, whose shard is a link to a model of the user's."""
+    own = folder.path.parent / "own" / "precious.safetensors"
+    (folder / "shard.safetensors").symlink_to(own)
+    names = dict.fromkeys(model("VAE-mini"), "shard.safetensors")
+    folder.write("m.safetensors.index.json", json.dumps({"weight_map": names}))
+    folder.write("x.toml", HEAD + 'sources.s.file = "m.safetensors.index.json"\n')
+    for command in COMMANDS[:2]:
+        said = folder(*command, "x.toml")
+        assert said.code == 3 and "`shard.safetensors` is outside the recipe's folder" in said.err
+    assert not (folder / "x.safetensors").exists()
+    assert folder("build", "x.toml", "--allow-outside").code == 0
+    assert folder("inspect", "m.safetensors.index.json").code == 0, "what a person names is read"
+
+
 def test_what_is_allowed_outside(folder: Folder) -> None:
     """A folder of models is the user's own word; so is `--allow-outside`."""
     save(folder.path.parent / "models" / "v.safetensors", model("VAE-mini", seed=2))
