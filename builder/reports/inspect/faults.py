@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from builder.base.errors import Problem
 from builder.base.words import EXAMPLES, counted, listed
+from builder.formats.lost import said
 from builder.models.identify import Match, Rejection
 from builder.reports.inspect.positions import Position
 
@@ -20,6 +21,7 @@ def find_faults(report: Report) -> Iterator[Problem]:
     """The faults of a report, worst first."""
     yield from _structure(report)
     yield from _numbers(report)
+    yield from _lost(report)
     yield from _positions(report)
     yield from _spelling(report)
     yield from _duplicates(report)
@@ -95,6 +97,11 @@ def _numbers(report: Report) -> Iterator[Problem]:
         )
 
 
+def _lost(report: Report) -> Iterator[Problem]:
+    if (problem := said(report.lost)) is not None:
+        yield problem
+
+
 def _positions(report: Report) -> Iterator[Problem]:
     ids = report.positions
     owner = {full: m.component.name for m in report.identity.matches for full in m.names.values()}
@@ -166,11 +173,16 @@ def _scales(report: Report) -> Iterator[Problem]:
 
 
 def _integers(report: Report) -> Iterator[Problem]:
-    """Weights that are no real numbers: a loader would take quantized ones for what they are not."""
+    """Weights that are no real numbers: a loader would take quantized ones for what they are not.
+
+    A single integer, such as a `logit_scale`, is just a number.
+    """
     for match in report.identity.matches:
         rules = match.component.tensors
         odd = [
-            f for n, f in match.names.items() if not rules[n].dtype and not report.tensors[f].dtype.floating
+            f
+            for n, f in match.names.items()
+            if not rules[n].dtype and not report.tensors[f].dtype.floating and report.tensors[f].numel > 1
         ]
         if odd:
             kinds = sorted({report.tensors[name].dtype.code for name in odd})
