@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from builder.base.errors import Place, Problem, SourceError
+from builder.base.words import listed
 from builder.formats import safetensors, sniff
 from builder.formats.blob import FileBlob
 from builder.formats.checkpoint import Checkpoint
@@ -16,6 +17,7 @@ from builder.formats.checkpoint import Checkpoint
 if TYPE_CHECKING:
     from builder.formats.layouts import Layout
 
+_MODELS = {".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin"}  # suffixes, for a hint alone
 NONE: Mapping[str, Layout] = {}
 
 
@@ -97,11 +99,8 @@ def _index_in(folder: Path) -> Path:
     found = sorted(folder.glob("*.index.json"))
     if len(found) == 1:
         return found[0]
-    have = ", ".join(f"`{p.name}`" for p in found[:5]) or "no file `*.index.json`"
-    raise SourceError(
-        Problem(
-            f"`{folder}` is a folder that does not hold one sharded set",
-            evidence=(f"it holds {have}",),
-            hint="give a file",
-        )
-    )
+    found = found or sorted(p for p in folder.iterdir() if p.suffix.lower() in _MODELS)
+    have = listed(tuple(p.name for p in found)) or "no file `*.index.json`"
+    fact = f"`{folder}` is a folder that does not hold one sharded set"
+    hint = f"give a file, such as `{found[0]}`" if found else "give a file"
+    raise SourceError(Problem(fact, evidence=(f"it holds {have}",), hint=hint))

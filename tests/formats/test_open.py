@@ -268,3 +268,13 @@ def test_nothing_stays_open_after_a_refusal(tmp_path: Path) -> None:
         with pytest.raises(SourceError):
             open_checkpoint(path)
     assert opened() == before
+
+
+def test_of_a_folder_it_is_said_what_to_give(tmp_path: Path) -> None:
+    for name in ("b.safetensors", "a.ckpt", "notes.txt"):
+        (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(SourceError) as caught:
+        open_checkpoint(tmp_path)
+    problem = caught.value.problems[0]
+    assert problem.evidence == ("it holds `a.ckpt`, `b.safetensors`",)
+    assert problem.hint == f"give a file, such as `{tmp_path / 'a.ckpt'}`"
