@@ -19,6 +19,7 @@ from builder.build.in_parts import Parts
 from builder.build.measure import known_digits, measured, metric_text
 from builder.build.write import write_output
 from builder.formats.blob import FileBlob
+from builder.formats.lost import find_lost, said
 from builder.formats.write_safetensors import Written
 from builder.models.catalog import Catalog
 from builder.plan.graph import Key, Node, OutputJob
@@ -185,7 +186,11 @@ class Assembly:
                 stop=context.stop,
                 accept=lambda w: self._accept(w, parts, beside, composer, read),
             )
-        assert self._product is not None
+            assert self._product is not None
+            path = str(self._product.built.path)
+            lost = find_lost(tensors, written.zeros, lambda name: (path, written.offsets[name]))
+            if (problem := said(lost)) is not None:
+                context.reporter.warn(problem)
         self._remember(written, parts, beside)
         self._put_sidecar(self._product.built)
         return self._product

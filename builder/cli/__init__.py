@@ -8,6 +8,7 @@ import os
 import sys
 import traceback
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import click
@@ -49,6 +50,7 @@ class _Commands(click.Group):
             return None
         command = importlib.import_module(f"builder.cli.{name}").command
         assert isinstance(command, click.Command)
+        _restore_help(command)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -81,8 +83,31 @@ def cli() -> None:
     """Build model checkpoints from recipes: the same recipe gives the same bytes everywhere."""
 
 
+def _restore_help(command: click.Command) -> None:
+    """Give a command, and those below it, their help: `python -OO` leaves it in the source alone."""
+    if sys.flags.optimize > 1 and command.help is None and command.callback is not None:
+        function: Any = getattr(command.callback, "__wrapped__", command.callback)
+        with suppress(OSError):
+            import ast
+
+            tree = ast.parse(Path(function.__code__.co_filename).read_text(encoding="utf-8"))
+            found = (n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef))
+            command.help = next(ast.get_docstring(n) for n in found if n.name == function.__name__)
+        for inner in getattr(command, "commands", {}).values():
+            _restore_help(inner)
+
+
+def _speak_unicode() -> None:
+    """Begin anew in UTF-8 mode where names of files are ASCII by the locale: recipes name any others."""
+    if sys.getfilesystemencoding() != "utf-8" and not sys.flags.utf8_mode:
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+
+
 def main(args: list[str] | None = None) -> None:
     """Run the command line and exit with its code (see `builder.base.errors.ExitCode`)."""
+    if args is None:
+        _speak_unicode()
+    _restore_help(cli)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="backslashreplace")  # not every terminal has every character

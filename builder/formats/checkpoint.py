@@ -19,6 +19,7 @@ class Checkpoint(Mapping[str, LazyTensor]):
     `size` is in bytes, of all files. `globals` are the names a pickle refers to, none of which was
     imported. `others` are entries that are not tensors, such as `epoch`, with a short description each.
     `nesting` is where in the file the tensors lie, such as `state_dict`; names come without it.
+    `mended` says what is wrong with the file and was passed over, where it was opened for repair.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Checkpoint(Mapping[str, LazyTensor]):
     others: dict[str, str] = field(default_factory=dict)
     nesting: str = ""
     blobs: tuple[Blob, ...] = ()
+    mended: tuple[str, ...] = ()
 
     def __getitem__(self, name: str) -> LazyTensor:
         return self.tensors[name]

@@ -116,6 +116,7 @@ def _join(
         globals=tuple(sorted({g for c in opened.values() for g in c.globals})),
         others=others,
         blobs=(*configs, *(blob for c in opened.values() for blob in c.blobs)),
+        mended=tuple(f"{folder}: {m}" for folder, c in opened.items() for m in c.mended),
     )
 
 

@@ -33,6 +33,11 @@ def recipe_name(path: Path, taken: Iterable[str] = ()) -> str:
     return found
 
 
+def portable(name: str) -> str:
+    """A file's name with `-` for what other file systems, or recipes, cannot have in it."""
+    return re.sub(r'^~|[\x00-\x1f\x7f\\/:*?"<>|\ud800-\udfff]', "-", name)
+
+
 def numbered(path: Path, suffix: str | None = None) -> Iterator[Path]:
     """`path`, then `NAME(1).EXT`, `NAME(2).EXT`, … without end.
 

@@ -88,6 +88,7 @@ def convert(
     shard_size: int | None = None,
     prediction: Prediction | None = None,
     tokenizer: Path | None = None,
+    repair: bool = False,
     threads: int = 2,
     durable: bool = True,
     reporter: Reporter = SILENT,
@@ -98,7 +99,8 @@ def convert(
     and the noise schedule stay as they are, and values that it cannot hold are handled as `overflow` and
     `non_finite` say (`builder.tensors.cast.Cast`). `shard_size` is in bytes of tensors. For diffusers'
     layout, `prediction` overrides what the model says it predicts, and `tokenizer` is a folder with CLIP's
-    vocabulary. Raises CkptError; then `target` is as it was.
+    vocabulary. `repair` is as for `open_checkpoint`, and what it mends is noted. Raises CkptError; then
+    `target` is as it was.
     """
     form = form_of(str(target))
     target = Path(target)
@@ -113,7 +115,9 @@ def convert(
         option = "--prediction" if prediction else "--tokenizer"
         fact = f"`{option}` is for a diffusers folder, and `{target}` is none"
         raise UsageError(Problem(fact, hint="name a folder, or leave the option out"))
-    with open_checkpoint(source, catalog.layouts) as checkpoint:
+    with open_checkpoint(source, catalog.layouts, repair=repair) as checkpoint:
+        for mended in checkpoint.mended or ("nothing was wrong with the file",) * repair:
+            reporter.note(f"repair: {mended}")
         faults = Faults()
         tensors = _cast(checkpoint, precision, overflow, non_finite, faults, catalog)
         blobs = [b for b in checkpoint.blobs if isinstance(b, FileBlob)]

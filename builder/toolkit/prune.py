@@ -18,13 +18,14 @@ from builder.base.files import parse_json, read_bounded
 from builder.build import Build, Built
 from builder.models.identify import EMA, Identity, Match
 from builder.models.parts import home, usual_precision
+from builder.operations.fixes import POSITION_IDS
 from builder.recipe import Pick
 from builder.recipe.names import SHARD, SUFFIXES, recipe_name
 from builder.recipe.profiles import MAX_SIDECAR
 from builder.reports.inspect import Report, examine
 from builder.sources.opened import Sources
 from builder.tensors.cast import cast_type
-from builder.tensors.lazy import LazyTensor
+from builder.tensors.lazy import DType, LazyTensor
 from builder.toolkit.command_recipe import CommandRecipe, run
 from builder.workspace import Workspace
 
@@ -54,7 +55,8 @@ class Options:
 class Share:
     """Tensors of a file that have one fate for one reason: full names, the largest first, and bytes.
 
-    For `precision` the bytes are those that rounding saves.
+    For `precision` the bytes are those that rounding saves, and for `positions`, which become int64, those
+    that this saves: fewer than none where they were FP16.
     """
 
     reason: str
@@ -126,11 +128,16 @@ def plan_pruning(path: Path, sources: Sources, options: Options) -> Pruning:
     left = {n: t for n, t in tensors.items() if n not in {*gone["EMA"], *gone["junk"]}}
     slots = at.slots if at is not None else (identity.architecture,)
     parts = [m for m in identity.matches if m.component.cls in (*slots, *wanted)]
+    positions = {
+        full: tensors[full].nbytes - tensors[full].numel * DType.I64.itemsize
+        for m in parts
+        if (full := m.names.get(POSITION_IDS)) is not None and tensors[full].dtype.floating
+    }
     rounded = {
         full: saved
         for m in parts
         for full in m.names.values()
-        if (saved := _saved(full, tensors[full], precision))
+        if full not in positions and (saved := _saved(full, tensors[full], precision))
     }
     of_parts = {full for m in parts for full in m.names.values()}
     rest = {
@@ -149,13 +156,15 @@ def plan_pruning(path: Path, sources: Sources, options: Options) -> Pruning:
     goes = _shares(gone, tensors)
     if rounded:
         goes.append(replace(_share("precision", rounded, tensors), bytes=sum(rounded.values())))
+    if positions:
+        goes.append(replace(_share("positions", positions, tensors), bytes=sum(positions.values())))
     return Pruning(
         path,
         report,
         tuple(sorted(goes, key=lambda s: -s.bytes)),
-        tuple(_part(m, tensors, rounded) for m in parts),
+        tuple(_part(m, tensors, rounded | positions) for m in parts),
         tuple(_shares(rest, tensors)),
-        sum(t.nbytes for t in left.values()) - sum(rounded.values()),
+        sum(t.nbytes for t in left.values()) - sum((rounded | positions).values()),
         tuple(wanted),
         output,
         None if options.force and tensors else _refusal(path, report),

@@ -24,7 +24,7 @@ def describe(pruning: Pruning, names: bool = False) -> Iterator[str]:
     wide = max(len(reason) for reason, *_ in (*goes, *stays))
     for label, rows in (("goes", goes), ("stays", stays)):
         for index, (reason, size, text) in enumerate(rows):
-            share = f"{human_bytes(size):>7}" if text else ""
+            share = f"{human_bytes(max(size, 0)):>7}" if text else ""
             head = label if index == 0 else ""
             yield f"  {head:<6} {reason:<{wide}}  {share}  {printable(text)}".rstrip()
     for gone in pruning.goes if names else ():
@@ -32,12 +32,12 @@ def describe(pruning: Pruning, names: bool = False) -> Iterator[str]:
 
 
 def _gone(share: Share, pruning: Pruning) -> str:
-    if share.reason != "precision":
-        return f"{_counted(share)}: {_grouped(share, pruning)}"
-    types = {pruning.report.tensors[n].dtype.code for n in share.names}
-    return (
-        f"{_counted(share)} of {' and '.join(sorted(types))} rounded to {pruning.output['precision'].upper()}"
-    )
+    types = " and ".join(sorted({pruning.report.tensors[n].dtype.code for n in share.names}))
+    if share.reason == "precision":
+        return f"{_counted(share)} of {types} rounded to {pruning.output['precision'].upper()}"
+    if share.reason == "positions":
+        return f"{_counted(share)} of {types} made int64"
+    return f"{_counted(share)}: {_grouped(share, pruning)}"
 
 
 def _counted(share: Share) -> str:

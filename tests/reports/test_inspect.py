@@ -50,7 +50,7 @@ def parts(*components: str, dtype: str = "F16", bare: bool = False) -> Files:
             data = (
                 _ids("q")
                 if rule.dtype == "I64"
-                else bytes([len(inner) % 60]) * (prod(rule.shape) * kind.itemsize)
+                else bytes([len(inner) % 60 or 60]) * (prod(rule.shape) * kind.itemsize)
             )
             found[inner if bare else component.prefix + inner] = (kind.code, rule.shape, data)
     return found
@@ -323,6 +323,28 @@ def test_integers_for_weights_are_told_of(here: Path) -> None:
     (fault,) = report.faults
     assert fault.fact == "integers where `VAE-mini-SD` has weights: 1 tensor"
     assert fault.evidence == (f"I8: `{VAE_OUT}`",)
+
+
+@pytest.mark.parametrize(
+    "names", [("emb_params",), ("clip_g", "clip_l"), ("string_to_param.*",), ("<cat>",)], ids=str
+)
+def test_an_embedding_is_called_one(here: Path, names: tuple[str, ...]) -> None:
+    path = write(here / "cat.safetensors", dict.fromkeys(names, ("F32", (2, 768), b"\x01" * 6144)))
+    (fault,) = build_report(path, catalog=CATALOG).faults
+    assert fault.fact == "a textual inversion embedding, which is no part of a model"
+    assert fault.hint == "it is used as it is: programs take it from their folder `embeddings`"
+
+
+def test_one_integer_is_no_quantized_weight(here: Path) -> None:
+    """SD v2 files have an I64 `logit_scale`."""
+    clip = CATALOG.components["CLIP-v2-SD"]
+    tensors: dict[str, LazyTensor] = {
+        n: MemoryTensor(DType.I64, (), bytes(8)) if n == "logit_scale" else Unread(DType.F16, rule.shape)
+        for n, rule in clip.tensors.items()
+    }
+    report = examine(Checkpoint("clip.safetensors", "safetensors", 0, tensors), CATALOG, metric=False)
+    assert report.identity.architecture == "CLIP-v2"
+    assert report.faults == ()
 
 
 def test_names_without_end_are_cut(here: Path) -> None:

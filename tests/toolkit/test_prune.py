@@ -14,7 +14,7 @@ from benchmarks.generate import make
 from builder.formats import open_checkpoint
 from builder.formats.write_safetensors import plan_layout
 from builder.tensors.lazy import DType, LazyTensor, MemoryTensor
-from tests.help.building import UNET, Folder, catalog, content, model, save, save_dirty
+from tests.help.building import IDS, UNET, Folder, catalog, content, model, save, save_dirty, values
 from tests.help.recipe_words import golden
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -54,9 +54,8 @@ def test_ema_junk_and_wasted_precision_go(folder: Folder) -> None:
     assert {"loss.logvar", "optimizer_states.0.exp_avg"} < set(told["junk"])
     assert types(folder / "a-pruned.safetensors", UNET) == {"F16"}
     assert after["betas"] == before["betas"]  # what the sampler counts with is not rounded
-    assert set(told["precision"]) == {n for n in after if before[n][0] == "F32" != after[n][0] != "I64"} | {
-        n for n in after if n.endswith("position_ids")
-    }
+    assert set(told["precision"]) == {n for n in after if before[n][0] == "F32" != after[n][0] != "I64"}
+    assert told["positions"] == [n for n in after if n.endswith("position_ids")]
     assert [g["bytes"] for g in one["goes"]] == sorted((g["bytes"] for g in one["goes"]), reverse=True)
     for share in one["goes"]:
         sizes = [len(before[n][2]) for n in share["tensors"]]
@@ -177,6 +176,23 @@ def test_an_xl_without_position_ids_stays_whole(folder: Folder) -> None:
     said = folder("prune", "xl.safetensors", "--dry-run", "--json").json["files"][0]
     assert (said["architecture"], said["state"], said["goes"]) == ("SD-XL", "tidy", [])
     assert said["left"] == sum(s["bytes"] for s in said["stays"])
+
+
+@pytest.mark.parametrize("kind", ["<f2", "<f4"])
+def test_float_positions_are_not_tidy(folder: Folder, kind: str) -> None:
+    """They become int64, which the sizes that are foretold know."""
+    ids = values([range(77)], kind)
+    save(folder / "a.safetensors", {**model("SD-mini", DType.F16), IDS: ids})
+    foretold = folder("prune", "a.safetensors", "--dry-run", "--json").json["files"][0]
+    assert foretold["state"] == "to do"
+    assert foretold["goes"] == [{"what": "positions", "bytes": ids.nbytes - 616, "tensors": [IDS]}]
+    said = folder("prune", "a.safetensors")
+    assert said.code == 0, said.err
+    assert f"1 tensor of {ids.dtype.code} made int64" in said.err + said.out
+    after = content(folder / "a-pruned.safetensors")
+    assert after[IDS][0] == "I64"
+    assert foretold["left"] == sum(len(data) for *_, data in after.values())
+    assert folder("prune", "a-pruned.safetensors", "--json").json["files"][0]["state"] == "tidy"
 
 
 def test_parts_alone_are_pruned_too(folder: Folder) -> None:

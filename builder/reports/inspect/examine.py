@@ -14,6 +14,7 @@ from builder.base.errors import Problem
 from builder.base.progress import SILENT, Reporter
 from builder.formats import open_checkpoint
 from builder.formats.checkpoint import Checkpoint
+from builder.formats.lost import Lost, find_lost
 from builder.models.identify import Identity, Match, identify
 from builder.reports.inspect.positions import PositionIds, read_position_ids
 from builder.tensors.digests import Row, component_digest
@@ -128,6 +129,13 @@ class Report:
     def non_finite(self) -> Mapping[str, TensorScan]:
         """Tensors that hold NaN or infinity, among those that were read."""
         return {n: s for n, s in self.scans.items() if s.nan or s.infinite}
+
+    @cached_property
+    def lost(self) -> tuple[Lost, ...]:
+        """Stretches of zeros where weights should be, in what was read and is no junk."""
+        junk = {*self.identity.junk}
+        zeros = {n: s.zeros for n, s in self.scans.items() if s.zeros and n not in junk}
+        return find_lost(self.tensors, zeros)
 
     @property
     def sound(self) -> bool:

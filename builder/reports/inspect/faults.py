@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from builder.base.errors import Problem
 from builder.base.words import EXAMPLES, counted, listed
+from builder.formats.lost import said
 from builder.models.identify import Match, Rejection
 from builder.reports.inspect.positions import Position
 
@@ -14,12 +16,14 @@ if TYPE_CHECKING:
     from builder.reports.inspect.examine import Report
 
 FP16_MAX = 65504
+_EMBEDDING = re.compile(r"emb_params|string_to_param\..+|clip_[lg]|<[^<>]+>")  # of each dialect
 
 
 def find_faults(report: Report) -> Iterator[Problem]:
     """The faults of a report, worst first."""
     yield from _structure(report)
     yield from _numbers(report)
+    yield from _lost(report)
     yield from _positions(report)
     yield from _spelling(report)
     yield from _duplicates(report)
@@ -50,6 +54,12 @@ def _structure(report: Report) -> Iterator[Problem]:
         return
     if not report.tensors:
         yield Problem("there are no tensors in this file")
+    elif all(_EMBEDDING.fullmatch(n) and len(t.shape) in (1, 2) for n, t in report.tensors.items()):
+        yield Problem(
+            "a textual inversion embedding, which is no part of a model",
+            evidence=(f"its vectors are {listed(tuple(report.tensors))}",),
+            hint="it is used as it is: programs take it from their folder `embeddings`",
+        )
     elif not identity.matches:
         near = identity.runner_up
         yield Problem(
@@ -93,6 +103,11 @@ def _numbers(report: Report) -> Iterator[Problem]:
             evidence=(f"the largest is {largest:g}, FP16 ends at {FP16_MAX:,}", listed(tuple(over))),
             hint='keep them in another precision, or let a recipe say `overflow = "clamp"`',
         )
+
+
+def _lost(report: Report) -> Iterator[Problem]:
+    if (problem := said(report.lost)) is not None:
+        yield problem
 
 
 def _positions(report: Report) -> Iterator[Problem]:
@@ -166,11 +181,16 @@ def _scales(report: Report) -> Iterator[Problem]:
 
 
 def _integers(report: Report) -> Iterator[Problem]:
-    """Weights that are no real numbers: a loader would take quantized ones for what they are not."""
+    """Weights that are no real numbers: a loader would take quantized ones for what they are not.
+
+    A single integer, such as a `logit_scale`, is just a number.
+    """
     for match in report.identity.matches:
         rules = match.component.tensors
         odd = [
-            f for n, f in match.names.items() if not rules[n].dtype and not report.tensors[f].dtype.floating
+            f
+            for n, f in match.names.items()
+            if not rules[n].dtype and not report.tensors[f].dtype.floating and report.tensors[f].numel > 1
         ]
         if odd:
             kinds = sorted({report.tensors[name].dtype.code for name in odd})
