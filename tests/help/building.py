@@ -10,11 +10,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 
@@ -161,10 +161,19 @@ class Folder:
     def __call__(self, *args: object) -> Said:
         """Run `ckpt` in this process, in the folder."""
         out, err = io.StringIO(), io.StringIO()
+        code = self._run(args, out, err)
+        return Said(code, out.getvalue(), err.getvalue())
+
+    def shown(self, *args: object) -> str:
+        """What `ckpt` says in this process where both streams lead to one place, as on a terminal."""
+        both = io.StringIO()
+        self._run(args, both, both)
+        return both.getvalue()
+
+    def _run(self, args: Sequence[object], out: TextIO, err: TextIO) -> int:
         said = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)
         with _environment(self.variables), _folder(self.path), said[0], said[1]:
-            code = run([str(a) for a in args])
-        return Said(code, out.getvalue(), err.getvalue())
+            return run([str(a) for a in args])
 
     def process(self, *args: object, before: str = "", **environment: str) -> Said:
         """Run `ckpt` as a process of its own, after the Python statements `before`."""
