@@ -18,10 +18,7 @@ PARTS = ("UNET-tiny of dirty", "VAE-tiny of vae", "CLIP-tiny of dirty")
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Folder:
-    made = Folder.below(tmp_path).tiny()
-    made.know("dirty.ckpt", "vae.safetensors")
-    made.build()
-    return made
+    return Folder.below(tmp_path).built()
 
 
 def nothing(folder: Folder, recipe: str = "tiny.toml") -> None:

@@ -16,10 +16,7 @@ GOLDEN = Path(__file__).parent / "golden"
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Folder:
-    made = Folder.below(tmp_path).tiny()
-    made.know("dirty.ckpt", "vae.safetensors")
-    made.build()
-    return made
+    return Folder.below(tmp_path).built()
 
 
 def test_the_right_file(folder: Folder) -> None:

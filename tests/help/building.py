@@ -141,6 +141,12 @@ class Folder:
         """The same of the miniature family, which has as many tensors as SD-v1."""
         return self.tiny("mini")
 
+    def built(self) -> Folder:
+        """With the recipe, its sources known by their digests, and the product."""
+        self.tiny().know("dirty.ckpt", "vae.safetensors")
+        self.build()
+        return self
+
     def beside(self, name: str, *, store: str | None = None) -> Folder:
         """A copy of the folder elsewhere, with the same store or another."""
         path = self.path.parent / name
