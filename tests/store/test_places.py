@@ -80,7 +80,7 @@ def restored(folder: Folder, name: str) -> Path:
 
 def test_a_build_leaves_places_and_no_copies(folder: Folder, product: bytes) -> None:
     assert not folder.blobs()
-    assert sum(p.stat().st_size for p in folder.store.rglob("*") if p.is_file()) < 250_000
+    assert sum(p.stat().st_size for p in folder.store.rglob("*") if p.is_file()) < 10_000
     held = content(folder / "tiny.safetensors")
     for entry in entries(folder):
         [at] = entry.places
