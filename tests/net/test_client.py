@@ -321,7 +321,7 @@ STALLS = {
 def test_no_host_keeps_us_waiting_for_ever(server: Server, what: str) -> None:
     """Each of these goes on for ever; none lets a single byte fail to come within `read`."""
     server.routes["/m"], fact = STALLS[what]
-    limits = replace(QUICK, patience=0.3, headers=10.0 if fact == "sends almost nothing" else 0.3)
+    limits = replace(QUICK, patience=0.3, headers=0.3 if fact == SLOW else 10.0)
     failure = refusal(server.url("/m"), limits=limits)
     assert fact in failure.fact
     assert failure.retry == (fact != TOO_MUCH)

@@ -16,7 +16,7 @@ SD_V1 = CATALOG.architectures["SD-v1"]
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Folder:
-    return Folder.below(tmp_path).mini()
+    return Folder.below(tmp_path).tiny()
 
 
 @pytest.mark.parametrize("name", PROFILES)
@@ -35,9 +35,9 @@ def test_position_ids_are_there_for_programs_that_insist_and_not_for_those_that_
     held = {}
     for profile in PROFILES:
         folder.write(
-            "mini.toml", RECIPE + f'output.profile = "{profile}"\noutput.file = "{profile}.safetensors"\n'
+            "tiny.toml", RECIPE + f'output.profile = "{profile}"\noutput.file = "{profile}.safetensors"\n'
         )
-        assert folder("build", "mini.toml").code == 0
+        assert folder("build", "tiny.toml").code == 0
         held[profile] = IDS in content(folder / f"{profile}.safetensors")
     assert held == {"a1111": True, "comfyui": True, "kohya": True, "diffusers": False}
 
@@ -53,29 +53,29 @@ def test_only_sd_v1_with_v_prediction_needs_a_sidecar() -> None:
 
 def test_a_config_is_copied_beside_the_output(folder: Folder) -> None:
     folder.write("v.yaml", "model: {}\n")
-    folder.write("mini.toml", RECIPE + 'output.config = "v.yaml"\n')
-    assert folder("build", "mini.toml").code == 0
-    assert (folder / "mini.yaml").read_text() == "model: {}\n"
+    folder.write("tiny.toml", RECIPE + 'output.config = "v.yaml"\n')
+    assert folder("build", "tiny.toml").code == 0
+    assert (folder / "tiny.yaml").read_text() == "model: {}\n"
 
 
 def test_a_config_that_is_not_there_is_an_error_of_the_recipe(folder: Folder) -> None:
-    folder.write("mini.toml", RECIPE + 'output.config = "v.yaml"\n')
-    said = folder("build", "mini.toml")
+    folder.write("tiny.toml", RECIPE + 'output.config = "v.yaml"\n')
+    said = folder("build", "tiny.toml")
     assert said.code == 3
-    assert "cannot read `v.yaml`" in said.err and "mini.toml:8:" in said.err
-    assert not (folder / "mini.safetensors").exists()
+    assert "cannot read `v.yaml`" in said.err and "tiny.toml:8:" in said.err
+    assert not (folder / "tiny.safetensors").exists()
 
 
 def test_a_vae_beside_the_output_that_would_override_it_is_told(folder: Folder) -> None:
-    (folder / "mini.vae.pt").write_bytes(b"")
-    folder.write("mini.toml", RECIPE + 'output.profile = "a1111"\n')
-    said = folder("build", "mini.toml")
-    assert said.code == 0 and "`mini.vae.pt` overrides the VAE inside `mini.safetensors`" in said.err
-    folder.write("mini.toml", RECIPE + 'output.profile = "comfyui"\n')
-    assert "overrides" not in folder("build", "mini.toml").err
+    (folder / "tiny.vae.pt").write_bytes(b"")
+    folder.write("tiny.toml", RECIPE + 'output.profile = "a1111"\n')
+    said = folder("build", "tiny.toml")
+    assert said.code == 0 and "`tiny.vae.pt` overrides the VAE inside `tiny.safetensors`" in said.err
+    folder.write("tiny.toml", RECIPE + 'output.profile = "comfyui"\n')
+    assert "overrides" not in folder("build", "tiny.toml").err
 
 
 def test_markers_that_a_program_does_not_read_are_told(folder: Folder) -> None:
-    folder.write("mini.toml", RECIPE + 'output.profile = "kohya"\noutput.markers = ["v_pred"]\n')
-    said = folder("build", "mini.toml")
+    folder.write("tiny.toml", RECIPE + 'output.profile = "kohya"\noutput.markers = ["v_pred"]\n')
+    said = folder("build", "tiny.toml")
     assert said.code == 0 and "does not look for `v_pred`" in said.err

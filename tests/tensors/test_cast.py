@@ -222,7 +222,7 @@ def test_overflow_is_an_error_that_tells_all(folder: Folder) -> None:
     assert (folder / "m.safetensors").read_bytes() == b"old"
     assert not (folder / "m.lock.toml").exists()
     keys = [p.read_text() for p in folder.store.glob("actions/*/*.json")]
-    assert not any('"class":"UNET-mini"' in k for k in keys), "nothing is kept of what failed"
+    assert not any('"class":"UNET-tiny"' in k for k in keys), "nothing is kept of what failed"
     assert folder("build", "m.toml").code == 7, "nor the second time"
 
 
@@ -285,7 +285,7 @@ def test_scaled_weights_keep_their_scales_or_are_refused(folder: Folder) -> None
     made = content(folder / "m.safetensors")
     assert made[WEIGHT][0] == "F8_E4M3" and made[scale][2] == struct.pack("<f", 0.5)
     # Other components of the same file are as good as any.
-    folder.write("v.toml", RECIPE.replace('base = "a"', 'base = "NEW VAE-mini"\ncomponents.VAE-mini = "a"'))
+    folder.write("v.toml", RECIPE.replace('base = "a"', 'base = "NEW VAE-tiny"\ncomponents.VAE-tiny = "a"'))
     assert folder("build", "v.toml").code == 0
 
 

@@ -66,7 +66,7 @@ def test_ema_junk_and_wasted_precision_go(folder: Folder) -> None:
 
 
 def test_what_is_said(folder: Folder) -> None:
-    save_dirty(folder / "a.ckpt")
+    save_dirty(folder / "a.ckpt", "mini")
     texts = []
     for args in (
         ["--dry-run"],
@@ -104,7 +104,7 @@ def test_keeping(folder: Folder) -> None:
         n for n in before if n.startswith("model_ema.")
     }
     assert types(folder / "c.safetensors", "model_ema.diffusion_model") == {"F16"}
-    assert folder("inspect", "c.safetensors", "--no-metric", "--json").json["files"][0]["ema"]["keys"] == 686
+    assert folder("inspect", "c.safetensors", "--no-metric", "--json").json["files"][0]["ema"]["keys"] == 4
     wrong = folder("prune", "a.ckpt", "--keep", "loss.logvr")
     assert wrong.code == 2 and "did you mean `loss.logvar`?" in wrong.err
 
@@ -115,7 +115,7 @@ def test_nothing_is_made_wider_or_another_type_of_16_bits(
     folder: Folder, source: DType, asked: str | None
 ) -> None:
     """Not even where it is asked for: what was lost does not come back."""
-    save(folder / "a.safetensors", {**model("SD-mini", source), "loss.x": like(2)})
+    save(folder / "a.safetensors", {**model("SD-tiny", source), "loss.x": like(2)})
     args = () if asked is None else ("--precision", asked)
     assert folder("prune", "a.safetensors", *args).code == 0
     assert types(folder / "a-pruned.safetensors", UNET) == {source.code}
@@ -136,7 +136,7 @@ def test_precision_that_is_asked_for(folder: Folder) -> None:
 
 def test_mixed_types_and_packed_weights(folder: Folder) -> None:
     """FP8 stays as it is, with its scales, while what is wider beside it is rounded."""
-    tensors = dict(model("SD-mini", DType.F16))
+    tensors = dict(model("SD-tiny", DType.F16))
     name = UNET + "out.2.weight"
     numel = tensors[name].numel
     tensors[name] = MemoryTensor(DType.F8_E4M3, tensors[name].shape, bytes([56]) * numel)
@@ -156,7 +156,7 @@ def test_mixed_types_and_packed_weights(folder: Folder) -> None:
 
 
 def test_what_nothing_explains_stays_as_it_is(folder: Folder) -> None:
-    tensors = {**model("SD-mini", DType.F32), "add_on.weight": like(7), "v_pred": like(0), "loss.x": like(1)}
+    tensors = {**model("SD-tiny", DType.F32), "add_on.weight": like(7), "v_pred": like(0), "loss.x": like(1)}
     save(folder / "a.safetensors", tensors)
     said = folder("prune", "a.safetensors", "--json").json["files"][0]
     after = content(folder / "a-pruned.safetensors")
@@ -197,7 +197,7 @@ def test_float_positions_are_not_tidy(folder: Folder, kind: str) -> None:
 
 def test_parts_alone_are_pruned_too(folder: Folder) -> None:
     names = {}
-    for name in ("VAE-mini-SD", "CLIP-mini-SD", "UNET-mini-SD", "UNET-mini-EMA", "LoRA-v1-CLIP"):
+    for name in ("VAE-tiny-SD", "CLIP-tiny-SD", "UNET-tiny-SD", "UNET-tiny-EMA", "LoRA-v1-CLIP"):
         save(folder / f"{name}.safetensors", model(name, DType.F32))
         said = folder("prune", f"{name}.safetensors", "--json").json["files"][0]
         assert said["state"] == "written", said
@@ -208,7 +208,7 @@ def test_parts_alone_are_pruned_too(folder: Folder) -> None:
         )
         assert before.keys() == after.keys()
         assert types(folder / f"{name}-pruned.safetensors") - {"I64"} == {"F16"}
-    assert names["VAE-mini-SD"] == "VAE-mini" and names["LoRA-v1-CLIP"] == "LoRA-v1-CLIP"
+    assert names["VAE-tiny-SD"] == "VAE-tiny" and names["LoRA-v1-CLIP"] == "LoRA-v1-CLIP"
 
 
 def test_where_models_are_published_in_bf16(folder: Folder) -> None:
@@ -231,7 +231,7 @@ def test_metadata_stay_and_the_original_is_named(folder: Folder) -> None:
         "my note": "kept",
         "ckpt.recipe": "gone",
     }
-    tensors = {**model("SD-mini", DType.F16), "loss.x": like(300_000)}
+    tensors = {**model("SD-tiny", DType.F16), "loss.x": like(100_000)}
     path = with_metadata(folder / "a.safetensors", tensors, said)
     assert folder("prune", "a.safetensors").code == 0
     now = metadata(folder / "a-pruned.safetensors")
@@ -285,10 +285,10 @@ def test_the_configuration_goes_with_it(folder: Folder) -> None:
 
 def broken(folder: Folder) -> dict[str, str]:
     """Files that are not to be pruned, and why."""
-    whole = model("SD-mini", DType.F32)
+    whole = model("SD-tiny", DType.F32)
     save(folder / "unet-only.safetensors", {n: t for n, t in whole.items() if n.startswith(UNET)})
     save(folder / "strange.safetensors", {f"x.{i}.weight": like(9) for i in range(30)})
-    save(folder / "bare.safetensors", {**model("VAE-mini", DType.F32), **model("CLIP-mini", DType.F32)})
+    save(folder / "bare.safetensors", {**model("VAE-tiny", DType.F32), **model("CLIP-tiny", DType.F32)})
     copy = {f"loss.{n}": t for n, t in whole.items()} | {"loss.more": like(99)}
     save(folder / "mostly.safetensors", {**whole, **copy})
     save(folder / "empty.safetensors", {})
@@ -296,7 +296,7 @@ def broken(folder: Folder) -> dict[str, str]:
     (folder / "cut.safetensors").write_bytes(whole_bytes[:-1000])
     folder.write("page.ckpt", "<!doctype html><html>401</html>")
     return {
-        "unet-only": "not a whole SD-mini: VAE-mini and CLIP-mini missing",
+        "unet-only": "not a whole SD-tiny: VAE-tiny and CLIP-tiny missing",
         "strange": "nothing in the catalog matches",
         "bare": "make no architecture together",
         "mostly": "most of it would go",
@@ -342,7 +342,7 @@ def test_force(folder: Folder) -> None:
     assert before.keys() == after.keys() and {t for t, _, _ in after.values()} == {"F16"}
     for name in ("strange", "bare"):
         assert content(folder / f"{name}.safetensors") == content(folder / f"{name}.out.safetensors")
-    assert content(folder / "mostly.out.safetensors").keys() == model("SD-mini", DType.F32).keys()
+    assert content(folder / "mostly.out.safetensors").keys() == model("SD-tiny", DType.F32).keys()
     whole = {"x.weight": like(9), "model_ema.xweight": like(9), "loss.x": like(1)}
     save(folder / "ema.safetensors", whole)
     assert folder("prune", "ema.safetensors", "--force").code == 0
@@ -353,10 +353,10 @@ def test_force(folder: Folder) -> None:
 
 def test_a_folder(folder: Folder) -> None:
     save_dirty(folder / "in/b.ckpt")
-    save(folder / "in/a.safetensors", model("SD-mini", DType.F16))
+    save(folder / "in/a.safetensors", model("SD-tiny", DType.F16))
     save(folder / "in/bad.safetensors", {"x": like(1)})
     save_dirty(folder / "in/deep/c.safetensors")
-    save(folder / "in/.hidden.safetensors", model("VAE-mini", DType.F32))
+    save(folder / "in/.hidden.safetensors", model("VAE-tiny", DType.F32))
     folder.write("in/notes.txt", "x")
     folder.write("in/page.pt", "<html>")
     said = folder("prune", "in", "--quiet")

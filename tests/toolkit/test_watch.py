@@ -60,10 +60,10 @@ def like(count: int) -> LazyTensor:
 
 def some_of_each(folder: Folder) -> None:
     save_dirty(folder / "in/NAI.ckpt")
-    save(folder / "in/nai.vae.pt", model("VAE-mini", DType.F32))
+    save(folder / "in/nai.vae.pt", model("VAE-tiny", DType.F32))
     save(folder / "in/style.safetensors", model("LoRA-v1-CLIP", DType.F16))
-    save(folder / "in/unet.safetensors", model("UNET-mini-SD", DType.F32))
-    save(folder / "in/clip.safetensors", model("CLIP-mini-SD", DType.F16))
+    save(folder / "in/unet.safetensors", model("UNET-tiny-SD", DType.F32))
+    save(folder / "in/clip.safetensors", model("CLIP-tiny-SD", DType.F16))
     save(folder / "in/strange.safetensors", {"x": like(3)})
     (folder / "in/page.ckpt").write_text("<!doctype html><html>401 no token</html>")
 
@@ -127,7 +127,7 @@ def test_names_that_are_taken(folder: Folder, watch: Watch) -> None:
     for seed in range(3):
         save_dirty(folder / "in/NAI.ckpt", seed=seed)
         assert states(watch.poll()) == {"NAI.ckpt": "pruned"}
-        save(folder / "in/vae.safetensors", model("VAE-mini", DType.F16, seed=seed))
+        save(folder / "in/vae.safetensors", model("VAE-tiny", DType.F16, seed=seed))
         assert states(watch.poll()) == {"vae.safetensors": "moved"}
         (folder / "in/bad.pt").write_text(f"<html>{seed}")
         assert states(watch.poll()) == {"bad.pt": "failed"}
@@ -147,11 +147,11 @@ def test_names_that_are_taken(folder: Folder, watch: Watch) -> None:
 
 def test_what_is_there_already_is_known_by_its_content(folder: Folder, watch: Watch) -> None:
     save_dirty(folder / "in/NAI.ckpt")
-    save(folder / "in/vae.safetensors", model("VAE-mini", DType.F16))
+    save(folder / "in/vae.safetensors", model("VAE-tiny", DType.F16))
     assert set(states(watch.poll()).values()) == {"pruned", "moved"}
     before = tree(folder)
     save_dirty(folder / "in/NAI.ckpt")
-    save(folder / "in/other name.safetensors", model("VAE-mini", DType.F16))
+    save(folder / "in/other name.safetensors", model("VAE-tiny", DType.F16))
     assert states(watch.poll()) == {"NAI.ckpt": "known", "other name.safetensors": "known"}
     assert tree(folder) == before
 
@@ -169,7 +169,7 @@ def test_what_is_left_alone(folder: Folder, watch: Watch, tmp_path: Path) -> Non
     for name, beside in (("f.ckpt", "f.ckpt.part"), ("g.ckpt", "g.ckpt.aria2")):
         shutil.copy(whole, folder / f"in/{name}")
         (folder / f"in/{beside}").touch()
-    save(folder / "in/set-00001-of-00002.safetensors", model("VAE-mini"))
+    save(folder / "in/set-00001-of-00002.safetensors", model("VAE-tiny"))
     before = tree(folder)
     assert list(watch.poll()) == [] and watch.waiting == [] and tree(folder) == before
     (folder / "in/f.ckpt.part").unlink()
@@ -241,9 +241,9 @@ def test_the_original_stays_unless_the_product_is_right(
 def test_values_that_are_none_fail_and_a_full_disk_does_not(
     folder: Folder, watch: Watch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tensors = dict(model("SD-mini", DType.F32))
+    tensors = dict(model("SD-tiny", DType.F32))
     name = "decoder.conv_out.bias"
-    tensors[f"first_stage_model.{name}"] = MemoryTensor(DType.F32, (3,), b"\0\0\xc0\x7f" * 3)
+    tensors[f"first_stage_model.{name}"] = MemoryTensor(DType.F32, (5,), b"\0\0\xc0\x7f" * 5)
     save(folder / "in/nan.ckpt", tensors)
     save_dirty(folder / "in/whole.ckpt")
     from builder.base.errors import Problem
@@ -261,7 +261,7 @@ def test_values_that_are_none_fail_and_a_full_disk_does_not(
 
 def test_the_configuration_goes_along(folder: Folder, watch: Watch) -> None:
     save_dirty(folder / "in/a.ckpt")
-    save(folder / "in/b.safetensors", model("SD-mini", DType.F16))
+    save(folder / "in/b.safetensors", model("SD-tiny", DType.F16))
     for name in "ab":
         folder.write(f"in/{name}.yaml", f"model: {name}\n")
     assert states(watch.poll()) == {"a.ckpt": "pruned", "b.safetensors": "moved"}
@@ -330,17 +330,18 @@ def test_kinds_and_layouts(tmp_path: Path) -> None:
     from builder.models.identify import identify
 
     for name, expected in (
-        ("SD-mini", "checkpoint"),
-        ("VAE-mini", "VAE"),
+        ("SD-tiny", "checkpoint"),
+        ("VAE-tiny", "VAE"),
         ("LoRA-v1-UNET", "LoRA"),
         ("LoRA-v1", "LoRA"),
-        ("UNET-mini-EMA", "EMA"),
+        ("UNET-tiny-EMA", "EMA"),
         ("ControlNet-v1", "ControlNet"),
         ("T5-XXL", "T5"),
     ):
         from benchmarks.generate import make
 
-        assert kind_of(identify(make(name, content="sparse").tensors, catalog()), catalog()) == expected
+        found = identify(make(name, content="sparse", catalog=catalog()).tensors, catalog())
+        assert kind_of(found, catalog()) == expected
     assert layout_of(tmp_path, catalog()) == "a1111"
     (tmp_path / "checkpoints").mkdir()
     assert layout_of(tmp_path, catalog()) == "comfyui"
@@ -428,7 +429,7 @@ def test_killed_at_any_moment_nothing_is_lost(folder: Folder, tmp_path: Path) ->
         reference = Folder(tmp_path, tmp_path / "reference-store")
         assert reference("prune", path.name).code == 0
         expected[path.stem] = content(tmp_path / f"m{seed}-pruned.safetensors")
-    vae = save(tmp_path / "v.safetensors", model("VAE-mini", DType.F16))
+    vae = save(tmp_path / "v.safetensors", model("VAE-tiny", DType.F16))
     sources[vae.name], expected["v"] = vae.read_bytes(), content(vae)
     (tmp_path / "bad.ckpt").write_text("<html>")
     sources["bad.ckpt"] = b"<html>"

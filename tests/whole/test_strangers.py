@@ -18,7 +18,7 @@ from builder.tensors.digests import PROFILE
 from tests.help.building import ROOT, Folder, model, save, save_dirty
 
 SECRET = "machine example.com login me password s3cr3t-s3cr3t"
-HEAD = 'format = 1\nname = "x"\nbase = "NEW VAE-mini"\ncomponents.VAE-mini = "s"\n'
+HEAD = 'format = 1\nname = "x"\nbase = "NEW VAE-tiny"\ncomponents.VAE-tiny = "s"\n'
 
 
 @pytest.fixture
@@ -27,12 +27,12 @@ def folder(tmp_path: Path) -> Folder:
     path = tmp_path / "stranger"
     path.mkdir()
     made = Folder(path, tmp_path / "store")
-    save(path / "vae.safetensors", model("VAE-mini", seed=1))
+    save(path / "vae.safetensors", model("VAE-tiny", seed=1))
     own = tmp_path / "own"
     own.mkdir()
     (own / ".netrc").write_text(SECRET + "\n")
     (own / "id_rsa").write_text(f"-----BEGIN OPENSSH PRIVATE KEY-----\n{SECRET}\n")
-    save(own / "precious.safetensors", model("VAE-mini", seed=9))
+    save(own / "precious.safetensors", model("VAE-tiny", seed=9))
     (own / "precious.yaml").write_text("model: mine\n")
     return made
 
@@ -81,7 +81,7 @@ def test_no_part_of_a_source_lies_outside(folder: Folder) -> None:
 
 def test_what_is_allowed_outside(folder: Folder) -> None:
     """A folder of models is the user's own word; so is `--allow-outside`."""
-    save(folder.path.parent / "models" / "v.safetensors", model("VAE-mini", seed=2))
+    save(folder.path.parent / "models" / "v.safetensors", model("VAE-tiny", seed=2))
     (folder / "v.safetensors").symlink_to(folder.path.parent / "models" / "v.safetensors")
     folder.write("x.toml", HEAD + 'sources.s.file = "v.safetensors"\n')
     assert folder("build", "x.toml").code == 3
