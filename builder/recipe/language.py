@@ -28,6 +28,7 @@ from builder.base.kinds import (
     Table,
     Text,
 )
+from builder.models.prediction import EMPTY
 from builder.operations.fixes import Fix
 from builder.operations.registry import Operation, Param
 from builder.recipe.recipe import FORMAT
@@ -64,11 +65,6 @@ class Vocabulary:
     operations: Mapping[str, Operation]
     fixes: Mapping[str, Fix]
     profiles: Mapping[str, Any]
-
-    @cached_property
-    def markers(self) -> tuple[str, ...]:
-        """The optional tensors that hold no value: their presence says it all."""
-        return tuple(n for n, shape in self.catalog.optional.items() if shape is not None and 0 in shape)
 
     @cached_property
     def language(self) -> Struct:
@@ -536,10 +532,10 @@ def _language(words: Vocabulary) -> Struct:
                 default="drop",
             ),
             "markers": Key(
-                Array(Choice("marker", dict.fromkeys(words.markers, ""))),
-                "Empty tensors to add, by which programs know the kind of model.",
+                Array(Choice("marker", dict.fromkeys(EMPTY, ""))),
+                "Tensors by which programs know what a UNET predicts, in place of those that come with it.",
                 '["v_pred", "ztsnr"]',
-                default=(),
+                otherwise="those that come with the UNET",
             ),
             "config": Key(
                 CONFIG_FILE,

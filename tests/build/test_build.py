@@ -398,6 +398,7 @@ def test_the_header_is_of_its_output_alone(whole: Folder) -> None:
 
 def test_model_spec(tmp_path: Path) -> None:
     """The keys that ModelSpec demands, for an architecture that it knows."""
+    from builder.models.prediction import Prediction
     from builder.plan.metadata import stated_metadata
     from builder.recipe import load_recipe
     from tests.help.building import catalog
@@ -422,7 +423,9 @@ def test_model_spec(tmp_path: Path) -> None:
             "mine": "yes",
             "sshs_x": "no",
         }
-        return stated_metadata(recipe, output, architecture, carried, environment)
+        told = Prediction().with_own(output.markers, output.metadata, catalog())
+        words = told.stated(architecture.modelspec, catalog())
+        return stated_metadata(recipe, output, architecture.modelspec, words, carried, environment)
 
     made = said()
     assert made["modelspec.sai_model_spec"] == "1.0.1"
