@@ -237,8 +237,8 @@ class LeftOut:
 class Plan:
     """A resolved recipe: nodes by key, inputs before what is made of them.
 
-    `entries` are the sources by their names in the lock. `unseen` are sources whose contents cannot be seen
-    from here: enough is known to show the plan, too little to build. `left_out` is by output.
+    `entries` are the sources by their names in the lock. `unseen` are sources whose tables of contents
+    are to be had first: enough is known to show the plan, too little to build. `left_out` is by output.
     """
 
     recipe: Recipe

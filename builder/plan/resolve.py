@@ -9,7 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
-from builder.base.errors import CkptError, Problem, RecipeError, SourceError, did_you_mean
+from builder.base.errors import Problem, RecipeError, SourceError, did_you_mean
 from builder.base.files import read_bounded
 from builder.base.inside import is_inside, leads_out
 from builder.models.catalog import Architecture
@@ -196,11 +196,8 @@ class _Resolver:
         return _Told(found, (job.key, found))
 
     def _is_seen(self, job: SourceJob) -> bool:
-        """Whether a source's contents can be seen from here; what cannot is noted."""
-        try:
-            seen = self.sources.seen(job)
-        except CkptError:
-            seen = False  # which a build says that has to have it
+        """Whether a source's contents are seen without fetching anything; what is not is noted."""
+        seen = self.sources.find(job) is not None or self.sources.is_open(job)
         if not seen and job.key not in self.plan.unseen:
             self.plan.unseen.append(job.key)
         return seen
@@ -452,7 +449,8 @@ class _Resolver:
 
     def _state(self, node: Node, job: OutputJob, parts: list[Node], base: SourceJob | None) -> Node:
         waiting = [p.label for p in parts if p.made is None]
-        if base is not None and not self._is_seen(base):
+        if base is not None and not self.sources.seen(base):
+            self.plan.unseen.append(base.key)
             return replace(node, why=f"what else is in `{base.name}` is seen when it is here")
         if waiting:
             all_ = "all" if len(waiting) == len(parts) else _words(waiting)
