@@ -87,6 +87,12 @@ NAME = Text(
         Rule(r"^\s|\s$", "{key} begins or ends with a space", forbid=True),
         Rule(r'[/\\:*?"<>|]', '{key} holds one of / \\ : * ? " < > |, which file names cannot', forbid=True),
         Rule(r"^\.|\.$", "{key} begins or ends with a dot", forbid=True),
+        Rule(
+            r"\.(safetensors|ckpt|pt)$",
+            "{key} ends as the name of a file does",
+            "leave the ending out: `file` under [output] says what is written",
+            forbid=True,
+        ),
         Rule(r"^.{1,100}$", "{key} is longer than 100 characters"),
     ),
     examples=("anything-v3",),
@@ -481,13 +487,13 @@ def _language(words: Vocabulary) -> Struct:
         "output",
         "[output]",
         {
-            "name": Key(NAME, "Its name among several.", '"no-ema"', otherwise="the recipe's name"),
+            "name": Key(NAME, "Its name, as one of `[[output]]`.", '"no-ema"', otherwise="the recipe's name"),
             "file": Key(
                 OUTPUT_FILE,
                 "Path inside the recipe's folder. Its ending says what is written: `.safetensors`, or a "
                 "PyTorch file of tensors alone as `.ckpt` or `.pt`.",
                 '"anything-v3.safetensors"',
-                otherwise="NAME.safetensors; of several, RECIPE-NAME.safetensors",
+                otherwise="NAME.safetensors; of one with a `name`, RECIPE-NAME.safetensors",
             ),
             "precision": Key(
                 Choice("precision", PRECISIONS),
@@ -550,7 +556,8 @@ def _language(words: Vocabulary) -> Struct:
             ),
             "metadata": Key(
                 Metadata(),
-                "Strings for the file's metadata. Keys with dots may be written as TOML has them.",
+                "Strings for the file's metadata, beside and before the recipe's. Keys with dots may be "
+                "written as TOML has them.",
                 '{ author = "…", license = "…" }',
                 default={},
             ),
@@ -603,6 +610,12 @@ def _language(words: Vocabulary) -> Struct:
             Either((output, Array(output, minimum=1))),
             "What to write: one, or several as `[[output]]`.",
             "{ }",
+        ),
+        "metadata": Key(
+            Metadata(),
+            "Strings for the metadata of every output, as under `[output.metadata]`.",
+            '{ author = "…", license = "…" }',
+            default={},
         ),
         "expect": Key(expect, "What must hold of the only output.", "{ size = 2132626102 }"),
     }
