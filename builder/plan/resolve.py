@@ -15,7 +15,7 @@ from builder.base.inside import is_inside, leads_out
 from builder.models.catalog import Architecture
 from builder.models.cut import choose, cut, names_of
 from builder.models.identify import EMA, Match
-from builder.models.prediction import MARKERS, Prediction, prediction, read_markers
+from builder.models.prediction import Prediction, prediction, read_markers
 from builder.operations.registry import OPERATIONS, Operation
 from builder.plan.graph import (
     Applied,
@@ -540,7 +540,8 @@ class _Resolver:
         taken = {full for m in parts for full in names_of(identity, m).values()}
         optional = self._optional(base, output)
         if denoiser and output.keep is None:
-            optional = [n for n in optional if n not in MARKERS]
+            markers = prediction(held, {}, self.catalog).names
+            optional = [n for n in optional if n not in markers]
         kept = {*optional, *(output.keep or ())}
         if output.unknown == "keep":
             kept |= held.keys() - {*identity.ema, *identity.junk, *identity.optional}

@@ -176,6 +176,15 @@ def test_a_marker_of_the_base_stays_behind_with_its_unet(folder: Folder) -> None
     assert held.keys() == {"betas"}, "the rest of what the base holds besides does not"
 
 
+def test_what_is_called_as_a_marker_and_is_none_stays_with_the_base(folder: Folder) -> None:
+    large = MemoryTensor(DType.U8, (5000,), bytes(5000))
+    duo(folder, "a.safetensors", {}, v_pred=large)
+    duo(folder, "b.safetensors", {})
+    assert built(folder, 'base = "a"\ncomponents.VAE-duo = "b"\n')[1] == {
+        "v_pred": ("U8", (5000,), bytes(5000))
+    }
+
+
 def _schedule() -> LazyTensor:
     return MemoryTensor(DType.F32, (1000,), bytes(4000))
 
