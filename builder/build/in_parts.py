@@ -131,6 +131,8 @@ class Parts:
         sources = self._context.sources
         for job in (n.job for n in self._context.plan.outputs() if n.state != "unchanged"):
             assert isinstance(job, OutputJob)
+            if job.told is not None and job.told[0] == key and (job.told[1].markers or job.told[1].words):
+                return True
             if job.base == key:
                 source = self._context.node(key).job
                 assert isinstance(source, SourceJob)

@@ -23,7 +23,7 @@ from builder.formats.lost import find_lost, said
 from builder.formats.write_safetensors import Written
 from builder.models.catalog import Catalog
 from builder.plan.graph import Key, Node, OutputJob
-from builder.plan.keys import assembly_key, note_beside, output_format, recall_beside
+from builder.plan.keys import assembly_key, note_beside, note_prediction, output_format, recall_beside
 from builder.plan.resolve import output_state
 from builder.recipe.lock import Lock, LockedComponent, LockedOutput, differences, lock_path
 from builder.recipe.profiles import MAX_SIDECAR
@@ -33,7 +33,7 @@ from builder.sources.job import SourceJob
 from builder.store import DamagedEntry, Made
 from builder.store.entries import At, Entry, VerifiedTensor, identity
 from builder.tensors.digests import Row, component_digest, expression_key
-from builder.tensors.lazy import DType, LazyTensor, MemoryTensor
+from builder.tensors.lazy import LazyTensor, MemoryTensor
 
 
 @dataclass
@@ -160,7 +160,8 @@ class Assembly:
         with ExitStack() as opened:
             composer = Composer(context, opened)
             missing = [key for _, key in job.slots.values() if not self._is_held(key)]
-            read = context.source_nodes([*missing, *([job.base] if job.base is not None else [])])
+            said = (job.base, job.told[0] if job.told is not None else None)
+            read = context.source_nodes([*missing, *(key for key in said if key is not None)])
             for key, source in read:  # begun before all else: importing torch takes as long as hashing 1 GB
                 context.begin_hashing(key, source)
             parts = [self._part(cls, prefix, key, composer) for cls, (prefix, key) in job.slots.items()]
@@ -211,12 +212,12 @@ class Assembly:
 
     def _beside(self) -> dict[str, LazyTensor]:
         """What lies beside the components, by full name."""
-        names = self.job.beside.markers
-        markers: dict[str, LazyTensor] = {m: MemoryTensor(DType.F32, (0,), b"") for m in names}
+        markers = self.job.beside.markers
+        made: dict[str, LazyTensor] = {m.name: MemoryTensor(m.dtype, m.shape, m.data) for m in markers}
         if self.base is None:
-            return markers
+            return made
         held = self.context.sources.open(self.base[1]).checkpoint
-        return {**{n: held[n] for n in self.job.beside.names}, **markers}
+        return {**{n: held[n] for n in self.job.beside.names}, **made}
 
     def _groups(self, parts: list[Part]) -> dict[str, str]:
         """The tensors to be counted for the metric, each with its class: of those not measured before."""
@@ -320,7 +321,7 @@ class Assembly:
 
     def _remember(self, written: Written, parts: list[Part], beside: Mapping[str, LazyTensor]) -> None:
         """Have known what was made, and that its bytes lie in the file, as this is now."""
-        context, store, product = self.context, self.context.store, self._product
+        context, store, product, job = self.context, self.context.store, self._product, self.job
         assert product is not None
         built = product.built
         try:
@@ -348,10 +349,16 @@ class Assembly:
                 self._keep(made, source)
         sha256 = self._base_sha256()
         rows = {n: Row(t.dtype, t.shape, written.digests[n]) for n, t in beside.items()}
-        if sha256 is not None and self.job.beside.names:
-            note_beside(store, sha256, self.job.beside, rows)
+        if sha256 is not None and job.beside.names:
+            note_beside(store, sha256, job.beside, rows)
+        if job.told is not None:
+            key, found = job.told
+            teller, known = context.node(key).job, context.action(key)
+            assert isinstance(teller, SourceJob)
+            if known is not None and context.sources.find(teller) is not None:
+                note_prediction(store, known, found)
         if all(context.action(p.key) for p in parts) and (sha256 is not None or self.base is None):
-            key = assembly_key(self.job, {c: m.digest for c, m in product.parts.items()}, rows)
+            key = assembly_key(job, {c: m.digest for c, m in product.parts.items()}, rows)
             fact = {
                 "sha256": built.sha256,
                 "size": built.size,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from builder.base.errors import Place, Problem
+from builder.models.prediction import Marker, Prediction
 from builder.operations.fixes import FIXES
 from builder.sources.job import SourceJob
 from builder.tensors.cast import NonFinite, Overflow, Precision, cast_type
@@ -134,20 +135,19 @@ class ComponentJob:
 class Beside:
     """What lies beside an output's components: tensors of its base under their own names, and markers.
 
-    `names` are those of the base's tensors, in the base's order; `markers` are empty tensors that are
-    made.
+    `names` are those of the base's tensors, in the base's order; `markers` are whole, with their few bytes.
     """
 
     names: tuple[str, ...] = ()
-    markers: tuple[str, ...] = ()
+    markers: tuple[Marker, ...] = ()
 
 
 @dataclass(frozen=True)
 class OutputJob:
     """A file to be assembled: each slot's prefix and the node that fills it, and what lies beside them.
 
-    `base` is the source that is its base, if one is. `sidecar` is what is to lie beside the output as its
-    `.yaml`.
+    `base` is the source that is its base, if one is. `told` is the one that its denoiser comes from, and what
+    that says of what it predicts. `sidecar` is what is to lie beside the output as its `.yaml`.
     """
 
     recipe: Recipe
@@ -159,6 +159,7 @@ class OutputJob:
     beside: Beside
     metadata: Mapping[str, str]
     sidecar: bytes | None
+    told: tuple[Key, Prediction] | None = None
 
     @property
     def key(self) -> Key:
@@ -169,7 +170,7 @@ class OutputJob:
             target=str(self.target),
             slots={cls: [prefix, node] for cls, (prefix, node) in self.slots.items()},
             base=self.base,
-            beside=[self.beside.names, self.beside.markers],
+            beside=[self.beside.names, [marker_data(m) for m in self.beside.markers]],
             metadata=dict(self.metadata),
         )
 
@@ -181,6 +182,11 @@ class OutputJob:
 
 
 Job = SourceJob | StepJob | ComponentJob | OutputJob
+
+
+def marker_data(marker: Marker) -> list[Any]:
+    """A marker as data of a key, or of a record."""
+    return [marker.name, marker.dtype.code, list(marker.shape), marker.data.hex()]
 
 
 def origin_data(origin: Origin, names: Mapping[Key, str] | None = None) -> list[Any]:
@@ -231,8 +237,8 @@ class LeftOut:
 class Plan:
     """A resolved recipe: nodes by key, inputs before what is made of them.
 
-    `entries` are the sources by their names in the lock. `unseen` are bases whose contents cannot be seen
-    from here: enough is known to show the plan, too little to build. `left_out` is by output.
+    `entries` are the sources by their names in the lock. `unseen` are sources whose tables of contents
+    are to be had first: enough is known to show the plan, too little to build. `left_out` is by output.
     """
 
     recipe: Recipe

@@ -28,6 +28,7 @@ from builder.base.kinds import (
     Table,
     Text,
 )
+from builder.models.prediction import EMPTY
 from builder.operations.fixes import Fix
 from builder.operations.registry import Operation, Param
 from builder.recipe.recipe import FORMAT
@@ -66,11 +67,6 @@ class Vocabulary:
     profiles: Mapping[str, Any]
 
     @cached_property
-    def markers(self) -> tuple[str, ...]:
-        """The optional tensors that hold no value: their presence says it all."""
-        return tuple(n for n, shape in self.catalog.optional.items() if shape is not None and 0 in shape)
-
-    @cached_property
     def language(self) -> Struct:
         """The whole recipe, as the kind of its top-level table.
 
@@ -98,6 +94,12 @@ NAME = Text(
         Rule(r"^\s|\s$", "{key} begins or ends with a space", forbid=True),
         Rule(r'[/\\:*?"<>|]', '{key} holds one of / \\ : * ? " < > |, which file names cannot', forbid=True),
         Rule(r"^\.|\.$", "{key} begins or ends with a dot", forbid=True),
+        Rule(
+            r"\.(safetensors|ckpt|pt)$",
+            "{key} ends as the name of a file does",
+            "leave the ending out: `file` under [output] says what is written",
+            forbid=True,
+        ),
         Rule(r"^.{1,100}$", "{key} is longer than 100 characters"),
     ),
     examples=("anything-v3",),
@@ -493,13 +495,13 @@ def _language(words: Vocabulary) -> Struct:
         "output",
         "[output]",
         {
-            "name": Key(NAME, "Its name among several.", '"no-ema"', otherwise="the recipe's name"),
+            "name": Key(NAME, "Its name, as one of `[[output]]`.", '"no-ema"', otherwise="the recipe's name"),
             "file": Key(
                 OUTPUT_FILE,
                 "Path inside the recipe's folder. Its ending says what is written: `.safetensors`, or a "
                 "PyTorch file of tensors alone as `.ckpt` or `.pt`.",
                 '"anything-v3.safetensors"',
-                otherwise="NAME.safetensors; of several, RECIPE-NAME.safetensors",
+                otherwise="NAME.safetensors; of one with a `name`, RECIPE-NAME.safetensors",
             ),
             "precision": Key(
                 Choice("precision", PRECISIONS),
@@ -544,10 +546,10 @@ def _language(words: Vocabulary) -> Struct:
                 default="drop",
             ),
             "markers": Key(
-                Array(Choice("marker", dict.fromkeys(words.markers, ""))),
-                "Empty tensors to add, by which programs know the kind of model.",
+                Array(Choice("marker", dict.fromkeys(EMPTY, ""))),
+                "Tensors by which programs know what a UNET predicts, in place of those that come with it.",
                 '["v_pred", "ztsnr"]',
-                default=(),
+                otherwise="those that come with the UNET",
             ),
             "config": Key(
                 CONFIG_FILE,
@@ -562,7 +564,8 @@ def _language(words: Vocabulary) -> Struct:
             ),
             "metadata": Key(
                 Metadata(),
-                "Strings for the file's metadata. Keys with dots may be written as TOML has them.",
+                "Strings for the file's metadata, beside and before the recipe's. Keys with dots may be "
+                "written as TOML has them.",
                 '{ author = "…", license = "…" }',
                 default={},
             ),
@@ -615,6 +618,12 @@ def _language(words: Vocabulary) -> Struct:
             Either((output, Array(output, minimum=1))),
             "What to write: one, or several as `[[output]]`.",
             "{ }",
+        ),
+        "metadata": Key(
+            Metadata(),
+            "Strings for the metadata of every output, as under `[output.metadata]`.",
+            '{ author = "…", license = "…" }',
+            default={},
         ),
         "expect": Key(expect, "What must hold of the only output.", "{ size = 2132626102 }"),
     }

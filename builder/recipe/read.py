@@ -222,7 +222,7 @@ def _recipe(said: dict[str, Any], document: Document, words: Vocabulary) -> Reci
         own_name = one.get("name") or ("" if several else name)
         own_base, own_fixes, own_expect = one.get("base"), one.get("fixes"), one.get("expect")
         expect = own_expect or (None if several else said.get("expect")) or {}
-        stem = f"{name}-{own_name}" if several else name
+        stem = f"{name}-{own_name}" if several or (one.get("name") and not table) else name
         outputs.append(
             Output(
                 name=own_name,
@@ -230,6 +230,7 @@ def _recipe(said: dict[str, Any], document: Document, words: Vocabulary) -> Reci
                 base=base if own_base is None else _base(own_base, (*at, "base"), words),
                 components={**components, **_picks(one.get("components", {}))},
                 fixes=fixes if own_fixes is None else _fixes(own_fixes, words),
+                metadata={**said.get("metadata", {}), **one.get("metadata", {})},
                 expect=Expect(**expect),
                 at=at,
                 **{k: one[k] for k in _PLAIN if one.get(k) is not None},
@@ -253,7 +254,6 @@ _PLAIN = (
     "narrow",
     "overflow",
     "non_finite",
-    "metadata",
     "profile",
     "keep",
     "unknown",

@@ -17,6 +17,8 @@ from builder.formats.blob import FileBlob
 from builder.formats.checkpoint import Checkpoint
 from builder.models.catalog import Catalog
 from builder.models.identify import identify
+from builder.models.prediction import Prediction as Told
+from builder.models.prediction import prediction as prediction_of
 from builder.recipe.names import recipe_name
 from builder.tensors.cast import PRECISIONS, Faults, NonFinite, Overflow, Precision, cast_all
 from builder.tensors.lazy import LazyTensor
@@ -307,7 +309,8 @@ def _model(
                 hint="name a file to write it in another container",
             )
         )
-    foreign = next((name for name in checkpoint if name.startswith("edm_")), None)
+    told = prediction_of(checkpoint, checkpoint.metadata, catalog)
+    foreign = next((name for name in told.names if name.startswith("edm_")), None)
     if foreign is not None:
         raise SourceError(
             Problem(
@@ -326,27 +329,23 @@ def _model(
         {usual[name]: tensor for name, tensor in tensors.items() if name in usual},
         {name: tensor for name, tensor in tensors.items() if name not in usual},
         _metadata(checkpoint),
-        prediction or _prediction(checkpoint, layout, catalog),
-        "ztsnr" in checkpoint,
+        prediction or _prediction(told, layout, checkpoint.name),
+        told.zero_snr,
     )
 
 
-def _prediction(checkpoint: Checkpoint, layout: Layout, catalog: Catalog) -> Prediction:
-    said = checkpoint.metadata.get("modelspec.prediction_type", "")
-    called = checkpoint.metadata.get("modelspec.architecture", "")
-    kinds = [a.modelspec for a in catalog.architectures.values() if a.modelspec and a.modelspec.v]
-    if "v_pred" in checkpoint or said in ("v", "v_prediction") or called in {k.v for k in kinds}:
-        return "v"
-    if layout.pixels_v is not None and said != "epsilon" and called not in {k.architecture for k in kinds}:
+def _prediction(told: Told, layout: Layout, name: str) -> Prediction:
+    """What the scheduler's configuration is to say; raises UsageError where nothing says it."""
+    if told.kind is None and layout.pixels_v is not None:
         both = f"of {layout.pixels} pixels epsilon, of {layout.pixels_v} pixels v"
         raise UsageError(
             Problem(
-                f"nothing in `{checkpoint.name}` says what it predicts",
+                f"nothing in `{name}` says what it predicts",
                 evidence=(f"{layout.name} comes in both kinds: {both}",),
                 hint="say `--prediction epsilon` or `--prediction v`",
             )
         )
-    return "epsilon"
+    return "v" if told.v else "epsilon"
 
 
 def _vocabulary(given: Path | None, source: Path) -> dict[str, bytes]:

@@ -313,6 +313,41 @@ metadata = { author = "someone" }
     assert "author" not in metadata(whole / "m-plain.safetensors")
 
 
+def test_what_all_outputs_say_is_said_once(whole: Folder) -> None:
+    whole.write(
+        "m.toml",
+        WHOLE
+        + """
+metadata = { author = "someone", license = "MIT" }
+[[output]]
+name = "x"
+[[output]]
+name = "y"
+metadata.license = "other"
+""",
+    )
+    whole.build("m.toml")
+    said = [metadata(whole / f"m-{name}.safetensors") for name in "xy"]
+    assert [(m["author"], m["license"]) for m in said] == [("someone", "MIT"), ("someone", "other")]
+
+
+def test_the_name_of_one_output_of_an_array_is_in_its_files(whole: Folder) -> None:
+    """As it is once another follows."""
+    whole.write("m.toml", WHOLE + '[[output]]\nname = "x"\n')
+    assert [Path(o["path"]).name for o in whole.build("m.toml")["outputs"]] == ["m-x.safetensors"]
+
+
+def test_a_lock_makes_no_other_bytes(whole: Folder) -> None:
+    """What only the lock knows of a source is in the lock: the first build could not have said it."""
+    whole.build("m.toml")
+    first = (whole / "m.safetensors").read_bytes()
+    assert "ckpt.sources" not in metadata(whole / "m.safetensors")
+    (whole / "m.safetensors").unlink()
+    assert (whole / "m.lock.toml").exists()
+    whole.build("m.toml")
+    assert (whole / "m.safetensors").read_bytes() == first
+
+
 def test_what_lies_beside_is_kept_or_not(folder: Folder) -> None:
     tensors = model(dirt=Dirt(junk=True))
     save(folder / "a.safetensors", tensors)
@@ -398,6 +433,7 @@ def test_the_header_is_of_its_output_alone(whole: Folder) -> None:
 
 def test_model_spec(tmp_path: Path) -> None:
     """The keys that ModelSpec demands, for an architecture that it knows."""
+    from builder.models.prediction import Prediction
     from builder.plan.metadata import stated_metadata
     from builder.recipe import load_recipe
     from tests.help.building import catalog
@@ -422,7 +458,9 @@ def test_model_spec(tmp_path: Path) -> None:
             "mine": "yes",
             "sshs_x": "no",
         }
-        return stated_metadata(recipe, output, architecture, carried, environment)
+        told = Prediction().with_own(output.markers, output.metadata, catalog())
+        words = told.stated(architecture.modelspec, catalog())
+        return stated_metadata(recipe, output, architecture.modelspec, words, carried, environment)
 
     made = said()
     assert made["modelspec.sai_model_spec"] == "1.0.1"

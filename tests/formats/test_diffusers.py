@@ -384,6 +384,7 @@ def test_the_metadata_and_the_user_may_say_it_too(folder: Folder) -> None:
     for metadata, options, expected in (
         ({"modelspec.prediction_type": "v"}, (), "v_prediction"),
         ({"modelspec.architecture": "stable-diffusion-v2-768-v"}, (), "v_prediction"),
+        ({"modelspec.predict_key": "v"}, (), "v_prediction"),
         ({"modelspec.prediction_type": "v"}, ("--prediction", "epsilon"), "epsilon"),
         ({}, ("--prediction", "v"), "v_prediction"),
     ):

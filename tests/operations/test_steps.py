@@ -15,7 +15,7 @@ from builder.build import Build, build
 from builder.operations.registry import Operation, Param
 from builder.plan import Plan
 from builder.recipe import Recipe, load_recipe
-from builder.tensors.lazy import DType, LazyTensor
+from builder.tensors.lazy import DType, LazyTensor, MemoryTensor
 from tests.help.building import UNET, Folder, catalog, content, model, save
 
 MODELS = """\
@@ -120,6 +120,17 @@ def test_a_step_as_base(works: Works) -> None:
             continue
         expected = value(1, name) * 0.75 + value(2, name) * 0.25
         assert (dtype, shape, data) == ("F16", tensor.shape, half(expected)), name
+
+
+@pytest.mark.parametrize("first", ["a", "b"])
+def test_a_step_predicts_what_its_first_input_does(works: Works, first: str) -> None:
+    marker = MemoryTensor(DType.F16, (1,), b"\0\x3c")
+    save(works.folder / "a.safetensors", {**model(seed=1), "v_pred": marker})
+    other = "ab".replace(first, "")
+    works.build(
+        'base = "twice"\n' + HALF.replace('a = "a"\nb = "b"', f'a = "{first}"\nb = "{other}"') + TWICE
+    )
+    assert works.made().get("v_pred") == (("F16", (1,), b"\0\x3c") if first == "a" else None)
 
 
 def test_steps_in_a_chain(works: Works) -> None:

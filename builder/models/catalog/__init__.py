@@ -221,10 +221,14 @@ class _Reader:
             for program in architecture.sidecars_v.keys() - self.programs.keys():
                 hint = did_you_mean(program, self.programs)
                 fields.fail(f"unknown program `{program}`", "sidecars_v", program, hint=hint)
-            for field, known in (("slots", classes), ("only", self.components)):
+            for field, what, known in (
+                ("slots", "class", classes),
+                ("only", "component", self.components),
+                ("reads_markers", "program", self.programs),
+                ("tells_v", "program", self.programs),
+            ):
                 for index, word in enumerate(getattr(architecture, field)):
                     if word not in known:
-                        what = "class" if field == "slots" else "component"
                         fields.fail(f"unknown {what} `{word}`", field, index, hint=did_you_mean(word, known))
         return Catalog(
             components=self.components,

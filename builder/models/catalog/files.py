@@ -58,6 +58,8 @@ _ARCHITECTURE = {
     "modelspec": dict,
     "diffusers": str,
     "sidecars_v": dict,
+    "reads_markers": list,
+    "tells_v": list,
     "note": str,
 }
 _MODELSPEC = {"architecture": str, "v": str, "resolution": int, "resolution_v": int}
@@ -381,6 +383,8 @@ def read_architectures(path: Path, name: str) -> Iterator[tuple[Architecture, Fi
                 modelspec=modelspec(fields),
                 diffusers=fields.get("diffusers"),
                 sidecars_v=_beside(fields, "sidecars_v", path),
+                reads_markers=fields.strings("reads_markers"),
+                tells_v=fields.strings("tells_v"),
                 note=fields.get("note"),
                 path=name,
             ),

@@ -66,6 +66,11 @@ class ModelSpec(NamedTuple):
     resolution: int | None = None
     resolution_v: int | None = None
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Its names, whatever the model predicts."""
+        return (self.architecture, self.v) if self.v else (self.architecture,)
+
     def name(self, v: bool) -> str:
         """The name of a model that predicts v, or of one that does not."""
         return (self.v if v else None) or self.architecture
@@ -143,12 +148,14 @@ class Component:
 
 @dataclass(frozen=True)
 class Architecture:
-    """The classes that a full checkpoint consists of, in the order of a file's description.
+    """The classes that a full checkpoint consists of, in a description's order: its denoiser first.
 
     `only` names components whose prefix is the one that their class has here, where it has others elsewhere.
     `precision` is the one that such checkpoints are published in, if not FP16. `diffusers` names its layout
     there. `sidecars_v` are the files, by program, that lie beside a checkpoint that predicts v, for programs
-    that would take it for an ordinary one. A `bare` architecture has no prefixes.
+    that would take it for an ordinary one. `reads_markers` are the programs that look for markers such as
+    `v_pred` in one, `tells_v` those that tell by the weights whether it predicts v. A `bare` architecture has
+    no prefixes.
     """
 
     name: str
@@ -159,6 +166,8 @@ class Architecture:
     modelspec: ModelSpec | None = None
     diffusers: str | None = None
     sidecars_v: Mapping[str, Path] = field(default_factory=dict, hash=False)
+    reads_markers: tuple[str, ...] = ()
+    tells_v: tuple[str, ...] = ()
     note: str | None = None
     path: str = ""
     bare: bool = False
@@ -268,6 +277,18 @@ class Catalog:
         """The names of the blocks that a class may have, by their number; the longest list first."""
         found = {len(t.blocks): t.blocks for t in self.traits.values() if t.blocks}
         return dict(sorted(found.items(), reverse=True))
+
+    @cached_property
+    def denoisers(self) -> frozenset[str]:
+        """The classes that predict what is noise: the first slots of whole models."""
+        return frozenset(a.slots[0] for a in self.architectures.values() if len(a.slots) > 1)
+
+    @cached_property
+    def modelspecs(self) -> tuple[ModelSpec, ...]:
+        """All that is said of ModelSpec metadata, of whole models and of components."""
+        said = [a.modelspec for a in self.architectures.values()]
+        said += [c.modelspec for c in self.components.values()]
+        return tuple(spec for spec in said if spec is not None)
 
     @cached_property
     def averages(self) -> Mapping[str, Component]:

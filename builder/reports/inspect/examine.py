@@ -16,6 +16,7 @@ from builder.formats import open_checkpoint
 from builder.formats.checkpoint import Checkpoint
 from builder.formats.lost import Lost, find_lost
 from builder.models.identify import Identity, Match, identify
+from builder.models.prediction import Prediction, prediction
 from builder.reports.inspect.positions import PositionIds, read_position_ids
 from builder.tensors.digests import Row, component_digest
 from builder.tensors.lazy import LazyTensor
@@ -76,6 +77,7 @@ class Report:
     tensors: Mapping[str, LazyTensor] = field(repr=False)
     parts: tuple[Part, ...]
     positions: PositionIds
+    prediction: Prediction
     metadata: Mapping[str, str]
     globals: tuple[str, ...]
     others: Mapping[str, str]
@@ -205,6 +207,7 @@ def examine(
         tensors=checkpoint.tensors,
         parts=tuple(_part(m, checkpoint.tensors, scans, digits, catalog.known) for m in identity.matches),
         positions=read_position_ids(checkpoint),
+        prediction=prediction(checkpoint, checkpoint.metadata, catalog),
         metadata=checkpoint.metadata,
         globals=checkpoint.globals,
         others=checkpoint.others,

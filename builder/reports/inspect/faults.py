@@ -25,6 +25,7 @@ def find_faults(report: Report) -> Iterator[Problem]:
     yield from _numbers(report)
     yield from _lost(report)
     yield from _positions(report)
+    yield from _prediction(report)
     yield from _spelling(report)
     yield from _duplicates(report)
     yield from _scales(report)
@@ -135,6 +136,16 @@ def _position(p: Position) -> str:
     held = f"{p.value:.7g}" if isinstance(p.value, float) else str(p.value)
     loaded = "" if p.loaded is None or p.loaded == p.value else f" (loads as {p.loaded})"
     return f"{p.position} holds {held}{loaded}"
+
+
+def _prediction(report: Report) -> Iterator[Problem]:
+    if signs := report.prediction.contradiction:
+        yield Problem(
+            "the file contradicts itself on what it predicts",
+            evidence=signs,
+            hint="programs heed the one or the other; a recipe settles it by `markers` and "
+            "`modelspec.prediction_type` of its output",
+        )
 
 
 def _spelling(report: Report) -> Iterator[Problem]:

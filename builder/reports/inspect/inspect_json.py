@@ -68,6 +68,12 @@ def _file(report: Report) -> Json:
             },
             "wrong": [_position(p) for p in report.positions.wrong],
         },
+        "prediction": {
+            "kind": report.prediction.kind,
+            "zero_snr": report.prediction.zero_snr,
+            "markers": list(report.prediction.names),
+            "signs": [{"says": s.kind, "what": s.what} for s in report.prediction.signs],
+        },
         "non_finite": {n: {"nan": s.nan, "infinite": s.infinite} for n, s in report.non_finite.items()},
         "zeros": [_lost(z) for z in report.lost],
         "faults": [_problem(p) for p in report.faults],

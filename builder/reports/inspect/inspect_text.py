@@ -9,6 +9,7 @@ from builder.base.errors import Problem, clipped, shown
 from builder.base.page import LABEL, Style
 from builder.base.progress import human_bytes
 from builder.base.words import CONTAINERS, TYPES, counted, examples, grouped
+from builder.models.prediction import KINDS, Prediction
 from builder.reports.inspect.examine import Part, Report, Share
 from builder.reports.inspect.faults import describe
 
@@ -75,6 +76,8 @@ class _Page:
         if r.metric is not None and any(c.isdigit() for c in r.metric.text):
             same = f", which is that of {r.model}" if r.model else ""
             yield from self.fact("metric", f"({r.metric.text}){same}")
+        if r.prediction.signs:
+            yield from self.fact("predicts", _predicts(r.prediction))
         if r.published:
             yield from self.fact("published", f"as {r.published.name}")
         for label, share in (("EMA", r.ema), ("junk", r.junk), ("unknown", r.unknown)):
@@ -187,6 +190,12 @@ class _Page:
             return [text]
         room = max(20, self.width - indent)
         return textwrap.wrap(text, room, break_on_hyphens=False) or [""]
+
+
+def _predicts(told: Prediction) -> str:
+    """What is predicted, and what says so."""
+    kind = KINDS[told.signs[0].kind] + (", to zero terminal SNR" if told.zero_snr else "")
+    return f"{kind}, says {told.signs[0].what}"
 
 
 def _types(part: Part) -> str:

@@ -13,8 +13,10 @@ import tomli_w
 from builder.base.errors import printable
 from builder.base.files import parse_json
 from builder.base.progress import human_bytes
+from builder.formats.checkpoint import Checkpoint
 from builder.models.catalog import Catalog
 from builder.models.metric import NOT_A_NUMBER
+from builder.models.prediction import TYPE, prediction
 from builder.recipe.language import PATH
 from builder.recipe.names import numbered, recipe_name
 from builder.reports.new.describe import Draft, File, Taken
@@ -166,14 +168,14 @@ class _Page:
         yield aligned([(f"precision = {toml(d.precision)}", self.precision())])[0]
         if d.keep is not None:
             yield aligned([(f"keep = {toml(list(d.keep))}", "of what the base holds besides")])[0]
-        if d.markers:
+        if d.markers is not None:
             yield f"markers = {toml(list(d.markers))}"
         if d.strange:
             yield aligned([('non_finite = "keep"', "it holds NaN or infinity")])[0]
             yield 'overflow = "keep"'
         if len(d.taken) < len(d.architecture.slots):
             yield "partial = true"
-        metadata = {} if d.base is d.model else spoken(d.model.opened.checkpoint.metadata)
+        metadata = {} if d.base is d.model else spoken(d.model.opened.checkpoint, self.catalog)
         if metadata:
             yield ""
             yield "[output.metadata]"
@@ -236,14 +238,15 @@ def place(path: Path, folder: Path) -> str | None:
     return said if PATH.holds(said) else None
 
 
-def spoken(metadata: Mapping[str, str]) -> dict[str, str]:
-    """What a file's metadata says for people, by key as a recipe writes it."""
-    keys = {key: f"modelspec.{key}" for key in SPOKEN}
-    return {
-        long: metadata[long]
-        for long in keys.values()
-        if metadata.get(long) and len(metadata[long]) <= LONGEST
-    }
+def spoken(checkpoint: Checkpoint, catalog: Catalog) -> dict[str, str]:
+    """What a file's metadata says for people, and of what it predicts, by key as a recipe writes it."""
+    metadata = checkpoint.metadata
+    keys = [f"modelspec.{key}" for key in SPOKEN]
+    said = {key: metadata[key] for key in keys if metadata.get(key) and len(metadata[key]) <= LONGEST}
+    told = prediction(checkpoint, metadata, catalog)
+    if told.kind in ("v", "epsilon") and not told.markers:
+        said[TYPE] = told.kind
+    return said
 
 
 def merged(metadata: Mapping[str, str]) -> Iterator[str]:
