@@ -15,6 +15,7 @@ from builder.base.progress import SILENT, Reporter
 from builder.formats import open_checkpoint
 from builder.formats.checkpoint import Checkpoint
 from builder.models.identify import Identity, Match, identify
+from builder.models.kinds_of_file import FileKind, kind_of_file
 from builder.reports.inspect.positions import PositionIds, read_position_ids
 from builder.tensors.digests import Row, component_digest
 from builder.tensors.lazy import LazyTensor
@@ -63,6 +64,7 @@ class Report:
 
     `metric` and `scans` are None and empty where no data was read. `published` is the entry of the very
     file, by its SHA-256; `model` the name of the published model that has the same metric.
+    `kind` is what the file is to programs, None where that is unknown.
     `precision_waste` is what FP16 or BF16 would save of the components that stay, and `pruned` the size of
     the tensors after pruning: no EMA, no junk, no wasted precision. `faults` are what a person should mend
     or know.
@@ -84,6 +86,7 @@ class Report:
     hashes: Mapping[str, str | None] = field(default_factory=dict)
     published: KnownFile | None = None
     model: str | None = None
+    kind: FileKind | None = None
 
     def share(self, names: Iterable[str]) -> Share:
         """Names together with their size."""
@@ -131,8 +134,8 @@ class Report:
 
     @property
     def sound(self) -> bool:
-        """Whether the file is something known, and whole, as far as it was read."""
-        return self.identity.intact and not self.non_finite
+        """Whether the file is something known, and nothing wrong with it, as far as it was read."""
+        return self.kind is not None and not self.non_finite
 
     @cached_property
     def faults(self) -> tuple[Problem, ...]:
@@ -204,6 +207,7 @@ def examine(
         metric=label,
         scans=scans,
         model=catalog.known.model(label.text) if label else None,
+        kind=kind_of_file(checkpoint, checkpoint.metadata, identity, catalog),
     )
 
 

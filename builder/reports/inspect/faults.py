@@ -46,7 +46,7 @@ def describe(rejection: Rejection) -> str:
 
 def _structure(report: Report) -> Iterator[Problem]:
     identity = report.identity
-    if identity.intact:
+    if report.kind is not None:
         return
     if not report.tensors:
         yield Problem("there are no tensors in this file")

@@ -36,8 +36,8 @@ class _Page:
         """The file, and in a line what it is."""
         r, s = self.report, self.style
         yield s.strong(shown(r.path))
-        name = r.identity.architecture or "unknown"
-        verdict = (s.good if r.identity.intact else s.bad)(name)
+        name = (r.kind and r.kind.text) or r.identity.architecture or "unknown"
+        verdict = (s.good if r.kind is not None else s.bad)(shown(name))
         yield " · ".join([verdict, CONTAINERS.get(r.container, r.container), self.size(r.size)])
 
     def table(self) -> Iterator[str]:
@@ -77,7 +77,8 @@ class _Page:
             yield from self.fact("metric", f"({r.metric.text}){same}")
         if r.published:
             yield from self.fact("published", f"as {r.published.name}")
-        for label, share in (("EMA", r.ema), ("junk", r.junk), ("unknown", r.unknown)):
+        rest = "tensors" if r.kind is not None and r.kind.called else "unknown"
+        for label, share in (("EMA", r.ema), ("junk", r.junk), (rest, r.unknown)):
             if share.names:
                 listed = "" if label == "EMA" or self.full else f": {grouped(share.names)}"
                 yield from self.fact(
