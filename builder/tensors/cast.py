@@ -27,6 +27,10 @@ class UnfitError(OutputError):
     """A source has values that an output cannot hold, or that are none: no other attempt will help."""
 
 
+class BeyondError(UnfitError):
+    """All values are numbers, but some are beyond the output's precision: another one would do."""
+
+
 @dataclass
 class Fault:
     """Values of one tensor that its new precision cannot hold, or that were never numbers."""
@@ -76,7 +80,8 @@ class Faults:
                     hint=f"to build all the same, put {' and '.join(hints)} under [output]",
                 )
             )
-        return UnfitError(*problems)
+        damaged = any(f.nan or f.infinite for f in self.by_name.values())
+        return (UnfitError if damaged else BeyondError)(*problems)
 
 
 class _Scratch(threading.local):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +14,7 @@ from builder.base.errors import Problem
 from builder.base.progress import SILENT, Reporter
 from builder.formats import open_checkpoint
 from builder.formats.checkpoint import Checkpoint
+from builder.models.cut import names_of
 from builder.models.identify import Identity, Match, identify
 from builder.models.kinds_of_file import FileKind, kind_of_file
 from builder.reports.inspect.positions import PositionIds, read_position_ids
@@ -114,17 +115,25 @@ class Report:
         return self.share(self.identity.optional)
 
     @cached_property
+    def astray(self) -> Share:
+        """Components that the architecture has no slot for."""
+        return self.share(n for m in self.identity.astray for n in names_of(self.identity, m).values())
+
+    @cached_property
+    def _gone(self) -> Set[str]:
+        return {*self.identity.ema, *self.identity.junk, *self.astray.names}
+
+    @cached_property
     def precision_waste(self) -> int:
         """Bytes beyond 16 bits a number, in the components that pruning keeps."""
-        gone = {*self.identity.ema, *self.identity.junk}
+        gone = self._gone
         names = (n for m in self.identity.matches for n in m.names.values() if n not in gone)
         return sum(_beyond_16_bits(self.tensors[n]) for n in names)
 
     @cached_property
     def pruned(self) -> int:
         """Bytes of tensors that pruning to 16 bits leaves."""
-        gone = {*self.identity.ema, *self.identity.junk}
-        kept = sum(t.nbytes for n, t in self.tensors.items() if n not in gone)
+        kept = sum(t.nbytes for n, t in self.tensors.items() if n not in self._gone)
         return kept - self.precision_waste
 
     @cached_property

@@ -23,6 +23,7 @@ def find_faults(report: Report) -> Iterator[Problem]:
     yield from _positions(report)
     yield from _spelling(report)
     yield from _duplicates(report)
+    yield from _astray(report)
     yield from _scales(report)
     yield from _integers(report)
     yield from _published(report)
@@ -149,6 +150,15 @@ def _duplicates(report: Report) -> Iterator[Problem]:
         yield Problem(
             f"there is a second {cls} under {_where(match)}",
             evidence=(f"the one under {_where(first)} is taken, the second is junk",),
+        )
+
+
+def _astray(report: Report) -> Iterator[Problem]:
+    for match in report.identity.astray:
+        yield Problem(
+            f"{report.identity.architecture} has no slot for `{match.component.name}`",
+            evidence=(f"it lies under {_where(match)}; programs may take the model for another by it",),
+            hint="pruning leaves it out",
         )
 
 

@@ -90,7 +90,7 @@ class _Page:
         if r.parts and r.precision_waste * 1000 > (0 if self.full else r.pruned):
             wasted = self.size(r.precision_waste)
             yield from self.fact("precision", f"{wasted} wasted: 16 bits a number would do")
-        saved = r.ema.bytes + r.junk.bytes + r.precision_waste
+        saved = r.ema.bytes + r.junk.bytes + r.astray.bytes + r.precision_waste
         if r.identity.intact and saved * 100 > r.pruned:
             yield from self.fact("pruned", f"{human_bytes(r.size)} → {self.size(r.pruned)}")
         if r.metadata and not self.full:
