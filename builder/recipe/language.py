@@ -532,7 +532,7 @@ def _language(words: Vocabulary) -> Struct:
             ),
             "unknown": Key(
                 Choice("treatment", UNKNOWN),
-                "What to do with tensors of the base that are of no slot, and no averages or junk.",
+                "What to do with tensors of the base that are of no component, and no averages or junk.",
                 '"keep"',
                 default="drop",
             ),
