@@ -10,7 +10,7 @@ from builder.models.catalog import Catalog, KindRule, ModelRule
 from builder.models.identify import Identity, Spec
 from builder.models.parts import kind
 
-MANY = 100_000  # tensors; the largest files known have some thousands
+MANY = 20_000  # tensors; the largest files known have some thousands
 
 _SAID = ("modelspec.architecture", "ss_base_model_version")  # metadata that name the model
 

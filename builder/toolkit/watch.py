@@ -267,7 +267,8 @@ class Watch:
             verify_on_disk(target, built.sha256, pruning.identity, catalog)
             if not _still(path, status):
                 return None
-            if state == "pruned" and (twin := same_content(target, folder)) is not None:
+            configured = target.with_suffix(".yaml").exists()
+            if state == "pruned" and not configured and (twin := same_content(target, folder)) is not None:
                 target.unlink()  # what was pruned before from a file like this, under another name
                 target, state = twin, "known"
             path.unlink()

@@ -240,6 +240,10 @@ def test_twins_are_put_there_once(folder: Folder, watch: Watch) -> None:
     assert states(watch.poll()) == {
         "d.safetensors": "pruned", "e.safetensors": "pruned", "f.safetensors": "known",
     }  # fmt: skip
+    write_safetensors(folder / "in/g.safetensors", tensors, {"author": "x"})
+    folder.write("in/g.yaml", "model: its own")
+    assert states(watch.poll()) == {"g.safetensors": "pruned"}
+    assert (folder / "models/Stable-diffusion/g.yaml").exists()
 
 
 def test_subfolders(folder: Folder) -> None:
