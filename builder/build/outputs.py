@@ -160,8 +160,8 @@ class Assembly:
         with ExitStack() as opened:
             composer = Composer(context, opened)
             missing = [key for _, key in job.slots.values() if not self._is_held(key)]
-            said = (job.base, job.told[0] if job.told is not None else None)
-            read = context.source_nodes([*missing, *(key for key in said if key is not None)])
+            near = (job.base, job.told[0] if job.told is not None else None)
+            read = context.source_nodes([*missing, *(key for key in near if key is not None)])
             for key, source in read:  # begun before all else: importing torch takes as long as hashing 1 GB
                 context.begin_hashing(key, source)
             parts = [self._part(cls, prefix, key, composer) for cls, (prefix, key) in job.slots.items()]

@@ -102,7 +102,8 @@ class Identity:
     nearest first. `optional`, `ema`, `scales`, `junk` and `unknown` are full names of tensors, in the
     file's order: keys that a full checkpoint may also hold; every averaged weight, known component or
     not; scales of packed weights; what no loader reads; what nothing explains. `duplicates` are second
-    matches of a class, which are junk. `notes` say how ambiguities were resolved.
+    matches of a class, which are junk. `astray` are the matches in a whole checkpoint, averages aside, that
+    its architecture has no slot for. `notes` say how ambiguities were resolved.
     """
 
     architecture: str | None
@@ -118,6 +119,7 @@ class Identity:
     duplicates: tuple[Match, ...] = ()
     incomplete: str | None = None
     absent: tuple[str, ...] = ()
+    astray: tuple[Match, ...] = ()
 
     @property
     def runner_up(self) -> Rejection | None:
@@ -166,6 +168,7 @@ def identify(specs: Mapping[str, Spec], catalog: Catalog) -> Identity:
         duplicates=tuple(duplicates),
         incomplete=incomplete,
         absent=absent,
+        astray=tuple(m for m in matches if intact and home and not (m.ema or m.component.cls in home.slots)),
     )
 
 

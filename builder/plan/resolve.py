@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -14,7 +14,8 @@ from builder.base.files import read_bounded
 from builder.base.inside import is_inside, leads_out
 from builder.models.catalog import Architecture
 from builder.models.cut import choose, cut, names_of
-from builder.models.identify import EMA, Match
+from builder.models.identify import EMA, Identity, Match
+from builder.models.parts import words_for
 from builder.models.prediction import Prediction, prediction, read_markers
 from builder.operations.registry import OPERATIONS, Operation
 from builder.plan.graph import (
@@ -542,9 +543,10 @@ class _Resolver:
         if denoiser and output.keep is None:
             markers = prediction(held, {}, self.catalog).names
             optional = [n for n in optional if n not in markers]
-        kept = {*optional, *(output.keep or ())}
+        astray = {full for m in identity.astray for full in names_of(identity, m).values()}
+        kept = {*optional, *_named(output.keep or (), identity)}
         if output.unknown == "keep":
-            kept |= held.keys() - {*identity.ema, *identity.junk, *identity.optional}
+            kept |= held.keys() - {*identity.ema, *identity.junk, *identity.optional, *astray}
         own = told.names if denoiser else ()
         names = tuple(n for n in held if n in kept and n not in taken and n not in own)
         self._account(base, output, {*taken, *names, *own})
@@ -556,10 +558,11 @@ class _Resolver:
         if output.keep is None:
             averaged = any(map(self.catalog.is_average, output.components))
             return [n for n in opened.identity.optional if averaged or not n.startswith(EMA)]
-        absent = [n for n in output.keep if n not in opened.checkpoint and n not in self.catalog.optional]
+        there = {*opened.checkpoint, *(w for m in opened.identity.astray for w in words_for(m))}
+        absent = [n for n in output.keep if n not in there and n not in self.catalog.optional]
         if absent:
             place = self.recipe.place(*output.at, "keep", output.keep.index(absent[0]), value=True)
-            hint = did_you_mean(absent[0], opened.checkpoint)
+            hint = did_you_mean(absent[0], there)
             raise RecipeError(Problem(f"`{base.name}` has no tensor `{absent[0]}`", place, hint=hint))
         return [n for n in opened.identity.optional if n in output.keep]
 
@@ -568,6 +571,8 @@ class _Resolver:
         opened = self.sources.open(base)
         identity = opened.identity
         sorted_out = {*identity.ema, *identity.junk, *identity.optional}
+        astray = {m.component.name: tuple(names_of(identity, m).values()) for m in identity.astray}
+        sorted_out.update(*astray.values())
         rest = [n for n in opened.checkpoint if n not in sorted_out]
         state = [n for n in identity.optional if n.startswith(EMA)]
         reasons = {
@@ -575,6 +580,7 @@ class _Resolver:
             "junk": identity.junk,
             "extra": [n for n in identity.optional if n not in state],
             "unknown": rest,
+            **astray,
         }
         names = {r: tuple(n for n in found if n not in kept) for r, found in reasons.items()}
         if any(map(self.catalog.is_average, output.components)):
@@ -583,7 +589,7 @@ class _Resolver:
         left = {k: v for k, v in names.items() if v}
         self.plan.left_out.append(LeftOut(base.name, output.file, left, sizes))
         total = sum(t.nbytes for t in opened.checkpoint.values())
-        lost = sizes["junk"] + sizes["unknown"]
+        lost = sum(size for reason, size in sizes.items() if reason not in ("EMA", "extra"))
         if output.unknown == "drop" and 2 * lost > total:
             raise SourceError(
                 Problem(
@@ -593,6 +599,12 @@ class _Resolver:
                     "name what you want of it under [components], with a `NEW` base",
                 )
             )
+
+
+def _named(keep: Sequence[str], identity: Identity) -> set[str]:
+    """The tensors that words under `keep` mean, which may be components that have no slot."""
+    parts = [m for m in identity.astray if not set(words_for(m)).isdisjoint(keep)]
+    return {*keep, *(full for m in parts for full in names_of(identity, m).values())}
 
 
 def _check_sidecars(plan: Plan) -> None:

@@ -535,13 +535,14 @@ def _language(words: Vocabulary) -> Struct:
             "keep": Key(
                 Array(Text((NOT_EMPTY,), label="name of a tensor")),
                 "Tensors to carry over from the base beside its components, by their full names: optional "
-                "ones where it has them, and others that it must have.",
+                "ones where it has them, and others that it must have. The class of a component that the "
+                "architecture has no slot for carries all of that over.",
                 '["alphas_cumprod"]',
                 otherwise="all optional ones",
             ),
             "unknown": Key(
                 Choice("treatment", UNKNOWN),
-                "What to do with tensors of the base that are of no slot, and no averages or junk.",
+                "What to do with tensors of the base that are of no component, and no averages or junk.",
                 '"keep"',
                 default="drop",
             ),

@@ -27,6 +27,10 @@ class UnfitError(OutputError):
     """A source has values that an output cannot hold, or that are none: no other attempt will help."""
 
 
+class BeyondError(UnfitError):
+    """All values are numbers, but some are beyond the output's precision: another one would do."""
+
+
 @dataclass
 class Fault:
     """Values of one tensor that its new precision cannot hold, or that were never numbers."""
@@ -59,24 +63,28 @@ class Faults:
             return None
         problems = []
         for name, fault in sorted(self.by_name.items()):
-            evidence, hints = [], []
+            evidence, keys, options = [], [], []
             if fault.overflow:
                 target = dtype.code if dtype is not None else "the output"
                 evidence.append(
                     f"{fault.overflow:,} finite values are beyond {target}, the largest is {fault.largest:g}"
                 )
-                hints.append('`overflow = "clamp"` or `"keep"`')
+                keys.append('`overflow = "clamp"`')
+                options.append("`--overflow clamp`")
             if fault.nan or fault.infinite:
                 evidence.append(f"{fault.nan:,} are NaN, {fault.infinite:,} are infinite")
-                hints.append('`non_finite = "keep"`')
+                keys.append('`non_finite = "keep"`')
+                options.append("`--non-finite keep`")
             problems.append(
                 Problem(
                     f"tensor `{name}` of {what} has values that would not survive",
                     evidence=tuple(evidence),
-                    hint=f"to build all the same, put {' and '.join(hints)} under [output]",
+                    hint=f"to build all the same, put {' and '.join(keys)} under [output] of a recipe, "
+                    f"or give a command {' and '.join(options)}",
                 )
             )
-        return UnfitError(*problems)
+        damaged = any(f.nan or f.infinite for f in self.by_name.values())
+        return (UnfitError if damaged else BeyondError)(*problems)
 
 
 class _Scratch(threading.local):

@@ -293,3 +293,13 @@ def test_strangers_and_order_change_nothing(extra: dict[str, tuple[int]], random
     assert named(before) == named(after) and before.architecture == after.architecture
     told = {*after.unknown, *after.junk, *after.optional, *after.ema, *after.scales}
     assert told == extra.keys() - plain.keys()
+
+
+@pytest.mark.parametrize("other", ["CLIP-v2-SD", "ControlNet-v1-SD", "UNET-v1-EMA"])
+def test_a_component_of_no_slot_is_astray(other: str) -> None:
+    """Not where an architecture has a slot for it, and not an average."""
+    found = identify(tensors("UNET-v1-SD", "VAE-v1-SD", "CLIP-v1-SD", other), CATALOG)
+    assert [m.component.name for m in found.astray] == [other] * (other == "CLIP-v2-SD")
+    assert not (found.unknown or found.junk)
+    broken = identify(tensors("UNET-v1-SD", "CLIP-v2-SD"), CATALOG)
+    assert not broken.intact and broken.astray == ()

@@ -6,6 +6,8 @@ import hashlib
 import json
 import re
 import shutil
+from dataclasses import replace
+from math import prod
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from builder.formats import open_checkpoint
 from builder.formats.write_safetensors import plan_layout
 from builder.tensors.lazy import DType, LazyTensor, MemoryTensor
 from tests.help.building import IDS, UNET, Folder, catalog, content, model, save, save_dirty, values
+from tests.help.building import like as filled
 from tests.help.recipe_words import golden
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -371,10 +374,174 @@ def test_a_folder(folder: Folder) -> None:
     deep = folder("prune", "in", "-r", "-o", "out", "--json").json["files"]
     states = {Path(f["path"]).name: f["state"] for f in deep}
     assert states == {
-        "a.safetensors": "tidy",
-        "b.ckpt": "written",
-        "b-pruned.safetensors": "tidy",
+        "a.safetensors": "copied",
+        "b.ckpt": "unchanged",
+        "b-pruned.safetensors": "copied",
         "c.safetensors": "written",
     }
     made = sorted(p.name for p in (folder / "out").iterdir())
-    assert made == ["b-pruned.safetensors", "c-pruned.safetensors"]
+    assert made == ["a.safetensors", "b-pruned.safetensors", "c-pruned.safetensors"]
+    assert (folder / "out/a.safetensors").read_bytes() == (folder / "in/a.safetensors").read_bytes()
+    assert (folder / "out/a.safetensors").stat().st_nlink == 1  # editing it leaves the original alone
+
+
+def small(*shape: int) -> LazyTensor:
+    return MemoryTensor(DType.F16, shape, bytes(2 * prod(shape)))
+
+
+MODULE = "lora_te2_text_model_encoder_layers_0_mlp_fc1"
+LORA = {f"{MODULE}.lora_down.weight": small(4, 8), f"{MODULE}.lora_up.weight": small(8, 4)}
+
+
+def test_out_is_whole(folder: Folder) -> None:
+    """What needs no pruning is copied, once, with its configuration; a file of another content stays."""
+    (folder / "out").mkdir()
+    tidy = save(folder / "in/a.safetensors", model("SD-mini", DType.F16))
+    folder.write("in/a.yaml", "model: x")
+    save(folder / "in/lora.pt", LORA)
+    folder.write("out/lora.pt", "something else")
+    for _ in range(2):
+        said = folder("prune", "in", "-o", "out")
+        assert said.code == 0, said.err
+        assert re.search(r"in/a.safetensors +copied +1.6 MB +1.6 MB", said.out), said.out
+        made = {p.name for p in (folder / "out").iterdir()}
+        assert made == {"a.safetensors", "a.yaml", "lora.pt", "lora(1).pt"}
+    assert (folder / "out/a.safetensors").read_bytes() == tidy.read_bytes()
+    assert (folder / "out/lora(1).pt").read_bytes() == (folder / "in/lora.pt").read_bytes()
+    one = folder("prune", "in/a.safetensors", "-o", "out", "--json").json["files"][0]
+    assert one["state"] == "copied" and one["output"]["path"] == "out/a.safetensors"
+    assert folder("prune", "in", "-o", "in").out.count("  tidy  ") == 2
+    (folder / "other").mkdir()
+    dry = folder("prune", "in", "-o", "other", "--dry-run")
+    assert dry.code == 0 and list((folder / "other").iterdir()) == []
+
+
+def test_what_has_no_table_and_is_known_is_tidy(folder: Folder) -> None:
+    save(folder / "a.pt", LORA)
+    said = folder("prune", "a.pt")
+    assert (said.code, said.err) == (0, "")
+    assert said.out.startswith("a.pt: a LoRA of SD XL, rank 4, ") and "tidy       a.pt" in said.out
+    save(folder / "b.pt", {**LORA, "optimizer_states.0": like(9)})
+    assert folder("prune", "b.pt").code == 0
+    assert content(folder / "b-pruned.safetensors") == content(folder / "a.pt")
+
+
+def test_a_tidy_ckpt_becomes_safetensors(folder: Folder) -> None:
+    save(folder / "a.ckpt", model("SD-mini", DType.F16))
+    said = folder("prune", "a.ckpt")
+    assert said.code == 0, said.err
+    assert "  goes   container       PyTorch zip, which becomes safetensors\n" in said.out
+    assert content(folder / "a-pruned.safetensors") == content(folder / "a.ckpt")
+    assert "tidy " in folder("prune", "a-pruned.safetensors").out
+
+
+def test_fixes(folder: Folder) -> None:
+    """What a fix would change is no longer tidy; where there is nothing to mend, it is."""
+    tensors = dict(model("SD-mini", DType.F16))
+    save(folder / "whole.safetensors", tensors)
+    assert tensors[IDS].dtype is DType.I64
+    tensors[IDS] = MemoryTensor(DType.I64, (1, 77), b"\1" + bytes(tensors[IDS].tobytes())[1:])
+    save(folder / "a.safetensors", tensors)
+    asked = ("--fix", "clip-position-ids")
+    assert "tidy " in folder("prune", "a.safetensors").out
+    assert "tidy " in folder("prune", "whole.safetensors", *asked).out
+    one = folder("prune", "a.safetensors", *asked, "--dry-run", "--json").json["files"][0]
+    assert one["state"] == "to do"
+    assert one["fixed"] == [{"what": "CLIP-mini-SD", "change": "clip-position-ids: made exact: int64 0..76"}]
+    said = folder("prune", "a.safetensors", *asked, "--save-recipe", "a.toml")
+    assert said.code == 0, said.err
+    assert "  fixed  CLIP-mini-SD    clip-position-ids: made exact: int64 0..76\n" in said.out
+    assert content(folder / "a-pruned.safetensors") == content(folder / "whole.safetensors")
+    assert '"clip-position-ids"' in (folder / "a.toml").read_text()
+    said = folder("prune", "a.safetensors", "--profile", "diffusers", "-o", "b.safetensors")
+    assert said.code == 0, said.err
+    assert IDS not in content(folder / "b.safetensors")
+
+
+def test_overflow_and_non_finite(folder: Folder) -> None:
+    tensors = dict(model("SD-mini", DType.F32))
+    name = f"{UNET}out.2.bias"
+    tensors[name] = filled(tensors[name], 1e5)
+    save(folder / "big.safetensors", tensors)
+    assert folder("prune", "big.safetensors").code == 7
+    assert folder("prune", "big.safetensors", "--overflow", "clamp").code == 0
+    dtype, _, data = content(folder / "big-pruned.safetensors")[name]
+    assert dtype == "F16" and data[:2] == b"\xff\x7b"  # 65504
+    tensors[name] = filled(tensors[name], float("nan"))
+    save(folder / "nan.safetensors", tensors)
+    assert folder("prune", "nan.safetensors").code == 7
+    assert folder("prune", "nan.safetensors", "--non-finite", "keep").code == 0
+
+
+SIDE = """\
+name = "Side-small"
+class = "Side"
+prefix = "side_model."
+keys = 2
+parameters = 4_160
+[tensors]
+a.weight = [64, 64]
+b.weight = [8, 8]
+"""
+
+
+@pytest.fixture
+def stranger(folder: Folder) -> Folder:
+    """With a model and a component in it that its architecture has no slot for."""
+    folder.write("db/Side.toml", SIDE)
+    side = {"side_model.a.weight": values([[1.5] * 64] * 64), "side_model.b.weight": small(8, 8)}
+    save(folder / "a.safetensors", {**model("SD-mini", DType.F16), **side, "x.y": small(2)})
+    return replace(folder, environment={"CKPT_COMPONENTS": str(folder / "db")})
+
+
+def test_a_component_without_a_slot_goes_and_is_named(stranger: Folder) -> None:
+    said = stranger("prune", "a.safetensors", "-o", "b.safetensors")
+    assert said.code == 0, said.err
+    row = "Side-small    16.5 kB  2 tensors: SD-mini has no slot for it; `--keep Side` keeps it\n"
+    assert f"  goes   {row}" in said.out
+    before, after = content(stranger / "a.safetensors"), content(stranger / "b.safetensors")
+    assert before.keys() - after.keys() == {"side_model.a.weight", "side_model.b.weight"}
+    assert all(after[n] == before[n] for n in after)
+    inspected = stranger("inspect", "a.safetensors")
+    assert inspected.code == 0 and "SD-mini has no slot for `Side-small`" in inspected.out
+    (one,) = stranger("inspect", "a.safetensors", "--json").json["files"]
+    (told,) = stranger("prune", "a.safetensors", "--dry-run", "--json").json["files"]
+    assert one["pruned"] == told["left"] == sum(len(d) for _, _, d in after.values())
+
+
+@pytest.mark.parametrize("word", ["Side", "Side-small", "side_model.*"])
+def test_keeping_a_component_without_a_slot(stranger: Folder, word: str) -> None:
+    saved = ("--save-recipe", "b.toml")
+    said = stranger("prune", "a.safetensors", "--keep", word, "-o", "b.safetensors", *saved)
+    assert said.code == 0, said.err
+    assert content(stranger / "b.safetensors") == content(stranger / "a.safetensors")
+    assert '    "Side",\n' in (stranger / "b.toml").read_text()
+    again = stranger("build", "b.toml", "-o", "c.safetensors")
+    assert again.code == 0, again.err
+    assert (stranger / "b.safetensors").read_bytes() == (stranger / "c.safetensors").read_bytes()
+    wrong = stranger("prune", "a.safetensors", "--keep", "Sides", "-o", "d.safetensors")
+    assert wrong.code == 2 and "did you mean `Side`?" in wrong.err
+
+
+def test_a_build_names_a_component_without_a_slot(stranger: Folder) -> None:
+    recipe = 'format = 1\nname = "r"\nbase = "a"\nsources.a.file = "a.safetensors"\n'
+    stranger.write("r.toml", recipe)
+    said = stranger("build", "r.toml")
+    assert said.code == 0, said.err
+    assert "left out of `a`: Side-small, 2 tensors, 16.5 kB" in said.err
+    assert "left out of `a`: unknown, 1 tensors, 4 B" in said.err
+    stranger.write("r.toml", recipe + 'output.keep = ["Side"]\n')
+    said = stranger("build", "r.toml")
+    assert said.code == 0 and "Side-small" not in said.err
+    kept = content(stranger / "r.safetensors")
+    assert {n for n in kept if n.startswith("side_model.")} == {"side_model.a.weight", "side_model.b.weight"}
+    stranger.write("r.toml", recipe + 'output.keep = ["Sides"]\n')
+    assert "did you mean" in stranger("build", "r.toml").err
+
+
+def test_most_of_a_file_does_not_go_without_a_slot(stranger: Folder) -> None:
+    side = {"side_model.a.weight": small(64, 64), "side_model.b.weight": small(8, 8)}
+    big = {f"loss.{n}": small(300, 1000) for n in range(3)}
+    save(stranger / "b.safetensors", {**model("SD-mini", DType.F16), **side, **big})
+    said = stranger("prune", "b.safetensors")
+    assert said.code == 6 and "bytes are taken for junk, or have no slot" in said.err

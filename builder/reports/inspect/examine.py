@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +15,9 @@ from builder.base.progress import SILENT, Reporter
 from builder.formats import open_checkpoint
 from builder.formats.checkpoint import Checkpoint
 from builder.formats.lost import Lost, find_lost
+from builder.models.cut import names_of
 from builder.models.identify import Identity, Match, identify
+from builder.models.kinds_of_file import FileKind, kind_of_file
 from builder.models.prediction import Prediction, prediction
 from builder.reports.inspect.positions import PositionIds, read_position_ids
 from builder.tensors.digests import Row, component_digest
@@ -65,6 +67,7 @@ class Report:
 
     `metric` and `scans` are None and empty where no data was read. `published` is the entry of the very
     file, by its SHA-256; `model` the name of the published model that has the same metric.
+    `kind` is what the file is to programs, None where that is unknown.
     `precision_waste` is what FP16 or BF16 would save of the components that stay, and `pruned` the size of
     the tensors after pruning: no EMA, no junk, no wasted precision. `faults` are what a person should mend
     or know.
@@ -87,6 +90,7 @@ class Report:
     hashes: Mapping[str, str | None] = field(default_factory=dict)
     published: KnownFile | None = None
     model: str | None = None
+    kind: FileKind | None = None
 
     def share(self, names: Iterable[str]) -> Share:
         """Names together with their size."""
@@ -114,17 +118,25 @@ class Report:
         return self.share(self.identity.optional)
 
     @cached_property
+    def astray(self) -> Share:
+        """Components that the architecture has no slot for."""
+        return self.share(n for m in self.identity.astray for n in names_of(self.identity, m).values())
+
+    @cached_property
+    def _gone(self) -> Set[str]:
+        return {*self.identity.ema, *self.identity.junk, *self.astray.names}
+
+    @cached_property
     def precision_waste(self) -> int:
         """Bytes beyond 16 bits a number, in the components that pruning keeps."""
-        gone = {*self.identity.ema, *self.identity.junk}
+        gone = self._gone
         names = (n for m in self.identity.matches for n in m.names.values() if n not in gone)
         return sum(_beyond_16_bits(self.tensors[n]) for n in names)
 
     @cached_property
     def pruned(self) -> int:
         """Bytes of tensors that pruning to 16 bits leaves."""
-        gone = {*self.identity.ema, *self.identity.junk}
-        kept = sum(t.nbytes for n, t in self.tensors.items() if n not in gone)
+        kept = sum(t.nbytes for n, t in self.tensors.items() if n not in self._gone)
         return kept - self.precision_waste
 
     @cached_property
@@ -141,8 +153,8 @@ class Report:
 
     @property
     def sound(self) -> bool:
-        """Whether the file is something known, and whole, as far as it was read."""
-        return self.identity.intact and not self.non_finite
+        """Whether the file is something known, and nothing wrong with it, as far as it was read."""
+        return self.kind is not None and not self.non_finite
 
     @cached_property
     def faults(self) -> tuple[Problem, ...]:
@@ -215,6 +227,7 @@ def examine(
         metric=label,
         scans=scans,
         model=catalog.known.model(label.text) if label else None,
+        kind=kind_of_file(checkpoint, checkpoint.metadata, identity, catalog),
     )
 
 

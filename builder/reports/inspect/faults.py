@@ -28,6 +28,7 @@ def find_faults(report: Report) -> Iterator[Problem]:
     yield from _prediction(report)
     yield from _spelling(report)
     yield from _duplicates(report)
+    yield from _astray(report)
     yield from _scales(report)
     yield from _integers(report)
     yield from _published(report)
@@ -51,7 +52,7 @@ def describe(rejection: Rejection) -> str:
 
 def _structure(report: Report) -> Iterator[Problem]:
     identity = report.identity
-    if identity.intact:
+    if report.kind is not None:
         return
     if not report.tensors:
         yield Problem("there are no tensors in this file")
@@ -175,6 +176,15 @@ def _duplicates(report: Report) -> Iterator[Problem]:
         yield Problem(
             f"there is a second {cls} under {_where(match)}",
             evidence=(f"the one under {_where(first)} is taken, the second is junk",),
+        )
+
+
+def _astray(report: Report) -> Iterator[Problem]:
+    for match in report.identity.astray:
+        yield Problem(
+            f"{report.identity.architecture} has no slot for `{match.component.name}`",
+            evidence=(f"it lies under {_where(match)}; programs may take the model for another by it",),
+            hint="pruning leaves it out",
         )
 
 

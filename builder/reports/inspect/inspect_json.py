@@ -44,6 +44,8 @@ def _file(report: Report) -> Json:
         "size": report.size,
         "architecture": identity.architecture,
         "intact": identity.intact,
+        "kind": report.kind and report.kind.kind,
+        "described": (report.kind and report.kind.text) or None,
         "incomplete": {"architecture": identity.incomplete, "absent": list(identity.absent)}
         if identity.incomplete
         else None,

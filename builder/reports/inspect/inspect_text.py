@@ -37,8 +37,8 @@ class _Page:
         """The file, and in a line what it is."""
         r, s = self.report, self.style
         yield s.strong(shown(r.path))
-        name = r.identity.architecture or "unknown"
-        verdict = (s.good if r.identity.intact else s.bad)(name)
+        name = (r.kind and r.kind.text) or r.identity.architecture or "unknown"
+        verdict = (s.good if r.kind is not None else s.bad)(shown(name))
         yield " · ".join([verdict, CONTAINERS.get(r.container, r.container), self.size(r.size)])
 
     def table(self) -> Iterator[str]:
@@ -80,7 +80,8 @@ class _Page:
             yield from self.fact("predicts", _predicts(r.prediction))
         if r.published:
             yield from self.fact("published", f"as {r.published.name}")
-        for label, share in (("EMA", r.ema), ("junk", r.junk), ("unknown", r.unknown)):
+        rest = "tensors" if r.kind is not None and r.kind.called else "unknown"
+        for label, share in (("EMA", r.ema), ("junk", r.junk), (rest, r.unknown)):
             if share.names:
                 listed = "" if label == "EMA" or self.full else f": {grouped(share.names)}"
                 yield from self.fact(
@@ -92,7 +93,7 @@ class _Page:
         if r.parts and r.precision_waste * 1000 > (0 if self.full else r.pruned):
             wasted = self.size(r.precision_waste)
             yield from self.fact("precision", f"{wasted} wasted: 16 bits a number would do")
-        saved = r.ema.bytes + r.junk.bytes + r.precision_waste
+        saved = r.ema.bytes + r.junk.bytes + r.astray.bytes + r.precision_waste
         if r.identity.intact and saved * 100 > r.pruned:
             yield from self.fact("pruned", f"{human_bytes(r.size)} → {self.size(r.pruned)}")
         if r.metadata and not self.full:
