@@ -21,6 +21,7 @@ from builder.build.write import write_output
 from builder.formats.blob import FileBlob
 from builder.formats.write_safetensors import Written
 from builder.models.catalog import Catalog
+from builder.models.metric import counted
 from builder.plan.graph import Key, Node, OutputJob
 from builder.plan.keys import assembly_key, note_beside, output_format, recall_beside
 from builder.plan.resolve import output_state
@@ -215,16 +216,9 @@ class Assembly:
 
     def _groups(self, parts: list[Part]) -> dict[str, str]:
         """The tensors to be counted for the metric, each with its class: of those not measured before."""
-        groups: dict[str, str] = {}
-        for part in parts:
-            scale = self._catalog.scales.get(part.cls)
-            known = part.stored and known_digits(self.context.store, part.cls, part.stored.digest)
-            if scale is not None and known is None:
-                rules = self._catalog.classes[part.cls]
-                weights = {n for component in rules for n in component.tensors}
-                counted = (n for n in part.tensors if n in weights and scale.counts(n))
-                groups |= dict.fromkeys((part.prefix + n for n in counted), part.cls)
-        return groups
+        store = self.context.store
+        new = (p for p in parts if p.stored is None or known_digits(store, p.cls, p.stored.digest) is None)
+        return counted({p.cls: {n: p.prefix + n for n in p.tensors} for p in new}, self._catalog)
 
     # -- what was made
 

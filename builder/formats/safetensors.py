@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from builder.base.errors import Place, Problem, SourceError
 from builder.formats.blob import Blob, BlobTensor
-from builder.formats.checkpoint import Checkpoint
+from builder.formats.checkpoint import Checkpoint, with_descriptions
 from builder.tensors.lazy import BY_CODE, DType
 
 METADATA = "__metadata__"
@@ -40,7 +40,7 @@ def from_blob(blob: Blob, name: str) -> Checkpoint:
     """The checkpoint in a safetensors file; raises SourceError as `read_header` does."""
     header = read_header(blob)
     base = header.data_offset
-    return Checkpoint(
+    checkpoint = Checkpoint(
         name=name,
         container="safetensors",
         size=blob.size,
@@ -48,6 +48,7 @@ def from_blob(blob: Blob, name: str) -> Checkpoint:
         metadata=header.metadata,
         blobs=(blob,),
     )
+    return with_descriptions(checkpoint)
 
 
 def read_header(blob: Blob) -> Header:

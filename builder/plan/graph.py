@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from builder.base.errors import Place, Problem
-from builder.operations.fixes import FIXES
+from builder.operations.fixes import FIXES, finished_types
 from builder.sources.job import SourceJob
-from builder.tensors.cast import NonFinite, Overflow, Precision, cast_type
+from builder.tensors.cast import NonFinite, Overflow, Precision
 from builder.tensors.digests import expression_key
 from builder.tensors.lazy import DType, LazyTensor
 
@@ -27,7 +27,7 @@ Key = str
 State = Literal["make", "stored", "unchanged", "stream", "known", "hash", "fetch"]
 
 # A change of what is made from the same inputs must change its version here.
-VERSIONS = {"take": 2, "finish": 2, "assemble": 2}
+VERSIONS = {"take": 3, "finish": 3, "assemble": 2}
 
 
 @dataclass(frozen=True)
@@ -290,5 +290,6 @@ class Plan:
 def component_specs(
     tensors: Mapping[str, LazyTensor], precision: Precision, narrow: bool = False
 ) -> dict[str, tuple[DType, tuple[int, ...]]]:
-    """Names, dtypes and shapes that tensors will have in a precision; integers stay as they are."""
-    return {n: (cast_type(n, t.dtype, precision, narrow), t.shape) for n, t in tensors.items()}
+    """Names, dtypes and shapes that tensors will have in a precision."""
+    types = finished_types(tensors, precision, narrow)
+    return {n: (types[n], t.shape) for n, t in tensors.items()}

@@ -13,7 +13,7 @@ from builder.base.errors import Problem, RecipeError, SourceError, did_you_mean
 from builder.base.files import read_bounded
 from builder.base.inside import is_inside, leads_out
 from builder.models.catalog import Architecture
-from builder.models.cut import choose, cut, names_of
+from builder.models.cut import choose, cut
 from builder.models.identify import EMA, Match
 from builder.operations.registry import OPERATIONS, Operation
 from builder.plan.graph import (
@@ -446,7 +446,7 @@ class _Resolver:
         opened = self.sources.open(base)
         identity, held = opened.identity, opened.checkpoint
         parts = [m for m in identity.matches if m.component.cls in architecture.slots]
-        taken = {full for m in parts for full in names_of(identity, m).values()}
+        taken = {full for m in parts for full in m.whole.values()}
         kept = {*self._optional(base, output), *(output.keep or ())}
         if output.unknown == "keep":
             kept |= held.keys() - {*identity.ema, *identity.junk, *identity.optional}

@@ -15,7 +15,8 @@ from blake3 import blake3
 from builder.base.errors import CkptError, Problem, SourceError
 from builder.base.parallel import run_windows
 from builder.base.progress import SILENT, Reporter
-from builder.tensors.lazy import PACKED, WINDOW, DType, LazyTensor
+from builder.tensors.lazy import WINDOW, DType, LazyTensor
+from builder.tensors.packed import OPAQUE
 
 if TYPE_CHECKING:
     import numpy as np
@@ -324,7 +325,7 @@ class _Counters:
         run: tuple[str, DType, int, int] | None = None  # parts side by side are counted as one
         for span, _, length in chunk.parts:
             dtype = span.tensor.dtype
-            if length and dtype.floating and dtype not in PACKED:
+            if length and dtype.floating and dtype not in OPAQUE:
                 if self._numbers:
                     self._number(span.name, dtype, buffer[at : at + length])
                 if (group := self._groups.get(span.name)) is not None:

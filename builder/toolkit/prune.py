@@ -18,12 +18,12 @@ from builder.base.files import read_bounded
 from builder.build import Build, Built
 from builder.models.identify import EMA, Identity, Match
 from builder.models.parts import home, usual_precision
+from builder.operations.fixes import finished_types
 from builder.recipe import Pick
 from builder.recipe.names import SHARD, SUFFIXES, recipe_name
 from builder.recipe.profiles import MAX_SIDECAR
 from builder.reports.inspect import Report, examine
 from builder.sources.opened import Sources
-from builder.tensors.cast import cast_type
 from builder.tensors.lazy import LazyTensor
 from builder.toolkit.command_recipe import CommandRecipe, run
 from builder.workspace import Workspace
@@ -115,7 +115,7 @@ def plan_pruning(path: Path, sources: Sources, options: Options) -> Pruning:
     averages = {m.component.cls: m for m in identity.matches if m.ema}
     # An average alone is the model, and is not listed among what training keeps beside one.
     wanted = averages if options.keep_ema or not identity.ema else {}
-    stays = {n for m in wanted.values() for n in m.names.values()}
+    stays = {n for m in wanted.values() for n in m.whole.values()}
     state = [n for n in identity.optional if n.startswith(EMA) and not wanted]  # of the running average
     if options.keep_ema:
         kept |= {*identity.ema, *state} - stays
@@ -126,16 +126,12 @@ def plan_pruning(path: Path, sources: Sources, options: Options) -> Pruning:
     left = {n: t for n, t in tensors.items() if n not in {*gone["EMA"], *gone["junk"]}}
     slots = at.slots if at is not None else (identity.architecture,)
     parts = [m for m in identity.matches if m.component.cls in (*slots, *wanted)]
-    rounded = {
-        full: saved
-        for m in parts
-        for full in m.names.values()
-        if (saved := _saved(full, tensors[full], precision))
-    }
-    of_parts = {full for m in parts for full in m.names.values()}
+    saved = {full: size for m in parts for full, size in _saved(m, tensors, precision).items()}
+    rounded = {full: size for full, size in saved.items() if size > 0}
+    of_parts = set(saved)
     rest = {
         "extra": [n for n in identity.optional if n in left],
-        "scales": list(identity.scales),
+        "scales": [n for n in identity.scales if n in left and n not in of_parts],
         "kept": [n for n in left if n in kept and n not in of_parts],
     }
     rest["unknown"] = [n for n in left if n not in of_parts.union(*rest.values())]
@@ -153,9 +149,9 @@ def plan_pruning(path: Path, sources: Sources, options: Options) -> Pruning:
         path,
         report,
         tuple(sorted(goes, key=lambda s: -s.bytes)),
-        tuple(_part(m, tensors, rounded) for m in parts),
+        tuple(_part(m, tensors, saved) for m in parts),
         tuple(_shares(rest, tensors)),
-        sum(t.nbytes for t in left.values()) - sum(rounded.values()),
+        sum(t.nbytes for t in left.values()) - sum(saved.values()),
         tuple(wanted),
         output,
         None if options.force and tensors else _refusal(path, report),
@@ -228,10 +224,11 @@ def _refusal(path: Path, report: Report) -> Problem | None:
     return None
 
 
-def _saved(name: str, tensor: LazyTensor, precision: str) -> int:
-    """Bytes that rounding a tensor to a precision saves."""
-    new = cast_type(name, tensor.dtype, precision, narrow=True)  # type: ignore[arg-type]
-    return tensor.nbytes - tensor.numel * new.bits // 8
+def _saved(match: Match, tensors: Tensors, precision: str) -> dict[str, int]:
+    """Bytes that a component's tensors get smaller by, by full name."""
+    held = {bare: tensors[full] for bare, full in match.whole.items()}
+    types = finished_types(held, precision, narrow=True)  # type: ignore[arg-type]
+    return {match.whole[b]: t.nbytes - t.numel * types[b].bits // 8 for b, t in held.items()}
 
 
 def _share(reason: str, names: Iterable[str], tensors: Tensors) -> Share:
@@ -239,9 +236,9 @@ def _share(reason: str, names: Iterable[str], tensors: Tensors) -> Share:
     return Share(reason, tuple(by_size), sum(tensors[n].nbytes for n in by_size))
 
 
-def _part(match: Match, tensors: Tensors, rounded: Mapping[str, int]) -> Share:
-    share = _share(match.component.name, match.names.values(), tensors)
-    return replace(share, bytes=share.bytes - sum(rounded.get(n, 0) for n in share.names))
+def _part(match: Match, tensors: Tensors, saved: Mapping[str, int]) -> Share:
+    share = _share(match.component.name, match.whole.values(), tensors)
+    return replace(share, bytes=share.bytes - sum(saved[n] for n in share.names))
 
 
 def _shares(groups: Mapping[str, list[str]], tensors: Tensors) -> list[Share]:
