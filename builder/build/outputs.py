@@ -24,6 +24,7 @@ from builder.models.catalog import Catalog
 from builder.models.metric import counted
 from builder.plan.graph import Key, Node, OutputJob
 from builder.plan.keys import assembly_key, note_beside, output_format, recall_beside
+from builder.plan.metadata import DATE
 from builder.plan.resolve import output_state
 from builder.recipe.lock import Lock, LockedComponent, LockedOutput, differences, lock_path
 from builder.recipe.profiles import MAX_SIDECAR
@@ -427,7 +428,12 @@ def lock_of(context: Context, products: Mapping[Key, Product]) -> Lock:
                 LockedComponent(job.output.name, cls, part.component, source, part.digest, part.tensors)
             )
         outputs[job.output.name] = LockedOutput(
-            job.output.file, built.sha256, built.tensor_digest, built.size, built.metric
+            job.output.file,
+            built.sha256,
+            built.tensor_digest,
+            built.size,
+            built.metric,
+            "" if DATE in job.output.metadata else job.metadata.get(DATE, ""),
         )
     sources = locked_sources(context.plan.entries, context.sources)
     return Lock(context.plan.recipe.digest, sources, tuple(components), outputs)

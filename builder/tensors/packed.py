@@ -121,7 +121,7 @@ def packing(tensors: Mapping[str, LazyTensor]) -> Packing:
     beside: dict[str, list[str]] = defaultdict(list)
     for name in found:
         beside[_split(name)[0]].append(name)
-    marked = _marked(found, (n for n, t in tensors.items() if _is_eight(t)))
+    marked = _marked(found, (n for n, t in tensors.items() if _is_eight(t) and n not in found))
     weights = {}
     for name, tensor in tensors.items():
         layer, _, own = name.rpartition(".")
