@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from builder.base.errors import Problem
 from builder.models.identify import DIFFUSERS_ATTENTION
-from builder.tensors.cast import Precision, UnfitError, cast_types
+from builder.tensors.cast import Narrow, Precision, UnfitError, cast_types
 from builder.tensors.lazy import DType, LazyTensor, MemoryTensor
 from builder.tensors.moves import Reshaped
 from builder.tensors.packed import OPAQUE
@@ -173,7 +173,7 @@ def _numbers(held: LazyTensor) -> list[float] | None:
     return [float(v) for v in found.double().tolist()]
 
 
-def finished_types(tensors: Tensors, precision: Precision, narrow: bool = False) -> dict[str, DType]:
+def finished_types(tensors: Tensors, precision: Precision, narrow: Narrow = False) -> dict[str, DType]:
     """The type that each tensor of a component has once it is finished: rounded, and positions whole."""
     types = cast_types(tensors, precision, narrow)
     if POSITION_IDS in types and types[POSITION_IDS].floating:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from builder.base.errors import Place, Problem
 from builder.operations.fixes import FIXES, finished_types
 from builder.sources.job import SourceJob
-from builder.tensors.cast import NonFinite, Overflow, Precision
+from builder.tensors.cast import Narrow, NonFinite, Overflow, Precision
 from builder.tensors.digests import expression_key
 from builder.tensors.lazy import DType, LazyTensor
 
@@ -102,7 +102,7 @@ class ComponentJob:
     origin: Origin
     fixes: tuple[str, ...]
     precision: Precision
-    narrow: bool
+    narrow: Narrow
     overflow: Overflow
     non_finite: NonFinite
     store: bool = False
@@ -114,7 +114,7 @@ class ComponentJob:
             "precision": self.precision,
             "overflow": self.overflow,
             "non_finite": self.non_finite,
-            **({"narrow": True} if self.narrow else {}),
+            **({"narrow": self.narrow} if self.narrow else {}),
         }
 
     @property
@@ -288,7 +288,7 @@ class Plan:
 
 
 def component_specs(
-    tensors: Mapping[str, LazyTensor], precision: Precision, narrow: bool = False
+    tensors: Mapping[str, LazyTensor], precision: Precision, narrow: Narrow = False
 ) -> dict[str, tuple[DType, tuple[int, ...]]]:
     """Names, dtypes and shapes that tensors will have in a precision."""
     types = finished_types(tensors, precision, narrow)

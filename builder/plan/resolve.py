@@ -253,7 +253,7 @@ class _Resolver:
             origin,
             tuple(n for n in output.fixes if self.catalog.applies(n, pick.cls)),
             output.precision,  # type: ignore[arg-type]
-            output.narrow,
+            output.narrow,  # type: ignore[arg-type]
             output.overflow,  # type: ignore[arg-type]
             output.non_finite,  # type: ignore[arg-type]
         )

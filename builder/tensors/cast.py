@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 Precision = Literal["fp16", "bf16", "fp32", "keep"]
 PRECISIONS: dict[str, DType | None] = {"fp16": DType.F16, "bf16": DType.BF16, "fp32": DType.F32, "keep": None}
 
+Narrow = bool | Literal["fewer"]
 Overflow = Literal["error", "clamp", "keep"]
 NonFinite = Literal["error", "keep"]
 
@@ -211,12 +212,13 @@ def cast_all(
     faults: Faults,
     overflow: Overflow = "error",
     non_finite: NonFinite = "error",
-    narrow: bool = False,
+    narrow: Narrow = False,
 ) -> dict[str, LazyTensor]:
     """Each floating tensor as a `Cast` to `precision`; integers, booleans and empty tensors as they are.
 
-    With `narrow`, what takes no more bits than `precision` keeps its type, and so do packed weights. Their
-    companions always do. Raises SourceError where a plain cast would misread packed weights.
+    With `narrow`, what takes no more bits than `precision` keeps its type (with `fewer`, what takes fewer),
+    and so do packed weights. Their companions always do. Raises SourceError where a plain cast would
+    misread packed weights.
     """
     if PRECISIONS[precision] is not None and not narrow and (packed := packing(tensors)).weights:
         raise packed.refused(
@@ -235,7 +237,7 @@ def cast_all(
 
 
 def cast_types(
-    tensors: Mapping[str, LazyTensor], precision: Precision, narrow: bool = False
+    tensors: Mapping[str, LazyTensor], precision: Precision, narrow: Narrow = False
 ) -> dict[str, DType]:
     """The type that each tensor has in a precision, as `cast_all` makes it."""
     wanted = PRECISIONS[precision]
@@ -244,6 +246,7 @@ def cast_types(
     def made(name: str, dtype: DType) -> DType:
         if wanted is None or not dtype.floating or name in packed:
             return dtype
-        return dtype if narrow and dtype.bits <= wanted.bits else wanted
+        kept = dtype.bits < wanted.bits if narrow == "fewer" else narrow and dtype.bits <= wanted.bits
+        return dtype if kept else wanted
 
     return {name: made(name, tensor.dtype) for name, tensor in tensors.items()}

@@ -24,7 +24,8 @@ from builder.recipe.names import SHARD, SUFFIXES, recipe_name
 from builder.recipe.profiles import MAX_SIDECAR
 from builder.reports.inspect import Report, examine
 from builder.sources.opened import Sources
-from builder.tensors.lazy import LazyTensor
+from builder.tensors.cast import Narrow
+from builder.tensors.lazy import DType, LazyTensor
 from builder.toolkit.command_recipe import CommandRecipe, run
 from builder.workspace import Workspace
 
@@ -40,8 +41,9 @@ Tensors = Mapping[str, LazyTensor]
 
 @dataclass(frozen=True)
 class Options:
-    """How to prune. `precision`: None is 16 bits, as such models are published. `keep` are names of tensors,
-    or patterns of them as a shell has, that stay whatever they are. `force`: what is broken or unknown, too.
+    """How to prune. `precision`: None is 16 bits, as such models are published; any other is what becomes of
+    all that takes no fewer bits. `keep` are names of tensors, or patterns of them as a shell has, that stay
+    whatever they are. `force`: what is broken or unknown, too.
     """
 
     precision: str | None = None
@@ -126,9 +128,11 @@ def plan_pruning(path: Path, sources: Sources, options: Options) -> Pruning:
     left = {n: t for n, t in tensors.items() if n not in {*gone["EMA"], *gone["junk"]}}
     slots = at.slots if at is not None else (identity.architecture,)
     parts = [m for m in identity.matches if m.component.cls in (*slots, *wanted)]
-    saved = {full: size for m in parts for full, size in _saved(m, tensors, precision).items()}
-    rounded = {full: size for full, size in saved.items() if size > 0}
-    of_parts = set(saved)
+    narrow: Narrow = "fewer" if options.precision else True
+    types = {full: d for m in parts for full, d in _types(m, tensors, precision, narrow).items()}
+    saved = {full: tensors[full].nbytes - tensors[full].numel * d.bits // 8 for full, d in types.items()}
+    rounded = [full for full, d in types.items() if d.floating and d is not tensors[full].dtype]
+    of_parts = set(types)
     rest = {
         "extra": [n for n in identity.optional if n in left],
         "scales": [n for n in identity.scales if n in left and n not in of_parts],
@@ -137,14 +141,14 @@ def plan_pruning(path: Path, sources: Sources, options: Options) -> Pruning:
     rest["unknown"] = [n for n in left if n not in of_parts.union(*rest.values())]
     output = {
         "precision": precision,
-        "narrow": True,
+        "narrow": narrow,
         "unknown": "keep",
         **({"keep": [*rest["extra"], *sorted(kept - of_parts)]} if kept - of_parts else {}),
         **({"partial": True} if not identity.intact else {}),
     }
     goes = _shares(gone, tensors)
     if rounded:
-        goes.append(replace(_share("precision", rounded, tensors), bytes=sum(rounded.values())))
+        goes.append(replace(_share("precision", rounded, tensors), bytes=sum(saved[n] for n in rounded)))
     return Pruning(
         path,
         report,
@@ -224,11 +228,11 @@ def _refusal(path: Path, report: Report) -> Problem | None:
     return None
 
 
-def _saved(match: Match, tensors: Tensors, precision: str) -> dict[str, int]:
-    """Bytes that a component's tensors get smaller by, by full name."""
+def _types(match: Match, tensors: Tensors, precision: str, narrow: Narrow) -> dict[str, DType]:
+    """The types that a component's tensors get, by full name."""
     held = {bare: tensors[full] for bare, full in match.whole.items()}
-    types = finished_types(held, precision, narrow=True)  # type: ignore[arg-type]
-    return {match.whole[b]: t.nbytes - t.numel * types[b].bits // 8 for b, t in held.items()}
+    types = finished_types(held, precision, narrow)  # type: ignore[arg-type]
+    return {match.whole[bare]: dtype for bare, dtype in types.items()}
 
 
 def _share(reason: str, names: Iterable[str], tensors: Tensors) -> Share:

@@ -14,7 +14,7 @@ from builder.base.errors import Problem
 from builder.base.progress import SILENT, Reporter
 from builder.formats import open_checkpoint
 from builder.formats.checkpoint import Checkpoint
-from builder.models.identify import Identity, Match, identify
+from builder.models.identify import EMA, Identity, Match, identify
 from builder.operations.fixes import finished_types
 from builder.reports.inspect.positions import PositionIds, read_position_ids
 from builder.tensors.digests import Row, component_digest
@@ -123,17 +123,23 @@ class Report:
     @cached_property
     def pruned(self) -> int:
         """Bytes of tensors that pruning to 16 bits leaves."""
-        gone = {*self.identity.ema, *self.identity.junk}
-        kept = sum(t.nbytes for n, t in self.tensors.items() if n not in gone)
+        kept = sum(t.nbytes for n, t in self.tensors.items() if n not in self._gone)
         return kept + sum(size - t.nbytes for t, size in self._finished)
+
+    @cached_property
+    def _gone(self) -> set[str]:
+        """What pruning takes away: also the state of an average, but of one that is the model."""
+        identity = self.identity
+        alone = not identity.ema and any(m.ema for m in identity.matches)
+        state = (n for n in identity.optional if n.startswith(EMA) and not alone)
+        return {*identity.ema, *identity.junk, *state}
 
     @cached_property
     def _finished(self) -> list[tuple[LazyTensor, int]]:
         """The tensors of the components that pruning keeps, each with the bytes that it takes afterwards."""
-        gone = {*self.identity.ema, *self.identity.junk}
         found = []
         for match in self.identity.matches:
-            held = {b: self.tensors[f] for b, f in match.whole.items() if f not in gone}
+            held = {b: self.tensors[f] for b, f in match.whole.items() if f not in self._gone}
             types = finished_types(held, "fp16", narrow=True)
             found += [(t, t.numel * types[b].bits // 8) for b, t in held.items()]
         return found
