@@ -322,10 +322,11 @@ def _model(
     for match in (m for m in identity.matches if m.component.cls in architecture.slots):
         prefix = catalog.component_for(match.component.cls, architecture).prefix
         usual |= {full: prefix + bare for bare, full in match.whole.items()}
+    model = usual.keys() - {*identity.companions}  # which no loader of the layout knows
     return _Model(
         layout,
-        {usual[name]: tensor for name, tensor in tensors.items() if name in usual},
-        {name: tensor for name, tensor in tensors.items() if name not in usual},
+        {usual[name]: tensor for name, tensor in tensors.items() if name in model},
+        {usual.get(name, name): t for name, t in tensors.items() if name not in model},
         _metadata(checkpoint),
         prediction or _prediction(checkpoint, layout, catalog),
         "ztsnr" in checkpoint,
