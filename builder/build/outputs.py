@@ -22,8 +22,10 @@ from builder.formats.blob import FileBlob
 from builder.formats.lost import find_lost, said
 from builder.formats.write_safetensors import Written
 from builder.models.catalog import Catalog
+from builder.models.metric import counted
 from builder.plan.graph import Key, Node, OutputJob
 from builder.plan.keys import assembly_key, note_beside, note_prediction, output_format, recall_beside
+from builder.plan.metadata import DATE
 from builder.plan.resolve import output_state
 from builder.recipe.lock import Lock, LockedComponent, LockedOutput, differences, lock_path
 from builder.recipe.profiles import MAX_SIDECAR
@@ -221,16 +223,9 @@ class Assembly:
 
     def _groups(self, parts: list[Part]) -> dict[str, str]:
         """The tensors to be counted for the metric, each with its class: of those not measured before."""
-        groups: dict[str, str] = {}
-        for part in parts:
-            scale = self._catalog.scales.get(part.cls)
-            known = part.stored and known_digits(self.context.store, part.cls, part.stored.digest)
-            if scale is not None and known is None:
-                rules = self._catalog.classes[part.cls]
-                weights = {n for component in rules for n in component.tensors}
-                counted = (n for n in part.tensors if n in weights and scale.counts(n))
-                groups |= dict.fromkeys((part.prefix + n for n in counted), part.cls)
-        return groups
+        store = self.context.store
+        new = (p for p in parts if p.stored is None or known_digits(store, p.cls, p.stored.digest) is None)
+        return counted({p.cls: {n: p.prefix + n for n in p.tensors} for p in new}, self._catalog)
 
     # -- what was made
 
@@ -445,7 +440,12 @@ def lock_of(context: Context, products: Mapping[Key, Product]) -> Lock:
                 LockedComponent(job.output.name, cls, part.component, source, part.digest, part.tensors)
             )
         outputs[job.output.name] = LockedOutput(
-            job.output.file, built.sha256, built.tensor_digest, built.size, built.metric
+            job.output.file,
+            built.sha256,
+            built.tensor_digest,
+            built.size,
+            built.metric,
+            "" if DATE in job.output.metadata else job.metadata.get(DATE, ""),
         )
     sources = locked_sources(context.plan.entries, context.sources)
     return Lock(context.plan.recipe.digest, sources, tuple(components), outputs)

@@ -69,7 +69,7 @@ class Request:
 @click.option(
     "--precision",
     type=click.Choice(list(PRECISIONS)),
-    help="Round what is wider to this; by default to FP16, or BF16 where models are published so.",
+    help="Round what has no fewer bits to this; by default what is wider than 16 bits.",
 )
 @repairing
 @click.option("--force", is_flag=True, help="Also what is broken or unknown, or mostly junk.")

@@ -8,6 +8,7 @@ from types import TracebackType
 
 from builder.formats.blob import Blob
 from builder.tensors.lazy import LazyTensor
+from builder.tensors.packed import IN_HEADER, described
 
 
 @dataclass(eq=False)
@@ -57,3 +58,15 @@ class Checkpoint(Mapping[str, LazyTensor]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def with_descriptions(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with what its metadata say of packed layers as tensors beside those layers.
+
+    Programs read both alike, but a description in the metadata would be lost with the file's header.
+    """
+    made = described(checkpoint.tensors, checkpoint.metadata.get(IN_HEADER, ""))
+    if made is not None:
+        del checkpoint.metadata[IN_HEADER]
+        checkpoint.tensors |= {n: t for n, t in made.items() if n not in checkpoint}
+    return checkpoint

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, NoReturn
 from builder.base.errors import Place, Problem, SourceError
 from builder.base.words import counted, listed
 from builder.formats.blob import Blob, BlobTensor
-from builder.formats.checkpoint import Checkpoint
+from builder.formats.checkpoint import Checkpoint, with_descriptions
 from builder.tensors.lazy import BY_CODE, DType
 
 METADATA = "__metadata__"
@@ -45,7 +45,7 @@ def from_blob(blob: Blob, name: str, *, repair: bool = False) -> Checkpoint:
     """The checkpoint in a safetensors file; `repair` and errors are as for `read_header`."""
     header = read_header(blob, repair=repair)
     base = header.data_offset
-    return Checkpoint(
+    checkpoint = Checkpoint(
         name=name,
         container="safetensors",
         size=blob.size,
@@ -54,6 +54,7 @@ def from_blob(blob: Blob, name: str, *, repair: bool = False) -> Checkpoint:
         blobs=(blob,),
         mended=header.mended,
     )
+    return with_descriptions(checkpoint)
 
 
 def read_header(blob: Blob, *, repair: bool = False) -> Header:

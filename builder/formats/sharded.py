@@ -10,7 +10,7 @@ from builder.base.errors import Place, Problem, SourceError
 from builder.base.files import parse_json
 from builder.formats import safetensors
 from builder.formats.blob import FileBlob
-from builder.formats.checkpoint import Checkpoint
+from builder.formats.checkpoint import Checkpoint, with_descriptions
 from builder.formats.sniff import is_safetensors
 from builder.formats.torch.files import HEAD, looks_like_torch
 from builder.tensors.lazy import LazyTensor
@@ -65,7 +65,7 @@ def from_index(
     for more in (*(c.metadata for c in reversed(opened)), index.get("metadata")):
         if isinstance(more, dict):
             metadata |= {k: v for k, v in more.items() if isinstance(v, str)}
-    return Checkpoint(
+    checkpoint = Checkpoint(
         name=name,
         container="safetensors-sharded",
         size=sum(c.size for c in opened),
@@ -74,6 +74,7 @@ def from_index(
         blobs=(blob, *(b for c in opened for b in c.blobs)),
         mended=tuple(f"{Path(c.name).name}: {m}" for c in opened for m in c.mended),
     )
+    return with_descriptions(checkpoint)
 
 
 def _weight_map(index: dict[str, Any], path: Path) -> dict[str, str]:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from builder.base.errors import Place, Problem
 from builder.models.prediction import Marker, Prediction
-from builder.operations.fixes import FIXES
+from builder.operations.fixes import FIXES, finished_types
 from builder.sources.job import SourceJob
-from builder.tensors.cast import NonFinite, Overflow, Precision, cast_type
+from builder.tensors.cast import Narrow, NonFinite, Overflow, Precision
 from builder.tensors.digests import expression_key
 from builder.tensors.lazy import DType, LazyTensor
 
@@ -28,7 +28,7 @@ Key = str
 State = Literal["make", "stored", "unchanged", "stream", "known", "hash", "fetch"]
 
 # A change of what is made from the same inputs must change its version here.
-VERSIONS = {"take": 2, "finish": 2, "assemble": 2}
+VERSIONS = {"take": 3, "finish": 3, "assemble": 2}
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class ComponentJob:
     origin: Origin
     fixes: tuple[str, ...]
     precision: Precision
-    narrow: bool
+    narrow: Narrow
     overflow: Overflow
     non_finite: NonFinite
     store: bool = False
@@ -115,7 +115,7 @@ class ComponentJob:
             "precision": self.precision,
             "overflow": self.overflow,
             "non_finite": self.non_finite,
-            **({"narrow": True} if self.narrow else {}),
+            **({"narrow": self.narrow} if self.narrow else {}),
         }
 
     @property
@@ -294,7 +294,8 @@ class Plan:
 
 
 def component_specs(
-    tensors: Mapping[str, LazyTensor], precision: Precision, narrow: bool = False
+    tensors: Mapping[str, LazyTensor], precision: Precision, narrow: Narrow = False
 ) -> dict[str, tuple[DType, tuple[int, ...]]]:
-    """Names, dtypes and shapes that tensors will have in a precision; integers stay as they are."""
-    return {n: (cast_type(n, t.dtype, precision, narrow), t.shape) for n, t in tensors.items()}
+    """Names, dtypes and shapes that tensors will have in a precision."""
+    types = finished_types(tensors, precision, narrow)
+    return {n: (types[n], t.shape) for n, t in tensors.items()}

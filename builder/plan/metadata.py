@@ -8,6 +8,7 @@ from datetime import datetime, timezone
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from builder.base.errors import Problem, UsageError, clipped
 from builder.models.prediction import ARCHITECTURE, IMPLEMENTATION, WORDS
 
 if TYPE_CHECKING:
@@ -17,10 +18,25 @@ if TYPE_CHECKING:
 # Of a base's own metadata, what would be untrue of what is made from it.
 _UNTRUE = ("modelspec.hash_sha256", "modelspec.date", "modelspec.thumbnail", "sshs_", "ckpt.")
 
+DATE = "modelspec.date"
+
 
 def canonical(data: Any) -> str:
     """JSON of one form: sorted, compact, ASCII."""
     return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+
+
+def date_of(environment: Mapping[str, str]) -> str | None:
+    """The day that SOURCE_DATE_EPOCH says; raises UsageError where that is no time in seconds."""
+    said = environment.get("SOURCE_DATE_EPOCH", "")
+    if not said.isdecimal():
+        return None
+    try:
+        return datetime.fromtimestamp(int(said), timezone.utc).strftime("%Y-%m-%d")
+    except (ValueError, OverflowError, OSError):
+        fact = f"SOURCE_DATE_EPOCH is `{clipped(said, 40)}`, which is beyond the year 9999"
+        hint = "it is in seconds since 1970: one in milliseconds is a thousand times too large"
+        raise UsageError(Problem(fact, hint=hint)) from None
 
 
 def stated_metadata(
@@ -52,9 +68,8 @@ def stated_metadata(
         for key in ("author", "license", "tags", "usage_hint"):
             if key in output.metadata:
                 said[f"modelspec.{key}"] = output.metadata[key]
-        epoch = environment.get("SOURCE_DATE_EPOCH", "")
-        if epoch.isdecimal():
-            said["modelspec.date"] = datetime.fromtimestamp(int(epoch), timezone.utc).strftime("%Y-%m-%d")
+        if (date := date_of(environment)) is not None:
+            said[DATE] = date
     near, _ = recipe.reached(output)
     sources = {
         n: {"file": PurePosixPath(s.file).name, "sha256": s.sha256} if s.file else {"sha256": s.sha256}

@@ -13,7 +13,7 @@ from builder.base.errors import Problem, RecipeError, SourceError, did_you_mean
 from builder.base.files import read_bounded
 from builder.base.inside import is_inside, leads_out
 from builder.models.catalog import Architecture
-from builder.models.cut import choose, cut, names_of
+from builder.models.cut import choose, cut
 from builder.models.identify import EMA, Identity, Match
 from builder.models.parts import words_for
 from builder.models.prediction import Prediction, prediction, read_markers
@@ -284,7 +284,7 @@ class _Resolver:
             origin,
             tuple(n for n in output.fixes if self.catalog.applies(n, pick.cls)),
             output.precision,  # type: ignore[arg-type]
-            output.narrow,
+            output.narrow,  # type: ignore[arg-type]
             output.overflow,  # type: ignore[arg-type]
             output.non_finite,  # type: ignore[arg-type]
         )
@@ -538,12 +538,12 @@ class _Resolver:
         opened = self.sources.open(base)
         identity, held = opened.identity, opened.checkpoint
         parts = [m for m in identity.matches if m.component.cls in architecture.slots]
-        taken = {full for m in parts for full in names_of(identity, m).values()}
+        taken = {full for m in parts for full in m.whole.values()}
         optional = self._optional(base, output)
         if denoiser and output.keep is None:
             markers = prediction(held, {}, self.catalog).names
             optional = [n for n in optional if n not in markers]
-        astray = {full for m in identity.astray for full in names_of(identity, m).values()}
+        astray = {full for m in identity.astray for full in m.whole.values()}
         kept = {*optional, *_named(output.keep or (), identity)}
         if output.unknown == "keep":
             kept |= held.keys() - {*identity.ema, *identity.junk, *identity.optional, *astray}
@@ -571,7 +571,7 @@ class _Resolver:
         opened = self.sources.open(base)
         identity = opened.identity
         sorted_out = {*identity.ema, *identity.junk, *identity.optional}
-        astray = {m.component.name: tuple(names_of(identity, m).values()) for m in identity.astray}
+        astray = {m.component.name: tuple(m.whole.values()) for m in identity.astray}
         sorted_out.update(*astray.values())
         rest = [n for n in opened.checkpoint if n not in sorted_out]
         state = [n for n in identity.optional if n.startswith(EMA)]
@@ -604,7 +604,7 @@ class _Resolver:
 def _named(keep: Sequence[str], identity: Identity) -> set[str]:
     """The tensors that words under `keep` mean, which may be components that have no slot."""
     parts = [m for m in identity.astray if not set(words_for(m)).isdisjoint(keep)]
-    return {*keep, *(full for m in parts for full in names_of(identity, m).values())}
+    return {*keep, *(full for m in parts for full in m.whole.values())}
 
 
 def _check_sidecars(plan: Plan) -> None:

@@ -45,6 +45,7 @@ PRECISIONS = {
     "fp32": "single precision",
     "keep": "each tensor as its source has it",
 }
+NARROW = {"fewer": "what has fewer bits keeps its type"}
 OVERFLOW = {
     "error": "the build fails and names the tensor",
     "clamp": "the largest finite value takes its place",
@@ -510,8 +511,9 @@ def _language(words: Vocabulary) -> Struct:
                 default="fp16",
             ),
             "narrow": Key(
-                Boolean(),
-                "Whether only what has more bits than the precision is rounded, and nothing is made wider.",
+                Either((Boolean(), Choice("way to round", NARROW))),
+                "Whether only what has more bits than the precision is rounded, and nothing is made wider; "
+                '`"fewer"`: what has fewer keeps its type.',
                 "true",
                 default=False,
             ),

@@ -49,13 +49,17 @@ class LockedComponent:
 
 @dataclass(frozen=True)
 class LockedOutput:
-    """A written file; `metric` is empty where there is none."""
+    """A written file; `metric` is empty where there is none.
+
+    `date` is the day that SOURCE_DATE_EPOCH gave it, empty where it had no part in the bytes.
+    """
 
     file: str
     sha256: str
     tensor_digest: str
     size: int
     metric: str = ""
+    date: str = ""
 
 
 @dataclass(frozen=True)

@@ -125,7 +125,7 @@ class Output:
     components: Mapping[str, Pick]
     fixes: tuple[str, ...] = ()
     precision: str = "fp16"
-    narrow: bool = False
+    narrow: bool | str = False
     overflow: str = "error"
     non_finite: str = "error"
     metadata: Mapping[str, str] = field(default_factory=dict)

@@ -15,7 +15,8 @@ from blake3 import blake3
 from builder.base.errors import CkptError, Problem, SourceError
 from builder.base.parallel import run_windows
 from builder.base.progress import SILENT, Reporter
-from builder.tensors.lazy import PACKED, WINDOW, DType, LazyTensor
+from builder.tensors.lazy import WINDOW, DType, LazyTensor
+from builder.tensors.packed import OPAQUE
 from builder.tensors.zeros import Stretch, joined, stretches
 
 if TYPE_CHECKING:
@@ -329,7 +330,7 @@ class _Counters:
             dtype = span.tensor.dtype
             if length and (zeros := stretches(buffer[at : at + length])):
                 self._zeros.setdefault(span.name, []).extend((start + a, start + b) for a, b in zeros)
-            if length and dtype.floating and dtype not in PACKED:
+            if length and dtype.floating and dtype not in OPAQUE:
                 if self._numbers:
                     self._number(span.name, dtype, buffer[at : at + length])
                 if (group := self._groups.get(span.name)) is not None:

@@ -22,6 +22,7 @@ from builder.models.prediction import prediction as prediction_of
 from builder.recipe.names import recipe_name
 from builder.tensors.cast import PRECISIONS, Faults, NonFinite, Overflow, Precision, cast_all
 from builder.tensors.lazy import LazyTensor
+from builder.tensors.packed import packing
 from builder.toolkit.command_recipe import CommandRecipe
 
 if TYPE_CHECKING:
@@ -157,7 +158,8 @@ def recipe_of(
     """
     with open_checkpoint(source, catalog.layouts) as checkpoint:
         identity = identify(checkpoint, catalog)
-    left = [*identity.ema, *identity.junk, *identity.unknown, *identity.scales]
+    scales = [n for n in identity.scales if n not in identity.companions]
+    left = [*identity.ema, *identity.junk, *identity.unknown, *scales]
     odd = [m.component.name for m in identity.matches if m.diffusers_attention or m.usual_prefix]
     reasons = []
     if form_of(target) not in ("safetensors", "torch"):
@@ -319,15 +321,19 @@ def _model(
                 hint="name a file to write it in another container",
             )
         )
+    if packed := packing({n: checkpoint[n] for m in identity.matches for n in m.whole.values()}):
+        hint = "name a file to write them in another container"
+        raise packed.refused("have no place in diffusers' layout", hint)
     layout = catalog.layouts[architecture.diffusers]
     usual: dict[str, str] = {}
     for match in (m for m in identity.matches if m.component.cls in architecture.slots):
         prefix = catalog.component_for(match.component.cls, architecture).prefix
-        usual |= {full: prefix + bare for bare, full in match.names.items()}
+        usual |= {full: prefix + bare for bare, full in match.whole.items()}
+    model = usual.keys() - {*identity.companions}  # which no loader of the layout knows
     return _Model(
         layout,
-        {usual[name]: tensor for name, tensor in tensors.items() if name in usual},
-        {name: tensor for name, tensor in tensors.items() if name not in usual},
+        {usual[name]: tensor for name, tensor in tensors.items() if name in model},
+        {usual.get(name, name): t for name, t in tensors.items() if name not in model},
         _metadata(checkpoint),
         prediction or _prediction(told, layout, checkpoint.name),
         told.zero_snr,

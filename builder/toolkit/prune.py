@@ -17,16 +17,16 @@ from builder.base.errors import ExitCode, Place, Problem, SourceError
 from builder.base.files import parse_json, read_bounded
 from builder.base.progress import Reporter
 from builder.build import Build, Built
-from builder.models.cut import cut, names_of
+from builder.models.cut import cut
 from builder.models.identify import EMA, Identity, Match
 from builder.models.parts import home, usual_precision, words_for
-from builder.operations.fixes import FIXES, POSITION_IDS
+from builder.operations.fixes import FIXES, finished_types
 from builder.recipe import Pick
 from builder.recipe.names import SHARD, SUFFIXES, free_name, recipe_name
 from builder.recipe.profiles import MAX_SIDECAR, with_profile
 from builder.reports.inspect import Report, examine
 from builder.sources.opened import Sources
-from builder.tensors.cast import cast_type
+from builder.tensors.cast import Narrow
 from builder.tensors.lazy import DType, LazyTensor
 from builder.toolkit.command_recipe import CommandRecipe, run
 from builder.toolkit.whole_files import copy_file, same_file
@@ -47,9 +47,10 @@ Tensors = Mapping[str, LazyTensor]
 
 @dataclass(frozen=True)
 class Options:
-    """How to prune. `precision`: None is 16 bits, as such models are published. `keep` are names of tensors,
-    or patterns of them as a shell has, or classes, that stay whatever they are. `force`: what is broken or
-    unknown, too. `fixes`, `profile`, `overflow` and `non_finite` are as in a recipe.
+    """How to prune. `precision`: None is 16 bits, as such models are published; any other is what becomes of
+    all that takes no fewer bits. `keep` are names of tensors, or patterns of them as a shell has, or classes,
+    that stay whatever they are. `force`: what is broken or unknown, too. `fixes`, `profile`, `overflow` and
+    `non_finite` are as in a recipe.
     """
 
     precision: str | None = None
@@ -147,7 +148,7 @@ def plan_pruning(path: Path, sources: Sources, options: Options) -> Pruning:
     averages = {m.component.cls: m for m in identity.matches if m.ema}
     # An average alone is the model, and is not listed among what training keeps beside one.
     wanted = averages if options.keep_ema or not identity.ema else {}
-    stays = {n for m in wanted.values() for n in m.names.values()}
+    stays = {n for m in wanted.values() for n in m.whole.values()}
     state = [n for n in identity.optional if n.startswith(EMA) and not wanted]  # of the running average
     if options.keep_ema:
         kept |= {*identity.ema, *state} - stays
@@ -155,34 +156,29 @@ def plan_pruning(path: Path, sources: Sources, options: Options) -> Pruning:
         "EMA": [n for n in (*identity.ema, *state) if n not in kept | stays],
         "junk": [n for n in identity.junk if n not in kept],
     }
-    astray = {m.component: tuple(names_of(identity, m).values()) for m in identity.astray}
+    astray = {m.component: tuple(m.whole.values()) for m in identity.astray}
     gone |= {c.name: [n for n in names if n not in kept] for c, names in astray.items()}
     whole = [c for c, names in astray.items() if kept.issuperset(names)]
     left = tensors.keys() - {n for names in gone.values() for n in names}
     slots = at.slots if at is not None else (identity.architecture,)
     parts = [m for m in identity.matches if m.component.cls in (*slots, *wanted)]
-    positions = {
-        full: tensors[full].nbytes - tensors[full].numel * DType.I64.itemsize
-        for m in parts
-        if (full := m.names.get(POSITION_IDS)) is not None and tensors[full].dtype.floating
-    }
-    rounded = {
-        full: saved
-        for m in parts
-        for full in m.names.values()
-        if full not in positions and (saved := _saved(full, tensors[full], precision))
-    }
-    of_parts = {full for m in parts for full in m.names.values()}
+    narrow: Narrow = "fewer" if options.precision else True
+    types = {full: d for m in parts for full, d in _types(m, tensors, precision, narrow).items()}
+    saved = {full: tensors[full].nbytes - tensors[full].numel * d.bits // 8 for full, d in types.items()}
+    changed = {full: d for full, d in types.items() if d is not tensors[full].dtype}
+    rounded = [full for full, d in changed.items() if d.floating]
+    positions = [full for full, d in changed.items() if not d.floating]
+    of_parts = set(types)
     rest = {
         "extra": [n for n in identity.optional if n in left],
-        "scales": [n for n in identity.scales if n in left],
+        "scales": [n for n in identity.scales if n in left and n not in of_parts],
         "kept": [n for n in tensors if n in kept and n not in of_parts],
     }
     rest["unknown"] = [n for n in tensors if n in left - of_parts.union(*rest.values())]
     single = kept - of_parts.union(*(astray[c] for c in whole))
     output = {
         "precision": precision,
-        "narrow": True,
+        "narrow": narrow,
         "unknown": "keep",
         **({"keep": [*rest["extra"], *sorted(single), *(c.cls for c in whole)]} if single or whole else {}),
         **options.keys,
@@ -190,16 +186,16 @@ def plan_pruning(path: Path, sources: Sources, options: Options) -> Pruning:
     }
     goes = _shares(gone, tensors)
     if rounded:
-        goes.append(replace(_share("precision", rounded, tensors), bytes=sum(rounded.values())))
+        goes.append(replace(_share("precision", rounded, tensors), bytes=sum(saved[n] for n in rounded)))
     if positions:
-        goes.append(replace(_share("positions", positions, tensors), bytes=sum(positions.values())))
+        goes.append(replace(_share("positions", positions, tensors), bytes=sum(saved[n] for n in positions)))
     return Pruning(
         path,
         report,
         tuple(sorted(goes, key=lambda s: -s.bytes)),
-        tuple(_part(m, tensors, rounded | positions) for m in parts),
+        tuple(_part(m, tensors, saved) for m in parts),
         tuple(_shares(rest, tensors)),
-        sum(tensors[n].nbytes for n in left) - sum((rounded | positions).values()),
+        sum(tensors[n].nbytes for n in left) - sum(saved.values()),
         tuple(wanted),
         tuple(_repairs(parts, report, options, catalog)),
         options.fixes,
@@ -213,7 +209,7 @@ def _asked(word: str, tensors: Tensors, identity: Identity) -> list[str]:
     """The tensors that a word under `keep` means: one, those of a pattern, or those of a component."""
     part = next((m for m in identity.matches if word in words_for(m)), None)
     if part is not None:
-        return list(names_of(identity, part).values())
+        return list(part.whole.values())
     return [n for n in tensors if n == word or fnmatchcase(n, word)]
 
 
@@ -318,10 +314,11 @@ def _refusal(path: Path, report: Report) -> Problem | None:
     return None
 
 
-def _saved(name: str, tensor: LazyTensor, precision: str) -> int:
-    """Bytes that rounding a tensor to a precision saves."""
-    new = cast_type(name, tensor.dtype, precision, narrow=True)  # type: ignore[arg-type]
-    return tensor.nbytes - tensor.numel * new.bits // 8
+def _types(match: Match, tensors: Tensors, precision: str, narrow: Narrow) -> dict[str, DType]:
+    """The types that a component's tensors get, by full name."""
+    held = {bare: tensors[full] for bare, full in match.whole.items()}
+    types = finished_types(held, precision, narrow)  # type: ignore[arg-type]
+    return {match.whole[bare]: dtype for bare, dtype in types.items()}
 
 
 def _share(reason: str, names: Iterable[str], tensors: Tensors) -> Share:
@@ -329,9 +326,9 @@ def _share(reason: str, names: Iterable[str], tensors: Tensors) -> Share:
     return Share(reason, tuple(by_size), sum(tensors[n].nbytes for n in by_size))
 
 
-def _part(match: Match, tensors: Tensors, rounded: Mapping[str, int]) -> Share:
-    share = _share(match.component.name, match.names.values(), tensors)
-    return replace(share, bytes=share.bytes - sum(rounded.get(n, 0) for n in share.names))
+def _part(match: Match, tensors: Tensors, saved: Mapping[str, int]) -> Share:
+    share = _share(match.component.name, match.whole.values(), tensors)
+    return replace(share, bytes=share.bytes - sum(saved[n] for n in share.names))
 
 
 def _shares(groups: Mapping[str, list[str]], tensors: Tensors) -> list[Share]:

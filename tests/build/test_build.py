@@ -478,6 +478,53 @@ def test_model_spec(tmp_path: Path) -> None:
     )
     assert said(SOURCE_DATE_EPOCH="1700000000")["modelspec.date"] == "2023-11-14"
     assert "modelspec.date" not in said(SOURCE_DATE_EPOCH="yesterday")
+    assert said(SOURCE_DATE_EPOCH="253402300799")["modelspec.date"] == "9999-12-31"
+
+
+@pytest.fixture
+def dated(folder: Folder) -> Folder:
+    """With a recipe whose output says a day, where there is one."""
+    own = folder.path.parent / "own" / "dated"
+    own.mkdir(parents=True)
+    spec = 'modelspec = { architecture = "dated", resolution = 64 }'
+    (own / "architectures.toml").write_text(f'[Dated]\nslots = ["VAE-mini"]\n{spec}\n')
+    save(folder / "vae.safetensors", model("VAE-mini"))
+    folder.write(
+        "m.toml",
+        'format = 1\nname = "m"\nbase = "NEW Dated"\nsources.a.file = "vae.safetensors"\n'
+        'components.VAE-mini = "a"\n',
+    )
+    return replace(folder, environment={"CKPT_COMPONENTS": str(own.parent)})
+
+
+def at(folder: Folder, epoch: str) -> Folder:
+    return replace(folder, environment={**folder.environment, "SOURCE_DATE_EPOCH": epoch})
+
+
+@pytest.mark.parametrize("epoch", ["253402300800", "1700000000000", "9" * 20, "9" * 5000])
+def test_a_date_that_is_none_is_refused(dated: Folder, epoch: str) -> None:
+    """As one in milliseconds is."""
+    said = at(dated, epoch)("build", "m.toml")
+    assert said.code == 2 and "which is beyond the year 9999" in said.err
+    assert "one in milliseconds is a thousand times too large" in said.err
+    assert not (dated / "m.safetensors").exists()
+
+
+def test_the_lock_says_which_day_decided_the_bytes(dated: Folder) -> None:
+    then = at(dated, "1700000000")
+    then.build("m.toml")
+    lock = dated / "m.lock.toml"
+    assert 'date = "2023-11-14"' in lock.read_text()
+    assert then("build", "m.toml", "--locked").code == 0
+    said = dated("build", "m.toml", "--locked")
+    assert said.code == 4 and "date: `2023-11-14` is gone" in said.err
+    dated.build("m.toml")
+    assert "date =" not in lock.read_text()
+    dated.write(
+        "m.toml", (dated / "m.toml").read_text() + '[output.metadata]\nmodelspec.date = "2020-02-02"\n'
+    )
+    then.build("m.toml")
+    assert "date =" not in lock.read_text(), "the recipe's own decided"
 
 
 def test_metadata_of_a_base_is_carried(whole: Folder) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 from benchmarks.generate import Dirt
 from builder.operations.fixes import FIXES, POSITION_IDS, Fixed, exact_position_ids, truncated_position_ids
+from builder.tensors.cast import UnfitError
 from builder.tensors.lazy import DType, LazyTensor, MemoryTensor
 from tests.help.building import CLIP, IDS, VAE, Folder, catalog, content, model, save, values
 
@@ -101,22 +103,33 @@ def test_exact_ids_are_what_training_used() -> None:
         (damaged(75.9975), 75, ", 1 of them wrong"),
         (damaged(76.9), 76, ""),
         (damaged(-0.5), 0, ", 1 of them wrong"),
-        (damaged(float("nan")), 0, ", 1 of them wrong"),
     ],
 )
 def test_floats_are_truncated_as_loaders_do(ids: LazyTensor, made: int, wrong: str) -> None:
-    fixed = truncated_position_ids(bare("CLIP-tiny", **{POSITION_IDS: ids}))
+    fixed = truncated_position_ids(bare("CLIP-tiny", **{POSITION_IDS: ids}), "it")
     whole = np.frombuffer(fixed.tensors[POSITION_IDS].tobytes(), "<i8")
     assert (whole[:76] == range(76)).all() and whole[76] == made
     assert fixed.tensors[POSITION_IDS].shape == (1, 77)
     assert fixed.changes == (f"float position_ids truncated to int64{wrong}",)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e30, -9.3e18])
+def test_what_no_int64_can_hold_is_refused_with_the_fix(value: float, folder: Folder) -> None:
+    """One processor makes the least int64 of it, another the greatest."""
+    with pytest.raises(UnfitError, match=re.escape(f"`it` hold {value:g}, which is no position")):
+        truncated_position_ids(bare("CLIP-tiny", **{POSITION_IDS: damaged(value)}), "it")
+    make(folder, {**model(), IDS: damaged(value)}, "clip-position-ids")
+    folder.write("bad.toml", RECIPE)
+    said = folder("build", "bad.toml")
+    assert said.code == 7 and "hint: the fix `clip-position-ids`" in said.err
+    assert content(folder / "m.safetensors")[IDS] == EXACT
+
+
 def test_integers_are_not_truncated() -> None:
     given = bare("CLIP-tiny")
-    assert truncated_position_ids(given) == Fixed(given, ())
+    assert truncated_position_ids(given, "it") == Fixed(given, ())
     del given[POSITION_IDS]
-    assert truncated_position_ids(given) == Fixed(given, ())
+    assert truncated_position_ids(given, "it") == Fixed(given, ())
 
 
 def test_present_and_absent() -> None:

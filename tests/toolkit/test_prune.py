@@ -63,8 +63,8 @@ def test_ema_junk_and_wasted_precision_go(folder: Folder) -> None:
     for share in one["goes"]:
         sizes = [len(before[n][2]) for n in share["tensors"]]
         assert sizes == sorted(sizes, reverse=True)
-    total = sum(len(data) for _, _, data in before.values())
-    assert one["left"] == total - sum(g["bytes"] for g in one["goes"])
+    assert one["left"] == sum(len(data) for _, _, data in after.values())
+    assert folder("inspect", "a.ckpt", "--json").json["files"][0]["pruned"] == one["left"]
     assert one["output"]["path"] == "a-pruned.safetensors" and one["state"] == "written"
 
 
@@ -114,16 +114,31 @@ def test_keeping(folder: Folder) -> None:
 
 @pytest.mark.parametrize("asked", [None, "fp16", "bf16", "fp32"])
 @pytest.mark.parametrize("source", [DType.F16, DType.BF16])
-def test_nothing_is_made_wider_or_another_type_of_16_bits(
+def test_nothing_is_made_wider_nor_unasked_another_type_of_16_bits(
     folder: Folder, source: DType, asked: str | None
 ) -> None:
-    """Not even where it is asked for: what was lost does not come back."""
+    """What was lost does not come back; what is asked for is done."""
     save(folder / "a.safetensors", {**model("SD-tiny", source), "loss.x": like(2)})
     args = () if asked is None else ("--precision", asked)
     assert folder("prune", "a.safetensors", *args).code == 0
-    assert types(folder / "a-pruned.safetensors", UNET) == {source.code}
+    wanted = {"fp16": "F16", "bf16": "BF16"}.get(asked or "", source.code)
+    assert types(folder / "a-pruned.safetensors", UNET) == {wanted}
     before, after = content(folder / "a.safetensors"), content(folder / "a-pruned.safetensors")
-    assert after == {n: t for n, t in before.items() if n != "loss.x"}
+    assert after.keys() == before.keys() - {"loss.x"}
+    if wanted == source.code:
+        assert after == {n: t for n, t in before.items() if n != "loss.x"}
+
+
+def test_another_type_of_16_bits_is_work_to_do_and_may_overflow(folder: Folder) -> None:
+    save(folder / "a.safetensors", model("SD-tiny", DType.BF16))
+    assert folder("prune", "a.safetensors", "--json").json["files"][0]["state"] == "tidy"
+    said = folder("prune", "a.safetensors", "--precision", "fp16")
+    assert said.code == 0 and "of BF16 rounded to FP16" in said.out + said.err
+    name = UNET + "out.2.bias"
+    large = MemoryTensor(DType.BF16, model()[name].shape, b"\x80\x4f" * model()[name].numel)
+    save(folder / "b.safetensors", {**model("SD-tiny", DType.BF16), name: large})
+    said = folder("prune", "b.safetensors", "--precision", "fp16")
+    assert said.code == 7 and "beyond F16" in said.err and name.removeprefix(UNET) in said.err
 
 
 def like(count: int) -> LazyTensor:

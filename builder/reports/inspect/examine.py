@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,16 +15,17 @@ from builder.base.progress import SILENT, Reporter
 from builder.formats import open_checkpoint
 from builder.formats.checkpoint import Checkpoint
 from builder.formats.lost import Lost, find_lost
-from builder.models.cut import names_of
-from builder.models.identify import Identity, Match, identify
+from builder.models.identify import EMA, Identity, Match, identify
 from builder.models.kinds_of_file import FileKind, kind_of_file
 from builder.models.prediction import Prediction, prediction
+from builder.operations.fixes import finished_types
 from builder.reports.inspect.positions import PositionIds, read_position_ids
 from builder.tensors.digests import Row, component_digest
 from builder.tensors.lazy import LazyTensor
+from builder.tensors.packed import Packing, packing
 
 if TYPE_CHECKING:
-    from builder.models.catalog import Catalog, Known, KnownFile, KnownPart, Scale
+    from builder.models.catalog import Catalog, Known, KnownFile, KnownPart
     from builder.models.metric import Metric
     from builder.tensors.scan import TensorScan
 
@@ -46,7 +47,7 @@ class Share:
 class Part:
     """A component of the file.
 
-    `dtypes` counts its tensors by type code, most first. `digest` is the XXH3-128 of its contents (see
+    `dtypes` counts its tensors by type code, most first. `digest` is the BLAKE3-256 of its contents (see
     `builder.tensors.digests.component_digest`), None where its data was not read. `known` is the name of its
     weights, where contents or metric are a published one; `published` is the entry of the former.
     """
@@ -65,6 +66,7 @@ class Part:
 class Report:
     """All that was found. Sizes are in bytes; names of tensors are the file's own.
 
+    `packed` are packed weights, and `schemes` what they are packed by, in words.
     `metric` and `scans` are None and empty where no data was read. `published` is the entry of the very
     file, by its SHA-256; `model` the name of the published model that has the same metric.
     `kind` is what the file is to programs, None where that is unknown.
@@ -85,6 +87,8 @@ class Report:
     globals: tuple[str, ...]
     others: Mapping[str, str]
     nesting: str
+    packed: Packing
+    schemes: tuple[str, ...]
     metric: Metric | None = None
     scans: Mapping[str, TensorScan] = field(default_factory=dict, repr=False)
     hashes: Mapping[str, str | None] = field(default_factory=dict)
@@ -120,24 +124,36 @@ class Report:
     @cached_property
     def astray(self) -> Share:
         """Components that the architecture has no slot for."""
-        return self.share(n for m in self.identity.astray for n in names_of(self.identity, m).values())
-
-    @cached_property
-    def _gone(self) -> Set[str]:
-        return {*self.identity.ema, *self.identity.junk, *self.astray.names}
+        return self.share(n for m in self.identity.astray for n in m.whole.values())
 
     @cached_property
     def precision_waste(self) -> int:
         """Bytes beyond 16 bits a number, in the components that pruning keeps."""
-        gone = self._gone
-        names = (n for m in self.identity.matches for n in m.names.values() if n not in gone)
-        return sum(_beyond_16_bits(self.tensors[n]) for n in names)
+        return sum(t.nbytes - size for t, size in self._finished if size < t.nbytes)
 
     @cached_property
     def pruned(self) -> int:
         """Bytes of tensors that pruning to 16 bits leaves."""
         kept = sum(t.nbytes for n, t in self.tensors.items() if n not in self._gone)
-        return kept - self.precision_waste
+        return kept + sum(size - t.nbytes for t, size in self._finished)
+
+    @cached_property
+    def _gone(self) -> set[str]:
+        """What pruning takes away: also the state of an average, but of one that is the model."""
+        identity = self.identity
+        alone = not identity.ema and any(m.ema for m in identity.matches)
+        state = (n for n in identity.optional if n.startswith(EMA) and not alone)
+        return {*identity.ema, *identity.junk, *self.astray.names, *state}
+
+    @cached_property
+    def _finished(self) -> list[tuple[LazyTensor, int]]:
+        """The tensors of the components that pruning keeps, each with the bytes that it takes afterwards."""
+        found = []
+        for match in self.identity.matches:
+            held = {b: self.tensors[f] for b, f in match.whole.items() if f not in self._gone}
+            types = finished_types(held, "fp16", narrow=True)
+            found += [(t, t.numel * types[b].bits // 8) for b, t in held.items()]
+        return found
 
     @cached_property
     def non_finite(self) -> Mapping[str, TensorScan]:
@@ -206,11 +222,12 @@ def examine(
 ) -> Report:
     """Inspect an open checkpoint, wherever it lies; as `build_report`. `identity` is what it is, if known."""
     identity = identity or identify(checkpoint, catalog)
+    packed = packing(checkpoint)
     scans: Mapping[str, TensorScan] = {}
     label = None
     digits: Mapping[str, str] = {}
     if metric and len(checkpoint):
-        scans, label, digits = _scan(identity, checkpoint, full, threads, catalog.scales, reporter)
+        scans, label, digits = _scan(identity, checkpoint, full, threads, catalog, reporter)
     return Report(
         path=checkpoint.name,
         container=checkpoint.container,
@@ -224,6 +241,8 @@ def examine(
         globals=checkpoint.globals,
         others=checkpoint.others,
         nesting=checkpoint.nesting,
+        packed=packed,
+        schemes=packed.schemes,
         metric=label,
         scans=scans,
         model=catalog.known.model(label.text) if label else None,
@@ -236,23 +255,24 @@ def _scan(
     checkpoint: Checkpoint,
     full: bool,
     threads: int | None,
-    scales: Mapping[str, Scale],
+    catalog: Catalog,
     reporter: Reporter,
 ) -> tuple[Mapping[str, TensorScan], Metric, Mapping[str, str]]:
     """One pass over the data, of the model's components or of everything; metric, and digits by class."""
     from builder.models.metric import counted, label, labels
     from builder.tensors.scan import scan
 
-    components = {m.component.cls: m.names for m in identity.matches}
+    components = {m.component.cls: m.whole for m in identity.matches}
     kept = {n for names in components.values() for n in names.values()} - set(identity.ema)
     found = scan(
         {name: tensor for name, tensor in checkpoint.items() if full or name in kept},
-        groups=counted(components, scales),
+        groups=counted(components, catalog),
         digests=True,
         threads=threads or min(4, os.cpu_count() or 1),
         reporter=reporter,
         task=f"reading {Path(checkpoint.name).name}",
     )
+    scales = catalog.scales
     return found.tensors, label(found.histograms, scales), labels(found.histograms, scales)
 
 
@@ -263,10 +283,10 @@ def _part(
     digits: Mapping[str, str],
     known: Known,
 ) -> Part:
-    held = {bare: tensors[full] for bare, full in match.names.items()}
+    held = {bare: tensors[full] for bare, full in match.whole.items()}
     rows = {
         bare: Row(held[bare].dtype, held[bare].shape, scanned.digest)
-        for bare, full in match.names.items()
+        for bare, full in match.whole.items()
         if (scanned := scans.get(full)) is not None and scanned.digest is not None
     }
     digest = component_digest(rows) if len(rows) == len(held) else None
@@ -287,8 +307,3 @@ def _labelled(cls: str, digits: Mapping[str, str], known: Known) -> str | None:
     """The name of the weights whose digits these are."""
     value = digits.get(cls, "")
     return known.label(cls, int(value)) if value.isdigit() else None
-
-
-def _beyond_16_bits(tensor: LazyTensor) -> int:
-    wide = tensor.dtype.floating and tensor.dtype.bits > 16
-    return tensor.nbytes - tensor.numel * 2 if wide else 0

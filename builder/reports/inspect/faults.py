@@ -114,7 +114,7 @@ def _lost(report: Report) -> Iterator[Problem]:
 
 def _positions(report: Report) -> Iterator[Problem]:
     ids = report.positions
-    owner = {full: m.component.name for m in report.identity.matches for full in m.names.values()}
+    owner = {full: m.component.name for m in report.identity.matches for full in m.whole.values()}
     for name, tensor in ids.tensors.items():
         of = f"`position_ids` of `{owner[name]}`" if name in owner else f"`{name}`"
         harmful = [p for p in ids.wrong if p.tensor == name and p.harmful]
@@ -193,11 +193,12 @@ def _where(match: Match) -> str:
 
 
 def _scales(report: Report) -> Iterator[Problem]:
-    if report.identity.scales:
+    if packed := report.packed:
+        schemes, beside = " and ".join(report.schemes), counted(len(packed.companions), "companion")
         yield Problem(
-            f"packed 8-bit weights with {counted(len(report.identity.scales), 'scale')}",
-            evidence=(listed(report.identity.scales),),
-            hint="a plain cast would misread them: take the source they were made from",
+            f"{schemes} weights: {counted(len(packed.weights), 'tensor')} with {beside}",
+            evidence=(packed.evidence,),
+            hint="no cast can read them: keep their precision, or take the source they were made from",
         )
 
 

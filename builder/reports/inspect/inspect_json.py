@@ -105,6 +105,7 @@ def _part(part: Part) -> Json:
         "dtypes": dict(part.dtypes),
         "rank": list(match.rank) if match.rank else None,
         "missing_optional": list(match.missing_optional),
+        "companions": list(match.companions),
     }
 
 

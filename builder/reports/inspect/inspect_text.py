@@ -157,6 +157,8 @@ class _Page:
             yield f"content blake3:{part.digest}"
         if match.missing_optional:
             yield f"without the optional {examples(match.missing_optional, 4)}"
+        if match.companions:
+            yield f"and beyond its table {examples(sorted(match.companions), 4)}"
         if match.component.note:
             yield match.component.note
 
@@ -212,5 +214,7 @@ def _remarks(part: Part) -> Iterator[str]:
     if match.rank:
         low, high = match.rank
         yield f"rank {low}" if low == high else f"ranks {low} to {high}"
+    if match.companions:
+        yield f"{len(match.companions):,} beyond its table"
     if match.component.prefix and not match.prefix:
         yield "bare names"

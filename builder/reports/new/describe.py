@@ -12,7 +12,7 @@ from pathlib import Path
 from builder.base.errors import CkptError, Problem, SourceError, UsageError
 from builder.base.progress import SILENT, Reporter, human_bytes
 from builder.base.words import counted as number
-from builder.models.catalog import Architecture, Catalog, Scale
+from builder.models.catalog import Architecture, Catalog
 from builder.models.cut import cut
 from builder.models.identify import EMA, Match
 from builder.models.metric import Metric, counted, label
@@ -25,6 +25,7 @@ from builder.store import Store
 from builder.tensors.cast import PRECISIONS, Faults, Precision, cast_all
 from builder.tensors.digests import Row, component_digest, expression_key, tensor_digest
 from builder.tensors.lazy import DType, LazyTensor, MemoryTensor
+from builder.tensors.packed import packing
 from builder.tensors.scan import Scan, scan
 
 PROBES = 3
@@ -159,7 +160,7 @@ def describe(
     architecture = _architecture(model, catalog)
     parts, whole = _parts(opened, architecture)
     precision = _precision(Taken(c, model, m) for c, m in _matches(model, architecture).items())
-    scanned = _scan(parts, precision, catalog.scales, threads, reporter)
+    scanned = _scan(parts, precision, catalog, threads, reporter)
     shelf = [*whole, *_shelf(library, files, architecture, sources, reporter)]
     taken = _explain(parts, precision, shelf, scanned, sources, threads, reporter)
     extras = _extras(model)
@@ -235,7 +236,10 @@ def _parts(files: Sequence[File], architecture: Architecture) -> tuple[dict[str,
 
 def _precision(parts: Iterable[Taken]) -> Precision:
     """The precision that all numbers have, or `keep` where there are several."""
-    types = {t.dtype for p in parts for t in p.file.plain(p.match, p.cls).values() if t.dtype.floating}
+    held = [p.file.plain(p.match, p.cls) for p in parts]
+    if any(packing(tensors).weights for tensors in held):
+        return "keep"
+    types = {t.dtype for tensors in held for t in tensors.values() if t.dtype.floating}
     by_type = {dtype: name for name, dtype in PRECISIONS.items() if dtype is not None}
     found = by_type.get(next(iter(types))) if len(types) == 1 else None
     return found or "keep"  # type: ignore[return-value]
@@ -244,7 +248,7 @@ def _precision(parts: Iterable[Taken]) -> Precision:
 def _scan(
     parts: Mapping[str, Taken],
     precision: Precision,
-    scales: Mapping[str, Scale],
+    catalog: Catalog,
     threads: int,
     reporter: Reporter,
 ) -> Scan:
@@ -252,7 +256,7 @@ def _scan(
     components = {cls: _rounded(p.file.plain(p.match, cls), precision) for cls, p in parts.items()}
     flat = {f"{cls}/{bare}": t for cls, tensors in components.items() for bare, t in tensors.items()}
     names = {cls: {b: f"{cls}/{b}" for b in tensors} for cls, tensors in components.items()}
-    groups = counted(names, scales)
+    groups = counted(names, catalog)
     name = next(iter(parts.values())).file.path.name if parts else ""
     return scan(flat, groups=groups, digests=True, threads=threads, reporter=reporter, task=f"reading {name}")
 
@@ -361,7 +365,7 @@ def _remembered(taken: Taken, precision: Precision, store: Store, threads: int, 
     """The digest of a component after rounding, read once for as long as its file is the same."""
     key = expression_key(
         "rounded",
-        2,
+        3,
         source=taken.file.sha256,
         component=taken.match.component.name,
         prefix=taken.match.prefix,
