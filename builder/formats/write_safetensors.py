@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 from builder.base.disk import check_room, new_file, write_all, write_through
@@ -42,6 +43,9 @@ class Written(NamedTuple):
     `sha256` is the file's, `digests` are the BLAKE3-256 of its tensors, `histograms` those of `run_pass`:
     each where asked for. `offsets` say where in the file each tensor's bytes begin. `path` is where it went,
     None where it was discarded. `stat` is its state before it got its name.
+
+    Of several files, `sha256` is that by which they are a source together, `size` is of all, and `files` has
+    the SHA-256 and the state of each by its path beside `path`.
     """
 
     path: Path | None
@@ -51,6 +55,7 @@ class Written(NamedTuple):
     histograms: Mapping[str, NDArray[np.int64]]
     offsets: Mapping[str, int]
     stat: os.stat_result
+    files: Mapping[str, tuple[str, os.stat_result]] = MappingProxyType({})
 
 
 Accept = Callable[[Written], "Path | None"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from builder.base.errors import Problem, SourceError
 from builder.models.identify import Identity, Match
 from builder.tensors.lazy import LazyTensor
 from builder.tensors.moves import Reshaped
@@ -56,6 +57,24 @@ def names_of(identity: Identity, match: Match) -> dict[str, str]:
     at = len(match.prefix)
     scales = {n[at:]: n for n in identity.scales if n.startswith(match.prefix)}
     return {**match.names, **scales}
+
+
+def usual(tensors: Mapping[str, LazyTensor], identity: Identity, catalog: Catalog) -> dict[str, LazyTensor]:
+    """A full checkpoint, the parts of its architecture under their usual names and in their usual shapes.
+
+    All else stays as it is. Raises SourceError where two tensors would have one name.
+    """
+    architecture = catalog.architecture(str(identity.architecture))
+    made: dict[str, LazyTensor] = {}
+    rest = dict(tensors)
+    for match in (m for m in identity.matches if m.component.cls in architecture.slots):
+        prefix = catalog.component_for(match.component.cls, architecture).prefix
+        made |= {prefix + n: t for n, t in cut(tensors, identity, match, match.component.cls).tensors.items()}
+        for name in names_of(identity, match).values():
+            rest.pop(name)
+    if doubled := sorted(made.keys() & rest.keys()):
+        raise SourceError(Problem(f"two tensors would be called `{doubled[0]}`"))
+    return made | rest
 
 
 def choose(matches: Sequence[Match], cls: str, component: str | None, catalog: Catalog) -> Match | None:

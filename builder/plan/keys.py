@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from blake3 import blake3
@@ -76,7 +75,7 @@ def assembly_key(job: OutputJob, components: Mapping[str, str], beside: Mapping[
         slots={cls: [prefix, components[cls]] for cls, (prefix, _) in job.slots.items()},
         beside={n: [r.dtype.code, list(r.shape), r.digest] for n, r in beside.items()},
         metadata=dict(job.metadata),
-        format=output_format(job.target),
+        container=job.container.params(),
     )
 
 
@@ -100,8 +99,3 @@ def note_beside(store: Store, sha256: str, beside: Beside, rows: Mapping[str, Ro
     """Have the rows of what lies beside an output's components remembered."""
     held = {n: [rows[n].dtype.code, list(rows[n].shape), rows[n].digest] for n in beside.names}
     store.note("beside", beside_key(sha256, beside), {"tensors": held})
-
-
-def output_format(target: Path) -> str:
-    """The container of an output, from its file's suffix."""
-    return "torch" if target.suffix in {".ckpt", ".pt", ".pth", ".bin"} else "safetensors"

@@ -9,6 +9,7 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from builder.formats.checkpoint import Checkpoint
     from builder.models.catalog import Architecture
     from builder.recipe import Output, Recipe
 
@@ -24,6 +25,13 @@ def canonical(data: Any) -> str:
     return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
 
 
+def carried_metadata(checkpoint: Checkpoint) -> dict[str, str]:
+    """A checkpoint's own metadata; of a PyTorch file, which has none, what its tensors are for."""
+    if checkpoint.container.startswith("torch"):
+        return {"format": "pt"}  # what transformers insists on, and every tool for PyTorch writes
+    return checkpoint.metadata
+
+
 def stated_metadata(
     recipe: Recipe,
     output: Output,
@@ -37,7 +45,7 @@ def stated_metadata(
     content alone, so that the same tensors from another container give the same bytes.
     """
     said = {k: v for k, v in carried.items() if not k.startswith(_UNTRUE)}
-    said["format"] = "pt"  # what transformers insists on, and every tool for PyTorch writes
+    said["format"] = "pt"
     v = "v_pred" in output.markers
     spec = architecture.modelspec
     if spec is not None:

@@ -247,6 +247,10 @@ _PLAIN = (
     "markers",
     "config",
     "partial",
+    "verbatim",
+    "shard_size",
+    "prediction",
+    "tokenizer",
 )
 
 

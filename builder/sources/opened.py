@@ -22,7 +22,7 @@ from builder.formats.hashes import sha256_blob
 from builder.formats.open import open_checkpoint
 from builder.models.identify import Identity, identify
 from builder.recipe.read import outside
-from builder.sources.find import BESIDE, Found, files_of, find_source, not_pinned, set_digest, this_file
+from builder.sources.find import BESIDE, Found, find_source, hash_files, not_pinned, set_digest, this_file
 from builder.sources.job import SourceJob
 
 if TYPE_CHECKING:
@@ -259,10 +259,9 @@ class Sources:
         if found.sha256 is not None:
             return found.sha256 != pin
         try:
-            digests = {str(f): self.store.sha256(f, self._reporter) for f in files_of(found.path)}
+            return hash_files(found.path, self.store, self._reporter) != pin
         except SourceError:
             return True
-        return set_digest(digests) != pin
 
     # -- opening
 

@@ -18,9 +18,10 @@ from builder.models.catalog import Catalog
 from builder.operations.fixes import FIXES
 from builder.plan import Plan
 from builder.recipe import FromBase, NewBase, Output, Pick, Recipe, Source, parse_recipe
-from builder.recipe.names import WRITTEN, numbered
+from builder.recipe.names import WRITTEN, form_of, numbered
 from builder.sources.opened import Sources
 from builder.store import Store
+from builder.tensors.cast import UnfitError
 from builder.workspace import Workspace
 
 ORIGIN = "<command line>"
@@ -87,19 +88,25 @@ class CommandRecipe:
         found = {name: str(sources.hash(sources.file(path)).sha256) for name, path in self.sources.items()}
         return replace(self, sha256=found)
 
-    def save(self, path: Path, target: Path, catalog: Catalog) -> None:
+    def save(self, path: Path, target: str | Path, catalog: Catalog) -> None:
         """Write the recipe to `path`, as one that makes `target` where that is below it, else a namesake.
 
         Raises OutputError when it cannot be written, or would take the place of a source or of `target`.
         """
-        with replacing(path, inputs=[*self.sources.values(), target]) as fd:
+        with replacing(path, inputs=[*self.sources.values(), Path(target)]) as fd:
             write_all(fd, memoryview(self.saved(path, target, catalog)), 0)
 
-    def saved(self, path: Path, target: Path, catalog: Catalog) -> bytes:
+    def saved(self, path: Path, target: str | Path, catalog: Catalog) -> bytes:
         """What `save` writes; raises OutputError or RecipeError for names that no recipe can hold."""
-        folder, goal = path.absolute().parent.resolve(), target.absolute().parent.resolve() / target.name
-        file = goal.relative_to(folder) if goal.is_relative_to(folder) else Path(target.name)
-        text = replace(self, output={"file": file.as_posix(), **self.output}).text(folder)
+        folder, output = path.absolute().parent.resolve(), dict(self.output)
+        file = _below(folder, Path(target)) or Path(target).name
+        file += "/" * (form_of(str(target)) == "diffusers")
+        if (tokenizer := output.get("tokenizer")) is not None:
+            if (below := _below(folder, Path(tokenizer))) is None:
+                fact = f"a recipe in `{path}` cannot name the tokenizer `{tokenizer}`"
+                raise OutputError(Problem(fact, hint="put the recipe into a folder above it"))
+            output["tokenizer"] = below
+        text = replace(self, output={"file": file, **output}).text(folder)
         try:
             data = text.encode()
         except UnicodeEncodeError:
@@ -109,9 +116,15 @@ class CommandRecipe:
         return data
 
 
+def _below(folder: Path, path: Path) -> str | None:
+    """A path from a folder that it lies in, after all links but its own; None where it lies elsewhere."""
+    real = path.absolute().parent.resolve() / path.name
+    return real.relative_to(folder).as_posix() if real.is_relative_to(folder) else None
+
+
 def run(
     command: CommandRecipe,
-    target: Path,
+    target: str | Path,
     workspace: Workspace,
     sources: Sources,
     *,
@@ -130,18 +143,21 @@ def run(
     if save is not None:
         command.saved(save, target, workspace.catalog)
         command = command.pinned(sources)
-    made = build_recipe(
-        workspace,
-        command.recipe(workspace.catalog),
-        sources,
-        place=lambda _: target,
-        naming=naming,
-        hashing=hashing or save is not None,
-        threads=threads,
-        before=before,
-    )
+    try:
+        made = build_recipe(
+            workspace,
+            command.recipe(workspace.catalog),
+            sources,
+            place=lambda _: target,
+            naming=naming,
+            hashing=hashing or save is not None,
+            threads=threads,
+            before=before,
+        )
+    except UnfitError as error:
+        raise error.with_options() from None
     if save is not None:
-        command.save(save, made.outputs[0].path, workspace.catalog)
+        command.save(save, target if naming is None else made.outputs[0].path, workspace.catalog)
     return made
 
 
@@ -159,12 +175,12 @@ def vacant(path: Path, built: Built, store: Store, suffix: str | None = None) ->
 def output_path(path: Path, inputs: Iterable[Path] = ()) -> Path:
     """`path`, if a checkpoint can be written under such a name, and not over `inputs`; raises OutputError."""
     may_replace(path, inputs)
-    if path.suffix not in WRITTEN:
+    if path.suffix.lower() not in WRITTEN:
         raise OutputError(
             Problem(
                 f"cannot write `{path}`",
                 evidence=(f"its name ends in {f'`{path.suffix}`' if path.suffix else 'nothing known'}",),
-                hint="the name says the format: `.safetensors`, `.ckpt` or `.pt`",
+                hint=f"the name says the format: {', '.join(f'`{s}`' for s in WRITTEN)}",
             )
         )
     return path
