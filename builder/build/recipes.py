@@ -122,13 +122,13 @@ def _is_the_recipes_own(recipe: Recipe, place: Place | None) -> bool:
 
     The files of a set are named after it, and so part of what it is.
     """
-    for output in recipe.outputs if place is not None else ():
-        name = str(place(output)) if place is not None else ""
-        if form_of(name) != output.form:
-            return False
-        if output.form == "sharded" and Path(name).name != Path(output.file).name:
-            return False
-    return True
+    if place is None:
+        return True
+    named = [(output, str(place(output))) for output in recipe.outputs]
+    return all(
+        form_of(name) == o.form and (o.form != "sharded" or Path(name).name == Path(o.file).name)
+        for o, name in named
+    )
 
 
 def _check(

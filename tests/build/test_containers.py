@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 
 from builder.formats import open_checkpoint
+from builder.recipe.lock import read_lock
 from tests.help.building import (
     RECIPE,
     Folder,
@@ -61,6 +63,11 @@ def test_several_files_are_built_once(folder: Folder, kind: str) -> None:
     assert first["tensor_digest"] == one["tensor_digest"]
     new = {n for n in files(folder.path) - before if (folder / n).is_file() and ".lock." not in n}
     assert first["size"] == sum((folder / n).stat().st_size for n in new)
+    locked = read_lock(folder / f"{kind}.lock.toml")
+    assert locked is not None and asdict(locked.outputs["mini"]) == {
+        "file": {"folder": "model/", "set": SET}[kind],
+        **{key: first[key] for key in ("sha256", "tensor_digest", "size", "metric")},
+    }
     stamps = {n: (folder / n).stat().st_mtime_ns for n in new}
     with open_checkpoint(place, catalog().layouts) as held:
         assert held.metadata["ckpt.recipe"] == "mini"
@@ -127,10 +134,7 @@ def test_a_changed_configuration_is_noticed(folder: Folder) -> None:
 @pytest.mark.parametrize("kind", PARTS)
 def test_killed_midway_nothing_looks_whole(folder: Folder, kind: str) -> None:
     before = files(folder.path)
-    kill = (
-        "import os, builder.build.write as w\n"
-        f"w._together = lambda *_: os.kill(os.getpid(), {int(signal.SIGKILL)})\n"
-    )
+    kill = "import os, pathlib\npathlib.Path.rename = lambda *_: os.kill(os.getpid(), 9)\n"
     assert folder.process("build", f"{kind}.toml", before=kill).code == -signal.SIGKILL
     left = files(folder.path) - before
     assert left and all(n.startswith(".ckpt-") for n in left)
