@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from builder.base.errors import Problem, SourceError
 from builder.models.catalog.tables import NAMINGS
 from builder.models.identify import Identity, Match
 from builder.tensors.lazy import LazyTensor
@@ -59,6 +60,24 @@ def _promoted(identity: Identity, match: Match) -> dict[str, str]:
     if model is None or component.naming is None:
         return component.promote
     return component.promote | {NAMINGS[component.naming](name): name for name in model.companions}
+
+
+def usual(tensors: Mapping[str, LazyTensor], identity: Identity, catalog: Catalog) -> dict[str, LazyTensor]:
+    """A full checkpoint, the parts of its architecture under their usual names and in their usual shapes.
+
+    All else stays as it is. Raises SourceError where two tensors would have one name.
+    """
+    architecture = catalog.architecture(str(identity.architecture))
+    made: dict[str, LazyTensor] = {}
+    rest = dict(tensors)
+    for match in (m for m in identity.matches if m.component.cls in architecture.slots):
+        prefix = catalog.component_for(match.component.cls, architecture).prefix
+        made |= {prefix + n: t for n, t in cut(tensors, identity, match, match.component.cls).tensors.items()}
+        for name in match.whole.values():
+            rest.pop(name)
+    if doubled := sorted(made.keys() & rest.keys()):
+        raise SourceError(Problem(f"two tensors would be called `{doubled[0]}`"))
+    return made | rest
 
 
 def choose(matches: Sequence[Match], cls: str, component: str | None, catalog: Catalog) -> Match | None:
