@@ -10,11 +10,13 @@ from builder.base.progress import Reporter
 from builder.build.expect import Built, missed
 from builder.formats import open_checkpoint
 from builder.formats.hashes import sha256_file
-from builder.models.cut import names_of
+from builder.formats.open import files_of
+from builder.formats.write_sharded import SUFFIX
 from builder.models.identify import identify
 from builder.models.metric import Metric, counted, label
 from builder.recipe import Output, Recipe
 from builder.recipe.lock import Lock, LockedOutput
+from builder.sources.find import set_digest
 from builder.tensors.digests import Row, component_digest
 from builder.tensors.scan import scan
 from builder.workspace import Workspace
@@ -42,7 +44,12 @@ def verify(recipe: Recipe, lock: Lock | None, file: Path | None, workspace: Work
                 )
             )
         path = file or (recipe.path.parent if recipe.path else Path()) / output.file
-        sha256 = sha256_file(path, reporter=workspace.reporter).sha256
+        several = path.is_dir() or path.name.endswith(SUFFIX)
+        digests = {
+            str(f): sha256_file(f, reporter=workspace.reporter).sha256
+            for f in (files_of(path) if several else [path])
+        }
+        sha256 = set_digest(digests)
         if locked is not None and sha256 == locked.sha256 and not output.expect.metric:
             made = Built(output.name, path, sha256, locked.size, locked.tensor_digest, "", "unchanged")
         else:
@@ -74,7 +81,7 @@ def _examine(
     """What a file is, and its components that are not those of the lock, in words."""
     with open_checkpoint(path, catalog.layouts) as checkpoint:
         identity = identify(checkpoint, catalog)
-        groups = counted({m.component.cls: m.names for m in identity.matches}, catalog.scales)
+        groups = counted({m.component.cls: m.whole for m in identity.matches}, catalog)
         found = scan(
             checkpoint,
             groups=groups,
@@ -87,8 +94,7 @@ def _examine(
         differ = []
         for match in identity.matches:
             locked = lock.component(output.name, match.component.cls) if lock is not None else None
-            names = names_of(identity, match)
-            bare = component_digest({b: rows[full] for b, full in names.items()})
+            bare = component_digest({b: rows[full] for b, full in match.whole.items()})
             if locked is not None and bare != locked.blake3:
                 differ.append(f"{locked.cls}: expected {locked.blake3[:12]}…, found {bare[:12]}…")
         digest = component_digest(rows)

@@ -8,6 +8,7 @@ from types import TracebackType
 
 from builder.formats.blob import Blob
 from builder.tensors.lazy import LazyTensor
+from builder.tensors.packed import IN_HEADER, described
 
 
 @dataclass(eq=False)
@@ -19,6 +20,7 @@ class Checkpoint(Mapping[str, LazyTensor]):
     `size` is in bytes, of all files. `globals` are the names a pickle refers to, none of which was
     imported. `others` are entries that are not tensors, such as `epoch`, with a short description each.
     `nesting` is where in the file the tensors lie, such as `state_dict`; names come without it.
+    `mended` says what is wrong with the file and was passed over, where it was opened for repair.
     """
 
     name: str
@@ -30,6 +32,7 @@ class Checkpoint(Mapping[str, LazyTensor]):
     others: dict[str, str] = field(default_factory=dict)
     nesting: str = ""
     blobs: tuple[Blob, ...] = ()
+    mended: tuple[str, ...] = ()
 
     def __getitem__(self, name: str) -> LazyTensor:
         return self.tensors[name]
@@ -55,3 +58,15 @@ class Checkpoint(Mapping[str, LazyTensor]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def with_descriptions(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with what its metadata say of packed layers as tensors beside those layers.
+
+    Programs read both alike, but a description in the metadata would be lost with the file's header.
+    """
+    made = described(checkpoint.tensors, checkpoint.metadata.get(IN_HEADER, ""))
+    if made is not None:
+        del checkpoint.metadata[IN_HEADER]
+        checkpoint.tensors |= {n: t for n, t in made.items() if n not in checkpoint}
+    return checkpoint

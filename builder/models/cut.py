@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from builder.base.errors import Problem, SourceError
+from builder.models.catalog.tables import NAMINGS
 from builder.models.identify import Identity, Match
 from builder.tensors.lazy import LazyTensor
 from builder.tensors.moves import Reshaped
@@ -16,8 +18,8 @@ if TYPE_CHECKING:
 class Cut(NamedTuple):
     """A component cut out of a file: its name in the catalog, its tensors, and what had to be changed.
 
-    Tensors have the unprefixed names and the shapes of the catalog; scales that lie among them come along,
-    as packed weights mean nothing without. `changes` are in words, each after the name of the fix that it is.
+    Tensors have the unprefixed names and the shapes of the catalog; companions, which the catalog's table
+    does not have, come along under theirs. `changes` are in words, each after the name of the fix that it is.
     """
 
     component: str
@@ -33,10 +35,10 @@ def cut(tensors: Mapping[str, LazyTensor], identity: Identity, match: Match, cls
     names of what it averages.
     """
     component = match.component
-    promoted = component.promote if component.cls != cls else {}
+    promoted = _promoted(identity, match) if component.cls != cls else {}
     rules = component.tensors
     made: dict[str, LazyTensor] = {}
-    for bare, full in names_of(identity, match).items():
+    for bare, full in match.whole.items():
         tensor = tensors[full]
         if bare in match.reshaped:
             tensor = Reshaped(tensor, rules[bare].shape)
@@ -51,11 +53,31 @@ def cut(tensors: Mapping[str, LazyTensor], identity: Identity, match: Match, cls
     return Cut(component.name, made, tuple(changes))
 
 
-def names_of(identity: Identity, match: Match) -> dict[str, str]:
-    """The full name of each tensor of a match, and of the scales among them, by its unprefixed one."""
-    at = len(match.prefix)
-    scales = {n[at:]: n for n in identity.scales if n.startswith(match.prefix)}
-    return {**match.names, **scales}
+def _promoted(identity: Identity, match: Match) -> dict[str, str]:
+    """From the names of an average to those of what it averages, its companions' too."""
+    component = match.component
+    model = identity.find(component.average_of or "")
+    if model is None or component.naming is None:
+        return component.promote
+    return component.promote | {NAMINGS[component.naming](name): name for name in model.companions}
+
+
+def usual(tensors: Mapping[str, LazyTensor], identity: Identity, catalog: Catalog) -> dict[str, LazyTensor]:
+    """A full checkpoint, the parts of its architecture under their usual names and in their usual shapes.
+
+    All else stays as it is. Raises SourceError where two tensors would have one name.
+    """
+    architecture = catalog.architecture(str(identity.architecture))
+    made: dict[str, LazyTensor] = {}
+    rest = dict(tensors)
+    for match in (m for m in identity.matches if m.component.cls in architecture.slots):
+        prefix = catalog.component_for(match.component.cls, architecture).prefix
+        made |= {prefix + n: t for n, t in cut(tensors, identity, match, match.component.cls).tensors.items()}
+        for name in match.whole.values():
+            rest.pop(name)
+    if doubled := sorted(made.keys() & rest.keys()):
+        raise SourceError(Problem(f"two tensors would be called `{doubled[0]}`"))
+    return made | rest
 
 
 def choose(matches: Sequence[Match], cls: str, component: str | None, catalog: Catalog) -> Match | None:

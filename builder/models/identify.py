@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Protocol
 
 from builder.models.catalog import RANK, Architecture, Catalog, Component
+from builder.tensors.packed import companions
 
 Shape = tuple[int, ...]
 
@@ -18,8 +19,6 @@ JUNK = re.compile(
     r"|optimizers?[._]|lr_schedulers|callbacks\.|loops\.|(?:native_)?amp_scaling_state"
 )
 EMA = "model_ema."
-# Companions of weights in packed 8-bit files: the weights mean nothing without them.
-SCALES = re.compile(r"(?:.*\.)?(?:scaled_fp8|scale_weight|weight_scale|scale_input|input_scale)(?:_2)?")
 # Attention of an autoencoder as diffusers spells it. A linear layer's weights are a 1x1 convolution's
 # less two dimensions, so either shape holds the same numbers.
 _ATTENTION = re.compile(r"(.*\bmid\.attn_1\.)(q|k|v|proj_out)(\.(?:weight|bias))")
@@ -38,7 +37,9 @@ class Match:
     """A component found whole.
 
     `prefix` is the component's own inside a full checkpoint, or empty for bare names. `names` gives, for
-    each tensor of the catalog's table that is present, its full name in the file. `renamed` holds the
+    each tensor of the catalog's table that is present, its full name in the file. `companions` are tensors
+    that belong to it beyond the table, such as scales: they lie under its prefix, and are known by their
+    names less that. `renamed` holds the
     few tables' names that the file spells otherwise, with the file's spelling less the prefix;
     `reshaped` those whose shape is a linear layer's where the table has a 1x1 convolution.
     `rank` is the least and the greatest rank of a LoRA. `usual_prefix` is set where loaders expect the
@@ -49,11 +50,17 @@ class Match:
     prefix: str
     names: Mapping[str, str]
     missing_optional: tuple[str, ...] = ()
+    companions: Mapping[str, str] = field(default_factory=dict)
     renamed: Mapping[str, str] = field(default_factory=dict)
     reshaped: tuple[str, ...] = ()
     rank: tuple[int, int] | None = None
     usual_prefix: str | None = None
     broken: bool = False
+
+    @property
+    def whole(self) -> dict[str, str]:
+        """The full name of every tensor of the component, by its unprefixed one."""
+        return {**self.names, **self.companions}
 
     @property
     def ema(self) -> bool:
@@ -101,8 +108,10 @@ class Identity:
     architecture it is nearest to and `absent` the classes it misses; None: unknown. `rejected` comes
     nearest first. `optional`, `ema`, `scales`, `junk` and `unknown` are full names of tensors, in the
     file's order: keys that a full checkpoint may also hold; every averaged weight, known component or
-    not; scales of packed weights; what no loader reads; what nothing explains. `duplicates` are second
-    matches of a class, which are junk. `notes` say how ambiguities were resolved.
+    not; companions of packed weights, of a component or none; what no loader reads; what nothing explains.
+    `duplicates` are second matches of a class, which are junk. `astray` are the matches in a whole
+    checkpoint, averages aside, that its architecture has no slot for. `notes` say how ambiguities were
+    resolved.
     """
 
     architecture: str | None
@@ -118,6 +127,12 @@ class Identity:
     duplicates: tuple[Match, ...] = ()
     incomplete: str | None = None
     absent: tuple[str, ...] = ()
+    astray: tuple[Match, ...] = ()
+
+    @property
+    def companions(self) -> tuple[str, ...]:
+        """Full names of the tensors that components of the model have beyond their tables."""
+        return tuple(full for m in self.matches if not m.ema for full in m.companions.values())
 
     @property
     def runner_up(self) -> Rejection | None:
@@ -151,6 +166,9 @@ def identify(specs: Mapping[str, Spec], catalog: Catalog) -> Identity:
         matches = [replace(m, usual_prefix=_usual_prefix(m, home, catalog)) for m in matches]
     if not intact:
         matches = [replace(m, broken=m.prefix != "" and not m.ema) for m in matches]
+    own = _companions(specs, [*matches, *duplicates], catalog)
+    complete = [replace(m, companions=own[i]) for i, m in enumerate([*matches, *duplicates])]
+    matches, duplicates = complete[: len(matches)], complete[len(matches) :]
     rest = _sort_leftovers(specs, matches, duplicates, catalog)
     return Identity(
         architecture,
@@ -160,12 +178,13 @@ def identify(specs: Mapping[str, Spec], catalog: Catalog) -> Identity:
         tuple(notes),
         optional=tuple(rest["optional"]),
         ema=tuple(rest["ema"]),
-        scales=tuple(rest["scales"]),
+        scales=tuple(companions(specs)),
         junk=tuple(rest["junk"]),
         unknown=tuple(rest["unknown"]),
         duplicates=tuple(duplicates),
         incomplete=incomplete,
         absent=absent,
+        astray=tuple(m for m in matches if intact and home and not (m.ema or m.component.cls in home.slots)),
     )
 
 
@@ -233,7 +252,7 @@ def _compare(
         return None
     if not missing and not misshapen:
         bounds = (min(ranks.values()), max(ranks.values())) if ranks else None
-        return Match(component, prefix, names, tuple(missing_optional), renamed, tuple(reshaped), bounds)
+        return Match(component, prefix, names, tuple(missing_optional), {}, renamed, tuple(reshaped), bounds)
     present = sum(not component.tensors.whole[name].optional for name in names)
     total = present + len(missing) + len(misshapen)
     if present * 20 < total:
@@ -341,25 +360,75 @@ def _usual_prefix(match: Match, home: Architecture, catalog: Catalog) -> str | N
     return usual.prefix if other else None
 
 
+def _companions(
+    specs: Mapping[str, Spec], matches: Sequence[Match], catalog: Catalog
+) -> dict[int, dict[str, str]]:
+    """By each match's place, the tensors beyond its table that belong to it: unprefixed names to full ones.
+
+    What lies under several prefixes is of the longest. Under bare names it is of the component with which it
+    shares most of its path; of the only one, where it shares none and lies under no component's prefix.
+    """
+    taken = {full for m in matches for full in m.names.values()}
+    prefixed = sorted(((m.prefix, i) for i, m in enumerate(matches) if m.prefix), reverse=True)
+    paths: dict[tuple[str, ...], set[int]] = defaultdict(set)
+    for index, match in enumerate(matches):
+        for full in () if match.prefix else match.names.values():
+            parts = full.split(".")
+            for depth in range(1, len(parts)):
+                paths[tuple(parts[:depth])].add(index)
+    deepest = max(map(len, paths), default=0)
+    strange = (EMA, *(c.prefix for c in catalog.components.values() if c.prefix))
+    found: dict[int, dict[str, str]] = defaultdict(dict)
+    for name, spec in specs.items():
+        if name in taken or _is_optional(name, spec, catalog) or JUNK.match(name):
+            continue
+        owner = next((i for prefix, i in prefixed if name.startswith(prefix)), None)
+        if owner is None and len(prefixed) < len(matches):
+            parts = name.split(".", deepest)[:-1]
+            near = (paths.get(tuple(parts[:depth]), set()) for depth in range(len(parts), 0, -1))
+            shared = next((owners for owners in near if owners), set())
+            if not shared and len(matches) == 1 and not name.startswith(strange):
+                shared = {0}
+            owner = next(iter(shared)) if len(shared) == 1 else None
+        if owner is not None:
+            bare = name[len(matches[owner].prefix) :]
+            found[owner][_respelled(bare, matches[owner])] = name
+    return found
+
+
+def _respelled(bare: str, match: Match) -> str:
+    """The name of a companion beside a tensor that the file spells otherwise than the table."""
+    for ours, theirs in match.renamed.items():
+        layer, own = theirs.rpartition(".")[0], ours.rpartition(".")[0]
+        if bare.startswith(f"{layer}.") and (new := own + bare[len(layer) :]) not in match.names:
+            return new
+    return bare
+
+
+def _is_optional(name: str, spec: Spec, catalog: Catalog) -> bool:
+    return name in catalog.optional and catalog.optional[name] in (None, spec.shape)
+
+
 def _sort_leftovers(
     specs: Mapping[str, Spec], matches: Iterable[Match], duplicates: Iterable[Match], catalog: Catalog
 ) -> dict[str, list[str]]:
     """Every tensor that is no part of the model, by what it is."""
     rest: dict[str, list[str]] = defaultdict(list)
     model = [m for m in matches if not m.ema] or list(matches)  # an average alone is the model
-    explained = {full for m in model for full in m.names.values()}
-    averaged = {full for m in matches for full in m.names.values()} - explained
-    second = {full for m in duplicates for full in m.names.values()}
+    explained = {full for m in model for full in m.whole.values()}
+    averaged = {full for m in matches for full in m.whole.values()} - explained
+    second = {full for m in duplicates for full in m.whole.values()}
+    scales = companions(specs)
     for name, spec in specs.items():
         if name in explained:
             continue
         if name in averaged:
             kind = "ema"
-        elif name in catalog.optional and catalog.optional[name] in (None, spec.shape):
+        elif _is_optional(name, spec, catalog):
             kind = "optional"
         elif name.startswith(EMA):
             kind = "ema"
-        elif SCALES.fullmatch(name):
+        elif name in scales:
             kind = "scales"
         elif name in second or JUNK.match(name):
             kind = "junk"

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 from builder.base.errors import OutputError, Problem
 from builder.operations.registry import Applied, Operation, Param, Setting, Tensors
 from builder.operations.weights import by_tensor
-from builder.tensors.lazy import PACKED, DType, LazyTensor
+from builder.tensors.lazy import DType, LazyTensor
 from builder.tensors.merged import Elementwise
 from builder.tensors.moves import Columns, SideBySide
+from builder.tensors.packed import OPAQUE, packing
 
 if TYPE_CHECKING:
     import torch
@@ -87,6 +88,9 @@ class Merge:
 
     def _apply(self, inputs: Mapping[str, Tensors], params: Mapping[str, Any], setting: Setting) -> Applied:
         order = [*self.inputs, *(k for k in inputs if k not in self.inputs and "@" not in k)]
+        for tensors in inputs.values():
+            if packed := packing(tensors):
+                raise packed.refused("cannot be merged", "merge models with weights of 16 bits or more")
         first = inputs[order[0]]
         names = [n for n, t in first.items() if takes_part(n, t, setting)]
         _check_alike(self.name, {k: inputs[k] for k in order}, names, setting.cls)
@@ -137,7 +141,7 @@ def once(find: Callable[[], Any]) -> Callable[[], Any]:
 
 def takes_part(name: str, tensor: LazyTensor, setting: Setting) -> bool:
     """Whether a tensor is a weight that merges change: no integer, no positions, no constant, not empty."""
-    plain = tensor.dtype.floating and tensor.dtype not in PACKED and tensor.numel > 0
+    plain = tensor.dtype.floating and tensor.dtype not in OPAQUE and tensor.numel > 0
     return plain and not name.endswith(POSITION_IDS) and name not in setting.constants
 
 

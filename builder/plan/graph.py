@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from builder.base.errors import Place, Problem
-from builder.operations.fixes import FIXES
+from builder.formats.layouts.configs import Prediction as Predicted
+from builder.models.prediction import Marker, Prediction
+from builder.operations.fixes import FIXES, finished_types
+from builder.recipe.names import SINGLE, Form
 from builder.sources.job import SourceJob
-from builder.tensors.cast import NonFinite, Overflow, Precision, cast_type
+from builder.tensors.cast import Narrow, NonFinite, Overflow, Precision
 from builder.tensors.digests import expression_key
 from builder.tensors.lazy import DType, LazyTensor
 
@@ -27,7 +31,9 @@ Key = str
 State = Literal["make", "stored", "unchanged", "stream", "known", "hash", "fetch"]
 
 # A change of what is made from the same inputs must change its version here.
-VERSIONS = {"take": 2, "finish": 2, "assemble": 2}
+VERSIONS = {"take": 3, "finish": 3, "assemble": 2}
+
+CHECKPOINT = "checkpoint"  # in the place of a class: all of a source
 
 
 @dataclass(frozen=True)
@@ -63,7 +69,20 @@ class Applied:
     node: Key
 
 
-Origin = Take | Finished | Applied
+@dataclass(frozen=True)
+class Whole:
+    """All tensors of a source, under the names that they have there.
+
+    `exempt` are names that no precision is for. With `tables`, digests as `Take` has them, the parts of its
+    architecture get their usual names and shapes.
+    """
+
+    node: Key
+    exempt: tuple[str, ...] = ()
+    tables: tuple[str, ...] = ()
+
+
+Origin = Take | Finished | Applied | Whole
 
 
 @dataclass(frozen=True)
@@ -117,7 +136,7 @@ class ComponentJob:
     origin: Origin
     fixes: tuple[str, ...]
     precision: Precision
-    narrow: bool
+    narrow: Narrow
     overflow: Overflow
     non_finite: NonFinite
     store: bool = False
@@ -129,7 +148,7 @@ class ComponentJob:
             "precision": self.precision,
             "overflow": self.overflow,
             "non_finite": self.non_finite,
-            **({"narrow": True} if self.narrow else {}),
+            **({"narrow": self.narrow} if self.narrow else {}),
         }
 
     @property
@@ -149,20 +168,48 @@ class ComponentJob:
 class Beside:
     """What lies beside an output's components: tensors of its base under their own names, and markers.
 
-    `names` are those of the base's tensors, in the base's order; `markers` are empty tensors that are
-    made.
+    `names` are those of the base's tensors, in the base's order; `markers` are whole, with their few bytes.
     """
 
     names: tuple[str, ...] = ()
-    markers: tuple[str, ...] = ()
+    markers: tuple[Marker, ...] = ()
+
+
+@dataclass(frozen=True)
+class Container:
+    """What an output is written as.
+
+    `nesting` is where in a PyTorch file the tensors lie. `stem` begins the names of a set's files, of at most
+    `shard_size` bytes of tensors. All else is for a folder in the diffusers layout of this name: what its
+    scheduler is told, and the files of its tokenizer.
+    """
+
+    form: Form = "safetensors"
+    nesting: str = ""
+    stem: str = ""
+    shard_size: int | None = None
+    layout: str = ""
+    prediction: Predicted = "epsilon"
+    zero_snr: bool = False
+    vocabulary: Mapping[str, bytes] = field(default_factory=dict)
+
+    @property
+    def single(self) -> bool:
+        """Whether it is one file."""
+        return self.form in SINGLE
+
+    def params(self) -> dict[str, Any]:
+        """What decides the bytes, as data of a key."""
+        words = {n: hashlib.sha256(data).hexdigest() for n, data in self.vocabulary.items()}
+        return {**asdict(self), "vocabulary": words}
 
 
 @dataclass(frozen=True)
 class OutputJob:
-    """A file to be assembled: each slot's prefix and the node that fills it, and what lies beside them.
+    """What is to be assembled: each slot's prefix and the node that fills it, and what lies beside them.
 
-    `base` is the source that is its base, if one is. `sidecar` is what is to lie beside the output as its
-    `.yaml`.
+    `base` is the source that is its base, if one is. `told` is the one that its denoiser comes from, and what
+    that says of what it predicts. `sidecar` is what is to lie beside the output as its `.yaml`.
     """
 
     recipe: Recipe
@@ -174,6 +221,8 @@ class OutputJob:
     beside: Beside
     metadata: Mapping[str, str]
     sidecar: bytes | None
+    container: Container
+    told: tuple[Key, Prediction] | None = None
 
     @property
     def key(self) -> Key:
@@ -184,8 +233,9 @@ class OutputJob:
             target=str(self.target),
             slots={cls: [prefix, node] for cls, (prefix, node) in self.slots.items()},
             base=self.base,
-            beside=[self.beside.names, self.beside.markers],
+            beside=[self.beside.names, [marker_data(m) for m in self.beside.markers]],
             metadata=dict(self.metadata),
+            container=self.container.params(),
         )
 
     @property
@@ -198,11 +248,18 @@ class OutputJob:
 Job = SourceJob | StepJob | ComponentJob | OutputJob
 
 
+def marker_data(marker: Marker) -> list[Any]:
+    """A marker as data of a key, or of a record."""
+    return [marker.name, marker.dtype.code, list(marker.shape), marker.data.hex()]
+
+
 def origin_data(origin: Origin, names: Mapping[Key, str] | None = None) -> list[Any]:
     """An origin as data of a key; `names` say by what nodes are known, if not by their keys."""
     node = origin.node if names is None else names[origin.node]
     if isinstance(origin, Take):
         return ["take", VERSIONS["take"], node, origin.cls, origin.component, list(origin.tables)]
+    if isinstance(origin, Whole):
+        return ["whole", VERSIONS["take"], node, list(origin.exempt), list(origin.tables)]
     return ["node", node, origin.promote if isinstance(origin, Finished) else None]
 
 
@@ -246,9 +303,9 @@ class LeftOut:
 class Plan:
     """A resolved recipe: nodes by key, inputs before what is made of them.
 
-    `entries` are the sources by their names in the lock. `unseen` are bases whose contents cannot be seen
-    from here: enough is known to show the plan, too little to build. `left_out` is by output. `notes` are
-    what steps leave alone, `depths` how many steps each node hangs on in a row.
+    `entries` are the sources by their names in the lock. `unseen` are sources whose tables of contents
+    are to be had first: enough is known to show the plan, too little to build. `left_out` is by output.
+    `notes` are what steps leave alone, `depths` how many steps each node hangs on in a row.
     """
 
     recipe: Recipe
@@ -311,7 +368,8 @@ class Plan:
 
 
 def component_specs(
-    tensors: Mapping[str, LazyTensor], precision: Precision, narrow: bool = False
+    tensors: Mapping[str, LazyTensor], precision: Precision, narrow: Narrow = False
 ) -> dict[str, tuple[DType, tuple[int, ...]]]:
-    """Names, dtypes and shapes that tensors will have in a precision; integers stay as they are."""
-    return {n: (cast_type(n, t.dtype, precision, narrow), t.shape) for n, t in tensors.items()}
+    """Names, dtypes and shapes that tensors will have in a precision."""
+    types = finished_types(tensors, precision, narrow)
+    return {n: (types[n], t.shape) for n, t in tensors.items()}

@@ -6,11 +6,11 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from blake3 import blake3
 
+from builder.models.prediction import Marker, Prediction, carried
 from builder.plan.graph import (
     VERSIONS,
     Beside,
@@ -19,6 +19,7 @@ from builder.plan.graph import (
     Key,
     OutputJob,
     StepJob,
+    marker_data,
     origin_data,
 )
 from builder.sources.job import SourceJob
@@ -54,7 +55,7 @@ def tables(catalog: Catalog, cls: str, component: str | None) -> tuple[str, ...]
     return tuple(_table(c) for c in components)
 
 
-EMPTY = Row(DType.F32, (0,), blake3().hexdigest())  # that of a marker
+EMPTY = Row(DType.F32, (0,), blake3().hexdigest())  # that of a marker without a value
 
 
 @lru_cache(maxsize=256)
@@ -75,7 +76,7 @@ def assembly_key(job: OutputJob, components: Mapping[str, str], beside: Mapping[
         slots={cls: [prefix, components[cls]] for cls, (prefix, _) in job.slots.items()},
         beside={n: [r.dtype.code, list(r.shape), r.digest] for n, r in beside.items()},
         metadata=dict(job.metadata),
-        format=output_format(job.target),
+        container=job.container.params(),
     )
 
 
@@ -86,7 +87,7 @@ def beside_key(sha256: str, beside: Beside) -> str:
 
 def recall_beside(store: Store, sha256: str | None, beside: Beside) -> dict[str, Row] | None:
     """The rows of what lies beside an output's components; None until its base was read once."""
-    rows = dict.fromkeys(beside.markers, EMPTY)
+    rows = {m.name: Row(m.dtype, m.shape, blake3(m.data).hexdigest()) for m in beside.markers}
     if not beside.names:
         return rows
     fact = store.recall("beside", beside_key(sha256, beside)) if sha256 is not None else None
@@ -101,6 +102,20 @@ def note_beside(store: Store, sha256: str, beside: Beside, rows: Mapping[str, Ro
     store.note("beside", beside_key(sha256, beside), {"tensors": held})
 
 
-def output_format(target: Path) -> str:
-    """The container of an output, from its file's suffix."""
-    return "torch" if target.suffix in {".ckpt", ".pt", ".pth", ".bin"} else "safetensors"
+def _prediction_key(sha256: str) -> str:
+    return expression_key("prediction", 1, source=sha256)
+
+
+def recall_prediction(store: Store, sha256: str | None, catalog: Catalog) -> Prediction | None:
+    """What a source says of what its denoiser predicts; None until a build carried that over."""
+    fact = store.recall("prediction", _prediction_key(sha256)) if sha256 is not None else None
+    if fact is None:
+        return None
+    markers = (Marker(n, BY_CODE[c], tuple(s), bytes.fromhex(d)) for n, c, s, d in fact["markers"])
+    return carried(markers, fact["words"], catalog)
+
+
+def note_prediction(store: Store, sha256: str, found: Prediction) -> None:
+    """Have remembered what a source says of what its denoiser predicts."""
+    fact = {"markers": [marker_data(m) for m in found.markers], "words": dict(found.words)}
+    store.note("prediction", _prediction_key(sha256), fact)

@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 from builder.base.errors import Problem, RecipeError, SourceError, did_you_mean
 from builder.base.files import read_bounded
 from builder.base.inside import is_inside, leads_out
+from builder.formats.write_sharded import SHARD_SIZE, SUFFIX
 from builder.models.catalog import Architecture
-from builder.models.cut import choose, cut, names_of
-from builder.models.identify import EMA, Match
-from builder.models.parts import kind
+from builder.models.cut import choose, cut, usual
+from builder.models.identify import EMA, Identity, Match
+from builder.models.parts import kind, words_for
+from builder.models.prediction import Prediction, prediction, read_markers
 from builder.operations import OPERATIONS
 from builder.operations.registry import Operation
 from builder.operations.weights import Weights, blocks_of, is_given, of_class, patterns
+from builder.plan.folders import VOCABULARY, find_layout, find_prediction, read_vocabulary
 from builder.plan.graph import (
+    CHECKPOINT,
     Applied,
     Beside,
     ComponentJob,
+    Container,
     Finished,
     Job,
     Key,
@@ -35,14 +40,17 @@ from builder.plan.graph import (
     State,
     StepJob,
     Take,
+    Whole,
     component_specs,
 )
-from builder.plan.keys import action_key, assembly_key, recall_beside, tables
-from builder.plan.metadata import stated_metadata
+from builder.plan.keys import action_key, assembly_key, recall_beside, recall_prediction, tables
+from builder.plan.metadata import carried_metadata, stated_metadata
 from builder.recipe import FromBase, NewBase, Output, Pick, Recipe, Step, slot_problems
 from builder.recipe.check import MAX_STEPS
+from builder.recipe.names import SINGLE, Form, form_of
 from builder.recipe.profiles import MAX_SIDECAR, sidecar, warnings, with_profile
 from builder.recipe.read import outside
+from builder.sources.find import recall_files
 from builder.sources.job import SourceJob, entry_name
 from builder.tensors.lazy import LazyTensor
 
@@ -59,13 +67,13 @@ def make_plan(
     *,
     lock: Lock | None = None,
     operations: Mapping[str, Operation] = OPERATIONS,
-    place: Callable[[Output], Path] | None = None,
+    place: Callable[[Output], str | Path] | None = None,
     environment: Mapping[str, str] = MappingProxyType({}),
 ) -> Plan:
     """Resolve a recipe. Reads tables of contents only, and fetches nothing but those.
 
-    `place` says where an output goes, if not where the recipe says. Of `environment`, SOURCE_DATE_EPOCH is
-    the date that metadata say.
+    `place` says where an output goes, and in which form, if not as the recipe says. Of `environment`,
+    SOURCE_DATE_EPOCH is the date that metadata say.
 
     Raises RecipeError for what does not fit what the sources hold, SourceError for sources that are
     refused, FetchError for those that are needed and nowhere to be found.
@@ -113,14 +121,25 @@ def _leader(step: Step, operation: Operation) -> str:
     return f"{operation.many}.{max(shares, key=shares.__getitem__)}"
 
 
+class _Told(NamedTuple):
+    """What a denoiser predicts; `by` is the source that it comes from, and what that says."""
+
+    prediction: Prediction
+    by: tuple[Key, Prediction] | None = None
+
+
 @dataclass(frozen=True)
 class _Model:
-    """A source, step or sub-recipe as a set of components, each of which becomes a node when it is taken."""
+    """A source, step or sub-recipe as a set of components, each of which becomes a node when it is taken.
+
+    `told` says what its denoiser predicts.
+    """
 
     name: str
     classes: Callable[[], tuple[str, ...]]
     architecture: Callable[[], Architecture | None]
     origin: Callable[[Pick], Origin]
+    told: Callable[[], _Told]
     first: _Model | None = None  # of a step, the one whose classes it changes
 
 
@@ -219,7 +238,23 @@ class _Resolver:
                 self.recipe.place(*pick.at, value=True),
             )
 
-        return _Model(name, classes, architecture, origin)
+        return _Model(name, classes, architecture, origin, lambda: self._told_by(self.source(name)))
+
+    def _told_by(self, job: SourceJob) -> _Told:
+        """What a source says of what its denoiser predicts; it is looked at where that is not remembered."""
+        found = recall_prediction(self.store, self.sources.sha256(job), self.catalog)
+        if found is None and self._is_seen(job):
+            checkpoint = self.sources.open(job).checkpoint
+            found = read_markers(prediction(checkpoint, checkpoint.metadata, self.catalog), checkpoint)
+        found = found or Prediction()
+        return _Told(found, (job.key, found))
+
+    def _is_seen(self, job: SourceJob) -> bool:
+        """Whether a source's contents are seen without fetching anything; what is not is noted."""
+        seen = self.sources.find(job) is not None or self.sources.is_open(job)
+        if not seen and job.key not in self.plan.unseen:
+            self.plan.unseen.append(job.key)
+        return seen
 
     def _sub_recipe(self, name: str) -> _Model:
         recipe = self.recipe.included[name]
@@ -239,7 +274,9 @@ class _Resolver:
             self._check_component(pick, Finished(key), picks)
             return finished
 
-        return _Model(name, lambda: tuple(picks), lambda: architecture, origin)
+        return _Model(
+            name, lambda: tuple(picks), lambda: architecture, origin, lambda: inner.told(output, picks, {})
+        )
 
     def _step(self, name: str) -> _Model:
         step = self.recipe.steps[name]
@@ -282,7 +319,7 @@ class _Resolver:
             kept = ComponentJob(pick.cls, name, applied, (), "keep", False, "keep", "keep", store=True)
             return Finished(self._component(kept, f"{pick.cls} of step {name}", pick))
 
-        return _Model(name, first.classes, first.architecture, origin, first)
+        return _Model(name, first.classes, first.architecture, origin, first.told, first)
 
     def _inputs(
         self, step: Step, operation: Operation, pick: Pick, models: Mapping[str, _Model], leader: str
@@ -370,7 +407,7 @@ class _Resolver:
             origin,
             tuple(n for n in output.fixes if self.catalog.applies(n, pick.cls)),
             output.precision,  # type: ignore[arg-type]
-            output.narrow,
+            output.narrow,  # type: ignore[arg-type]
             output.overflow,  # type: ignore[arg-type]
             output.non_finite,  # type: ignore[arg-type]
         )
@@ -381,6 +418,26 @@ class _Resolver:
                 return origin.node  # finished in the same way already: it is the component
         named = f" ({pick.component})" if pick.component else ""
         return self._component(job, f"{pick.cls} of {pick.source}{named}", pick)
+
+    def _whole(
+        self, output: Output, base: SourceJob | None, container: Container, architecture: Architecture
+    ) -> Key:
+        """The node of all that a base holds."""
+        assert base is not None
+        exempt = () if output.precision == "keep" else tuple(sorted(self.catalog.optional))
+        spelt = architecture.slots if container.layout else ()
+        origin = Whole(base.key, exempt, tuple(t for cls in spelt for t in tables(self.catalog, cls, None)))
+        job = ComponentJob(
+            CHECKPOINT,
+            base.name,
+            origin,
+            (),
+            output.precision,  # type: ignore[arg-type]
+            output.narrow,  # type: ignore[arg-type]
+            output.overflow,  # type: ignore[arg-type]
+            output.non_finite,  # type: ignore[arg-type]
+        )
+        return self._component(job, f"{CHECKPOINT} {base.name}", Pick(CHECKPOINT, base.name))
 
     def _component(self, job: ComponentJob, label: str, pick: Pick) -> Key:
         key = job.key
@@ -466,14 +523,36 @@ class _Resolver:
         )
 
     def output(
-        self, output: Output, place: Callable[[Output], Path] | None, environment: Mapping[str, str]
+        self, output: Output, place: Callable[[Output], str | Path] | None, environment: Mapping[str, str]
     ) -> None:
         """Plan an output and all that it needs."""
         output = replace(output, fixes=with_profile(output.fixes, output.profile))
-        architecture, picks = self.filled(output)
-        nodes = {cls: self.component(output, pick) for cls, pick in picks.items()}
+        name = str(place(output)) if place is not None else output.file
+        target, form = (Path(name) if place is not None else self._target(output)), form_of(name)
         base = self.source(output.base.name) if self._is_file(output.base) else None
-        target = place(output) if place is not None else self._target(output)
+        carried = self._carried(base)
+        picks: dict[str, Pick] = {}
+        sidecar_: bytes | None = None
+        if output.verbatim and isinstance(output.base, FromBase):
+            architecture, beside = self._base_architecture(output.base, any_=True), Beside()
+            told = _Told(Prediction())
+            metadata = {**carried, **output.metadata}
+            container = self._container(output, target, form, architecture, base, told.prediction)
+            nodes = {CHECKPOINT: self._whole(output, base, container, architecture)}
+        else:
+            architecture, picks = self.filled(output)
+            nodes = {cls: self.component(output, pick) for cls, pick in picks.items()}
+            told = self.told(output, picks, carried)
+            denoiser = self._denoiser(picks)
+            called = self._name(nodes[denoiser], told) if denoiser is not None else None
+            spec = (self.catalog.components[called].modelspec if called else None) or architecture.modelspec
+            beside = self._beside(output, architecture, base, told.prediction, denoiser is not None)
+            stated = told.prediction.stated(spec, self.catalog)
+            metadata = stated_metadata(self.recipe, output, spec, stated, carried, environment)
+            container = self._container(output, target, form, architecture, base, told.prediction)
+            if form in SINGLE:
+                usual_ = self._is_usual(called, architecture)
+                sidecar_ = self._sidecar(output, architecture, told.prediction, usual_)
         job = OutputJob(
             self.recipe,
             output,
@@ -481,11 +560,24 @@ class _Resolver:
             architecture,
             {cls: (self._prefix(cls, architecture), node) for cls, node in nodes.items()},
             base.key if base is not None else None,
-            self._beside(output, architecture, base),
-            stated_metadata(self.recipe, output, architecture, self._carried(base), environment),
-            self._sidecar(output, architecture),
+            beside,
+            metadata,
+            sidecar_,
+            container,
+            told.by,
         )
-        self.plan.warnings += warnings(output.profile, output.markers, job.target)
+        denoiser = self._denoiser(picks)
+        if denoiser is not None and (signs := told.prediction.contradiction):
+            self.plan.warnings.append(
+                Problem(
+                    f"what is said of the {denoiser} of `{picks[denoiser].source}` contradicts itself",
+                    self.recipe.place(*picks[denoiser].at),
+                    signs,
+                    f"it is taken as {told.prediction.kind}; a recipe says otherwise by `markers` and "
+                    "`modelspec.prediction_type` of an output",
+                )
+            )
+        self.plan.warnings += warnings(output.profile, architecture, told.prediction, job.sidecar, target)
         parts = [self.plan.nodes[n] for n in nodes.values()]
         size = sum(p.writes for p in parts)
         key = self.add(
@@ -493,6 +585,28 @@ class _Resolver:
         )
         node = self._state(self.plan.nodes[key], job, parts, base)
         self.plan.nodes[key] = node
+
+    def told(self, output: Output, picks: Mapping[str, Pick], carried: Mapping[str, str]) -> _Told:
+        """What an output predicts: as its denoiser's source, or else its base, says it, and the recipe."""
+        cls = self._denoiser(picks)
+        if cls is not None:
+            found = self.model(picks[cls].source).told()
+        else:
+            found = _Told(prediction({}, carried, self.catalog))
+        own = found.prediction.with_own(output.markers, output.metadata, self.catalog)
+        return found._replace(prediction=own)
+
+    def _denoiser(self, picks: Mapping[str, Pick]) -> str | None:
+        return next((cls for cls in picks if cls in self.catalog.denoisers), None)
+
+    def _name(self, key: Key, told: _Told) -> str | None:
+        """The catalog's name of a denoiser; None where what it comes from cannot be seen from here."""
+        node = self.plan.nodes[key]
+        if node.made is not None:
+            return node.made.component
+        job = self.plan.nodes[told.by[0]].job if told.by is not None else None
+        assert isinstance(node.job, ComponentJob) and isinstance(job, SourceJob)
+        return component_name(self.plan, self.sources, node.job.origin) if self._is_seen(job) else None
 
     def _state(self, node: Node, job: OutputJob, parts: list[Node], base: SourceJob | None) -> Node:
         waiting = [p.label for p in parts if p.made is None]
@@ -508,24 +622,35 @@ class _Resolver:
             return replace(node, why=why)
         digests = {cls: self.plan.nodes[n].made for cls, (_, n) in job.slots.items()}
         action = assembly_key(job, {cls: m.digest for cls, m in digests.items() if m is not None}, beside)
-        state, why = output_state(self.store, action, job.target)
+        state, why = output_state(self.store, action, job)
         if state == "unchanged":
             return replace(node, action=action, state=state, why=why, reads=0, writes=0)
         return replace(node, action=action, state=state, why=why)
 
-    def _sidecar(self, output: Output, architecture: Architecture) -> bytes | None:
-        """What is to lie beside the output as its `.yaml`; raises RecipeError when it cannot be read."""
+    def _sidecar(
+        self, output: Output, architecture: Architecture, told: Prediction, usual: bool
+    ) -> bytes | None:
+        """What is to lie beside the output as its `.yaml`; raises RecipeError when it cannot be read.
+
+        The catalog's own are for the `usual` denoiser.
+        """
         if output.config is None:
-            return sidecar(output.profile, architecture, output.markers)
+            return sidecar(output.profile, architecture, told) if usual else None
         folder = self.recipe.path.parent if self.recipe.path else Path()
         place = self.recipe.place(*output.at, "config", value=True)
         if (why := leads_out(folder, output.config)) is not None:
             raise RecipeError(outside(output.config, why, place))
         try:
-            return read_bounded(folder / output.config, MAX_SIDECAR)
+            return read_bounded(folder / output.config, MAX_SIDECAR, follow=False)
         except OSError as error:
             evidence = (str(error.strerror),)
             raise RecipeError(Problem(f"cannot read `{output.config}`", place, evidence)) from None
+
+    def _is_usual(self, name: str | None, architecture: Architecture) -> bool:
+        """Whether a denoiser is the standard one of its class, or an average of that."""
+        component = self.catalog.components[name] if name is not None else None
+        members = self.catalog.classes[architecture.slots[0]] if architecture.slots else ()
+        return component is not None and members[0].name in (component.name, component.base)
 
     def _target(self, output: Output) -> Path:
         """Where an output goes, by the recipe; raises RecipeError when a link leads out of its folder."""
@@ -536,8 +661,61 @@ class _Resolver:
             raise RecipeError(outside(output.file, "a link leads out of it", place))
         return path
 
+    def _container(
+        self,
+        output: Output,
+        target: Path,
+        form: Form,
+        architecture: Architecture,
+        base: SourceJob | None,
+        told: Prediction,
+    ) -> Container:
+        """How an output is written; raises RecipeError, or SourceError for a base that cannot be so."""
+        if form == "sharded":
+            stem = target.name[: -len(SUFFIX)]
+            return Container(form, stem=stem, shard_size=output.shard_size or SHARD_SIZE)
+        if form != "diffusers":
+            return Container(form, nesting="state_dict" if form == "torch" and not output.verbatim else "")
+        opened = self.sources.open(base) if base is not None and self.sources.seen(base) else None
+        name = output.name
+        if output.verbatim and opened is not None:
+            name = opened.checkpoint.name
+            told = prediction(opened.checkpoint, opened.checkpoint.metadata, self.catalog)
+            if not opened.identity.intact:
+                architecture = Architecture(opened.identity.architecture or "unknown", ())
+        layout = find_layout(name, architecture, told, self.catalog)
+        if isinstance(layout, Problem):
+            place = self.recipe.place(*output.at, "file", value=True)
+            raise (SourceError if output.verbatim else RecipeError)(replace(layout, place=place))
+        found = output.prediction or find_prediction(name, told, layout)
+        if isinstance(found, Problem) and (base is None or opened is not None):
+            raise RecipeError(replace(found, place=self.recipe.place(*output.at, "file", value=True)))
+        return Container(
+            form,
+            shard_size=output.shard_size,
+            layout=layout.name,
+            prediction="v" if found == "v" else "epsilon",
+            zero_snr=told.zero_snr,
+            vocabulary=self._vocabulary(output),
+        )
+
+    def _vocabulary(self, output: Output) -> dict[str, bytes]:
+        """The files of an output's tokenizer; raises RecipeError when they cannot be read."""
+        if output.tokenizer is None:
+            return {}
+        folder = self.recipe.path.parent if self.recipe.path else Path()
+        place = self.recipe.place(*output.at, "tokenizer", value=True)
+        for name in VOCABULARY if self.recipe.path else ():
+            if (why := leads_out(folder, f"{output.tokenizer}/{name}")) is not None:
+                raise RecipeError(outside(output.tokenizer, why, place))
+        try:
+            return read_vocabulary(folder / output.tokenizer)
+        except OSError as error:
+            fact = f"cannot read `{Path(error.filename).name}` of `{output.tokenizer}`"
+            raise RecipeError(Problem(fact, place, (str(error.strerror),))) from None
+
     def _prefix(self, cls: str, architecture: Architecture) -> str:
-        if architecture.bare:
+        if architecture.bare or cls == CHECKPOINT:
             return ""
         if cls in architecture.slots:
             return self.catalog.component_for(cls, architecture).prefix
@@ -547,7 +725,7 @@ class _Resolver:
         """Metadata of the base's own, which outlives a rebuild."""
         if base is None or not self.sources.seen(base):
             return {}
-        return self.sources.open(base).checkpoint.metadata
+        return carried_metadata(self.sources.open(base).checkpoint)
 
     def _is_file(self, base: NewBase | FromBase) -> TypeGuard[FromBase]:
         return (
@@ -556,21 +734,36 @@ class _Resolver:
             and self.recipe.sources[base.name].recipe is None
         )
 
-    def _beside(self, output: Output, architecture: Architecture, base: SourceJob | None) -> Beside:
-        """What of the base the output keeps beside its components, and markers; never cast."""
+    def _beside(
+        self,
+        output: Output,
+        architecture: Architecture,
+        base: SourceJob | None,
+        told: Prediction,
+        denoiser: bool,
+    ) -> Beside:
+        """What of the base the output keeps beside its components, and markers; never cast.
+
+        The markers of the base go with its `denoiser`, where the output has one: they are not the base's.
+        """
         if base is None or not self.sources.seen(base):
-            return Beside(markers=output.markers)
+            return Beside(markers=told.markers)
         opened = self.sources.open(base)
         identity, held = opened.identity, opened.checkpoint
         parts = [m for m in identity.matches if m.component.cls in architecture.slots]
-        taken = {full for m in parts for full in names_of(identity, m).values()}
-        kept = {*self._optional(base, output), *(output.keep or ())}
+        taken = {full for m in parts for full in m.whole.values()}
+        optional = self._optional(base, output)
+        if denoiser and output.keep is None:
+            markers = prediction(held, {}, self.catalog).names
+            optional = [n for n in optional if n not in markers]
+        astray = {full for m in identity.astray for full in m.whole.values()}
+        kept = {*optional, *_named(output.keep or (), identity)}
         if output.unknown == "keep":
-            kept |= held.keys() - {*identity.ema, *identity.junk, *identity.optional}
-        names = tuple(n for n in held if n in kept and n not in taken)
-        self._account(base, output, {*taken, *names})
-        markers = tuple(m for m in output.markers if m not in names)
-        return Beside(names, markers)
+            kept |= held.keys() - {*identity.ema, *identity.junk, *identity.optional, *astray}
+        own = told.names if denoiser else ()
+        names = tuple(n for n in held if n in kept and n not in taken and n not in own)
+        self._account(base, output, {*taken, *names, *own})
+        return Beside(names, tuple(m for m in told.markers if m.name not in names))
 
     def _optional(self, base: SourceJob, output: Output) -> list[str]:
         """The optional tensors of a base that are kept; raises RecipeError for a name that it has not."""
@@ -578,10 +771,11 @@ class _Resolver:
         if output.keep is None:
             averaged = any(map(self.catalog.is_average, output.components))
             return [n for n in opened.identity.optional if averaged or not n.startswith(EMA)]
-        absent = [n for n in output.keep if n not in opened.checkpoint and n not in self.catalog.optional]
+        there = {*opened.checkpoint, *(w for m in opened.identity.astray for w in words_for(m))}
+        absent = [n for n in output.keep if n not in there and n not in self.catalog.optional]
         if absent:
             place = self.recipe.place(*output.at, "keep", output.keep.index(absent[0]), value=True)
-            hint = did_you_mean(absent[0], opened.checkpoint)
+            hint = did_you_mean(absent[0], there)
             raise RecipeError(Problem(f"`{base.name}` has no tensor `{absent[0]}`", place, hint=hint))
         return [n for n in opened.identity.optional if n in output.keep]
 
@@ -590,6 +784,8 @@ class _Resolver:
         opened = self.sources.open(base)
         identity = opened.identity
         sorted_out = {*identity.ema, *identity.junk, *identity.optional}
+        astray = {m.component.name: tuple(m.whole.values()) for m in identity.astray}
+        sorted_out.update(*astray.values())
         rest = [n for n in opened.checkpoint if n not in sorted_out]
         state = [n for n in identity.optional if n.startswith(EMA)]
         reasons = {
@@ -597,6 +793,7 @@ class _Resolver:
             "junk": identity.junk,
             "extra": [n for n in identity.optional if n not in state],
             "unknown": rest,
+            **astray,
         }
         names = {r: tuple(n for n in found if n not in kept) for r, found in reasons.items()}
         if any(map(self.catalog.is_average, output.components)):
@@ -605,7 +802,7 @@ class _Resolver:
         left = {k: v for k, v in names.items() if v}
         self.plan.left_out.append(LeftOut(base.name, output.file, left, sizes))
         total = sum(t.nbytes for t in opened.checkpoint.values())
-        lost = sizes["junk"] + sizes["unknown"]
+        lost = sum(size for reason, size in sizes.items() if reason not in ("EMA", "extra"))
         if output.unknown == "drop" and 2 * lost > total:
             raise SourceError(
                 Problem(
@@ -615,6 +812,12 @@ class _Resolver:
                     "name what you want of it under [components], with a `NEW` base",
                 )
             )
+
+
+def _named(keep: Sequence[str], identity: Identity) -> set[str]:
+    """The tensors that words under `keep` mean, which may be components that have no slot."""
+    parts = [m for m in identity.astray if not set(words_for(m)).isdisjoint(keep)]
+    return {*keep, *(full for m in parts for full in m.whole.values())}
 
 
 def _check_sidecars(plan: Plan) -> None:
@@ -676,21 +879,25 @@ def _settle(plan: Plan, sources: Sources) -> None:
             plan.nodes[node.key] = replace(node, state="make", why=why, reads=reads)
 
 
-def output_state(store: Store, action: str, target: Path) -> tuple[State, str]:
-    """Whether the file at `target` is what the assembly of this key makes, and why."""
-    written = store.recall("output", action)
+def output_state(store: Store, action: str, job: OutputJob) -> tuple[State, str]:
+    """Whether what is in an output's place is what the assembly of this key makes, and why."""
+    written, single = store.recall("output", action), job.container.single
+    what = "file" if single else "set" if job.container.form == "sharded" else "folder"
     try:
-        stat = target.stat()
+        stat = job.target.stat()
     except OSError:
-        return "make", "there is no such file yet" if written is None else "the file is gone"
+        return "make", f"there is no such {what} yet" if written is None else f"the {what} is gone"
     if written is None:
         return "make", "its contents have changed"
-    known = store.remembered_sha256(stat)
+    try:
+        known = store.remembered_sha256(stat) if single else recall_files(job.target, store)[0]
+    except SourceError:  # a part of it is missing, or is none
+        return "make", f"the {what} is not what was built"
     if known == written["sha256"]:
-        return "unchanged", "the file is what it would become"
-    if known is None and stat.st_size == written["size"]:
-        return "hash", "the file may be it already: it is hashed first"
-    return "make", "the file is not what was built"
+        return "unchanged", f"the {what} is what it would become"
+    if known is None and (not single or stat.st_size == written["size"]):
+        return "hash", f"the {what} may be it already: it is hashed first"
+    return "make", f"the {what} is not what was built"
 
 
 def to_read(plan: Plan, sources: Sources, origin: Origin) -> Mapping[str, LazyTensor]:
@@ -701,6 +908,9 @@ def to_read(plan: Plan, sources: Sources, origin: Origin) -> Mapping[str, LazyTe
         opened = sources.open(node.job)
         match = match_of(node.job, origin, sources)
         return cut(opened.checkpoint, opened.identity, match, origin.cls).tensors
+    if isinstance(origin, Whole):
+        assert isinstance(node.job, SourceJob)
+        return whole(node.job, origin, sources)
     if isinstance(node.job, StepJob):
         inputs = {p: to_read(plan, sources, o) for p, o in node.job.inputs_by_name.items()}
         return {f"{p}/{n}": t for p, tensors in inputs.items() for n, t in tensors.items()}
@@ -716,10 +926,20 @@ def component_name(plan: Plan, sources: Sources, origin: Origin) -> str | None:
         if not sources.seen(node.job):
             return None
         return match_of(node.job, origin, sources).component.name
+    if isinstance(origin, Whole):
+        return CHECKPOINT
     if isinstance(node.job, StepJob):
         return component_name(plan, sources, node.job.inputs_by_name[node.job.first])
     assert isinstance(node.job, ComponentJob)
     return component_name(plan, sources, node.job.origin)
+
+
+def whole(job: SourceJob, origin: Whole, sources: Sources) -> dict[str, LazyTensor]:
+    """All tensors of a source; raises SourceError where two would have one name."""
+    opened = sources.open(job)
+    if not origin.tables:
+        return dict(opened.checkpoint)
+    return usual(opened.checkpoint, opened.identity, sources.catalog)
 
 
 def match_of(job: SourceJob, take: Take, sources: Sources) -> Match:

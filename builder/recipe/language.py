@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,8 +28,11 @@ from builder.base.kinds import (
     Table,
     Text,
 )
+from builder.base.words import SIZE, parse_size
+from builder.models.prediction import EMPTY
 from builder.operations.fixes import Fix
 from builder.operations.registry import Operation, Param
+from builder.recipe.names import FORMS as OUTPUT_FORMS
 from builder.recipe.recipe import FORMAT
 from builder.recipe.weights import BlockWeights
 
@@ -44,6 +48,7 @@ PRECISIONS = {
     "fp32": "single precision",
     "keep": "each tensor as its source has it",
 }
+NARROW = {"fewer": "what has fewer bits keeps its type"}
 OVERFLOW = {
     "error": "the build fails and names the tensor",
     "clamp": "the largest finite value takes its place",
@@ -57,6 +62,7 @@ UNKNOWN = {
     "drop": "they are left out, and counted; refused when they are most of the base",
     "keep": "they are carried over as they are",
 }
+PREDICTIONS = {"epsilon": "the noise", "v": "the velocity between noise and picture"}
 NON_FINITE = {"error": "the build fails and names the tensor", "keep": "it stays"}
 
 
@@ -68,11 +74,6 @@ class Vocabulary:
     operations: Mapping[str, Operation]
     fixes: Mapping[str, Fix]
     profiles: Mapping[str, Any]
-
-    @cached_property
-    def markers(self) -> tuple[str, ...]:
-        """The optional tensors that hold no value: their presence says it all."""
-        return tuple(n for n, shape in self.catalog.optional.items() if shape is not None and 0 in shape)
 
     @cached_property
     def language(self) -> Struct:
@@ -89,12 +90,25 @@ class Vocabulary:
 
 
 CLEAN = (NOT_EMPTY, NO_CONTROLS)
+# What turns text around, or has no width, has a file's name read as another.
+SHOWN = Rule(
+    r"[\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]",
+    "{key} holds a character that does not show, or turns others around",
+    forbid=True,
+)
 NAME = Text(
     (
         *CLEAN,
+        SHOWN,
         Rule(r"^\s|\s$", "{key} begins or ends with a space", forbid=True),
         Rule(r'[/\\:*?"<>|]', '{key} holds one of / \\ : * ? " < > |, which file names cannot', forbid=True),
         Rule(r"^\.|\.$", "{key} begins or ends with a dot", forbid=True),
+        Rule(
+            r"\.(safetensors|ckpt|pt)$",
+            "{key} ends as the name of a file does",
+            "leave the ending out: `file` under [output] says what is written",
+            forbid=True,
+        ),
         Rule(r"^.{1,100}$", "{key} is longer than 100 characters"),
     ),
     examples=("anything-v3",),
@@ -177,16 +191,19 @@ _INSIDE = (
     ),
     Rule(r'[:*?"<>|]', '{key} holds one of : * ? " < > |, which file names cannot', forbid=True),
 )
+_SUFFIXES = [end for end in OUTPUT_FORMS if end != "/"]
 OUTPUT_FILE = Text(
     (
         *_INSIDE,
+        SHOWN,
         Rule(
-            r"[^/]\.(safetensors|ckpt|pt)$",
-            "{key} must end in `.safetensors`, `.ckpt` or `.pt`, the formats that are written",
+            rf"[^/]({'|'.join(map(re.escape, _SUFFIXES))})$|[^/.]/$",
+            f"{{key}} must end in {', '.join(f'`{end}`' for end in _SUFFIXES)}, or, a folder's, in `/`",
         ),
     ),
     label="path",
 )
+INSIDE = Text(_INSIDE, label="path")
 CONFIG_FILE = Text(
     (*_INSIDE, Rule(r"[^/]\.ya?ml$", "{key} must end in `.yaml`", "give the model's configuration")),
     label="path",
@@ -292,6 +309,25 @@ class Base(Kind):
                 {"type": "string", "minLength": 1},
             ]
         }
+
+
+@dataclass(frozen=True)
+class Size(Kind):
+    """Bytes: an integer, or a string with a unit; gives the integer."""
+
+    noun: str = "an integer or a string"
+    label: str = "integer, or string such as `2GB`"
+    types: tuple[type, ...] = (int, str)
+
+    def check(self, value: Any, at: At) -> Any:
+        size = parse_size(value) if isinstance(value, str) else value
+        if size is None:
+            return at.wrong(f"{at.name} is no size", hint="write it as `2GB`, `500MB` or a number of bytes")
+        return Number(1, whole=True).check(size, at)
+
+    def schema(self, defs: Schema) -> Schema:
+        text = {"type": "string", "pattern": f"^{SIZE}$"}
+        return {"oneOf": [Number(1, whole=True).schema(defs), text]}
 
 
 PARAMS: dict[str, Any] = {
@@ -449,13 +485,14 @@ def _language(words: Vocabulary) -> Struct:
         "output",
         "[output]",
         {
-            "name": Key(NAME, "Its name among several.", '"no-ema"', otherwise="the recipe's name"),
+            "name": Key(NAME, "Its name, as one of `[[output]]`.", '"no-ema"', otherwise="the recipe's name"),
             "file": Key(
                 OUTPUT_FILE,
-                "Path inside the recipe's folder. Its ending says what is written: `.safetensors`, or a "
-                "PyTorch file of tensors alone as `.ckpt` or `.pt`.",
+                "Path inside the recipe's folder. Its ending says what is written. `.safetensors`, `.sft`: "
+                "one file; `.ckpt`, `.pt`, `.pth`, `.bin`: a PyTorch file of tensors alone; "
+                "`.safetensors.index.json`: a sharded set, by its index; `/`: a folder in diffusers' layout.",
                 '"anything-v3.safetensors"',
-                otherwise="NAME.safetensors; of several, RECIPE-NAME.safetensors",
+                otherwise="NAME.safetensors; of one with a `name`, RECIPE-NAME.safetensors",
             ),
             "precision": Key(
                 Choice("precision", PRECISIONS),
@@ -464,8 +501,9 @@ def _language(words: Vocabulary) -> Struct:
                 default="fp16",
             ),
             "narrow": Key(
-                Boolean(),
-                "Whether only what has more bits than the precision is rounded, and nothing is made wider.",
+                Either((Boolean(), Choice("way to round", NARROW))),
+                "Whether only what has more bits than the precision is rounded, and nothing is made wider; "
+                '`"fewer"`: what has fewer keeps its type.',
                 "true",
                 default=False,
             ),
@@ -489,21 +527,22 @@ def _language(words: Vocabulary) -> Struct:
             "keep": Key(
                 Array(Text((NOT_EMPTY,), label="name of a tensor")),
                 "Tensors to carry over from the base beside its components, by their full names: optional "
-                "ones where it has them, and others that it must have.",
+                "ones where it has them, and others that it must have. The class of a component that the "
+                "architecture has no slot for carries all of that over.",
                 '["alphas_cumprod"]',
                 otherwise="all optional ones",
             ),
             "unknown": Key(
                 Choice("treatment", UNKNOWN),
-                "What to do with tensors of the base that are of no slot, and no averages or junk.",
+                "What to do with tensors of the base that are of no component, and no averages or junk.",
                 '"keep"',
                 default="drop",
             ),
             "markers": Key(
-                Array(Choice("marker", dict.fromkeys(words.markers, ""))),
-                "Empty tensors to add, by which programs know the kind of model.",
+                Array(Choice("marker", dict.fromkeys(EMPTY, ""))),
+                "Tensors by which programs know what a UNET predicts, in place of those that come with it.",
                 '["v_pred", "ztsnr"]',
-                default=(),
+                otherwise="those that come with the UNET",
             ),
             "config": Key(
                 CONFIG_FILE,
@@ -516,9 +555,33 @@ def _language(words: Vocabulary) -> Struct:
                 "true",
                 default=False,
             ),
+            "verbatim": Key(
+                Boolean(),
+                "Whether it has every tensor of its base, which is a file, under the name it has there.",
+                "true",
+                default=False,
+            ),
+            "shard_size": Key(
+                Size(),
+                "Most bytes of tensors in a file of a set or a folder.",
+                '"2GB"',
+                otherwise="5 GB of a set; a folder's parts are whole",
+            ),
+            "prediction": Key(
+                Choice("prediction", PREDICTIONS),
+                "What the model predicts, for a folder's scheduler.",
+                '"v"',
+                otherwise="what the model says of itself",
+            ),
+            "tokenizer": Key(
+                INSIDE,
+                "A folder inside the recipe's, whose `vocab.json` and `merges.txt` go into a folder.",
+                '"tokenizer"',
+            ),
             "metadata": Key(
                 Metadata(),
-                "Strings for the file's metadata. Keys with dots may be written as TOML has them.",
+                "Strings for the file's metadata, beside and before the recipe's. Keys with dots may be "
+                "written as TOML has them.",
                 '{ author = "…", license = "…" }',
                 default={},
             ),
@@ -572,6 +635,12 @@ def _language(words: Vocabulary) -> Struct:
             Either((output, Array(output, minimum=1))),
             "What to write: one, or several as `[[output]]`.",
             "{ }",
+        ),
+        "metadata": Key(
+            Metadata(),
+            "Strings for the metadata of every output, as under `[output.metadata]`.",
+            '{ author = "…", license = "…" }',
+            default={},
         ),
         "expect": Key(expect, "What must hold of the only output.", "{ size = 2132626102 }"),
     }

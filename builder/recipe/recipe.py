@@ -12,6 +12,7 @@ from typing import Any
 
 from builder.base.errors import Place, Problem
 from builder.base.toml import Document, Keys
+from builder.recipe.names import Form, form_of
 
 FORMAT = 1
 
@@ -125,9 +126,12 @@ class Output:
     `file` is relative to the recipe's folder and stays inside it. `fixes` are in the order of the registry,
     in which they are applied. With `narrow`, only what is wider than `precision` is rounded. `keep` names
     tensors that are carried over from the base beside its components; None: all optional ones it has. With
-    `unknown` as `keep`, all else is carried over too but averages and junk. `markers` are empty tensors to
-    add. `config` is a file beside the recipe to copy beside the output, under the output's stem. A `partial`
-    one may leave slots of its architecture open.
+    `unknown` as `keep`, all else is carried over too but averages and junk. `markers` are tensors that tell
+    programs what the model predicts; None: those that its UNET comes with. `config` is a file beside the
+    recipe to copy beside the output, under the output's stem. A `partial` one may leave slots of its
+    architecture open. A `verbatim` one has every tensor of its base, under the name it has there.
+    `shard_size` is in bytes of tensors; `prediction` (`epsilon` or `v`) and `tokenizer`, a folder with CLIP's
+    vocabulary, are for diffusers' layout.
     """
 
     name: str
@@ -136,18 +140,27 @@ class Output:
     components: Mapping[str, Pick]
     fixes: tuple[str, ...] = ()
     precision: str = "fp16"
-    narrow: bool = False
+    narrow: bool | str = False
     overflow: str = "error"
     non_finite: str = "error"
     metadata: Mapping[str, str] = field(default_factory=dict)
     profile: str | None = None
     keep: tuple[str, ...] | None = None
     unknown: str = "drop"
-    markers: tuple[str, ...] = ()
+    markers: tuple[str, ...] | None = None
     config: str | None = None
     partial: bool = False
+    verbatim: bool = False
+    shard_size: int | None = None
+    prediction: str | None = None
+    tokenizer: str | None = None
     expect: Expect = Expect()
     at: Keys = field(default=("output",), compare=False)
+
+    @property
+    def form(self) -> Form:
+        """What `file` says is written."""
+        return form_of(self.file)
 
     def meaning(self) -> dict[str, Any]:
         """What decides the file's content: not its name, nor what is expected of it.
@@ -160,7 +173,6 @@ class Output:
             "components": {c: p.meaning() for c, p in sorted(self.components.items())},
             "fixes": sorted(self.fixes),
             "metadata": dict(sorted(self.metadata.items())),
-            "markers": sorted(self.markers),
         }
         said = {key: value for key, value in said.items() if value}
         for name in _BY_DEFAULT:
@@ -178,8 +190,13 @@ _BY_DEFAULT = (
     "profile",
     "keep",
     "unknown",
+    "markers",
     "config",
     "partial",
+    "verbatim",
+    "shard_size",
+    "prediction",
+    "tokenizer",
 )
 
 

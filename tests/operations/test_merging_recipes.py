@@ -129,7 +129,7 @@ def test_weights_by_class_block_and_pattern(folder: Folder) -> None:
     for name, alpha in (
         (UNET + "middle_block.0.in_layers.2.weight", 1.0),
         (NAME, 0.5),
-        (UNET + "input_blocks.0.0.weight", 0.0),
+        (next(n for n in model() if n.endswith("mlp.fc1.weight")), 0.0),
         (UNET + "out.2.bias", 0.25),
     ):
         a, b = weights(1, name), weights(2, name)

@@ -23,10 +23,11 @@ from builder.base.errors import OutputError, UsageError
 from builder.formats import open_checkpoint
 from builder.formats.write_safetensors import write
 from builder.formats.write_sharded import plan_shards
+from builder.recipe.names import form_of
 from builder.tensors.lazy import DType, LazyTensor, MemoryTensor
 from builder.tensors.moves import Joined, Reshaped, Rows, Transposed
-from builder.toolkit.convert import convert, form_of
-from tests.help.building import ROOT, Folder, catalog, content, files, model, save, save_dirty, values
+from builder.toolkit.convert import convert
+from tests.help.building import ROOT, Folder, content, files, model, save, save_dirty, values
 
 NAMES = ("out.safetensors", "out.ckpt", "out.pt", "out.safetensors.index.json")
 DTYPES = [DType.BOOL, DType.U8, DType.I64, DType.F16, DType.BF16, DType.F32, DType.F64, DType.F8_E4M3]
@@ -60,14 +61,15 @@ def test_every_tensor_survives_every_container(
     source = folder / "in.safetensors"
     write(source, tensors, {"format": "pt"}, durable=False)
     before, first = content(source), source.read_bytes()
-    for number, form in enumerate(forms):
-        target = folder / str(number) / form
-        target.parent.mkdir()
-        limit = size if form.endswith(".json") else None
-        convert(source, target, catalog=catalog(), shard_size=limit, durable=False)
-        assert content(target) == before
-        source = target
-    convert(source, folder / "last.safetensors", catalog=catalog(), durable=False)
+    with Folder.below(folder).workspace() as workspace, workspace.sources() as sources:
+        for number, form in enumerate(forms):
+            target = folder / str(number) / form
+            target.parent.mkdir()
+            limit = size if form.endswith(".json") else None
+            made = convert(source, str(target), workspace, sources, shard_size=limit)
+            assert (made.tensors, content(target)) == (len(tensors), before)
+            source = target
+        convert(source, str(folder / "last.safetensors"), workspace, sources)
     assert (folder / "last.safetensors").read_bytes() == first
 
 
@@ -100,7 +102,7 @@ def test_metadata_goes_wherever_it_can(folder: Folder) -> None:
 
 
 def test_shards_hold_what_they_may(folder: Folder) -> None:
-    save(folder / "m.safetensors", model())
+    save(folder / "m.safetensors", model("SD-mini"))
     said = folder("convert", "m.safetensors", "-o", "set/m.safetensors.index.json", "--shard-size", "1MB")
     assert said.code == 7 and "make its folder first" in said.err
     (folder / "set").mkdir()
@@ -218,7 +220,7 @@ def test_what_is_there_is_not_replaced_by_several_files(folder: Folder) -> None:
         f"{folder.path}/", ""
     )
     assert files(folder.path) == before and (folder / "n-00001-of-00001.safetensors").read_text() == "mine"
-    save(folder / "model.safetensors", model())
+    save(folder / "model.safetensors", model("SD-mini"))
     folder.write("taken/notes.txt", "mine")
     before = files(folder.path)
     said = folder("convert", "model.safetensors", "-o", "taken/")

@@ -273,8 +273,8 @@ def _parts(
     classes = dict.fromkeys(m.component.cls for i in (first, second) for m in i.matches)
     for cls in classes:
         a, b = first.find(cls), second.find(cls)
-        mine = [n for n in (a.names.values() if a else ()) if n in left_a]
-        yours = [n for n in (b.names.values() if b else ()) if n in left_b]
+        mine = [n for n in (a.whole.values() if a else ()) if n in left_a]
+        yours = [n for n in (b.whole.values() if b else ()) if n in left_b]
         for names, left in ((mine, left_a), (yours, left_b)):
             for name in names:
                 del left[name]
@@ -318,10 +318,8 @@ def _known(
     weights = {k.cls for k in catalog.known.parts}
     labelled = {k.cls for k in catalog.known.metrics}
     matches = [m for p in parts if (m := side.identity.find(p.cls)) is not None]
-    groups = counted(
-        {m.component.cls: m.names for m in matches if m.component.cls in labelled}, catalog.scales
-    )
-    whole = {full for m in matches if m.component.cls in weights for full in m.names.values()}
+    groups = counted({m.component.cls: m.whole for m in matches if m.component.cls in labelled}, catalog)
+    whole = {full for m in matches if m.component.cls in weights for full in m.whole.values()}
     if not groups and not whole:
         return {}
     held = {n: t for n, t in side.checkpoint.items() if n in groups or n in whole}
@@ -352,7 +350,7 @@ def _published(
 ) -> KnownPart | None:
     rows = {
         bare: Row(held[full].dtype, held[full].shape, digest)
-        for bare, full in match.names.items()
+        for bare, full in match.whole.items()
         if (digest := found.tensors[full].digest) is not None
     }
     return catalog.known.part(component_digest(rows))
