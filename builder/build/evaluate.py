@@ -13,6 +13,7 @@ from builder.base.errors import CkptError
 from builder.build.context import Context
 from builder.models.cut import Cut, cut
 from builder.operations.fixes import FIXES, truncated_position_ids
+from builder.operations.lora.names import Shaped, Target, targets
 from builder.operations.registry import Setting
 from builder.plan.graph import (
     CHECKPOINT,
@@ -156,7 +157,12 @@ class Composer:
         operation = self.context.operations[job.op]
         inputs = {p: self.origin(o) for p, o in job.inputs_by_name.items()}
         traits = catalog.traits.get(job.cls)
-        setting = Setting(job.cls, arithmetic=job.arithmetic)
+        setting = Setting(
+            job.cls,
+            modules=self._modules,
+            metadata={p: self._metadata(o) for p, o in job.inputs_by_name.items() if isinstance(o, Whole)},
+            arithmetic=job.arithmetic,
+        )
         if traits is not None:
             setting = replace(setting, block=traits.block, constants=traits.constants)
         try:
@@ -172,3 +178,21 @@ class Composer:
             made = cast_all(made, job.precision, faults=faults)
         first = inputs[job.first or operation.inputs[0]]
         return Cut(first.component, dict(made), (*first.changes, *words))
+
+    def _metadata(self, origin: Whole) -> Mapping[str, str]:
+        job = self.context.node(origin.node).job
+        assert isinstance(job, SourceJob)
+        return self.context.sources.open(job).checkpoint.metadata
+
+    def _modules(
+        self, cls: str, tensors: Mapping[str, LazyTensor] | None
+    ) -> Mapping[str, Mapping[str, Target]]:
+        """What the names that adapters use mean in a class."""
+        catalog = self.context.sources.catalog
+        adapters = catalog.traits[cls].adapters if cls in catalog.traits else None
+        if adapters is None:
+            return {}
+        if tensors is None:
+            rules = catalog.classes[cls][0].tensors
+            tensors = {n: Shaped(r.shape) for n, r in rules.items()}
+        return targets(tensors, adapters, catalog.rules[adapters.rules] if adapters.rules else None)

@@ -90,3 +90,26 @@ def presets() -> Mapping[str, tuple[float, ...]]:
     found["TRUE_CUBIC_HERMITE"] = tuple(map(float, _HERMITE))
     found["TRUE_REVERSE_CUBIC_HERMITE"] = tuple(round(1 - w, 12) for w in _HERMITE)
     return found | {alias: found[name] for alias, name in ALIASES.items()}
+
+
+# Strengths of LoRAs by block name those with attention alone; the others have none.
+LORA_BLOCKS: dict[int, tuple[str, ...]] = {
+    17: (*(f"IN{n:02}" for n in (1, 2, 4, 5, 7, 8)), "M00", *(f"OUT{n:02}" for n in range(3, 12))),
+    12: (*(f"IN{n:02}" for n in (4, 5, 7, 8)), "M00", *(f"OUT{n:02}" for n in range(6))),
+}
+# The base, which is the text encoders', and a number for each of the 16 blocks of SD v1 that have attention.
+LORA_PRESETS: dict[str, tuple[float, ...]] = {
+    name: (base, *(float(low <= n <= high) * base for n in range(16)))
+    for name, base, low, high in (
+        ("NONE", 0.0, 0, 0),
+        ("ALL", 1.0, 0, 15),
+        ("ALL0.5", 0.5, 0, 15),
+        ("INS", 1.0, 0, 2),
+        ("IND", 1.0, 3, 5),
+        ("INALL", 1.0, 0, 5),
+        ("MIDD", 1.0, 3, 10),
+        ("OUTD", 1.0, 7, 10),
+        ("OUTS", 1.0, 11, 15),
+        ("OUTALL", 1.0, 7, 15),
+    )
+}

@@ -29,13 +29,16 @@ class Setting:
     """What an operation is told of its place beside inputs and parameters.
 
     `cls` is the class that is made; `block` gives the block of a tensor, None for one of no block;
-    `constants` are tensors that no operation touches. With the arithmetic `file`, every product and sum is
-    rounded to the type of the inputs.
+    `constants` are tensors that no operation touches. `modules` says what the names that adapters use mean
+    in the tensors of a class (None: as the catalog has it), `metadata` what files say, by key. With the
+    arithmetic `file`, every product and sum is rounded to the type of the inputs.
     """
 
     cls: str
     block: Callable[[str], str | None] = lambda name: None
     constants: tuple[str, ...] = ()
+    modules: Callable[[str, Tensors | None], Mapping[str, Mapping[str, Any]]] = lambda cls, tensors: {}
+    metadata: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     arithmetic: Literal["exact", "file"] = "exact"
 
 
@@ -57,8 +60,9 @@ class Operation:
     list of them, or where they are `weighted` a table, each with a weight of its own. `apply` gets the
     inputs' components of one class by key (those of a list or table by `KEY.NAME`), each a mapping of
     unprefixed names, and the canonical parameters; it computes nothing yet. With `whole_models`, it gets
-    their other classes too, by `KEY@CLASS`. `version` is part of every key: a change of the result must
-    change it.
+    their other classes too, by `KEY@CLASS`. Where those of the table are `files`, it gets all that each
+    holds, and the model's `classes` as a parameter. `version` is part of every key: a change of the result
+    must change it.
     """
 
     name: str
@@ -70,4 +74,5 @@ class Operation:
     many: str | None = None
     weighted: bool = True
     whole_models: bool = False
+    files: bool = False
     params: Mapping[str, Param] = field(default_factory=dict)

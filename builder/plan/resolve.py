@@ -281,7 +281,8 @@ class _Resolver:
     def _step(self, name: str) -> _Model:
         step = self.recipe.steps[name]
         operation = self.operations[step.op]
-        models = {p: self.model(n) for p, n in step.inputs.items()}
+        files = [p for p in step.inputs if operation.files and p.partition(".")[0] == operation.many]
+        models = {p: self.model(n) for p, n in step.inputs.items() if p not in files}
         leader = _leader(step, operation)
         first = models[leader]
 
@@ -298,8 +299,10 @@ class _Resolver:
                 pick.cls,
                 operation.name,
                 operation.version,
-                self._inputs(step, operation, plain, models, leader),
-                _params(step, operation, pick.cls, self.catalog),
+                self._inputs(step, operation, plain, models, leader)
+                | {p: Whole(self.source(step.inputs[p]).key) for p in files},
+                _params(step, operation, pick.cls, self.catalog)
+                | ({"classes": list(first.classes())} if files else {}),
                 step.arithmetic,  # type: ignore[arg-type]
                 step.precision,  # type: ignore[arg-type]
                 leader,
@@ -339,6 +342,9 @@ class _Resolver:
         """Whether a step changes a class of its first input; where one may expect it to, why not is said."""
         if step.components and cls not in step.components:
             return False
+        traits = self.catalog.traits.get(cls)
+        if operation.files:
+            return traits is not None and traits.adapters is not None
         given = _given(step, operation, cls)
         whose = models[leader]
         while whose.first is not None:
@@ -347,7 +353,7 @@ class _Resolver:
             hint = "`VAE = true` merges it"
             self.plan.say(f"the VAE is that of `{whose.name}`, as merged ones break colours; {hint}")
             return False
-        if absent := [n for p, n in step.inputs.items() if cls not in models[p].classes()]:
+        if absent := [step.inputs[p] for p in models if cls not in models[p].classes()]:
             if given:
                 place = self.recipe.place("steps", step.name)
                 raise RecipeError(Problem(f"`{absent[0]}` has no {cls} to be merged", place))
@@ -368,7 +374,7 @@ class _Resolver:
 
     def _check_alike(self, step: Step, operation: Operation, models: Mapping[str, _Model]) -> None:
         """Raise RecipeError when a step's inputs have nothing in common that it would change."""
-        held = {n: models[p].classes() for p, n in step.inputs.items()}
+        held = {step.inputs[p]: m.classes() for p, m in models.items()}
         common = set.intersection(*map(set, held.values()))
         merged = {c for c in common if kind(c) != "VAE" or step.vae or _given(step, operation, c)}
         if merged & set(step.components or merged):

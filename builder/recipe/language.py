@@ -410,8 +410,11 @@ def _operation(operation: Operation, catalog: Catalog) -> Struct:
         kinds: list[Kind] = [Array(REFERENCE, minimum=1)]
         doc, example = "Sources and steps.", '["a", "b"]'
         if operation.weighted:
-            kinds.insert(0, Table(operation.many, WORD, BlockWeights.of(catalog, Number()), minimum=1))
+            weights = BlockWeights.of(catalog, Number(), strengths=operation.files)
+            kinds.insert(0, Table(operation.many, WORD, weights, minimum=1))
             doc, example = "Sources and steps, each with its weight, or all with 1.", "{ a = 0.6, b = 0.4 }"
+        if operation.files:
+            doc, example = "Sources, each with its strength, or all with 1.", "{ style = 0.6 }"
         many[operation.many] = Key(Either(tuple(kinds)), doc, example, required=True)
     keys = {
         "op": Key(

@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from builder.base.errors import did_you_mean
 from builder.base.kinds import WRONG, At, Kind, Number, Schema
-from builder.operations.presets import V1_BLOCKS, presets
+from builder.operations.presets import LORA_BLOCKS, LORA_PRESETS, V1_BLOCKS, presets
 
 if TYPE_CHECKING:
     from builder.models.catalog import Catalog
 
 _NUMBER = r"[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?"
 _RANGE = re.compile(r"([A-Z]+)([0-9]{1,3})-([A-Z]+)([0-9]{1,3})")
+_NUMBERS = rf"\s*{_NUMBER}\s*(,\s*{_NUMBER}\s*)*"
+_STRENGTH = {"strength", "blocks"}  # of a LoRA, as its users say it
 BASE, TENSORS = "base", "tensors"
 MAX_PATTERNS = 200  # over tensors' names; each is tried on every name
 
@@ -34,27 +36,56 @@ class BlockWeights(Kind):
     weight: Number
     blocks: Mapping[int, tuple[str, ...]]
     parts: tuple[str, ...]
+    strengths: bool = False
     noun: str = "a number, the name of a preset, an array of numbers or a table"
     label: str = "number, name of a preset, array or string of a number for the base and each block, or table"
     types: tuple[type, ...] = (int, float, str, list, dict)
 
     @classmethod
-    def of(cls, catalog: Catalog, weight: Number) -> BlockWeights:
+    def of(cls, catalog: Catalog, weight: Number, *, strengths: bool = False) -> BlockWeights:
         """The weights that a catalog has words for."""
         words = dict.fromkeys([*catalog.classes, *(c.partition("-")[0] for c in catalog.classes)])
-        return cls(weight, catalog.blocks, tuple(words))
+        return cls(weight, catalog.blocks, tuple(words), strengths)
 
     def check(self, value: Any, at: At) -> Any:
         if not isinstance(value, dict):
             return self._plain(value, at, alone=True)
+        if self.strengths and value.keys() & _STRENGTH:
+            return self._strength(value, at)
         return self._table(value, at, inner=False)
+
+    def _strength(self, value: dict[str, Any], at: At) -> Any:
+        """A strength, times those of blocks: the blocks that a list does not name have none."""
+        for key in value.keys() - _STRENGTH:
+            return at.down(key).wrong(f"`{key}` cannot go with `strength` and `blocks`", key=True)
+        strength = self.weight.read(value.get("strength", 1.0), at.down("strength"))
+        said, below = value.get("blocks", "ALL"), at.down("blocks")
+        if isinstance(said, str) and said in LORA_PRESETS:
+            said = list(LORA_PRESETS[said])
+        elif isinstance(said, str) and re.fullmatch(_NUMBERS, said):
+            said = [float(word) for word in said.split(",")]
+        if isinstance(said, str):
+            hint = did_you_mean(said, LORA_PRESETS) or f"there are {', '.join(LORA_PRESETS)}"
+            return below.wrong(f"unknown preset `{said}`", hint=hint)
+        if not isinstance(said, list) or WRONG in (
+            numbers := [self.weight.read(n, below.down(i)) for i, n in enumerate(said)]
+        ):
+            return below.wrong(f"{below.name} must be a preset's name or numbers")
+        if len(numbers) not in LORA_BLOCKS:
+            plain = self._list(numbers, below, alone=True)
+            return WRONG if WRONG in (plain, strength) else _scaled(plain, strength)
+        if strength is WRONG:
+            return WRONG
+        named = dict(zip(LORA_BLOCKS[len(numbers)], numbers[1:], strict=True))
+        every = {b: strength * named.get(b, 0.0) for b in self.blocks[V1_BLOCKS]}
+        return _canonical(strength * numbers[0], every)
 
     # -- numbers, presets, lists
 
     def _plain(self, value: Any, at: At, *, alone: bool) -> Any:
         """What is no table; `alone`: it weighs whole models, so a list must begin with the base."""
         if isinstance(value, str):
-            if re.fullmatch(rf"\s*{_NUMBER}\s*(,\s*{_NUMBER}\s*)*", value):
+            if re.fullmatch(_NUMBERS, value):
                 value = [float(word) for word in value.split(",")]
             elif (known := presets().get(value)) is not None:
                 base = 1.0 if value == "ALL_B" else 0.0
@@ -156,11 +187,22 @@ class BlockWeights(Kind):
         inner = {"type": "object", "additionalProperties": number}
         tensors = {"type": "object", "additionalProperties": number, "maxProperties": MAX_PATTERNS}
         known = {BASE: number, TENSORS: tensors, **{part: {"oneOf": [*plain, inner]} for part in self.parts}}
+        if self.strengths:
+            known |= {"strength": number, "blocks": {"oneOf": [text, numbers]}}
         table = {"type": "object", "properties": known, "additionalProperties": number}
         return {"oneOf": [*plain, table]}
 
 
 _ENCODERS = ("CLIP", "T5")
+
+
+def _scaled(weights: Any, factor: float) -> Any:
+    """Weights of a list, times a factor."""
+    if not isinstance(weights, Mapping):
+        return weights * factor
+    blocks = {b: w * factor for b, w in weights.get("blocks", {}).items()}
+    parts = {p: w * factor for p, w in weights.get("parts", {}).items()}
+    return _canonical(weights["base"] * factor, blocks, parts)
 
 
 def _canonical(

@@ -63,7 +63,7 @@ class Values:
         return values
 
 
-class _Computed(LazyTensor):
+class Computed(LazyTensor):
     """A tensor whose windows are computed with torch, of tensors of any types."""
 
     __slots__ = ("sources",)
@@ -96,7 +96,7 @@ class _Computed(LazyTensor):
 Formula = Callable[[Values], "torch.Tensor"]
 
 
-class Elementwise(_Computed):
+class Elementwise(Computed):
     """What a formula makes of the elements at one place of tensors of one shape."""
 
     __slots__ = ("formula",)
@@ -113,7 +113,7 @@ class Elementwise(_Computed):
 Reduce = Callable[[Sequence[LazyTensor]], Any]
 
 
-class Reducing(_Computed):
+class Reducing(Computed):
     """What a formula makes of elements and of what was found, once, in a first pass over the whole tensors.
 
     That pass is one thread's, window after window: so its sums are the same however many threads there are.
@@ -141,7 +141,7 @@ class Reducing(_Computed):
         return self.formula(values, self._found[0])
 
 
-class Whole(_Computed):
+class Whole(Computed):
     """What a function makes of whole tensors, of FP32 and in their shapes; it gives one of the same shape.
 
     The result is kept until all of it was read: a pass reads it from first to last.

@@ -193,7 +193,7 @@ def test_weights_by_block_class_and_pattern() -> None:
 LONG = 3 * ELEMENTS // 2 + 5  # of more than one window
 
 
-@pytest.mark.parametrize("op", sorted(OPERATIONS))
+@pytest.mark.parametrize("op", sorted(OPERATIONS.keys() - {"apply-lora"}))
 def test_windows_make_no_difference(op: str) -> None:
     """Read in any pieces, an operation's result is the same, bit for bit."""
     operation = OPERATIONS[op]

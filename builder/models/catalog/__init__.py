@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -44,6 +44,7 @@ from builder.models.catalog.tables import (
 
 if TYPE_CHECKING:
     from builder.formats.layouts import Layout
+    from builder.formats.layouts.rules import Rules
 
 __all__ = [
     "PARTS",
@@ -252,22 +253,30 @@ class _Reader:
                 tuple(k for k in self.known if isinstance(k, KnownFile)),
                 tuple(k for k in self.known if isinstance(k, KnownPart)),
             ),
-            layouts=Later(self._read_layouts),
+            layouts=Later(lambda: self._read_layouts[1]),
+            rules=Later(lambda: self._read_layouts[0]),
             programs=self.programs,
             kinds=tuple(k for k in self.kinds if isinstance(k, KindRule)),
             models=tuple(k for k in self.kinds if isinstance(k, ModelRule)),
         )
 
-    def _read_layouts(self) -> dict[str, Layout]:
+    @cached_property
+    def _read_layouts(self) -> tuple[dict[str, Rules], dict[str, Layout]]:
         from builder.models.catalog.layouts import read_layouts
 
-        found = read_layouts(self.layouts)
+        rules, found = read_layouts(self.layouts)
+        for cls, fields in self.described.items():
+            adapters = self.traits[cls].adapters
+            if adapters is not None and adapters.rules is not None and adapters.rules not in rules:
+                hint = did_you_mean(adapters.rules, rules)
+                fact = f"unknown rules `{adapters.rules}`"
+                fields.fail(fact, "adapters", "rules", value=True, hint=hint)
         for name, fields in self.fields.items():
             layout = self.architectures[name].diffusers
             if layout is not None and layout not in found:
                 hint = did_you_mean(layout, found)
                 fields.fail(f"unknown layout `{layout}`", "diffusers", value=True, hint=hint)
-        return found
+        return rules, found
 
     def _component(self, name: str, below: tuple[str, ...]) -> Component:
         if name in self.components:

@@ -17,6 +17,7 @@ from builder.models.catalog.tables import (
     NAMINGS,
     PARTS,
     RANK,
+    Adapters,
     Architecture,
     KindRule,
     KnownFile,
@@ -24,6 +25,7 @@ from builder.models.catalog.tables import (
     KnownPart,
     ModelRule,
     ModelSpec,
+    OtherName,
     Patterns,
     Scale,
     TensorRule,
@@ -38,6 +40,7 @@ PRECISIONS = ("fp16", "bf16", "fp32")
 MAX_TENSORS = 100_000  # of a table; the largest known have some thousands
 MAX_LOOKS = 2_000_000  # at names, for those that a pattern with `*` means
 MAX_DIMS = 64
+MAX_RULES = 100_000  # other names of a class's modules
 MAX_BLOCKS = 1000  # of a class; the largest known have some dozens
 
 _COMPONENT = {
@@ -68,7 +71,9 @@ _ARCHITECTURE = {
     "note": str,
 }
 _MODELSPEC = {"architecture": str, "v": str, "resolution": int, "resolution_v": int}
-_CLASS = {"metric": dict, "fixes": list, "blocks": dict, "constants": list}
+_CLASS = {"metric": dict, "fixes": list, "blocks": dict, "constants": list, "adapters": dict}
+_ADAPTERS = {"prefixes": list, "rules": str, "within": str, "names": dict}
+_OTHER_NAME = re.compile(r"(?:(\d{1,9})\+(\d{1,9}) |(swapped) )?(\S+)")
 _SCALE = {"part": str, "base": float, "k": int, "having": list, "lacking": list}
 _RULE = {"shape": list, "dtype": str, "optional": bool}
 _METRIC = {"name": str, "class": str, "value": str}
@@ -330,7 +335,34 @@ def read_classes(path: Path, name: str) -> Iterator[tuple[str, Traits, Fields]]:
     for cls in document.data:
         fields = Fields(document, (cls,), _CLASS)
         constants = fields.strings("constants")
-        yield cls, Traits(_scale(fields), fields.strings("fixes"), _blocks(fields), constants, name), fields
+        fixes, adapters = fields.strings("fixes"), _adapters(fields)
+        yield cls, Traits(_scale(fields), fixes, _blocks(fields), constants, adapters, name), fields
+
+
+def _adapters(fields: Fields) -> Adapters | None:
+    said = fields.inner("adapters", _ADAPTERS, "prefixes")
+    if said is None:
+        return None
+    names: dict[str, tuple[OtherName, ...]] = {}
+    for pattern, value in (said.get("names") or {}).items():
+        modules = said.expand(pattern, "names", pattern)[0]
+        for word in value if isinstance(value, list) else [value]:
+            found = _OTHER_NAME.fullmatch(word) if isinstance(word, str) else None
+            if found is None:
+                hint = "a name, `FIRST+COUNT NAME` of rows, or `swapped NAME`"
+                said.fail(f"`{word}` is no name of a module", "names", pattern, value=True, hint=hint)
+            first, count, swapped, name = found.groups()
+            others = said.expand(name, "names", pattern)[0]
+            if len(others) != len(modules):
+                fact = f"{len(others):,} names do not pair with {len(modules):,}"
+                said.fail(fact, "names", pattern, value=True)
+            for module, other in zip(modules, others, strict=True):
+                start, rows = (int(first), int(count)) if first is not None else (0, None)
+                also = OtherName(other, start, rows, swapped is not None)
+                names[module] = (*names.get(module, ()), also)
+            if len(names) > MAX_RULES:
+                said.fail(f"more than {MAX_RULES:,} modules", "names", pattern)
+    return Adapters(said.strings("prefixes"), said.get("rules"), said.get("within") or "", names)
 
 
 def _blocks(fields: Fields) -> dict[str, str]:

@@ -46,8 +46,8 @@ MAX_CHAIN = 8  # layouts that extend each other
 LIBRARIES = ("diffusers", "transformers")
 
 
-def read_layouts(files: Iterable[tuple[Path, str]]) -> dict[str, Layout]:
-    """The layouts of files, each with its name in messages. Raises CatalogError."""
+def read_layouts(files: Iterable[tuple[Path, str]]) -> tuple[dict[str, Rules], dict[str, Layout]]:
+    """The rules and the layouts of files, each with its name in messages. Raises CatalogError."""
     rules: dict[str, Rules] = {}
     found: dict[str, Fields] = {}
     total = 0
@@ -68,7 +68,7 @@ def read_layouts(files: Iterable[tuple[Path, str]]) -> dict[str, Layout]:
                 evidence = (f"in {found[word].document.path}",)
                 fields.fail(f"layout `{word}` is declared already", evidence=evidence)
             found[word] = fields
-    return {word: _layout(word, found, rules) for word in found}
+    return rules, {word: _layout(word, found, rules) for word in found}
 
 
 def _rules(fields: Fields) -> Rules:

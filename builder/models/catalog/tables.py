@@ -14,6 +14,7 @@ from builder.base.words import fits_pattern, spelling
 
 if TYPE_CHECKING:
     from builder.formats.layouts import Layout
+    from builder.formats.layouts.rules import Rules
 
 V = TypeVar("V")
 
@@ -81,17 +82,44 @@ class ModelSpec(NamedTuple):
         return (self.resolution_v if v else None) or self.resolution
 
 
+class Adapters(NamedTuple):
+    """How adapters such as LoRAs name the modules of a class.
+
+    After one of the `prefixes`, which stand for a name with `_` in place of its dots where they end in `_`,
+    comes the name in the catalog's table, after `within`, or the one that the diffusers `rules` lead to, or
+    one of `names`: those of others by module.
+    """
+
+    prefixes: tuple[str, ...]
+    rules: str | None = None
+    within: str = ""
+    names: Mapping[str, tuple[OtherName, ...]] = MappingProxyType({})
+
+
+class OtherName(NamedTuple):
+    """Another name of a module, or of so many of its `rows` from `first` on (None: all).
+
+    With `swapped`, what is so called has the two halves of the rows the other way round.
+    """
+
+    name: str
+    first: int = 0
+    rows: int | None = None
+    swapped: bool = False
+
+
 class Traits(NamedTuple):
     """What holds of all components of a class: its metric, the fixes that speak of it, its blocks.
 
     `block_of` leads from the prefix of tensors' names to their block. `constants` are tensors that are part
-    of the architecture, not of what was learnt: no merge touches them.
+    of the architecture, not of what was learnt: no merge touches them. Without `adapters` there are none.
     """
 
     scale: Scale | None = None
     fixes: tuple[str, ...] = ()
     block_of: Mapping[str, str] = MappingProxyType({})
     constants: tuple[str, ...] = ()
+    adapters: Adapters | None = None
     path: str = ""
 
     @property
@@ -328,7 +356,8 @@ class Catalog:
     `classes` holds the components of each class, the standard one first; `traits` what is said of a class
     as a whole; `optional` the keys that a full checkpoint may also hold, with their shapes (None for any),
     which are kept and never required; `spellings` the architectures by each of their names, as `spelling`
-    makes it; `layouts` those of diffusers' folders by name, read when they are first asked for; `programs`
+    makes it; `layouts` those of diffusers' folders by name, and `rules` those for its names, read when they
+    are first asked for; `programs`
     where each keeps its models: by the kind of what a file is (the first word of a class, or `checkpoint`)
     a folder, that of `other` for the rest; `kinds` what tells files that are of no class, in their order, and
     `models` what such a file goes with.
@@ -342,6 +371,7 @@ class Catalog:
     optional: Mapping[str, tuple[int, ...] | None]
     known: Known
     layouts: Mapping[str, Layout]
+    rules: Mapping[str, Rules]
     programs: Mapping[str, Mapping[str, str]]
     kinds: tuple[KindRule, ...]
     models: tuple[ModelRule, ...]
