@@ -8,7 +8,7 @@ from pathlib import Path
 from builder.base.errors import CkptError, Problem, SourceError
 from builder.build.context import Context
 from builder.formats.blob import BlobTensor, FileBlob
-from builder.models.cut import names_of
+from builder.models.cut import full_names
 from builder.plan.graph import ComponentJob, Key, Node, Origin, OutputJob, StepJob, Take
 from builder.plan.resolve import match_of
 from builder.recipe.lock import LockedComponent
@@ -141,7 +141,7 @@ class Parts:
     def _names(self, job: SourceJob, take: Take) -> list[str]:
         """The names, in a source's file, of the tensors that are taken."""
         sources = self._context.sources
-        return list(names_of(sources.open(job).identity, match_of(job, take, sources)).values())
+        return sorted(full_names(sources.open(job).identity, match_of(job, take, sources)))
 
     def _takes(self, key: Key) -> Iterator[tuple[SourceJob, Take]]:
         """What a component is made of, as sources hold it."""

@@ -20,7 +20,7 @@ from builder.build.measure import known_digits, measured, metric_text
 from builder.build.write import write_output
 from builder.formats.blob import FileBlob
 from builder.formats.write_safetensors import Written
-from builder.models.catalog import Catalog
+from builder.models.catalog import Catalog, Names
 from builder.plan.graph import Key, Node, OutputJob
 from builder.plan.keys import assembly_key, note_beside, output_format, recall_beside
 from builder.plan.resolve import output_state
@@ -44,7 +44,7 @@ class Part:
 
     cls: str
     key: Key
-    prefix: str
+    names: Names
     component: str
     tensors: Mapping[str, LazyTensor]
     changes: tuple[str, ...]
@@ -162,7 +162,7 @@ class Assembly:
             read = context.source_nodes([*missing, *([job.base] if job.base is not None else [])])
             for key, source in read:  # begun before all else: importing torch takes as long as hashing 1 GB
                 context.begin_hashing(key, source)
-            parts = [self._part(cls, prefix, key, composer) for cls, (prefix, key) in job.slots.items()]
+            parts = [self._part(cls, names, key, composer) for cls, (names, key) in job.slots.items()]
             computed = context.source_nodes([p.key for p in parts if p.computed])
             read += [found for found in computed if found not in read]
             beside = self._beside()
@@ -171,7 +171,7 @@ class Assembly:
                 for name, tensor in part.tensors.items():
                     # Digested as it is written, and compared before it is put in place.
                     plain = tensor.unchecked if isinstance(tensor, VerifiedTensor) else tensor
-                    tensors[part.prefix + name] = plain
+                    tensors[part.names.name(name)] = plain
             written = write_output(
                 output_format(job.target),
                 job.target,
@@ -194,15 +194,15 @@ class Assembly:
         made = self.context.made(key)
         return made is not None and self.context.store.holds(made.digest)
 
-    def _part(self, cls: str, prefix: str, key: Key, composer: Composer) -> Part:
+    def _part(self, cls: str, names: Names, key: Key, composer: Composer) -> Part:
         """A component from where it lies, else composed of what it is made of."""
         context = self.context
         made = context.made(key)
         if made is not None and (stored := context.store.open(made.digest)) is not None:
             composer.opened.callback(stored.close)
-            return Part(cls, key, prefix, made.component, stored.tensors, made.changes, made)
+            return Part(cls, key, names, made.component, stored.tensors, made.changes, made)
         self.parts_of.bring(key)
-        return Part(cls, key, prefix, *composer.finish(key))
+        return Part(cls, key, names, *composer.finish(key))
 
     def _beside(self) -> dict[str, LazyTensor]:
         """What lies beside the components, by full name."""
@@ -223,7 +223,7 @@ class Assembly:
                 rules = self._catalog.classes[part.cls]
                 weights = {n for component in rules for n in component.tensors}
                 counted = (n for n in part.tensors if n in weights and scale.counts(n))
-                groups |= dict.fromkeys((part.prefix + n for n in counted), part.cls)
+                groups |= dict.fromkeys((part.names.name(n) for n in counted), part.cls)
         return groups
 
     # -- what was made
@@ -246,7 +246,7 @@ class Assembly:
         made = {p.cls: self._made(p, written) for p in parts}
         all_rows = {n: Row(t.dtype, t.shape, written.digests[n]) for n, t in beside.items()}
         for part in parts:
-            all_rows |= {part.prefix + n: row for n, row in self._rows[part.cls].items()}
+            all_rows |= {part.names.name(n): row for n, row in self._rows[part.cls].items()}
         digits = {}
         for cls, m in made.items():
             if (scale := self._catalog.scales.get(cls)) is not None:
@@ -280,12 +280,14 @@ class Assembly:
         for part in parts:
             for name, tensor in part.tensors.items():
                 if isinstance(tensor, VerifiedTensor):
-                    found = written.digests[part.prefix + name]
+                    found = written.digests[part.names.name(name)]
                     if found != tensor.digest:
                         raise tensor.damaged(f"tensor `{name}` is not the one that was stored")
 
     def _made(self, part: Part, written: Written) -> Made:
-        rows = {n: Row(t.dtype, t.shape, written.digests[part.prefix + n]) for n, t in part.tensors.items()}
+        rows = {
+            n: Row(t.dtype, t.shape, written.digests[part.names.name(n)]) for n, t in part.tensors.items()
+        }
         self._rows[part.cls] = rows
         size = sum(t.nbytes for t in part.tensors.values())
         return Made(part.component, part.cls, component_digest(rows), len(rows), size, part.changes)
@@ -334,7 +336,7 @@ class Assembly:
                 continue  # of sources that were not to be hashed
             source = self._source_of(part.key)
             entry = Entry(made.digest, made.component, made.cls, source, self._rows[part.cls])
-            offsets = tuple(written.offsets[part.prefix + n] for n in names[part.cls])
+            offsets = tuple(written.offsets[part.names.name(n)] for n in names[part.cls])
             store.place(entry, At(str(built.path.absolute()), identity(now), offsets))
             if self.parts_of.trusted(part.key):
                 store.record(action, made)

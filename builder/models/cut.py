@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
-from builder.models.identify import Identity, Match
+from builder.models.identify import Identity, Match, as_class, attention_changes
 from builder.tensors.lazy import LazyTensor
-from builder.tensors.moves import Reshaped
+from builder.tensors.moves import Joined, Reshaped, Transposed
 
 if TYPE_CHECKING:
     from builder.models.catalog import Catalog
@@ -28,9 +28,9 @@ class Cut(NamedTuple):
 def cut(tensors: Mapping[str, LazyTensor], identity: Identity, match: Match, cls: str) -> Cut:
     """A match as a component of class `cls`; nothing is read.
 
-    Names that the file spells otherwise, as diffusers does a VAE's attention, become the catalog's, and a
-    linear layer's weights a 1x1 convolution's where that is meant. An average that is promoted gets the
-    names of what it averages.
+    Whatever prefix and spelling the file has, names become the catalog's; a linear layer's weights become a
+    1x1 convolution's where that is meant, and what diffusers splits is joined. An average that is promoted
+    gets the names of what it averages.
     """
     component = match.component
     promoted = component.promote if component.cls != cls else {}
@@ -41,34 +41,57 @@ def cut(tensors: Mapping[str, LazyTensor], identity: Identity, match: Match, cls
         if bare in match.reshaped:
             tensor = Reshaped(tensor, rules[bare].shape)
         made[promoted.get(bare, bare)] = tensor
+    for bare, whole in match.made.items():
+        pieces = [tensors[full] for full in whole.names]
+        made[bare] = Transposed(pieces[0]) if whole.transposed else Joined(pieces)
     changes = []
+    if match.renamed or match.reshaped:
+        words = attention_changes(len(match.renamed), (rules[bare].shape for bare in match.reshaped))
+        changes.append(f"vae-attention-shape: {words}")
     if component.mislabelled:
         changes.append(f"clip-names: {len(made):,} tensors get the names that loaders expect")
-    if match.renamed or match.reshaped:
-        words = [f"{len(match.renamed)} renamed"] * bool(match.renamed)
-        words += [f"{len(match.reshaped)} reshaped to [n, n, 1, 1]"] * bool(match.reshaped)
-        changes.append(f"vae-attention-shape: {', '.join(words)}")
+    elif match.diffusers:
+        changes.append(f"diffusers' names: {len(made):,} tensors get those of the original layout")
     return Cut(component.name, made, tuple(changes))
 
 
 def names_of(identity: Identity, match: Match) -> dict[str, str]:
-    """The full name of each tensor of a match, and of the scales among them, by its unprefixed one."""
+    """The full name of each tensor of a match, and of the scales among them, by its unprefixed one.
+
+    Tensors that are made of others (`Match.made`) are not among them.
+    """
+    modules = {f.rpartition(".")[0]: b.rpartition(".")[0] for b, f in match.names.items()}
     at = len(match.prefix)
-    scales = {n[at:]: n for n in identity.scales if n.startswith(match.prefix)}
+    scales: dict[str, str] = {}
+    for full in (n for n in identity.scales if n.startswith(match.prefix)):
+        module, _, last = full.rpartition(".")
+        scales[f"{modules[module]}.{last}" if modules.get(module) else full[at:]] = full
     return {**match.names, **scales}
 
 
-def choose(matches: Sequence[Match], cls: str, component: str | None, catalog: Catalog) -> Match | None:
+def full_names(identity: Identity, match: Match) -> set[str]:
+    """The full names of all tensors of a match, and of the scales among them."""
+    return {*match.full, *names_of(identity, match).values()}
+
+
+def choose(
+    tensors: Mapping[str, LazyTensor], identity: Identity, cls: str, component: str | None, catalog: Catalog
+) -> Match | None:
     """The match that fills a slot: the component named, else the one of the class.
 
-    A component under other names, as EMA, fills the slot of the one whose names it can be given.
+    A component under other names, as EMA, fills the slot of the one whose names it can be given; one whose
+    table is equal but for optional tensors fills it as well.
     """
-    if component is None:
-        return next((m for m in matches if m.component.cls == cls), None)
-    for match in matches:
-        found = match.component
-        if found.name == component and (
-            found.cls == cls or (found.base is not None and catalog.component(found.base).cls == cls)
-        ):
-            return match
-    return None
+    found = next((m for m in identity.matches if m.component.cls == cls), None)
+    if component is not None:
+        for match in identity.matches:
+            held = match.component
+            if held.name == component and (
+                held.cls == cls or (held.base is not None and catalog.component(held.base).cls == cls)
+            ):
+                return match
+        found = None
+    if found is None:
+        alike = [t for m in identity.matches if (t := as_class(m, cls, tensors, catalog)) is not None]
+        found = alike[0] if len(alike) == 1 and component in (None, alike[0].component.name) else None
+    return found

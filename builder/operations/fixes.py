@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from builder.models.identify import DIFFUSERS_ATTENTION
+from builder.models.identify import DIFFUSERS_ATTENTION, attention_changes
 from builder.tensors.lazy import DType, LazyTensor, MemoryTensor
 from builder.tensors.moves import Reshaped
 
@@ -71,20 +71,22 @@ def _position_ids_absent(tensors: Tensors) -> Fixed:
 
 def _vae_attention_shape(tensors: Tensors) -> Fixed:
     made: dict[str, LazyTensor] = {}
-    renamed = reshaped = 0
+    renamed, shapes = 0, []
     for name, tensor in tensors.items():
         head, attention, tail = name.partition(".attn_1.")
         stem, dot, kind = tail.rpartition(".")
-        new = f"{head}{attention}{VAE_ATTENTION_NAMES.get(stem, stem)}{dot}{kind}" if attention else name
+        layer = VAE_ATTENTION_NAMES.get(stem, stem)
+        new = f"{head}{attention}{layer}{dot}{kind}" if attention else name
         renamed += new != name
-        if attention and kind == "weight" and len(tensor.shape) == 2:
-            tensor = Reshaped(tensor, (*tensor.shape, 1, 1))
-            reshaped += 1
+        if attention and layer in DIFFUSERS_ATTENTION:
+            extents = [n for n in tensor.shape if n != 1]
+            shape = (*extents, 1, 1) if kind == "weight" and len(extents) == 2 else tuple(extents)
+            if shape != tensor.shape and len(extents) == {"weight": 2, "bias": 1}.get(kind):
+                tensor = Reshaped(tensor, shape)
+                shapes.append(shape)
         made[new] = tensor
-    if not renamed and not reshaped:
-        return Fixed(tensors, ())
-    words = [f"{renamed} renamed"] * bool(renamed) + [f"{reshaped} reshaped to [n, n, 1, 1]"] * bool(reshaped)
-    return Fixed(made, tuple(words))
+    words = attention_changes(renamed, shapes)
+    return Fixed(made, (words,)) if words else Fixed(tensors, ())
 
 
 def _nothing(tensors: Tensors) -> Fixed:
@@ -113,8 +115,8 @@ FIXES: dict[str, Fix] = {
             "vae-attention-shape",
             1,
             "Gives a VAE's attention the names and the [512, 512, 1, 1] shapes of the original layout, where "
-            "it has diffusers' `to_q`, `to_k`, `to_v`, `to_out.0` or [512, 512] linear weights. Done by "
-            "itself wherever such names and shapes are found.",
+            "it has diffusers' `to_q`, `to_k`, `to_v`, `to_out.0`, [512, 512] linear weights or [512, 1, 1] "
+            "biases. Done by itself wherever such names and shapes are found.",
             _vae_attention_shape,
         ),
         Fix(

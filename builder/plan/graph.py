@@ -18,7 +18,7 @@ from builder.tensors.lazy import DType, LazyTensor
 if TYPE_CHECKING:
     import networkx as nx
 
-    from builder.models.catalog import Architecture
+    from builder.models.catalog import Architecture, Names
     from builder.recipe.lock import Lock
     from builder.recipe.recipe import Output, Recipe
     from builder.store import Made
@@ -144,7 +144,7 @@ class Beside:
 
 @dataclass(frozen=True)
 class OutputJob:
-    """A file to be assembled: each slot's prefix and the node that fills it, and what lies beside them.
+    """A file to be assembled: each slot's names and the node that fills it, and what lies beside them.
 
     `base` is the source that is its base, if one is. `sidecar` is what is to lie beside the output as its
     `.yaml`.
@@ -154,7 +154,7 @@ class OutputJob:
     output: Output
     target: Path
     architecture: Architecture
-    slots: Mapping[str, tuple[str, Key]]  # class → (prefix, node)
+    slots: Mapping[str, tuple[Names, Key]]  # class → (names, node)
     base: Key | None
     beside: Beside
     metadata: Mapping[str, str]
@@ -167,7 +167,7 @@ class OutputJob:
             "assemble",
             VERSIONS["assemble"],
             target=str(self.target),
-            slots={cls: [prefix, node] for cls, (prefix, node) in self.slots.items()},
+            slots={cls: [*written, node] for cls, (written, node) in self.slots.items()},
             base=self.base,
             beside=[self.beside.names, self.beside.markers],
             metadata=dict(self.metadata),

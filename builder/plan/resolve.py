@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 from builder.base.errors import Problem, RecipeError, SourceError, did_you_mean
 from builder.base.files import read_bounded
 from builder.base.inside import is_inside, leads_out
-from builder.models.catalog import Architecture
-from builder.models.cut import choose, cut, names_of
+from builder.models.catalog import Architecture, Names
+from builder.models.cut import choose, cut, full_names
 from builder.models.identify import EMA, Match
 from builder.operations.registry import OPERATIONS, Operation
 from builder.plan.graph import (
@@ -362,7 +362,7 @@ class _Resolver:
             output,
             target,
             architecture,
-            {cls: (self._prefix(cls, architecture), node) for cls, node in nodes.items()},
+            {cls: (self._written(cls, architecture), node) for cls, node in nodes.items()},
             base.key if base is not None else None,
             self._beside(output, architecture, base),
             stated_metadata(self.recipe, output, architecture, self._carried(base), environment),
@@ -419,12 +419,12 @@ class _Resolver:
             raise RecipeError(outside(output.file, "a link leads out of it", place))
         return path
 
-    def _prefix(self, cls: str, architecture: Architecture) -> str:
+    def _written(self, cls: str, architecture: Architecture) -> Names:
         if architecture.bare:
-            return ""
+            return self.catalog.classes[cls][0].alone
         if cls in architecture.slots:
-            return self.catalog.component_for(cls, architecture).prefix
-        return self.catalog.classes[cls][0].prefix
+            return Names(self.catalog.component_for(cls, architecture).prefix)
+        return Names(self.catalog.classes[cls][0].prefix)
 
     def _carried(self, base: SourceJob | None) -> Mapping[str, str]:
         """Metadata of the base's own, which outlives a rebuild."""
@@ -446,7 +446,7 @@ class _Resolver:
         opened = self.sources.open(base)
         identity, held = opened.identity, opened.checkpoint
         parts = [m for m in identity.matches if m.component.cls in architecture.slots]
-        taken = {full for m in parts for full in names_of(identity, m).values()}
+        taken = {full for m in parts for full in full_names(identity, m)}
         kept = {*self._optional(base, output), *(output.keep or ())}
         if output.unknown == "keep":
             kept |= held.keys() - {*identity.ema, *identity.junk, *identity.optional}
@@ -590,7 +590,7 @@ def component_name(plan: Plan, sources: Sources, origin: Origin) -> str | None:
 def match_of(job: SourceJob, take: Take, sources: Sources) -> Match:
     """What of a source is taken; raises RecipeError, where the recipe asks for it, when it is not there."""
     opened = sources.open(job)
-    match = choose(opened.identity.matches, take.cls, take.component, sources.catalog)
+    match = choose(opened.checkpoint, opened.identity, take.cls, take.component, sources.catalog)
     if match is not None:
         return match
     wanted = take.component or take.cls

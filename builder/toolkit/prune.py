@@ -16,6 +16,7 @@ from builder.base.disk import write_bytes
 from builder.base.errors import ExitCode, Place, Problem, SourceError
 from builder.base.files import read_bounded
 from builder.build import Build, Built
+from builder.formats.open import is_model
 from builder.models.identify import EMA, Identity, Match
 from builder.models.parts import home, usual_precision
 from builder.recipe import Pick
@@ -115,7 +116,7 @@ def plan_pruning(path: Path, sources: Sources, options: Options) -> Pruning:
     averages = {m.component.cls: m for m in identity.matches if m.ema}
     # An average alone is the model, and is not listed among what training keeps beside one.
     wanted = averages if options.keep_ema or not identity.ema else {}
-    stays = {n for m in wanted.values() for n in m.names.values()}
+    stays = {n for m in wanted.values() for n in m.full}
     state = [n for n in identity.optional if n.startswith(EMA) and not wanted]  # of the running average
     if options.keep_ema:
         kept |= {*identity.ema, *state} - stays
@@ -127,12 +128,9 @@ def plan_pruning(path: Path, sources: Sources, options: Options) -> Pruning:
     slots = at.slots if at is not None else (identity.architecture,)
     parts = [m for m in identity.matches if m.component.cls in (*slots, *wanted)]
     rounded = {
-        full: saved
-        for m in parts
-        for full in m.names.values()
-        if (saved := _saved(full, tensors[full], precision))
+        full: saved for m in parts for full in m.full if (saved := _saved(full, tensors[full], precision))
     }
-    of_parts = {full for m in parts for full in m.names.values()}
+    of_parts = {full for m in parts for full in m.full}
     rest = {
         "extra": [n for n in identity.optional if n in left],
         "scales": list(identity.scales),
@@ -240,7 +238,7 @@ def _share(reason: str, names: Iterable[str], tensors: Tensors) -> Share:
 
 
 def _part(match: Match, tensors: Tensors, rounded: Mapping[str, int]) -> Share:
-    share = _share(match.component.name, match.names.values(), tensors)
+    share = _share(match.component.name, match.full, tensors)
     return replace(share, bytes=share.bytes - sum(rounded.get(n, 0) for n in share.names))
 
 
@@ -263,8 +261,7 @@ class Result:
 def checkpoints(files: Iterable[Path], recursive: bool) -> Iterator[Path]:
     """The files named, and the checkpoints in the folders named that are none themselves."""
     for file in files:
-        whole = (file / "model_index.json").exists() or any(file.glob("*.index.json"))
-        if whole or not file.is_dir():
+        if not file.is_dir() or is_model(file):
             yield file
             continue
         below = sorted(file.rglob("*") if recursive else file.iterdir())

@@ -12,6 +12,7 @@ Change = Literal["same", "linear", "transpose", "qkv"]
 
 
 CHANGES: tuple[Change, ...] = get_args(Change)
+MAX_WORDS = 32  # of a rule's name; a stranger's may have any number
 
 
 class Rule(NamedTuple):
@@ -80,6 +81,13 @@ class Rules:
             tensor = Reshaped(tensor, shape[:2])
         return {place.module + rest: tensor}
 
+    def original(self, name: str) -> Place | None:
+        """Where the tensor that diffusers has under this name is in the original; None: nowhere."""
+        place, rest = _longest(self._to_original, name)
+        if place is None and self._within:
+            place, rest = _longest(self._to_original, self._within + name)
+        return place._replace(module=place.module + rest) if place is not None else None
+
     def to_original(self, tensors: Mapping[str, LazyTensor]) -> tuple[dict[str, LazyTensor], list[str]]:
         """The tensors of the original that diffusers' are; and the names of those that are none there.
 
@@ -89,13 +97,11 @@ class Rules:
         split: dict[str, dict[int, str]] = {}
         strange: list[str] = []
         for name, tensor in tensors.items():
-            place, rest = _longest(self._to_original, name)
-            if place is None and self._within:
-                place, rest = _longest(self._to_original, self._within + name)
+            place = self.original(name)
             if place is None or (place.change == "transpose" and len(tensor.shape) != 2):
                 strange.append(name)
                 continue
-            original = place.module + rest
+            original = place.module
             if original in made or place.part in split.get(original, ()):
                 raise ValueError(original)
             if place.change == "qkv":
@@ -122,9 +128,9 @@ def _split(name: str) -> list[str]:
 
 def _longest(places: Mapping[str, Place], name: str) -> tuple[Place | None, str]:
     """The place of the longest module that a name begins with, and the rest of the name."""
-    module = name
-    while module not in places:
-        module, dot, _ = module.rpartition(".")
-        if not dot:
-            return None, ""
-    return places[module], name[len(module) :]
+    words = name.split(".", MAX_WORDS)[:MAX_WORDS]
+    for count in range(len(words), 0, -1):
+        module = ".".join(words[:count])
+        if module in places:
+            return places[module], name[len(module) :]
+    return None, ""

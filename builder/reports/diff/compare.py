@@ -273,8 +273,8 @@ def _parts(
     classes = dict.fromkeys(m.component.cls for i in (first, second) for m in i.matches)
     for cls in classes:
         a, b = first.find(cls), second.find(cls)
-        mine = [n for n in (a.names.values() if a else ()) if n in left_a]
-        yours = [n for n in (b.names.values() if b else ()) if n in left_b]
+        mine = [n for n in (a.full if a else ()) if n in left_a]
+        yours = [n for n in (b.full if b else ()) if n in left_b]
         for names, left in ((mine, left_a), (yours, left_b)):
             for name in names:
                 del left[name]

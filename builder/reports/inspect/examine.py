@@ -114,7 +114,7 @@ class Report:
     def precision_waste(self) -> int:
         """Bytes beyond 16 bits a number, in the components that pruning keeps."""
         gone = {*self.identity.ema, *self.identity.junk}
-        names = (n for m in self.identity.matches for n in m.names.values() if n not in gone)
+        names = (n for m in self.identity.matches for n in m.full if n not in gone)
         return sum(_beyond_16_bits(self.tensors[n]) for n in names)
 
     @cached_property
@@ -220,7 +220,7 @@ def _scan(
     from builder.tensors.scan import scan
 
     components = {m.component.cls: m.names for m in identity.matches}
-    kept = {n for names in components.values() for n in names.values()} - set(identity.ema)
+    kept = {n for m in identity.matches for n in m.full} - set(identity.ema)
     found = scan(
         {name: tensor for name, tensor in checkpoint.items() if full or name in kept},
         groups=counted(components, scales),
@@ -239,9 +239,9 @@ def _part(
     digits: Mapping[str, str],
     known: Known,
 ) -> Part:
-    held = {bare: tensors[full] for bare, full in match.names.items()}
+    held = {full: tensors[full] for full in match.full}
     rows = {
-        bare: Row(held[bare].dtype, held[bare].shape, scanned.digest)
+        bare: Row(held[full].dtype, held[full].shape, scanned.digest)
         for bare, full in match.names.items()
         if (scanned := scans.get(full)) is not None and scanned.digest is not None
     }

@@ -97,7 +97,7 @@ def _numbers(report: Report) -> Iterator[Problem]:
 
 def _positions(report: Report) -> Iterator[Problem]:
     ids = report.positions
-    owner = {full: m.component.name for m in report.identity.matches for full in m.names.values()}
+    owner = {full: m.component.name for m in report.identity.matches for full in m.full}
     for name, tensor in ids.tensors.items():
         of = f"`position_ids` of `{owner[name]}`" if name in owner else f"`{name}`"
         harmful = [p for p in ids.wrong if p.tensor == name and p.harmful]

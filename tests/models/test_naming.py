@@ -1,0 +1,208 @@
+"""Components under the names that files have: prefixes, wrappers, diffusers', those of lone files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from builder.formats import open_checkpoint
+from builder.models.catalog import load_catalog
+from builder.models.cut import choose, cut
+from builder.models.identify import Identity, identify
+from builder.tensors.lazy import DType, LazyTensor, MemoryTensor
+from tests.help.building import CLIP, UNET, VAE, Folder, catalog, content, model, save
+from tests.models.test_identify import Unread, tensors
+
+CATALOG = load_catalog([])
+TEXT = "text_model."
+
+
+def lone(name: str, prefix: str = "") -> dict[str, LazyTensor]:
+    """What a file of a component alone holds, under a prefix."""
+    component = CATALOG.components[name]
+    return {
+        prefix + component.alone.name(n): Unread(DType.F16, rule.shape)
+        for n, rule in component.tensors.items()
+    }
+
+
+def in_diffusers(*components: str, layout: str) -> dict[str, dict[str, LazyTensor]]:
+    """The tensors of components by diffusers' folder and name."""
+    made, _ = CATALOG.layouts[layout].to_diffusers(tensors(*components))
+    return made
+
+
+def said(identity: Identity) -> tuple[str | None, list[str]]:
+    return identity.architecture, [m.component.name for m in identity.matches]
+
+
+@pytest.mark.parametrize("prefix", ["", "text_encoder.", "transformer."])
+@pytest.mark.parametrize("extra", ["", "logit_scale", "text_projection.weight"])
+@pytest.mark.parametrize("ids", [True, False])
+def test_a_lone_text_encoder_fills_every_slot_that_it_fits(prefix: str, extra: str, ids: bool) -> None:
+    held = lone("CLIP-v1-SD", prefix)
+    if not ids:
+        del held[f"{prefix}text_model.embeddings.position_ids"]
+    if extra:
+        held[prefix + extra] = Unread(DType.F16, () if extra == "logit_scale" else (768, 768))
+    found = identify(held, CATALOG)
+    assert found.intact and not found.unknown
+    for cls, names in (("CLIP-v1", 197), ("CLIP-XL-AUX", 197), ("CLIP-L-v3", 196), ("CLIP-L-FLUX", 196)):
+        match = choose(held, found, cls, None, CATALOG)
+        assert match is not None, cls
+        made = cut(held, found, match, cls).tensors
+        standard = CATALOG.classes[cls][0].tensors
+        assert made.keys() <= standard.keys()
+        assert {n for n, rule in standard.items() if not rule.optional} <= made.keys()
+        projected = extra == "text_projection.weight" and cls == "CLIP-L-v3"
+        scaled = extra == "logit_scale" and cls == "CLIP-L-v3" and prefix != "transformer."
+        assert len(made) == names - (not ids and names == 197) + projected + scaled
+
+
+@pytest.mark.parametrize(
+    ("prefix", "component"),
+    [
+        ("vae.", "VAE-v1-SD"),
+        ("unet.", "UNET-v1-SD"),
+        ("diffusion_model.", "UNET-XL-SD"),
+        ("model.diffusion_model.module.", "UNET-v2-SD"),
+        ("", "UNET-XL-Inpainting"),
+        ("", "UNET-XL-Pix2Pix"),
+    ],
+)
+def test_prefixes_that_programs_write(prefix: str, component: str) -> None:
+    found = identify(tensors(component, bare=True) if not prefix else lone(component, prefix), CATALOG)
+    assert said(found) == (CATALOG.components[component].cls, [component])
+    assert found.intact and not found.unknown
+
+
+@pytest.mark.parametrize(
+    ("layout", "parts"),
+    [
+        ("SD-v1", ("UNET-v1-SD", "VAE-v1-SD", "CLIP-v1-SD")),
+        ("SD-v2", ("UNET-v2-SD", "VAE-v1-SD", "CLIP-v2-WD")),
+        ("SD-XL", ("UNET-XL-SD", "VAE-v1-SD", "CLIP-XL-SD", "CLIP-XL-AUX-SD")),
+        ("SD-XL-Refiner", ("UNET-XL-Refiner", "VAE-v1-SD", "CLIP-XL-Refiner")),
+    ],
+)
+def test_each_part_of_a_diffusers_folder_is_known_alone(layout: str, parts: tuple[str, ...]) -> None:
+    folders = in_diffusers(*parts, layout=layout)
+    classes = {CATALOG.components[name].cls for name in parts}
+    for held in folders.values():
+        if not held:
+            continue
+        found = identify(held, CATALOG)
+        assert found.intact and not found.unknown, found.rejected[:1]
+        (match,) = found.matches
+        (cls,) = [c for c in classes if choose(held, found, c, None, CATALOG) is not None]
+        chosen = choose(held, found, cls, None, CATALOG)
+        assert chosen is not None and set(match.full) == set(held)
+        made = cut(held, found, chosen, cls).tensors
+        (source,) = (n for n in parts if CATALOG.components[n].cls == cls)
+        rules = CATALOG.components[source].tensors
+        needed = {n: r.shape for n, r in rules.items() if not r.optional}
+        assert needed.items() <= {n: t.shape for n, t in made.items()}.items()
+        assert made.keys() <= rules.keys()
+
+
+def test_a_mixed_file_is_what_its_unet_says() -> None:
+    vae = in_diffusers("VAE-v1-SD", layout="SD-v1")["vae"]
+    held = {
+        **tensors("UNET-v1-SD"),
+        **lone("CLIP-v1-SD", "text_encoders.clip_l.transformer."),
+        **{f"vae.{n}": t for n, t in vae.items()},
+    }
+    found = identify(held, CATALOG)
+    assert said(found) == ("SD-v1", ["UNET-v1-SD", "VAE-v1-SD", "CLIP-v1-SD"])
+    assert not found.unknown
+
+
+def test_attention_biases_with_dimensions_of_one_are_biases() -> None:
+    held = tensors("VAE-v1-SD")
+    odd = [n for n in held if ".attn_1." in n and n.endswith(".bias") and ".norm." not in n]
+    for name in odd:
+        held[name] = Unread(DType.F16, (512, 1, 1))
+    found = identify(held, CATALOG)
+    (match,) = found.matches
+    assert len(match.reshaped) == len(odd) == 8
+    made = cut(held, found, match, "VAE-v1")
+    assert {n: t.shape for n, t in made.tensors.items()} == {
+        n: r.shape for n, r in CATALOG.components["VAE-v1-SD"].tensors.items()
+    }
+    assert made.changes == ("vae-attention-shape: 8 to [n]",)
+
+
+def test_wrappers_are_taken_off(tmp_path: Path) -> None:
+    plain = model()
+    for name, wrap in (
+        ("outside", lambda n: f"module._orig_mod.{n}"),
+        ("inside", lambda n: n.replace(UNET, f"{UNET}_orig_mod.").replace(".0.0.", ".0._orig_mod.0.")),
+        ("one", lambda n: n.replace(UNET, f"{UNET}module.")),
+    ):
+        path = save(tmp_path / f"{name}.safetensors", {wrap(n): t for n, t in plain.items()})
+        with open_checkpoint(path, catalog().layouts) as checkpoint:
+            found = identify(checkpoint, catalog())
+            assert said(found)[0] == "SD-mini" and not found.unknown
+            match = choose(checkpoint, found, "UNET-mini", None, catalog())
+            assert match is not None
+            made = cut(checkpoint, found, match, "UNET-mini").tensors
+            assert {UNET + n for n in made} == {n for n in plain if n.startswith(UNET)}
+
+
+def diffusers(folder: Folder) -> Path:
+    """The miniature model as a diffusers folder."""
+    save(folder / "mini.safetensors", model())
+    assert folder("convert", "mini.safetensors", "-o", "out/").code == 0
+    return folder / "out"
+
+
+def parts(plain: Mapping[str, tuple[str, tuple[int, ...], bytes]], prefix: str) -> dict[str, object]:
+    return {n.removeprefix(prefix): v for n, v in plain.items() if n.startswith(prefix)}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Folder:
+    return Folder.below(tmp_path)
+
+
+def test_parts_of_our_own_folders_come_back_as_they_were(folder: Folder) -> None:
+    out = diffusers(folder)
+    plain = content(folder / "mini.safetensors")
+    for source, cls, prefix in (
+        ("unet", "UNET-mini", UNET),
+        ("vae/diffusion_pytorch_model.safetensors", "VAE-mini", VAE),
+        ("text_encoder/model.safetensors", "CLIP-mini", CLIP),
+    ):
+        made = folder("extract", f"out/{source}", cls, "-o", f"{cls}.safetensors", "--precision", "keep")
+        assert made.code == 0, made.err
+        wanted = parts(plain, prefix)
+        if cls == "CLIP-mini":
+            wanted = {TEXT + n: v for n, v in wanted.items() if n != "embeddings.position_ids"}
+        assert content(folder / f"{cls}.safetensors") == wanted
+        known = folder("inspect", f"{cls}.safetensors", "--json").json["files"][0]
+        assert known["architecture"] == cls and not known["unknown"]
+    assert out.is_dir()
+
+
+def test_mixed_names_are_replaced_pruned_and_converted(folder: Folder) -> None:
+    out = diffusers(folder)
+    plain = content(folder / "mini.safetensors")
+    inside = f"text_encoders.clip_l.transformer.{TEXT}"
+    held = {n.replace(CLIP, inside): t for n, t in model().items() if not n.startswith(VAE)}
+    with open_checkpoint(out / "vae/diffusion_pytorch_model.safetensors") as vae:
+        held |= {f"vae.{n}": MemoryTensor(t.dtype, t.shape, bytes(t.tobytes())) for n, t in vae.items()}
+    save(folder / "mixed.safetensors", held)
+    made = folder("prune", "mixed.safetensors", "-o", "pruned.safetensors", "--precision", "fp32")
+    assert made.code == 0, made.err
+    assert content(folder / "pruned.safetensors") == plain
+    made = folder("convert", "mixed.safetensors", "-o", "again/")
+    assert made.code == 0, made.err
+    assert content(folder / "again") == content(out)
+    save(folder / "bare.safetensors", {n.removeprefix("vae."): t for n, t in held.items() if n[:4] == "vae."})
+    made = folder(
+        "replace", "mini.safetensors", "VAE=bare.safetensors", "-o", "new.safetensors", "--precision", "keep"
+    )
+    assert made.code == 0, made.err
+    assert content(folder / "new.safetensors") == plain
