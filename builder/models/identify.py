@@ -147,6 +147,24 @@ class Rejection:
     misshapen: tuple[Misshapen, ...] = ()
     outdone_by: str | None = None
 
+    def describe(self) -> str:
+        """What of it is not there, and what is there in another shape: in words, after its name."""
+        said = []
+        if self.missing:
+            said.append(f"{len(self.missing):,} of {self.total:,} tensors are missing")
+        if self.misshapen:
+            name, expected, found = self.misshapen[0]
+            more = f" and {len(self.misshapen) - 1:,} more" if len(self.misshapen) > 1 else ""
+            said.append(f"`{name}` is {list(found)}, not {list(expected)}{more}")
+        return f"{self.component.name}: {'; '.join(said)}"
+
+    @property
+    def hint(self) -> str | None:
+        """What can be done where nothing but shapes is other."""
+        if self.missing or not self.misshapen:
+            return None
+        return "if it is a model of another kind, `ckpt components learn FILE` makes it known"
+
 
 @dataclass(frozen=True)
 class Identity:
@@ -299,7 +317,7 @@ def _spellings(
             if (result := _compare(component, prefix, names, specs, alone=alone)) is not None:
                 yield result
     for renaming in catalog.renamings:
-        if any(c.name in wanted for c in renaming.components):
+        if any(c.name in wanted for c in renaming.components) and renaming.rules.known_in(names):
             held, linear, made = _renamed(names, renaming, specs)
             for component in renaming.components:
                 if component.name not in wanted or not (held or made):

@@ -14,7 +14,7 @@ from builder.base.files import read_bounded
 from builder.base.inside import is_inside, leads_out
 from builder.models.catalog import Architecture, Names
 from builder.models.cut import choose, cut, full_names
-from builder.models.identify import EMA, Match
+from builder.models.identify import EMA, Match, as_class
 from builder.operations.registry import OPERATIONS, Operation
 from builder.plan.graph import (
     Applied,
@@ -335,10 +335,7 @@ class _Resolver:
         evidence: tuple[str, ...] = ()
         if self._is_file(base):
             rejected = self.sources.open(self.source(base.name)).identity.rejected
-            evidence = tuple(
-                f"{r.component.name}: {r.total - r.present:,} of {r.total:,} tensors are missing"
-                for r in rejected[:3]
-            )
+            evidence = tuple(r.describe() for r in rejected[:3])
         raise RecipeError(
             Problem(
                 f"`{base.name}` is no architecture that the catalog knows",
@@ -595,15 +592,20 @@ def match_of(job: SourceJob, take: Take, sources: Sources) -> Match:
         return match
     wanted = take.component or take.cls
     near = [r for r in opened.identity.rejected if wanted in (r.component.name, r.component.cls)]
-    evidence = [
-        f"{r.component.name}: {r.total - r.present:,} of {r.total:,} tensors are missing" for r in near[:2]
-    ]
+    evidence = [r.describe() for r in near[:2]]
+    hint = near[0].hint if near else None
+    alike = [m for m in opened.identity.matches if as_class(m, take.cls, opened.checkpoint, sources.catalog)]
+    if len(alike) > 1:
+        several = _words(f"{m.component.name} under {m.prefix}" for m in alike)
+        evidence.append(f"it may be either of {several}")
+        hint = "`ckpt extract` writes the one that you mean as a file of its own"
     held = sorted({m.component.name for m in opened.identity.matches})
     raise RecipeError(
         Problem(
             f"`{job.name}` has no {wanted}",
             take.place,
             (*evidence, f"it holds {_words(held) or 'nothing that the catalog knows'}"),
+            hint,
         )
     )
 

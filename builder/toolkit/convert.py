@@ -15,7 +15,8 @@ from builder.base.progress import SILENT, Reporter, human_bytes
 from builder.formats import open_checkpoint
 from builder.formats.blob import FileBlob
 from builder.formats.checkpoint import Checkpoint
-from builder.models.catalog import Catalog
+from builder.models.catalog import Catalog, Names
+from builder.models.cut import cut, full_names
 from builder.models.identify import identify
 from builder.recipe.names import recipe_name
 from builder.tensors.cast import PRECISIONS, Faults, NonFinite, Overflow, Precision, cast_all
@@ -135,7 +136,9 @@ def convert(
             model = _model(checkpoint, tensors, catalog, prediction)
             vocabulary = _vocabulary(tokenizer, Path(source))
             size = _write_folder(target, model, vocabulary, shard_size, accept, options)
-        elif form == "sharded":
+            return Converted(target, form, size, len(tensors), _lost(checkpoint, form))
+        tensors = _named(checkpoint, tensors, catalog, reporter)
+        if form == "sharded":
             size = _write_set(target, tensors, _metadata(checkpoint), shard_size, accept, options)
         else:
             size = _write_file(target, form, tensors, _metadata(checkpoint), accept, options)
@@ -152,7 +155,9 @@ def recipe_of(
     with open_checkpoint(source, catalog.layouts) as checkpoint:
         identity = identify(checkpoint, catalog)
     left = [*identity.ema, *identity.junk, *identity.unknown, *identity.scales]
-    odd = [m.component.name for m in identity.matches if m.diffusers_attention or m.usual_prefix]
+    odd = [
+        m.component.name for m in identity.matches if m.diffusers_attention or m.usual_prefix or not m.usual
+    ]
     reasons = []
     if form_of(target) not in ("safetensors", "torch"):
         reasons.append(f"`{target}` is more than one file")
@@ -187,6 +192,30 @@ def _cast(
     weights = {n: t for n, t in checkpoint.items() if n not in catalog.optional}
     made = cast_all(weights, precision, faults=faults, overflow=overflow, non_finite=non_finite)
     return {n: made.get(n, t) for n, t in checkpoint.items()}
+
+
+def _named(
+    checkpoint: Checkpoint, tensors: Mapping[str, LazyTensor], catalog: Catalog, reporter: Reporter
+) -> Mapping[str, LazyTensor]:
+    """The tensors with the usual names, where a component has those of another program."""
+    identity = identify(checkpoint, catalog)
+    at = catalog.architectures.get(identity.architecture or "") if identity.intact else None
+    made: dict[str, LazyTensor] = {}
+    taken: set[str] = set()
+    for match in identity.matches:
+        cls = match.component.cls
+        home = at is not None and cls in at.slots
+        if match.usual or match.component.mislabelled or not (identity.intact and (home or at is None)):
+            continue
+        names = Names(catalog.component_for(cls, at).prefix) if at and home else catalog.classes[cls][0].alone
+        found = cut(tensors, identity, match, cls).tensors
+        made |= {names.name(bare): tensor for bare, tensor in found.items()}
+        taken |= full_names(identity, match)
+        reporter.note(f"{match.component.name}: {len(found):,} tensors get their usual names")
+    rest = {name: tensor for name, tensor in tensors.items() if name not in taken}
+    if clash := next((name for name in made if name in rest), None):
+        raise SourceError(Problem(f"two tensors would be `{clash}`", Place(checkpoint.name)))
+    return {**rest, **made} if made else tensors
 
 
 def _metadata(checkpoint: Checkpoint) -> Mapping[str, str]:
@@ -313,14 +342,17 @@ def _model(
             )
         )
     layout = catalog.layouts[architecture.diffusers]
-    usual: dict[str, str] = {}
+    usual: dict[str, LazyTensor] = {}
+    taken: set[str] = set()
     for match in (m for m in identity.matches if m.component.cls in architecture.slots):
         prefix = catalog.component_for(match.component.cls, architecture).prefix
-        usual |= {full: prefix + bare for bare, full in match.names.items()}
+        parts = cut(tensors, identity, match, match.component.cls).tensors
+        usual |= {prefix + bare: tensor for bare, tensor in parts.items()}
+        taken |= full_names(identity, match)
     return _Model(
         layout,
-        {usual[name]: tensor for name, tensor in tensors.items() if name in usual},
-        {name: tensor for name, tensor in tensors.items() if name not in usual},
+        usual,
+        {name: tensor for name, tensor in tensors.items() if name not in taken},
         _metadata(checkpoint),
         prediction or _prediction(checkpoint, layout, catalog),
         "ztsnr" in checkpoint,

@@ -91,8 +91,8 @@ class Pruning:
 
     @property
     def tidy(self) -> bool:
-        """Whether there is nothing to take out of it."""
-        return not self.goes
+        """Whether there is nothing to take out of it, and its names are the usual ones."""
+        return not self.goes and all(m.usual or m.ema for m in self.identity.matches)
 
     @property
     def checked(self) -> Pruning:

@@ -12,6 +12,7 @@ from builder.models.catalog import load_catalog
 from builder.models.cut import choose, cut
 from builder.models.identify import Identity, identify
 from builder.tensors.lazy import DType, LazyTensor, MemoryTensor
+from builder.tensors.moves import Reshaped
 from tests.help.building import CLIP, UNET, VAE, Folder, catalog, content, model, save
 from tests.models.test_identify import Unread, tensors
 
@@ -206,3 +207,66 @@ def test_mixed_names_are_replaced_pruned_and_converted(folder: Folder) -> None:
     )
     assert made.code == 0, made.err
     assert content(folder / "new.safetensors") == plain
+
+
+def test_a_component_alone_is_converted_to_the_names_that_it_is_published_under(folder: Folder) -> None:
+    diffusers(folder)
+    plain = content(folder / "mini.safetensors")
+    made = folder("convert", "out/vae", "-o", "vae.safetensors")
+    assert made.code == 0 and "VAE-mini-SD: 248 tensors get their usual names" in made.err
+    assert content(folder / "vae.safetensors") == parts(plain, VAE)
+    save(folder / "clip.safetensors", {n.removeprefix(CLIP): t for n, t in model().items() if CLIP in n})
+    assert folder("convert", "clip.safetensors", "-o", "clip_l.ckpt").code == 0
+    assert {n for n in content(folder / "clip_l.ckpt") if not n.startswith(TEXT)} == set()
+    # What has its usual names already is left as it is.
+    assert folder("convert", "clip_l.ckpt", "-o", "again.safetensors").err.count("usual names") == 0
+    refused = folder("convert", "out/vae", "-o", "x.safetensors", "--save-recipe", "x.toml")
+    assert refused.code == 2 and "usual names" in refused.err
+
+
+def test_what_is_written_alone_is_tidy(folder: Folder) -> None:
+    diffusers(folder)
+    for source in ("out/vae", "out/text_encoder/model.safetensors", "out/unet"):
+        made = folder("prune", source, "-o", "one.safetensors", "--precision", "fp32")
+        assert made.code == 0, made.err
+        again = folder("prune", "one.safetensors", "--precision", "fp32", "--json").json["files"][0]
+        assert again["state"] == "tidy"
+        (folder / "one.safetensors").unlink()
+
+
+def test_a_tensor_in_another_shape_is_never_called_missing(folder: Folder) -> None:
+    held = dict(model())
+    name = f"{UNET}input_blocks.0.0.weight"
+    held[name] = Reshaped(held[name], (held[name].shape[0], held[name].shape[1] * 9, 1, 1))
+    save(folder / "odd.safetensors", held)
+    shapes = f"`input_blocks.0.0.weight` is {list(held[name].shape)}, not {list(model()[name].shape)}"
+    for words in (
+        ("extract", "odd.safetensors", "UNET-mini", "-o", "x.safetensors"),
+        ("inspect", "odd.safetensors"),
+        ("replace", "mini.safetensors", "UNET=odd.safetensors", "-o", "x.safetensors"),
+    ):
+        save(folder / "mini.safetensors", model())
+        made = folder(*words)
+        text = " ".join((made.out + made.err).split())
+        assert shapes in text and "ckpt components learn" in text and "missing" not in text, text
+    other = folder("diff", "mini.safetensors", "odd.safetensors")
+    assert "UNET-mini differs in 1 of 686 tensors: `input_blocks.0.0.weight`" in other.out
+    assert "(no component)" not in other.out and "without" not in other.out
+
+
+def test_a_diff_says_that_only_shapes_are_other(folder: Folder) -> None:
+    held = dict(model())
+    for name in [n for n in held if ".attn_1." in n and n.endswith(".bias") and ".norm." not in n]:
+        held[name] = Reshaped(held[name], (*held[name].shape, 1, 1))
+    save(folder / "a.safetensors", model())
+    save(folder / "b.safetensors", held)
+    assert "B is A with some tensors in other shapes" in folder("diff", "a.safetensors", "b.safetensors").out
+    fixed = folder("prune", "b.safetensors", "-o", "c.safetensors", "--precision", "fp32")
+    assert fixed.code == 0 and content(folder / "c.safetensors") == content(folder / "a.safetensors")
+
+
+def test_a_slot_that_two_components_fit_is_not_guessed(folder: Folder) -> None:
+    held = {**lone("CLIP-v1-SD", "text_encoders.clip_l.transformer."), **lone("CLIP-v1-SD", "text_encoder.")}
+    found = identify(held, CATALOG)
+    assert len(found.matches) == 2
+    assert choose(held, found, "CLIP-XL-AUX", None, CATALOG) is None

@@ -203,4 +203,4 @@ def _remarks(part: Part) -> Iterator[str]:
         low, high = match.rank
         yield f"rank {low}" if low == high else f"ranks {low} to {high}"
     if match.component.prefix and not match.prefix:
-        yield "bare names"
+        yield "diffusers' names" if match.diffusers else "bare names"
