@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from builder.models.identify import Identity, Match, as_class, attention_changes
@@ -72,6 +73,20 @@ def names_of(identity: Identity, match: Match) -> dict[str, str]:
 def full_names(identity: Identity, match: Match) -> set[str]:
     """The full names of all tensors of a match, and of the scales among them."""
     return {*match.full, *names_of(identity, match).values()}
+
+
+def joined(tensors: Mapping[str, LazyTensor], identity: Identity) -> tuple[dict[str, LazyTensor], Identity]:
+    """The same where each tensor of a component is one, named so: what diffusers splits is joined."""
+    made, matches = dict(tensors), []
+    for match in identity.matches:
+        parts = cut(tensors, identity, match, match.component.cls).tensors if match.made else {}
+        for whole in match.made.values():
+            for full in whole.names:
+                made.pop(full, None)
+        new = {bare: match.under + bare for bare in match.made}
+        made |= {full: parts[bare] for bare, full in new.items()}
+        matches.append(replace(match, names={**match.names, **new}, made={}) if new else match)
+    return made, replace(identity, matches=tuple(matches))
 
 
 def choose(

@@ -9,7 +9,7 @@ import pytest
 
 from builder.formats import open_checkpoint
 from builder.models.catalog import load_catalog
-from builder.models.cut import choose, cut
+from builder.models.cut import choose, cut, joined
 from builder.models.identify import Identity, identify
 from builder.tensors.lazy import DType, LazyTensor, MemoryTensor
 from builder.tensors.moves import Reshaped
@@ -270,3 +270,15 @@ def test_a_slot_that_two_components_fit_is_not_guessed(folder: Folder) -> None:
     found = identify(held, CATALOG)
     assert len(found.matches) == 2
     assert choose(held, found, "CLIP-XL-AUX", None, CATALOG) is None
+
+
+def test_what_diffusers_splits_is_compared_as_one() -> None:
+    component = CATALOG.components["CLIP-v2-WD"]
+    split = CATALOG.layouts["SD-v2"].to_diffusers(tensors("CLIP-v2-WD"))[0]["text_encoder"]
+    whole, identity = joined(split, identify(split, CATALOG))
+    (match,) = identity.matches
+    assert match.names.keys() == component.tensors.keys() and not match.made
+    assert {bare: whole[full].shape for bare, full in match.names.items()} == {
+        n: r.shape for n, r in component.tensors.items()
+    }
+    assert len(whole) == component.keys

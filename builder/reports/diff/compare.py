@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +15,7 @@ from builder.base.progress import SILENT, Reporter
 from builder.formats import open_checkpoint
 from builder.formats.checkpoint import Checkpoint
 from builder.models.catalog import Catalog, KnownPart
+from builder.models.cut import joined
 from builder.models.identify import Identity, Match, identify
 from builder.models.metric import counted, labels
 from builder.reports.diff.pairs import Pair, pair_up, same_layout
@@ -239,7 +240,7 @@ def compare_open(
     reporter: Reporter = SILENT,
 ) -> Diff:
     """Compare two open checkpoints; as `compare`, which see."""
-    first, second = identify(a, catalog), identify(b, catalog)
+    (a, first), (b, second) = (_joined(side, catalog) for side in (a, b))
     pairing = pair_up(a, first, b, second)
     readable = {p: (a[p.a], b[p.b]) for p in pairing.pairs if same_layout(a[p.a].shape, b[p.b].shape)}
     values = compare_values(readable, threads=threads, reporter=reporter)
@@ -257,6 +258,12 @@ def compare_open(
         parts,
         tuple(_promoted(sides, differing, catalog, reporter)),
     )
+
+
+def _joined(checkpoint: Checkpoint, catalog: Catalog) -> tuple[Checkpoint, Identity]:
+    """A checkpoint, each tensor of its components as one, and what it is."""
+    tensors, identity = joined(checkpoint, identify(checkpoint, catalog))
+    return replace(checkpoint, tensors=tensors), identity
 
 
 def _parts(
