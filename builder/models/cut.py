@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
+from builder.base.errors import Problem, SourceError
 from builder.models.identify import Identity, Match, as_class, attention_changes
 from builder.tensors.lazy import LazyTensor
 from builder.tensors.moves import Joined, Reshaped, Transposed
@@ -30,7 +31,8 @@ def cut(tensors: Mapping[str, LazyTensor], identity: Identity, match: Match, cls
     """A match as a component of class `cls`; nothing is read.
 
     Whatever prefix and spelling the file has, names become the catalog's; a linear layer's weights become a
-    1x1 convolution's where that is meant, and what diffusers splits is joined. An average that is promoted
+    1x1 convolution's where that is meant, and what diffusers splits is joined; raises SourceError where
+    its parts have scales of their own. An average that is promoted
     gets the names of what it averages.
     """
     component = match.component
@@ -42,6 +44,15 @@ def cut(tensors: Mapping[str, LazyTensor], identity: Identity, match: Match, cls
         if bare in match.reshaped:
             tensor = Reshaped(tensor, rules[bare].shape)
         made[promoted.get(bare, bare)] = tensor
+    modules = {full.rpartition(".")[0] for whole in match.made.values() for full in whole.names}
+    if scaled := next((n for n in identity.scales if n.rpartition(".")[0] in modules), None):
+        raise SourceError(
+            Problem(
+                f"`{component.name}` is packed, and split as diffusers has it",
+                evidence=(f"`{scaled}` is the scale of a part of what would be one tensor",),
+                hint="take the source that it was made from",
+            )
+        )
     for bare, whole in match.made.items():
         pieces = [tensors[full] for full in whole.names]
         made[bare] = Transposed(pieces[0]) if whole.transposed else Joined(pieces)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from builder.base.errors import SourceError
 from builder.formats import open_checkpoint
 from builder.models.catalog import load_catalog
 from builder.models.cut import choose, cut, joined
@@ -282,3 +283,11 @@ def test_what_diffusers_splits_is_compared_as_one() -> None:
         n: r.shape for n, r in component.tensors.items()
     }
     assert len(whole) == component.keys
+
+
+def test_parts_with_scales_of_their_own_are_not_joined() -> None:
+    split = CATALOG.layouts["SD-v2"].to_diffusers(tensors("CLIP-v2-WD"))[0]["text_encoder"]
+    split["text_model.encoder.layers.3.self_attn.q_proj.weight_scale"] = Unread(DType.F32, ())
+    found = identify(split, CATALOG)
+    with pytest.raises(SourceError, match="is packed, and split"):
+        cut(split, found, found.matches[0], "CLIP-v2")
