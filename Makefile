@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint types check test-slow bench clean
+.PHONY: demo test lint types check test-slow test-oldest bench clean
 demo: $(STAMP)
 	@$(BIN)/ckpt demo
 
@@ -14,6 +14,13 @@ test: lint types $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
+
+# In an environment of its own, with the lowest versions that are allowed.
+test-oldest:
+	@test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install -q -c constraints-oldest.txt torch
+	.venv-oldest/bin/python -m pip install -q -c constraints-oldest.txt -e . pytest pytest-timeout hypothesis
+	.venv-oldest/bin/python -m pytest tests/cli tests/build/test_build.py tests/formats/test_safetensors.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,5 +1,24 @@
-"""`python -m builder` is `ckpt`."""
+"""`ckpt`, and `python -m builder`: loading it can be interrupted as cleanly as its work."""
 
-from builder.cli import main
+from __future__ import annotations
 
-main()
+import sys
+
+from builder.base.signals import WORDS, catch, code_of
+
+
+def main() -> None:
+    """Run the command line."""
+    try:
+        catch()
+        from builder.cli import main as run
+
+        run()
+    except KeyboardInterrupt as error:
+        code = code_of(error)
+        print(f"error: {WORDS[code]}", file=sys.stderr)
+        sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from builder.base.errors import OutputError, Problem
+from builder.base.signals import go_on
 
 try:
     import fcntl
@@ -165,6 +166,7 @@ def new_file(
         with _Folder(path.parent) as folder, _unnamed(folder) as (fd, temp):
             file = NewFile(fd, path)
             yield file
+            go_on()
             if file.path is not None:
                 if file.path != path:
                     assert file.path.parent == path.parent, "a file cannot move from where it was made"

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 _LONGEST = 4000  # characters of a fact; a hostile file's names may have millions
+_MOST_EVIDENCE = 50  # lines of a problem; a lock may differ in thousands
 _LONGEST_WORD = 100  # characters of a word that others are likened to
 _LIKELY = 10  # words that are looked at closely
 _NEAR = 0.6  # of 1: how much two words must have in common
@@ -173,7 +174,9 @@ def render(problem: Problem, severity: str = "error") -> str:
             if place.column is not None:
                 before = " " * (place.column - 1 - place.cut)
                 lines.append(f"{gutter} | {before}{'^' * max(1, place.width)}")
-    lines += [f"   = {shown(e)}" for e in problem.evidence]
+    lines += [f"   = {shown(e)}" for e in problem.evidence[:_MOST_EVIDENCE]]
+    if len(problem.evidence) > _MOST_EVIDENCE:
+        lines.append(f"   … and {len(problem.evidence) - _MOST_EVIDENCE:,} more")
     if problem.hint:
         lines.append(f"hint: {shown(problem.hint)}")
     return "\n".join(lines)

@@ -156,6 +156,11 @@ class Text(Kind):
             return f'write it in quotes: "{value}"'
         return None
 
+    def holds(self, value: str) -> bool:
+        """Whether a document can say this string here: one in UTF-8, in which half a character is none."""
+        whole = not any("\ud800" <= c <= "\udfff" for c in value)
+        return whole and not any(rule.broken_by(value) for rule in self.rules)
+
     def check(self, value: str, at: At) -> Any:
         if self.most is not None and len(value) > self.most:
             return at.wrong(f"{at.name} is longer than {self.most:,} characters", show=False)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 
 from builder.base.errors import CkptError, Problem
+from builder.base.signals import go_on
 
 Produce = Callable[[int, memoryview], int]
 Consume = Callable[[int, memoryview], object]
@@ -43,6 +44,7 @@ def run_windows(
     since all before it were handed out before, it is the same one every time. Once `stop` is set no further
     window is begun, and Cancelled is raised.
     """
+    go_on()
     if count:
         _Run(count, produce, consumers, size, threads, buffers, around, stop).run()
 

@@ -23,6 +23,20 @@ def spelling(name: str) -> str:
     return name.casefold().translate({ord(c): None for c in "-_ "})
 
 
+def fits_pattern(pattern: str, name: str) -> bool:
+    """Whether a name is spelt so, `*` standing for anything: each part is looked for once."""
+    first, *middle, last = pattern.split("*")
+    if len(name) < len(first) + len(last) or not (name.startswith(first) and name.endswith(last)):
+        return False
+    at, end = len(first), len(name) - len(last)
+    for part in middle:
+        at = name.find(part, at, end)
+        if at < 0:
+            return False
+        at += len(part)
+    return True
+
+
 def counted(number: int, noun: str) -> str:
     """A number and its noun, as in `1 key` and `1,131 keys`."""
     return f"{number:,} {noun}" + ("" if number == 1 else "s")

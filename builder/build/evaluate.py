@@ -48,9 +48,10 @@ class Composer:
         for name in (n for n in job.fixes if n not in fixed):
             made, words = FIXES[name].apply(made)
             done += [f"{name}: {word}" for word in words] or [f"{name}: nothing to change"]
-        made, words = truncated_position_ids(made)
+        label = self.context.node(key).label
+        made, words = truncated_position_ids(made, label)
         faults = Faults()
-        self.faults.append((self.context.node(key).label, job.precision, faults))
+        self.faults.append((label, job.precision, faults))
         cast = cast_all(
             made,
             job.precision,

@@ -8,7 +8,6 @@ from pathlib import Path
 from builder.base.errors import CkptError, Problem, SourceError
 from builder.build.context import Context
 from builder.formats.blob import BlobTensor, FileBlob
-from builder.models.cut import full_names
 from builder.plan.graph import ComponentJob, Key, Node, Origin, OutputJob, StepJob, Take
 from builder.plan.resolve import match_of
 from builder.recipe.lock import LockedComponent
@@ -131,6 +130,8 @@ class Parts:
         sources = self._context.sources
         for job in (n.job for n in self._context.plan.outputs() if n.state != "unchanged"):
             assert isinstance(job, OutputJob)
+            if job.told is not None and job.told[0] == key and (job.told[1].markers or job.told[1].words):
+                return True
             if job.base == key:
                 source = self._context.node(key).job
                 assert isinstance(source, SourceJob)
@@ -141,7 +142,7 @@ class Parts:
     def _names(self, job: SourceJob, take: Take) -> list[str]:
         """The names, in a source's file, of the tensors that are taken."""
         sources = self._context.sources
-        return sorted(full_names(sources.open(job).identity, match_of(job, take, sources)))
+        return list(match_of(job, take, sources).full)
 
     def _takes(self, key: Key) -> Iterator[tuple[SourceJob, Take]]:
         """What a component is made of, as sources hold it."""

@@ -19,10 +19,13 @@ from builder.build.in_parts import Parts
 from builder.build.measure import known_digits, measured, metric_text
 from builder.build.write import write_output
 from builder.formats.blob import FileBlob
+from builder.formats.lost import find_lost, said
 from builder.formats.write_safetensors import Written
 from builder.models.catalog import Catalog, Names
+from builder.models.metric import counted
 from builder.plan.graph import Key, Node, OutputJob
-from builder.plan.keys import assembly_key, note_beside, output_format, recall_beside
+from builder.plan.keys import assembly_key, note_beside, note_prediction, output_format, recall_beside
+from builder.plan.metadata import DATE
 from builder.plan.resolve import output_state
 from builder.recipe.lock import Lock, LockedComponent, LockedOutput, differences, lock_path
 from builder.recipe.profiles import MAX_SIDECAR
@@ -32,7 +35,7 @@ from builder.sources.job import SourceJob
 from builder.store import DamagedEntry, Made
 from builder.store.entries import At, Entry, VerifiedTensor, identity
 from builder.tensors.digests import Row, component_digest, expression_key
-from builder.tensors.lazy import DType, LazyTensor, MemoryTensor
+from builder.tensors.lazy import LazyTensor, MemoryTensor
 
 
 @dataclass
@@ -159,7 +162,8 @@ class Assembly:
         with ExitStack() as opened:
             composer = Composer(context, opened)
             missing = [key for _, key in job.slots.values() if not self._is_held(key)]
-            read = context.source_nodes([*missing, *([job.base] if job.base is not None else [])])
+            near = (job.base, job.told[0] if job.told is not None else None)
+            read = context.source_nodes([*missing, *(key for key in near if key is not None)])
             for key, source in read:  # begun before all else: importing torch takes as long as hashing 1 GB
                 context.begin_hashing(key, source)
             parts = [self._part(cls, names, key, composer) for cls, (names, key) in job.slots.items()]
@@ -185,7 +189,11 @@ class Assembly:
                 stop=context.stop,
                 accept=lambda w: self._accept(w, parts, beside, composer, read),
             )
-        assert self._product is not None
+            assert self._product is not None
+            path = str(self._product.built.path)
+            lost = find_lost(tensors, written.zeros, lambda name: (path, written.offsets[name]))
+            if (problem := said(lost)) is not None:
+                context.reporter.warn(problem)
         self._remember(written, parts, beside)
         self._put_sidecar(self._product.built)
         return self._product
@@ -206,25 +214,18 @@ class Assembly:
 
     def _beside(self) -> dict[str, LazyTensor]:
         """What lies beside the components, by full name."""
-        names = self.job.beside.markers
-        markers: dict[str, LazyTensor] = {m: MemoryTensor(DType.F32, (0,), b"") for m in names}
+        markers = self.job.beside.markers
+        made: dict[str, LazyTensor] = {m.name: MemoryTensor(m.dtype, m.shape, m.data) for m in markers}
         if self.base is None:
-            return markers
+            return made
         held = self.context.sources.open(self.base[1]).checkpoint
-        return {**{n: held[n] for n in self.job.beside.names}, **markers}
+        return {**{n: held[n] for n in self.job.beside.names}, **made}
 
     def _groups(self, parts: list[Part]) -> dict[str, str]:
         """The tensors to be counted for the metric, each with its class: of those not measured before."""
-        groups: dict[str, str] = {}
-        for part in parts:
-            scale = self._catalog.scales.get(part.cls)
-            known = part.stored and known_digits(self.context.store, part.cls, part.stored.digest)
-            if scale is not None and known is None:
-                rules = self._catalog.classes[part.cls]
-                weights = {n for component in rules for n in component.tensors}
-                counted = (n for n in part.tensors if n in weights and scale.counts(n))
-                groups |= dict.fromkeys((part.names.name(n) for n in counted), part.cls)
-        return groups
+        store = self.context.store
+        new = (p for p in parts if p.stored is None or known_digits(store, p.cls, p.stored.digest) is None)
+        return counted({p.cls: {n: p.names.name(n) for n in p.tensors} for p in new}, self._catalog)
 
     # -- what was made
 
@@ -317,7 +318,7 @@ class Assembly:
 
     def _remember(self, written: Written, parts: list[Part], beside: Mapping[str, LazyTensor]) -> None:
         """Have known what was made, and that its bytes lie in the file, as this is now."""
-        context, store, product = self.context, self.context.store, self._product
+        context, store, product, job = self.context, self.context.store, self._product, self.job
         assert product is not None
         built = product.built
         try:
@@ -345,10 +346,16 @@ class Assembly:
                 self._keep(made, source)
         sha256 = self._base_sha256()
         rows = {n: Row(t.dtype, t.shape, written.digests[n]) for n, t in beside.items()}
-        if sha256 is not None and self.job.beside.names:
-            note_beside(store, sha256, self.job.beside, rows)
+        if sha256 is not None and job.beside.names:
+            note_beside(store, sha256, job.beside, rows)
+        if job.told is not None:
+            key, found = job.told
+            teller, known = context.node(key).job, context.action(key)
+            assert isinstance(teller, SourceJob)
+            if known is not None and context.sources.find(teller) is not None:
+                note_prediction(store, known, found)
         if all(context.action(p.key) for p in parts) and (sha256 is not None or self.base is None):
-            key = assembly_key(self.job, {c: m.digest for c, m in product.parts.items()}, rows)
+            key = assembly_key(job, {c: m.digest for c, m in product.parts.items()}, rows)
             fact = {
                 "sha256": built.sha256,
                 "size": built.size,
@@ -435,7 +442,12 @@ def lock_of(context: Context, products: Mapping[Key, Product]) -> Lock:
                 LockedComponent(job.output.name, cls, part.component, source, part.digest, part.tensors)
             )
         outputs[job.output.name] = LockedOutput(
-            job.output.file, built.sha256, built.tensor_digest, built.size, built.metric
+            job.output.file,
+            built.sha256,
+            built.tensor_digest,
+            built.size,
+            built.metric,
+            "" if DATE in job.output.metadata else job.metadata.get(DATE, ""),
         )
     sources = locked_sources(context.plan.entries, context.sources)
     return Lock(context.plan.recipe.digest, sources, tuple(components), outputs)

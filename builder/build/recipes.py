@@ -6,7 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from builder.base.errors import Problem, UnreproducibleError
+from builder.base.errors import CkptError, Problem, UnreproducibleError
 from builder.build.carry_out import Build, build
 from builder.build.outputs import Naming
 from builder.plan import Plan
@@ -78,11 +78,11 @@ def _built(
     before: Callable[[Plan], object],
     carry_out: Callable[[Plan], Build],
 ) -> Build:
-    """Plan and build; again, where a source had to be fetched to be seen, or another file was pinned."""
+    """Plan and build; again, where a source had to be had to be seen, or another file was pinned."""
     while True:
         plan = workspace.plan(recipe, sources, lock, place=place)
         if plan.unseen:
-            _fetch(sources, [plan.nodes[k].job for k in plan.unseen])
+            _see(sources, [plan.nodes[k].job for k in plan.unseen])
             continue
         before(plan)
         try:
@@ -92,9 +92,14 @@ def _built(
                 raise
 
 
-def _fetch(sources: Sources, jobs: list[object]) -> None:
-    """Fetch sources, all at once; the failure of the first is raised."""
-    wanted = [j for j in jobs if isinstance(j, SourceJob)]
+def _see(sources: Sources, jobs: list[object]) -> None:
+    """Have the tables of contents of sources: as hosts show them, else all at once with the whole files.
+
+    The failure of the first is raised.
+    """
+    wanted = [j for j in jobs if isinstance(j, SourceJob) and not _is_shown(sources, j)]
+    if not wanted:
+        return
     with ThreadPoolExecutor(len(wanted), thread_name_prefix="fetch") as pool:
         futures = [pool.submit(sources.fetch, job) for job in wanted]
         try:
@@ -103,6 +108,14 @@ def _fetch(sources: Sources, jobs: list[object]) -> None:
         except BaseException:
             sources.stop()
             raise
+
+
+def _is_shown(sources: Sources, job: SourceJob) -> bool:
+    """Whether what a source holds can be seen on its host."""
+    try:
+        return sources.seen(job) and sources.is_open(job)
+    except CkptError:
+        return False  # why not is said when it is fetched
 
 
 def _write_lock(workspace: Workspace, recipe: Recipe, lock: Lock | None, made: Build) -> None:

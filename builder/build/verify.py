@@ -10,7 +10,6 @@ from builder.base.progress import Reporter
 from builder.build.expect import Built, missed
 from builder.formats import open_checkpoint
 from builder.formats.hashes import sha256_file
-from builder.models.cut import names_of
 from builder.models.identify import identify
 from builder.models.metric import Metric, counted, label
 from builder.recipe import Output, Recipe
@@ -74,7 +73,7 @@ def _examine(
     """What a file is, and its components that are not those of the lock, in words."""
     with open_checkpoint(path, catalog.layouts) as checkpoint:
         identity = identify(checkpoint, catalog)
-        groups = counted({m.component.cls: m.names for m in identity.matches}, catalog.scales)
+        groups = counted({m.component.cls: m.whole for m in identity.matches}, catalog)
         found = scan(
             checkpoint,
             groups=groups,
@@ -87,8 +86,7 @@ def _examine(
         differ = []
         for match in identity.matches:
             locked = lock.component(output.name, match.component.cls) if lock is not None else None
-            names = names_of(identity, match)
-            bare = component_digest({b: rows[full] for b, full in names.items()})
+            bare = component_digest({b: rows[full] for b, full in match.whole.items()})
             if locked is not None and bare != locked.blake3:
                 differ.append(f"{locked.cls}: expected {locked.blake3[:12]}…, found {bare[:12]}…")
         digest = component_digest(rows)

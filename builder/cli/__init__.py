@@ -5,16 +5,17 @@ from __future__ import annotations
 import importlib
 import io
 import os
-import signal
 import sys
 import traceback
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import click
 
 from builder import __version__
 from builder.base.errors import CkptError, ExitCode, Place, Problem, printable, render
+from builder.base.signals import WORDS, catch, code_of, leave
 
 # A command's module is imported when it is asked for: starting stays fast whatever the others need.
 COMMANDS: dict[str, str] = {
@@ -35,14 +36,9 @@ COMMANDS: dict[str, str] = {
     "verify": "Compare a file with its recipe's lock and expectations.",
 }
 
-# As a shell says of a process that SIGINT, SIGPIPE or SIGTERM ended.
-INTERRUPTED, READER_GONE, TERMINATED = 130, 141, 143
+READER_GONE = 141  # as a shell says of a process that SIGPIPE ended
 
 BROKEN = 70  # as sysexits.h calls an internal software error
-
-
-class Terminated(KeyboardInterrupt):
-    """The process is to end, as `docker stop` and a cancelled CI job ask for: as cleanly as for Ctrl-C."""
 
 
 class _Commands(click.Group):
@@ -54,6 +50,7 @@ class _Commands(click.Group):
             return None
         command = importlib.import_module(f"builder.cli.{name}").command
         assert isinstance(command, click.Command)
+        _restore_help(command)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -86,13 +83,35 @@ def cli() -> None:
     """Build model checkpoints from recipes: the same recipe gives the same bytes everywhere."""
 
 
+def _restore_help(command: click.Command) -> None:
+    """Give a command, and those below it, their help: `python -OO` leaves it in the source alone."""
+    if sys.flags.optimize > 1 and command.help is None and command.callback is not None:
+        function: Any = getattr(command.callback, "__wrapped__", command.callback)
+        with suppress(OSError):
+            import ast
+
+            tree = ast.parse(Path(function.__code__.co_filename).read_text(encoding="utf-8"))
+            found = (n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef))
+            command.help = next(ast.get_docstring(n) for n in found if n.name == function.__name__)
+        for inner in getattr(command, "commands", {}).values():
+            _restore_help(inner)
+
+
+def _speak_unicode() -> None:
+    """Begin anew in UTF-8 mode where names of files are ASCII by the locale: recipes name any others."""
+    if sys.getfilesystemencoding() != "utf-8" and not sys.flags.utf8_mode:
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+
+
 def main(args: list[str] | None = None) -> None:
     """Run the command line and exit with its code (see `builder.base.errors.ExitCode`)."""
+    if args is None:
+        _speak_unicode()
+    _restore_help(cli)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="backslashreplace")  # not every terminal has every character
-    with suppress(ValueError):  # of a thread that is not the first: who embeds us sees to signals
-        signal.signal(signal.SIGTERM, _terminate)
+    catch()
     try:
         code = run(args)
     except Exception:
@@ -100,12 +119,10 @@ def main(args: list[str] | None = None) -> None:
         traceback.print_exc()
         click.echo("error: this is a mistake in ckpt itself\nhint: report it with the lines above", err=True)
         code = BROKEN
-    sys.exit(code)
-
-
-def _terminate(*_: object) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # one is enough: what follows is tidying up
-    raise Terminated
+    done = leave(code)
+    if done != code:
+        click.echo(f"error: {WORDS[done]}", err=True)
+    sys.exit(done)
 
 
 def run(args: list[str] | None = None) -> int:
@@ -127,11 +144,9 @@ def run(args: list[str] | None = None) -> int:
     except click.exceptions.Exit as error:
         return error.exit_code
     except (click.Abort, KeyboardInterrupt) as error:
-        if isinstance(error, Terminated) or isinstance(error.__cause__, Terminated):
-            click.echo("error: terminated", err=True)
-            return TERMINATED
-        click.echo("error: interrupted", err=True)
-        return INTERRUPTED
+        code = code_of(error.__cause__ or error)
+        click.echo(f"error: {WORDS[code]}", err=True)
+        return code
     except OSError as error:  # what no other message was made of, such as a full disk below stdout
         _drop_output()
         place = Place(str(error.filename)) if error.filename else None

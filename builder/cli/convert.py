@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from builder.base.errors import ExitCode
+from builder.base.errors import ExitCode, Problem, UsageError
 from builder.base.progress import human_bytes
 from builder.cli.options import json_option, open_workspace, quiet_option, recipe_path, save_option
 from builder.cli.sizes import parse_size
@@ -54,6 +54,9 @@ from builder.toolkit.convert import convert, recipe_of
     help="Holds CLIP's vocab.json and merges.txt; for a diffusers folder.",
 )
 @click.option(
+    "--repair", is_flag=True, help="Of a broken safetensors file, take what no tensor suffers from as it is."
+)
+@click.option(
     "--threads", type=click.IntRange(1, 256), default=2, help="Threads to use; the bytes are the same."
 )
 @save_option
@@ -69,6 +72,8 @@ def command(
     dict of tensors; NAME.safetensors.index.json, a sharded set; a name without suffix, a diffusers folder.
     """
     save = recipe_path(save_recipe)
+    if save is not None and options["repair"]:
+        raise UsageError(Problem("no recipe reads a broken file", hint="repair it first, under another name"))
     with open_workspace(quiet) as workspace, workspace.sources() as sources:
         catalog, recipe = workspace.catalog, None
         if save is not None:

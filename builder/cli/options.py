@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,13 +27,7 @@ outside_option = click.option(
 quiet_option = click.option("--quiet", "-q", is_flag=True, help="No progress, no notes.")
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 
-_OPTIONS = (
-    click.option(
-        "--precision",
-        type=click.Choice(list(PRECISIONS)),
-        help="Of the weights. By default what is wider than 16 bits is rounded to FP16, or to BF16 where "
-        "models are published so, and all else stays as it is.",
-    ),
+_REPAIRS = (
     click.option("--fix", "fixes", multiple=True, type=click.Choice(list(FIXES)), help="A repair to make."),
     click.option("--profile", type=click.Choice(list(PROFILES)), help="The program it is for."),
     click.option(
@@ -48,6 +42,15 @@ _OPTIONS = (
         default="error",
         help="What to do with NaN and infinity.",
     ),
+)
+_OPTIONS = (
+    click.option(
+        "--precision",
+        type=click.Choice(list(PRECISIONS)),
+        help="Of the weights. By default what is wider than 16 bits is rounded to FP16, or to BF16 where "
+        "models are published so, and all else stays as it is.",
+    ),
+    *_REPAIRS,
     click.option("--threads", type=click.IntRange(1, 256), help="Threads to use; the bytes are the same."),
     json_option,
     quiet_option,
@@ -60,7 +63,16 @@ save_option = click.option(
 
 def making(command: F) -> F:
     """Add the options about what is made."""
-    for option in reversed(_OPTIONS):
+    return _with(_OPTIONS, command)
+
+
+def repairing(command: F) -> F:
+    """Add the options about repairs, the program it is for, and numbers that do not fit."""
+    return _with(_REPAIRS, command)
+
+
+def _with(options: Sequence[Callable[[F], F]], command: F) -> F:
+    for option in reversed(options):
         command = option(command)
     return command
 

@@ -21,13 +21,23 @@ from builder.base.errors import (
     render,
 )
 from builder.cli.made import note_changes
-from builder.cli.options import FILE, json_option, open_workspace, quiet_option, recipe_path, save_option
+from builder.cli.options import (
+    FILE,
+    json_option,
+    open_workspace,
+    quiet_option,
+    recipe_path,
+    repairing,
+    save_option,
+)
 from builder.cli.watching import Where, watch
+from builder.models.parts import words_for
+from builder.operations.fixes import FIXES
 from builder.recipe.names import free_name, stem
 from builder.tensors.cast import PRECISIONS
 from builder.toolkit import prune_text
 from builder.toolkit.command_recipe import output_path, vacant
-from builder.toolkit.prune import Options, Pruning, Result, checkpoints, plan_pruning, prune
+from builder.toolkit.prune import Options, Pruning, Result, checkpoints, copy, plan_pruning, prune
 from builder.toolkit.watch import SETTLE
 from builder.workspace import Workspace
 
@@ -51,15 +61,19 @@ class Request:
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
 @click.option("--keep-ema", is_flag=True, help="Keep averaged weights.")
 @click.option(
-    "--keep", multiple=True, metavar="KEY", help="Keep this tensor, or those of a pattern as `loss.*`."
+    "--keep",
+    multiple=True,
+    metavar="KEY",
+    help="Keep this tensor, those of a pattern as `loss.*`, or the component of a class.",
 )
 @click.option(
     "--precision",
     type=click.Choice(list(PRECISIONS)),
-    help="Round what is wider to this; by default to FP16, or BF16 where models are published so.",
+    help="Round what has no fewer bits to this; by default what is wider than 16 bits.",
 )
+@repairing
 @click.option("--force", is_flag=True, help="Also what is broken or unknown, or mostly junk.")
-@click.option("-r", "--recursive", is_flag=True, help="Also in folders of FOLDER.")
+@click.option("-r", "--recursive", is_flag=True, help="Also in folders of FOLDER, watched or not.")
 @click.option("--names", is_flag=True, help="Name every tensor that goes.")
 @click.option(
     "--watch", "watched", type=FILE, metavar="FOLDER", help="Prune what is in FOLDER, and what comes."
@@ -98,15 +112,19 @@ def command(
     """Write FILE without EMA, junk and wasted precision, as NAME-pruned.safetensors beside it.
 
     Says what goes and what stays first. What nothing explains stays, and nothing is made wider. The
-    metadata stay, with the name and the size of the original. Of a FOLDER, each checkpoint is pruned.
+    metadata stay, with the name and the size of the original. Of a FOLDER, each checkpoint is pruned; with
+    -o, what needs no pruning is copied there.
 
-    With --watch, checkpoints, VAEs, LoRAs and components move on from FOLDER to the folders that programs
-    look for them in, pruned; what is broken or unknown moves to FOLDER/Failed, with the reason beside it.
+    With --watch, models, parts of models, LoRAs, embeddings and the like move on from FOLDER to the folders
+    that programs look for them in, pruned; what is unknown stays, and what is broken moves to
+    FOLDER/Failed, with the reason beside it.
     """
+    options["fixes"] = tuple(n for n in FIXES if n in options["fixes"])
     if watched is not None:
-        if files or output or dry_run or recursive or names or save_recipe or as_json:
-            raise click.UsageError("--watch goes with --into, --layout, --once and how to prune, no more")
-        where = Where(watched, into, layout, once, SETTLE if settle is None else settle)
+        if files or output or dry_run or names or save_recipe or as_json:
+            fact = "--watch goes with --into, --layout, --once, --recursive and how to prune, no more"
+            raise click.UsageError(fact)
+        where = Where(watched, into, layout, once, recursive, SETTLE if settle is None else settle)
         return watch(where, Options(**options), threads, quiet)
     if into or layout or once or settle is not None:
         raise click.UsageError("--into, --layout, --once and --settle go with --watch")
@@ -158,9 +176,13 @@ def _prune(path: Path, request: Request, workspace: Workspace, say: Callable[[st
             if request.single and pruning.unmatched:
                 raise _unmatched(pruning)
             say("\n".join(prune_text.describe(pruning, request.names)))
-            named = request.output if request.output is not None and not request.output.is_dir() else None
-            if pruning.checked.tidy and named is None:
-                return Result(path, "tidy", pruning)
+            folder = request.output if request.output is not None and request.output.is_dir() else None
+            named = request.output if folder is None else None
+            if pruning.checked.tidy and named is None and (folder is None or path.is_file()):
+                if folder is None or request.dry_run:
+                    return Result(path, "tidy" if folder is None else "to do", pruning)
+                copied = copy(path, folder, workspace.reporter)
+                return Result(path, "copied" if copied else "tidy", pruning, copy=copied)
             if request.dry_run:
                 return Result(path, "to do", pruning)
             usual = (request.output or path.parent) / f"{stem(path)}-pruned.safetensors"
@@ -183,7 +205,7 @@ def _prune(path: Path, request: Request, workspace: Workspace, say: Callable[[st
 
 def _unmatched(pruning: Pruning) -> UsageError:
     word = pruning.unmatched[0]
-    fact = f"there is no tensor `{word}` to keep"
-    return UsageError(
-        Problem(fact, Place(str(pruning.path)), hint=did_you_mean(word, pruning.report.tensors))
-    )
+    fact = f"there is no tensor or component `{word}` to keep"
+    parts = [w for m in pruning.identity.matches for w in words_for(m)]
+    hint = did_you_mean(word, (*parts, *pruning.report.tensors))
+    return UsageError(Problem(fact, Place(str(pruning.path)), hint=hint))

@@ -14,6 +14,7 @@ import click
 
 from builder.base.errors import ExitCode, Problem, printable, render
 from builder.base.progress import human_bytes
+from builder.base.words import counted
 from builder.cli.sizes import parse_size
 from builder.cli.terminal import make_reporter
 from builder.store import Store
@@ -94,6 +95,8 @@ def gc(max_size: int | None, as_json: bool) -> None:
             click.echo(f"removed {_name(item)} {printable(item.digest[:12])}, {human_bytes(item.size)}")
     if done.litter:
         click.echo(f"removed litter, {human_bytes(done.litter)}")
+    if done.strays:
+        click.echo(f"removed {counted(done.strays, 'thing')} that no store puts where it stood")
     click.echo(f"freed {human_bytes(freed)}, kept {human_bytes(kept)}")
     if max_size is None and kept:
         click.echo("hint: `--max-size SIZE` removes what was not used for longest", err=True)

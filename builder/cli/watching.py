@@ -27,6 +27,7 @@ class Where:
     into: Path | None
     layout: str | None
     once: bool
+    recursive: bool
     settle: float
 
 
@@ -43,6 +44,7 @@ def watch(where: Where, options: Options, threads: int | None, quiet: bool) -> i
             where.layout or layout_of(into, workspace.catalog),
             options,
             workspace,
+            recursive=where.recursive,
             settle=where.settle,
             threads=threads,
         )
@@ -58,10 +60,10 @@ def watch(where: Where, options: Options, threads: int | None, quiet: bool) -> i
 
 
 def _once(watched: Watch) -> int:
-    codes = [_say(event) for event in watched.poll()]
+    codes = [_say(event, watched.folder) for event in watched.poll()]
     if watched.waiting:
         time.sleep(watched.settle)
-        codes += [_say(event) for event in watched.poll()]
+        codes += [_say(event, watched.folder) for event in watched.poll()]
     for path in watched.waiting:
         click.echo(f"waiting  {printable(str(path))}  it is not at rest, or not whole yet")
     return max(codes, default=ExitCode.DONE)
@@ -72,7 +74,7 @@ def _forever(watched: Watch) -> None:
     while True:
         try:
             for event in watched.poll():
-                _say(event)
+                _say(event, watched.folder)
             broken = False
         except OutputError as error:  # the folder is away, as that of a network is at times
             if not broken:
@@ -81,7 +83,7 @@ def _forever(watched: Watch) -> None:
         time.sleep(EVERY)
 
 
-def _say(event: Event) -> ExitCode:
+def _say(event: Event, folder: Path) -> ExitCode:
     """A line for what became of a file, and the problems; gives the exit code it stands for."""
     to = f" → {event.target}" if event.target is not None else ""
     size = (
@@ -89,7 +91,13 @@ def _say(event: Event) -> ExitCode:
         if event.state in ("pruned", "moved") and event.target
         else ""
     )
-    click.echo(printable(f"{event.state:<7}  {event.path.name}{to}{size}"))
+    name = event.path.relative_to(folder)
+    what = f"  {event.what}" if event.what else ""
+    if event.state == "stays":
+        what = f"  {event.problems[0].fact}"
+    click.echo(printable(f"{event.state:<7}  {name}{to}{size}{what}"))
+    if event.state == "stays":
+        return ExitCode.DONE
     for problem in event.problems:
         click.echo(render(problem), err=True)
     return _CODES.get(event.state, ExitCode.DONE)

@@ -9,6 +9,7 @@ from types import TracebackType
 
 from builder.formats.blob import Blob
 from builder.tensors.lazy import LazyTensor
+from builder.tensors.packed import IN_HEADER, described
 
 WRAPPERS = ("module.", "_orig_mod.")  # what wrappers of modules put before every name
 _COMPILED = re.compile(r"(?<![^.])_orig_mod\.")  # torch.compile, which may wrap any module inside too
@@ -23,6 +24,7 @@ class Checkpoint(Mapping[str, LazyTensor]):
     `size` is in bytes, of all files. `globals` are the names a pickle refers to, none of which was
     imported. `others` are entries that are not tensors, such as `epoch`, with a short description each.
     `nesting` is where in the file the tensors lie, such as `state_dict`; names come without it.
+    `mended` says what is wrong with the file and was passed over, where it was opened for repair.
     """
 
     name: str
@@ -34,6 +36,7 @@ class Checkpoint(Mapping[str, LazyTensor]):
     others: dict[str, str] = field(default_factory=dict)
     nesting: str = ""
     blobs: tuple[Blob, ...] = ()
+    mended: tuple[str, ...] = ()
 
     def __getitem__(self, name: str) -> LazyTensor:
         return self.tensors[name]
@@ -79,4 +82,17 @@ def unwrapped(checkpoint: Checkpoint) -> Checkpoint:
     )
     checkpoint.tensors = inner if len(inner) == len(outer) else outer
     checkpoint.nesting = ".".join(filter(None, (checkpoint.nesting, prefix.rstrip("."))))
+    # What says of packed layers may do so under either names.
+    return with_descriptions(checkpoint)
+
+
+def with_descriptions(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with what its metadata say of packed layers as tensors beside those layers.
+
+    Programs read both alike, but a description in the metadata would be lost with the file's header.
+    """
+    made = described(checkpoint.tensors, checkpoint.metadata.get(IN_HEADER, ""))
+    if made is not None:
+        del checkpoint.metadata[IN_HEADER]
+        checkpoint.tensors |= {n: t for n, t in made.items() if n not in checkpoint}
     return checkpoint

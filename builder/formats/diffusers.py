@@ -15,6 +15,7 @@ from builder.formats.checkpoint import Checkpoint
 from builder.formats.layouts import Layout, layout_of
 from builder.formats.layouts.configs import MODEL_INDEX, SCHEDULER
 from builder.tensors.lazy import DType, MemoryTensor
+from builder.tensors.packed import packing
 
 # What the layout has no place for, such as noise schedules; diffusers does not look at it.
 REMAINDER = "remainder.safetensors"
@@ -90,6 +91,10 @@ def _join(
                 hint="give one of the safetensors files in its subfolders",
             )
         )
+    held = {f"{part}/{n}": t for part in opened if part for n, t in opened[part].items()}
+    if packed := packing(held):  # of what is joined or turned, no scale would be the right one
+        hint = "give the file that it was made from"
+        raise packed.refused("are not read from a folder in diffusers' layout", hint)
     try:
         tensors, strange = layout.to_original(opened)
     except ValueError as error:
@@ -116,6 +121,7 @@ def _join(
         globals=tuple(sorted({g for c in opened.values() for g in c.globals})),
         others=others,
         blobs=(*configs, *(blob for c in opened.values() for blob in c.blobs)),
+        mended=tuple(f"{folder}: {m}" for folder, c in opened.items() for m in c.mended),
     )
 
 

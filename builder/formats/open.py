@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from builder.base.errors import Place, Problem, SourceError
+from builder.base.words import listed
 from builder.formats import safetensors, sniff
 from builder.formats.blob import FileBlob
 from builder.formats.checkpoint import Checkpoint, unwrapped
@@ -16,11 +18,16 @@ if TYPE_CHECKING:
     from builder.formats.layouts import Layout
 
 CONFIG = "config.json"  # of a part of a model, beside its weights
+_MODELS = {".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin"}  # suffixes, for a hint alone
 NONE: Mapping[str, Layout] = {}
 
 
 def open_checkpoint(
-    path: Path | str, layouts: Mapping[str, Layout] = NONE, *, as_name: str | None = None
+    path: Path | str,
+    layouts: Mapping[str, Layout] = NONE,
+    *,
+    as_name: str | None = None,
+    repair: bool = False,
 ) -> Checkpoint:
     """Open a checkpoint: its table of contents is read, its tensors are not.
 
@@ -28,7 +35,8 @@ def open_checkpoint(
     that holds exactly one such index, or the weights of a part of a model beside its `config.json`, or a
     model's folder in one of diffusers' `layouts`, whose tensors get the names of the original layout. Which
     it is, is told by its leading bytes, never by its suffix.
-    `as_name` replaces the path as the checkpoint's name. Close it, or use it in `with`.
+    `as_name` replaces the path as the checkpoint's name. With `repair`, faults of a safetensors file from
+    which no tensor suffers are passed over, and are in `mended`. Close it, or use it in `with`.
     Raises SourceError for anything else, saying what it is.
     """
     path = Path(path)
@@ -37,8 +45,8 @@ def open_checkpoint(
     if os.path.isfile(path / "model_index.json"):  # noqa: PTH113
         from builder.formats.diffusers import open_folder
 
-        return open_folder(path, name, layouts.values(), _open_file)
-    return _open_file(_weights_in(path) if os.path.isdir(path) else path, name)  # noqa: PTH112
+        return open_folder(path, name, layouts.values(), partial(_open_file, repair=repair))
+    return _open_file(_weights_in(path) if os.path.isdir(path) else path, name, repair)  # noqa: PTH112
 
 
 def files_of(path: Path) -> list[Path]:
@@ -51,10 +59,10 @@ def files_of(path: Path) -> list[Path]:
         return sorted(Path(blob.name) for blob in checkpoint.blobs)
 
 
-def _open_file(path: Path, name: str) -> Checkpoint:
+def _open_file(path: Path, name: str, repair: bool = False) -> Checkpoint:
     blob = FileBlob(path)
     try:
-        checkpoint = unwrapped(_open(blob, path, name))
+        checkpoint = unwrapped(_open(blob, path, name, repair))
         if blob not in checkpoint.blobs:
             blob.close()
         return checkpoint
@@ -63,23 +71,23 @@ def _open_file(path: Path, name: str) -> Checkpoint:
         raise
 
 
-def _open(blob: FileBlob, path: Path, name: str) -> Checkpoint:
+def _open(blob: FileBlob, path: Path, name: str, repair: bool) -> Checkpoint:
     head = blob.read(0, min(blob.size, sniff.HEAD))
     if sniff.is_safetensors(head):
-        return safetensors.from_blob(blob, name)
+        return safetensors.from_blob(blob, name, repair=repair)
     from builder.formats import sharded  # not needed for most files, so not loaded at the start
     from builder.formats.torch.files import looks_like_torch, open_torch
 
     if looks_like_torch(head) and not sniff.is_npz(head):
         return open_torch(blob, name)
     if head.lstrip()[:1] == b"{" and (index := sharded.read_index(blob)) is not None:
-        return sharded.from_index(index, blob, path, name)
+        return sharded.from_index(index, blob, path, name, repair=repair)
     stranger = sniff.stranger(head)
     if stranger is not None:
         problem = Problem(f"this is no checkpoint but {stranger.what}", Place(blob.name), *stranger[1:])
         raise SourceError(problem)
     if head[8:9] == b"{" or path.suffix == ".safetensors":
-        return safetensors.from_blob(blob, name)  # which says what is wrong with it
+        return safetensors.from_blob(blob, name, repair=repair)  # which says what is wrong with it
     raise SourceError(
         Problem(
             "this is no checkpoint, nor any kind of file that is known",
@@ -106,11 +114,8 @@ def _weights_in(folder: Path) -> Path:
     found = sorted(folder.glob("*.index.json"))
     if len(found) == 1:
         return found[0]
-    have = ", ".join(f"`{p.name}`" for p in found[:5]) or "no file `*.index.json`"
-    raise SourceError(
-        Problem(
-            f"`{folder}` is a folder that does not hold one sharded set",
-            evidence=(f"it holds {have}",),
-            hint="give a file",
-        )
-    )
+    found = found or sorted(p for p in folder.iterdir() if p.suffix.lower() in _MODELS)
+    have = listed(tuple(p.name for p in found)) or "no file `*.index.json`"
+    fact = f"`{folder}` is a folder that does not hold one sharded set"
+    hint = f"give a file, such as `{found[0]}`" if found else "give a file"
+    raise SourceError(Problem(fact, evidence=(f"it holds {have}",), hint=hint))

@@ -9,8 +9,9 @@ from functools import lru_cache
 from typing import Any, NamedTuple, NoReturn
 
 from builder.base.errors import Place, Problem, SourceError
+from builder.base.words import counted, listed
 from builder.formats.blob import Blob, BlobTensor
-from builder.formats.checkpoint import Checkpoint
+from builder.formats.checkpoint import Checkpoint, with_descriptions
 from builder.tensors.lazy import BY_CODE, DType
 
 METADATA = "__metadata__"
@@ -29,39 +30,51 @@ class Entry(NamedTuple):
 
 
 class Header(NamedTuple):
-    """What a safetensors file says of itself; tensors in the order of their bytes."""
+    """What a safetensors file says of itself; tensors in the order of their bytes.
+
+    `mended` says what of it the format does not allow, where it was read for repair.
+    """
 
     tensors: dict[str, Entry]
     metadata: dict[str, str]
     data_offset: int
+    mended: tuple[str, ...] = ()
 
 
-def from_blob(blob: Blob, name: str) -> Checkpoint:
-    """The checkpoint in a safetensors file; raises SourceError as `read_header` does."""
-    header = read_header(blob)
+def from_blob(blob: Blob, name: str, *, repair: bool = False) -> Checkpoint:
+    """The checkpoint in a safetensors file; `repair` and errors are as for `read_header`."""
+    header = read_header(blob, repair=repair)
     base = header.data_offset
-    return Checkpoint(
+    checkpoint = Checkpoint(
         name=name,
         container="safetensors",
         size=blob.size,
         tensors={n: BlobTensor(e.dtype, e.shape, blob, base + e.start) for n, e in header.tensors.items()},
         metadata=header.metadata,
         blobs=(blob,),
+        mended=header.mended,
     )
+    return with_descriptions(checkpoint)
 
 
-def read_header(blob: Blob) -> Header:
+def read_header(blob: Blob, *, repair: bool = False) -> Header:
     """The header of a safetensors file, wholly checked.
 
     Tensors must tile the file from the header's end to its own end, each as long as its dtype and shape
     say. Refused beyond what the reference implementation refuses: names that come twice, names with NUL,
     and shapes whose non-zero extents overflow. Names are names only, never paths, so others may be odd.
-    Raises SourceError for a header that is not valid, and when it cannot be read.
+    With `repair`, some of what is wrong is passed over and told of in `mended`, as no tensor suffers from it:
+    bytes that belong to none, between them or behind the last, and metadata that are no strings, whose JSON
+    is taken for one. Raises SourceError for a header that is not valid, and when it cannot be read.
     """
+    odd: list[_Odd] = []
     try:
         text, data_offset = _text(blob)
-        tensors, metadata = _parse(text)
-        return Header(_tiled(tensors, blob.size - data_offset), metadata, data_offset)
+        tensors, metadata = _parse(text, odd)
+        tensors = _tiled(tensors, blob.size - data_offset, odd)
+        if odd and not repair:
+            raise _Bad(odd[0].fact, *odd[0].evidence, _all_there(len(tensors)), hint=_REPAIR)
+        return Header(tensors, metadata, data_offset, tuple(o.mended for o in odd))
     except _Bad as bad:
         problem = Problem(bad.fact, Place(blob.name), bad.evidence, bad.hint)
         raise SourceError(problem) from None
@@ -75,7 +88,21 @@ class _Bad(Exception):
         self.fact, self.evidence, self.hint = fact, evidence, hint
 
 
+class _Odd(NamedTuple):
+    """What the format does not allow and no tensor suffers from, and what mends it."""
+
+    fact: str
+    evidence: tuple[str, ...]
+    mended: str
+
+
+_REPAIR = "`ckpt convert FILE --repair -o OTHER.safetensors` writes them as a valid file"
 _TRUNCATED = "the file is truncated: download or copy it again, and check its SHA-256"
+
+
+def _all_there(count: int) -> str:
+    few = ("there are no tensors", "its one tensor is all there")
+    return few[count] if count < len(few) else f"all {count:,} tensors are there"
 
 
 def _text(blob: Blob) -> tuple[str, int]:
@@ -126,7 +153,7 @@ def _shape(extents: str) -> tuple[int, ...]:
     return tuple(map(int, extents.split(","))) if extents else ()
 
 
-def _parse(text: str) -> tuple[dict[str, Entry], dict[str, str]]:
+def _parse(text: str, odd: list[_Odd]) -> tuple[dict[str, Entry], dict[str, str]]:
     """Member by member, so that memory is bounded by what is kept, not by what JSON can expand to."""
     tensors: dict[str, Entry] = {}
     metadata: dict[str, str] | None = None
@@ -148,7 +175,7 @@ def _parse(text: str) -> tuple[dict[str, Entry], dict[str, str]]:
             info, at = _info(text, at, name)
             add(name, info)
         elif metadata is None:
-            metadata, at = _metadata(text, at)
+            metadata, at = _metadata(text, at, odd)
         else:
             raise _Bad(f"the safetensors header has `{METADATA}` twice")
         more, at = _next(text, at)
@@ -162,8 +189,9 @@ def _parse(text: str) -> tuple[dict[str, Entry], dict[str, str]]:
     return tensors, metadata or {}
 
 
-def _metadata(text: str, at: int) -> tuple[dict[str, str], int]:
+def _metadata(text: str, at: int, odd: list[_Odd]) -> tuple[dict[str, str], int]:
     metadata: dict[str, str] = {}
+    others: list[tuple[str, int]] = []
     if text.startswith("null", at):
         return metadata, at + 4
     more, at = _open(text, at)
@@ -171,11 +199,31 @@ def _metadata(text: str, at: int) -> tuple[dict[str, str], int]:
         key, at = _key(text, at)
         if key in metadata:
             raise _Bad(f"the metadata has `{key}` twice")
-        if text[at : at + 1] != '"':
-            raise _Bad(f"metadata `{key}` is not a string", f"it begins with {text[at : at + 20]!r}")
-        metadata[key], at = _value(text, at)
+        if text[at : at + 1] == '"':
+            metadata[key], at = _value(text, at)
+        else:
+            others.append((key, at))
+            end = _end_of(text, at, key)
+            metadata[key], at = text[at:end], end
         more, at = _next(text, at)
+    if others:
+        key, begins = others[0]
+        evidence: tuple[str, ...] = (f"it begins with {text[begins : begins + 20]!r}",)
+        if len(others) > 1:
+            evidence += (f"nor are {len(others) - 1:,} others",)
+        mended = f"metadata that were no strings are now: {listed(tuple(k for k, _ in others))}"
+        odd.append(_Odd(f"metadata `{key}` is not a string", evidence, mended))
     return metadata, at
+
+
+def _end_of(text: str, at: int, key: str) -> int:
+    """Where the JSON value at `at` ends, which is no string and must be short."""
+    try:
+        _, length = json.JSONDecoder().raw_decode(text[at : at + _MAX_ENTRY])
+    except (ValueError, RecursionError):
+        begins = f"it begins with {text[at : at + 20]!r}"
+        raise _Bad(f"metadata `{key}` is neither a string nor a short value", begins) from None
+    return at + length
 
 
 def _info(text: str, at: int, name: str) -> tuple[Entry, int]:
@@ -244,9 +292,10 @@ def _short(value: Any) -> str:
     return text if len(text) <= 100 else text[:99] + "…"
 
 
-def _tiled(tensors: dict[str, Entry], room: int) -> dict[str, Entry]:
+def _tiled(tensors: dict[str, Entry], room: int, odd: list[_Odd]) -> dict[str, Entry]:
     """The tensors in the order of their bytes, which must fill `room` bytes without holes or overlaps."""
     at, last = 0, ""
+    holes: list[tuple[str, int, int]] = []
     ordered = sorted(tensors.items(), key=lambda item: item[1][2:])
     for name, entry in ordered:
         if entry.start < at:
@@ -255,16 +304,24 @@ def _tiled(tensors: dict[str, Entry], room: int) -> dict[str, Entry]:
                 f"`{last}` ends at byte {at:,} of the data, `{name}` begins at {entry.start:,}",
             )
         if entry.start > at:
-            raise _Bad(
-                f"there is a hole before tensor `{name}`",
-                f"bytes {at:,} to {entry.start:,} of the data belong to no tensor",
-            )
+            holes.append((name, at, entry.start))
         at, last = entry.end, name
-    have = f"the tensors take {at:,} bytes, {room:,} are there"
     if at > room:
+        cut = counted(sum(e.end > room for e in tensors.values()), "tensor")
+        have = f"they end at byte {at:,} of the data, {room:,} are there: {cut} of {len(tensors):,} cut"
         raise _Bad("the file ends before its tensors do", have, hint=_TRUNCATED)
+    if holes:
+        (name, start, end), *others = holes
+        evidence: tuple[str, ...] = (f"bytes {start:,} to {end:,} of the data belong to no tensor",)
+        too_many = counted(sum(stop - start for _, start, stop in holes), "byte")
+        if others:
+            evidence += (f"nor do those in {counted(len(others), 'other hole')}: {too_many} in all",)
+        odd.append(_Odd(f"there is a hole before tensor `{name}`", evidence, f"{too_many} in holes left out"))
     if at < room:
-        raise _Bad("the file goes on after its last tensor", have)
+        too_many = counted(room - at, "byte")
+        have = f"the tensors end at byte {at:,} of the data, {room:,} are there: {too_many} too many"
+        mended = f"{too_many} behind the last tensor left out"
+        odd.append(_Odd("the file goes on after its last tensor", (have,), mended))
     return dict(ordered)
 
 

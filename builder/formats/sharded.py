@@ -10,7 +10,7 @@ from builder.base.errors import Place, Problem, SourceError
 from builder.base.files import parse_json
 from builder.formats import safetensors
 from builder.formats.blob import FileBlob
-from builder.formats.checkpoint import Checkpoint
+from builder.formats.checkpoint import Checkpoint, with_descriptions
 from builder.formats.sniff import is_safetensors
 from builder.formats.torch.files import HEAD, looks_like_torch
 from builder.tensors.lazy import LazyTensor
@@ -29,11 +29,14 @@ def read_index(blob: FileBlob) -> dict[str, Any] | None:
     return index if isinstance(index, dict) and "weight_map" in index else None
 
 
-def from_index(index: dict[str, Any], blob: FileBlob, path: Path, name: str) -> Checkpoint:
+def from_index(
+    index: dict[str, Any], blob: FileBlob, path: Path, name: str, *, repair: bool = False
+) -> Checkpoint:
     """The checkpoint of a sharded set, whose shards lie in the folder of its index `blob` at `path`.
 
     A shard's tensors that the index leaves out belong to it too, as they do for the libraries that load
-    such sets. Metadata is the index's, then the shards'; values that are not strings are left out.
+    such sets. Metadata is the index's, then the shards'; values that are not strings are left out. `repair`
+    is for the shards, as `read_header` of `safetensors` has it.
     Raises SourceError for a shard's name that leaves the folder, a missing or invalid shard, a tensor
     that is not where the index says, and one that two shards have.
     """
@@ -43,7 +46,7 @@ def from_index(index: dict[str, Any], blob: FileBlob, path: Path, name: str) -> 
         tensors: dict[str, LazyTensor] = {}
         found: dict[str, str] = {}
         for shard in sorted(set(weight_map.values())):
-            checkpoint = _open_shard(path, shard)
+            checkpoint = _open_shard(path, shard, repair)
             opened.append(checkpoint)
             for tensor in checkpoint:
                 if tensor in found:
@@ -62,14 +65,16 @@ def from_index(index: dict[str, Any], blob: FileBlob, path: Path, name: str) -> 
     for more in (*(c.metadata for c in reversed(opened)), index.get("metadata")):
         if isinstance(more, dict):
             metadata |= {k: v for k, v in more.items() if isinstance(v, str)}
-    return Checkpoint(
+    checkpoint = Checkpoint(
         name=name,
         container="safetensors-sharded",
         size=sum(c.size for c in opened),
         tensors=tensors,
         metadata=metadata,
         blobs=(blob, *(b for c in opened for b in c.blobs)),
+        mended=tuple(f"{Path(c.name).name}: {m}" for c in opened for m in c.mended),
     )
+    return with_descriptions(checkpoint)
 
 
 def _weight_map(index: dict[str, Any], path: Path) -> dict[str, str]:
@@ -88,7 +93,7 @@ def _weight_map(index: dict[str, Any], path: Path) -> dict[str, str]:
     return weight_map
 
 
-def _open_shard(index: Path, shard: str) -> Checkpoint:
+def _open_shard(index: Path, shard: str, repair: bool) -> Checkpoint:
     path = index.parent / shard
     if not os.path.exists(path):  # noqa: PTH110 - a name that no file can have is missing, too
         raise _bad(index, f"the shard `{shard}` is missing", hint="download it into the folder of the index")
@@ -98,7 +103,7 @@ def _open_shard(index: Path, shard: str) -> Checkpoint:
         if looks_like_torch(head) and not is_safetensors(head):
             hint = "convert the set to safetensors with the program that made it"
             raise _bad(index, f"the shard `{shard}` is a PyTorch file, not safetensors", hint=hint)
-        return safetensors.from_blob(blob, str(path))
+        return safetensors.from_blob(blob, str(path), repair=repair)
     except BaseException:
         blob.close()
         raise

@@ -18,6 +18,8 @@ class Stranger(NamedTuple):
 
 _CONVERT = "convert it to safetensors with the program that made it"
 _UNPACK = "unpack it first"
+_MODEL = "give the file that holds the model itself"
+_PROGRAM = "do not run it, and get the model elsewhere"
 _AGAIN = "download it again, and check its SHA-256"
 
 _MAGIC: dict[bytes, tuple[str, str | None]] = {
@@ -32,18 +34,35 @@ _MAGIC: dict[bytes, tuple[str, str | None]] = {
     b"BZh": ("a bzip2 archive", _UNPACK),
     b"\xfd7zXZ\0": ("an xz archive", _UNPACK),
     b"\x28\xb5\x2f\xfd": ("a zstd archive", _UNPACK),
-    b"\x89PNG\r\n\x1a\n": ("a PNG image", None),
-    b"\xff\xd8\xff": ("a JPEG image", None),
-    b"GIF8": ("a GIF image", None),
-    b"%PDF-": ("a PDF document", None),
-    b"\x7fELF": ("an ELF program", None),
-    b"MZ": ("a Windows program", None),
+    b"\x04\x22\x4d\x18": ("an lz4 archive", _UNPACK),
+    b"SQLite format 3\0": ("an SQLite database", _MODEL),
+    b"PAR1": ("a Parquet table", _MODEL),
+    b"ARROW1\0\0": ("an Arrow table", _MODEL),
+    b"\x89PNG\r\n\x1a\n": ("a PNG image", _MODEL),
+    b"\xff\xd8\xff": ("a JPEG image", _MODEL),
+    b"GIF8": ("a GIF image", _MODEL),
+    b"II*\0": ("a TIFF image", _MODEL),
+    b"%PDF-": ("a PDF document", _MODEL),
+    b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1": ("an Office document", _MODEL),
+    b"bplist00": ("a macOS property list", _MODEL),
+    b"\0\0\0\1Bud1": ("a macOS folder's settings (.DS_Store)", _MODEL),
+    b"L\0\0\0\1\x14\2\0": ("a Windows shortcut", "give the file that it leads to"),
+    b"[InternetShortcut]": ("a shortcut to a web page", "download the file that it leads to"),
+    b"d8:announce": ("a torrent, not the file it stands for", "download the file with it"),
+    b"-----BEGIN PGP": ("a PGP message", "decrypt it first"),
+    b"\x7fELF": ("an ELF program", _PROGRAM),
+    b"\xcf\xfa\xed\xfe": ("a macOS program", _PROGRAM),
+    b"#!": ("a script", _PROGRAM),
+    b"MZ": ("a Windows program", _PROGRAM),
     b"\0\x05\x16\x07": (
         "a macOS AppleDouble file, which holds no data of its own",
         "take the one not named `._…`",
     ),
 }
 _LFS = re.compile(r"version https://git-lfs\.github\.com/spec/v1\n(?:.*\n)*?oid sha256:(\w+)\nsize (\d+)")
+
+
+_TEXTS = re.compile(r"""\s*(<|\{|\[(?=\s*[\[{"\]\d-]))""")
 
 
 def is_safetensors(head: bytes) -> bool:
@@ -78,7 +97,9 @@ def stranger(head: bytes) -> Stranger | None:
     if head[4:8] == b"TFL3":
         return Stranger("a TensorFlow Lite model", hint=_CONVERT)
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
-        return Stranger("a WebP image")
+        return Stranger("a WebP image", hint=_MODEL)
+    if head[4:8] == b"ftyp":
+        return Stranger("a video or an image (MP4, HEIF)", hint=_MODEL)
     if head[:1] == b"\x08" and head[2:3] in (b"\x12", b"\x1a", b"\x22", b"\x28", b"\x32", b"\x3a", b"\x42"):
         what = "a TensorFlow saved model" if head[1] == 1 else "an ONNX model"
         return Stranger(what, hint=_CONVERT)
@@ -100,5 +121,6 @@ def _text(text: str) -> Stranger:
             "fetch the file with `git lfs pull`",
         )
     # What it says is not shown: a recipe may name any file, and its text may be a secret.
-    what = {"<": "an HTML or XML page", "{": "JSON", "[": "JSON"}.get(text.lstrip()[:1], "text")
+    found = _TEXTS.match(text)
+    what = {"<": "an HTML or XML page", "{": "JSON", "[": "JSON"}[found[1]] if found else "text"
     return Stranger(what, hint=f"a download may have saved an error page: {_AGAIN}")

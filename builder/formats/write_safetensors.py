@@ -17,6 +17,7 @@ from builder.base.progress import SILENT, Reporter
 from builder.formats.safetensors import MAX_HEADER, METADATA, Entry
 from builder.tensors.lazy import DType, LazyTensor
 from builder.tensors.scan import Span, run_pass
+from builder.tensors.zeros import Stretch
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,8 +41,9 @@ class Written(NamedTuple):
     """A file that was written, as `accept` sees it before it has its name.
 
     `sha256` is the file's, `digests` are the BLAKE3-256 of its tensors, `histograms` those of `run_pass`:
-    each where asked for. `offsets` say where in the file each tensor's bytes begin. `path` is where it went,
-    None where it was discarded. `stat` is its state before it got its name.
+    each where asked for. `zeros` are stretches of zeros in tensors, `offsets` say where in the file each
+    tensor's bytes begin. `path` is where it went, None where it was discarded. `stat` is its state before it
+    got its name.
     """
 
     path: Path | None
@@ -49,6 +51,7 @@ class Written(NamedTuple):
     sha256: str | None
     digests: Mapping[str, str]
     histograms: Mapping[str, NDArray[np.int64]]
+    zeros: Mapping[str, tuple[Stretch, ...]]
     offsets: Mapping[str, int]
     stat: os.stat_result
 
@@ -159,6 +162,7 @@ def write(
                 whole.hexdigest() if sha256 else None,
                 {n: str(t.digest) for n, t in found.tensors.items()} if digests else {},
                 found.histograms,
+                {n: t.zeros for n, t in found.tensors.items() if t.zeros},
                 {s.name: s.offset for s in spans},
                 os.fstat(file.fd),
             )

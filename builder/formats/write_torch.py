@@ -97,6 +97,7 @@ def write_torch(
                 _sha256(file.fd) if sha256 else None,
                 {n: str(found.tensors[p].digest) for p, n in ours.items()} if digests else {},
                 found.histograms,
+                {n: zeros for p, n in ours.items() if (zeros := found.tensors[p].zeros)},
                 {ours[r.path]: r.start for r in records if r.path in ours},
                 os.fstat(file.fd),
             )

@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from builder.base.errors import Problem, SourceError
-from builder.models.identify import Identity, Match, as_class, attention_changes
+from builder.models.catalog.tables import NAMINGS
+from builder.models.identify import Identity, Match, as_class, attention_changes, layers_of
 from builder.tensors.lazy import LazyTensor
 from builder.tensors.moves import Joined, Reshaped, Transposed
 
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
 class Cut(NamedTuple):
     """A component cut out of a file: its name in the catalog, its tensors, and what had to be changed.
 
-    Tensors have the unprefixed names and the shapes of the catalog; scales that lie among them come along,
-    as packed weights mean nothing without. `changes` are in words, each after the name of the fix that it is.
+    Tensors have the unprefixed names and the shapes of the catalog; companions, which the catalog's table
+    does not have, come along under theirs. `changes` are in words, each after the name of the fix that it is.
     """
 
     component: str
@@ -36,16 +37,16 @@ def cut(tensors: Mapping[str, LazyTensor], identity: Identity, match: Match, cls
     gets the names of what it averages.
     """
     component = match.component
-    promoted = component.promote if component.cls != cls else {}
+    promoted = _promoted(identity, match) if component.cls != cls else {}
     rules = component.tensors
     made: dict[str, LazyTensor] = {}
-    for bare, full in names_of(identity, match).items():
+    for bare, full in match.whole.items():
         tensor = tensors[full]
         if bare in match.reshaped:
             tensor = Reshaped(tensor, rules[bare].shape)
         made[promoted.get(bare, bare)] = tensor
     modules = {full.rpartition(".")[0] for whole in match.made.values() for full in whole.names}
-    if scaled := next((n for n in identity.scales if n.rpartition(".")[0] in modules), None):
+    if scaled := next((n for n in identity.scales if not modules.isdisjoint(layers_of(n))), None):
         raise SourceError(
             Problem(
                 f"`{component.name}` is packed, and split as diffusers has it",
@@ -67,23 +68,13 @@ def cut(tensors: Mapping[str, LazyTensor], identity: Identity, match: Match, cls
     return Cut(component.name, made, tuple(changes))
 
 
-def names_of(identity: Identity, match: Match) -> dict[str, str]:
-    """The full name of each tensor of a match, and of the scales among them, by its unprefixed one.
-
-    Tensors that are made of others (`Match.made`) are not among them.
-    """
-    modules = {f.rpartition(".")[0]: b.rpartition(".")[0] for b, f in match.names.items()}
-    at = len(match.prefix)
-    scales: dict[str, str] = {}
-    for full in (n for n in identity.scales if n.startswith(match.prefix)):
-        module, _, last = full.rpartition(".")
-        scales[f"{modules[module]}.{last}" if modules.get(module) else full[at:]] = full
-    return {**match.names, **scales}
-
-
-def full_names(identity: Identity, match: Match) -> set[str]:
-    """The full names of all tensors of a match, and of the scales among them."""
-    return {*match.full, *names_of(identity, match).values()}
+def _promoted(identity: Identity, match: Match) -> dict[str, str]:
+    """From the names of an average to those of what it averages, its companions' too."""
+    component = match.component
+    model = identity.find(component.average_of or "")
+    if model is None or component.naming is None:
+        return component.promote
+    return component.promote | {NAMINGS[component.naming](name): name for name in model.companions}
 
 
 def joined(tensors: Mapping[str, LazyTensor], identity: Identity) -> tuple[dict[str, LazyTensor], Identity]:

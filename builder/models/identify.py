@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from builder.models.catalog import PLAIN, RANK, Architecture, Catalog, Component, Names
+from builder.tensors.packed import companions
 
 if TYPE_CHECKING:
     from builder.models.catalog.tables import Renaming
@@ -23,8 +24,6 @@ JUNK = re.compile(
     r"|optimizers?[._]|lr_schedulers|callbacks\.|loops\.|(?:native_)?amp_scaling_state"
 )
 EMA = "model_ema."
-# Companions of weights in packed 8-bit files: the weights mean nothing without them.
-SCALES = re.compile(r"(?:.*\.)?(?:scaled_fp8|scale_weight|weight_scale|scale_input|input_scale)(?:_2)?")
 # Attention of an autoencoder as diffusers spells it. A linear layer's weights are a 1x1 convolution's
 # less two dimensions, so either shape holds the same numbers.
 _ATTENTION = re.compile(r"(.*\bmid\.attn_1\.)(q|k|v|proj_out)(\.(?:weight|bias))")
@@ -69,11 +68,12 @@ class Match:
     It lies `under` a prefix: the component's own inside a full checkpoint, another that programs write, or
     none. There it has the names of the catalog's table, or those of a file of its own (`alone`), or those
     that diffusers gives it (`diffusers`). `names` gives, for each tensor of the table that is present, its
-    full name in the file, but for those of `made`. `renamed` holds the few tables' names that the file
-    spells otherwise, with the file's spelling less the prefix; `reshaped` those whose shape differs in
-    dimensions of 1, as a linear layer's does from a 1x1 convolution's. `rank` is the least
-    and the greatest rank of a LoRA. `usual_prefix` is set where loaders expect the same tensors under another
-    prefix. `broken`: prefixed, in a checkpoint that misses other parts.
+    full name in the file, but for those of `made`. `companions` are tensors that belong to it beyond the
+    table, such as scales: they lie under its prefix, and are known by the table's name for their layer.
+    `renamed` holds the few tables' names that the file spells otherwise, with the file's spelling less the
+    prefix; `reshaped` those whose shape differs in dimensions of 1, as a linear layer's does from a 1x1
+    convolution's. `rank` is the least and the greatest rank of a LoRA. `usual_prefix` is set where loaders
+    expect the same tensors under another prefix. `broken`: prefixed, in a checkpoint that misses other parts.
     """
 
     component: Component
@@ -86,6 +86,7 @@ class Match:
     usual_prefix: str | None = None
     broken: bool = False
     made: Mapping[str, Made] = field(default_factory=dict)
+    companions: Mapping[str, str] = field(default_factory=dict)
     alone: Names = PLAIN
     diffusers: bool = False
 
@@ -96,8 +97,14 @@ class Match:
 
     @cached_property
     def full(self) -> tuple[str, ...]:
-        """The full names of all its tensors in the file."""
-        return (*self.names.values(), *(n for made in self.made.values() for n in made.names))
+        """The full names of all its tensors in the file, its companions' too."""
+        made = (full for whole in self.made.values() for full in whole.names)
+        return (*self.names.values(), *made, *self.companions.values())
+
+    @property
+    def whole(self) -> dict[str, str]:
+        """The full name of every tensor of the component, but for those of `made`, by its unprefixed one."""
+        return {**self.names, **self.companions}
 
     @property
     def required(self) -> int:
@@ -175,8 +182,10 @@ class Identity:
     architecture it is nearest to and `absent` the classes it misses; None: unknown. `rejected` comes
     nearest first. `optional`, `ema`, `scales`, `junk` and `unknown` are full names of tensors, in the
     file's order: keys that a full checkpoint may also hold; every averaged weight, known component or
-    not; scales of packed weights; what no loader reads; what nothing explains. `duplicates` are second
-    matches of a class, which are junk. `notes` say how ambiguities were resolved.
+    not; companions of packed weights, of a component or none; what no loader reads; what nothing explains.
+    `duplicates` are second matches of a class, which are junk. `astray` are the matches in a whole
+    checkpoint, averages aside, that its architecture has no slot for. `notes` say how ambiguities were
+    resolved.
     """
 
     architecture: str | None
@@ -192,6 +201,12 @@ class Identity:
     duplicates: tuple[Match, ...] = ()
     incomplete: str | None = None
     absent: tuple[str, ...] = ()
+    astray: tuple[Match, ...] = ()
+
+    @property
+    def companions(self) -> tuple[str, ...]:
+        """Full names of the tensors that components of the model have beyond their tables."""
+        return tuple(full for m in self.matches if not m.ema for full in m.companions.values())
 
     @property
     def runner_up(self) -> Rejection | None:
@@ -225,6 +240,9 @@ def identify(specs: Mapping[str, Spec], catalog: Catalog) -> Identity:
         matches = [replace(m, usual_prefix=_usual_prefix(m, home, catalog)) for m in matches]
     if not intact:
         matches = [replace(m, broken=m.under != "" and not m.ema) for m in matches]
+    own = _companions(specs, [*matches, *duplicates], catalog)
+    complete = [replace(m, companions=own[i]) for i, m in enumerate([*matches, *duplicates])]
+    matches, duplicates = complete[: len(matches)], complete[len(matches) :]
     rest = _sort_leftovers(specs, matches, duplicates, found, catalog)
     return Identity(
         architecture,
@@ -234,12 +252,13 @@ def identify(specs: Mapping[str, Spec], catalog: Catalog) -> Identity:
         tuple(notes),
         optional=tuple(rest["optional"]),
         ema=tuple(rest["ema"]),
-        scales=tuple(rest["scales"]),
+        scales=tuple(companions(specs)),
         junk=tuple(rest["junk"]),
         unknown=tuple(rest["unknown"]),
         duplicates=tuple(duplicates),
         incomplete=incomplete,
         absent=absent,
+        astray=tuple(m for m in matches if intact and home and not (m.ema or m.component.cls in home.slots)),
     )
 
 
@@ -259,7 +278,7 @@ def _candidates(specs: Mapping[str, Spec], catalog: Catalog) -> tuple[list[Match
         if component.alone != PLAIN:
             found.add(_compare(component, "", local[""], specs, alone=component.alone))
     whole = {full for match in found.matches for full in match.full}
-    extra = {*catalog.optional, *(n for n in specs if n.startswith(EMA))}
+    extra = {*catalog.optional, *companions(specs), *(n for n in specs if n.startswith(EMA))}
     if any(n not in whole and n not in extra for n in specs):
         placed = {full for match in found.matches if match.under for full in match.full}
         left = [n for n in specs if n not in placed and n not in extra]
@@ -449,7 +468,11 @@ def as_class(match: Match, cls: str, specs: Mapping[str, Spec], catalog: Catalog
         names = {n[len(under) :]: n for n in specs if n.startswith(under)}
         for found in _spellings(candidates, under, names, specs, catalog):
             if isinstance(found, Match) and found.required and not set(match.full).isdisjoint(found.full):
-                return found
+                layers, held = _layers(found), {*found.full}
+                beyond = (
+                    (_own_name(n, found, layers), n) for n in match.companions.values() if n not in held
+                )
+                return replace(found, companions={bare: n for bare, n in beyond if bare is not None})
     return None
 
 
@@ -594,6 +617,80 @@ def _usual_prefix(match: Match, home: Architecture, catalog: Catalog) -> str | N
     return usual.prefix if other or match.diffusers else None
 
 
+def _companions(
+    specs: Mapping[str, Spec], matches: Sequence[Match], catalog: Catalog
+) -> dict[int, dict[str, str]]:
+    """By each match's place, the tensors beyond its table that belong to it: unprefixed names to full ones.
+
+    What lies under several prefixes is of the longest. Under bare names, and others that several components
+    share, it is of the component with which it shares most of its path; under bare names of the only one,
+    where it shares none and lies under no component's prefix.
+    """
+    taken = {full for m in matches for full in m.full}
+    at: dict[str, list[int]] = defaultdict(list)
+    for index, match in enumerate(matches):
+        at[match.under].append(index)
+    places = sorted(at, reverse=True)
+    paths: dict[tuple[str, ...], set[int]] = defaultdict(set)
+    for index in (i for under, there in at.items() if not under or len(there) > 1 for i in there):
+        for full in matches[index].full:
+            parts = full.split(".")
+            for depth in range(1, len(parts)):
+                paths[tuple(parts[:depth])].add(index)
+    deepest = max(map(len, paths), default=0)
+    strange = (EMA, *(c.prefix for c in catalog.components.values() if c.prefix))
+    layers: dict[int, dict[str, str]] = {}
+    found: dict[int, dict[str, str]] = defaultdict(dict)
+    for name, spec in specs.items():
+        if name in taken or _is_optional(name, spec, catalog) or JUNK.match(name):
+            continue
+        under = next((u for u in places if name.startswith(u)), None)
+        owners = set(at[under]) if under is not None else set()
+        if owners and (not under or len(owners) > 1):
+            parts = name.split(".", deepest)[:-1]
+            near = (paths.get(tuple(parts[:depth]), set()) & owners for depth in range(len(parts), 0, -1))
+            lone = len(matches) == 1 and not name.startswith(strange)
+            owners = next((shared for shared in near if shared), owners if lone else set())
+        if len(owners) == 1:
+            (owner,) = owners
+            if owner not in layers:
+                layers[owner] = _layers(matches[owner])
+            bare = _own_name(name, matches[owner], layers[owner])
+            if bare is not None:
+                found[owner].setdefault(bare, name)
+    return found
+
+
+def _layers(match: Match) -> dict[str, str]:
+    """By the full name of each layer that holds tensors, what the table calls it."""
+    inner = ((bare, full) for bare, full in match.names.items() if "." in bare)
+    return {full.rpartition(".")[0]: bare.rpartition(".")[0] for bare, full in inner}
+
+
+def _own_name(full: str, match: Match, layers: Mapping[str, str]) -> str | None:
+    """The unprefixed name of a companion: after its layer, where the file spells that otherwise than the
+    table; None where diffusers' layer has no other name."""
+    rest = full[len(match.prefix if full.startswith(match.prefix) else match.under) :]
+    if match.renamed or match.diffusers or match.alone.without:
+        for layer in layers_of(full):
+            if layer in layers and (new := layers[layer] + full[len(layer) :]) not in match.component.tensors:
+                return new
+        if match.diffusers and "." in rest:
+            return None
+    return match.alone.without + rest
+
+
+def layers_of(full: str) -> Iterator[str]:
+    """Every layer that a name lies in, the innermost first."""
+    while "." in full:
+        full = full.rpartition(".")[0]
+        yield full
+
+
+def _is_optional(name: str, spec: Spec, catalog: Catalog) -> bool:
+    return name in catalog.optional and catalog.optional[name] in (None, spec.shape)
+
+
 def _sort_leftovers(
     specs: Mapping[str, Spec],
     matches: Iterable[Match],
@@ -609,16 +706,17 @@ def _sort_leftovers(
     second = {full for m in duplicates for full in m.full}
     # What another component has besides, whose required tensors are these very ones.
     besides = {full for m in found if any(n in explained for n in m.full) for full in m.full}
+    scales = companions(specs)
     for name, spec in specs.items():
         if name in explained:
             continue
         if name in averaged:
             kind = "ema"
-        elif (name in catalog.optional and catalog.optional[name] in (None, spec.shape)) or name in besides:
+        elif _is_optional(name, spec, catalog) or name in besides:
             kind = "optional"
         elif name.startswith(EMA):
             kind = "ema"
-        elif SCALES.fullmatch(name):
+        elif name in scales:
             kind = "scales"
         elif name in second or JUNK.match(name):
             kind = "junk"

@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from builder.base.progress import SILENT, Reporter
-from builder.models.catalog import Scale
+from builder.models.catalog import Catalog, Scale
 from builder.tensors.lazy import LazyTensor
 from builder.tensors.scan import BINS, scan
 
@@ -39,18 +39,19 @@ class Metric:
         return f"{self.unet}/{self.vae}/{self.clip}"
 
 
-def counted(components: Mapping[str, Mapping[str, str]], scales: Mapping[str, Scale]) -> dict[str, str]:
+def counted(components: Mapping[str, Mapping[str, str]], catalog: Catalog) -> dict[str, str]:
     """The tensors that the metric counts, each with its class: what `scan` takes as `groups`.
 
-    `components` is, by class, unprefixed name to full name.
+    `components` is, by class, unprefixed name to full name. Names of the class's tables count, companions
+    do not: what is no weight says nothing of the weights.
     """
-    return {
-        full: cls
-        for cls, names in components.items()
-        if cls in scales
-        for bare, full in names.items()
-        if scales[cls].counts(bare)
-    }
+    found: dict[str, str] = {}
+    for cls, names in components.items():
+        if (scale := catalog.scales.get(cls)) is not None:
+            tables = [c.tensors for c in catalog.classes[cls]]
+            held = (b for b in names if scale.counts(b) and any(b in table for table in tables))
+            found |= {names[bare]: cls for bare in held}
+    return found
 
 
 def labels(histograms: Mapping[str, NDArray[np.int64]], scales: Mapping[str, Scale]) -> dict[str, str]:
@@ -71,7 +72,7 @@ def label(histograms: Mapping[str, NDArray[np.int64]], scales: Mapping[str, Scal
 
 def measure(
     components: Mapping[str, Mapping[str, LazyTensor]],
-    scales: Mapping[str, Scale],
+    catalog: Catalog,
     *,
     threads: int = 2,
     reporter: Reporter = SILENT,
@@ -79,7 +80,7 @@ def measure(
 ) -> Metric:
     """The metric of components by class, each a mapping of unprefixed names; reads what it counts."""
     flat = {f"{cls}/{name}": t for cls, tensors in components.items() for name, t in tensors.items()}
-    groups = counted({cls: {n: f"{cls}/{n}" for n in names} for cls, names in components.items()}, scales)
+    groups = counted({cls: {n: f"{cls}/{n}" for n in names} for cls, names in components.items()}, catalog)
     found = scan(
         {name: flat[name] for name in groups},
         groups=groups,
@@ -87,7 +88,7 @@ def measure(
         reporter=reporter,
         task=task,
     )
-    return label(found.histograms, scales)
+    return label(found.histograms, catalog.scales)
 
 
 def digits(total: float, scale: Scale) -> str:

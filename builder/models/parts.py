@@ -27,6 +27,11 @@ def find_part(word: str, identity: Identity, path: Path, catalog: Catalog) -> Ma
     raise UsageError(_absent(word, ways[2], identity, path, catalog))
 
 
+def words_for(match: Match) -> tuple[str, str]:
+    """The words that mean a component of a file: its class and its name."""
+    return match.component.cls, match.component.name
+
+
 def slot_of(match: Match, catalog: Catalog) -> str:
     """The class that a component is of once it has ordinary names, as EMA does when it is taken."""
     base = match.component.base

@@ -7,9 +7,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from builder.models.identify import DIFFUSERS_ATTENTION, attention_changes
+from builder.base.errors import Problem
+from builder.models.identify import DIFFUSERS_ATTENTION, Match, attention_changes
+from builder.tensors.cast import Narrow, Precision, UnfitError, cast_types
 from builder.tensors.lazy import DType, LazyTensor, MemoryTensor
 from builder.tensors.moves import Reshaped
+from builder.tensors.packed import OPAQUE
 
 Tensors = Mapping[str, LazyTensor]
 
@@ -137,15 +140,53 @@ FIXES: dict[str, Fix] = {
 }
 
 
-def truncated_position_ids(tensors: Tensors) -> Fixed:
-    """`position_ids` of a floating type as int64, truncated towards zero as loaders do."""
+def truncated_position_ids(tensors: Tensors, label: str) -> Fixed:
+    """`position_ids` of a floating type as int64, truncated towards zero as loaders do.
+
+    Raises UnfitError for what is no number of int64: what a loader makes of that hangs on the processor.
+    """
     held = tensors.get(POSITION_IDS)
     if held is None or not held.dtype.floating:
         return Fixed(tensors, ())
-    import torch
-
-    values = torch.frombuffer(held.tobytes(), dtype=held.dtype.torch).double().nan_to_num().long()
-    whole = MemoryTensor(DType.I64, held.shape, array("q", values.tolist()).tobytes())
-    wrong = [p for p, v in enumerate(values.tolist()) if p != v]
+    numbers = _numbers(held)
+    if numbers is None or not all(abs(v) < 1 << 63 for v in numbers):
+        odd = next((f"{v:g}" for v in numbers or () if not abs(v) < 1 << 63), held.dtype.code)
+        raise UnfitError(
+            Problem(
+                f"the position_ids of `{label}` hold {odd}, which is no position",
+                evidence=("what a loader makes of it hangs on the processor",),
+                hint="the fix `clip-position-ids` makes them exact: int64 0..76",
+            )
+        )
+    values = [int(v) for v in numbers]
+    whole = MemoryTensor(DType.I64, held.shape, array("q", values).tobytes())
+    wrong = [p for p, v in enumerate(values) if p != v]
     words = f"float position_ids truncated to int64{f', {len(wrong)} of them wrong' if wrong else ''}"
     return Fixed({**tensors, POSITION_IDS: whole}, (words,))
+
+
+def _numbers(held: LazyTensor) -> list[float] | None:
+    """The numbers of a tensor of a floating type; None of one that is packed."""
+    import torch
+
+    if held.dtype in OPAQUE:
+        return None
+    found = torch.frombuffer(held.tobytes(), dtype=held.dtype.torch) if held.numel else torch.empty(0)
+    return [float(v) for v in found.double().tolist()]
+
+
+def finished_types(tensors: Tensors, precision: Precision, narrow: Narrow = False) -> dict[str, DType]:
+    """The type that each tensor of a component has once it is finished: rounded, and positions whole."""
+    types = cast_types(tensors, precision, narrow)
+    if POSITION_IDS in types and types[POSITION_IDS].floating:
+        types[POSITION_IDS] = DType.I64
+    return types
+
+
+def match_types(
+    match: Match, tensors: Tensors, precision: Precision, narrow: Narrow = False
+) -> dict[str, DType]:
+    """The type that each tensor of a match gets, by its full name in the file."""
+    called = {full: bare for bare, full in match.whole.items()}
+    types = finished_types({called.get(n, n): tensors[n] for n in match.full}, precision, narrow)
+    return {n: types[called.get(n, n)] for n in match.full}

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from builder.base.errors import Place, Problem
-from builder.operations.fixes import FIXES
+from builder.models.prediction import Marker, Prediction
+from builder.operations.fixes import FIXES, finished_types
 from builder.sources.job import SourceJob
-from builder.tensors.cast import NonFinite, Overflow, Precision, cast_type
+from builder.tensors.cast import Narrow, NonFinite, Overflow, Precision
 from builder.tensors.digests import expression_key
 from builder.tensors.lazy import DType, LazyTensor
 
@@ -27,7 +28,7 @@ Key = str
 State = Literal["make", "stored", "unchanged", "stream", "known", "hash", "fetch"]
 
 # A change of what is made from the same inputs must change its version here.
-VERSIONS = {"take": 2, "finish": 2, "assemble": 2}
+VERSIONS = {"take": 3, "finish": 3, "assemble": 2}
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ class ComponentJob:
     origin: Origin
     fixes: tuple[str, ...]
     precision: Precision
-    narrow: bool
+    narrow: Narrow
     overflow: Overflow
     non_finite: NonFinite
     store: bool = False
@@ -114,7 +115,7 @@ class ComponentJob:
             "precision": self.precision,
             "overflow": self.overflow,
             "non_finite": self.non_finite,
-            **({"narrow": True} if self.narrow else {}),
+            **({"narrow": self.narrow} if self.narrow else {}),
         }
 
     @property
@@ -134,20 +135,19 @@ class ComponentJob:
 class Beside:
     """What lies beside an output's components: tensors of its base under their own names, and markers.
 
-    `names` are those of the base's tensors, in the base's order; `markers` are empty tensors that are
-    made.
+    `names` are those of the base's tensors, in the base's order; `markers` are whole, with their few bytes.
     """
 
     names: tuple[str, ...] = ()
-    markers: tuple[str, ...] = ()
+    markers: tuple[Marker, ...] = ()
 
 
 @dataclass(frozen=True)
 class OutputJob:
     """A file to be assembled: each slot's names and the node that fills it, and what lies beside them.
 
-    `base` is the source that is its base, if one is. `sidecar` is what is to lie beside the output as its
-    `.yaml`.
+    `base` is the source that is its base, if one is. `told` is the one that its denoiser comes from, and what
+    that says of what it predicts. `sidecar` is what is to lie beside the output as its `.yaml`.
     """
 
     recipe: Recipe
@@ -159,6 +159,7 @@ class OutputJob:
     beside: Beside
     metadata: Mapping[str, str]
     sidecar: bytes | None
+    told: tuple[Key, Prediction] | None = None
 
     @property
     def key(self) -> Key:
@@ -169,7 +170,7 @@ class OutputJob:
             target=str(self.target),
             slots={cls: [*written, node] for cls, (written, node) in self.slots.items()},
             base=self.base,
-            beside=[self.beside.names, self.beside.markers],
+            beside=[self.beside.names, [marker_data(m) for m in self.beside.markers]],
             metadata=dict(self.metadata),
         )
 
@@ -181,6 +182,11 @@ class OutputJob:
 
 
 Job = SourceJob | StepJob | ComponentJob | OutputJob
+
+
+def marker_data(marker: Marker) -> list[Any]:
+    """A marker as data of a key, or of a record."""
+    return [marker.name, marker.dtype.code, list(marker.shape), marker.data.hex()]
 
 
 def origin_data(origin: Origin, names: Mapping[Key, str] | None = None) -> list[Any]:
@@ -231,8 +237,8 @@ class LeftOut:
 class Plan:
     """A resolved recipe: nodes by key, inputs before what is made of them.
 
-    `entries` are the sources by their names in the lock. `unseen` are bases whose contents cannot be seen
-    from here: enough is known to show the plan, too little to build. `left_out` is by output.
+    `entries` are the sources by their names in the lock. `unseen` are sources whose tables of contents
+    are to be had first: enough is known to show the plan, too little to build. `left_out` is by output.
     """
 
     recipe: Recipe
@@ -288,7 +294,8 @@ class Plan:
 
 
 def component_specs(
-    tensors: Mapping[str, LazyTensor], precision: Precision, narrow: bool = False
+    tensors: Mapping[str, LazyTensor], precision: Precision, narrow: Narrow = False
 ) -> dict[str, tuple[DType, tuple[int, ...]]]:
-    """Names, dtypes and shapes that tensors will have in a precision; integers stay as they are."""
-    return {n: (cast_type(n, t.dtype, precision, narrow), t.shape) for n, t in tensors.items()}
+    """Names, dtypes and shapes that tensors will have in a precision."""
+    types = finished_types(tensors, precision, narrow)
+    return {n: (types[n], t.shape) for n, t in tensors.items()}

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from blake3 import blake3
 
+from builder.models.prediction import Marker, Prediction, carried
 from builder.plan.graph import (
     VERSIONS,
     Beside,
@@ -19,11 +20,12 @@ from builder.plan.graph import (
     Key,
     OutputJob,
     StepJob,
+    marker_data,
     origin_data,
 )
 from builder.sources.job import SourceJob
 from builder.tensors.digests import Row, expression_key
-from builder.tensors.lazy import BY_CODE, DType
+from builder.tensors.lazy import BY_CODE
 
 if TYPE_CHECKING:
     from builder.models.catalog import Catalog, Component
@@ -55,9 +57,6 @@ def tables(catalog: Catalog, cls: str, component: str | None) -> tuple[str, ...]
     return tuple(_table(c) for c in components)
 
 
-EMPTY = Row(DType.F32, (0,), blake3().hexdigest())  # that of a marker
-
-
 @lru_cache(maxsize=256)
 def _table(component: Component) -> str:
     rows = sorted((n, list(r.shape), r.optional) for n, r in component.tensors.items())
@@ -87,7 +86,7 @@ def beside_key(sha256: str, beside: Beside) -> str:
 
 def recall_beside(store: Store, sha256: str | None, beside: Beside) -> dict[str, Row] | None:
     """The rows of what lies beside an output's components; None until its base was read once."""
-    rows = dict.fromkeys(beside.markers, EMPTY)
+    rows = {m.name: Row(m.dtype, m.shape, blake3(m.data).hexdigest()) for m in beside.markers}
     if not beside.names:
         return rows
     fact = store.recall("beside", beside_key(sha256, beside)) if sha256 is not None else None
@@ -100,6 +99,25 @@ def note_beside(store: Store, sha256: str, beside: Beside, rows: Mapping[str, Ro
     """Have the rows of what lies beside an output's components remembered."""
     held = {n: [rows[n].dtype.code, list(rows[n].shape), rows[n].digest] for n in beside.names}
     store.note("beside", beside_key(sha256, beside), {"tensors": held})
+
+
+def _prediction_key(sha256: str) -> str:
+    return expression_key("prediction", 1, source=sha256)
+
+
+def recall_prediction(store: Store, sha256: str | None, catalog: Catalog) -> Prediction | None:
+    """What a source says of what its denoiser predicts; None until a build carried that over."""
+    fact = store.recall("prediction", _prediction_key(sha256)) if sha256 is not None else None
+    if fact is None:
+        return None
+    markers = (Marker(n, BY_CODE[c], tuple(s), bytes.fromhex(d)) for n, c, s, d in fact["markers"])
+    return carried(markers, fact["words"], catalog)
+
+
+def note_prediction(store: Store, sha256: str, found: Prediction) -> None:
+    """Have remembered what a source says of what its denoiser predicts."""
+    fact = {"markers": [marker_data(m) for m in found.markers], "words": dict(found.words)}
+    store.note("prediction", _prediction_key(sha256), fact)
 
 
 def output_format(target: Path) -> str:

@@ -8,15 +8,17 @@ from datetime import datetime, timezone
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from builder.base.errors import Problem, UsageError, clipped
+from builder.models.prediction import ARCHITECTURE, IMPLEMENTATION, WORDS
+
 if TYPE_CHECKING:
-    from builder.models.catalog import Architecture
+    from builder.models.catalog import ModelSpec
     from builder.recipe import Output, Recipe
 
 # Of a base's own metadata, what would be untrue of what is made from it.
 _UNTRUE = ("modelspec.hash_sha256", "modelspec.date", "modelspec.thumbnail", "sshs_", "ckpt.")
 
-# What a base says of its kind.
-_OWN = ("modelspec.architecture", "modelspec.implementation", "modelspec.resolution")
+DATE = "modelspec.date"
 
 
 def canonical(data: Any) -> str:
@@ -24,44 +26,50 @@ def canonical(data: Any) -> str:
     return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
 
 
+def date_of(environment: Mapping[str, str]) -> str | None:
+    """The day that SOURCE_DATE_EPOCH says; raises UsageError where that is no time in seconds."""
+    said = environment.get("SOURCE_DATE_EPOCH", "")
+    if not said.isdecimal():
+        return None
+    try:
+        return datetime.fromtimestamp(int(said), timezone.utc).strftime("%Y-%m-%d")
+    except (ValueError, OverflowError, OSError):
+        fact = f"SOURCE_DATE_EPOCH is `{clipped(said, 40)}`, which is beyond the year 9999"
+        hint = "it is in seconds since 1970: one in milliseconds is a thousand times too large"
+        raise UsageError(Problem(fact, hint=hint)) from None
+
+
 def stated_metadata(
     recipe: Recipe,
     output: Output,
-    architecture: Architecture,
+    spec: ModelSpec | None,
+    denoiser: Mapping[str, str],
     carried: Mapping[str, str],
     environment: Mapping[str, str],
 ) -> dict[str, str]:
     """What is known before anything is made: ModelSpec 1.0.1, the recipe's own, the base's, provenance.
 
-    A source's file name and digest appear where the recipe pins it: an unpinned source is known by its
-    content alone, so that the same tensors from another container give the same bytes.
+    `denoiser` is what is said of what predicts, wherever that comes from, in place of what the base says in
+    `carried`; `spec` is what the catalog says of such a model. A source's file name and digest appear where
+    the recipe pins it: an unpinned source is known by its content alone, so that the same tensors from
+    another container give the same bytes, and so does a build with a lock and one without.
     """
-    said = {k: v for k, v in carried.items() if not k.startswith(_UNTRUE)}
+    said = {k: v for k, v in carried.items() if not k.startswith(_UNTRUE) and k not in WORDS} | dict(denoiser)
     said["format"] = "pt"  # what transformers insists on, and every tool for PyTorch writes
-    v = "v_pred" in output.markers
-    spec = architecture.modelspec
-    if spec is not None:
-        said |= {
+    if ARCHITECTURE in denoiser:
+        model = {
             "modelspec.sai_model_spec": "1.0.1",
-            "modelspec.architecture": spec.name(v),
-            "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
             "modelspec.title": recipe.name,
+            IMPLEMENTATION: denoiser.get(IMPLEMENTATION, "https://github.com/Stability-AI/generative-models"),
         }
-        if pixels := spec.pixels(v):
-            said["modelspec.resolution"] = f"{pixels}x{pixels}"
+        said = said | model if spec is not None else model | said
         if recipe.description:
             said["modelspec.description"] = recipe.description
-        if v:
-            said["modelspec.prediction_type"] = "v"
-        elif not any(cls in architecture.slots for cls in output.components):
-            # Nothing of the base is replaced: it knows best what it is, such as an inpainting model.
-            said |= {key: carried[key] for key in _OWN if key in carried}
         for key in ("author", "license", "tags", "usage_hint"):
             if key in output.metadata:
                 said[f"modelspec.{key}"] = output.metadata[key]
-        epoch = environment.get("SOURCE_DATE_EPOCH", "")
-        if epoch.isdecimal():
-            said["modelspec.date"] = datetime.fromtimestamp(int(epoch), timezone.utc).strftime("%Y-%m-%d")
+        if (date := date_of(environment)) is not None:
+            said[DATE] = date
     near, _ = recipe.reached(output)
     sources = {
         n: {"file": PurePosixPath(s.file).name, "sha256": s.sha256} if s.file else {"sha256": s.sha256}

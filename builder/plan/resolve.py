@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 from builder.base.errors import Problem, RecipeError, SourceError, did_you_mean
 from builder.base.files import read_bounded
 from builder.base.inside import is_inside, leads_out
 from builder.models.catalog import Architecture, Names
-from builder.models.cut import choose, cut, full_names
-from builder.models.identify import EMA, Match, as_class
+from builder.models.cut import choose, cut
+from builder.models.identify import EMA, Identity, Match, as_class
+from builder.models.parts import words_for
+from builder.models.prediction import Prediction, prediction, read_markers
 from builder.operations.registry import OPERATIONS, Operation
 from builder.plan.graph import (
     Applied,
@@ -33,7 +35,7 @@ from builder.plan.graph import (
     Take,
     component_specs,
 )
-from builder.plan.keys import action_key, assembly_key, recall_beside, tables
+from builder.plan.keys import action_key, assembly_key, recall_beside, recall_prediction, tables
 from builder.plan.metadata import stated_metadata
 from builder.recipe import FromBase, NewBase, Output, Pick, Recipe, slot_problems
 from builder.recipe.profiles import MAX_SIDECAR, sidecar, warnings, with_profile
@@ -73,13 +75,24 @@ def make_plan(
     return plan
 
 
+class _Told(NamedTuple):
+    """What a denoiser predicts; `by` is the source that it comes from, and what that says."""
+
+    prediction: Prediction
+    by: tuple[Key, Prediction] | None = None
+
+
 @dataclass(frozen=True)
 class _Model:
-    """A source, step or sub-recipe as a set of components, each of which becomes a node when it is taken."""
+    """A source, step or sub-recipe as a set of components, each of which becomes a node when it is taken.
+
+    `told` says what its denoiser predicts.
+    """
 
     classes: Callable[[], tuple[str, ...]]
     architecture: Callable[[], Architecture | None]
     origin: Callable[[Pick], Origin]
+    told: Callable[[], _Told]
 
 
 class _Resolver:
@@ -172,7 +185,23 @@ class _Resolver:
                 self.recipe.place(*pick.at, value=True),
             )
 
-        return _Model(classes, architecture, origin)
+        return _Model(classes, architecture, origin, lambda: self._told_by(self.source(name)))
+
+    def _told_by(self, job: SourceJob) -> _Told:
+        """What a source says of what its denoiser predicts; it is looked at where that is not remembered."""
+        found = recall_prediction(self.store, self.sources.sha256(job), self.catalog)
+        if found is None and self._is_seen(job):
+            checkpoint = self.sources.open(job).checkpoint
+            found = read_markers(prediction(checkpoint, checkpoint.metadata, self.catalog), checkpoint)
+        found = found or Prediction()
+        return _Told(found, (job.key, found))
+
+    def _is_seen(self, job: SourceJob) -> bool:
+        """Whether a source's contents are seen without fetching anything; what is not is noted."""
+        seen = self.sources.find(job) is not None or self.sources.is_open(job)
+        if not seen and job.key not in self.plan.unseen:
+            self.plan.unseen.append(job.key)
+        return seen
 
     def _sub_recipe(self, name: str) -> _Model:
         recipe = self.recipe.included[name]
@@ -192,7 +221,9 @@ class _Resolver:
             self._check_component(pick, Finished(key), picks)
             return finished
 
-        return _Model(lambda: tuple(picks), lambda: architecture, origin)
+        return _Model(
+            lambda: tuple(picks), lambda: architecture, origin, lambda: inner.told(output, picks, {})
+        )
 
     def _step(self, name: str) -> _Model:
         step = self.recipe.steps[name]
@@ -223,7 +254,7 @@ class _Resolver:
             kept = ComponentJob(pick.cls, name, applied, (), "keep", False, "keep", "keep", store=True)
             return Finished(self._component(kept, f"{pick.cls} of step {name}", pick))
 
-        return _Model(first.classes, first.architecture, origin)
+        return _Model(first.classes, first.architecture, origin, first.told)
 
     def _check_component(self, pick: Pick, origin: Origin, held: Any) -> None:
         """Raise RecipeError when what another model makes is not the component that is asked for."""
@@ -253,7 +284,7 @@ class _Resolver:
             origin,
             tuple(n for n in output.fixes if self.catalog.applies(n, pick.cls)),
             output.precision,  # type: ignore[arg-type]
-            output.narrow,
+            output.narrow,  # type: ignore[arg-type]
             output.overflow,  # type: ignore[arg-type]
             output.non_finite,  # type: ignore[arg-type]
         )
@@ -353,6 +384,11 @@ class _Resolver:
         architecture, picks = self.filled(output)
         nodes = {cls: self.component(output, pick) for cls, pick in picks.items()}
         base = self.source(output.base.name) if self._is_file(output.base) else None
+        carried = self._carried(base)
+        told = self.told(output, picks, carried)
+        denoiser = self._denoiser(picks)
+        name = self._name(nodes[denoiser], told) if denoiser is not None else None
+        spec = (self.catalog.components[name].modelspec if name else None) or architecture.modelspec
         target = place(output) if place is not None else self._target(output)
         job = OutputJob(
             self.recipe,
@@ -361,11 +397,24 @@ class _Resolver:
             architecture,
             {cls: (self._written(cls, architecture), node) for cls, node in nodes.items()},
             base.key if base is not None else None,
-            self._beside(output, architecture, base),
-            stated_metadata(self.recipe, output, architecture, self._carried(base), environment),
-            self._sidecar(output, architecture),
+            self._beside(output, architecture, base, told.prediction, denoiser is not None),
+            stated_metadata(
+                self.recipe, output, spec, told.prediction.stated(spec, self.catalog), carried, environment
+            ),
+            self._sidecar(output, architecture, told.prediction, self._is_usual(name, architecture)),
+            told.by,
         )
-        self.plan.warnings += warnings(output.profile, output.markers, job.target)
+        if denoiser is not None and (signs := told.prediction.contradiction):
+            self.plan.warnings.append(
+                Problem(
+                    f"what is said of the {denoiser} of `{picks[denoiser].source}` contradicts itself",
+                    self.recipe.place(*picks[denoiser].at),
+                    signs,
+                    f"it is taken as {told.prediction.kind}; a recipe says otherwise by `markers` and "
+                    "`modelspec.prediction_type` of an output",
+                )
+            )
+        self.plan.warnings += warnings(output.profile, architecture, told.prediction, job.sidecar, target)
         parts = [self.plan.nodes[n] for n in nodes.values()]
         size = sum(p.writes for p in parts)
         key = self.add(
@@ -373,6 +422,28 @@ class _Resolver:
         )
         node = self._state(self.plan.nodes[key], job, parts, base)
         self.plan.nodes[key] = node
+
+    def told(self, output: Output, picks: Mapping[str, Pick], carried: Mapping[str, str]) -> _Told:
+        """What an output predicts: as its denoiser's source, or else its base, says it, and the recipe."""
+        cls = self._denoiser(picks)
+        if cls is not None:
+            found = self.model(picks[cls].source).told()
+        else:
+            found = _Told(prediction({}, carried, self.catalog))
+        own = found.prediction.with_own(output.markers, output.metadata, self.catalog)
+        return found._replace(prediction=own)
+
+    def _denoiser(self, picks: Mapping[str, Pick]) -> str | None:
+        return next((cls for cls in picks if cls in self.catalog.denoisers), None)
+
+    def _name(self, key: Key, told: _Told) -> str | None:
+        """The catalog's name of a denoiser; None where what it comes from cannot be seen from here."""
+        node = self.plan.nodes[key]
+        if node.made is not None:
+            return node.made.component
+        job = self.plan.nodes[told.by[0]].job if told.by is not None else None
+        assert isinstance(node.job, ComponentJob) and isinstance(job, SourceJob)
+        return component_name(self.plan, self.sources, node.job.origin) if self._is_seen(job) else None
 
     def _state(self, node: Node, job: OutputJob, parts: list[Node], base: SourceJob | None) -> Node:
         waiting = [p.label for p in parts if p.made is None]
@@ -393,19 +464,30 @@ class _Resolver:
             return replace(node, action=action, state=state, why=why, reads=0, writes=0)
         return replace(node, action=action, state=state, why=why)
 
-    def _sidecar(self, output: Output, architecture: Architecture) -> bytes | None:
-        """What is to lie beside the output as its `.yaml`; raises RecipeError when it cannot be read."""
+    def _sidecar(
+        self, output: Output, architecture: Architecture, told: Prediction, usual: bool
+    ) -> bytes | None:
+        """What is to lie beside the output as its `.yaml`; raises RecipeError when it cannot be read.
+
+        The catalog's own are for the `usual` denoiser.
+        """
         if output.config is None:
-            return sidecar(output.profile, architecture, output.markers)
+            return sidecar(output.profile, architecture, told) if usual else None
         folder = self.recipe.path.parent if self.recipe.path else Path()
         place = self.recipe.place(*output.at, "config", value=True)
         if (why := leads_out(folder, output.config)) is not None:
             raise RecipeError(outside(output.config, why, place))
         try:
-            return read_bounded(folder / output.config, MAX_SIDECAR)
+            return read_bounded(folder / output.config, MAX_SIDECAR, follow=False)
         except OSError as error:
             evidence = (str(error.strerror),)
             raise RecipeError(Problem(f"cannot read `{output.config}`", place, evidence)) from None
+
+    def _is_usual(self, name: str | None, architecture: Architecture) -> bool:
+        """Whether a denoiser is the standard one of its class, or an average of that."""
+        component = self.catalog.components[name] if name is not None else None
+        members = self.catalog.classes[architecture.slots[0]] if architecture.slots else ()
+        return component is not None and members[0].name in (component.name, component.base)
 
     def _target(self, output: Output) -> Path:
         """Where an output goes, by the recipe; raises RecipeError when a link leads out of its folder."""
@@ -436,21 +518,36 @@ class _Resolver:
             and self.recipe.sources[base.name].recipe is None
         )
 
-    def _beside(self, output: Output, architecture: Architecture, base: SourceJob | None) -> Beside:
-        """What of the base the output keeps beside its components, and markers; never cast."""
+    def _beside(
+        self,
+        output: Output,
+        architecture: Architecture,
+        base: SourceJob | None,
+        told: Prediction,
+        denoiser: bool,
+    ) -> Beside:
+        """What of the base the output keeps beside its components, and markers; never cast.
+
+        The markers of the base go with its `denoiser`, where the output has one: they are not the base's.
+        """
         if base is None or not self.sources.seen(base):
-            return Beside(markers=output.markers)
+            return Beside(markers=told.markers)
         opened = self.sources.open(base)
         identity, held = opened.identity, opened.checkpoint
         parts = [m for m in identity.matches if m.component.cls in architecture.slots]
-        taken = {full for m in parts for full in full_names(identity, m)}
-        kept = {*self._optional(base, output), *(output.keep or ())}
+        taken = {full for m in parts for full in m.full}
+        optional = self._optional(base, output)
+        if denoiser and output.keep is None:
+            markers = prediction(held, {}, self.catalog).names
+            optional = [n for n in optional if n not in markers]
+        astray = {full for m in identity.astray for full in m.full}
+        kept = {*optional, *_named(output.keep or (), identity)}
         if output.unknown == "keep":
-            kept |= held.keys() - {*identity.ema, *identity.junk, *identity.optional}
-        names = tuple(n for n in held if n in kept and n not in taken)
-        self._account(base, output, {*taken, *names})
-        markers = tuple(m for m in output.markers if m not in names)
-        return Beside(names, markers)
+            kept |= held.keys() - {*identity.ema, *identity.junk, *identity.optional, *astray}
+        own = told.names if denoiser else ()
+        names = tuple(n for n in held if n in kept and n not in taken and n not in own)
+        self._account(base, output, {*taken, *names, *own})
+        return Beside(names, tuple(m for m in told.markers if m.name not in names))
 
     def _optional(self, base: SourceJob, output: Output) -> list[str]:
         """The optional tensors of a base that are kept; raises RecipeError for a name that it has not."""
@@ -458,10 +555,11 @@ class _Resolver:
         if output.keep is None:
             averaged = any(map(self.catalog.is_average, output.components))
             return [n for n in opened.identity.optional if averaged or not n.startswith(EMA)]
-        absent = [n for n in output.keep if n not in opened.checkpoint and n not in self.catalog.optional]
+        there = {*opened.checkpoint, *(w for m in opened.identity.astray for w in words_for(m))}
+        absent = [n for n in output.keep if n not in there and n not in self.catalog.optional]
         if absent:
             place = self.recipe.place(*output.at, "keep", output.keep.index(absent[0]), value=True)
-            hint = did_you_mean(absent[0], opened.checkpoint)
+            hint = did_you_mean(absent[0], there)
             raise RecipeError(Problem(f"`{base.name}` has no tensor `{absent[0]}`", place, hint=hint))
         return [n for n in opened.identity.optional if n in output.keep]
 
@@ -470,6 +568,8 @@ class _Resolver:
         opened = self.sources.open(base)
         identity = opened.identity
         sorted_out = {*identity.ema, *identity.junk, *identity.optional}
+        astray = {m.component.name: m.full for m in identity.astray}
+        sorted_out.update(*astray.values())
         rest = [n for n in opened.checkpoint if n not in sorted_out]
         state = [n for n in identity.optional if n.startswith(EMA)]
         reasons = {
@@ -477,6 +577,7 @@ class _Resolver:
             "junk": identity.junk,
             "extra": [n for n in identity.optional if n not in state],
             "unknown": rest,
+            **astray,
         }
         names = {r: tuple(n for n in found if n not in kept) for r, found in reasons.items()}
         if any(map(self.catalog.is_average, output.components)):
@@ -485,7 +586,7 @@ class _Resolver:
         left = {k: v for k, v in names.items() if v}
         self.plan.left_out.append(LeftOut(base.name, output.file, left, sizes))
         total = sum(t.nbytes for t in opened.checkpoint.values())
-        lost = sizes["junk"] + sizes["unknown"]
+        lost = sum(size for reason, size in sizes.items() if reason not in ("EMA", "extra"))
         if output.unknown == "drop" and 2 * lost > total:
             raise SourceError(
                 Problem(
@@ -495,6 +596,12 @@ class _Resolver:
                     "name what you want of it under [components], with a `NEW` base",
                 )
             )
+
+
+def _named(keep: Sequence[str], identity: Identity) -> set[str]:
+    """The tensors that words under `keep` mean, which may be components that have no slot."""
+    parts = [m for m in identity.astray if not set(words_for(m)).isdisjoint(keep)]
+    return {*keep, *(full for m in parts for full in m.full)}
 
 
 def _check_sidecars(plan: Plan) -> None:

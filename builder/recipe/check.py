@@ -238,6 +238,10 @@ def _expectations(recipe: Recipe, words: Vocabulary) -> Iterator[Problem]:
 
 def _output_names(recipe: Recipe, words: Vocabulary) -> Iterator[Problem]:
     first: dict[str, Place] = {}
+    if isinstance(name := _said(recipe, "output", "name"), str):
+        hint = f'write `file = "{name}.safetensors"`, or `[[output]]` for the first of several'
+        place = recipe.place("output", "name")
+        yield Problem("`name` is for one of several outputs, and this is the only one", place, hint=hint)
     for output in recipe.outputs if len(recipe.outputs) > 1 else ():
         place = recipe.place(*output.at, "name", value=True)
         if _said(recipe, *output.at, "name") is None:

@@ -28,6 +28,7 @@ from builder.base.kinds import (
     Table,
     Text,
 )
+from builder.models.prediction import EMPTY
 from builder.operations.fixes import Fix
 from builder.operations.registry import Operation, Param
 from builder.recipe.recipe import FORMAT
@@ -44,6 +45,7 @@ PRECISIONS = {
     "fp32": "single precision",
     "keep": "each tensor as its source has it",
 }
+NARROW = {"fewer": "what has fewer bits keeps its type"}
 OVERFLOW = {
     "error": "the build fails and names the tensor",
     "clamp": "the largest finite value takes its place",
@@ -66,11 +68,6 @@ class Vocabulary:
     profiles: Mapping[str, Any]
 
     @cached_property
-    def markers(self) -> tuple[str, ...]:
-        """The optional tensors that hold no value: their presence says it all."""
-        return tuple(n for n, shape in self.catalog.optional.items() if shape is not None and 0 in shape)
-
-    @cached_property
     def language(self) -> Struct:
         """The whole recipe, as the kind of its top-level table.
 
@@ -85,12 +82,25 @@ class Vocabulary:
 
 
 CLEAN = (NOT_EMPTY, NO_CONTROLS)
+# What turns text around, or has no width, has a file's name read as another.
+SHOWN = Rule(
+    r"[\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]",
+    "{key} holds a character that does not show, or turns others around",
+    forbid=True,
+)
 NAME = Text(
     (
         *CLEAN,
+        SHOWN,
         Rule(r"^\s|\s$", "{key} begins or ends with a space", forbid=True),
         Rule(r'[/\\:*?"<>|]', '{key} holds one of / \\ : * ? " < > |, which file names cannot', forbid=True),
         Rule(r"^\.|\.$", "{key} begins or ends with a dot", forbid=True),
+        Rule(
+            r"\.(safetensors|ckpt|pt)$",
+            "{key} ends as the name of a file does",
+            "leave the ending out: `file` under [output] says what is written",
+            forbid=True,
+        ),
         Rule(r"^.{1,100}$", "{key} is longer than 100 characters"),
     ),
     examples=("anything-v3",),
@@ -176,6 +186,7 @@ _INSIDE = (
 OUTPUT_FILE = Text(
     (
         *_INSIDE,
+        SHOWN,
         Rule(
             r"[^/]\.(safetensors|ckpt|pt)$",
             "{key} must end in `.safetensors`, `.ckpt` or `.pt`, the formats that are written",
@@ -485,13 +496,13 @@ def _language(words: Vocabulary) -> Struct:
         "output",
         "[output]",
         {
-            "name": Key(NAME, "Its name among several.", '"no-ema"', otherwise="the recipe's name"),
+            "name": Key(NAME, "Its name, as one of `[[output]]`.", '"no-ema"', otherwise="the recipe's name"),
             "file": Key(
                 OUTPUT_FILE,
                 "Path inside the recipe's folder. Its ending says what is written: `.safetensors`, or a "
                 "PyTorch file of tensors alone as `.ckpt` or `.pt`.",
                 '"anything-v3.safetensors"',
-                otherwise="NAME.safetensors; of several, RECIPE-NAME.safetensors",
+                otherwise="NAME.safetensors; of one with a `name`, RECIPE-NAME.safetensors",
             ),
             "precision": Key(
                 Choice("precision", PRECISIONS),
@@ -500,8 +511,9 @@ def _language(words: Vocabulary) -> Struct:
                 default="fp16",
             ),
             "narrow": Key(
-                Boolean(),
-                "Whether only what has more bits than the precision is rounded, and nothing is made wider.",
+                Either((Boolean(), Choice("way to round", NARROW))),
+                "Whether only what has more bits than the precision is rounded, and nothing is made wider; "
+                '`"fewer"`: what has fewer keeps its type.',
                 "true",
                 default=False,
             ),
@@ -525,21 +537,22 @@ def _language(words: Vocabulary) -> Struct:
             "keep": Key(
                 Array(Text((NOT_EMPTY,), label="name of a tensor")),
                 "Tensors to carry over from the base beside its components, by their full names: optional "
-                "ones where it has them, and others that it must have.",
+                "ones where it has them, and others that it must have. The class of a component that the "
+                "architecture has no slot for carries all of that over.",
                 '["alphas_cumprod"]',
                 otherwise="all optional ones",
             ),
             "unknown": Key(
                 Choice("treatment", UNKNOWN),
-                "What to do with tensors of the base that are of no slot, and no averages or junk.",
+                "What to do with tensors of the base that are of no component, and no averages or junk.",
                 '"keep"',
                 default="drop",
             ),
             "markers": Key(
-                Array(Choice("marker", dict.fromkeys(words.markers, ""))),
-                "Empty tensors to add, by which programs know the kind of model.",
+                Array(Choice("marker", dict.fromkeys(EMPTY, ""))),
+                "Tensors by which programs know what a UNET predicts, in place of those that come with it.",
                 '["v_pred", "ztsnr"]',
-                default=(),
+                otherwise="those that come with the UNET",
             ),
             "config": Key(
                 CONFIG_FILE,
@@ -554,7 +567,8 @@ def _language(words: Vocabulary) -> Struct:
             ),
             "metadata": Key(
                 Metadata(),
-                "Strings for the file's metadata. Keys with dots may be written as TOML has them.",
+                "Strings for the file's metadata, beside and before the recipe's. Keys with dots may be "
+                "written as TOML has them.",
                 '{ author = "…", license = "…" }',
                 default={},
             ),
@@ -607,6 +621,12 @@ def _language(words: Vocabulary) -> Struct:
             Either((output, Array(output, minimum=1))),
             "What to write: one, or several as `[[output]]`.",
             "{ }",
+        ),
+        "metadata": Key(
+            Metadata(),
+            "Strings for the metadata of every output, as under `[output.metadata]`.",
+            '{ author = "…", license = "…" }',
+            default={},
         ),
         "expect": Key(expect, "What must hold of the only output.", "{ size = 2132626102 }"),
     }

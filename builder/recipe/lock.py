@@ -11,11 +11,12 @@ from typing import Any
 import tomli_w
 
 from builder import __version__
+from builder.base.addresses import check_address
 from builder.base.disk import write_text
 from builder.base.errors import LockError, Problem, clipped
 from builder.base.files import read_text
-from builder.base.inside import is_inside
 from builder.base.toml import parse
+from builder.recipe.language import URL
 from builder.tensors.digests import PROFILE
 
 VERSION = 1
@@ -48,13 +49,17 @@ class LockedComponent:
 
 @dataclass(frozen=True)
 class LockedOutput:
-    """A written file; `metric` is empty where there is none."""
+    """A written file; `metric` is empty where there is none.
+
+    `date` is the day that SOURCE_DATE_EPOCH gave it, empty where it had no part in the bytes.
+    """
 
     file: str
     sha256: str
     tensor_digest: str
     size: int
     metric: str = ""
+    date: str = ""
 
 
 @dataclass(frozen=True)
@@ -126,16 +131,19 @@ def lock_path(recipe: Path) -> Path:
 
 
 def read_lock(path: Path) -> Lock | None:
-    """The lock at `path`, or None when there is none; raises LockError when it cannot be read."""
-    if not is_inside(path, path.parent):
-        raise LockError(Problem(f"the lock `{path}` is a link that leads out of its folder", hint=ANEW))
+    """The lock at `path`, or None when there is none; raises LockError when it cannot be read.
+
+    A link is refused: what it leads to may be any file of the user's, and a message would quote it.
+    """
     try:
-        document = parse(read_text(path, MAX_SIZE, LockError), str(path), LockError)
+        document = parse(read_text(path, MAX_SIZE, LockError, follow=False), str(path), LockError)
     except FileNotFoundError:
         return None
     except LockError as error:
         raise LockError(*(replace(p, hint=p.hint or ANEW) for p in error.problems)) from None
     data = document.data
+    if not data:
+        raise LockError(Problem("the lock is empty", document.place(), hint=ANEW))
     if data.get("version") != VERSION:
         raise LockError(
             Problem(
@@ -191,7 +199,18 @@ def _made(kind: Any, table: Any) -> Any:
         said[name] = _value(said, name, int if field_.type == "int" else str, default)
         if name in _DIGESTS and _DIGEST.fullmatch(said[name]) is None:
             raise ValueError(f"`{name}` is no digest of 64 hex digits")
+    if said.get("resolved"):
+        _check_address(said["resolved"])
     return kind(**said)
+
+
+def _check_address(text: str) -> None:
+    """Raise ValueError for what no recipe may name: a lock's address is asked first."""
+    for rule in URL.rules:
+        if rule.broken_by(text):
+            raise ValueError(rule.fact.format(key="`resolved`", count=len(text)))
+    if (fault := check_address(text)) is not None:
+        raise ValueError(fault.fact)
 
 
 def write_lock(path: Path, lock: Lock) -> bool:

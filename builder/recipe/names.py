@@ -11,6 +11,7 @@ from pathlib import Path
 SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")  # of checkpoints; of an index below them too
 WRITTEN = SUFFIXES[:3]  # what a recipe can make
 SHARD = re.compile(r".+-\d{5}-of-\d{5}\.(?:safetensors|bin)", re.IGNORECASE)
+_ENDINGS = re.compile(r"(?:\.(?:safetensors|ckpt|pt))+", re.IGNORECASE)  # within a name too
 _MODEL = re.compile(r"(.+?)(?:\.(?:safetensors|ckpt|pt|pth|bin))?(?:\.index\.json)?", re.IGNORECASE)
 
 
@@ -23,7 +24,7 @@ def stem(path: Path) -> str:
 
 def recipe_name(path: Path, taken: Iterable[str] = ()) -> str:
     """A name for a recipe or a source after a file's, less what names may not hold, and unlike `taken`."""
-    name = re.sub(r"[^\w.-]+", "-", stem(path)).strip("-_.")[:80].rstrip("-_.") or "model"
+    name = re.sub(r"[^\w.-]+", "-", _ENDINGS.sub("", stem(path))).strip("-_.")[:80].rstrip("-_.") or "model"
     if name == "NEW":
         name = "model"
     number, found = 1, name
@@ -31,6 +32,11 @@ def recipe_name(path: Path, taken: Iterable[str] = ()) -> str:
         number += 1
         found = f"{name}-{number}"
     return found
+
+
+def portable(name: str) -> str:
+    """A file's name with `-` for what other file systems, or recipes, cannot have in it."""
+    return re.sub(r'^~|[\x00-\x1f\x7f\\/:*?"<>|\ud800-\udfff]', "-", name)
 
 
 def numbered(path: Path, suffix: str | None = None) -> Iterator[Path]:

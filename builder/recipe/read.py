@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
@@ -141,7 +142,11 @@ def outside(named: str, why: str, place: Place | None) -> Problem:
 
 
 def _document(path: Path, named: Place | None) -> Document:
-    """The document in a file; `named` is the place that names it, if a recipe does."""
+    """The document in a file; `named` is the place that names it, if a recipe does.
+
+    What a recipe or a link merely leads to may be any file of the user's: before a message quotes it, it
+    has to be a recipe.
+    """
     fact, hint = None, None
     try:
         status = path.stat()
@@ -159,7 +164,15 @@ def _document(path: Path, named: Place | None) -> Document:
             raise RecipeError(Problem(fact, named, (f"{status.st_size:,} bytes",), hint))
     if fact is not None:
         raise RecipeError(Problem(fact, named, hint=hint))
-    return toml.load(path, RecipeError)
+    if named is None and not path.is_symlink():
+        return toml.load(path, RecipeError)
+    with suppress(RecipeError):
+        document = toml.load(path, RecipeError)
+        if type(document.data.get("format")) is int:
+            return document
+    evidence = (f"{status.st_size:,} bytes, which are no TOML with `format = 1`",)
+    own = f"`ckpt plan {path}` says what is wrong with it" if named else "name the file itself"
+    raise RecipeError(Problem(f"`{path}` is no recipe", named, evidence, f"if it is yours, {own}"))
 
 
 def _read(document: Document, words: Vocabulary) -> Recipe:
@@ -209,7 +222,7 @@ def _recipe(said: dict[str, Any], document: Document, words: Vocabulary) -> Reci
         own_name = one.get("name") or ("" if several else name)
         own_base, own_fixes, own_expect = one.get("base"), one.get("fixes"), one.get("expect")
         expect = own_expect or (None if several else said.get("expect")) or {}
-        stem = f"{name}-{own_name}" if several else name
+        stem = f"{name}-{own_name}" if several or (one.get("name") and not table) else name
         outputs.append(
             Output(
                 name=own_name,
@@ -217,6 +230,7 @@ def _recipe(said: dict[str, Any], document: Document, words: Vocabulary) -> Reci
                 base=base if own_base is None else _base(own_base, (*at, "base"), words),
                 components={**components, **_picks(one.get("components", {}))},
                 fixes=fixes if own_fixes is None else _fixes(own_fixes, words),
+                metadata={**said.get("metadata", {}), **one.get("metadata", {})},
                 expect=Expect(**expect),
                 at=at,
                 **{k: one[k] for k in _PLAIN if one.get(k) is not None},
@@ -240,7 +254,6 @@ _PLAIN = (
     "narrow",
     "overflow",
     "non_finite",
-    "metadata",
     "profile",
     "keep",
     "unknown",

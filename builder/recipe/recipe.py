@@ -113,9 +113,10 @@ class Output:
     `file` is relative to the recipe's folder and stays inside it. `fixes` are in the order of the registry,
     in which they are applied. With `narrow`, only what is wider than `precision` is rounded. `keep` names
     tensors that are carried over from the base beside its components; None: all optional ones it has. With
-    `unknown` as `keep`, all else is carried over too but averages and junk. `markers` are empty tensors to
-    add. `config` is a file beside the recipe to copy beside the output, under the output's stem. A `partial`
-    one may leave slots of its architecture open.
+    `unknown` as `keep`, all else is carried over too but averages and junk. `markers` are tensors that tell
+    programs what the model predicts; None: those that its UNET comes with. `config` is a file beside the
+    recipe to copy beside the output, under the output's stem. A `partial` one may leave slots of its
+    architecture open.
     """
 
     name: str
@@ -124,14 +125,14 @@ class Output:
     components: Mapping[str, Pick]
     fixes: tuple[str, ...] = ()
     precision: str = "fp16"
-    narrow: bool = False
+    narrow: bool | str = False
     overflow: str = "error"
     non_finite: str = "error"
     metadata: Mapping[str, str] = field(default_factory=dict)
     profile: str | None = None
     keep: tuple[str, ...] | None = None
     unknown: str = "drop"
-    markers: tuple[str, ...] = ()
+    markers: tuple[str, ...] | None = None
     config: str | None = None
     partial: bool = False
     expect: Expect = Expect()
@@ -148,7 +149,6 @@ class Output:
             "components": {c: p.meaning() for c, p in sorted(self.components.items())},
             "fixes": sorted(self.fixes),
             "metadata": dict(sorted(self.metadata.items())),
-            "markers": sorted(self.markers),
         }
         said = {key: value for key, value in said.items() if value}
         for name in _BY_DEFAULT:
@@ -166,6 +166,7 @@ _BY_DEFAULT = (
     "profile",
     "keep",
     "unknown",
+    "markers",
     "config",
     "partial",
 )

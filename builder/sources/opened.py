@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from builder.base.addresses import LocalFile, parse_address
 from builder.base.errors import CkptError, FetchError, Place, Problem, RecipeError, SourceError
-from builder.base.inside import leads_out
+from builder.base.inside import is_inside, leads_out
 from builder.base.parallel import Cancelled
 from builder.base.progress import Reporter
 from builder.formats.blob import FileBlob
@@ -76,6 +76,7 @@ class Sources:
         self._open: dict[SourceJob, OpenSource] = {}
         self._closed: list[OpenSource] = []
         self._unseen: dict[SourceJob, str | None] = {}
+        self._bounds: dict[tuple[Path, str | None], tuple[Path, ...]] = {}  # folders that files are to lie in
         self._refused: set[Path] = set()
         self._guard = threading.RLock()
         self.resolved: dict[str, str] = {}
@@ -106,7 +107,7 @@ class Sources:
         Raises RecipeError for a file that lies elsewhere.
         """
         spec = recipe.sources[name]
-        self._check_inside(recipe, name, root)
+        self._check_inside(recipe, name, root, locked)
         job = SourceJob(
             identity="",
             name=name,
@@ -127,14 +128,20 @@ class Sources:
             identity = "at:" + "\n".join([*spec.urls, str(job.folder / (spec.file or name))])
         return replace(job, identity=identity)
 
-    def _check_inside(self, recipe: Recipe, name: str, root: Path | None) -> None:
-        """Raise RecipeError when a recipe's source lies elsewhere than in its folder and those of models."""
+    def _check_inside(
+        self, recipe: Recipe, name: str, root: Path | None, locked: LockedSource | None
+    ) -> None:
+        """Raise RecipeError when a source lies elsewhere than in the recipe's folder and those of models.
+
+        By the recipe, or by its lock, which is as much a stranger's.
+        """
         if recipe.path is None or self._outside:
             return
         spec, folder = recipe.sources[name], recipe.path.parent
         allowed = (*self._folders, *([root.parent] if root is not None else []))
+        self._bounds[folder, spec.file] = (folder, *allowed)
         local = [("file", spec.file, spec.file)] if spec.file is not None else []
-        for url in spec.urls:
+        for url in (*spec.urls, *([locked.resolved] if locked is not None and locked.resolved else [])):
             where = parse_address(url)
             if isinstance(where, LocalFile):
                 local.append(("urls", url, where.path))
@@ -276,11 +283,20 @@ class Sources:
                 found = self.find(job)
                 checkpoint = self._open_remote(job) if found is None else self._open_file(found.path)
                 try:
+                    if found is None or found.how == BESIDE:
+                        self._check_files(job, checkpoint)
                     self._open[job] = OpenSource(checkpoint, identify(checkpoint, self.catalog))
                 except BaseException:
                     checkpoint.close()
                     raise
             return self._open[job]
+
+    def _check_files(self, job: SourceJob, checkpoint: Checkpoint) -> None:
+        """Raise RecipeError when a file of a sharded set or a folder is a link that leads elsewhere."""
+        bounds = self._bounds.get((job.folder, job.file))
+        for blob in checkpoint.blobs if bounds is not None else ():
+            if isinstance(blob, FileBlob) and not any(is_inside(Path(blob.name), f) for f in bounds or ()):
+                raise RecipeError(outside(Path(blob.name).name, "a link leads out of it", job.place))
 
     def _open_file(self, path: Path) -> Checkpoint:
         return open_checkpoint(path, self.catalog.layouts)

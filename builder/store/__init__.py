@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import secrets
 import shutil
 import tempfile
 import threading
@@ -46,6 +45,7 @@ from builder.store.records import (
     read_record,
     write_record,
 )
+from builder.store.strays import make_way, set_aside
 from builder.tensors.digests import Row, component_digest
 from builder.tensors.lazy import LazyTensor
 
@@ -116,15 +116,14 @@ class Store:
         made = made_from_record(record) if record is not None else None
         if made is not None:
             for used in (path, self.entry_path(made.digest)):
-                with contextlib.suppress(OSError):
-                    os.utime(used)
+                _touch(used)
         return made
 
     def record(self, action: str, made: Made) -> None:
         """Keep what the action of this key made; in a store that cannot be written to, do nothing."""
         if self._can_write():
             try:
-                write_record(self.action_path(action), made_to_record(made))
+                write_record(self.action_path(action), made_to_record(made), self.root)
             except OSError as error:
                 raise self._unwritable(error) from None
             except OutputError as error:
@@ -171,7 +170,7 @@ class Store:
         if known is not None and known.places == places:
             return
         with contextlib.suppress(OSError, OutputError):
-            write_record(self.entry_path(entry.digest), replace(entry, places=places).record())
+            self._write_entry(replace(entry, places=places))
 
     def save(
         self,
@@ -214,12 +213,13 @@ class Store:
                 entry = Entry(component_digest(rows), component, cls, source, rows)
                 staged.chmod(0o444)
                 path = place.blob_path(entry.digest)
+                make_way(place.root, path)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 # Also in place of one that is there already: should that be damaged, this heals it.
                 staged.replace(path)
                 known = place.entry(entry.digest)
                 places = known.places if known is not None else ()
-                write_record(place.entry_path(entry.digest), replace(entry, places=places).record())
+                place._write_entry(replace(entry, places=places))
         except OSError as error:
             raise self._unwritable(error) from None
         self._distrusted.discard(path)
@@ -245,14 +245,12 @@ class Store:
             elif (entry := store.entry(damaged.digest)) is not None:
                 places = tuple(p for p in entry.places if p.path != damaged.path)
                 with contextlib.suppress(OSError, OutputError):
-                    write_record(store.entry_path(entry.digest), replace(entry, places=places).record())
+                    store._write_entry(replace(entry, places=places))
 
     def quarantine(self, path: Path) -> None:
         """Move a file out of use; where that cannot be, it is not used by this process."""
         try:
-            folder = self.root / "quarantine"
-            folder.mkdir(parents=True, exist_ok=True)
-            path.replace(folder / f"{path.stem}.{secrets.token_hex(4)}{path.suffix}")
+            set_aside(self.root, path)
         except FileNotFoundError:
             pass  # someone else did
         except OSError:
@@ -265,14 +263,13 @@ class Store:
         path = self._fact_path(kind, key)
         fact = read_record(path) if self.trusted else None
         if fact is not None:
-            with contextlib.suppress(OSError):
-                os.utime(path)  # a use, which keeps it from being forgotten
+            _touch(path)  # a use, which keeps it from being forgotten
         return fact
 
     def note(self, kind: str, key: str, fact: dict[str, Any]) -> None:
         """Keep a fact that saves work later; where that cannot be, do nothing."""
         with contextlib.suppress(OSError, OutputError):
-            write_record(self._fact_path(kind, key), fact)
+            write_record(self._fact_path(kind, key), fact, self.root)
 
     # Digests of files.
 
@@ -300,12 +297,16 @@ class Store:
     def partial_path(self, key: str) -> Path:
         """Where the download that `key` (such as an address) names is to be gathered; its folder exists."""
         folder = self.downloads / "partial"
+        path = folder / xxhash.xxh3_128_hexdigest(key.encode())
+        for place in (path, *folder.glob(f"{path.name}.*")):
+            make_way(folder.parent.parent, place)
         folder.mkdir(parents=True, exist_ok=True)
-        return folder / xxhash.xxh3_128_hexdigest(key.encode())
+        return path
 
     def keep_download(self, partial: Path, sha256: str) -> Path:
         """Put a gathered file, whose SHA-256 was computed while it arrived, among the finished downloads."""
         path = partial.parent.parent / sha256
+        make_way(path.parent.parent, path)
         with partial.open("rb") as file:
             os.fsync(file.fileno())  # a power cut may leave a file's times, and take what was not flushed
         partial.chmod(0o444)
@@ -336,6 +337,9 @@ class Store:
 
     def _fact_path(self, kind: str, key: str) -> Path:
         return self.root / "facts" / kind / key[:2] / f"{key}.json"
+
+    def _write_entry(self, entry: Entry) -> None:
+        write_record(self.entry_path(entry.digest), entry.record(), self.root)
 
     def _blob_of(self, digest: str) -> Path | None:
         path = self.blob_path(digest)
@@ -371,6 +375,7 @@ class Store:
         with self._lock:
             if self._writable is None:
                 try:
+                    make_way(self.root, self.root / "tmp" / "new")
                     with scratch_folder(self.root / "tmp"):
                         self._writable = True
                 except OSError as error:
@@ -406,6 +411,13 @@ class Store:
         room = "`ckpt store gc --max-size SIZE` makes room; " if full else ""
         hint = f"{room}`CKPT_STORE` chooses another folder"
         return OutputError(Problem("cannot write to the store", Place(str(self.root)), evidence, hint))
+
+
+def _touch(path: Path) -> None:
+    """Note a use; a link's file is none of the store's."""
+    with contextlib.suppress(OSError):
+        if not path.is_symlink():
+            os.utime(path)
 
 
 def _is_ours(root: Path, reporter: Reporter) -> bool:

@@ -61,7 +61,7 @@ class DigestMemory:
         if stat.st_ino == 0 or (seen is not None and seen < _calm(stat)):
             return False
         try:
-            write_record(self.path(stat), {"is": _identity(stat), "sha256": sha256})
+            write_record(self.path(stat), {"is": _identity(stat), "sha256": sha256}, self.folder.parent)
         except (OSError, OutputError):
             return False
         self._own.add(tuple(_identity(stat)))

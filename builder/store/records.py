@@ -17,6 +17,7 @@ import xxhash
 from builder.base.disk import write_bytes
 from builder.base.errors import Problem, UsageError
 from builder.base.files import parse_json, read_bounded
+from builder.store.strays import make_way
 
 MAX_RECORD = 32 << 20  # bytes; most take some hundreds, the table of a component 100 a tensor
 READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
@@ -64,11 +65,14 @@ def default_root(environment: Mapping[str, str] | None = None) -> Path:
     return base / "ckpt-build"
 
 
-def write_record(path: Path, data: dict[str, Any]) -> None:
+def write_record(path: Path, data: dict[str, Any], root: Path | None = None) -> None:
     """Put a sealed record in place at once; raises OSError or OutputError.
 
-    It is not flushed to the disk: a record that a power cut empties fails its seal and is none.
+    It is not flushed to the disk: a record that a power cut empties fails its seal and is none. `root` is
+    the store's folder, in which whatever is in the way is set aside.
     """
+    if root is not None:
+        make_way(root, path)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(path, _canonical({**data, "seal": _seal(data)}), durable=False)
 
@@ -76,7 +80,7 @@ def write_record(path: Path, data: dict[str, Any]) -> None:
 def read_record(path: Path) -> dict[str, Any] | None:
     """The record at `path`; None when there is none, or when it is not what was written."""
     try:
-        data = parse_json(read_bounded(path, MAX_RECORD))
+        data = parse_json(read_bounded(path, MAX_RECORD, follow=False))
     except (OSError, ValueError):
         return None
     if not isinstance(data, dict):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,7 +17,10 @@ from builder.formats.hashes import sha256_file
 from builder.store import DamagedEntry, Store
 from builder.store.entries import is_at
 from builder.store.records import is_digest, read_record
+from builder.store.strays import files, kind_of, set_aside, strays
 from builder.tensors.scan import scan
+
+_RECORDS = ("files", "actions", "components", "facts")
 
 # A partial download that was written to more recently may be in the making.
 IDLE = 3600 * 10**9
@@ -47,10 +51,14 @@ class Item:
 
 @dataclass(slots=True)
 class Collected:
-    """What a collection removed, and what it left; `litter` is in bytes."""
+    """What a collection removed, and what it left; `litter` is in bytes.
+
+    `strays` counts what was no file where one is due.
+    """
 
     removed: list[Item] = field(default_factory=list)
     litter: int = 0  # of damaged entries and of what dead processes left
+    strays: int = 0
     kept: list[Item] = field(default_factory=list)
 
 
@@ -68,15 +76,37 @@ def collect(store: Store, max_size: int | None = None) -> Collected:
     """
     done = Collected()
     try:
-        done.litter = sweep(store.root / "tmp") + sum(
-            _remove(p) for p in _files(store.root / "quarantine", "*")
-        )
+        _clear(store, done)
         _evict(store, max_size, done)
     except OSError as error:
         raise OutputError(
             Problem("cannot remove from the store", Place(str(store.root)), (str(error.strerror),))
         ) from None
     return done
+
+
+def _clear(store: Store, done: Collected) -> None:
+    """Remove litter, and what is not what is due in its place; a folder that holds something is set aside."""
+    folders = []
+    for path in strays(store.root):
+        if path.is_symlink() or not path.is_dir():
+            path.unlink()
+        elif any(path.iterdir()):
+            folders.append(path)
+            continue
+        else:
+            path.rmdir()
+        done.strays += 1
+    quarantine = store.root / "quarantine"
+    done.litter = sweep(store.root / "tmp")
+    for path in sorted(quarantine.iterdir()) if quarantine.is_dir() else ():
+        if path.is_symlink() or not path.is_dir():
+            done.litter += _remove(path)
+        else:
+            shutil.rmtree(path)
+    for path in folders:
+        set_aside(store.root, path)
+        done.strays += 1
 
 
 def _evict(store: Store, max_size: int | None, done: Collected) -> None:
@@ -107,6 +137,9 @@ def check(store: Store, *, threads: int = 1, reporter: Reporter = SILENT) -> lis
         if read_record(path) is None and path.exists():
             store.quarantine(path)
             problems.append(Problem("a record is damaged", Place(str(path))))
+    for path in strays(store.root):
+        problems.append(Problem(f"{kind_of(path)} stands where another thing is due", Place(str(path))))
+        store.quarantine(path)
     return problems
 
 
@@ -142,7 +175,7 @@ def _check_component(store: Store, item: Item, threads: int, reporter: Reporter)
 
 
 def _components(store: Store) -> Iterator[Item]:
-    for record in _files(store.root / "components", "*/*.json"):
+    for record in files(store.root, "components", ".json"):
         entry, stat = store.entry(record.stem), _stat(record)
         if entry is None or stat is None:
             continue
@@ -160,20 +193,20 @@ def _components(store: Store) -> Iterator[Item]:
             tuple(at.path for at in entry.places if is_at(at)),
             (record,),
         )
-    for blob in _files(store.root / "blobs", "*/*.safetensors"):
+    for blob in files(store.root, "blobs", ".safetensors"):
         stat = _stat(blob)
         if stat is not None and not (is_digest(blob.stem) and store.entry_path(blob.stem).exists()):
             yield Item("component", blob, blob.stem, stat.st_size, stat.st_mtime_ns)
 
 
 def _downloads(store: Store) -> Iterator[Item]:
-    for path in _files(store.root / "downloads", "*"):
+    for path in files(store.root, "downloads"):
         if (stat := _stat(path)) is not None:
             remembered = _stat(store.memory.path(stat))
             used = max(stat.st_mtime_ns, remembered.st_mtime_ns if remembered is not None else 0)
             yield Item("download", path, path.name, stat.st_size, used)
     # An unfinished download may have files beside it, such as its lock: they live and go together.
-    unfinished = _files(store.root / "downloads" / "partial", "*")
+    unfinished = files(store.root, "downloads/partial")
     for name, group in groupby(unfinished, key=lambda p: p.name.partition(".")[0]):
         stats = {path: stat for path in group if (stat := _stat(path)) is not None}
         if stats:
@@ -188,18 +221,12 @@ def _facts(store: Store) -> Iterator[Item]:
 
 
 def _record_files(store: Store) -> list[Path]:
-    folders = (store.memory.folder, store.root / "actions", store.root / "components")
-    found = [p for folder in folders for p in _files(folder, "*/*.json")]
-    return found + _files(store.root / "facts", "*/*/*.json")
-
-
-def _files(folder: Path, pattern: str) -> list[Path]:
-    return sorted(p for p in folder.glob(pattern) if p.is_file())
+    return [p for folder in _RECORDS for p in files(store.root, folder, ".json")]
 
 
 def _stat(path: Path) -> os.stat_result | None:
     try:
-        return path.stat()
+        return path.lstat()
     except OSError:
         return None
 

@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from builder.base.errors import CkptError, OutputError, Problem, SourceError
-from builder.tensors.lazy import PACKED, WINDOW, DType, LazyTensor
+from builder.base.errors import CkptError, OutputError, Problem
+from builder.tensors.lazy import WINDOW, DType, LazyTensor
+from builder.tensors.packed import OPAQUE, packing
 
 if TYPE_CHECKING:
     import torch
@@ -17,14 +18,17 @@ if TYPE_CHECKING:
 Precision = Literal["fp16", "bf16", "fp32", "keep"]
 PRECISIONS: dict[str, DType | None] = {"fp16": DType.F16, "bf16": DType.BF16, "fp32": DType.F32, "keep": None}
 
+Narrow = bool | Literal["fewer"]
 Overflow = Literal["error", "clamp", "keep"]
 NonFinite = Literal["error", "keep"]
-
-_SCALES = (".scale_weight", ".weight_scale", ".weight_scale_2", ".scale_input", ".input_scale", "scaled_fp8")
 
 
 class UnfitError(OutputError):
     """A source has values that an output cannot hold, or that are none: no other attempt will help."""
+
+
+class BeyondError(UnfitError):
+    """All values are numbers, but some are beyond the output's precision: another one would do."""
 
 
 @dataclass
@@ -59,24 +63,28 @@ class Faults:
             return None
         problems = []
         for name, fault in sorted(self.by_name.items()):
-            evidence, hints = [], []
+            evidence, keys, options = [], [], []
             if fault.overflow:
                 target = dtype.code if dtype is not None else "the output"
                 evidence.append(
                     f"{fault.overflow:,} finite values are beyond {target}, the largest is {fault.largest:g}"
                 )
-                hints.append('`overflow = "clamp"` or `"keep"`')
+                keys.append('`overflow = "clamp"`')
+                options.append("`--overflow clamp`")
             if fault.nan or fault.infinite:
                 evidence.append(f"{fault.nan:,} are NaN, {fault.infinite:,} are infinite")
-                hints.append('`non_finite = "keep"`')
+                keys.append('`non_finite = "keep"`')
+                options.append("`--non-finite keep`")
             problems.append(
                 Problem(
                     f"tensor `{name}` of {what} has values that would not survive",
                     evidence=tuple(evidence),
-                    hint=f"to build all the same, put {' and '.join(hints)} under [output]",
+                    hint=f"to build all the same, put {' and '.join(keys)} under [output] of a recipe, "
+                    f"or give a command {' and '.join(options)}",
                 )
             )
-        return UnfitError(*problems)
+        damaged = any(f.nan or f.infinite for f in self.by_name.values())
+        return (UnfitError if damaged else BeyondError)(*problems)
 
 
 class _Scratch(threading.local):
@@ -100,9 +108,10 @@ _scratch = _Scratch()
 class Cast(LazyTensor):
     """A tensor in another precision, or in its own but checked.
 
-    FP64 goes through FP32. `overflow` says what becomes of finite values beyond the new type's range:
-    `error` records them in `faults` (and writes what the cast gives), `clamp` takes the nearest finite
-    value, `keep` lets them be infinite. `non_finite` says the same of NaN and infinity in the source.
+    FP64 goes through FP32; what keeps its type keeps every bit. `overflow` says what becomes of finite
+    values beyond the new type's range: `error` records them in `faults` (and writes what the cast gives),
+    `clamp` takes the nearest finite value, `keep` lets them be infinite. `non_finite` says the same of NaN
+    and infinity in the source; a NaN that is kept becomes the quiet NaN of the new type, with its sign.
     """
 
     __slots__ = ("faults", "name", "non_finite", "overflow", "source")
@@ -144,7 +153,8 @@ class Cast(LazyTensor):
                 target = out[done * size : (done + elements) * size]
                 values = torch.frombuffer(data, dtype=self.source.dtype.torch)
                 result = torch.frombuffer(target, dtype=self.dtype.torch)
-                result.copy_(values.float() if values.dtype == torch.float64 else values)
+                rounded = values.dtype == torch.float64 and self.dtype is not self.source.dtype
+                result.copy_(values.float() if rounded else values)
                 self._check(values, result)
 
     def _check(self, values: torch.Tensor, result: torch.Tensor) -> None:
@@ -155,7 +165,7 @@ class Cast(LazyTensor):
             return
         source = values.double()
         bad_source = ~source.isfinite()
-        overflow = ~result.float().isfinite() & ~bad_source
+        overflow = ~result.double().isfinite() & ~bad_source
         fault = Fault()
         if self.overflow == "clamp":
             limit = _largest(self.dtype)
@@ -167,23 +177,34 @@ class Cast(LazyTensor):
             fault.nan = int(source.isnan().sum())
             fault.infinite = int(source.isinf().sum())
         elif self.dtype is not self.source.dtype and (nan := source.isnan()).any():
-            _canonical_nan(result, self.dtype, nan, source.signbit())
+            _canonical_nan(result, self.dtype, nan, _signs(values, self.source.dtype))
         if fault != Fault():
             self.faults.add(self.name, fault)
 
 
 # The quiet NaN of a type, as its bits; those of the negative one have the first bit set too.
 _QUIET_NAN = {DType.F16: 0x7E00, DType.BF16: 0x7FC0, DType.F32: 0x7FC00000}
+_UNSIGNED_NAN = {DType.F8_E4M3FNUZ, DType.F8_E5M2FNUZ}  # they have one NaN, whose first bit is set
 
 
 def _canonical_nan(result: torch.Tensor, dtype: DType, nan: torch.Tensor, negative: torch.Tensor) -> None:
     """One quiet NaN a type, with its sign: what a cast makes of the other bits hangs on the processor."""
-    import torch
-
+    patterns = result.view(_integers(result))
     quiet, bits = _QUIET_NAN[dtype], 8 * result.element_size()
-    patterns = result.view(torch.int16 if bits == 16 else torch.int32)
     patterns[nan & ~negative] = quiet
     patterns[nan & negative] = quiet - (1 << (bits - 1))
+
+
+def _signs(values: torch.Tensor, dtype: DType) -> torch.Tensor:
+    """Which numbers have a minus, by their bits: a conversion may lose that of a NaN."""
+    signs = values.view(_integers(values)) < 0
+    return ~signs & signs if dtype in _UNSIGNED_NAN else signs
+
+
+def _integers(values: torch.Tensor) -> torch.dtype:
+    import torch
+
+    return {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
 
 
 def _largest(dtype: DType) -> float:
@@ -199,20 +220,22 @@ def cast_all(
     faults: Faults,
     overflow: Overflow = "error",
     non_finite: NonFinite = "error",
-    narrow: bool = False,
+    narrow: Narrow = False,
 ) -> dict[str, LazyTensor]:
     """Each floating tensor as a `Cast` to `precision`; integers, booleans and empty tensors as they are.
 
-    With `narrow`, what takes no more bits than `precision` keeps its type, and so do scales.
-    Raises SourceError where a plain cast would misread the numbers: packed types, and FP8 that has a
-    scale beside it.
+    With `narrow`, what takes no more bits than `precision` keeps its type (with `fewer`, what takes fewer),
+    and so do packed weights. Their companions always do. Raises SourceError where a plain cast would
+    misread packed weights.
     """
-    if PRECISIONS[precision] is not None and not narrow:
-        _refuse_scaled(tensors)
+    if PRECISIONS[precision] is not None and not narrow and (packed := packing(tensors)).weights:
+        raise packed.refused(
+            "cannot be cast as if they were numbers", "the precision `keep` leaves them as they are"
+        )
     made: dict[str, LazyTensor] = {}
-    for name, tensor in tensors.items():
-        dtype = cast_type(name, tensor.dtype, precision, narrow)
-        if not tensor.dtype.floating or tensor.numel == 0 or dtype is tensor.dtype in PACKED:
+    for name, dtype in cast_types(tensors, precision, narrow).items():
+        tensor = tensors[name]
+        if not tensor.dtype.floating or tensor.numel == 0 or dtype is tensor.dtype in OPAQUE:
             made[name] = tensor
         else:
             made[name] = Cast(
@@ -221,31 +244,17 @@ def cast_all(
     return made
 
 
-def cast_type(name: str, dtype: DType, precision: Precision, narrow: bool = False) -> DType:
-    """The type that a tensor has in a precision; `narrow` as for `cast_all`."""
+def cast_types(
+    tensors: Mapping[str, LazyTensor], precision: Precision, narrow: Narrow = False
+) -> dict[str, DType]:
+    """The type that each tensor has in a precision, as `cast_all` makes it."""
     wanted = PRECISIONS[precision]
-    if wanted is None or not dtype.floating:
-        return dtype
-    return dtype if narrow and (dtype.bits <= wanted.bits or name.endswith(_SCALES)) else wanted
+    packed = packing(tensors).names if wanted is not None else set()
 
+    def made(name: str, dtype: DType) -> DType:
+        if wanted is None or not dtype.floating or name in packed:
+            return dtype
+        kept = dtype.bits < wanted.bits if narrow == "fewer" else narrow and dtype.bits <= wanted.bits
+        return dtype if kept else wanted
 
-def _refuse_scaled(tensors: Mapping[str, LazyTensor]) -> None:
-    packed = sorted(n for n, t in tensors.items() if t.dtype in PACKED)
-    scales = sorted(n for n in tensors if n.endswith(_SCALES))
-    eights = [t for t in tensors.values() if t.dtype.floating and t.dtype.bits == 8]
-    if packed:
-        raise SourceError(
-            Problem(
-                f"tensor `{packed[0]}` is {tensors[packed[0]].dtype.code}, which no plain cast can read",
-                evidence=(f"{len(packed):,} such tensors",),
-                hint='keep them as they are with `precision = "keep"`',
-            )
-        )
-    if scales and eights:
-        raise SourceError(
-            Problem(
-                "scaled FP8 weights cannot be cast without their scales",
-                evidence=(f"{len(eights):,} FP8 tensors beside `{scales[0]}`",),
-                hint='keep them as they are with `precision = "keep"`, or start from unscaled weights',
-            )
-        )
+    return {name: made(name, tensor.dtype) for name, tensor in tensors.items()}

@@ -66,9 +66,6 @@ class DType(Enum):
         return found
 
 
-# Several numbers in a byte, or scales: no plain cast says what their elements are worth.
-PACKED = {DType.F4, DType.F6_E2M3, DType.F6_E3M2, DType.F8_E8M0}
-
 BY_CODE = {d.code: d for d in DType}
 BY_TORCH_NAME = {d.torch_name: d for d in DType if d.torch_name}
 

@@ -15,7 +15,9 @@ from blake3 import blake3
 from builder.base.errors import CkptError, Problem, SourceError
 from builder.base.parallel import run_windows
 from builder.base.progress import SILENT, Reporter
-from builder.tensors.lazy import PACKED, WINDOW, DType, LazyTensor
+from builder.tensors.lazy import WINDOW, DType, LazyTensor
+from builder.tensors.packed import OPAQUE
+from builder.tensors.zeros import Stretch, joined, stretches
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,7 +40,7 @@ class TensorScan:
     `digest` is the BLAKE3-256 of its bytes, None unless asked for. `nan` and `infinite` count elements;
     `overflow` counts the finite ones that FP16 rounds to infinity; `largest` is the greatest finite
     magnitude, 0.0 where there is none. They are zero where numbers were not asked for, and of integers and
-    packed types.
+    packed types. `zeros` are the stretches of its bytes that are zero (see `builder.tensors.zeros`).
     """
 
     digest: str | None = None
@@ -46,6 +48,7 @@ class TensorScan:
     infinite: int = 0
     overflow: int = 0
     largest: float = 0.0
+    zeros: tuple[Stretch, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,14 +320,17 @@ class _Counters:
         self._groups, self._numbers = groups, numbers
         self._counts: list[tuple[dict[str, torch.Tensor], dict[str, _Numbers]]] = []
         self._counter = _Counter(lambda c: self._counts.append((c.histograms, c.numbers)))
+        self._zeros: dict[str, list[Stretch]] = {}
 
     def count(self, chunk: _Chunk, buffer: memoryview) -> None:
         """Count what a chunk holds."""
         at = 0
         run: tuple[str, DType, int, int] | None = None  # parts side by side are counted as one
-        for span, _, length in chunk.parts:
+        for span, start, length in chunk.parts:
             dtype = span.tensor.dtype
-            if length and dtype.floating and dtype not in PACKED:
+            if length and (zeros := stretches(buffer[at : at + length])):
+                self._zeros.setdefault(span.name, []).extend((start + a, start + b) for a, b in zeros)
+            if length and dtype.floating and dtype not in OPAQUE:
                 if self._numbers:
                     self._number(span.name, dtype, buffer[at : at + length])
                 if (group := self._groups.get(span.name)) is not None:
@@ -372,8 +378,14 @@ class _Counters:
             for _, numbers in self._counts:
                 if (more := numbers.get(span.name)) is not None:
                     total.merge(more)
-            digest = digests.get(span.name)
-            tensors[span.name] = TensorScan(digest, total.nan, total.infinite, total.overflow, total.largest)
+            tensors[span.name] = TensorScan(
+                digests.get(span.name),
+                total.nan,
+                total.infinite,
+                total.overflow,
+                total.largest,
+                joined(self._zeros.get(span.name, ()), span.length),
+            )
         histograms: dict[str, NDArray[np.int64]] = {}
         for group in dict.fromkeys(self._groups.values()):
             counts = [h[group].numpy() for h, _ in self._counts if group in h]

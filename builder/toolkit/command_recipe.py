@@ -11,14 +11,15 @@ from typing import Any
 import tomli_w
 
 from builder.base.disk import may_replace, replacing, write_all
-from builder.base.errors import OutputError, Problem
+from builder.base.errors import OutputError, Place, Problem
 from builder.base.toml import Document, escaped
 from builder.build import Build, Built, build_recipe
 from builder.models.catalog import Catalog
 from builder.operations.fixes import FIXES
 from builder.plan import Plan
 from builder.recipe import FromBase, NewBase, Output, Pick, Recipe, Source, parse_recipe
-from builder.recipe.names import WRITTEN, numbered
+from builder.recipe.language import OUTPUT_FILE, PATH
+from builder.recipe.names import WRITTEN, numbered, portable
 from builder.sources.opened import Sources
 from builder.store import Store
 from builder.workspace import Workspace
@@ -90,23 +91,32 @@ class CommandRecipe:
     def save(self, path: Path, target: Path, catalog: Catalog) -> None:
         """Write the recipe to `path`, as one that makes `target` where that is below it, else a namesake.
 
-        Raises OutputError when it cannot be written, or would take the place of a source or of `target`.
+        A namesake is one that every file system can have, and no source's. Raises OutputError when it cannot
+        be written, or would take the place of a source or of `target`.
         """
         with replacing(path, inputs=[*self.sources.values(), target]) as fd:
             write_all(fd, memoryview(self.saved(path, target, catalog)), 0)
 
     def saved(self, path: Path, target: Path, catalog: Catalog) -> bytes:
-        """What `save` writes; raises OutputError or RecipeError for names that no recipe can hold."""
-        folder, goal = path.absolute().parent.resolve(), target.absolute().parent.resolve() / target.name
-        file = goal.relative_to(folder) if goal.is_relative_to(folder) else Path(target.name)
-        text = replace(self, output={"file": file.as_posix(), **self.output}).text(folder)
-        try:
-            data = text.encode()
-        except UnicodeEncodeError:
-            fact = f"a recipe in `{path}` cannot name these files"
-            raise OutputError(Problem(fact, hint="rename them: their names are not valid Unicode")) from None
+        """What `save` writes; raises OutputError for a source that no recipe can name."""
+        folder = path.absolute().parent.resolve()
+        for name in self.sources:
+            if not PATH.holds(file := self._source(name, folder)["file"]):
+                evidence = "its name has a control character, or what is not valid Unicode"
+                hint = "rename it, or leave `--save-recipe` out"
+                raise OutputError(Problem("no recipe can name this file", Place(file), (evidence,), hint))
+        output = {"file": self.written(path, target), **self.output}
+        text = replace(self, output=output).text(folder)
         parse_recipe(text, ORIGIN, catalog)
-        return data
+        return text.encode()
+
+    def written(self, path: Path, target: Path) -> str:
+        """What the recipe saved to `path` calls the file that it makes; see `save`."""
+        folder, goal = path.absolute().parent.resolve(), target.absolute().parent.resolve() / target.name
+        below = goal.relative_to(folder) if goal.is_relative_to(folder) else Path(target.name)
+        taken = {self._source(name, folder)["file"].casefold() for name in self.sources}
+        file = below if OUTPUT_FILE.holds(below.as_posix()) else Path(portable(target.name))
+        return next(f for p in numbered(file) if (f := p.as_posix()).casefold() not in taken)
 
 
 def run(
@@ -141,7 +151,10 @@ def run(
         before=before,
     )
     if save is not None:
-        command.save(save, made.outputs[0].path, workspace.catalog)
+        path = made.outputs[0].path
+        command.save(save, path, workspace.catalog)
+        if Path(named := command.written(save, path)).name != path.name:
+            workspace.reporter.note(f"the recipe makes `{named}`: no recipe can call it `{path.name}`")
     return made
 
 

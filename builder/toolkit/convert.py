@@ -16,11 +16,14 @@ from builder.formats import open_checkpoint
 from builder.formats.blob import FileBlob
 from builder.formats.checkpoint import Checkpoint
 from builder.models.catalog import Catalog, Names
-from builder.models.cut import cut, full_names
+from builder.models.cut import cut
 from builder.models.identify import identify
+from builder.models.prediction import Prediction as Told
+from builder.models.prediction import prediction as prediction_of
 from builder.recipe.names import recipe_name
 from builder.tensors.cast import PRECISIONS, Faults, NonFinite, Overflow, Precision, cast_all
 from builder.tensors.lazy import LazyTensor
+from builder.tensors.packed import packing
 from builder.toolkit.command_recipe import CommandRecipe
 
 if TYPE_CHECKING:
@@ -89,6 +92,7 @@ def convert(
     shard_size: int | None = None,
     prediction: Prediction | None = None,
     tokenizer: Path | None = None,
+    repair: bool = False,
     threads: int = 2,
     durable: bool = True,
     reporter: Reporter = SILENT,
@@ -99,7 +103,8 @@ def convert(
     and the noise schedule stay as they are, and values that it cannot hold are handled as `overflow` and
     `non_finite` say (`builder.tensors.cast.Cast`). `shard_size` is in bytes of tensors. For diffusers'
     layout, `prediction` overrides what the model says it predicts, and `tokenizer` is a folder with CLIP's
-    vocabulary. Raises CkptError; then `target` is as it was.
+    vocabulary. `repair` is as for `open_checkpoint`, and what it mends is noted. Raises CkptError; then
+    `target` is as it was.
     """
     form = form_of(str(target))
     target = Path(target)
@@ -114,7 +119,9 @@ def convert(
         option = "--prediction" if prediction else "--tokenizer"
         fact = f"`{option}` is for a diffusers folder, and `{target}` is none"
         raise UsageError(Problem(fact, hint="name a folder, or leave the option out"))
-    with open_checkpoint(source, catalog.layouts) as checkpoint:
+    with open_checkpoint(source, catalog.layouts, repair=repair) as checkpoint:
+        for mended in checkpoint.mended or ("nothing was wrong with the file",) * repair:
+            reporter.note(f"repair: {mended}")
         faults = Faults()
         tensors = _cast(checkpoint, precision, overflow, non_finite, faults, catalog)
         blobs = [b for b in checkpoint.blobs if isinstance(b, FileBlob)]
@@ -154,7 +161,8 @@ def recipe_of(
     """
     with open_checkpoint(source, catalog.layouts) as checkpoint:
         identity = identify(checkpoint, catalog)
-    left = [*identity.ema, *identity.junk, *identity.unknown, *identity.scales]
+    scales = [n for n in identity.scales if n not in identity.companions]
+    left = [*identity.ema, *identity.junk, *identity.unknown, *scales]
     odd = [
         m.component.name for m in identity.matches if m.diffusers_attention or m.usual_prefix or not m.usual
     ]
@@ -210,7 +218,7 @@ def _named(
         names = Names(catalog.component_for(cls, at).prefix) if at and home else catalog.classes[cls][0].alone
         found = cut(tensors, identity, match, cls).tensors
         made |= {names.name(bare): tensor for bare, tensor in found.items()}
-        taken |= full_names(identity, match)
+        taken.update(match.full)
         reporter.note(f"{match.component.name}: {len(found):,} tensors get their usual names")
     rest = {name: tensor for name, tensor in tensors.items() if name not in taken}
     if clash := next((name for name in made if name in rest), None):
@@ -332,7 +340,8 @@ def _model(
                 hint="name a file to write it in another container",
             )
         )
-    foreign = next((name for name in checkpoint if name.startswith("edm_")), None)
+    told = prediction_of(checkpoint, checkpoint.metadata, catalog)
+    foreign = next((name for name in told.names if name.startswith("edm_")), None)
     if foreign is not None:
         raise SourceError(
             Problem(
@@ -341,40 +350,41 @@ def _model(
                 hint="name a file to write it in another container",
             )
         )
+    if packed := packing({n: checkpoint[n] for m in identity.matches for n in m.full}):
+        hint = "name a file to write them in another container"
+        raise packed.refused("have no place in diffusers' layout", hint)
     layout = catalog.layouts[architecture.diffusers]
     usual: dict[str, LazyTensor] = {}
+    others: dict[str, LazyTensor] = {}
     taken: set[str] = set()
     for match in (m for m in identity.matches if m.component.cls in architecture.slots):
         prefix = catalog.component_for(match.component.cls, architecture).prefix
         parts = cut(tensors, identity, match, match.component.cls).tensors
-        usual |= {prefix + bare: tensor for bare, tensor in parts.items()}
-        taken |= full_names(identity, match)
+        for bare, tensor in parts.items():  # no loader of the layout knows what is beyond the table
+            (others if bare in match.companions else usual)[prefix + bare] = tensor
+        taken.update(match.full)
     return _Model(
         layout,
         usual,
-        {name: tensor for name, tensor in tensors.items() if name not in taken},
+        others | {name: tensor for name, tensor in tensors.items() if name not in taken},
         _metadata(checkpoint),
-        prediction or _prediction(checkpoint, layout, catalog),
-        "ztsnr" in checkpoint,
+        prediction or _prediction(told, layout, checkpoint.name),
+        told.zero_snr,
     )
 
 
-def _prediction(checkpoint: Checkpoint, layout: Layout, catalog: Catalog) -> Prediction:
-    said = checkpoint.metadata.get("modelspec.prediction_type", "")
-    called = checkpoint.metadata.get("modelspec.architecture", "")
-    kinds = [a.modelspec for a in catalog.architectures.values() if a.modelspec and a.modelspec.v]
-    if "v_pred" in checkpoint or said in ("v", "v_prediction") or called in {k.v for k in kinds}:
-        return "v"
-    if layout.pixels_v is not None and said != "epsilon" and called not in {k.architecture for k in kinds}:
+def _prediction(told: Told, layout: Layout, name: str) -> Prediction:
+    """What the scheduler's configuration is to say; raises UsageError where nothing says it."""
+    if told.kind is None and layout.pixels_v is not None:
         both = f"of {layout.pixels} pixels epsilon, of {layout.pixels_v} pixels v"
         raise UsageError(
             Problem(
-                f"nothing in `{checkpoint.name}` says what it predicts",
+                f"nothing in `{name}` says what it predicts",
                 evidence=(f"{layout.name} comes in both kinds: {both}",),
                 hint="say `--prediction epsilon` or `--prediction v`",
             )
         )
-    return "epsilon"
+    return "v" if told.v else "epsilon"
 
 
 def _vocabulary(given: Path | None, source: Path) -> dict[str, bytes]:

@@ -10,24 +10,31 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from builder.base.disk import write_bytes
 from builder.base.errors import ExitCode, Place, Problem, SourceError
-from builder.base.files import read_bounded
+from builder.base.files import parse_json, read_bounded
+from builder.base.progress import Reporter
 from builder.build import Build, Built
 from builder.formats.open import is_model
+from builder.models.cut import cut
 from builder.models.identify import EMA, Identity, Match
-from builder.models.parts import home, usual_precision
+from builder.models.parts import home, usual_precision, words_for
+from builder.operations.fixes import FIXES, match_types
 from builder.recipe import Pick
-from builder.recipe.names import SHARD, SUFFIXES, recipe_name
-from builder.recipe.profiles import MAX_SIDECAR
+from builder.recipe.names import SHARD, SUFFIXES, free_name, recipe_name
+from builder.recipe.profiles import MAX_SIDECAR, with_profile
 from builder.reports.inspect import Report, examine
 from builder.sources.opened import Sources
-from builder.tensors.cast import cast_type
-from builder.tensors.lazy import LazyTensor
+from builder.tensors.cast import Narrow
+from builder.tensors.lazy import DType, LazyTensor
 from builder.toolkit.command_recipe import CommandRecipe, run
+from builder.toolkit.whole_files import copy_file, same_file
 from builder.workspace import Workspace
+
+if TYPE_CHECKING:
+    from builder.models.catalog import Catalog
 
 ORIGIN = "pruned_from"  # the metadata that says which file this was
 
@@ -41,21 +48,34 @@ Tensors = Mapping[str, LazyTensor]
 
 @dataclass(frozen=True)
 class Options:
-    """How to prune. `precision`: None is 16 bits, as such models are published. `keep` are names of tensors,
-    or patterns of them as a shell has, that stay whatever they are. `force`: what is broken or unknown, too.
+    """How to prune. `precision`: None is 16 bits, as such models are published; any other is what becomes of
+    all that takes no fewer bits. `keep` are names of tensors, or patterns of them as a shell has, or classes,
+    that stay whatever they are. `force`: what is broken or unknown, too. `fixes`, `profile`, `overflow` and
+    `non_finite` are as in a recipe.
     """
 
     precision: str | None = None
     keep_ema: bool = False
     keep: tuple[str, ...] = ()
     force: bool = False
+    fixes: tuple[str, ...] = ()
+    profile: str | None = None
+    overflow: str = "error"
+    non_finite: str = "error"
+
+    @property
+    def keys(self) -> dict[str, str]:
+        """What of this a recipe says under [output], where it is not the usual."""
+        said = {"profile": self.profile, "overflow": self.overflow, "non_finite": self.non_finite}
+        return {key: value for key, value in said.items() if value not in (None, "error")}
 
 
 @dataclass(frozen=True)
 class Share:
     """Tensors of a file that have one fate for one reason: full names, the largest first, and bytes.
 
-    For `precision` the bytes are those that rounding saves.
+    For `precision` the bytes are those that rounding saves, and for `positions`, which become int64, those
+    that this saves: fewer than none where they were FP16.
     """
 
     reason: str
@@ -68,7 +88,8 @@ class Pruning:
     """What is to become of a file, and why not. Sizes are in bytes, `left` is of the tensors that stay.
 
     `parts` are the components that stay, at their size after rounding, and `rest` what stays beside them;
-    `averages` are classes of averages that are components of the pruned file.
+    `averages` are classes of averages that are components of the pruned file; `repairs` what fixes change, in
+    words, by component.
     `refusal` says why nothing should be done, `unmatched` which patterns of `keep` match nothing.
     `output` is the recipe's table.
     """
@@ -80,6 +101,8 @@ class Pruning:
     rest: tuple[Share, ...]
     left: int
     averages: tuple[str, ...]
+    repairs: tuple[tuple[str, str], ...]
+    fixes: tuple[str, ...]
     output: dict[str, Any]
     refusal: Problem | None
     unmatched: tuple[str, ...]
@@ -90,9 +113,20 @@ class Pruning:
         return self.report.identity
 
     @property
+    def repacked(self) -> bool:
+        """Whether it becomes a safetensors file that was none: models do, and what has no table stays."""
+        return self.identity.intact and self.report.container.startswith("torch")
+
+    @property
     def tidy(self) -> bool:
-        """Whether there is nothing to take out of it, and its names are the usual ones."""
-        return not self.goes and all(m.usual or m.ema for m in self.identity.matches)
+        """Whether there is nothing to do to it, and its names are the usual ones."""
+        named = all(m.usual or m.ema for m in self.identity.matches)
+        return named and not (self.goes or self.repairs or self.repacked)
+
+    @property
+    def broken(self) -> bool:
+        """Whether it is a model that lacks parts, or nothing at all; what is unknown may be whole."""
+        return not self.report.tensors or (not self.identity.intact and bool(self.identity.architecture))
 
     @property
     def checked(self) -> Pruning:
@@ -111,7 +145,7 @@ def plan_pruning(path: Path, sources: Sources, options: Options) -> Pruning:
     identity, tensors = report.identity, report.tensors
     at = home(identity, catalog)
     precision = options.precision or usual_precision(identity.architecture or "", identity, catalog)
-    asked = {p: [n for n in tensors if n == p or fnmatchcase(n, p)] for p in options.keep}
+    asked = {p: _asked(p, tensors, identity) for p in options.keep}
     kept = {n for names in asked.values() for n in names}
     averages = {m.component.cls: m for m in identity.matches if m.ema}
     # An average alone is the model, and is not listed among what training keeps beside one.
@@ -124,41 +158,78 @@ def plan_pruning(path: Path, sources: Sources, options: Options) -> Pruning:
         "EMA": [n for n in (*identity.ema, *state) if n not in kept | stays],
         "junk": [n for n in identity.junk if n not in kept],
     }
-    left = {n: t for n, t in tensors.items() if n not in {*gone["EMA"], *gone["junk"]}}
+    astray = {m.component: m.full for m in identity.astray}
+    gone |= {c.name: [n for n in names if n not in kept] for c, names in astray.items()}
+    whole = [c for c, names in astray.items() if kept.issuperset(names)]
+    left = tensors.keys() - {n for names in gone.values() for n in names}
     slots = at.slots if at is not None else (identity.architecture,)
     parts = [m for m in identity.matches if m.component.cls in (*slots, *wanted)]
-    rounded = {
-        full: saved for m in parts for full in m.full if (saved := _saved(full, tensors[full], precision))
-    }
-    of_parts = {full for m in parts for full in m.full}
+    narrow: Narrow = "fewer" if options.precision else True
+    types: dict[str, DType] = {}
+    for match in parts:
+        types |= match_types(match, tensors, precision, narrow)  # type: ignore[arg-type]
+    saved = {full: tensors[full].nbytes - tensors[full].numel * d.bits // 8 for full, d in types.items()}
+    changed = {full: d for full, d in types.items() if d is not tensors[full].dtype}
+    rounded = [full for full, d in changed.items() if d.floating]
+    positions = [full for full, d in changed.items() if not d.floating]
+    of_parts = set(types)
     rest = {
         "extra": [n for n in identity.optional if n in left],
-        "scales": list(identity.scales),
-        "kept": [n for n in left if n in kept and n not in of_parts],
+        "scales": [n for n in identity.scales if n in left and n not in of_parts],
+        "kept": [n for n in tensors if n in kept and n not in of_parts],
     }
-    rest["unknown"] = [n for n in left if n not in of_parts.union(*rest.values())]
+    rest["unknown"] = [n for n in tensors if n in left - of_parts.union(*rest.values())]
+    single = kept - of_parts.union(*(astray[c] for c in whole))
     output = {
         "precision": precision,
-        "narrow": True,
+        "narrow": narrow,
         "unknown": "keep",
-        **({"keep": [*rest["extra"], *sorted(kept - of_parts)]} if kept - of_parts else {}),
+        **({"keep": [*rest["extra"], *sorted(single), *(c.cls for c in whole)]} if single or whole else {}),
+        **options.keys,
         **({"partial": True} if not identity.intact else {}),
     }
     goes = _shares(gone, tensors)
     if rounded:
-        goes.append(replace(_share("precision", rounded, tensors), bytes=sum(rounded.values())))
+        goes.append(replace(_share("precision", rounded, tensors), bytes=sum(saved[n] for n in rounded)))
+    if positions:
+        goes.append(replace(_share("positions", positions, tensors), bytes=sum(saved[n] for n in positions)))
     return Pruning(
         path,
         report,
         tuple(sorted(goes, key=lambda s: -s.bytes)),
-        tuple(_part(m, tensors, rounded) for m in parts),
+        tuple(_part(m, tensors, saved) for m in parts),
         tuple(_shares(rest, tensors)),
-        sum(t.nbytes for t in left.values()) - sum(rounded.values()),
+        sum(tensors[n].nbytes for n in left) - sum(saved.values()),
         tuple(wanted),
+        tuple(_repairs(parts, report, options, catalog)),
+        options.fixes,
         output,
         None if options.force and tensors else _refusal(path, report),
         tuple(p for p, names in asked.items() if not names),
     )
+
+
+def _asked(word: str, tensors: Tensors, identity: Identity) -> list[str]:
+    """The tensors that a word under `keep` means: one, those of a pattern, or those of a component."""
+    part = next((m for m in identity.matches if word in words_for(m)), None)
+    if part is not None:
+        return list(part.full)
+    return [n for n in tensors if n == word or fnmatchcase(n, word)]
+
+
+def _repairs(
+    parts: Iterable[Match], report: Report, options: Options, catalog: Catalog
+) -> Iterator[tuple[str, str]]:
+    """What the fixes that are asked for would change, by component; reads a few hundred bytes."""
+    fixes = with_profile(options.fixes, options.profile)
+    for match in parts if fixes else ():
+        made = cut(report.tensors, report.identity, match, match.component.cls)
+        changes = [c for c in made.changes if c.partition(":")[0] in fixes]
+        held: Tensors = made.tensors
+        for name in (n for n in fixes if catalog.applies(n, match.component.cls)):
+            held, words = FIXES[name].apply(held)
+            changes += [f"{name}: {word}" for word in words]
+        yield from ((match.component.name, change) for change in changes)
 
 
 def prune(
@@ -179,14 +250,34 @@ def prune(
     made = run(
         _recipe(pruning.checked), target, workspace, sources, naming=naming, save=save, threads=threads
     )
-    built = made.outputs[0].path
-    config, beside = pruning.path.with_suffix(".yaml"), built.with_suffix(".yaml")
+    _configuration_too(pruning.path, made.outputs[0].path, workspace.reporter)
+    return made
+
+
+def copy(path: Path, folder: Path, reporter: Reporter) -> Path | None:
+    """Copy a file that needs no pruning, and its `.yaml`, into a folder, and compare the copy with it.
+
+    One that is there and the same serves; a name that is taken gets a number. Gives the copy, or None
+    where the file lies in the folder itself. Raises OutputError.
+    """
+    if path.resolve().parent == folder.resolve():
+        return None
+    target = same_file(path, folder, path.suffix)
+    if target is None:
+        target = free_name(folder / path.name)
+        copy_file(path, target)
+    _configuration_too(path, target, reporter)
+    return target
+
+
+def _configuration_too(path: Path, target: Path, reporter: Reporter) -> None:
+    """Copy the `.yaml` of a file beside what was made of it, unless there is one."""
+    config, beside = path.with_suffix(".yaml"), target.with_suffix(".yaml")
     with suppress(OSError):
         # A link could lead to any file of the user's.
         if not os.path.lexists(beside) and not config.is_symlink():
             write_bytes(beside, read_bounded(config, MAX_SIDECAR))
-            workspace.reporter.note(f"`{config.name}` goes with it, as `{beside.name}`")
-    return made
+            reporter.note(f"`{config.name}` goes with it, as `{beside.name}`")
 
 
 def _recipe(pruning: Pruning) -> CommandRecipe:
@@ -199,14 +290,13 @@ def _recipe(pruning: Pruning) -> CommandRecipe:
     kept[ORIGIN] = json.dumps(origin, sort_keys=True, ensure_ascii=True)
     name = recipe_name(path)
     components = {cls: Pick(cls, name) for cls in pruning.averages}
-    return CommandRecipe(
-        name, {name: path}, name, components=components, output={**pruning.output, "metadata": kept}
-    )
+    output = {**pruning.output, "metadata": kept}
+    return CommandRecipe(name, {name: path}, name, components=components, fixes=pruning.fixes, output=output)
 
 
 def _parsed(text: str) -> Any:
     try:
-        return json.loads(text)
+        return parse_json(text)
     except ValueError:
         return text
 
@@ -214,22 +304,18 @@ def _parsed(text: str) -> Any:
 def _refusal(path: Path, report: Report) -> Problem | None:
     """Why a file should not be pruned."""
     place, identity = Place(str(path)), report.identity
-    if not identity.intact:
+    if report.kind is None:
         fault = report.faults[0]
         what = f"broken: {fault.fact}" if identity.architecture else fault.fact
         hint = "`--force` drops EMA and junk all the same, and keeps the rest" if report.tensors else None
         return Problem(f"not pruned: {what}", place, fault.evidence, hint)
-    if 2 * report.junk.bytes > sum(t.nbytes for t in report.tensors.values()):
-        evidence = (f"{report.junk.bytes:,} of {report.size:,} bytes are taken for junk",)
+    lost = report.junk.bytes + report.astray.bytes
+    if 2 * lost > sum(t.nbytes for t in report.tensors.values()):
+        what = "for junk, or have no slot" if report.astray.names else "for junk"
+        evidence = (f"{lost:,} of {report.size:,} bytes are taken {what}",)
         hint = "`--dry-run` says which tensors; `--keep` keeps some, `--force` drops them all the same"
         return Problem("not pruned: most of it would go", place, evidence, hint)
     return None
-
-
-def _saved(name: str, tensor: LazyTensor, precision: str) -> int:
-    """Bytes that rounding a tensor to a precision saves."""
-    new = cast_type(name, tensor.dtype, precision, narrow=True)  # type: ignore[arg-type]
-    return tensor.nbytes - tensor.numel * new.bits // 8
 
 
 def _share(reason: str, names: Iterable[str], tensors: Tensors) -> Share:
@@ -237,9 +323,9 @@ def _share(reason: str, names: Iterable[str], tensors: Tensors) -> Share:
     return Share(reason, tuple(by_size), sum(tensors[n].nbytes for n in by_size))
 
 
-def _part(match: Match, tensors: Tensors, rounded: Mapping[str, int]) -> Share:
+def _part(match: Match, tensors: Tensors, saved: Mapping[str, int]) -> Share:
     share = _share(match.component.name, match.full, tensors)
-    return replace(share, bytes=share.bytes - sum(rounded.get(n, 0) for n in share.names))
+    return replace(share, bytes=share.bytes - sum(saved[n] for n in share.names))
 
 
 def _shares(groups: Mapping[str, list[str]], tensors: Tensors) -> list[Share]:
@@ -248,12 +334,16 @@ def _shares(groups: Mapping[str, list[str]], tensors: Tensors) -> list[Share]:
 
 @dataclass(frozen=True)
 class Result:
-    """What became of a file: `written`, `unchanged`, `tidy`, `to do`, `refused` or `failed`."""
+    """What became of a file: `written`, `unchanged`, `tidy`, `copied`, `to do`, `refused` or `failed`.
+
+    `copy` is where what is tidy was copied to.
+    """
 
     path: Path
     state: str
     pruning: Pruning | None = None
     built: Built | None = None
+    copy: Path | None = None
     problems: tuple[Problem, ...] = ()
     code: ExitCode = ExitCode.DONE
 

@@ -7,24 +7,35 @@ from typing import Any
 
 from builder.base.errors import ExitCode, printable
 from builder.base.progress import human_bytes
+from builder.base.words import CONTAINERS
 from builder.toolkit.prune import Pruning, Result, Share
 
 EXAMPLES = 3
+
+Row = tuple[str, int | None, str]  # what, bytes, and words for it
 
 
 def describe(pruning: Pruning, names: bool = False) -> Iterator[str]:
     """What goes and what stays of a file, the largest first."""
     report = pruning.report
-    what = report.identity.architecture or "unknown"
+    what = (report.kind and report.kind.text) or report.identity.architecture or "unknown"
     sizes = f"{human_bytes(report.size)}, {human_bytes(pruning.left)} of tensors stay"
     yield printable(f"{report.path}: {what}, {sizes}")
-    goes = [(s.reason, s.bytes, _gone(s, pruning)) for s in pruning.goes] or [("nothing", 0, "")]
-    stays = [(s.reason, s.bytes, _counted(s)) for s in pruning.parts]
-    stays += [(s.reason, s.bytes, f"{_counted(s)}: {_grouped(s, pruning)}") for s in pruning.rest]
-    wide = max(len(reason) for reason, *_ in (*goes, *stays))
-    for label, rows in (("goes", goes), ("stays", stays)):
+    goes: list[Row] = [(s.reason, s.bytes, _gone(s, pruning)) for s in pruning.goes]
+    if not goes and pruning.repacked:
+        goes.append(("container", None, f"{CONTAINERS[report.container]}, which becomes safetensors"))
+    repairs: list[Row] = [(name, None, change) for name, change in pruning.repairs]
+    stays: list[Row] = [(s.reason, s.bytes, _counted(s)) for s in pruning.parts]
+    called = {"unknown": "tensors"} if report.kind is not None and report.kind.called else {}
+    stays += [
+        (called.get(s.reason, s.reason), s.bytes, f"{_counted(s)}: {_grouped(s, pruning)}")
+        for s in pruning.rest
+    ]
+    groups = {"goes": goes or [("nothing", None, "")], "fixed": repairs, "stays": stays}
+    wide = max(len(reason) for rows in groups.values() for reason, *_ in rows)
+    for label, rows in groups.items():
         for index, (reason, size, text) in enumerate(rows):
-            share = f"{human_bytes(size):>7}" if text else ""
+            share = f"{human_bytes(max(size, 0)):>7}" if size is not None else ""
             head = label if index == 0 else ""
             yield f"  {head:<6} {reason:<{wide}}  {share}  {printable(text)}".rstrip()
     for gone in pruning.goes if names else ():
@@ -32,12 +43,16 @@ def describe(pruning: Pruning, names: bool = False) -> Iterator[str]:
 
 
 def _gone(share: Share, pruning: Pruning) -> str:
-    if share.reason != "precision":
-        return f"{_counted(share)}: {_grouped(share, pruning)}"
-    types = {pruning.report.tensors[n].dtype.code for n in share.names}
-    return (
-        f"{_counted(share)} of {' and '.join(sorted(types))} rounded to {pruning.output['precision'].upper()}"
-    )
+    astray = next((m for m in pruning.identity.astray if m.component.name == share.reason), None)
+    if astray is not None:
+        slots = f"{pruning.identity.architecture} has no slot for it"
+        return f"{_counted(share)}: {slots}; `--keep {astray.component.cls}` keeps it"
+    types = " and ".join(sorted({pruning.report.tensors[n].dtype.code for n in share.names}))
+    if share.reason == "precision":
+        return f"{_counted(share)} of {types} rounded to {pruning.output['precision'].upper()}"
+    if share.reason == "positions":
+        return f"{_counted(share)} of {types} made int64"
+    return f"{_counted(share)}: {_grouped(share, pruning)}"
 
 
 def _counted(share: Share) -> str:
@@ -66,7 +81,8 @@ def line(result: Result) -> str:
     """What became of one file, where there is more to say than what goes and what stays."""
     built = result.built
     if built is None:
-        return f"tidy       {printable(str(result.path))}" if result.state == "tidy" else ""
+        said = f"{result.state:<9}  {printable(str(result.copy or result.path))}"
+        return said if result.state in ("tidy", "copied") else ""
     metric = f"  ({built.metric})" if built.metric else ""
     where = printable(str(built.path))
     return f"{built.state:<9}  {where}  {human_bytes(built.size)}{metric}\n{'':<9}  sha256 {built.sha256}"
@@ -98,7 +114,7 @@ def _after(result: Result) -> int:
     assert result.pruning is not None
     if result.built is not None:
         return result.built.size
-    return result.pruning.report.size if result.state == "tidy" else result.pruning.left
+    return result.pruning.left if result.state == "to do" else result.pruning.report.size
 
 
 def to_json(result: Result) -> dict[str, Any]:
@@ -109,7 +125,9 @@ def to_json(result: Result) -> dict[str, Any]:
             "architecture": pruning.identity.architecture,
             "size": pruning.report.size,
             "left": pruning.left,
+            "described": (pruning.report.kind and pruning.report.kind.text) or None,
             "precision": pruning.output["precision"],
+            "fixed": [{"what": name, "change": change} for name, change in pruning.repairs],
             "goes": [_share_json(s) for s in pruning.goes],
             "stays": [_share_json(s) for s in (*pruning.parts, *pruning.rest)],
         }
@@ -120,6 +138,8 @@ def to_json(result: Result) -> dict[str, Any]:
             "sha256": built.sha256,
             "metric": built.metric or None,
         }
+    if result.copy is not None:
+        said["output"] = {"path": str(result.copy), "size": result.copy.stat().st_size}
     if result.problems:
         said["error"] = [
             {"fact": p.fact, "evidence": list(p.evidence), "hint": p.hint} for p in result.problems

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 import os
-import shutil
+import re
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,15 +25,14 @@ from builder.base.errors import (
 )
 from builder.base.files import read_bounded
 from builder.formats import open_checkpoint
-from builder.formats.hashes import sha256_file
 from builder.models.identify import Identity, identify
-from builder.models.parts import kind
 from builder.recipe.names import SHARD, SUFFIXES, free_name, numbered, stem
 from builder.recipe.profiles import MAX_SIDECAR
 from builder.sources.opened import Sources
-from builder.tensors.cast import UnfitError
+from builder.tensors.cast import BeyondError, UnfitError
 from builder.toolkit.command_recipe import vacant
 from builder.toolkit.prune import Options, Pruning, plan_pruning, prune
+from builder.toolkit.whole_files import move, on_disk, same_content, same_file, same_inode
 from builder.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -45,21 +43,23 @@ SETTLE = 3.0  # seconds without a change after which a file counts as whole, if 
 PATIENCE = 20  # times as long, if it does not open: a slow copy may stall
 RETRY = 60.0  # seconds after which something is tried again that the system prevented
 
+_MODEL_FOLDER = re.compile(r"model_index\.json|.+\.index\.json")
 _UNFINISHED = (".part", ".crdownload", ".tmp", ".aria2", ".partial", ".!qB")  # what downloads lie beside
-_NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 
-State = Literal["pruned", "moved", "known", "failed", "kept"]
+State = Literal["pruned", "moved", "known", "stays", "failed", "kept"]
 
 
 class Event(NamedTuple):
     """What became of a file: `pruned` or `moved` to `target`; `known`: the same was there already; `failed`:
-    moved to `target` with the reason beside it; `kept`: it stays and is tried again. `problems` say why.
+    moved to `target` with the reason beside it; `stays`: it is nothing that could be put anywhere; `kept`: it
+    stays and is tried again. `problems` say why, `what` what the file is.
     """
 
     path: Path
     state: State
     target: Path | None = None
     problems: tuple[Problem, ...] = ()
+    what: str = ""
 
 
 @dataclass
@@ -77,13 +77,19 @@ def layout_of(models: Path, catalog: Catalog) -> str:
     return next((p for p in programs if (models / programs[p]["checkpoint"]).is_dir()), next(iter(programs)))
 
 
+def _is_model(name: str, beside: Iterable[str]) -> bool:
+    """Whether a file is called as checkpoints are, and its download is not on the way."""
+    called = Path(name).suffix.lower() in SUFFIXES and not SHARD.fullmatch(name)
+    return called and not any(f"{name}{end}" in beside for end in _UNFINISHED)
+
+
 class Watch:
     """A watched folder.
 
     `into` is the folder of all models, whose subfolders are those of the program `layout`. A file is touched
     once it has not changed for `settle` seconds, nobody has it open for writing, and it opens as a
-    checkpoint; what does not open is given up after `PATIENCE` times as long. Hidden files, links and folders
-    are left alone.
+    checkpoint; what does not open is given up after `PATIENCE` times as long. Hidden files and links are left
+    alone, and so are folders unless `recursive`, and those that are models or that files are put in always.
     Raises UsageError for a program that the catalog does not know.
     """
 
@@ -95,6 +101,7 @@ class Watch:
         options: Options,
         workspace: Workspace,
         *,
+        recursive: bool = False,
         settle: float = SETTLE,
         threads: int | None = None,
     ) -> None:
@@ -107,6 +114,7 @@ class Watch:
         self.layout = catalog.programs[layout]
         self.options = options
         self.workspace = workspace
+        self.recursive = recursive
         self.settle = settle
         self.threads = threads
         self.waiting: list[Path] = []  # files that the last look found unready
@@ -115,8 +123,7 @@ class Watch:
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Have the folder to oneself; raises UsageError when it is no folder or somebody watches it."""
-        places = {(self.into / p).resolve() for p in self.layout.values()}
-        if self.folder.resolve() in places:
+        if self.folder.resolve() in self._places:
             fact = f"`{self.folder}` is where pruned files are put"
             raise UsageError(Problem(fact, hint="watch another folder, or give another one with `--into`"))
         if not self.folder.is_dir():
@@ -148,27 +155,47 @@ class Watch:
             if event is None:
                 self.waiting.append(path)
                 continue
-            if event.state == "kept":
-                self._seen[path].not_before = time.monotonic() + RETRY
+            if event.state in ("kept", "stays"):  # the latter until the file is another
+                wait = RETRY if event.state == "kept" else float("inf")
+                self._seen[path].not_before = time.monotonic() + wait
             yield event
+
+    @property
+    def _places(self) -> set[Path]:
+        """Where files are put."""
+        return {self._place_for(kind).resolve() for kind in self.layout}
+
+    def _place_for(self, kind: str) -> Path:
+        """The folder for a kind of file; one that lies beside that of all models must be there already."""
+        folder = self.layout.get(kind, self.layout["other"])
+        inside = folder.removeprefix("../")
+        beside = Path(os.path.abspath(self.into)).parent / inside  # noqa: PTH100 - links are not followed
+        return beside if inside != folder and beside.is_dir() else self.into / inside
 
     def _files(self) -> Iterator[tuple[Path, os.stat_result]]:
         """The files that look like checkpoints, by name; links are not followed."""
-        try:
-            names = sorted(p.name for p in self.folder.iterdir())
-        except OSError as error:
-            fact = f"cannot read `{self.folder}`"
-            raise OutputError(Problem(fact, evidence=(str(error.strerror),))) from None
-        for name in names:
-            path = self.folder / name
-            if name.startswith(".") or path.suffix.lower() not in SUFFIXES or SHARD.fullmatch(name):
+        folders = [self.folder]
+        left_alone = {*self._places, (self.folder / FAILED).resolve(), self.into.resolve()}
+        for folder in folders:
+            try:
+                names = sorted(p.name for p in folder.iterdir())
+            except OSError as error:
+                if folder is not self.folder:
+                    continue
+                fact = f"cannot read `{self.folder}`"
+                raise OutputError(Problem(fact, evidence=(str(error.strerror),))) from None
+            if folder is not self.folder and any(map(_MODEL_FOLDER.fullmatch, names)):
                 continue
-            if any(f"{name}{end}" in names for end in _UNFINISHED):
-                continue
-            with suppress(OSError):
-                status = path.lstat()
-                if stat.S_ISREG(status.st_mode):
-                    yield path, status
+            for name in names:
+                path = folder / name
+                if name.startswith("."):
+                    continue
+                with suppress(OSError):
+                    status = path.lstat()
+                    if stat.S_ISDIR(status.st_mode) and self.recursive and path.resolve() not in left_alone:
+                        folders.append(path)
+                    if stat.S_ISREG(status.st_mode) and _is_model(name, names):
+                        yield path, status
 
     def _unchanged_for(self, path: Path, status: os.stat_result) -> float | None:
         """Seconds since a file changed, as far as is known; None while it is not to be tried again."""
@@ -195,10 +222,15 @@ class Watch:
                     if age < PATIENCE * self.settle:
                         return None
                     raise
+                if pruning.refusal is not None and not pruning.broken:
+                    return Event(path, "stays", problems=(pruning.refusal,))
                 return self._place(pruning.checked, status, sources)
         except CkptError as error:
             if not _still(path, status):
                 return None  # gone, or still being written after all
+            if isinstance(error, BeyondError):
+                fact = "values beyond the precision: prune it with `--overflow clamp` or `--precision keep`"
+                return Event(path, "stays", problems=(Problem(fact, Place(str(path))),))
             if isinstance(error, OutputError) and not isinstance(error, UnfitError):
                 return Event(path, "kept", problems=error.problems)
             return self._fail(path, error.problems)
@@ -207,12 +239,15 @@ class Watch:
 
     def _place(self, pruning: Pruning, status: os.stat_result, sources: Sources) -> Event | None:
         path, catalog, store = pruning.path, self.workspace.catalog, self.workspace.store
-        folder = self.into / self.layout.get(kind_of(pruning.identity, catalog), self.layout["other"])
+        kind = pruning.report.kind
+        folder = self._place_for(kind.kind if kind is not None else "other")
         folder.mkdir(parents=True, exist_ok=True)
         place = folder / f"{stem(path)}.safetensors"
         state: State = "moved"
-        if pruning.tidy and pruning.report.container == "safetensors":
-            target = same_file(path, folder)
+        if pruning.tidy:
+            if pruning.report.container != "safetensors":
+                place = folder / path.name
+            target = same_file(path, folder, place.suffix)
             if target is not None:
                 state = "known"
                 path.unlink()
@@ -232,10 +267,14 @@ class Watch:
             verify_on_disk(target, built.sha256, pruning.identity, catalog)
             if not _still(path, status):
                 return None
+            configured = target.with_suffix(".yaml").exists()
+            if state == "pruned" and not configured and (twin := same_content(target, folder)) is not None:
+                target.unlink()  # what was pruned before from a file like this, under another name
+                target, state = twin, "known"
             path.unlink()
-        sync_folder(self.folder)
+        sync_folder(path.parent)
         self._take_along(path, target)
-        return Event(path, state, target)
+        return Event(path, state, target, what=kind.text if kind is not None else "")
 
     def _take_along(self, path: Path, target: Path) -> None:
         """Move the `.yaml` of a file that is gone to where that is now, unless there is another one."""
@@ -255,65 +294,19 @@ class Watch:
         free = (
             p
             for p in numbered(folder / path.name)
-            if not os.path.lexists(p.with_suffix(".txt")) and (not os.path.lexists(p) or _same(p, path))
+            if not os.path.lexists(p.with_suffix(".txt")) and (not os.path.lexists(p) or same_inode(p, path))
         )
         target = move(path, next(free))
         text = "\n\n".join(render(p) for p in problems) + "\n"
         with replacing(target.with_suffix(".txt")) as fd:
             write_all(fd, memoryview(text.encode("utf-8", "backslashreplace")), 0)
-        sync_folder(self.folder)
+        sync_folder(path.parent)
         return Event(path, "failed", target, problems)
-
-
-def kind_of(identity: Identity, catalog: Catalog) -> str:
-    """What a file is to programs: `checkpoint`, or the kind of the components it consists of, as `VAE`."""
-    name = identity.architecture or ""
-    slots = catalog.architectures[name].slots if name in catalog.architectures else (name,)
-    kinds = {kind(s) for s in slots}
-    return kinds.pop() if len(kinds) == 1 else "checkpoint"
-
-
-def move(path: Path, place: Path) -> Path:
-    """Give a file another name: `place`, or the first of `NAME(1).EXT`, … that is free. Never replaces one.
-
-    On another file system it is copied, and the copy compared with it before it is removed. A process that
-    is killed leaves the file under its old name, its new one, or both. Raises OSError, OutputError.
-    """
-    for target in numbered(place):
-        if os.path.lexists(target):
-            if _same(target, path):
-                break
-            continue
-        try:
-            os.link(path, target, follow_symlinks=False)
-        except FileExistsError:
-            continue
-        except OSError as error:
-            if error.errno == errno.EXDEV:
-                _copy(path, target)
-            elif error.errno in _NO_LINKS:
-                path.rename(target)
-                return target
-            else:
-                raise
-        break
-    sync_folder(target.parent)
-    path.unlink()
-    return target
-
-
-def same_file(path: Path, folder: Path) -> Path | None:
-    """A file in a folder with the same content, read whole and compared now; None where there is none."""
-    size = path.stat().st_size
-    alike = [p for p in sorted(folder.iterdir()) if p.is_file() and p.stat().st_size == size]
-    alike = [p for p in alike if p.suffix == ".safetensors" and not p.is_symlink() and not _same(p, path)]
-    digest = sha256_file(path).sha256 if alike else ""
-    return next((p for p in alike if _on_disk(p) == digest), None)
 
 
 def verify_on_disk(path: Path, sha256: str, identity: Identity, catalog: Catalog) -> None:
     """Read a file back from the disk; raises OutputError unless it is what was written, and what it was."""
-    found = _on_disk(path)
+    found = on_disk(path)
     with open_checkpoint(path, catalog.layouts) as checkpoint:
         now = identify(checkpoint, catalog)
     if found != sha256 or now.architecture != identity.architecture:
@@ -324,28 +317,6 @@ def verify_on_disk(path: Path, sha256: str, identity: Identity, catalog: Catalog
         )
 
 
-def _on_disk(path: Path) -> str:
-    """The SHA-256 of a file, not from memory where the system can tell the two apart."""
-    if hasattr(os, "posix_fadvise"):
-        fd = os.open(path, os.O_RDONLY)
-        try:
-            with suppress(OSError):
-                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(fd)
-    return sha256_file(path).sha256
-
-
-def _copy(path: Path, target: Path) -> None:
-    digest = sha256_file(path).sha256
-    with path.open("rb") as source, replacing(target) as fd, os.fdopen(os.dup(fd), "wb") as copy:
-        shutil.copyfileobj(source, copy, 4 << 20)
-    if _on_disk(target) != digest:
-        raise OutputError(
-            Problem("the copy is not what was copied", Place(str(target)), hint="the original stays")
-        )
-
-
 def _identity(status: os.stat_result) -> tuple[int, ...]:
     return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
@@ -353,13 +324,6 @@ def _identity(status: os.stat_result) -> tuple[int, ...]:
 def _still(path: Path, status: os.stat_result) -> bool:
     try:
         return _identity(path.lstat()) == _identity(status)
-    except OSError:
-        return False
-
-
-def _same(one: Path, other: Path) -> bool:
-    try:
-        return os.path.samestat(one.lstat(), other.lstat())
     except OSError:
         return False
 

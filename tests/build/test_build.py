@@ -63,21 +63,21 @@ def metadata(path: Path) -> dict[str, str]:
 
 
 def test_a_dirty_checkpoint_made_tidy(folder: Folder) -> None:
-    folder.mini()
-    said = folder("build", "mini.toml")
+    folder.tiny()
+    said = folder("build", "tiny.toml")
     assert said.code == 0
-    made = content(folder / "mini.safetensors")
+    made = content(folder / "tiny.safetensors")
     tidy = model(dirt=Dirt(junk=True))
-    expected = halves(model()) | halves({VAE + n: t for n, t in model("VAE-mini", seed=2).items()})
+    expected = halves(model()) | halves({VAE + n: t for n, t in model("VAE-tiny", seed=2).items()})
     assert {n: made[n] for n in expected} == expected
     # And the noise schedule, which is part of a full checkpoint, as it was.
     beside = {n: t for n, t in tidy.items() if n in made and n not in expected}
     assert made.keys() == {*expected, *beside} and len(beside) >= 10
     assert {n: made[n][0] for n in beside} == dict.fromkeys(beside, "F32")
-    assert re.search(r"left out of `dirty`: EMA, 688 tensors, 2\.2 MB", said.err)
+    assert re.search(r"left out of `dirty`: EMA, 6 tensors, 1\.3 MB", said.err)
     assert re.search(r"left out of `dirty`: junk, \d+ tensors", said.err)
     assert "clip-position-ids: made exact: int64 0..76" in said.err
-    loaded = load_file(folder / "mini.safetensors")
+    loaded = load_file(folder / "tiny.safetensors")
     assert loaded.keys() == made.keys()
 
 
@@ -91,8 +91,8 @@ def test_a_new_base(folder: Folder) -> None:
     )
     folder.write(
         "m.toml",
-        HEAD + 'base = "NEW SDmini"\n[sources]\nu.file = "unet.safetensors"\nr.file = "rest.ckpt"\n'
-        '[components]\nUNET-mini = "u"\nCLIP-mini = "r"\nVAE-mini = "r"\n',
+        HEAD + 'base = "NEW SDtiny"\n[sources]\nu.file = "unet.safetensors"\nr.file = "rest.ckpt"\n'
+        '[components]\nUNET-tiny = "u"\nCLIP-tiny = "r"\nVAE-tiny = "r"\n',
     )
     folder.build("m.toml")
     assert content(folder / "m.safetensors") == halves(tensors)
@@ -100,9 +100,9 @@ def test_a_new_base(folder: Folder) -> None:
 
 @pytest.mark.parametrize("prefixed", [True, False])
 def test_a_component_prefixed_or_bare(whole: Folder, prefixed: bool) -> None:
-    vae = model("VAE-mini", seed=2)
+    vae = model("VAE-tiny", seed=2)
     save(whole / "v.pt", {VAE * prefixed + n: t for n, t in vae.items()})
-    whole.write("m.toml", WHOLE + 'sources.v.file = "v.pt"\ncomponents.VAE-mini = "v"\n')
+    whole.write("m.toml", WHOLE + 'sources.v.file = "v.pt"\ncomponents.VAE-tiny = "v"\n')
     whole.build("m.toml")
     made = content(whole / "m.safetensors")
     assert made == halves({**model(seed=1), **{VAE + n: t for n, t in vae.items()}})
@@ -111,7 +111,7 @@ def test_a_component_prefixed_or_bare(whole: Folder, prefixed: bool) -> None:
 def test_the_average_promoted(folder: Folder) -> None:
     dirty = model(dirt=Dirt(ema=True))
     save(folder / "a.safetensors", dirty)
-    folder.write("m.toml", WHOLE + 'components.UNET-mini = { from = "a", component = "UNET-mini-EMA" }\n')
+    folder.write("m.toml", WHOLE + 'components.UNET-tiny = { from = "a", component = "UNET-tiny-EMA" }\n')
     folder.build("m.toml")
     made = content(folder / "m.safetensors")
     flat = {("model_ema." + n.removeprefix("model.").replace(".", "")): n for n in made if n.startswith(UNET)}
@@ -122,7 +122,7 @@ def test_the_average_promoted(folder: Folder) -> None:
     found = {
         flat["model_ema." + "diffusion_model" + n.split("diffusion_model", 1)[1]] for n in dirty if "ema" in n
     }
-    assert len(found) == 686
+    assert len(found) == 4
     for name, full in flat.items():
         assert made[full] == expected[name]
     assert not any("model_ema" in n for n in made)
@@ -131,26 +131,26 @@ def test_the_average_promoted(folder: Folder) -> None:
 def test_the_average_kept_beside(folder: Folder) -> None:
     dirty = model(dirt=Dirt(ema=True))
     save(folder / "a.safetensors", dirty)
-    folder.write("m.toml", WHOLE + 'components.EMA-UNET-mini = "a"\n')
+    folder.write("m.toml", WHOLE + 'components.EMA-UNET-tiny = "a"\n')
     folder.build("m.toml")
     assert content(folder / "m.safetensors") == halves(dirty)
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "ckpt"])
 def test_a_class_alone(whole: Folder, suffix: str) -> None:
-    whole.write("m.toml", WHOLE.replace('base = "a"', 'base = "NEW VAE-mini"\ncomponents.VAE-mini = "a"'))
+    whole.write("m.toml", WHOLE.replace('base = "a"', 'base = "NEW VAE-tiny"\ncomponents.VAE-tiny = "a"'))
     said = whole("build", "m.toml", "-o", f"vae.{suffix}")
     assert said.code == 0, said.err
     assert content(whole / f"vae.{suffix}") == halves(part(model(seed=1), VAE))
 
 
 def test_a_component_that_the_source_lacks(whole: Folder) -> None:
-    save(whole / "v.safetensors", {n: t for n, t in model("VAE-mini", seed=2).items() if "conv_in" not in n})
-    whole.write("m.toml", WHOLE + 'sources.v.file = "v.safetensors"\ncomponents.VAE-mini = "v"\n')
+    save(whole / "v.safetensors", {n: t for n, t in model("VAE-tiny", seed=2).items() if "conv_in" not in n})
+    whole.write("m.toml", WHOLE + 'sources.v.file = "v.safetensors"\ncomponents.VAE-tiny = "v"\n')
     said = whole("build", "m.toml")
     assert said.code == 3
-    assert "`v` has no VAE-mini" in said.err and "m.toml:6:23" in said.err
-    assert "VAE-mini-SD: 4 of 248 tensors are missing" in said.err
+    assert "`v` has no VAE-tiny" in said.err and "m.toml:6:23" in said.err
+    assert "VAE-tiny-SD: 1 of 4 tensors are missing" in said.err
     assert not (whole / "m.safetensors").exists()
 
 
@@ -159,7 +159,7 @@ def test_a_base_without_some_component(folder: Folder) -> None:
     folder.write("m.toml", WHOLE)
     said = folder("build", "m.toml")
     assert said.code == 3
-    assert "nothing fills the slot `VAE-mini` of `SD-mini`" in said.err
+    assert "nothing fills the slot `VAE-tiny` of `SD-tiny`" in said.err
 
 
 def test_a_base_that_is_mostly_something_else(folder: Folder) -> None:
@@ -173,8 +173,8 @@ def test_a_base_that_is_mostly_something_else(folder: Folder) -> None:
     # What is named is taken.
     folder.write(
         "m.toml",
-        WHOLE.replace('base = "a"', 'base = "NEW SD-mini"')
-        + 'components = { UNET-mini = "a", VAE-mini = "a", CLIP-mini = "a" }\n',
+        WHOLE.replace('base = "a"', 'base = "NEW SD-tiny"')
+        + 'components = { UNET-tiny = "a", VAE-tiny = "a", CLIP-tiny = "a" }\n',
     )
     folder.build("m.toml")
     assert content(folder / "m.safetensors") == halves(model())
@@ -194,12 +194,12 @@ def test_unknown_tensors_are_named(folder: Folder) -> None:
 
 
 def test_a_recipe_as_base(whole: Folder) -> None:
-    vae = model("VAE-mini", seed=2)
+    vae = model("VAE-tiny", seed=2)
     save(whole / "sub" / "v.safetensors", vae)
     whole.write(
         "sub/inner.toml",
         'format = 1\nname = "inner"\nbase = "a"\nsources.a.file = "../a.safetensors"\n'
-        'sources.v.file = "v.safetensors"\ncomponents.VAE-mini = "v"\n',
+        'sources.v.file = "v.safetensors"\ncomponents.VAE-tiny = "v"\n',
     )
     whole.write("m.toml", HEAD + 'base = "i"\nsources.i.recipe = "sub/inner.toml"\n')
     whole.know("a.safetensors", "sub/v.safetensors")
@@ -207,7 +207,7 @@ def test_a_recipe_as_base(whole: Folder) -> None:
     assert content(whole / "m.safetensors") == halves(
         {**model(seed=1), **{VAE + n: t for n, t in vae.items()}}
     )
-    assert sorted(made["made"]) == ["CLIP-mini of a", "UNET-mini of a", "VAE-mini of v"]
+    assert sorted(made["made"]) == ["CLIP-tiny of a", "UNET-tiny of a", "VAE-tiny of v"]
     assert not (whole / "sub" / "inner.safetensors").exists(), "it is no output of this recipe"
     # The other way round everything is there already.
     assert whole.build("sub/inner.toml", "--allow-outside")["made"] == []
@@ -216,7 +216,7 @@ def test_a_recipe_as_base(whole: Folder) -> None:
 def test_a_recipe_as_source_of_one_component(whole: Folder) -> None:
     save(whole / "b.safetensors", model(seed=2))
     whole.write("inner.toml", 'format = 1\nname = "inner"\nbase = "b"\nsources.b.file = "b.safetensors"\n')
-    whole.write("m.toml", WHOLE + 'sources.i.recipe = "inner.toml"\ncomponents.VAE-mini = "i"\n')
+    whole.write("m.toml", WHOLE + 'sources.i.recipe = "inner.toml"\ncomponents.VAE-tiny = "i"\n')
     whole.build("m.toml")
     made = content(whole / "m.safetensors")
     assert made[UNET + "out.2.bias"] == halves(model(seed=1))[UNET + "out.2.bias"]
@@ -282,7 +282,7 @@ def test_a_damaged_component_of_an_inner_recipe_is_made_again(whole: Folder, kep
 def test_several_outputs_with_words_of_their_own(whole: Folder) -> None:
     broken = {**model(seed=1), IDS: values([[float(i) for i in range(77)]])}
     save(whole / "a.safetensors", broken)
-    save(whole / "v.safetensors", model("VAE-mini", seed=2))
+    save(whole / "v.safetensors", model("VAE-tiny", seed=2))
     whole.write(
         "m.toml",
         WHOLE
@@ -297,7 +297,7 @@ file = "deep/other.safetensors"
 precision = "bf16"
 fixes = ["position-ids-absent"]
 markers = ["v_pred", "ztsnr"]
-components.VAE-mini = "v"
+components.VAE-tiny = "v"
 metadata = { author = "someone" }
 """,
     )
@@ -311,6 +311,41 @@ metadata = { author = "someone" }
     assert {t[0] for n, t in other.items() if n not in ("v_pred", "ztsnr")} == {"BF16"}
     assert metadata(whole / "deep" / "other.safetensors")["author"] == "someone"
     assert "author" not in metadata(whole / "m-plain.safetensors")
+
+
+def test_what_all_outputs_say_is_said_once(whole: Folder) -> None:
+    whole.write(
+        "m.toml",
+        WHOLE
+        + """
+metadata = { author = "someone", license = "MIT" }
+[[output]]
+name = "x"
+[[output]]
+name = "y"
+metadata.license = "other"
+""",
+    )
+    whole.build("m.toml")
+    said = [metadata(whole / f"m-{name}.safetensors") for name in "xy"]
+    assert [(m["author"], m["license"]) for m in said] == [("someone", "MIT"), ("someone", "other")]
+
+
+def test_the_name_of_one_output_of_an_array_is_in_its_files(whole: Folder) -> None:
+    """As it is once another follows."""
+    whole.write("m.toml", WHOLE + '[[output]]\nname = "x"\n')
+    assert [Path(o["path"]).name for o in whole.build("m.toml")["outputs"]] == ["m-x.safetensors"]
+
+
+def test_a_lock_makes_no_other_bytes(whole: Folder) -> None:
+    """What only the lock knows of a source is in the lock: the first build could not have said it."""
+    whole.build("m.toml")
+    first = (whole / "m.safetensors").read_bytes()
+    assert "ckpt.sources" not in metadata(whole / "m.safetensors")
+    (whole / "m.safetensors").unlink()
+    assert (whole / "m.lock.toml").exists()
+    whole.build("m.toml")
+    assert (whole / "m.safetensors").read_bytes() == first
 
 
 def test_what_lies_beside_is_kept_or_not(folder: Folder) -> None:
@@ -354,18 +389,18 @@ def test_a_folder_that_is_not_there(whole: Folder) -> None:
 
 
 def test_metadata(folder: Folder) -> None:
-    folder.mini()
+    folder.tiny()
     digest = hashlib.sha256((folder / "dirty.ckpt").read_bytes()).hexdigest()
     folder.write(
-        "mini.toml",
+        "tiny.toml",
         RECIPE.replace('base = "dirty"', 'description = "A small one"\nbase = "dirty"')
         + f'sources.dirty.sha256 = "{digest}"\n[output.metadata]\nauthor = "someone"\nlicense = "MIT"\n',
     )
     folder.build()
-    made = metadata(folder / "mini.safetensors")
+    made = metadata(folder / "tiny.safetensors")
     assert made["format"] == "pt"
     assert (made["author"], made["license"]) == ("someone", "MIT")
-    assert made["ckpt.recipe"] == "mini" and re.fullmatch(r"[0-9a-f]{64}", made["ckpt.recipe_sha256"])
+    assert made["ckpt.recipe"] == "tiny" and re.fullmatch(r"[0-9a-f]{64}", made["ckpt.recipe_sha256"])
     assert json.loads(made["ckpt.sources"]) == {"dirty": {"file": "dirty.ckpt", "sha256": digest}}
     own = {"ckpt.recipe", "ckpt.recipe_sha256", "ckpt.sources"}
     assert {k for k in made if k.startswith("ckpt.")} == own, "no digest of what is beside it in the file"
@@ -398,6 +433,7 @@ def test_the_header_is_of_its_output_alone(whole: Folder) -> None:
 
 def test_model_spec(tmp_path: Path) -> None:
     """The keys that ModelSpec demands, for an architecture that it knows."""
+    from builder.models.prediction import Prediction
     from builder.plan.metadata import stated_metadata
     from builder.recipe import load_recipe
     from tests.help.building import catalog
@@ -422,7 +458,9 @@ def test_model_spec(tmp_path: Path) -> None:
             "mine": "yes",
             "sshs_x": "no",
         }
-        return stated_metadata(recipe, output, architecture, carried, environment)
+        told = Prediction().with_own(output.markers, output.metadata, catalog())
+        words = told.stated(architecture.modelspec, catalog())
+        return stated_metadata(recipe, output, architecture.modelspec, words, carried, environment)
 
     made = said()
     assert made["modelspec.sai_model_spec"] == "1.0.1"
@@ -440,6 +478,53 @@ def test_model_spec(tmp_path: Path) -> None:
     )
     assert said(SOURCE_DATE_EPOCH="1700000000")["modelspec.date"] == "2023-11-14"
     assert "modelspec.date" not in said(SOURCE_DATE_EPOCH="yesterday")
+    assert said(SOURCE_DATE_EPOCH="253402300799")["modelspec.date"] == "9999-12-31"
+
+
+@pytest.fixture
+def dated(folder: Folder) -> Folder:
+    """With a recipe whose output says a day, where there is one."""
+    own = folder.path.parent / "own" / "dated"
+    own.mkdir(parents=True)
+    spec = 'modelspec = { architecture = "dated", resolution = 64 }'
+    (own / "architectures.toml").write_text(f'[Dated]\nslots = ["VAE-mini"]\n{spec}\n')
+    save(folder / "vae.safetensors", model("VAE-mini"))
+    folder.write(
+        "m.toml",
+        'format = 1\nname = "m"\nbase = "NEW Dated"\nsources.a.file = "vae.safetensors"\n'
+        'components.VAE-mini = "a"\n',
+    )
+    return replace(folder, environment={"CKPT_COMPONENTS": str(own.parent)})
+
+
+def at(folder: Folder, epoch: str) -> Folder:
+    return replace(folder, environment={**folder.environment, "SOURCE_DATE_EPOCH": epoch})
+
+
+@pytest.mark.parametrize("epoch", ["253402300800", "1700000000000", "9" * 20, "9" * 5000])
+def test_a_date_that_is_none_is_refused(dated: Folder, epoch: str) -> None:
+    """As one in milliseconds is."""
+    said = at(dated, epoch)("build", "m.toml")
+    assert said.code == 2 and "which is beyond the year 9999" in said.err
+    assert "one in milliseconds is a thousand times too large" in said.err
+    assert not (dated / "m.safetensors").exists()
+
+
+def test_the_lock_says_which_day_decided_the_bytes(dated: Folder) -> None:
+    then = at(dated, "1700000000")
+    then.build("m.toml")
+    lock = dated / "m.lock.toml"
+    assert 'date = "2023-11-14"' in lock.read_text()
+    assert then("build", "m.toml", "--locked").code == 0
+    said = dated("build", "m.toml", "--locked")
+    assert said.code == 4 and "date: `2023-11-14` is gone" in said.err
+    dated.build("m.toml")
+    assert "date =" not in lock.read_text()
+    dated.write(
+        "m.toml", (dated / "m.toml").read_text() + '[output.metadata]\nmodelspec.date = "2020-02-02"\n'
+    )
+    then.build("m.toml")
+    assert "date =" not in lock.read_text(), "the recipe's own decided"
 
 
 def test_metadata_of_a_base_is_carried(whole: Folder) -> None:

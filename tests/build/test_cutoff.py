@@ -13,26 +13,23 @@ import pytest
 
 from tests.help.building import RECIPE, Folder, content, model, save, save_dirty
 
-PARTS = ("UNET-mini of dirty", "VAE-mini of vae", "CLIP-mini of dirty")
+PARTS = ("UNET-tiny of dirty", "VAE-tiny of vae", "CLIP-tiny of dirty")
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Folder:
-    made = Folder.below(tmp_path).mini()
-    made.know("dirty.ckpt", "vae.safetensors")
-    made.build()
-    return made
+    return Folder.below(tmp_path).built()
 
 
-def nothing(folder: Folder, recipe: str = "mini.toml") -> None:
+def nothing(folder: Folder, recipe: str = "tiny.toml") -> None:
     """Neither made nor written; not even hashed, nor touched."""
-    known, written = folder.components(), (folder / "mini.safetensors").stat()
-    lock = (folder / "mini.lock.toml").stat()
+    known, written = folder.components(), (folder / "tiny.safetensors").stat()
+    lock = (folder / "tiny.lock.toml").stat()
     made = folder.build(recipe)
     assert made["made"] == [] and [o["state"] for o in made["outputs"]] == ["unchanged"]
     assert folder.components() == known
-    assert os.path.samestat((folder / "mini.safetensors").stat(), written)
-    assert (folder / "mini.lock.toml").stat().st_mtime_ns == lock.st_mtime_ns
+    assert os.path.samestat((folder / "tiny.safetensors").stat(), written)
+    assert (folder / "tiny.lock.toml").stat().st_mtime_ns == lock.st_mtime_ns
 
 
 def only(made: Iterable[str], *expected: str) -> None:
@@ -44,15 +41,15 @@ def test_nothing_changed(folder: Folder) -> None:
         "source dirty": "known",
         "source vae": "known",
         **dict.fromkeys(PARTS, "stored"),
-        "output mini.safetensors": "unchanged",
+        "output tiny.safetensors": "unchanged",
     }
     nothing(folder)
 
 
 def test_a_comment_and_another_order(folder: Folder) -> None:
-    folder.write("mini.toml", "# better\n" + "\n".join(reversed(RECIPE.splitlines())))
+    folder.write("tiny.toml", "# better\n" + "\n".join(reversed(RECIPE.splitlines())))
     nothing(folder)
-    os.utime(folder / "mini.toml", (1, 1))
+    os.utime(folder / "tiny.toml", (1, 1))
     nothing(folder)
 
 
@@ -72,36 +69,36 @@ def test_a_copy_of_a_source(folder: Folder) -> None:
 def test_a_source_elsewhere(folder: Folder) -> None:
     (folder / "deep").mkdir()
     (folder / "dirty.ckpt").rename(folder / "deep" / "dirty.ckpt")
-    folder.write("mini.toml", RECIPE.replace('"dirty.ckpt"', '"deep/dirty.ckpt"'))
+    folder.write("tiny.toml", RECIPE.replace('"dirty.ckpt"', '"deep/dirty.ckpt"'))
     made = folder.build()
     assert made["made"] == [] and made["outputs"][0]["state"] == "unchanged"
 
 
 def test_another_folder_with_the_same_store(folder: Folder) -> None:
     other = folder.beside("other")
-    (other / "mini.safetensors").unlink()
+    (other / "tiny.safetensors").unlink()
     made = other.build()
     assert made["made"] == []
-    assert (other / "mini.safetensors").read_bytes() == (folder / "mini.safetensors").read_bytes()
+    assert (other / "tiny.safetensors").read_bytes() == (folder / "tiny.safetensors").read_bytes()
 
 
 def test_a_copy_of_the_output_is_known_by_its_digest(folder: Folder) -> None:
-    shutil.copy(folder / "mini.safetensors", folder / "copy")
-    (folder / "copy").replace(folder / "mini.safetensors")
-    assert folder.states()["output mini.safetensors"] == "hash"
+    shutil.copy(folder / "tiny.safetensors", folder / "copy")
+    (folder / "copy").replace(folder / "tiny.safetensors")
+    assert folder.states()["output tiny.safetensors"] == "hash"
     made = folder.build()
     assert made["made"] == [] and made["outputs"][0]["state"] == "unchanged"
 
 
 def test_the_same_content_from_another_container(folder: Folder) -> None:
     """The component is taken again, turns out to be the same, and so does the output."""
-    before, known = (folder / "mini.safetensors").stat(), folder.components()
-    save(folder / "vae.pt", model("VAE-mini", seed=2), nesting="state_dict")
-    folder.write("mini.toml", RECIPE.replace("vae.safetensors", "vae.pt"))
+    before, known = (folder / "tiny.safetensors").stat(), folder.components()
+    save(folder / "vae.pt", model("VAE-tiny", seed=2), nesting="state_dict")
+    folder.write("tiny.toml", RECIPE.replace("vae.safetensors", "vae.pt"))
     made = folder.build()
-    only(made["made"], "VAE-mini of vae")
+    only(made["made"], "VAE-tiny of vae")
     assert made["outputs"][0]["state"] == "unchanged"
-    assert os.path.samestat((folder / "mini.safetensors").stat(), before)
+    assert os.path.samestat((folder / "tiny.safetensors").stat(), before)
     assert folder.components() == known
 
 
@@ -110,86 +107,86 @@ def test_another_vae(folder: Folder, keep: str) -> None:
     folder = replace(folder, environment={"CKPT_STORE_KEEP": keep})
     if keep:
         shutil.rmtree(folder.store)
-        (folder / "mini.safetensors").unlink()
+        (folder / "tiny.safetensors").unlink()
         folder.know("dirty.ckpt")
         folder.build()
     known = folder.components()
-    before = content(folder / "mini.safetensors")
-    save(folder / "vae.safetensors", model("VAE-mini", seed=3))
+    before = content(folder / "tiny.safetensors")
+    save(folder / "vae.safetensors", model("VAE-tiny", seed=3))
     states = folder.states()
     assert states["source dirty"] == "known" and states["source vae"] == "hash"
     assert [states[p] for p in PARTS] == ["stored", "make", "stored"]
-    assert states["output mini.safetensors"] == "make"
+    assert states["output tiny.safetensors"] == "make"
     made = folder.build()
-    only(made["made"], "VAE-mini of vae")
+    only(made["made"], "VAE-tiny of vae")
     assert made["outputs"][0]["state"] == "written"
     assert folder.components() > known and len(folder.components()) == 4
     assert len(folder.blobs()) == (4 if keep else 0)
-    after = content(folder / "mini.safetensors")
+    after = content(folder / "tiny.safetensors")
     assert {n for n in before if before[n] != after[n]} == {
         n for n in before if n.startswith("first_stage_model.")
     }
     # And back again: all is known, and what was overwritten is made again unless it was kept.
-    save(folder / "vae.safetensors", model("VAE-mini", seed=2))
-    only(folder.build()["made"], *([] if keep else ["VAE-mini of vae"]))
+    save(folder / "vae.safetensors", model("VAE-tiny", seed=2))
+    only(folder.build()["made"], *([] if keep else ["VAE-tiny of vae"]))
     assert len(folder.components()) == 4
-    assert content(folder / "mini.safetensors") == before
+    assert content(folder / "tiny.safetensors") == before
 
 
 def test_why_is_said(folder: Folder) -> None:
-    save(folder / "vae.safetensors", model("VAE-mini", seed=3))
+    save(folder / "vae.safetensors", model("VAE-tiny", seed=3))
     folder.know("vae.safetensors")
     why = {s["label"]: s["why"] for s in folder.plan()["steps"]}
-    assert why["VAE-mini of vae"].startswith("`vae` is another file than before: ")
-    assert why["UNET-mini of dirty"] == "made before from the same inputs"
-    assert "`VAE-mini of vae`" in why["output mini.safetensors"]
-    said = folder("build", "mini.toml", "--explain")
-    assert "make" in said.err and why["VAE-mini of vae"] in said.err
+    assert why["VAE-tiny of vae"].startswith("`vae` is another file than before: ")
+    assert why["UNET-tiny of dirty"] == "made before from the same inputs"
+    assert "`VAE-tiny of vae`" in why["output tiny.safetensors"]
+    said = folder("build", "tiny.toml", "--explain")
+    assert "make" in said.err and why["VAE-tiny of vae"] in said.err
 
 
 def test_what_decides_only_about_some(folder: Folder) -> None:
     """A fix of the text encoder is no business of the others; metadata is none of any component."""
-    folder.write("mini.toml", RECIPE + 'output.metadata.author = "someone"\n')
+    folder.write("tiny.toml", RECIPE + 'output.metadata.author = "someone"\n')
     made = folder.build()
     assert made["made"] == [] and made["outputs"][0]["state"] == "written"
-    folder.write("mini.toml", RECIPE.replace('fixes = ["clip-position-ids"]', "fixes = []"))
-    only(folder.build()["made"], "CLIP-mini of dirty")
-    folder.write("mini.toml", RECIPE + 'output.precision = "bf16"\n')
+    folder.write("tiny.toml", RECIPE.replace('fixes = ["clip-position-ids"]', "fixes = []"))
+    only(folder.build()["made"], "CLIP-tiny of dirty")
+    folder.write("tiny.toml", RECIPE + 'output.precision = "bf16"\n')
     only(folder.build()["made"], *PARTS)
 
 
 def test_another_name_of_the_output(folder: Folder) -> None:
-    folder.write("mini.toml", RECIPE + 'output.file = "other.safetensors"\n')
+    folder.write("tiny.toml", RECIPE + 'output.file = "other.safetensors"\n')
     made = folder.build()
     assert made["made"] == []
-    assert (folder / "other.safetensors").read_bytes() == (folder / "mini.safetensors").read_bytes()
+    assert (folder / "other.safetensors").read_bytes() == (folder / "tiny.safetensors").read_bytes()
 
 
 def test_other_names_of_sources(folder: Folder) -> None:
     """Components are known by content: only the provenance in the metadata is another."""
     folder.write(
-        "mini.toml",
+        "tiny.toml",
         RECIPE.replace("dirty.", "other.").replace('"dirty"', '"other"').replace("other.ckpt", "dirty.ckpt"),
     )
     assert folder.build()["made"] == []
-    assert content(folder / "mini.safetensors")
+    assert content(folder / "tiny.safetensors")
 
 
 def test_two_recipes_share_what_is_the_same(folder: Folder) -> None:
-    save(folder / "other-vae.safetensors", model("VAE-mini", seed=3))
+    save(folder / "other-vae.safetensors", model("VAE-tiny", seed=3))
     folder.write(
-        "two.toml", RECIPE.replace('"mini"', '"two"', 1).replace("vae.safetensors", "other-vae.safetensors")
+        "two.toml", RECIPE.replace('"tiny"', '"two"', 1).replace("vae.safetensors", "other-vae.safetensors")
     )
-    only(folder.build("two.toml")["made"], "VAE-mini of vae")
+    only(folder.build("two.toml")["made"], "VAE-tiny of vae")
     assert len(folder.components()) == 4
 
 
 def test_two_outputs_share_what_is_the_same(folder: Folder) -> None:
     folder.write(
         "both.toml",
-        RECIPE.replace('"mini"', '"both"', 1)
+        RECIPE.replace('"tiny"', '"both"', 1)
         + '[[output]]\nname = "a"\n[[output]]\nname = "b"\nmetadata.author = "someone"\n'
-        + '[[output]]\nname = "c"\nprecision = "fp32"\ncomponents.UNET-mini = "dirty"\n',
+        + '[[output]]\nname = "c"\nprecision = "fp32"\ncomponents.UNET-tiny = "dirty"\n',
     )
     shutil.rmtree(folder.store)
     made = folder.build("both.toml")
@@ -204,31 +201,31 @@ def test_two_outputs_share_what_is_the_same(folder: Folder) -> None:
 
 
 def test_a_component_that_was_collected_is_made_again(folder: Folder) -> None:
-    expected = (folder / "mini.safetensors").read_bytes()
+    expected = (folder / "tiny.safetensors").read_bytes()
     shutil.rmtree(folder.store)
     folder = replace(folder, environment={"CKPT_STORE_KEEP": "all"})
-    (folder / "mini.safetensors").unlink()
+    (folder / "tiny.safetensors").unlink()
     folder.build()
     entry = next(
         e
         for e in folder.store.glob("components/*/*.json")
-        if json.loads(e.read_text())["class"] == "VAE-mini"
+        if json.loads(e.read_text())["class"] == "VAE-tiny"
     )
     for gone in ([folder.blobs()[entry.stem]], [folder.blobs()[entry.stem], entry]):
         for path in gone:
             path.unlink()
-        (folder / "mini.safetensors").unlink()
-        only(folder.build()["made"], "VAE-mini of vae")
-        assert (folder / "mini.safetensors").read_bytes() == expected
+        (folder / "tiny.safetensors").unlink()
+        only(folder.build()["made"], "VAE-tiny of vae")
+        assert (folder / "tiny.safetensors").read_bytes() == expected
 
 
 def test_what_lay_in_an_output_that_is_gone_is_made_again(folder: Folder) -> None:
-    expected = (folder / "mini.safetensors").read_bytes()
-    (folder / "mini.safetensors").unlink()
+    expected = (folder / "tiny.safetensors").read_bytes()
+    (folder / "tiny.safetensors").unlink()
     states = folder.states()
     assert [states[p] for p in PARTS] == ["make"] * 3
     only(folder.build()["made"], *PARTS)
-    assert (folder / "mini.safetensors").read_bytes() == expected
+    assert (folder / "tiny.safetensors").read_bytes() == expected
 
 
 def test_a_missing_source_is_not_missed_when_all_is_stored(folder: Folder) -> None:
@@ -239,22 +236,22 @@ def test_a_missing_source_is_not_missed_when_all_is_stored(folder: Folder) -> No
         if (n := s["label"].removeprefix("source ")) != s["label"]
     }
     pinned = RECIPE + "".join(f'sources.{n}.sha256 = "{s}"\n' for n, s in shas.items())
-    pinned = pinned.replace('base = "dirty"', 'base = "NEW SD-mini"') + (
-        'components.UNET-mini = "dirty"\ncomponents.CLIP-mini = "dirty"\n'
+    pinned = pinned.replace('base = "dirty"', 'base = "NEW SD-tiny"') + (
+        'components.UNET-tiny = "dirty"\ncomponents.CLIP-tiny = "dirty"\n'
     )
-    folder.write("pinned.toml", pinned.replace('"mini"', '"pinned"', 1))
+    folder.write("pinned.toml", pinned.replace('"tiny"', '"pinned"', 1))
     (folder / "dirty.ckpt").unlink()
     (folder / "vae.safetensors").unlink()
     said = folder("build", "pinned.toml", "--offline", "--json")
     assert said.json["made"] == []
-    assert len(content(folder / "pinned.safetensors")) == 686 + 248 + 197
+    assert len(content(folder / "pinned.safetensors")) == 12
 
 
 def test_a_base_that_lost_what_lay_beside(folder: Folder) -> None:
     """Optional tensors of a base are content, too."""
-    before = content(folder / "mini.safetensors")
+    before = content(folder / "tiny.safetensors")
     save_dirty(folder / "dirty.ckpt", seed=5)
     folder.build()
-    after = content(folder / "mini.safetensors")
+    after = content(folder / "tiny.safetensors")
     assert before.keys() == after.keys()
     assert before["alphas_cumprod"] != after["alphas_cumprod"]

@@ -15,7 +15,7 @@ from builder.build.in_parts import Parts
 from builder.build.outputs import Assembly
 from builder.sources.job import SourceJob
 from builder.tensors.lazy import WINDOW
-from tests.help.building import RECIPE, Folder, files, model, save
+from tests.help.building import RECIPE, Folder, files, model, save, save_dirty
 
 
 class _Heard(Reporter):
@@ -29,9 +29,9 @@ class _Heard(Reporter):
 @pytest.fixture
 def folder(tmp_path: Path) -> Folder:
     made = Folder.below(tmp_path)
-    save(made / "dirty.ckpt", model())
-    save(made / "vae.safetensors", model("VAE-mini", seed=1))
-    made.write("mini.toml", RECIPE)
+    save_dirty(made / "dirty.ckpt")
+    save(made / "vae.safetensors", model("VAE-tiny", seed=1))
+    made.write("tiny.toml", RECIPE)
     return made
 
 
@@ -40,7 +40,7 @@ def _context(folder: Folder, heard: Reporter) -> Iterator[Context]:
     with folder.workspace() as workspace:
         workspace.reporter = heard
         with workspace.sources() as sources:
-            plan = workspace.plan(workspace.recipe(folder / "mini.toml"), sources)
+            plan = workspace.plan(workspace.recipe(folder / "tiny.toml"), sources)
             context = Context(plan, sources, {}, 2, True, heard)
             yield context
             context.close()
@@ -71,12 +71,12 @@ def test_a_component_is_measured_once(folder: Folder) -> None:
     """What is remembered of it is said again, whatever it is."""
     unet, vae, clip = folder.build()["outputs"][0]["metric"].split("/")
     with folder.workspace() as workspace:
-        lock = (folder / "mini.lock.toml").read_text()
-        digest = lock.split('class = "UNET-mini"')[1].split('blake3 = "')[1][:64]
-        assert workspace.store.recall("metric", digest) == {"UNET-mini": unet}
-        workspace.store.note("metric", digest, {"UNET-mini": "1234"})
-    folder.write("mini.toml", RECIPE + 'output.metadata.author = "someone"\n')
+        lock = (folder / "tiny.lock.toml").read_text()
+        digest = lock.split('class = "UNET-tiny"')[1].split('blake3 = "')[1][:64]
+        assert workspace.store.recall("metric", digest) == {"UNET-tiny": unet}
+        workspace.store.note("metric", digest, {"UNET-tiny": "1234"})
+    folder.write("tiny.toml", RECIPE + 'output.metadata.author = "someone"\n')
     assert folder.build()["outputs"][0]["metric"] == f"1234/{vae}/{clip}"
-    (folder / "mini.safetensors").unlink()
+    (folder / "tiny.safetensors").unlink()
     made = folder.build()
-    assert "UNET-mini of dirty" in made["made"] and made["outputs"][0]["metric"] == f"1234/{vae}/{clip}"
+    assert "UNET-tiny of dirty" in made["made"] and made["outputs"][0]["metric"] == f"1234/{vae}/{clip}"

@@ -16,45 +16,42 @@ GOLDEN = Path(__file__).parent / "golden"
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Folder:
-    made = Folder.below(tmp_path).mini()
-    made.know("dirty.ckpt", "vae.safetensors")
-    made.build()
-    return made
+    return Folder.below(tmp_path).built()
 
 
 def test_the_right_file(folder: Folder) -> None:
-    digest = hashlib.sha256((folder / "mini.safetensors").read_bytes()).hexdigest()
-    said = folder("verify", "mini.toml")
+    digest = hashlib.sha256((folder / "tiny.safetensors").read_bytes()).hexdigest()
+    said = folder("verify", "tiny.toml")
     assert said.code == 0
-    assert said.out == f"verified  mini.safetensors\n          sha256 {digest}\n"
-    (folder / "mini.safetensors").rename(folder / "elsewhere.safetensors")
-    assert folder("verify", "mini.toml", "elsewhere.safetensors").code == 0
+    assert said.out == f"verified  tiny.safetensors\n          sha256 {digest}\n"
+    (folder / "tiny.safetensors").rename(folder / "elsewhere.safetensors")
+    assert folder("verify", "tiny.toml", "elsewhere.safetensors").code == 0
 
 
 def test_without_sources_and_store(folder: Folder) -> None:
     """The recipe, its lock and the file are enough."""
     bare = Folder(folder.path.parent / "bare", folder.path.parent / "empty")
     bare.path.mkdir()
-    for name in ("mini.toml", "mini.lock.toml", "mini.safetensors"):
+    for name in ("tiny.toml", "tiny.lock.toml", "tiny.safetensors"):
         (bare / name).write_bytes((folder / name).read_bytes())
     before = files(bare.path)
-    assert bare("verify", "mini.toml").code == 0
+    assert bare("verify", "tiny.toml").code == 0
     assert files(bare.path) == before
 
 
 def test_a_wrong_component(folder: Folder) -> None:
-    save(folder / "vae.safetensors", model("VAE-mini", seed=3))
+    save(folder / "vae.safetensors", model("VAE-tiny", seed=3))
     other = folder.beside("other")
-    assert other("build", "mini.toml").code == 0
-    said = folder("verify", "mini.toml", other / "mini.safetensors")
+    assert other("build", "tiny.toml").code == 0
+    said = folder("verify", "tiny.toml", other / "tiny.safetensors")
     assert said.code == 7
     text = said.err.replace(str(other.path), "…")
     assert golden(GOLDEN / "verify-component.txt", text) == text
-    assert "VAE-mini: expected" in text and "UNET-mini" not in text and "CLIP-mini" not in text
+    assert "VAE-tiny: expected" in text and "UNET-tiny" not in text and "CLIP-tiny" not in text
 
 
 def test_a_wrong_header_only(folder: Folder) -> None:
-    path = folder / "mini.safetensors"
+    path = folder / "tiny.safetensors"
     data = path.read_bytes()
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
@@ -62,50 +59,50 @@ def test_a_wrong_header_only(folder: Folder) -> None:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
-    said = folder("verify", "mini.toml")
+    said = folder("verify", "tiny.toml")
     assert said.code == 7
     assert "every tensor is as it should be: only the header differs" in said.err
     assert "expected SHA-256" in said.err and "found    SHA-256" in said.err
 
 
 def test_without_a_lock(folder: Folder) -> None:
-    (folder / "mini.lock.toml").unlink()
-    said = folder("verify", "mini.toml")
+    (folder / "tiny.lock.toml").unlink()
+    said = folder("verify", "tiny.toml")
     assert said.code == 4
     assert golden(GOLDEN / "verify-no-lock.txt", said.err) == said.err
 
 
 def test_expectations_without_a_lock(folder: Folder) -> None:
-    (folder / "mini.lock.toml").unlink()
-    digest = hashlib.sha256((folder / "mini.safetensors").read_bytes()).hexdigest()
-    folder.write("mini.toml", RECIPE + f'expect.sha256 = "{digest}"\n')
-    assert folder("verify", "mini.toml").code == 0
-    folder.write("mini.toml", RECIPE + 'expect.metric = "1111/2222/3333"\n')
-    said = folder("verify", "mini.toml")
+    (folder / "tiny.lock.toml").unlink()
+    digest = hashlib.sha256((folder / "tiny.safetensors").read_bytes()).hexdigest()
+    folder.write("tiny.toml", RECIPE + f'expect.sha256 = "{digest}"\n')
+    assert folder("verify", "tiny.toml").code == 0
+    folder.write("tiny.toml", RECIPE + 'expect.metric = "1111/2222/3333"\n')
+    said = folder("verify", "tiny.toml")
     assert said.code == 7 and "expected 1111/2222/3333" in said.err
 
 
 @pytest.mark.parametrize(("data", "code"), [(None, 6), (b"nonsense", 6), (b"", 6)])
 def test_what_is_no_checkpoint(folder: Folder, data: bytes | None, code: int) -> None:
-    (folder / "mini.safetensors").unlink()
+    (folder / "tiny.safetensors").unlink()
     if data is not None:
-        (folder / "mini.safetensors").write_bytes(data)
-    said = folder("verify", "mini.toml")
-    assert said.code == code and "mini.safetensors" in said.err and "Traceback" not in said.err
+        (folder / "tiny.safetensors").write_bytes(data)
+    said = folder("verify", "tiny.toml")
+    assert said.code == code and "tiny.safetensors" in said.err and "Traceback" not in said.err
 
 
 def test_a_truncated_file(folder: Folder) -> None:
-    path = folder / "mini.safetensors"
+    path = folder / "tiny.safetensors"
     path.write_bytes(path.read_bytes()[:-10])
-    assert folder("verify", "mini.toml").code in (6, 7)
+    assert folder("verify", "tiny.toml").code in (6, 7)
 
 
 def test_one_of_several(folder: Folder) -> None:
-    folder.write("mini.toml", RECIPE + '[[output]]\nname = "a"\n[[output]]\nname = "b"\nprecision = "bf16"\n')
+    folder.write("tiny.toml", RECIPE + '[[output]]\nname = "a"\n[[output]]\nname = "b"\nprecision = "bf16"\n')
     folder.build()
-    assert folder("verify", "mini.toml").out.count("verified") == 2
-    assert folder("verify", "mini.toml", "mini-b.safetensors").code == 0
-    (folder / "mini-a.safetensors").rename(folder / "mini-b.safetensors")
-    assert folder("verify", "mini.toml", "mini-b.safetensors").code == 7
-    said = folder("verify", "mini.toml", "unknown.safetensors")
+    assert folder("verify", "tiny.toml").out.count("verified") == 2
+    assert folder("verify", "tiny.toml", "tiny-b.safetensors").code == 0
+    (folder / "tiny-a.safetensors").rename(folder / "tiny-b.safetensors")
+    assert folder("verify", "tiny.toml", "tiny-b.safetensors").code == 7
+    said = folder("verify", "tiny.toml", "unknown.safetensors")
     assert said.code == 2 and "is none of the recipe's outputs" in said.err

@@ -234,14 +234,14 @@ def test_a_folder_holds_the_very_same_tensors(tmp_path: Path, family: str, shard
 
 
 def test_diffusers_loads_a_converted_checkpoint(folder: Folder) -> None:
-    save(folder / "mini.safetensors", model(precision=DType.F32))
+    save(folder / "mini.safetensors", model("SD-mini", precision=DType.F32))
     vocabulary(folder / "words")
     said = folder("convert", "mini.safetensors", "-o", "model", "--tokenizer", "words", "--json")
     assert said.json["form"] == "diffusers" and said.json["lost"] == []
     before = content(folder / "mini.safetensors")
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder / "model", local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
-    parts, _ = LAYOUTS["SD-v1"].to_diffusers(model(precision=DType.F32))
+    parts, _ = LAYOUTS["SD-v1"].to_diffusers(model("SD-mini", precision=DType.F32))
     for name, tensors in parts.items():
         loaded = getattr(pipe, name).state_dict()
         expected = as_torch(tensors)
@@ -277,7 +277,7 @@ def test_diffusers_runs_a_small_xl(tmp_path: Path) -> None:
 
 
 def test_without_a_vocabulary_diffusers_asks_for_a_tokenizer(folder: Folder) -> None:
-    save(folder / "mini.safetensors", model())
+    save(folder / "mini.safetensors", model("SD-mini"))
     said = folder("convert", "mini.safetensors", "-o", "model")
     assert said.code == 0 and "`--tokenizer FOLDER` adds it" in said.err
     with pytest.raises(ValueError, match="tokenizer"):
@@ -366,7 +366,7 @@ def test_v_prediction_is_carried_both_ways(folder: Folder) -> None:
         (("v_pred", "ztsnr"), ("DDIMScheduler", "v_prediction", True)),
         ((), ("PNDMScheduler", "epsilon", None)),
     ):
-        tensors = {**model(), **dict.fromkeys(markers, marker)}
+        tensors = {**model("SD-mini"), **dict.fromkeys(markers, marker)}
         save(folder / "m.safetensors", tensors)
         assert folder("convert", "m.safetensors", "-o", "model").code == 0
         config = json.loads((folder / "model/scheduler/scheduler_config.json").read_text())
@@ -384,10 +384,11 @@ def test_the_metadata_and_the_user_may_say_it_too(folder: Folder) -> None:
     for metadata, options, expected in (
         ({"modelspec.prediction_type": "v"}, (), "v_prediction"),
         ({"modelspec.architecture": "stable-diffusion-v2-768-v"}, (), "v_prediction"),
+        ({"modelspec.predict_key": "v"}, (), "v_prediction"),
         ({"modelspec.prediction_type": "v"}, ("--prediction", "epsilon"), "epsilon"),
         ({}, ("--prediction", "v"), "v_prediction"),
     ):
-        write(folder / "m.safetensors", model(), metadata, durable=False)
+        write(folder / "m.safetensors", model("SD-mini"), metadata, durable=False)
         assert folder("convert", "m.safetensors", "-o", "model", *options).code == 0
         config = json.loads((folder / "model/scheduler/scheduler_config.json").read_text())
         assert config["prediction_type"] == expected
@@ -407,7 +408,7 @@ def test_sd_v2_is_not_guessed(folder: Folder) -> None:
 
 def test_nothing_of_a_dirty_checkpoint_is_dropped(folder: Folder) -> None:
     tensors = {
-        **model(),
+        **model("SD-mini"),
         "model_ema.decay": values(0.9999),
         "loss.logvar": values(0.0),
         "first_stage_model.loss.logvar": values(0.0),
@@ -423,7 +424,7 @@ def test_nothing_of_a_dirty_checkpoint_is_dropped(folder: Folder) -> None:
 def test_names_and_shapes_that_differ_become_the_usual_ones(folder: Folder) -> None:
     tensors = {
         (n.replace(CLIP, "cond_stage_model.transformer.") if n.startswith(CLIP) else n): t
-        for n, t in model().items()
+        for n, t in model("SD-mini").items()
     }
     query = f"{VAE}encoder.mid.attn_1.q.weight"
     linear = tensors.pop(query)
@@ -433,11 +434,11 @@ def test_names_and_shapes_that_differ_become_the_usual_ones(folder: Folder) -> N
     save(folder / "m.safetensors", tensors)
     assert folder("convert", "m.safetensors", "-o", "model").code == 0
     with open_checkpoint(folder / "model", LAYOUTS) as found:
-        assert raw(found) == raw(model())
+        assert raw(found) == raw(model("SD-mini"))
 
 
 def test_a_folder_is_a_checkpoint_for_every_command(folder: Folder) -> None:
-    save(folder / "mini.safetensors", model(precision=DType.F32))
+    save(folder / "mini.safetensors", model("SD-mini", precision=DType.F32))
     assert folder("convert", "mini.safetensors", "-o", "model", "--precision", "fp16").code == 0
     assert "SD-mini · diffusers folder" in folder("inspect", "model").out
     assert folder("inspect", "model", "--hashes", "--json").code == 0
@@ -451,9 +452,9 @@ def test_a_folder_is_a_checkpoint_for_every_command(folder: Folder) -> None:
 
 
 def test_mistakes(folder: Folder) -> None:
-    save(folder / "mini.safetensors", model())
+    save(folder / "mini.safetensors", model("SD-mini"))
     save(folder / "vae.safetensors", model("VAE-mini"))
-    save(folder / "edm.safetensors", {**model(), "edm_mean": values([0.0])})
+    save(folder / "edm.safetensors", {**model("SD-mini"), "edm_mean": values([0.0])})
     (folder / "empty").mkdir()
     assert folder("convert", "mini.safetensors", "-o", "model").code == 0
     before = files(folder.path)
@@ -473,7 +474,7 @@ def test_mistakes(folder: Folder) -> None:
 
 
 def test_overflow_leaves_no_folder(folder: Folder) -> None:
-    tensors = {**model(precision=DType.F32)}
+    tensors = {**model("SD-mini", precision=DType.F32)}
     name = next(n for n, t in tensors.items() if t.shape == (8,))
     tensors[name] = values([1e6, *[0.0] * 7])
     save(folder / "m.safetensors", tensors)
@@ -483,7 +484,7 @@ def test_overflow_leaves_no_folder(folder: Folder) -> None:
 
 
 def test_a_saved_recipe_builds_the_same(folder: Folder) -> None:
-    save(folder / "mini.safetensors", model())
+    save(folder / "mini.safetensors", model("SD-mini"))
     assert folder("convert", "mini.safetensors", "-o", "model").code == 0
     options = ("--precision", "fp16", "--save-recipe", "r.toml")
     for source in ("model", "mini.safetensors"):
@@ -500,9 +501,9 @@ def test_a_saved_recipe_builds_the_same(folder: Folder) -> None:
 
 
 def test_no_recipe_is_saved_of_what_it_would_not_make(folder: Folder) -> None:
-    save(folder / "mini.safetensors", {**model(), "what.is.this": values([1.0])})
+    save(folder / "mini.safetensors", {**model("SD-mini"), "what.is.this": values([1.0])})
     save(folder / "unknown.safetensors", {"w": values([1.0])})
-    save(folder / "tidy.safetensors", model())
+    save(folder / "tidy.safetensors", model("SD-mini"))
     before = files(folder.path)
     for source, target, text in (
         ("mini.safetensors", "o.pt", "it would leave out 1 tensors, such as `what.is.this`"),
@@ -545,14 +546,14 @@ def test_full_size_takes_little_memory(folder: Folder) -> None:
     ],
 )
 def test_damaged_folders(tmp_path: Path, change: Any, text: str) -> None:
-    write_folder(tmp_path, LAYOUTS["SD-v1"], model(), {}, prediction="epsilon", durable=False)
+    write_folder(tmp_path, LAYOUTS["SD-v1"], model("SD-mini"), {}, prediction="epsilon", durable=False)
     change(tmp_path)
     with pytest.raises(SourceError, match=text):
         open_checkpoint(tmp_path, LAYOUTS)
 
 
 def test_two_tensors_of_one_name(tmp_path: Path) -> None:
-    write_folder(tmp_path, LAYOUTS["SD-v1"], model(), {}, prediction="epsilon", durable=False)
+    write_folder(tmp_path, LAYOUTS["SD-v1"], model("SD-mini"), {}, prediction="epsilon", durable=False)
     path = tmp_path / "vae/diffusion_pytorch_model.safetensors"
     with open_checkpoint(path, LAYOUTS) as found:
         doubled: dict[str, LazyTensor] = {

@@ -37,6 +37,8 @@ def plain_zip() -> bytes:
 
 AGAIN = "download it again, and check its SHA-256"
 PAGE = f"a download may have saved an error page: {AGAIN}"
+PROGRAM = "do not run it, and get the model elsewhere"
+MODEL = "give the file that holds the model itself"
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "ab" * 32 + "\nsize 4265380512\n"
 STRANGERS: dict[str, tuple[bytes, str, tuple[str, ...], str | None]] = {
     "empty": (b"", "an empty file", (), AGAIN),
@@ -61,8 +63,29 @@ STRANGERS: dict[str, tuple[bytes, str, tuple[str, ...], str | None]] = {
     "onnx": (b"\x08\x08\x12\x07pytorch\x1a\x05", "an ONNX model", (), None),
     "saved model": (b"\x08\x01\x12\xc0\x9a", "a TensorFlow saved model", (), None),
     "tflite": (b"\x1c\0\0\0TFL3\x14\0", "a TensorFlow Lite model", (), None),
-    "png": (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "a PNG image", (), None),
-    "jpeg": (b"\xff\xd8\xff\xe0\0\x10JFIF", "a JPEG image", (), None),
+    "png": (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "a PNG image", (), MODEL),
+    "jpeg": (b"\xff\xd8\xff\xe0\0\x10JFIF", "a JPEG image", (), MODEL),
+    "webp": (b"RIFF\x10\0\0\0WEBPVP8 ", "a WebP image", (), MODEL),
+    "mp4": (b"\0\0\0\x18ftypmp42\0\0", "a video or an image (MP4, HEIF)", (), MODEL),
+    "sqlite": (b"SQLite format 3\0\x10\0\1\1\0@  ", "an SQLite database", (), MODEL),
+    "parquet": (b"PAR1\x15\4\x15\x10", "a Parquet table", (), MODEL),
+    ".DS_Store": (b"\0\0\0\1Bud1\0\0\x10", "a macOS folder's settings (.DS_Store)", (), MODEL),
+    "program": (b"MZ\x90\0\3", "a Windows program", (), PROGRAM),
+    "script": (b"#!/bin/sh\nrm", "a script", (), PROGRAM),
+    "shortcut": (
+        b"[InternetShortcut]\r\nURL=https://example.org",
+        "a shortcut to a web page",
+        (),
+        "download the file that it leads to",
+    ),
+    "torrent": (
+        b"d8:announce35:udp://tracker.example",
+        "a torrent, not the file it stands for",
+        (),
+        "download the file with it",
+    ),
+    "settings": (b"[section]\nkey = 1\n", "text", (), PAGE),
+    "list": (b'[\n  {"error": 1}]', "JSON", (), PAGE),
     "AppleDouble": (
         b"\0\5\x16\7\0\2\0\0Mac OS X",
         "a macOS AppleDouble file, which holds no data of its own",
@@ -245,3 +268,13 @@ def test_nothing_stays_open_after_a_refusal(tmp_path: Path) -> None:
         with pytest.raises(SourceError):
             open_checkpoint(path)
     assert opened() == before
+
+
+def test_of_a_folder_it_is_said_what_to_give(tmp_path: Path) -> None:
+    for name in ("b.safetensors", "a.ckpt", "notes.txt"):
+        (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(SourceError) as caught:
+        open_checkpoint(tmp_path)
+    problem = caught.value.problems[0]
+    assert problem.evidence == ("it holds `a.ckpt`, `b.safetensors`",)
+    assert problem.hint == f"give a file, such as `{tmp_path / 'a.ckpt'}`"

@@ -172,7 +172,7 @@ REFUSED: dict[str, tuple[bytes, str, tuple[str, ...]]] = {
     "metadata of numbers": (
         file('{"__metadata__":{"a":1}}'),
         "metadata `a` is not a string",
-        ("it begins with '1}}'",),
+        ("it begins with '1}}'", "there are no tensors"),
     ),
     "metadata as a list": (
         file('{"__metadata__":[]}'),
@@ -253,12 +253,12 @@ REFUSED: dict[str, tuple[bytes, str, tuple[str, ...]]] = {
     "a hole": (
         file({"a": A, "b": entry("U8", [1], 9, 10)}, 10),
         "there is a hole before tensor `b`",
-        ("bytes 8 to 9 of the data belong to no tensor",),
+        ("bytes 8 to 9 of the data belong to no tensor", "all 2 tensors are there"),
     ),
     "a hole at the start": (
         file({"b": entry("U8", [1], 1000, 1001)}, 1001),
         "there is a hole before tensor `b`",
-        ("bytes 0 to 1,000 of the data belong to no tensor",),
+        ("bytes 0 to 1,000 of the data belong to no tensor", "its one tensor is all there"),
     ),
     "an overlap": (
         file({"a": A, "b": entry("U8", [4], 7, 11)}, 11),
@@ -273,14 +273,72 @@ REFUSED: dict[str, tuple[bytes, str, tuple[str, ...]]] = {
     "a cut file": (
         file({"a": A}, 7),
         "the file ends before its tensors do",
-        ("the tensors take 8 bytes, 7 are there",),
+        ("they end at byte 8 of the data, 7 are there: 1 tensor of 1 cut",),
     ),
     "trailing bytes": (
         file({"a": A}, 9),
         "the file goes on after its last tensor",
-        ("the tensors take 8 bytes, 9 are there",),
+        (
+            "the tensors end at byte 8 of the data, 9 are there: 1 byte too many",
+            "its one tensor is all there",
+        ),
     ),
 }
+
+
+B = entry("U8", [1], 9, 10)
+ODD: dict[str, tuple[bytes, tuple[str, ...], dict[str, str]]] = {
+    "a tail": (file({"a": A}, 11), ("3 bytes behind the last tensor left out",), {}),
+    "a hole": (file({"a": A, "b": B}, 10), ("1 byte in holes left out",), {}),
+    "metadata": (
+        file(
+            '{"__metadata__":{"a":1.50,"b":"x","c":{"d":[true, null]},"e":NaN},"a":' + json.dumps(A) + "}", 8
+        ),
+        ("metadata that were no strings are now: `a`, `c`, `e`",),
+        {"a": "1.50", "b": "x", "c": '{"d":[true, null]}', "e": "NaN"},
+    ),
+    "all of it": (
+        file({"__metadata__": {"n": 5}, "a": A, "b": B, "c": entry("U8", [1], 12, 13)}, 20),
+        (
+            "metadata that were no strings are now: `n`",
+            "3 bytes in holes left out",
+            "7 bytes behind the last tensor left out",
+        ),
+        {"n": "5"},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_what_no_tensor_suffers_from_is_mended(case: str) -> None:
+    data, mended, metadata = ODD[case]
+    header = read_header(Bytes(data), repair=True)
+    assert (header.mended, header.metadata) == (mended, metadata)
+    assert header.tensors["a"] == read_header(Bytes(file({"a": A}, 8))).tensors["a"]
+    with pytest.raises(SourceError) as caught:
+        read_header(Bytes(data))
+    assert caught.value.problems[0].hint == (
+        "`ckpt convert FILE --repair -o OTHER.safetensors` writes them as a valid file"
+    )
+
+
+@pytest.mark.parametrize("case", [c for c in REFUSED if c not in {"metadata of numbers", "trailing bytes"}])
+def test_repair_takes_nothing_that_a_tensor_suffers_from(case: str) -> None:
+    data, fact, _ = REFUSED[case]
+    if case.startswith("a hole"):
+        assert read_header(Bytes(data), repair=True).mended
+        return
+    with pytest.raises(SourceError) as caught:
+        read_header(Bytes(data), repair=True)
+    assert caught.value.problems[0].fact == fact
+
+
+@pytest.mark.parametrize("value", ["[" * 100_000 + "]" * 100_000, "[" + "0," * 50_000 + "0]", "[", "wrong"])
+def test_repair_is_bounded(value: str) -> None:
+    """JSON takes thirty times its size in memory, so only short values are read."""
+    with pytest.raises(SourceError) as caught:
+        read_header(Bytes(file('{"__metadata__":{"a":' + value + "}}")), repair=True)
+    assert caught.value.problems[0].fact == "metadata `a` is neither a string nor a short value"
 
 
 @pytest.mark.parametrize("case", REFUSED)

@@ -145,12 +145,24 @@ def _record() -> Read:
     return read
 
 
+def _journal() -> Read:
+    from builder.sources.net.download import _read_journal
+
+    def read(path: Path) -> None:
+        path.with_name("part").touch()
+        path.rename(path.with_name("part.journal"))
+        _read_journal(path.with_name("part"), "https://example.com/x", 1 << 20)
+
+    return read
+
+
 READERS: dict[str, Callable[[], Read]] = {
     "model": _model,
     "recipe": _recipe,
     "lock": _lock,
     "catalog": _catalog,
     "record": _record,
+    "journal": _journal,
 }
 
 

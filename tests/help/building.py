@@ -10,11 +10,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 
@@ -29,29 +29,30 @@ ROOT = Path(__file__).parents[2]
 UNET = "model.diffusion_model."
 VAE = "first_stage_model."
 CLIP = "cond_stage_model.transformer.text_model."
+TINY = Path(__file__).with_name("tiny")
 IDS = CLIP + "embeddings.position_ids"
 
-# A whole miniature model from a dirty training checkpoint, with another VAE.
+# A whole model from a dirty training checkpoint, with another VAE.
 RECIPE = """\
 format = 1
-name = "mini"
+name = "tiny"
 base = "dirty"
 fixes = ["clip-position-ids"]
 sources.dirty.file = "dirty.ckpt"
 sources.vae.file = "vae.safetensors"
-components.VAE-mini = "vae"
+components.VAE-tiny = "vae"
 """
 
 
 @cache
 def catalog() -> Catalog:
-    """The catalog as it is shipped."""
-    return load_catalog(())
+    """The catalog as it is shipped, with the tests' own family of a dozen tensors."""
+    return load_catalog((TINY,))
 
 
 @cache
 def model(
-    name: str = "SD-mini", precision: DType = DType.F32, seed: int = 0, dirt: Dirt = CLEAN
+    name: str = "SD-tiny", precision: DType = DType.F32, seed: int = 0, dirt: Dirt = CLEAN
 ) -> Mapping[str, LazyTensor]:
     """The tensors of a generated model."""
     return make(name, precision=precision, seed=seed, dirt=dirt, catalog=catalog()).tensors
@@ -129,11 +130,21 @@ class Folder:
         path.write_text(text, encoding="utf-8")
         return path
 
+    def tiny(self, family: str = "tiny") -> Folder:
+        """With the recipe and its sources, of a family of a dozen tensors."""
+        save_dirty(self.path / "dirty.ckpt", family)
+        save(self.path / "vae.safetensors", model(f"VAE-{family}", seed=2))
+        self.write(f"{family}.toml", RECIPE.replace("tiny", family))
+        return self
+
     def mini(self) -> Folder:
-        """With the miniature recipe and its sources."""
-        save_dirty(self.path / "dirty.ckpt")
-        save(self.path / "vae.safetensors", model("VAE-mini", seed=2))
-        self.write("mini.toml", RECIPE)
+        """The same of the miniature family, which has as many tensors as SD-v1."""
+        return self.tiny("mini")
+
+    def built(self) -> Folder:
+        """With the recipe, its sources known by their digests, and the product."""
+        self.tiny().know("dirty.ckpt", "vae.safetensors")
+        self.build()
         return self
 
     def beside(self, name: str, *, store: str | None = None) -> Folder:
@@ -148,7 +159,7 @@ class Folder:
         own = {
             "CKPT_STORE": str(self.store),
             "CKPT_MODELS": "",
-            "CKPT_COMPONENTS": "",
+            "CKPT_COMPONENTS": str(TINY),
             "HF_HUB_CACHE": str(self.path.parent / "no-cache"),
         }
         return {**own, **self.environment}
@@ -156,10 +167,19 @@ class Folder:
     def __call__(self, *args: object) -> Said:
         """Run `ckpt` in this process, in the folder."""
         out, err = io.StringIO(), io.StringIO()
+        code = self._run(args, out, err)
+        return Said(code, out.getvalue(), err.getvalue())
+
+    def shown(self, *args: object) -> str:
+        """What `ckpt` says in this process where both streams lead to one place, as on a terminal."""
+        both = io.StringIO()
+        self._run(args, both, both)
+        return both.getvalue()
+
+    def _run(self, args: Sequence[object], out: TextIO, err: TextIO) -> int:
         said = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)
         with _environment(self.variables), _folder(self.path), said[0], said[1]:
-            code = run([str(a) for a in args])
-        return Said(code, out.getvalue(), err.getvalue())
+            return run([str(a) for a in args])
 
     def process(self, *args: object, before: str = "", **environment: str) -> Said:
         """Run `ckpt` as a process of its own, after the Python statements `before`."""
@@ -174,15 +194,15 @@ class Folder:
         )
         return Said(done.returncode, done.stdout, done.stderr)
 
-    def build(self, recipe: str = "mini.toml", *options: object) -> dict[str, Any]:
+    def build(self, recipe: str = "tiny.toml", *options: object) -> dict[str, Any]:
         """Build, and what is said of it as data."""
         return self("build", recipe, "--json", *options).json
 
-    def plan(self, recipe: str = "mini.toml") -> dict[str, Any]:
+    def plan(self, recipe: str = "tiny.toml") -> dict[str, Any]:
         """The plan as data."""
         return self("plan", recipe, "--json").json
 
-    def states(self, recipe: str = "mini.toml") -> dict[str, str]:
+    def states(self, recipe: str = "tiny.toml") -> dict[str, str]:
         """The state of every step of the plan."""
         return {s["label"]: s["state"] for s in self.plan(recipe)["steps"]}
 
@@ -211,16 +231,16 @@ class Folder:
         return {p.stem: p for p in self.store.glob("blobs/*/*.safetensors")}
 
 
-def save_dirty(path: Path, *, seed: int = 0) -> Path:
-    """A training checkpoint in miniature: FP32, with EMA, junk and damaged position ids."""
+def save_dirty(path: Path, family: str = "tiny", *, seed: int = 0) -> Path:
+    """A small training checkpoint: FP32, with EMA, junk and damaged position ids."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(_dirty(path.suffix, seed))
+    path.write_bytes(_dirty(family, path.suffix, seed))
     return path
 
 
 @cache
-def _dirty(suffix: str, seed: int) -> bytes:
-    made = make("SD-mini", precision=DType.F32, seed=seed, dirt=DIRTY, catalog=catalog())
+def _dirty(family: str, suffix: str, seed: int) -> bytes:
+    made = make(f"SD-{family}", precision=DType.F32, seed=seed, dirt=DIRTY, catalog=catalog())
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, f"dirty{suffix}")
         write(made, path, "ckpt" if suffix == ".ckpt" else "safetensors")

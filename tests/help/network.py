@@ -21,17 +21,17 @@ TOKEN = "hf_aSecretThatNobodyMaySee"
 # A whole miniature model, of which all comes from the network.
 RECIPE = """\
 format = 1
-name = "mini"
-base = "NEW SD-mini"
+name = "tiny"
+base = "NEW SD-tiny"
 
 [sources.dirty]
 {dirty}
 [sources.vae]
 {vae}
 [components]
-UNET-mini = "dirty"
-CLIP-mini = "dirty"
-VAE-mini = "vae"
+UNET-tiny = "dirty"
+CLIP-tiny = "dirty"
+VAE-tiny = "vae"
 """
 
 
@@ -46,13 +46,13 @@ def dirty() -> bytes:
 @cache
 def vae(seed: int = 2) -> bytes:
     """The bytes of a VAE, as safetensors."""
-    return saved(model("VAE-mini", seed=seed))
+    return saved(model("VAE-tiny", seed=seed))
 
 
 @cache
 def bulky(seed: int = 3) -> bytes:
     """The bytes of a miniature model with much beside it that nobody wants, as safetensors."""
-    return saved({**model("SD-mini", seed=seed), "bulk": values(np.zeros(2_000_000))})
+    return saved({**model("SD-tiny", seed=seed), "bulk": values(np.zeros(2_000_000))})
 
 
 def saved(tensors: Mapping[str, LazyTensor]) -> bytes:
@@ -75,7 +75,7 @@ class Net:
     civitai: Server
     storage: Server
 
-    def write(self, dirty: str, vae: str, name: str = "mini.toml") -> Path:
+    def write(self, dirty: str, vae: str, name: str = "tiny.toml") -> Path:
         """A recipe of two sources, by what is said of each."""
         return self.folder.write(name, RECIPE.format(dirty=dirty, vae=vae))
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from builder.base.braces import BraceError, escape, expand
 from builder.base.errors import CatalogError, UsageError, render
+from builder.base.words import fits_pattern
 from builder.cli import run
 from builder.models.catalog import RANK, TensorRule, load_catalog
 from builder.models.catalog.files import (
@@ -24,7 +25,6 @@ from builder.models.catalog.files import (
     _MODELSPEC,
     _PREFIXES,
     _SCALE,
-    _matches,
     parse_table,
 )
 from builder.models.catalog.layouts import _LAYOUT, _PART, _RULES
@@ -277,11 +277,11 @@ PART = '[layouts.x]\nextends = "SD-v1"\n[layouts.x.parts.vae]\n'
         (
             "architectures.toml",
             '[X]\nslots = ["VAE-v1"]\nsidecars_v = { a1111 = "../x.yaml" }',
-            "there is no file `../x.yaml` beside this one",
+            "there is no configuration `../x.yaml` beside this file",
         ),
         (
             "architectures.toml",
-            '[X]\nslots = ["VAE-v1"]\nsidecars_v = { a111 = "architectures.toml" }',
+            '[X]\nslots = ["VAE-v1"]\nsidecars_v = { a111 = "v.yaml" }',
             "unknown program `a111`",
         ),
         ("classes.toml", '["VAE-v9"]\nfixes = []', "unknown class `VAE-v9`"),
@@ -315,6 +315,11 @@ PART = '[layouts.x]\nextends = "SD-v1"\n[layouts.x.parts.vae]\n'
         ("programs.toml", '[a1111]\nVAE = "a"', "a1111 has a folder for `VAE` already"),
         ("programs.toml", '[a1111]\nX = "../a"', "`X` is no folder below that of all models"),
         ("programs.toml", "[a1111]\nX = 1", "`X` is not a string"),
+        ("kinds.toml", '[[kind]]\nkind = "X"\ncalled = "an X"', "nothing tells a file of it from others"),
+        ("kinds.toml", '[[kind]]\nkind = "X"\nany = ["x"]', "`called` is missing"),
+        ("kinds.toml", '[[kind]]\nkind = "X"\ncalled = "x"\nlast = ["x"]', "`last` is not a list of sizes"),
+        ("kinds.toml", '[[model]]\nname = "X"\nof = ["X"]\nsizes = { "x" = "1" }', "`x` is no size"),
+        ("kinds.toml", '[[kinds]]\nkind = "X"', "unknown kind `kinds`"),
         ("diffusers.toml", "[layout.x]", "unknown field `layout`"),
         ("diffusers.toml", '[layouts.x]\nextends = "SD-v0"', "no layout `SD-v0` to extend"),
         ("diffusers.toml", '[layouts.x]\nextends = "x"', "no layout `x` to extend"),
@@ -341,6 +346,7 @@ def test_errors_in_other_files(tmp_path: Path, file: str, text: str, fact: str) 
     path = tmp_path / file
     path.parent.mkdir(exist_ok=True)
     path.write_text(text)
+    (tmp_path / "v.yaml").touch()
     problem = _problem(tmp_path)
     assert problem.fact == fact
     assert problem.place.line is not None and problem.place.text == text.split("\n")[problem.place.line - 1]
@@ -640,7 +646,7 @@ def test_every_field_is_documented(fields: dict[str, type]) -> None:
     ],
 )
 def test_patterns_with_stars(pattern: str, name: str, fits: bool) -> None:
-    assert _matches(pattern, name) is fits
+    assert fits_pattern(pattern, name) is fits
 
 
 def test_tables_may_extend_each_other_only_so_often(tmp_path: Path) -> None:

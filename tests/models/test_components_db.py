@@ -11,6 +11,7 @@ import pytest
 from builder.base.errors import UsageError
 from builder.models.catalog import Catalog, Component, load_catalog
 from builder.models.catalog.tables import NAMINGS
+from builder.models.prediction import MARKERS
 
 GOLDEN = Path(__file__).parent / "golden"
 TABLES = {
@@ -177,11 +178,15 @@ def test_the_miniature_is_a_few_megabytes() -> None:
 
 
 def test_optional_keys() -> None:
-    assert len(CATALOG.optional) == 20
+    assert len(CATALOG.optional) == 21
     assert CATALOG.optional["betas"] == (1000,)
     assert CATALOG.optional["model_ema.decay"] == ()
-    assert CATALOG.optional["v_pred"] == (0,)
-    assert CATALOG.optional["edm_mean"] is None
+    assert all(CATALOG.optional[name] is None for name in MARKERS)
+
+
+def test_what_predicts_is_the_first_slot() -> None:
+    assert {"UNET-v1", "UNET-v2", "UNET-XL", "MMDIT-v3", "DIT-FLUX"} < CATALOG.denoisers
+    assert not any(cls.startswith(("VAE", "CLIP", "T5", "EMA")) for cls in CATALOG.denoisers)
 
 
 def test_known_metrics_match_within_one() -> None:

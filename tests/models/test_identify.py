@@ -163,7 +163,8 @@ def test_position_ids_are_optional(parts: tuple[str, ...]) -> None:
 
 def test_misshapen_position_ids_do_not_break_the_text_encoder() -> None:
     found = identify({**tensors(*SD_XL), IDS: Unread(DType.F32, (77,))}, CATALOG)
-    assert found.intact and found.unknown == (IDS,)
+    assert found.intact and not found.unknown
+    assert found.companions == (IDS,)
 
 
 def test_the_larger_of_two_that_fit_is_chosen_and_the_other_is_told_of() -> None:
@@ -291,5 +292,15 @@ def test_strangers_and_order_change_nothing(extra: dict[str, tuple[int]], random
     random.shuffle(mixed)  # type: ignore[attr-defined]
     before, after = identify(plain, CATALOG), identify(dict(mixed), CATALOG)
     assert named(before) == named(after) and before.architecture == after.architecture
-    told = {*after.unknown, *after.junk, *after.optional, *after.ema, *after.scales}
+    told = {*after.unknown, *after.junk, *after.optional, *after.ema, *after.scales, *after.companions}
     assert told == extra.keys() - plain.keys()
+
+
+@pytest.mark.parametrize("other", ["CLIP-v2-SD", "ControlNet-v1-SD", "UNET-v1-EMA"])
+def test_a_component_of_no_slot_is_astray(other: str) -> None:
+    """Not where an architecture has a slot for it, and not an average."""
+    found = identify(tensors("UNET-v1-SD", "VAE-v1-SD", "CLIP-v1-SD", other), CATALOG)
+    assert [m.component.name for m in found.astray] == [other] * (other == "CLIP-v2-SD")
+    assert not (found.unknown or found.junk)
+    broken = identify(tensors("UNET-v1-SD", "CLIP-v2-SD"), CATALOG)
+    assert not broken.intact and broken.astray == ()

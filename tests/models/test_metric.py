@@ -17,7 +17,9 @@ from builder.tensors.lazy import LazyTensor
 from builder.tensors.scan import BINS
 from tests.tensors.test_scan import held, histogram
 
-SCALES = load_catalog().scales
+CATALOG = load_catalog()
+SCALES = CATALOG.scales
+WEIGHTS = ("encoder.conv_in.weight", "decoder.conv_in.weight")
 UNET, VAE, CLIP, CLIP2 = (SCALES[c] for c in ("UNET-v1", "VAE-v1", "CLIP-v1", "CLIP-v2"))
 
 
@@ -45,7 +47,7 @@ def test_the_most_sensitive_part_agrees_within_one() -> None:
             clip[f"encoder.layers.{layer}.mlp.{name}.weight"] = held(weight)
             total += defined(weight)
     assert abs(total / CLIP.base - 1) < 0.05
-    found = int(measure({"CLIP-v1": clip}, SCALES).clip)
+    found = int(measure({"CLIP-v1": clip}, CATALOG).clip)
     assert abs(found - int(digits(total, CLIP))) <= 1
 
 
@@ -98,7 +100,7 @@ def test_which_tensors_count() -> None:
         "EMA-UNET-v1": ["input_blocks00weight"],
     }
     components = {cls: {n: f"full.{n}" for n in bare} for cls, bare in names.items()}
-    assert counted(components, SCALES) == {
+    assert counted(components, CATALOG) == {
         "full.input_blocks.0.0.weight": "UNET-v1",
         "full.encoder.conv_in.weight": "VAE-v1",
         "full.decoder.conv_in.weight": "VAE-v1",
@@ -130,25 +132,26 @@ def test_of_two_text_encoders_the_first_counts() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 def test_measuring_any_precision(dtype: torch.dtype) -> None:
     random = torch.Generator().manual_seed(2)
-    values = {n: (torch.randn(5000, generator=random) - 0.1).to(dtype) for n in ("encoder.a", "decoder.b")}
+    values = {n: (torch.randn(5000, generator=random) - 0.1).to(dtype) for n in WEIGHTS}
     vae: dict[str, LazyTensor] = {n: held(v) for n, v in values.items()}
     total = sum(defined(v) for v in values.values())
-    assert abs(int(measure({"VAE-v1": vae}, SCALES).vae) - int(digits(total, VAE))) <= 1
+    assert abs(int(measure({"VAE-v1": vae}, CATALOG).vae) - int(digits(total, VAE))) <= 1
 
 
 def test_threads_and_order_change_no_bit() -> None:
     random = torch.Generator().manual_seed(3)
-    unet: dict[str, LazyTensor] = {f"t{n}": held(torch.randn(30_000, generator=random)) for n in range(30)}
+    names = CATALOG.classes["UNET-v1"][0].tensors
+    unet: dict[str, LazyTensor] = {n: held(torch.randn(30_000, generator=random)) for n in list(names)[:30]}
     backwards = dict(reversed(unet.items()))
-    found = {measure({"UNET-v1": u}, SCALES, threads=t) for u in (unet, backwards) for t in (1, 2, 5)}
-    assert len(found) == 1
+    found = {measure({"UNET-v1": u}, CATALOG, threads=t) for u in (unet, backwards) for t in (1, 2, 5)}
+    assert len(found) == 1 and found.pop().unet.isdigit()
 
 
 def test_the_miniature_family_has_a_metric_of_its_own() -> None:
     labels = set()
     for seed in (0, 1):
         parts = {cls: make(cls, seed=seed).tensors for cls in ("UNET-mini", "VAE-mini", "CLIP-mini")}
-        found = measure(parts, SCALES)
+        found = measure(parts, CATALOG)
         assert all(part.isdigit() for part in (found.unet, found.vae, found.clip))
         labels.add(found)
     assert len(labels) == 2

@@ -110,6 +110,18 @@ def test_without_encryption_only_the_own_network_is_reached(server: Server) -> N
     assert "without encryption" in refusal("http://1.1.1.1:9/m").fact
 
 
+def test_a_name_that_is_never_resolved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system's resolver knows no deadline; nobody waits for it, at the end of the process either."""
+    hung = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: hung.wait(60))
+    before = time.monotonic()
+    failure = refusal("https://example.com/x", limits=replace(QUICK, connect=0.2))
+    assert "`example.com` was not resolved within 0.2 seconds" in failure.fact
+    assert time.monotonic() - before < 5
+    assert all(t.daemon for t in threading.enumerate() if t.name == "resolve")
+    hung.set()
+
+
 def test_offline_opens_no_socket(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     def opened(*_: object, **__: object) -> None:
         raise AssertionError("a socket was opened")
@@ -309,7 +321,7 @@ STALLS = {
 def test_no_host_keeps_us_waiting_for_ever(server: Server, what: str) -> None:
     """Each of these goes on for ever; none lets a single byte fail to come within `read`."""
     server.routes["/m"], fact = STALLS[what]
-    limits = replace(QUICK, patience=0.3, headers=10.0 if fact == "sends almost nothing" else 0.3)
+    limits = replace(QUICK, patience=0.3, headers=0.3 if fact == SLOW else 10.0)
     failure = refusal(server.url("/m"), limits=limits)
     assert fact in failure.fact
     assert failure.retry == (fact != TOO_MUCH)

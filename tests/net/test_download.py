@@ -504,7 +504,7 @@ def test_a_part_of_another_address_is_not_resumed(server: Server, store: Store) 
     assert server.sent == len(DATA)
 
 
-@pytest.mark.parametrize("damage", ["bytes", "claims", "garbage", "size", "torn"])
+@pytest.mark.parametrize("damage", ["bytes", "claims", "garbage", "size", "torn", "deep", "link"])
 def test_a_damaged_part_is_noticed(server: Server, store: Store, damage: str) -> None:
     broken_off(store, server, File(DATA), sha256=SHA256)
     folder = store.root / "downloads" / "partial"
@@ -522,6 +522,11 @@ def test_a_damaged_part_is_noticed(server: Server, store: Store, damage: str) ->
             os.truncate(part, 10)
         case "torn":
             journal.write_text(journal.read_text() + "7 6553")
+        case "deep":
+            journal.write_text('{"of":' * 100_000)
+        case "link":
+            journal.unlink()
+            journal.symlink_to("/dev/zero")
     assert good(get(store, server.url("/m"), sha256=SHA256), store)
 
 

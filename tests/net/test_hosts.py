@@ -17,10 +17,10 @@ import pytest
 
 from builder.base.addresses import parse_address
 from builder.base.errors import CkptError, FetchError, SourceError, render
+from builder.base.files import parse_json
 from builder.sources.net.acquire import fetch, lookup_by_hash, resolve
 from builder.sources.net.client import Session
 from builder.sources.net.hosts import Pin, download_url, hugging_face_cache
-from builder.sources.net.text import parse_json
 from builder.sources.net.wire import Limits
 from builder.store import Store
 from tests.help.servers import COMMIT, File, Server, civitai, hugging_face, in_turn, redirects, says
@@ -314,12 +314,11 @@ def test_answers_cost_memory_and_time_in_proportion(place: Place) -> None:
     )
     before = time.process_time()
     tracemalloc.start()
-    for answer in (deep, deep[: 4 << 20], words):
+    for answer in (deep, deep[: 4 << 20], wide, words):
         with suppress(ValueError):
             parse_json(answer)
     assert tracemalloc.get_traced_memory()[1] < 20 * len(words)
     tracemalloc.stop()
-    assert len(parse_json(wide)) == (1 << 20) + 1
     assert time.process_time() - before < 10
     assert parse_json(b'{"a": "[[[\\"[", "b": [{}]}') == {"a": '[[["[', "b": [{}]}
 

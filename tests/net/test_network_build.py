@@ -29,12 +29,12 @@ from tests.help.servers import COMMIT, File, Handler, answer, civitai, hugging_f
 
 ONE = """\
 format = 1
-name = "mini"
-base = "NEW VAE-mini"
+name = "tiny"
+base = "NEW VAE-tiny"
 [sources.vae]
 {vae}
 [components]
-VAE-mini = "vae"
+VAE-tiny = "vae"
 """
 
 
@@ -55,19 +55,19 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> bytes:
         return _tensors(net.folder)
 
 
-def _tensors(folder: Folder, file: str = "mini.safetensors") -> bytes:
+def _tensors(folder: Folder, file: str = "tiny.safetensors") -> bytes:
     """All of a product but its header, which holds the recipe's digest."""
     data = (folder / file).read_bytes()
     return data[8 + int.from_bytes(data[:8], "little") :]
 
 
 def _lock(folder: Folder) -> str:
-    return (folder / "mini.lock.toml").read_text()
+    return (folder / "tiny.lock.toml").read_text()
 
 
 def _one(net: Net, said: str) -> Folder:
     """A recipe of one small source."""
-    net.folder.write("mini.toml", ONE.format(vae=said))
+    net.folder.write("tiny.toml", ONE.format(vae=said))
     return net.folder
 
 
@@ -87,8 +87,8 @@ def test_a_recipe_of_addresses_builds_where_nothing_is(net: Net, expected: bytes
     assert net.requests == asked, "nothing is asked for again"
 
     second = net.machine("second")
-    assert second("build", "mini.toml", "--locked").code == 0
-    assert (second / "mini.safetensors").read_bytes() == (first / "mini.safetensors").read_bytes()
+    assert second("build", "tiny.toml", "--locked").code == 0
+    assert (second / "tiny.safetensors").read_bytes() == (first / "tiny.safetensors").read_bytes()
     assert _lock(second) == _lock(first)
 
 
@@ -97,7 +97,7 @@ def test_hugging_face(net: Net, expected: bytes) -> None:
     hugging_face(net.hub, net.storage, "org/model", "sub/dirty.ckpt", dirty(), token=TOKEN)
     hugging_face(net.hub, net.storage, "org/vae", "vae.safetensors", vae(), lfs=False)
     net.write('urls = ["hf://org/model/sub/dirty.ckpt"]', 'urls = ["hf://org/vae/vae.safetensors"]')
-    refused = net.folder("build", "mini.toml")
+    refused = net.folder("build", "tiny.toml")
     assert refused.code == 5
     assert "login needed: “Access to model org/model is restricted.”" in refused.err
     assert "set `HF_TOKEN` to a token of your Hugging Face account" in refused.err
@@ -131,10 +131,10 @@ def test_what_hugging_faces_tools_have_downloaded_is_used(net: Net, tmp_path: Pa
     assert not downloads(folder)
     assert f'resolved = "hf://org/vae@{COMMIT}/vae.safetensors"' in _lock(folder)
 
-    shutil.copy(folder / "mini.lock.toml", net.folder / "mini.lock.toml")
+    shutil.copy(folder / "tiny.lock.toml", net.folder / "tiny.lock.toml")
     offline = net.machine("offline", HF_HUB_OFFLINE="1")
     asked = net.requests
-    said = offline("build", "mini.toml")
+    said = offline("build", "tiny.toml")
     assert said.code == 5 and "not asked: `HF_HUB_OFFLINE` is set" in said.err
     shutil.copytree(blob.parents[2], offline.path.parent / "no-cache")
     offline.build()
@@ -158,15 +158,15 @@ def test_a_file_address_leaves_no_path_in_the_lock(net: Net, tmp_path: Path) -> 
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "v.safetensors").write_bytes(vae())
     folder = _one(net, f'urls = ["file://{tmp_path}/models/v.safetensors"]')
-    assert folder("build", "mini.toml").code == 3, "a path of one machine is no source unless that is meant"
-    folder.build("mini.toml", "--allow-outside")
+    assert folder("build", "tiny.toml").code == 3, "a path of one machine is no source unless that is meant"
+    folder.build("tiny.toml", "--allow-outside")
     assert str(tmp_path) not in _lock(folder)
     assert 'requested = "v.safetensors"' in _lock(folder)
     _one(net, 'urls = ["file:../../models/v.safetensors"]')
     relative = net.machine("second")
-    assert relative("build", "mini.toml", "--allow-outside").code == 5
+    assert relative("build", "tiny.toml", "--allow-outside").code == 5
     shutil.copytree(tmp_path / "models", relative.path.parent.parent / "models", dirs_exist_ok=True)
-    assert relative("build", "mini.toml", "--allow-outside").code == 0
+    assert relative("build", "tiny.toml", "--allow-outside").code == 0
 
 
 def test_a_source_given_by_its_digest_alone(net: Net, tmp_path: Path) -> None:
@@ -188,8 +188,8 @@ def test_a_source_given_by_its_digest_alone(net: Net, tmp_path: Path) -> None:
 
     net.civitai.routes.clear()
     unknown = net.machine("third")
-    (unknown / "mini.lock.toml").unlink()
-    said = unknown("build", "mini.toml")
+    (unknown / "tiny.lock.toml").unlink()
+    said = unknown("build", "tiny.toml")
     assert said.code == 5
     assert (
         "Civitai: nothing is known of it" in said.err and "give the source an address in `urls`" in said.err
@@ -216,25 +216,25 @@ def test_every_address_and_why_it_failed(net: Net) -> None:
         "/410": says(410, "taken down"),
     }
     urls = [*(net.storage.url(p) for p in ("/404", "/page", "/json", "/410")), "hf://org/none/x.ckpt"]
-    said = _one(net, f"urls = {json.dumps(urls)}")("build", "mini.toml")
+    said = _one(net, f"urls = {json.dumps(urls)}")("build", "tiny.toml")
     assert said.code == 5
     for url in urls:
         assert url in said.err
     for words in ("404, not there", "an HTML page", "“Log in”", "“Model archived”", "“taken down”"):
         assert words in said.err
-    assert not (net.folder / "mini.safetensors").exists() and not (net.folder / "mini.lock.toml").exists()
+    assert not (net.folder / "tiny.safetensors").exists() and not (net.folder / "tiny.lock.toml").exists()
     assert not downloads(net.folder)
 
 
 def test_downloads_count_for_the_cap_of_the_store(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("builder.workspace.STORE_SIZE", len(vae()) + 200_000)
+    monkeypatch.setattr("builder.workspace.STORE_SIZE", len(vae()) + 30_000)
     net.storage.routes |= {"/one": File(vae()), "/two": File(vae(seed=9))}
     folder = _one(net, f'urls = ["{net.storage.url("/one")}"]')
     folder.build()
     assert downloads(folder) == {sha256(vae())}
     for path in folder.store.rglob("*"):
         os.utime(path, (1, 1))
-    (folder / "mini.lock.toml").unlink()
+    (folder / "tiny.lock.toml").unlink()
     _one(net, f'urls = ["{net.storage.url("/two")}"]').build()
     assert downloads(folder) == {sha256(vae(seed=9))}, "the older one had to go"
 
@@ -243,14 +243,14 @@ def test_downloads_count_for_the_cap_of_the_store(net: Net, monkeypatch: pytest.
 def test_without_the_network(net: Net, option: str) -> None:
     net.storage.routes["/vae"] = File(vae())
     folder = _one(net, f'urls = ["{net.storage.url("/vae")}"]')
-    said = folder("build", "mini.toml", "--offline")
+    said = folder("build", "tiny.toml", "--offline")
     assert said.code == 5 and "the network is off" in said.err and net.storage.url("/vae") in said.err
     assert net.requests == 0
     folder.build()
-    (folder / "mini.safetensors").unlink()
+    (folder / "tiny.safetensors").unlink()
     shutil.rmtree(folder.store / "components")
     asked = net.requests
-    assert folder("build", "mini.toml", option).code == 0, "what was downloaded is there"
+    assert folder("build", "tiny.toml", option).code == 0, "what was downloaded is there"
     assert net.requests == asked
 
 
@@ -261,18 +261,18 @@ def test_without_the_network(net: Net, option: str) -> None:
 def test_another_file_than_the_pinned_one(net: Net, suffix: str) -> None:
     net.storage.routes[f"/vae.{suffix}"] = File(vae(seed=9))
     folder = _one(net, f'sha256 = "{sha256(vae())}"\nurls = ["{net.storage.url(f"/vae.{suffix}")}"]')
-    said = folder("build", "mini.toml")
+    said = folder("build", "tiny.toml")
     assert said.code == 6
     assert "`vae` is not what was pinned" in said.err
     assert sha256(vae()) in said.err and sha256(vae(seed=9)) in said.err
     assert not downloads(folder)
-    assert not (folder / "mini.safetensors").exists() and not (folder / "mini.lock.toml").exists()
+    assert not (folder / "tiny.safetensors").exists() and not (folder / "tiny.lock.toml").exists()
 
 
 def test_a_host_that_states_another_digest_sends_nothing(net: Net) -> None:
     hugging_face(net.hub, net.storage, "org/vae", "vae.safetensors", vae(seed=9))
     folder = _one(net, f'sha256 = "{sha256(vae())}"\nurls = ["hf://org/vae/vae.safetensors"]')
-    said = folder("build", "mini.toml")
+    said = folder("build", "tiny.toml")
     assert said.code == 6 and sha256(vae(seed=9)) in said.err
     assert not net.storage.seen
 
@@ -284,15 +284,15 @@ def test_a_lock_pins_what_a_recipe_does_not(net: Net) -> None:
     before = _lock(net.folder)
     net.storage.routes["/vae"] = File(vae(seed=9))
     second = net.machine("second")
-    said = second("build", "mini.toml")
+    said = second("build", "tiny.toml")
     assert said.code == 6 and "`ckpt lock --upgrade` takes it as it is now" in said.err
     assert _lock(second) == before and not downloads(second)
     assert net.folder.build()["outputs"][0]["state"] == "unchanged", "the pinned file is here still"
 
-    moved = second("lock", "mini.toml", "--upgrade", "vae")
+    moved = second("lock", "tiny.toml", "--upgrade", "vae")
     assert moved.code == 0, moved.err
     assert f"source `vae`: sha256: {sha256(vae())[:12]}… became {sha256(vae(seed=9))[:12]}…" in moved.out
-    assert second("build", "mini.toml").code == 0
+    assert second("build", "tiny.toml").code == 0
 
 
 def test_a_commit_is_built_from_when_the_branch_has_moved(net: Net) -> None:
@@ -301,12 +301,12 @@ def test_a_commit_is_built_from_when_the_branch_has_moved(net: Net) -> None:
     moved = "f" * 40
     hugging_face(net.hub, net.storage, "org/vae", "vae.safetensors", vae(seed=9), commit=moved)
     second = net.machine("second")
-    assert second("build", "mini.toml", "--locked").code == 0, "the old commit is still served"
-    assert (second / "mini.safetensors").read_bytes() == (net.folder / "mini.safetensors").read_bytes()
+    assert second("build", "tiny.toml", "--locked").code == 0, "the old commit is still served"
+    assert (second / "tiny.safetensors").read_bytes() == (net.folder / "tiny.safetensors").read_bytes()
 
     del net.hub.routes[f"/org/vae/resolve/{COMMIT}/vae.safetensors"]
     third = net.machine("third")
-    said = third("build", "mini.toml")
+    said = third("build", "tiny.toml")
     assert said.code == 6, "the commit is gone, and the branch has another file"
     assert f"hf://org/vae@{COMMIT}/vae.safetensors: " in said.err and "404" in said.err
 
@@ -316,7 +316,7 @@ def test_a_commit_is_built_from_when_the_branch_has_moved(net: Net) -> None:
 
 PARTS = """\
 format = 1
-name = "mini"
+name = "tiny"
 base = "{base}"
 [sources.bulky]
 urls = ["{url}"]
@@ -327,21 +327,21 @@ file = "vae.safetensors"
 """
 
 
-def _in_parts(net: Net, components: dict[str, str], base: str = "NEW SD-mini") -> Net:
+def _in_parts(net: Net, components: dict[str, str], base: str = "NEW SD-tiny") -> Net:
     lines = "\n".join(f'{c} = "{s}"' for c, s in components.items())
     url = net.storage.url("/bulky.safetensors")
-    net.folder.write("mini.toml", PARTS.format(base=base, url=url, components=lines))
+    net.folder.write("tiny.toml", PARTS.format(base=base, url=url, components=lines))
     (net.folder / "vae.safetensors").write_bytes(vae())
     return net
 
 
-ALONE = 'format = 1\nname = "mini"\nbase = "NEW VAE-mini"\ncomponents.VAE-mini = "bulky"\n[sources.bulky]\n'
+ALONE = 'format = 1\nname = "tiny"\nbase = "NEW VAE-tiny"\ncomponents.VAE-tiny = "bulky"\n[sources.bulky]\n'
 
 
 def _alone(net: Net, more: str = "") -> None:
     """One small component out of a file of which most is something else."""
     net.storage.routes["/bulky.safetensors"] = File(bulky())
-    net.folder.write("mini.toml", f'{ALONE}urls = ["{net.storage.url("/bulky.safetensors")}"]\n{more}')
+    net.folder.write("tiny.toml", f'{ALONE}urls = ["{net.storage.url("/bulky.safetensors")}"]\n{more}')
     net.folder.build()
 
 
@@ -355,13 +355,13 @@ def test_only_the_component_travels(net: Net) -> None:
     _alone(net)
     assert net.storage.sent >= len(bulky()), "without a lock, the whole file"
     second = net.machine("second")
-    wanted = sum(t.nbytes for t in model("VAE-mini").values())
+    wanted = sum(t.nbytes for t in model("VAE-tiny").values())
     assert (
         wanted
-        < _fetched(net, lambda: second.build("mini.toml", "--locked", "--partial"))
+        < _fetched(net, lambda: second.build("tiny.toml", "--locked", "--partial"))
         < wanted + (320 << 10)
     )
-    assert (second / "mini.safetensors").read_bytes() == (net.folder / "mini.safetensors").read_bytes()
+    assert (second / "tiny.safetensors").read_bytes() == (net.folder / "tiny.safetensors").read_bytes()
     assert _lock(second) == _lock(net.folder)
     assert not downloads(second) and not list((second.store / "tmp").iterdir()), "no part is left"
     assert all("Range" in s.headers for s in net.storage.seen[-3:])
@@ -372,12 +372,12 @@ def test_a_component_that_changed_on_its_host(net: Net) -> None:
     net.storage.routes["/bulky.safetensors"] = File(bulky(seed=4))
     second = net.machine("second")
     sent = net.storage.sent
-    said = second("build", "mini.toml", "--partial")
+    said = second("build", "tiny.toml", "--partial")
     assert said.code == 6
-    assert "`VAE-mini of bulky` is not what the lock says" in said.err
+    assert "`VAE-tiny of bulky` is not what the lock says" in said.err
     assert net.storage.sent - sent < len(bulky()) // 2
-    assert not (second / "mini.safetensors").exists()
-    again = second("build", "mini.toml", "--partial")
+    assert not (second / "tiny.safetensors").exists()
+    again = second("build", "tiny.toml", "--partial")
     assert again.code == 6, "nothing of it is remembered"
 
 
@@ -385,7 +385,7 @@ def test_nothing_is_taken_on_the_locks_word_unasked(net: Net) -> None:
     """A part of a file cannot be compared with the file's digest: without `--partial` all of it is had."""
     _alone(net)
     second = net.machine("second")
-    assert _fetched(net, lambda: second.build("mini.toml", "--locked")) >= len(bulky())
+    assert _fetched(net, lambda: second.build("tiny.toml", "--locked")) >= len(bulky())
     assert downloads(second) == {sha256(bulky())}
 
 
@@ -395,44 +395,44 @@ def test_what_was_taken_on_the_locks_word_is_not_remembered(net: Net) -> None:
     lock = _lock(net.folder)
     other = net.machine("other")
     net.storage.routes["/bulky.safetensors"] = File(bulky(seed=4))
-    (other / "mini.lock.toml").unlink()
+    (other / "tiny.lock.toml").unlink()
     other.build()
     lies = _lock(other).replace(sha256(bulky(seed=4)), sha256(bulky()))
     assert lies != lock
 
     second = net.machine("second")
-    second.write("mini.lock.toml", lies)
-    said = second("build", "mini.toml", "--partial")
+    second.write("tiny.lock.toml", lies)
+    said = second("build", "tiny.toml", "--partial")
     assert said.code == 0 and "only the lock says" in said.err
-    assert (second / "mini.safetensors").read_bytes() == (other / "mini.safetensors").read_bytes()
+    assert (second / "tiny.safetensors").read_bytes() == (other / "tiny.safetensors").read_bytes()
     net.storage.routes["/bulky.safetensors"] = File(bulky())
-    second.write("mini.lock.toml", lock)
+    second.write("tiny.lock.toml", lock)
     assert second.build()["outputs"][0]["state"] == "written"
-    assert (second / "mini.safetensors").read_bytes() == (net.folder / "mini.safetensors").read_bytes()
+    assert (second / "tiny.safetensors").read_bytes() == (net.folder / "tiny.safetensors").read_bytes()
 
 
 def test_a_part_is_taken_where_the_whole_file_was_seen(net: Net) -> None:
     """What the pinned file gives is known of this store's own seeing, and no lock is believed."""
     _alone(net)
-    before = (net.folder / "mini.safetensors").read_bytes()
-    (net.folder / "mini.safetensors").unlink()
+    before = (net.folder / "tiny.safetensors").read_bytes()
+    (net.folder / "tiny.safetensors").unlink()
     shutil.rmtree(net.folder.store / "downloads")
-    wanted = sum(t.nbytes for t in model("VAE-mini").values())
+    wanted = sum(t.nbytes for t in model("VAE-tiny").values())
     assert wanted < _fetched(net, net.folder.build) < wanted + (320 << 10)
-    assert (net.folder / "mini.safetensors").read_bytes() == before
+    assert (net.folder / "tiny.safetensors").read_bytes() == before
     assert not downloads(net.folder)
 
     # It came over the network, so its bytes are kept.
-    (net.folder / "mini.safetensors").unlink()
+    (net.folder / "tiny.safetensors").unlink()
     assert _fetched(net, net.folder.build) == 0
-    assert (net.folder / "mini.safetensors").read_bytes() == before
+    assert (net.folder / "tiny.safetensors").read_bytes() == before
 
-    (net.folder / "mini.safetensors").unlink()
+    (net.folder / "tiny.safetensors").unlink()
     shutil.rmtree(net.folder.store / "blobs")
     net.storage.routes["/bulky.safetensors"] = File(bulky(seed=4))
-    said = net.folder("build", "mini.toml")
+    said = net.folder("build", "tiny.toml")
     assert said.code == 6 and "is not what it was when the whole file was read" in said.err
-    assert not (net.folder / "mini.safetensors").exists()
+    assert not (net.folder / "tiny.safetensors").exists()
 
 
 @pytest.mark.parametrize("change", [lambda d: d + b"x", lambda d: dirty()], ids=["longer", "no safetensors"])
@@ -440,7 +440,7 @@ def test_a_file_of_another_size_is_not_even_read(net: Net, change: Callable[[byt
     _alone(net)
     net.storage.routes["/bulky.safetensors"] = File(change(bulky()))
     second = net.machine("second")
-    said = second("build", "mini.toml", "--partial")
+    said = second("build", "tiny.toml", "--partial")
     assert said.code == 6 and f"{len(bulky()):,}" in said.err
 
 
@@ -448,11 +448,11 @@ def test_a_recipe_that_says_something_new_takes_no_parts(net: Net) -> None:
     """What the lock says of components is of the recipe that it was made of."""
     _alone(net)
     net.folder.write(
-        "mini.toml", (net.folder / "mini.toml").read_text().replace("[", 'output.precision = "fp32"\n[', 1)
+        "tiny.toml", (net.folder / "tiny.toml").read_text().replace("[", 'output.precision = "fp32"\n[', 1)
     )
     second = net.machine("second")
-    assert _fetched(net, lambda: second.build("mini.toml", "--partial")) >= len(bulky())
-    with open_checkpoint(second / "mini.safetensors") as made:
+    assert _fetched(net, lambda: second.build("tiny.toml", "--partial")) >= len(bulky())
+    with open_checkpoint(second / "tiny.safetensors") as made:
         assert {t.dtype for t in made.values()} == {DType.F32}
 
 
@@ -460,19 +460,19 @@ def test_outputs_in_two_precisions_share_what_is_fetched(net: Net) -> None:
     more = '[[output]]\nname = "half"\n[[output]]\nname = "full"\nprecision = "fp32"\n'
     _alone(net, more)
     second = net.machine("second")
-    wanted = sum(t.nbytes for t in model("VAE-mini").values())
-    assert _fetched(net, lambda: second.build("mini.toml", "--locked", "--partial")) < wanted + (320 << 10)
-    for file in ("mini-half.safetensors", "mini-full.safetensors"):
+    wanted = sum(t.nbytes for t in model("VAE-tiny").values())
+    assert _fetched(net, lambda: second.build("tiny.toml", "--locked", "--partial")) < wanted + (320 << 10)
+    for file in ("tiny-half.safetensors", "tiny-full.safetensors"):
         assert (second / file).read_bytes() == (net.folder / file).read_bytes()
 
 
 def test_most_of_a_file_is_fetched_whole(net: Net) -> None:
-    data = saved(model("SD-mini", seed=3))
+    data = saved(model("SD-tiny", seed=3))
     net.storage.routes["/bulky.safetensors"] = File(data)
-    _in_parts(net, {"UNET-mini": "bulky", "CLIP-mini": "bulky", "VAE-mini": "vae"}).folder.build()
+    _in_parts(net, {"UNET-tiny": "bulky", "CLIP-tiny": "bulky", "VAE-tiny": "vae"}).folder.build()
     second = net.machine("second")
     (second / "vae.safetensors").write_bytes(vae())
-    assert _fetched(net, lambda: second.build("mini.toml", "--locked", "--partial")) >= len(data)
+    assert _fetched(net, lambda: second.build("tiny.toml", "--locked", "--partial")) >= len(data)
     assert downloads(second) == {sha256(data)}
 
 
@@ -481,28 +481,28 @@ def test_a_pytorch_file_is_fetched_whole(net: Net) -> None:
     net.write(f'urls = ["{net.storage.url("/dirty.ckpt")}"]', f'urls = ["{net.storage.url("/vae")}"]')
     net.folder.build()
     second = net.machine("second")
-    second.build("mini.toml", "--locked", "--partial")
+    second.build("tiny.toml", "--locked", "--partial")
     assert sha256(dirty()) in downloads(second)
 
 
 @pytest.mark.parametrize("metadata", [False, True], ids=["plain", "with metadata"])
 def test_a_base_on_a_host(net: Net, metadata: bool) -> None:
     """A part of a base travels alone only where nothing else of it enters the product."""
-    tensors = model("SD-mini", seed=3)
+    tensors = model("SD-tiny", seed=3)
     data = saved(tensors)
     if metadata:
         data = _with_metadata(data, {"author": "someone"})
     net.storage.routes["/bulky.safetensors"] = File(data)
-    (net.folder / "unet.safetensors").write_bytes(saved(model("UNET-mini", seed=5)))
+    (net.folder / "unet.safetensors").write_bytes(saved(model("UNET-tiny", seed=5)))
     net.folder.write(
-        "mini.toml",
+        "tiny.toml",
         f"""\
         format = 1
-        name = "mini"
+        name = "tiny"
         base = "host"
         sources.host.urls = ["{net.storage.url("/bulky.safetensors")}"]
         sources.unet.file = "unet.safetensors"
-        components.UNET-mini = "unet"
+        components.UNET-tiny = "unet"
         """,
     )
     net.folder.build()
@@ -513,10 +513,10 @@ def test_a_base_on_a_host(net: Net, metadata: bool) -> None:
     assert net.storage.sent - before < (300 << 10), "a plan reads a table of contents at most"
     source = next(s for s in plan["steps"] if s["label"] == "source host")
     assert source["state"] == "fetch" and source["reads"] == len(data)
-    sent = _fetched(net, lambda: second.build("mini.toml", "--locked", "--partial"))
+    sent = _fetched(net, lambda: second.build("tiny.toml", "--locked", "--partial"))
     assert (sent >= len(data)) == metadata
-    assert (second / "mini.safetensors").read_bytes() == (net.folder / "mini.safetensors").read_bytes()
-    with open_checkpoint(second / "mini.safetensors") as made:
+    assert (second / "tiny.safetensors").read_bytes() == (net.folder / "tiny.safetensors").read_bytes()
+    with open_checkpoint(second / "tiny.safetensors") as made:
         assert made.metadata.get("author") == ("someone" if metadata else None)
 
 
@@ -530,21 +530,21 @@ def _with_metadata(data: bytes, metadata: dict[str, str]) -> bytes:
 
 def test_what_a_host_shows_of_a_base_is_not_believed(net: Net) -> None:
     """Metadata that changed on the host, in a file of the same size and the same tensors."""
-    data = _with_metadata(saved(model("SD-mini", seed=3)), {"author": "someone"})
+    data = _with_metadata(saved(model("SD-tiny", seed=3)), {"author": "someone"})
     net.storage.routes["/b.safetensors"] = File(data)
     text = (
-        f'format = 1\nname = "mini"\nbase = "b"\nsources.b.urls = ["{net.storage.url("/b.safetensors")}"]\n'
+        f'format = 1\nname = "tiny"\nbase = "b"\nsources.b.urls = ["{net.storage.url("/b.safetensors")}"]\n'
     )
-    net.folder.write("mini.toml", text)
+    net.folder.write("tiny.toml", text)
     net.folder.build()
     net.storage.routes["/b.safetensors"] = File(data.replace(b"someone", b"another"))
     second = net.machine("second")
-    assert second("build", "mini.toml", "--partial").code == 6
-    assert not (second / "mini.safetensors").exists()
+    assert second("build", "tiny.toml", "--partial").code == 6
+    assert not (second / "tiny.safetensors").exists()
     # Also when every component is stored already, and only the header is needed.
     shutil.rmtree(net.folder.store / "downloads")
-    (net.folder / "mini.safetensors").unlink()
-    assert net.folder("build", "mini.toml").code == 6
+    (net.folder / "tiny.safetensors").unlink()
+    assert net.folder("build", "tiny.toml").code == 6
 
 
 # -- plans
@@ -559,8 +559,8 @@ def test_a_plan_downloads_nothing(net: Net) -> None:
     steps = {s["label"]: s for s in net.folder.plan()["steps"]}
     assert steps["source dirty"]["state"] == steps["source vae"]["state"] == "fetch"
     assert steps["source vae"]["reads"] == len(vae()) and steps["source dirty"]["reads"] == 0
-    said = net.folder("plan", "mini.toml").out
-    assert net.storage.url("/vae") in said and "366 kB" in said
+    said = net.folder("plan", "tiny.toml").out
+    assert net.storage.url("/vae") in said and "41.5 kB" in said
     assert net.storage.sent == 0 and not net.folder.store.exists()
     net.folder.build()
     second = net.machine("second")
@@ -570,7 +570,7 @@ def test_a_plan_downloads_nothing(net: Net) -> None:
 
 def test_a_plan_without_the_network(net: Net) -> None:
     net.write('urls = ["https://nowhere.invalid/a.ckpt"]', 'urls = ["hf://org/vae/vae.safetensors"]')
-    said = net.folder("plan", "mini.toml", "--offline")
+    said = net.folder("plan", "tiny.toml", "--offline")
     assert said.code == 0 and "fetch" in said.out
     assert net.requests == 0
 
@@ -582,24 +582,24 @@ def test_sources_of_an_included_recipe_are_pinned(net: Net) -> None:
     hugging_face(net.hub, net.storage, "org/vae", "vae.safetensors", vae())
     net.folder.write("inner.toml", ONE.format(vae='urls = ["hf://org/vae/vae.safetensors"]'))
     net.folder.write(
-        "mini.toml",
-        'format = 1\nname = "mini"\nbase = "NEW VAE-mini"\n'
-        'sources.inner.recipe = "inner.toml"\ncomponents.VAE-mini = "inner"\n',
+        "tiny.toml",
+        'format = 1\nname = "tiny"\nbase = "NEW VAE-tiny"\n'
+        'sources.inner.recipe = "inner.toml"\ncomponents.VAE-tiny = "inner"\n',
     )
     net.folder.build()
     assert f'resolved = "hf://org/vae@{COMMIT}/vae.safetensors"' in _lock(net.folder)
     hugging_face(net.hub, net.storage, "org/vae", "vae.safetensors", vae(seed=9), commit="f" * 40)
     second = net.machine("second")
-    assert second("build", "mini.toml", "--locked").code == 0
-    assert (second / "mini.safetensors").read_bytes() == (net.folder / "mini.safetensors").read_bytes()
-    moved = second("lock", "mini.toml", "--upgrade", "inner")
+    assert second("build", "tiny.toml", "--locked").code == 0
+    assert (second / "tiny.safetensors").read_bytes() == (net.folder / "tiny.safetensors").read_bytes()
+    moved = second("lock", "tiny.toml", "--upgrade", "inner")
     assert "source `inner/vae`: sha256" in moved.out
 
 
 def test_building_a_second_time_to_compare_downloads_nothing_more(net: Net) -> None:
     net.storage.routes["/vae"] = File(vae())
     folder = _one(net, f'urls = ["{net.storage.url("/vae")}"]')
-    said = folder("build", "mini.toml", "--check")
+    said = folder("build", "tiny.toml", "--check")
     assert said.code == 0, said.err
     assert "the same bytes" in said.err
     assert net.storage.sent == len(vae())
@@ -629,18 +629,18 @@ def test_two_builds_share_a_download(net: Net) -> None:
         File(data)(handler)
 
     net.storage.routes["/b"] = gated
-    net.folder.write("mini.toml", f'{ALONE}urls = ["{net.storage.url("/b")}"]\n')
+    net.folder.write("tiny.toml", f'{ALONE}urls = ["{net.storage.url("/b")}"]\n')
     other = replace(net.machine("second"), store=net.folder.store)
-    with _start(net.folder, "build", "mini.toml") as first:
+    with _start(net.folder, "build", "tiny.toml") as first:
         _until(lambda: bool(net.storage.seen))
-        with _start(other, "build", "mini.toml") as second:
+        with _start(other, "build", "tiny.toml") as second:
             assert second.stderr is not None
             assert "another process is downloading bulky: waiting for it" in second.stderr.readline()
             gate.set()
             assert second.wait(60) == 0
         assert first.wait(60) == 0
     assert net.storage.sent == len(data)
-    assert (other / "mini.safetensors").read_bytes() == (net.folder / "mini.safetensors").read_bytes()
+    assert (other / "tiny.safetensors").read_bytes() == (net.folder / "tiny.safetensors").read_bytes()
     assert _lock(other) == _lock(net.folder)
 
 
@@ -655,8 +655,8 @@ def _until(met: Callable[[], bool]) -> None:
 def test_a_build_that_ends_early_is_resumed(net: Net, end: signal.Signals) -> None:
     data = bulky()
     net.storage.routes["/b"] = File(data, pause=0.02)
-    net.folder.write("mini.toml", f'{ALONE}urls = ["{net.storage.url("/b")}"]\n')
-    running = _start(net.folder, "build", "mini.toml")
+    net.folder.write("tiny.toml", f'{ALONE}urls = ["{net.storage.url("/b")}"]\n')
+    running = _start(net.folder, "build", "tiny.toml")
     _until(lambda: net.storage.sent > len(data) // 3)
     running.send_signal(end)
     _, err = running.communicate(timeout=20)
@@ -666,10 +666,10 @@ def test_a_build_that_ends_early_is_resumed(net: Net, end: signal.Signals) -> No
     sent = net.storage.sent
     assert sent < len(data), "it did not wait for the end"
     left = {n.rpartition(".")[2] for n in downloads(net.folder)}
-    assert "journal" in left and not (net.folder / "mini.safetensors").exists()
+    assert "journal" in left and not (net.folder / "tiny.safetensors").exists()
 
     net.storage.routes["/b"] = File(data)
-    said = net.folder("build", "mini.toml")
+    said = net.folder("build", "tiny.toml")
     assert said.code == 0, said.err
     assert "bytes are there already" in said.err
     assert net.storage.sent < len(data) * 1.3
@@ -679,11 +679,11 @@ def test_a_build_that_ends_early_is_resumed(net: Net, end: signal.Signals) -> No
 
 def test_progress_is_told(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(terminal, "LINE_EVERY", 0.01)
-    net.storage.routes["/vae"] = File(vae(), pause=0.02)
+    net.storage.routes["/vae"] = File(saved(model()), pause=0.02)
     folder = _one(net, f'urls = ["{net.storage.url("/vae")}"]')
-    said = folder("build", "mini.toml")
+    said = folder("build", "tiny.toml")
     lines = [line for line in said.err.splitlines() if line.startswith("vae: ")]
-    assert any("of 366 kB (" in line and "/s" in line for line in lines), said.err
+    assert any("of 1.4 MB (" in line and "/s" in line for line in lines), said.err
 
 
 # -- secrets
@@ -702,10 +702,10 @@ def test_a_token_is_nowhere(net: Net, tmp_path: Path) -> None:
     said = [
         folder(*words)
         for words in (
-            ("plan", "mini.toml"),
-            ("lock", "mini.toml"),
-            ("build", "mini.toml", "--explain", "--json"),
-            ("plan", "mini.toml", "--json"),
+            ("plan", "tiny.toml"),
+            ("lock", "tiny.toml"),
+            ("build", "tiny.toml", "--explain", "--json"),
+            ("plan", "tiny.toml", "--json"),
             ("build", "echo.toml"),
             ("lock", "echo.toml"),
             ("inspect", "hf://org/echo/x", "--json"),
@@ -729,7 +729,7 @@ def test_no_process_is_given_a_token(net: Net) -> None:
     hugging_face(net.hub, net.storage, "org/vae", "vae.safetensors", vae(), token=TOKEN, lfs=False)
     _one(net, 'urls = ["hf://org/vae/vae.safetensors"]')
     folder = net.machine("second", HF_TOKEN=TOKEN)
-    running = _start(folder, "lock", "mini.toml")
+    running = _start(folder, "lock", "tiny.toml")
     listed = []
     while running.poll() is None:
         for process in Path("/proc").glob("[0-9]*/cmdline"):
@@ -737,7 +737,7 @@ def test_no_process_is_given_a_token(net: Net) -> None:
                 listed.append(process.read_bytes())
         time.sleep(0.05)
     running.communicate()
-    assert running.returncode == 0 and any(b"mini.toml" in text for text in listed)
+    assert running.returncode == 0 and any(b"tiny.toml" in text for text in listed)
     assert not any(TOKEN.encode() in text for text in listed)
 
 
@@ -747,7 +747,7 @@ def test_a_source_that_is_a_link_to_itself(net: Net) -> None:
     for source in ('file = "loop"', 'urls = ["file:loop"]', 'recipe = "loop.toml"'):
         _one(net, source)
         for command in (("plan",), ("build",), ("lock",)):
-            said = net.folder(*command, "mini.toml")
+            said = net.folder(*command, "tiny.toml")
             assert said.code in {0, 3, 5} and "Traceback" not in said.err
     for words in (("build", "loop.toml"), ("new", "loop"), ("inspect", "loop")):
         said = net.folder(*words)
@@ -762,14 +762,14 @@ def test_a_large_component_travels_almost_alone(net: Net, tmp_path: Path) -> Non
     source = net.folder / "large.safetensors"
     vae = make("VAE-v1", precision=DType.F16, content="sparse", catalog=catalog()).tensors
     save(source, {**{VAE + n: t for n, t in vae.items()}, "bulk": values(np.zeros(50_000_000))})
-    text = 'format = 1\nname = "mini"\nbase = "NEW VAE-v1"\ncomponents.VAE-v1 = "large"\n[sources.large]\n'
+    text = 'format = 1\nname = "tiny"\nbase = "NEW VAE-v1"\ncomponents.VAE-v1 = "large"\n[sources.large]\n'
     text += f'file = "large.safetensors"\nurls = ["{net.storage.url("/large")}"]\n'
-    net.folder.write("mini.toml", text)
+    net.folder.write("tiny.toml", text)
     net.folder.build()
     with open_checkpoint(source) as checkpoint, source.open("rb") as file:
         wanted = sum(t.nbytes for n, t in checkpoint.items() if n.startswith(VAE))
         data = mmap(file.fileno(), 0, access=ACCESS_READ)
     net.storage.routes["/large"] = File(data, etag='"large"', block=1 << 20)  # type: ignore[arg-type]
     second = net.machine("second")
-    assert wanted <= _fetched(net, lambda: second.build("mini.toml", "--locked", "--partial")) < 1.02 * wanted
-    assert (second / "mini.safetensors").read_bytes() == (net.folder / "mini.safetensors").read_bytes()
+    assert wanted <= _fetched(net, lambda: second.build("tiny.toml", "--locked", "--partial")) < 1.02 * wanted
+    assert (second / "tiny.safetensors").read_bytes() == (net.folder / "tiny.safetensors").read_bytes()

@@ -45,7 +45,7 @@ def test_a_table_of_contents_is_all_that_travels(net: Net) -> None:
 
 
 def test_a_gated_repository(net: Net) -> None:
-    data = saved(model("SD-mini"))
+    data = saved(model("SD-tiny"))
     hugging_face(net.hub, net.storage, "org/model", "m.safetensors", data, token=TOKEN)
     said = net.folder("inspect", "hf://org/model/m.safetensors")
     assert said.code == 5 and not said.out
@@ -55,7 +55,7 @@ def test_a_gated_repository(net: Net) -> None:
     granted = net.machine("second", HF_TOKEN=TOKEN)
     for address in ("hf://org/model/m.safetensors", f"hf://org/model@{COMMIT}/m.safetensors"):
         said = granted("inspect", address)
-        assert said.code == 0 and "SD-mini" in said.out
+        assert said.code == 0 and "SD-tiny" in said.out
         assert TOKEN not in said.out + said.err and "signature" not in said.out + said.err
     other = net.machine("third", HF_TOKEN="hf_wrong")
     said = other("inspect", "hf://org/model/m.safetensors")
@@ -63,9 +63,9 @@ def test_a_gated_repository(net: Net) -> None:
 
 
 def test_civitai(net: Net) -> None:
-    civitai(net.civitai, net.storage, 42, 99, saved(model("SD-mini")), token=TOKEN)
+    civitai(net.civitai, net.storage, 42, 99, saved(model("SD-tiny")), token=TOKEN)
     said = net.machine("second", CIVITAI_TOKEN=TOKEN)("inspect", "air:sd1:checkpoint:civitai:7@42")
-    assert said.code == 0 and "SD-mini" in said.out
+    assert said.code == 0 and "SD-tiny" in said.out
     said = net.folder("inspect", "civitai:42")
     assert said.code == 5 and "set `CIVITAI_TOKEN`" in said.err and "logged in" in said.err
 
@@ -74,7 +74,7 @@ def test_what_cannot_be_read_where_it_lies(net: Net) -> None:
     net.storage.routes |= {
         "/dirty.ckpt": File(dirty()),
         "/whole.safetensors": File(bulky(), ranges=False),
-        "/good.safetensors": File(saved(model("SD-mini"))),
+        "/good.safetensors": File(saved(model("SD-tiny"))),
     }
 
     def inspect(*paths: str) -> tuple[int, str]:
@@ -89,13 +89,13 @@ def test_what_cannot_be_read_where_it_lies(net: Net) -> None:
     assert code == 5 and "does not serve parts" in err
     assert net.storage.sent < len(bulky()), "what is not wanted is not waited for"
     said = net.folder("inspect", net.storage.url("/gone.safetensors"), net.storage.url("/good.safetensors"))
-    assert said.code == 5 and "SD-mini" in said.out, "the others are said all the same"
+    assert said.code == 5 and "SD-tiny" in said.out, "the others are said all the same"
     said = net.folder("inspect", net.storage.url("/good.safetensors"), "--hashes")
     assert said.code == 2 and "take the whole file" in said.err
 
 
 def test_hosts_of_the_own_network_are_asked_on_purpose_only(net: Net, tmp_path: Path) -> None:
-    net.storage.routes["/m.safetensors"] = File(saved(model("SD-mini")))
+    net.storage.routes["/m.safetensors"] = File(saved(model("SD-tiny")))
     careful = net.machine("second", CKPT_ALLOW_PRIVATE="")
     said = careful("inspect", net.storage.url("/m.safetensors"))
     assert said.code == 5 and "without encryption" in said.err

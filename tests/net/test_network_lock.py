@@ -33,14 +33,14 @@ def hub(net: Net) -> Net:
 
 
 def _sources(folder: Folder) -> dict[str, Any]:
-    found: dict[str, Any] = tomllib.loads((folder / "mini.lock.toml").read_text())["sources"]
+    found: dict[str, Any] = tomllib.loads((folder / "tiny.lock.toml").read_text())["sources"]
     return found
 
 
 def test_what_a_host_states_is_not_downloaded(hub: Net) -> None:
-    said = hub.folder("lock", "mini.toml")
+    said = hub.folder("lock", "tiny.toml")
     assert said.code == 0, said.err
-    assert said.out.splitlines()[0].split() == ["written", "mini.lock.toml"]
+    assert said.out.splitlines()[0].split() == ["written", "tiny.lock.toml"]
     assert _sources(hub.folder) == {
         "dirty": {
             "requested": "hf://org/model/dirty.ckpt",
@@ -57,24 +57,24 @@ def test_what_a_host_states_is_not_downloaded(hub: Net) -> None:
     }
     assert not hub.storage.seen and not downloads(hub.folder)
 
-    again = hub.folder("lock", "mini.toml")
+    again = hub.folder("lock", "tiny.toml")
     assert again.out.split()[0] == "unchanged"
-    said = hub.folder("build", "mini.toml", "--locked")
+    said = hub.folder("build", "tiny.toml", "--locked")
     assert said.code == 4, "a lock of sources alone does not say what is made of them"
-    assert "component: `VAE-mini-SD` is new" in said.err and not (hub.folder / "mini.safetensors").exists()
+    assert "component: `VAE-tiny-SD` is new" in said.err and not (hub.folder / "tiny.safetensors").exists()
     pinned = _sources(hub.folder)
     hub.folder.build()
     assert _sources(hub.folder) == pinned
-    assert hub.folder("build", "mini.toml", "--locked").code == 0
-    made = (hub.folder / "mini.lock.toml").read_text()
-    assert "[[components]]" in made and hub.folder("lock", "mini.toml").out.split()[0] == "unchanged"
-    assert (hub.folder / "mini.lock.toml").read_text() == made, "what a build pinned stays"
+    assert hub.folder("build", "tiny.toml", "--locked").code == 0
+    made = (hub.folder / "tiny.lock.toml").read_text()
+    assert "[[components]]" in made and hub.folder("lock", "tiny.toml").out.split()[0] == "unchanged"
+    assert (hub.folder / "tiny.lock.toml").read_text() == made, "what a build pinned stays"
 
 
 def test_a_pytorch_base_is_not_downloaded_either(hub: Net) -> None:
-    text = 'format = 1\nname = "mini"\nbase = "dirty"\n[sources.dirty]\n'
-    hub.folder.write("mini.toml", text + HUB[0])
-    assert hub.folder("lock", "mini.toml").code == 0
+    text = 'format = 1\nname = "tiny"\nbase = "dirty"\n[sources.dirty]\n'
+    hub.folder.write("tiny.toml", text + HUB[0])
+    assert hub.folder("lock", "tiny.toml").code == 0
     assert not hub.storage.seen
 
 
@@ -82,7 +82,7 @@ def test_civitai_states_digests(net: Net) -> None:
     civitai(net.civitai, net.storage, 42, 99, vae())
     hugging_face(net.hub, net.storage, "org/model", "dirty.ckpt", dirty())
     net.write(HUB[0], 'urls = ["air:sd1:checkpoint:civitai:7"]')
-    assert net.folder("lock", "mini.toml").code == 0
+    assert net.folder("lock", "tiny.toml").code == 0
     assert _sources(net.folder)["vae"]["resolved"] == "civitai:42@99"
     assert _sources(net.folder)["vae"]["sha256"] == sha256(vae())
     assert not net.storage.seen
@@ -94,7 +94,7 @@ def test_what_no_host_states_is_downloaded_once(net: Net) -> None:
     hugging_face(net.hub, net.storage, "org/vae", "vae.safetensors", vae(), lfs=False)
     url = net.storage.url("/dirty.ckpt")
     net.write(f'urls = ["{url}"]', HUB[1])
-    assert net.folder("lock", "mini.toml").code == 0
+    assert net.folder("lock", "tiny.toml").code == 0
     found = _sources(net.folder)
     assert found["dirty"] == {
         "requested": url,
@@ -106,8 +106,8 @@ def test_what_no_host_states_is_downloaded_once(net: Net) -> None:
     assert found["vae"]["sha256"] == sha256(vae())
     assert net.storage.sent == len(dirty())
     asked = net.requests
-    assert net.folder("build", "mini.toml", "--offline").code == 0
-    assert net.folder("build", "mini.toml", "--frozen").code == 0
+    assert net.folder("build", "tiny.toml", "--offline").code == 0
+    assert net.folder("build", "tiny.toml", "--frozen").code == 0
     assert net.requests == asked
 
 
@@ -116,7 +116,7 @@ def test_what_the_recipe_pins_is_not_downloaded(net: Net) -> None:
     civitai(net.civitai, net.storage, 42, 99, vae())
     pinned = f'sha256 = "{sha256(dirty())}"\nurls = ["{net.storage.url("/dirty.ckpt")}"]'
     net.write(pinned, f'sha256 = "{sha256(vae())}"')
-    assert net.folder("lock", "mini.toml").code == 0
+    assert net.folder("lock", "tiny.toml").code == 0
     found = _sources(net.folder)
     assert found["dirty"]["sha256"] == sha256(dirty())
     assert found["vae"] == {
@@ -126,64 +126,64 @@ def test_what_the_recipe_pins_is_not_downloaded(net: Net) -> None:
         "size": found["vae"]["size"],
     }
     assert not net.storage.seen
-    said = net.folder("build", "mini.toml")
+    said = net.folder("build", "tiny.toml")
     assert said.code == 0 and "became" not in said.err, "sizes that were unknown are no change"
     assert _sources(net.folder)["dirty"]["size"] == len(dirty())
-    assert net.folder("build", "mini.toml", "--locked").code == 0
+    assert net.folder("build", "tiny.toml", "--locked").code == 0
 
 
 def test_the_first_host_that_answers_pins(net: Net) -> None:
     hugging_face(net.hub, net.storage, "org/vae", "vae.safetensors", vae())
     hugging_face(net.hub, net.storage, "org/model", "dirty.ckpt", dirty())
     net.write(HUB[0], 'urls = ["hf://org/gone/v.safetensors", "hf://org/vae/vae.safetensors"]')
-    assert net.folder("lock", "mini.toml").code == 0
+    assert net.folder("lock", "tiny.toml").code == 0
     assert _sources(net.folder)["vae"]["resolved"] == f"hf://org/vae@{COMMIT}/vae.safetensors"
 
 
 def test_failures_leave_the_lock_as_it_was(hub: Net) -> None:
     hugging_face(hub.hub, hub.storage, "org/vae", "vae.safetensors", vae(), token=TOKEN)
-    said = hub.folder("lock", "mini.toml")
+    said = hub.folder("lock", "tiny.toml")
     assert said.code == 5
     assert "`vae` could not be fetched" in said.err and "set `HF_TOKEN`" in said.err
-    assert not (hub.folder / "mini.lock.toml").exists()
+    assert not (hub.folder / "tiny.lock.toml").exists()
     granted = hub.machine("second", HF_TOKEN=TOKEN)
-    assert granted("lock", "mini.toml").code == 0
-    before = (granted / "mini.lock.toml").read_text()
+    assert granted("lock", "tiny.toml").code == 0
+    before = (granted / "tiny.lock.toml").read_text()
     hub.hub.routes.clear()
-    assert granted("lock", "mini.toml", "--upgrade").code == 5
-    assert (granted / "mini.lock.toml").read_text() == before
+    assert granted("lock", "tiny.toml", "--upgrade").code == 5
+    assert (granted / "tiny.lock.toml").read_text() == before
 
 
 def test_a_pin_moves_on_purpose_only(hub: Net) -> None:
     folder = hub.folder
     folder.build()
-    before = (folder / "mini.lock.toml").read_text()
+    before = (folder / "tiny.lock.toml").read_text()
     hugging_face(hub.hub, hub.storage, "org/model", "dirty.ckpt", dirty() + b"x", commit=MOVED)
     hugging_face(hub.hub, hub.storage, "org/vae", "vae.safetensors", vae(seed=9), commit=MOVED)
-    assert folder("lock", "mini.toml").out.split()[0] == "unchanged"
-    assert hub.machine("second")("lock", "mini.toml").out.split()[0] == "unchanged", "the commit is asked for"
-    assert (folder / "mini.lock.toml").read_text() == before
+    assert folder("lock", "tiny.toml").out.split()[0] == "unchanged"
+    assert hub.machine("second")("lock", "tiny.toml").out.split()[0] == "unchanged", "the commit is asked for"
+    assert (folder / "tiny.lock.toml").read_text() == before
 
-    said = folder("lock", "mini.toml", "--upgrade", "vae")
+    said = folder("lock", "tiny.toml", "--upgrade", "vae")
     assert said.code == 0
-    assert said.out.splitlines()[0].split() == ["written", "mini.lock.toml"]
+    assert said.out.splitlines()[0].split() == ["written", "tiny.lock.toml"]
     assert f"source `vae`: sha256: {sha256(vae())[:12]}… became {sha256(vae(seed=9))[:12]}…" in said.out
     assert f"hf://org/vae@{MOVED}/vae.safetensors" in said.out
     assert "source `dirty`" not in said.out
     assert _sources(folder)["dirty"]["sha256"] == sha256(dirty())
-    assert folder.build()["made"] == ["VAE-mini of vae"]
+    assert folder.build()["made"] == ["VAE-tiny of vae"]
 
-    everything = folder("lock", "mini.toml", "--upgrade")
+    everything = folder("lock", "tiny.toml", "--upgrade")
     assert "source `dirty`: sha256" in everything.out and "source `vae`" not in everything.out
-    assert folder("lock", "mini.toml", "--upgrade").out.split()[0] == "unchanged"
+    assert folder("lock", "tiny.toml", "--upgrade").out.split()[0] == "unchanged"
 
 
 def test_a_pin_whose_file_is_gone(hub: Net) -> None:
-    hub.folder("lock", "mini.toml")
+    hub.folder("lock", "tiny.toml")
     hub.hub.routes.clear()
     hugging_face(hub.hub, hub.storage, "org/model", "dirty.ckpt", dirty())
     hugging_face(hub.hub, hub.storage, "org/vae", "vae.safetensors", vae(seed=9), commit=MOVED)
-    said = hub.machine("second")("lock", "mini.toml")
+    said = hub.machine("second")("lock", "tiny.toml")
     assert said.code == 6
     assert "`vae` is not what was pinned" in said.err and sha256(vae(seed=9)) in said.err
     assert "`ckpt lock --upgrade` takes it as it is now" in said.err
@@ -191,24 +191,24 @@ def test_a_pin_whose_file_is_gone(hub: Net) -> None:
 
     hub.hub.routes[f"/org/vae/resolve/{COMMIT}/vae.safetensors"] = says(410, "taken down")
     hub.hub.routes["/org/vae/resolve/main/vae.safetensors"] = says(404)
-    said = hub.machine("third")("lock", "mini.toml")
+    said = hub.machine("third")("lock", "tiny.toml")
     assert said.code == 5 and "410" in said.err and "404" in said.err
 
 
 def test_what_the_recipe_pins_no_upgrade_moves(hub: Net) -> None:
     hub.write(f'sha256 = "{sha256(dirty())}"\n{HUB[0]}', HUB[1])
-    assert hub.folder("lock", "mini.toml").code == 0
+    assert hub.folder("lock", "tiny.toml").code == 0
     hugging_face(hub.hub, hub.storage, "org/model", "dirty.ckpt", dirty() + b"x", commit=MOVED)
-    said = hub.folder("lock", "mini.toml", "--upgrade")
+    said = hub.folder("lock", "tiny.toml", "--upgrade")
     assert said.code == 6 and sha256(dirty() + b"x") in said.err
     assert "--upgrade" not in said.err, "which would not help"
 
 
 def test_an_upgrade_of_what_there_is_not(hub: Net) -> None:
-    said = hub.folder("lock", "mini.toml", "--upgrade", "vea")
+    said = hub.folder("lock", "tiny.toml", "--upgrade", "vea")
     assert said.code == 2
-    hub.folder("lock", "mini.toml")
-    said = hub.folder("lock", "mini.toml", "--upgrade", "vea")
+    hub.folder("lock", "tiny.toml")
+    said = hub.folder("lock", "tiny.toml", "--upgrade", "vea")
     assert said.code == 2
     assert "the recipe has no source `vea`" in said.err and "did you mean `vae`?" in said.err
 
@@ -218,13 +218,13 @@ def test_files_of_this_machine_follow_what_is_there(net: Net) -> None:
     (net.folder / "dirty.ckpt").write_bytes(dirty())
     (net.folder / "vae.safetensors").write_bytes(vae())
     net.write('file = "dirty.ckpt"', 'file = "vae.safetensors"')
-    assert net.folder("lock", "mini.toml").code == 0
+    assert net.folder("lock", "tiny.toml").code == 0
     assert _sources(net.folder)["vae"] == {
         "requested": "vae.safetensors",
         "sha256": sha256(vae()),
         "size": len(vae()),
     }
     (net.folder / "vae.safetensors").write_bytes(vae(seed=9))
-    said = net.folder("lock", "mini.toml")
+    said = net.folder("lock", "tiny.toml")
     assert f"became {sha256(vae(seed=9))[:12]}…" in said.out
     assert net.requests == 0

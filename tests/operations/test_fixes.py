@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 from benchmarks.generate import Dirt
 from builder.operations.fixes import FIXES, POSITION_IDS, Fixed, exact_position_ids, truncated_position_ids
+from builder.tensors.cast import UnfitError
 from builder.tensors.lazy import DType, LazyTensor, MemoryTensor
 from tests.help.building import CLIP, IDS, VAE, Folder, catalog, content, model, save, values
 
@@ -55,7 +57,7 @@ def test_every_fix_says_what_it_is_for() -> None:
 @pytest.mark.parametrize("name", sorted(FIXES))
 def test_a_fix_changes_nothing_twice(name: str) -> None:
     fix = FIXES[name]
-    cls = next(c for c in catalog().classes if c.endswith("-mini") and catalog().applies(name, c))
+    cls = next(c for c in catalog().classes if c.endswith("-tiny") and catalog().applies(name, c))
     once = fix.apply(bare(cls))
     again = fix.apply(once.tensors)
     assert again.changes == () and plain(again.tensors) == plain(once.tensors)
@@ -77,7 +79,7 @@ def test_a_fix_changes_nothing_twice(name: str) -> None:
     ids=["damaged", "float", "half", "exact", "reversed", "flat"],
 )
 def test_clip_position_ids(ids: LazyTensor, changed: bool) -> None:
-    given = bare("CLIP-mini", **{POSITION_IDS: ids})
+    given = bare("CLIP-tiny", **{POSITION_IDS: ids})
     made, changes = FIXES["clip-position-ids"].apply(given)
     assert plain(made)[POSITION_IDS] == plain({"": exact_position_ids()})[""]
     assert changes == (("made exact: int64 0..76",) if changed else ())
@@ -85,7 +87,7 @@ def test_clip_position_ids(ids: LazyTensor, changed: bool) -> None:
 
 
 def test_clip_position_ids_adds_none() -> None:
-    given = bare("CLIP-mini")
+    given = bare("CLIP-tiny")
     del given[POSITION_IDS]
     assert FIXES["clip-position-ids"].apply(given) == Fixed(given, ())
 
@@ -101,26 +103,37 @@ def test_exact_ids_are_what_training_used() -> None:
         (damaged(75.9975), 75, ", 1 of them wrong"),
         (damaged(76.9), 76, ""),
         (damaged(-0.5), 0, ", 1 of them wrong"),
-        (damaged(float("nan")), 0, ", 1 of them wrong"),
     ],
 )
 def test_floats_are_truncated_as_loaders_do(ids: LazyTensor, made: int, wrong: str) -> None:
-    fixed = truncated_position_ids(bare("CLIP-mini", **{POSITION_IDS: ids}))
+    fixed = truncated_position_ids(bare("CLIP-tiny", **{POSITION_IDS: ids}), "it")
     whole = np.frombuffer(fixed.tensors[POSITION_IDS].tobytes(), "<i8")
     assert (whole[:76] == range(76)).all() and whole[76] == made
     assert fixed.tensors[POSITION_IDS].shape == (1, 77)
     assert fixed.changes == (f"float position_ids truncated to int64{wrong}",)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e30, -9.3e18])
+def test_what_no_int64_can_hold_is_refused_with_the_fix(value: float, folder: Folder) -> None:
+    """One processor makes the least int64 of it, another the greatest."""
+    with pytest.raises(UnfitError, match=re.escape(f"`it` hold {value:g}, which is no position")):
+        truncated_position_ids(bare("CLIP-tiny", **{POSITION_IDS: damaged(value)}), "it")
+    make(folder, {**model(), IDS: damaged(value)}, "clip-position-ids")
+    folder.write("bad.toml", RECIPE)
+    said = folder("build", "bad.toml")
+    assert said.code == 7 and "hint: the fix `clip-position-ids`" in said.err
+    assert content(folder / "m.safetensors")[IDS] == EXACT
+
+
 def test_integers_are_not_truncated() -> None:
-    given = bare("CLIP-mini")
-    assert truncated_position_ids(given) == Fixed(given, ())
+    given = bare("CLIP-tiny")
+    assert truncated_position_ids(given, "it") == Fixed(given, ())
     del given[POSITION_IDS]
-    assert truncated_position_ids(given) == Fixed(given, ())
+    assert truncated_position_ids(given, "it") == Fixed(given, ())
 
 
 def test_present_and_absent() -> None:
-    given = bare("CLIP-mini")
+    given = bare("CLIP-tiny")
     assert FIXES["position-ids-present"].apply(given) == Fixed(given, ())
     without, changes = FIXES["position-ids-absent"].apply(given)
     assert set(given) - set(without) == {POSITION_IDS} and changes == ("position_ids removed",)
@@ -164,12 +177,12 @@ def test_a_fix_that_changes_nothing_says_so(folder: Folder) -> None:
 
 @pytest.mark.parametrize("fixes", [(), ("clip-names",)], ids=["by itself", "asked for"])
 def test_names_of_nai(folder: Folder, fixes: tuple[str, ...]) -> None:
-    nai = model(dirt=Dirt(nai_names=True))
+    nai = model("SD-mini", dirt=Dirt(nai_names=True))
     assert not any(n.startswith(CLIP) for n in nai)
     said = make(folder, nai, *fixes)
     assert said == ["clip-names: 197 tensors get the names that loaders expect"]
     made = content(folder / "m.safetensors")
-    assert made.keys() == model().keys()
+    assert made.keys() == model("SD-mini").keys()
     lengths = {n.removeprefix("cond_stage_model.transformer."): t for n, t in nai.items() if "cond" in n}
     assert {n for n in made if n.startswith(CLIP)} == {CLIP + n for n in lengths}
 
@@ -203,12 +216,12 @@ def as_diffusers(tensors: Mapping[str, LazyTensor], *, rename: bool, reshape: bo
 def test_attention_as_diffusers_has_it(
     folder: Folder, rename: bool, reshape: bool, words: str, fixes: tuple[str, ...]
 ) -> None:
-    theirs = as_diffusers(model(), rename=rename, reshape=reshape)
+    theirs = as_diffusers(model("SD-mini"), rename=rename, reshape=reshape)
     said = make(folder, theirs, *fixes)
     assert said == [f"vae-attention-shape: {words}"] * bool(fixes or rename or reshape)
     mended = content(folder / "m.safetensors")
     assert mended[VAE + "encoder.mid.attn_1.q.weight"][1] == (16, 16, 1, 1)
-    make(folder, model())
+    make(folder, model("SD-mini"))
     assert mended == content(folder / "m.safetensors")
 
 

@@ -15,7 +15,7 @@ from builder.build import Build, build
 from builder.operations.registry import Operation, Param
 from builder.plan import Plan
 from builder.recipe import Recipe, load_recipe
-from builder.tensors.lazy import DType, LazyTensor
+from builder.tensors.lazy import DType, LazyTensor, MemoryTensor
 from tests.help.building import UNET, Folder, catalog, content, model, save
 
 MODELS = """\
@@ -112,7 +112,7 @@ NAME = UNET + "out.2.weight"
 
 def test_a_step_as_base(works: Works) -> None:
     made = works.build('base = "half"\n' + HALF)
-    assert sorted(made.made) == ["CLIP-mini of half", "UNET-mini of half", "VAE-mini of half"]
+    assert sorted(made.made) == ["CLIP-tiny of half", "UNET-tiny of half", "VAE-tiny of half"]
     for name, (dtype, shape, data) in works.made().items():
         tensor = model(seed=1)[name]
         if not tensor.dtype.floating:
@@ -120,6 +120,17 @@ def test_a_step_as_base(works: Works) -> None:
             continue
         expected = value(1, name) * 0.75 + value(2, name) * 0.25
         assert (dtype, shape, data) == ("F16", tensor.shape, half(expected)), name
+
+
+@pytest.mark.parametrize("first", ["a", "b"])
+def test_a_step_predicts_what_its_first_input_does(works: Works, first: str) -> None:
+    marker = MemoryTensor(DType.F16, (1,), b"\0\x3c")
+    save(works.folder / "a.safetensors", {**model(seed=1), "v_pred": marker})
+    other = "ab".replace(first, "")
+    works.build(
+        'base = "twice"\n' + HALF.replace('a = "a"\nb = "b"', f'a = "{first}"\nb = "{other}"') + TWICE
+    )
+    assert works.made().get("v_pred") == (("F16", (1,), b"\0\x3c") if first == "a" else None)
 
 
 def test_steps_in_a_chain(works: Works) -> None:
@@ -130,19 +141,19 @@ def test_steps_in_a_chain(works: Works) -> None:
 
 
 def test_a_step_as_the_source_of_a_component(works: Works) -> None:
-    works.build('base = "a"\n[components]\nUNET-mini = "half"\n' + HALF)
+    works.build('base = "a"\n[components]\nUNET-tiny = "half"\n' + HALF)
     made = works.made()
     assert made[NAME][2] == half(value(1, NAME) * 0.75 + value(2, NAME) * 0.25)
-    other = "first_stage_model.decoder.conv_in.weight"
+    other = "first_stage_model.encoder.conv_in.weight"
     assert made[other][2] == half(value(1, other))
 
 
 def test_a_step_of_some_components(works: Works) -> None:
     """Those it leaves out are those of its first input."""
-    works.build('base = "half"\n' + HALF + 'components = ["VAE-mini"]\n')
+    works.build('base = "half"\n' + HALF + 'components = ["VAE-tiny"]\n')
     made = works.made()
     assert made[NAME][2] == half(value(1, NAME))
-    other = "first_stage_model.decoder.conv_in.weight"
+    other = "first_stage_model.encoder.conv_in.weight"
     assert made[other][2] == half(value(1, other) * 0.75 + value(2, other) * 0.25)
 
 
@@ -170,9 +181,9 @@ def test_a_step_stays_in_the_store_when_it_says_so(works: Works) -> None:
     assert len(works.folder.components()) == 6
     assert len(works.folder.blobs()) == 3, "the output's lie in the output"
     assert {m for m in made.made if "step half" in m} == {
-        "UNET-mini of step half",
-        "VAE-mini of step half",
-        "CLIP-mini of step half",
+        "UNET-tiny of step half",
+        "VAE-tiny of step half",
+        "CLIP-tiny of step half",
     }
     expected = works.made()
     # What is stored is used: changing what comes after does not compute it again.
@@ -202,7 +213,7 @@ def test_a_stored_step_that_is_damaged_is_made_again(works: Works) -> None:
 
 def test_keys_follow_what_decides(works: Works) -> None:
     text = 'base = "half"\n' + HALF
-    step = "step half UNET-mini"
+    step = "step half UNET-tiny"
     first = works.actions(text)[step]
     assert first is not None and first == works.actions(text)[step]
     assert works.actions(text.replace("0.25", "0.5"))[step] != first
@@ -218,10 +229,10 @@ def test_keys_do_not_follow_names(works: Works) -> None:
     text = 'base = "half"\n' + HALF
     first = works.actions(text)
     other = works.actions(text.replace("half", "mix").replace("share = 0.25", "share = 0.250"))
-    assert other["step mix UNET-mini"] == first["step half UNET-mini"]
-    assert other["UNET-mini of mix"] == first["UNET-mini of half"]
+    assert other["step mix UNET-tiny"] == first["step half UNET-tiny"]
+    assert other["UNET-tiny of mix"] == first["UNET-tiny of half"]
     stored = works.actions(text + "store = true\n")
-    assert stored["step half UNET-mini"] == first["step half UNET-mini"]
+    assert stored["step half UNET-tiny"] == first["step half UNET-tiny"]
 
 
 def test_nothing_is_computed_twice(works: Works) -> None:
@@ -233,19 +244,19 @@ def test_nothing_is_computed_twice(works: Works) -> None:
 def test_the_plan_shows_steps(works: Works) -> None:
     plan = works.plan('base = "twice"\n' + HALF + TWICE)
     shown = {n.label: (n.kind, n.state, [i.label for i in plan.inputs(n.key)]) for n in plan}
-    assert shown["step half UNET-mini"] == ("step", "stream", ["source a", "source b"])
-    assert shown["step twice UNET-mini"] == ("step", "stream", ["step half UNET-mini"])
-    assert shown["UNET-mini of twice"] == ("component", "make", ["step twice UNET-mini"])
+    assert shown["step half UNET-tiny"] == ("step", "stream", ["source a", "source b"])
+    assert shown["step twice UNET-tiny"] == ("step", "stream", ["step half UNET-tiny"])
+    assert shown["UNET-tiny of twice"] == ("component", "make", ["step twice UNET-tiny"])
 
 
 def test_an_input_that_lacks_the_component(works: Works) -> None:
-    save(works.folder / "b.safetensors", model("VAE-mini", seed=2))
-    with pytest.raises(RecipeError, match="`b` has no UNET-mini"):
+    save(works.folder / "b.safetensors", model("VAE-tiny", seed=2))
+    with pytest.raises(RecipeError, match="`b` has no UNET-tiny"):
         works.build('base = "half"\n' + HALF)
 
 
 def test_numbers_that_overflow_in_a_step_are_errors(works: Works) -> None:
-    text = 'base = "big"\ncomponents.VAE-mini = "b"\n[steps.big]\nop = "scale"\nmodel = "a"\nby = 1e10\n'
+    text = 'base = "big"\ncomponents.VAE-tiny = "b"\n[steps.big]\nop = "scale"\nmodel = "a"\nby = 1e10\n'
     with pytest.raises(Exception, match="would not survive"):
         works.build(text)
     works.build(text + '[output]\noverflow = "clamp"\n')

@@ -14,7 +14,7 @@ from builder.build import build_recipe
 from builder.plan import ComponentJob, Plan
 from builder.recipe import load_recipe
 from builder.workspace import Settings, Workspace
-from tests.help.building import Folder, catalog, content, model, save, save_dirty
+from tests.help.building import TINY, Folder, catalog, content, model, save, save_dirty
 
 VAE = "first_stage_model."
 
@@ -23,12 +23,12 @@ VAE = "first_stage_model."
 def folder(tmp_path: Path) -> Folder:
     made = Folder.below(tmp_path)
     for seed in (1, 2, 3):
-        save(made / f"vae{seed}.safetensors", model("VAE-mini", seed=seed))
+        save(made / f"vae{seed}.safetensors", model("VAE-tiny", seed=seed))
     return made
 
 
 def plan_of(folder: Folder, recipe: str) -> Plan:
-    with Workspace(Settings(folder.store)) as workspace, workspace.sources() as sources:
+    with folder.workspace() as workspace, workspace.sources() as sources:
         return workspace.plan(workspace.recipe(folder / recipe), sources)
 
 
@@ -40,15 +40,15 @@ def test_names_that_look_like_labels(folder: Folder) -> None:
     """Three outputs of two sources, one of them called as the second node of the other would be."""
     folder.write(
         "m.toml",
-        'format = 1\nname = "m"\nbase = "NEW VAE-mini"\n'
+        'format = 1\nname = "m"\nbase = "NEW VAE-tiny"\n'
         'sources.a.file = "vae1.safetensors"\nsources."a #2".file = "vae2.safetensors"\n'
-        '[[output]]\nname = "one"\ncomponents.VAE-mini = "a"\n'
-        '[[output]]\nname = "two"\nprecision = "fp32"\ncomponents.VAE-mini = "a #2"\n'
-        '[[output]]\nname = "three"\nprecision = "fp32"\ncomponents.VAE-mini = "a"\n',
+        '[[output]]\nname = "one"\ncomponents.VAE-tiny = "a"\n'
+        '[[output]]\nname = "two"\nprecision = "fp32"\ncomponents.VAE-tiny = "a #2"\n'
+        '[[output]]\nname = "three"\nprecision = "fp32"\ncomponents.VAE-tiny = "a"\n',
     )
     folder.build("m.toml")
     one, two, three = (vae(folder / f"m-{n}.safetensors") for n in ("one", "two", "three"))
-    values = {n: bytes(t.tobytes()) for n, t in model("VAE-mini", seed=1).items()}
+    values = {n: bytes(t.tobytes()) for n, t in model("VAE-tiny", seed=1).items()}
     assert {n: v[2] for n, v in three.items()} == values
     assert three != two and one.keys() == three.keys()
     lock = (folder / "m.lock.toml").read_text(encoding="utf-8")
@@ -66,12 +66,12 @@ def test_no_two_jobs_share_a_node(folder: Folder, names: list[str], data: st.Dat
         (data.draw(st.sampled_from(range(len(names)))), data.draw(st.sampled_from(["fp16", "fp32"])))
         for _ in range(3)
     ]
-    text = 'format = 1\nname = "m"\nbase = "NEW VAE-mini"\n'
+    text = 'format = 1\nname = "m"\nbase = "NEW VAE-tiny"\n'
     for number, name in enumerate(names, 1):
         text += f'sources.{json.dumps(name)}.file = "vae{number}.safetensors"\n'
     for number, (index, precision) in enumerate(wanted):
         text += f'[[output]]\nname = "o{number}"\nprecision = "{precision}"\n'
-        text += f"components.VAE-mini = {json.dumps(names[index])}\n"
+        text += f"components.VAE-tiny = {json.dumps(names[index])}\n"
     unused = set(range(len(names))) - {i for i, _ in wanted}
     if unused:
         return
@@ -83,30 +83,30 @@ def test_no_two_jobs_share_a_node(folder: Folder, names: list[str], data: st.Dat
     assert made == {(f"vae{index + 1}.safetensors", precision) for index, precision in wanted}
     assert len(jobs) == len(made) == len({n.label for n in plan if n.kind == "component"})
     for (index, precision), node in zip(wanted, plan.outputs(), strict=True):
-        (_, key) = node.job.slots["VAE-mini"]  # type: ignore[union-attr]
+        (_, key) = node.job.slots["VAE-tiny"]  # type: ignore[union-attr]
         job = plan.nodes[key].job
         assert isinstance(job, ComponentJob)
         assert (files[job.origin.node], job.precision) == (f"vae{index + 1}.safetensors", precision)
 
 
 def test_the_plan_is_plain_data(folder: Folder) -> None:
-    folder.mini()
-    plan = plan_of(folder, "mini.toml")
+    folder.tiny()
+    plan = plan_of(folder, "tiny.toml")
     again = pickle.loads(pickle.dumps(plan))
-    assert again.nodes == plan.nodes and again == plan_of(folder, "mini.toml")
+    assert again.nodes == plan.nodes and again == plan_of(folder, "tiny.toml")
     assert all(n.job.key == n.key for n in again)
 
 
 INNER = 'format = 1\nname = "inner"\nbase = "dirty"\nsources.dirty.file = "dirty.ckpt"\n'
-EMA = INNER + 'components.EMA-UNET-mini = "dirty"\n'
-OUTER = 'format = 1\nname = "outer"\nbase = "NEW UNET-mini"\nsources.m.recipe = "inner.toml"\n'
+EMA = INNER + 'components.EMA-UNET-tiny = "dirty"\n'
+OUTER = 'format = 1\nname = "outer"\nbase = "NEW UNET-tiny"\nsources.m.recipe = "inner.toml"\n'
 
 
 def test_a_component_of_an_included_recipe(folder: Folder) -> None:
     """An average that the inner model holds can take the place of what it averages; another is an error."""
     save_dirty(folder / "dirty.ckpt")
     folder.write("inner.toml", EMA)
-    pick = 'components.UNET-mini = { from = "m", component = "UNET-mini-EMA" }\n'
+    pick = 'components.UNET-tiny = { from = "m", component = "UNET-tiny-EMA" }\n'
     folder.write("outer.toml", OUTER + pick)
     folder.build("outer.toml")
     direct = OUTER.replace('m.recipe = "inner.toml"', 'm.file = "dirty.ckpt"')
@@ -115,18 +115,18 @@ def test_a_component_of_an_included_recipe(folder: Folder) -> None:
     assert content(folder / "outer.safetensors") == content(folder / "direct.safetensors")
     folder.write("inner.toml", INNER)
     said = folder("build", "outer.toml")
-    assert said.code == 3 and "`m` has no UNET-mini-EMA" in said.err and "outer.toml:5" in said.err
+    assert said.code == 3 and "`m` has no UNET-tiny-EMA" in said.err and "outer.toml:5" in said.err
 
 
 def test_a_class_that_an_included_recipe_lacks(folder: Folder) -> None:
     folder.write(
         "inner.toml",
-        'format = 1\nname = "inner"\nbase = "NEW VAE-mini"\nsources.v.file = "vae1.safetensors"\n'
-        'components.VAE-mini = "v"\n',
+        'format = 1\nname = "inner"\nbase = "NEW VAE-tiny"\nsources.v.file = "vae1.safetensors"\n'
+        'components.VAE-tiny = "v"\n',
     )
-    folder.write("outer.toml", OUTER + 'components.UNET-mini = "m"\n')
+    folder.write("outer.toml", OUTER + 'components.UNET-tiny = "m"\n')
     said = folder("build", "outer.toml")
-    assert said.code == 3 and "`m` has no UNET-mini" in said.err and "it holds `VAE-mini`" in said.err
+    assert said.code == 3 and "`m` has no UNET-tiny" in said.err and "it holds `VAE-tiny`" in said.err
 
 
 def test_an_included_recipe_with_an_average_as_base(folder: Folder) -> None:
@@ -142,11 +142,11 @@ def test_what_nobody_needs_is_not_made(folder: Folder) -> None:
     folder.write("inner.toml", INNER)
     folder.write(
         "outer.toml",
-        'format = 1\nname = "outer"\nbase = "NEW VAE-mini"\nsources.m.recipe = "inner.toml"\n'
-        'components.VAE-mini = "m"\n',
+        'format = 1\nname = "outer"\nbase = "NEW VAE-tiny"\nsources.m.recipe = "inner.toml"\n'
+        'components.VAE-tiny = "m"\n',
     )
     made = folder.build("outer.toml")
-    assert made["made"] == ["VAE-mini of dirty"]
+    assert made["made"] == ["VAE-tiny of dirty"]
 
 
 def test_a_source_that_two_recipes_share_is_one(folder: Folder) -> None:
@@ -156,7 +156,7 @@ def test_a_source_that_two_recipes_share_is_one(folder: Folder) -> None:
     folder.write(
         "outer.toml",
         'format = 1\nname = "outer"\nbase = "l"\nsources.l.recipe = "left.toml"\n'
-        'sources.r.recipe = "right.toml"\ncomponents.VAE-mini = "r"\n',
+        'sources.r.recipe = "right.toml"\ncomponents.VAE-tiny = "r"\n',
     )
     plan = folder.plan("outer.toml")
     assert [s["kind"] for s in plan["steps"]].count("source") == 1
@@ -170,15 +170,15 @@ def test_names_in_the_lock_are_unlike(folder: Folder) -> None:
     """A source `a/b`, and `b` of the recipe that the source `a` is."""
     folder.write(
         "inner.toml",
-        'format = 1\nname = "inner"\nbase = "NEW VAE-mini"\nsources.b.file = "vae1.safetensors"\n'
-        'components.VAE-mini = "b"\n',
+        'format = 1\nname = "inner"\nbase = "NEW VAE-tiny"\nsources.b.file = "vae1.safetensors"\n'
+        'components.VAE-tiny = "b"\n',
     )
     folder.write(
         "outer.toml",
-        'format = 1\nname = "outer"\nbase = "NEW VAE-mini"\n'
+        'format = 1\nname = "outer"\nbase = "NEW VAE-tiny"\n'
         'sources.a.recipe = "inner.toml"\nsources."a/b".file = "vae2.safetensors"\n'
-        '[[output]]\nname = "one"\ncomponents.VAE-mini = "a"\n'
-        '[[output]]\nname = "two"\ncomponents.VAE-mini = "a/b"\n',
+        '[[output]]\nname = "one"\ncomponents.VAE-tiny = "a"\n'
+        '[[output]]\nname = "two"\ncomponents.VAE-tiny = "a/b"\n',
     )
     folder.build("outer.toml")
     lock = (folder / "outer.lock.toml").read_text(encoding="utf-8")
@@ -208,7 +208,7 @@ def test_another_output_leaves_the_bytes_of_the_first(folder: Folder) -> None:
     before = (folder / "m-a.safetensors").read_bytes()
     folder.write(
         "m.toml",
-        one + '[[output]]\nname = "b"\nbase = "NEW VAE-mini"\ncomponents.VAE-mini = "v"\n'
+        one + '[[output]]\nname = "b"\nbase = "NEW VAE-tiny"\ncomponents.VAE-tiny = "v"\n'
         '[sources.v]\nfile = "vae1.safetensors"\n',
     )
     made = folder.build("m.toml")
@@ -217,9 +217,9 @@ def test_another_output_leaves_the_bytes_of_the_first(folder: Folder) -> None:
 
 
 def test_the_name_given_on_the_command_line_is_no_part_of_the_bytes(folder: Folder) -> None:
-    folder.mini()
-    folder.build("mini.toml", "-o", "x.safetensors")
-    folder.build("mini.toml", "-o", "y.safetensors")
+    folder.tiny()
+    folder.build("tiny.toml", "-o", "x.safetensors")
+    folder.build("tiny.toml", "-o", "y.safetensors")
     assert (folder / "x.safetensors").read_bytes() == (folder / "y.safetensors").read_bytes()
     part = "VAE=vae.safetensors"
     for name in ("p", "q"):
@@ -229,8 +229,8 @@ def test_the_name_given_on_the_command_line_is_no_part_of_the_bytes(folder: Fold
 
 def test_a_build_needs_no_command_line(folder: Folder) -> None:
     """The library plans, builds and writes the lock; the folder of the process does not matter."""
-    folder.mini()
-    with Workspace(Settings(folder.store)) as workspace, workspace.sources() as sources:
-        recipe = load_recipe(folder / "mini.toml", catalog())
+    folder.tiny()
+    with Workspace(Settings(folder.store, components=(TINY,))) as workspace, workspace.sources() as sources:
+        recipe = load_recipe(folder / "tiny.toml", catalog())
         made = build_recipe(workspace, recipe, sources)
-    assert [b.state for b in made.outputs] == ["written"] and (folder / "mini.lock.toml").exists()
+    assert [b.state for b in made.outputs] == ["written"] and (folder / "tiny.lock.toml").exists()

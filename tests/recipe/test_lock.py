@@ -28,7 +28,7 @@ GOLDEN = Path(__file__).parent / "golden" / "lock"
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Folder:
-    made = Folder.below(tmp_path).mini()
+    made = Folder.below(tmp_path).tiny()
     made.know("dirty.ckpt", "vae.safetensors")
     return made
 
@@ -40,24 +40,24 @@ def locked(folder: Folder) -> Folder:
 
 
 def test_its_form(locked: Folder) -> None:
-    text = (locked / "mini.lock.toml").read_text()
-    assert golden(GOLDEN / "mini.lock.toml", text) == text
+    text = (locked / "tiny.lock.toml").read_text()
+    assert golden(GOLDEN / "tiny.lock.toml", text) == text
     assert str(locked.path) not in text and "202" not in re.sub(r"[0-9a-f]{32,64}", "", text)
 
 
 def test_it_is_written_only_when_its_meaning_changes(locked: Folder) -> None:
-    path = locked / "mini.lock.toml"
+    path = locked / "tiny.lock.toml"
     text = path.read_text()
     path.write_text("# kept\n" + text.replace('ckpt-build = "', 'ckpt-build = "9.'))
     before = path.stat()
-    (locked / "mini.safetensors").unlink()
+    (locked / "tiny.safetensors").unlink()
     locked.build()
     assert path.stat().st_mtime_ns == before.st_mtime_ns, "tool versions and comments mean nothing"
-    assert locked("build", "mini.toml", "--locked").code == 0
-    locked.write("mini.toml", RECIPE.replace("fixes = ", "# fixed\nfixes = "))
+    assert locked("build", "tiny.toml", "--locked").code == 0
+    locked.write("tiny.toml", RECIPE.replace("fixes = ", "# fixed\nfixes = "))
     locked.build()
     assert path.stat().st_mtime_ns == before.st_mtime_ns
-    locked.write("mini.toml", RECIPE + 'output.precision = "bf16"\n')
+    locked.write("tiny.toml", RECIPE + 'output.precision = "bf16"\n')
     locked.build()
     assert path.stat().st_mtime_ns != before.st_mtime_ns and "# kept" not in path.read_text()
 
@@ -65,12 +65,11 @@ def test_it_is_written_only_when_its_meaning_changes(locked: Folder) -> None:
 names = st.text(min_size=1, max_size=12)
 hexes = st.text("0123456789abcdef", min_size=64, max_size=64)
 sizes = st.integers(0, 2**53)
+addresses = st.sampled_from(["", "https://example.com/x?y=z", "civitai:1@2", "hf://a/b/c.ckpt", "file:a/b"])
 locks = st.builds(
     Lock,
     recipe=hexes,
-    sources=st.dictionaries(
-        names, st.builds(LockedSource, names, hexes, sizes, st.just("") | names), max_size=3
-    ),
+    sources=st.dictionaries(names, st.builds(LockedSource, names, hexes, sizes, addresses), max_size=3),
     components=st.lists(st.builds(LockedComponent, names, names, names, names, hexes, sizes), max_size=3).map(
         lambda c: tuple(sorted(c, key=lambda c: (c.output, c.cls)))
     ),
@@ -89,53 +88,53 @@ def test_what_is_written_is_read(tmp_path_factory: pytest.TempPathFactory, lock:
 
 
 CHANGES: dict[str, Callable[[Folder], object]] = {
-    "a fix less": lambda f: f.write("mini.toml", RECIPE.replace('["clip-position-ids"]', "[]")),
-    "another precision": lambda f: f.write("mini.toml", RECIPE + 'output.precision = "bf16"\n'),
-    "metadata": lambda f: f.write("mini.toml", RECIPE + 'output.metadata.author = "x"\n'),
-    "another vae": lambda f: save(f / "vae.safetensors", model("VAE-mini", seed=3)),
+    "a fix less": lambda f: f.write("tiny.toml", RECIPE.replace('["clip-position-ids"]', "[]")),
+    "another precision": lambda f: f.write("tiny.toml", RECIPE + 'output.precision = "bf16"\n'),
+    "metadata": lambda f: f.write("tiny.toml", RECIPE + 'output.metadata.author = "x"\n'),
+    "another vae": lambda f: save(f / "vae.safetensors", model("VAE-tiny", seed=3)),
     "another base": lambda f: save_dirty(f / "dirty.ckpt", seed=4),
-    "a name": lambda f: f.write("mini.toml", RECIPE.replace('"mini"', '"mini2"', 1)),
-    "the name of the file": lambda f: f.write("mini.toml", RECIPE + 'output.file = "x.safetensors"\n'),
+    "a name": lambda f: f.write("tiny.toml", RECIPE.replace('"tiny"', '"tiny2"', 1)),
+    "the name of the file": lambda f: f.write("tiny.toml", RECIPE + 'output.file = "x.safetensors"\n'),
 }
 
 
 @pytest.mark.parametrize("change", sorted(CHANGES))
 def test_locked_shows_what_changed(locked: Folder, change: str) -> None:
-    before, lock = (locked / "mini.safetensors").read_bytes(), (locked / "mini.lock.toml").read_bytes()
+    before, lock = (locked / "tiny.safetensors").read_bytes(), (locked / "tiny.lock.toml").read_bytes()
     CHANGES[change](locked)
     files = {p.name for p in locked.path.iterdir()}
-    said = locked("build", "mini.toml", "--locked")
+    said = locked("build", "tiny.toml", "--locked")
     assert said.code == 4
     text = said.err[said.err.index("error:") :]
     assert golden(GOLDEN / f"locked-{change.replace(' ', '-')}.txt", text) == text
-    assert (locked / "mini.safetensors").read_bytes() == before
-    assert (locked / "mini.lock.toml").read_bytes() == lock
+    assert (locked / "tiny.safetensors").read_bytes() == before
+    assert (locked / "tiny.lock.toml").read_bytes() == lock
     assert {p.name for p in locked.path.iterdir()} == files
     # Without the flag the change is taken, and said where something was otherwise before.
-    said = locked("build", "mini.toml")
+    said = locked("build", "tiny.toml")
     assert said.code == 0
-    assert (locked / "mini.lock.toml").read_bytes() != lock
-    assert locked("build", "mini.toml", "--locked").code == 0
+    assert (locked / "tiny.lock.toml").read_bytes() != lock
+    assert locked("build", "tiny.toml", "--locked").code == 0
 
 
 def test_frozen_is_locked_and_offline(locked: Folder) -> None:
-    assert locked("build", "mini.toml", "--frozen").code == 0
+    assert locked("build", "tiny.toml", "--frozen").code == 0
     CHANGES["another vae"](locked)
-    assert locked("build", "mini.toml", "--frozen").code == 4
+    assert locked("build", "tiny.toml", "--frozen").code == 4
 
 
 def test_locked_needs_a_lock(folder: Folder) -> None:
-    said = folder("build", "mini.toml", "--locked")
-    assert said.code == 4 and "there is no lock `mini.lock.toml`" in said.err
-    assert not (folder / "mini.safetensors").exists()
+    said = folder("build", "tiny.toml", "--locked")
+    assert said.code == 4 and "there is no lock `tiny.lock.toml`" in said.err
+    assert not (folder / "tiny.safetensors").exists()
 
 
 def test_locked_builds_elsewhere(locked: Folder) -> None:
     """With the lock and the sources alone, in another place and another store."""
     other = locked.beside("other", store="cold")
-    (other / "mini.safetensors").unlink()
-    assert other("build", "mini.toml", "--frozen").code == 0
-    assert (other / "mini.safetensors").read_bytes() == (locked / "mini.safetensors").read_bytes()
+    (other / "tiny.safetensors").unlink()
+    assert other("build", "tiny.toml", "--frozen").code == 0
+    assert (other / "tiny.safetensors").read_bytes() == (locked / "tiny.safetensors").read_bytes()
 
 
 BROKEN = {
@@ -151,54 +150,54 @@ BROKEN = {
 
 
 def test_a_lock_that_cannot_be_read(locked: Folder) -> None:
-    good = (locked / "mini.lock.toml").read_bytes()
+    good = (locked / "tiny.lock.toml").read_bytes()
     for name, text in BROKEN.items():
-        locked.write("mini.lock.toml", text)
-        said = locked("plan", "mini.toml")
+        locked.write("tiny.lock.toml", text)
+        said = locked("plan", "tiny.toml")
         assert said.code == 4
         assert golden(GOLDEN / f"lock-{name}.txt", said.err) == said.err
-        assert locked("lock", "mini.toml").code == 0, "what the hint says does help"
-    locked.write("mini.lock.toml", text)
+        assert locked("lock", "tiny.toml").code == 0, "what the hint says does help"
+    locked.write("tiny.lock.toml", text)
     for options in ((), ("--locked",)):
-        assert locked("build", "mini.toml", *options).code == 4
-    assert (locked / "mini.lock.toml").read_text() == text
-    locked("lock", "mini.toml")
+        assert locked("build", "tiny.toml", *options).code == 4
+    assert (locked / "tiny.lock.toml").read_text() == text
+    locked("lock", "tiny.toml")
     locked.build()
-    assert (locked / "mini.lock.toml").read_bytes() == good
+    assert (locked / "tiny.lock.toml").read_bytes() == good
 
 
 def test_a_lock_of_strange_bytes(locked: Folder) -> None:
-    (locked / "mini.lock.toml").write_bytes(b"\xff\xfe")
-    assert locked("build", "mini.toml").code == 4
+    (locked / "tiny.lock.toml").write_bytes(b"\xff\xfe")
+    assert locked("build", "tiny.toml").code == 4
     with pytest.raises(LockError):
         read_lock(locked.path)
 
 
 def test_lock_pins_without_building(folder: Folder) -> None:
-    said = folder("lock", "mini.toml")
-    assert said.code == 0 and said.out == "written  mini.lock.toml\n"
-    lock = read_lock(folder / "mini.lock.toml")
+    said = folder("lock", "tiny.toml")
+    assert said.code == 0 and said.out == "written  tiny.lock.toml\n"
+    lock = read_lock(folder / "tiny.lock.toml")
     assert lock is not None and set(lock.sources) == {"dirty", "vae"} and not lock.outputs
-    assert not folder.components() and not (folder / "mini.safetensors").exists()
-    assert folder("lock", "mini.toml").out == "unchanged  mini.lock.toml\n"
+    assert not folder.components() and not (folder / "tiny.safetensors").exists()
+    assert folder("lock", "tiny.toml").out == "unchanged  tiny.lock.toml\n"
     folder.build()
-    full = (folder / "mini.lock.toml").read_bytes()
-    assert folder("lock", "mini.toml").out == "unchanged  mini.lock.toml\n"
-    assert (folder / "mini.lock.toml").read_bytes() == full, "what the build pinned stays"
+    full = (folder / "tiny.lock.toml").read_bytes()
+    assert folder("lock", "tiny.toml").out == "unchanged  tiny.lock.toml\n"
+    assert (folder / "tiny.lock.toml").read_bytes() == full, "what the build pinned stays"
 
 
 def test_lock_takes_what_changed(locked: Folder) -> None:
-    save(locked / "vae.safetensors", model("VAE-mini", seed=3))
-    said = locked("lock", "mini.toml")
-    assert said.code == 0 and said.out.startswith("written  mini.lock.toml\n")
+    save(locked / "vae.safetensors", model("VAE-tiny", seed=3))
+    said = locked("lock", "tiny.toml")
+    assert said.code == 0 and said.out.startswith("written  tiny.lock.toml\n")
     assert re.search(r"source `vae`: sha256: [0-9a-f]{12}… became [0-9a-f]{12}…", said.out)
-    lock = read_lock(locked / "mini.lock.toml")
+    lock = read_lock(locked / "tiny.lock.toml")
     assert lock is not None and not lock.outputs, "what was made of the other is not what will be"
-    said = locked("lock", "mini.toml", "--upgrade", "vea")
+    said = locked("lock", "tiny.toml", "--upgrade", "vea")
     assert said.code == 2 and "did you mean `vae`?" in said.err
 
 
 def test_another_container_does_not_change_the_lock(locked: Folder) -> None:
-    before = (locked / "mini.lock.toml").read_bytes()
-    assert locked("build", "mini.toml", "-o", "x.ckpt").code == 0
-    assert (locked / "mini.lock.toml").read_bytes() == before
+    before = (locked / "tiny.lock.toml").read_bytes()
+    assert locked("build", "tiny.toml", "-o", "x.ckpt").code == 0
+    assert (locked / "tiny.lock.toml").read_bytes() == before

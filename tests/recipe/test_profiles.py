@@ -6,17 +6,17 @@ from pathlib import Path
 
 import pytest
 
+from builder.models.prediction import Prediction, prediction
 from builder.operations.fixes import FIXES
-from builder.recipe.profiles import PROFILES, sidecar, with_profile
+from builder.recipe.profiles import PROFILES, sidecar, warnings, with_profile
 from tests.help.building import IDS, RECIPE, Folder, catalog, content
 
 CATALOG = catalog()
-SD_V1 = CATALOG.architectures["SD-v1"]
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Folder:
-    return Folder.below(tmp_path).mini()
+    return Folder.below(tmp_path).tiny()
 
 
 @pytest.mark.parametrize("name", PROFILES)
@@ -35,47 +35,77 @@ def test_position_ids_are_there_for_programs_that_insist_and_not_for_those_that_
     held = {}
     for profile in PROFILES:
         folder.write(
-            "mini.toml", RECIPE + f'output.profile = "{profile}"\noutput.file = "{profile}.safetensors"\n'
+            "tiny.toml", RECIPE + f'output.profile = "{profile}"\noutput.file = "{profile}.safetensors"\n'
         )
-        assert folder("build", "mini.toml").code == 0
+        assert folder("build", "tiny.toml").code == 0
         held[profile] = IDS in content(folder / f"{profile}.safetensors")
     assert held == {"a1111": True, "comfyui": True, "kohya": True, "diffusers": False}
 
 
-def test_only_sd_v1_with_v_prediction_needs_a_sidecar() -> None:
-    made = sidecar("a1111", SD_V1, ["v_pred"])
-    assert made is not None and b"parameterization: v\n" in made
-    assert sidecar("a1111", SD_V1, []) is None
-    assert sidecar("a1111", CATALOG.architectures["SD-XL"], ["v_pred"]) is None
-    assert sidecar("comfyui", SD_V1, ["v_pred"]) is None
-    assert sidecar(None, SD_V1, ["v_pred"]) is None
+V = prediction({}, {"modelspec.prediction_type": "v"}, CATALOG)
+
+
+@pytest.mark.parametrize(("name", "says"), [("SD-v1", b"parameterization: v\n"), ("SD-XL", b".VScaling\n")])
+def test_v_prediction_needs_a_sidecar_where_the_webui_does_not_see_it(name: str, says: bytes) -> None:
+    architecture = CATALOG.architectures[name]
+    made = sidecar("a1111", architecture, V)
+    assert made is not None and says in made
+    assert sidecar("a1111", architecture, Prediction()) is None
+    assert sidecar("comfyui", architecture, V) is None
+    assert sidecar(None, architecture, V) is None
+    assert sidecar("a1111", CATALOG.architectures["SD-v2"], V) is None, "which it tells by the weights"
 
 
 def test_a_config_is_copied_beside_the_output(folder: Folder) -> None:
     folder.write("v.yaml", "model: {}\n")
-    folder.write("mini.toml", RECIPE + 'output.config = "v.yaml"\n')
-    assert folder("build", "mini.toml").code == 0
-    assert (folder / "mini.yaml").read_text() == "model: {}\n"
+    folder.write("tiny.toml", RECIPE + 'output.config = "v.yaml"\n')
+    assert folder("build", "tiny.toml").code == 0
+    assert (folder / "tiny.yaml").read_text() == "model: {}\n"
 
 
 def test_a_config_that_is_not_there_is_an_error_of_the_recipe(folder: Folder) -> None:
-    folder.write("mini.toml", RECIPE + 'output.config = "v.yaml"\n')
-    said = folder("build", "mini.toml")
+    folder.write("tiny.toml", RECIPE + 'output.config = "v.yaml"\n')
+    said = folder("build", "tiny.toml")
     assert said.code == 3
-    assert "cannot read `v.yaml`" in said.err and "mini.toml:8:" in said.err
-    assert not (folder / "mini.safetensors").exists()
+    assert "cannot read `v.yaml`" in said.err and "tiny.toml:8:" in said.err
+    assert not (folder / "tiny.safetensors").exists()
 
 
 def test_a_vae_beside_the_output_that_would_override_it_is_told(folder: Folder) -> None:
-    (folder / "mini.vae.pt").write_bytes(b"")
-    folder.write("mini.toml", RECIPE + 'output.profile = "a1111"\n')
-    said = folder("build", "mini.toml")
-    assert said.code == 0 and "`mini.vae.pt` overrides the VAE inside `mini.safetensors`" in said.err
-    folder.write("mini.toml", RECIPE + 'output.profile = "comfyui"\n')
-    assert "overrides" not in folder("build", "mini.toml").err
+    (folder / "tiny.vae.pt").write_bytes(b"")
+    folder.write("tiny.toml", RECIPE + 'output.profile = "a1111"\n')
+    said = folder("build", "tiny.toml")
+    assert said.code == 0 and "`tiny.vae.pt` overrides the VAE inside `tiny.safetensors`" in said.err
+    folder.write("tiny.toml", RECIPE + 'output.profile = "comfyui"\n')
+    assert "overrides" not in folder("build", "tiny.toml").err
 
 
-def test_markers_that_a_program_does_not_read_are_told(folder: Folder) -> None:
-    folder.write("mini.toml", RECIPE + 'output.profile = "kohya"\noutput.markers = ["v_pred"]\n')
-    said = folder("build", "mini.toml")
-    assert said.code == 0 and "does not look for `v_pred`" in said.err
+def told(name: str, profile: str, *markers: str, beside: bytes | None = None) -> list[str]:
+    held = Prediction().with_own(markers, {}, CATALOG)
+    found = warnings(profile, CATALOG.architectures[name], held, beside, Path("m.safetensors"))
+    return [problem.fact for problem in found]
+
+
+def test_markers_that_a_program_does_not_read_are_told() -> None:
+    both = "v_pred", "ztsnr"
+    assert told("SD-XL", "comfyui", *both) == []
+    assert told("SD-v1", "comfyui", *both) == ["ComfyUI does not look for `v_pred`, `ztsnr` in `SD-v1`"]
+    assert told("SD-v2", "comfyui", *both) == ["ComfyUI does not look for `ztsnr` in `SD-v2`"]
+    webui = "AUTOMATIC1111's webui and Forge does not look for"
+    assert told("SD-XL", "a1111", *both) == [f"{webui} `v_pred`, `ztsnr` in `SD-XL`"]
+    assert told("SD-XL", "a1111", *both, beside=b"") == [f"{webui} `ztsnr` in `SD-XL`"]
+    assert told("SD-XL", "a1111", "v_pred", beside=b"") == []
+    assert len(told("SD-XL", "kohya", "v_pred")) == len(told("SD-XL", "diffusers", "v_pred")) == 1
+
+
+def test_what_is_known_to_predict_v_and_has_no_marker_is_told() -> None:
+    found = list(warnings("comfyui", CATALOG.architectures["SD-XL"], V, None, Path("m.safetensors")))
+    assert [p.fact for p in found] == ["nothing in `m.safetensors` tells ComfyUI that it predicts v"]
+    assert found[0].hint == '`markers = ["v_pred"]` under [output] does'
+
+
+def test_a_build_warns_and_has_the_program_told(folder: Folder) -> None:
+    folder.write("tiny.toml", RECIPE + 'output.profile = "kohya"\noutput.markers = ["v_pred"]\n')
+    said = folder("build", "tiny.toml")
+    assert said.code == 0 and "does not look for `v_pred` in `SD-tiny`" in said.err
+    assert "`--v_parameterization`" in said.err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,12 +19,17 @@ from builder.formats.write_safetensors import write as write_tensors
 from builder.reports.diff.values import Comparer, Rounding
 from builder.tensors.cast import Faults, cast_all
 from builder.tensors.lazy import DType, LazyTensor, MemoryTensor
-from tests.help.building import CLIP, IDS, UNET, VAE, model, save, save_dirty, values
+from tests.help.building import CLIP, IDS, TINY, UNET, VAE, model, save, save_dirty, values
 from tests.help.recipe_words import golden
 
 GOLDEN = Path(__file__).parent / "golden" / "diff"
 Tensors = Mapping[str, LazyTensor]
 BIAS = VAE + "decoder.conv_out.bias"
+
+
+def mini() -> Tensors:
+    """A model of as many tensors as SD-v1, of kinds that a LoRA changes and of others."""
+    return model("SD-mini")
 
 
 def half(tensors: Tensors) -> Tensors:
@@ -105,7 +111,7 @@ CASES: dict[str, tuple[Callable[[], Tensors], Callable[[], Tensors], str]] = {
     "half-and-brain": (
         lambda: half(model()),
         lambda: cast_all(model(), "bf16", faults=Faults()),
-        "UNET-mini may be the same, rounded to FP16 in A and to BF16 in B from something finer",
+        "UNET-tiny may be the same, rounded to FP16 in A and to BF16 in B from something finer",
     ),
     "position-ids": (
         lambda: {**model(), IDS: values([[*range(76), 75.9975]])},
@@ -121,58 +127,58 @@ CASES: dict[str, tuple[Callable[[], Tensors], Callable[[], Tensors], str]] = {
     "average-dropped": (
         lambda: with_average(model(), model(seed=3)),
         model,
-        "B is A without its EMA (2.2 MB)",
+        "B is A without its EMA (1.3 MB)",
     ),
     "average-promoted": (
         lambda: with_average(model(), model(seed=3)),
         lambda: half(swapped(model(), UNET, model(seed=3))),
-        "UNET-mini of B is the EMA of A",
+        "UNET-tiny of B is the EMA of A",
     ),
     "nai-names": (
         lambda: nai(model()),
         model,
-        "the same tensors under other names: CLIP-mini names are NAI's in A",
+        "the same tensors under other names: CLIP-tiny names are NAI's in A",
     ),
     "diffusers-attention": (
-        lambda: diffusers_attention(model()),
-        model,
+        lambda: diffusers_attention(mini()),
+        mini,
         "the same tensors under other names: VAE-mini has its attention as diffusers names it in A",
     ),
-    "one-component": (model, alone, "B is A's VAE-mini alone"),
+    "one-component": (model, alone, "B is A's VAE-tiny alone"),
     "without-one": (
         model,
         lambda: {n: t for n, t in model().items() if not n.startswith(CLIP)},
-        "B is A without its CLIP-mini",
+        "B is A without its CLIP-tiny",
     ),
     "other-vae": (
         model,
         lambda: swapped(model(), VAE, model(seed=5)),
-        "VAE-mini holds other weights altogether",
+        "VAE-tiny holds other weights altogether",
     ),
     "tuned": (
-        model,
-        lambda: turned(model(), 1.02, lambda n: n.startswith(UNET)),
+        mini,
+        lambda: turned(mini(), 1.02, lambda n: n.startswith(UNET)),
         "UNET-mini differs everywhere by small amounts, half of the values by less than 3.1%: "
         "a merge or a fine-tune",
     ),
     "lora": (
-        model,
-        lambda: turned(model(), 1.02, lora_layer),
+        mini,
+        lambda: turned(mini(), 1.02, lora_layer),
         "UNET-mini differs in layers that a LoRA changes, and in no others: as if one was baked in",
     ),
     "a-hair": (
-        model,
-        lambda: turned(model(), 1 + 2**-24),
+        mini,
+        lambda: turned(mini(), 1 + 2**-24),
         "UNET-mini differs by at most 1 ULP: the same, computed or rounded in another way",
     ),
     "one-value": (
-        lambda: one_value(model(), 1.0),
-        lambda: one_value(model(), 1.5),
+        lambda: one_value(mini(), 1.0),
+        lambda: one_value(mini(), 1.5),
         "VAE-mini differs in 1 of 248 tensors: `decoder.conv_out.bias`",
     ),
     "nan": (
-        model,
-        lambda: one_value(model(), math.nan, math.inf),
+        mini,
+        lambda: one_value(mini(), math.nan, math.inf),
         "VAE-mini has NaN on one side where the other has a number: 1 value",
     ),
     "strangers": (
@@ -189,7 +195,7 @@ SAME = {"identical", "empty"}
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("CKPT_COMPONENTS", "")
+    monkeypatch.setenv("CKPT_COMPONENTS", str(TINY))
     return tmp_path
 
 
@@ -215,8 +221,8 @@ def test_likely_causes(case: str, here: Path, capsys: pytest.CaptureFixture[str]
 def test_a_training_checkpoint_against_its_pruned_form(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    save_dirty(here / "dirty.ckpt")
-    save(here / "pruned.safetensors", half(model()))
+    save_dirty(here / "dirty.ckpt", "mini")
+    save(here / "pruned.safetensors", half(mini()))
     code, out, err = said(capsys, "dirty.ckpt", "pruned.safetensors")
     assert (code, err) == (1, "")
     assert out == golden(GOLDEN / "pruned.txt", out)
@@ -258,14 +264,14 @@ def test_weights_that_are_known_are_named(
     save(here / "b.safetensors", swapped(model(), VAE, model(seed=5)))
     run(["inspect", "--json", "a.safetensors"])
     parts = json.loads(capsys.readouterr().out)["files"][0]["components"]
-    digest = next(p["digest"] for p in parts if p["class"] == "VAE-mini").removeprefix("blake3:")
+    digest = next(p["digest"] for p in parts if p["class"] == "VAE-tiny").removeprefix("blake3:")
     own = here / "own" / "known"
     own.mkdir(parents=True)
-    named = '[[component]]\nname = "Mine"\nclass = "VAE-mini"\n'
+    named = '[[component]]\nname = "Mine"\nclass = "VAE-tiny"\n'
     (own / "parts.toml").write_text(f'{named}blake3 = "{digest}"\n')
-    monkeypatch.setenv("CKPT_COMPONENTS", str(here / "own"))
+    monkeypatch.setenv("CKPT_COMPONENTS", f"{TINY}{os.pathsep}{here / 'own'}")
     _, out, _ = said(capsys, "a.safetensors", "b.safetensors")
-    assert "VAE-mini differs: A has Mine's" in out
+    assert "VAE-tiny differs: A has Mine's" in out
 
 
 @pytest.mark.parametrize(
@@ -273,7 +279,7 @@ def test_weights_that_are_known_are_named(
     [("text", b"hello"), ("empty", b""), ("page", b"<!DOCTYPE html><html>404</html>")],
 )
 def test_refused_files(name: str, data: bytes, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    save(here / "a.safetensors", model("VAE-mini"))
+    save(here / "a.safetensors", model("VAE-tiny"))
     (here / name).write_bytes(data)
     for files in (("a.safetensors", name), (name, "a.safetensors"), ("a.safetensors", "missing")):
         code, out, err = said(capsys, *files)
@@ -281,7 +287,7 @@ def test_refused_files(name: str, data: bytes, here: Path, capsys: pytest.Captur
 
 
 def test_a_file_that_ends_too_early_is_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    whole = save(here / "a.ckpt", model("VAE-mini"))
+    whole = save(here / "a.ckpt", model("VAE-tiny"))
     (here / "b.ckpt").write_bytes(whole.read_bytes()[:-2000])
     code, _, err = said(capsys, "a.ckpt", "b.ckpt")
     assert code == 6 and err.startswith("error: ")

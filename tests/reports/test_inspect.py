@@ -50,7 +50,7 @@ def parts(*components: str, dtype: str = "F16", bare: bool = False) -> Files:
             data = (
                 _ids("q")
                 if rule.dtype == "I64"
-                else bytes([len(inner) % 60]) * (prod(rule.shape) * kind.itemsize)
+                else bytes([len(inner) % 60 or 60]) * (prod(rule.shape) * kind.itemsize)
             )
             found[inner if bare else component.prefix + inner] = (kind.code, rule.shape, data)
     return found
@@ -325,6 +325,28 @@ def test_integers_for_weights_are_told_of(here: Path) -> None:
     assert fault.evidence == (f"I8: `{VAE_OUT}`",)
 
 
+@pytest.mark.parametrize(
+    "names", [("emb_params",), ("clip_g", "clip_l"), ("string_to_param.*",), ("<cat>",)], ids=str
+)
+def test_an_embedding_is_called_one(here: Path, names: tuple[str, ...]) -> None:
+    path = write(here / "cat.safetensors", dict.fromkeys(names, ("F32", (2, 768), b"\x01" * 6144)))
+    (fault,) = build_report(path, catalog=CATALOG).faults
+    assert fault.fact == "a textual inversion embedding, which is no part of a model"
+    assert fault.hint == "it is used as it is: programs take it from their folder `embeddings`"
+
+
+def test_one_integer_is_no_quantized_weight(here: Path) -> None:
+    """SD v2 files have an I64 `logit_scale`."""
+    clip = CATALOG.components["CLIP-v2-SD"]
+    tensors: dict[str, LazyTensor] = {
+        n: MemoryTensor(DType.I64, (), bytes(8)) if n == "logit_scale" else Unread(DType.F16, rule.shape)
+        for n, rule in clip.tensors.items()
+    }
+    report = examine(Checkpoint("clip.safetensors", "safetensors", 0, tensors), CATALOG, metric=False)
+    assert report.identity.architecture == "CLIP-v2"
+    assert report.faults == ()
+
+
 def test_names_without_end_are_cut(here: Path) -> None:
     endless = "x" * 1_000_000
     path = write(here / "model.safetensors", {endless: ("F32", (1,), bytes(4))}, {endless: endless})
@@ -365,7 +387,9 @@ def test_sizes_add_up(here: Path) -> None:
     files = dirty()
     report = build_report(write(here / "model.safetensors", files), catalog=CATALOG, metric=False)
     total = sum(len(data) for _, _, data in files.values())
-    assert total - report.ema.bytes - report.junk.bytes - report.precision_waste == report.pruned
+    kept = total - report.ema.bytes - report.junk.bytes
+    kept -= len(files["model_ema.decay"][2])
+    assert kept - report.precision_waste + 77 * (8 - 4) == report.pruned, "position_ids become int64"
     assert report.ema.keys == 686 and report.junk.keys == 2 and report.junk.bytes == 28
 
 

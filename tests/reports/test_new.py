@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from builder.reports.new import Draft, describe
 from builder.reports.new.recipe_text import merged, place
 from builder.tensors.cast import Faults, cast_all
 from builder.tensors.lazy import DType, LazyTensor, MemoryTensor
-from tests.help.building import CLIP, IDS, UNET, VAE, Folder, model, save, save_dirty, values
+from tests.help.building import CLIP, IDS, TINY, UNET, VAE, Folder, model, save, save_dirty, values
 from tests.help.recipe_words import golden
 
 GOLDEN = Path(__file__).parent / "golden" / "new"
@@ -77,7 +78,10 @@ CASES: dict[str, tuple[Callable[[], Tensors], bool]] = {
     "nai-names": (lambda: nai(half(model())), False),
     "mixed-types": (lambda: {**half(model()), **{n: t for n, t in model().items() if VAE in n}}, True),
     "brain": (lambda: cast_all(model(), "bf16", faults=Faults()), True),
-    "nan": (lambda: {**half(model()), VAE + "decoder.conv_out.bias": values([np.nan, 1, 2], "<f2")}, True),
+    "nan": (
+        lambda: {**half(model()), VAE + "decoder.conv_out.bias": values([np.nan, 1, 2, 3, 4], "<f2")},
+        True,
+    ),
 }
 
 
@@ -119,8 +123,8 @@ def test_further_models_are_looked_through_like_a_library(folder: Folder) -> Non
     save(folder / "mine.safetensors", half(mixed(vae=8)))
     said = folder("new", "mine.safetensors", "library/sd-one.ckpt", "library/text.safetensors")
     recipe = tomli.loads(said.out)
-    assert recipe["components"] == {"UNET-mini": "sd-one", "VAE-mini": "text", "CLIP-mini": "sd-one"}
-    assert "VAE-mini is that of `library/text.safetensors`, after rounding" in said.err
+    assert recipe["components"] == {"UNET-tiny": "sd-one", "VAE-tiny": "text", "CLIP-tiny": "sd-one"}
+    assert "VAE-tiny is that of `library/text.safetensors`, after rounding" in said.err
     save(folder / "other.safetensors", mixed(vae=30, clip=30, unet=30))
     said = folder("new", "mine.safetensors", "other.safetensors")
     assert "`other.safetensors` has no component in common with the model: it is left out" in said.err
@@ -157,7 +161,7 @@ def test_published_files_come_with_their_addresses(folder: Folder) -> None:
         'hf = "them/first/first.ckpt"\ncivitai_version = 7\n',
     )
     save(folder / "library" / "a-copy.safetensors", model())  # which nobody knows
-    known = Folder(folder.path, folder.store, {"CKPT_COMPONENTS": str(folder / "own")})
+    known = Folder(folder.path, folder.store, {"CKPT_COMPONENTS": f"{TINY}{os.pathsep}{folder / 'own'}"})
     said = known("new", "-q", "mine.safetensors", "-l", "library")
     assert (said.code, said.err) == (0, "")
     recipe = tomli.loads(said.out)
@@ -223,15 +227,15 @@ def test_what_cannot_be_described(folder: Folder) -> None:
     )
     save(folder / "mine.safetensors", half(model()))
     save(folder / "empty.safetensors", {})
-    lora = save(folder / "other.safetensors", bare(model("EMA-mini"), ""))
+    lora = save(folder / "other.safetensors", bare(model("EMA-tiny"), ""))
     cases: list[tuple[tuple[object, ...], int, str]] = [
         (("text.safetensors",), 6, "this is no checkpoint but text"),
         (("missing.ckpt",), 6, "cannot open"),
         (("library",), 6, "is a folder that does not hold one sharded set"),
         (("strange.safetensors",), 6, "is no model that the catalog knows"),
         (("empty.safetensors",), 6, "is no model that the catalog knows"),
-        (("mine.safetensors", "strange.safetensors"), 2, "has nothing that SD-mini has a slot for"),
-        (("mine.safetensors", lora.name), 2, "has nothing that SD-mini has a slot for"),
+        (("mine.safetensors", "strange.safetensors"), 2, "has nothing that SD-tiny has a slot for"),
+        (("mine.safetensors", lora.name), 2, "has nothing that SD-tiny has a slot for"),
         (("mine.safetensors", "-l", "nowhere"), 2, "`nowhere` is not a folder"),
         (("mine.safetensors", "--name", "a/b"), 3, "error: "),
         (("mine.safetensors", "-o", "no/such/folder/r.toml"), 7, "error: "),
@@ -278,4 +282,4 @@ def test_what_looks_alike_but_is_not_explains_nothing(folder: Folder) -> None:
     data[-2] ^= 1
     tensors[name] = MemoryTensor(DType.F16, tensors[name].shape, bytes(data))
     save(folder / "mine.safetensors", tensors)
-    assert described(folder, Reporter()).unexplained == ("UNET-mini",)
+    assert described(folder, Reporter()).unexplained == ("UNET-tiny",)

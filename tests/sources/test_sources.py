@@ -464,21 +464,21 @@ def test_a_source_that_is_gone_is_refused(place: Place) -> None:
 def test_a_namesake_does_not_keep_a_pinned_source_from_being_found(tmp_path: Path, content: str) -> None:
     """Also where the plan fails with it: it is of another kind, or nothing that can be read."""
     first, second = tmp_path / "m1/x.safetensors", tmp_path / "m2/x.safetensors"
-    save(first, model("VAE-mini"))
+    save(first, model("VAE-tiny"))
     if content == "no checkpoint":
         first.write_bytes(b"something else")
-    sha256 = hashlib.sha256(save(second, model("SD-mini")).read_bytes()).hexdigest()
+    sha256 = hashlib.sha256(save(second, model("SD-tiny")).read_bytes()).hexdigest()
     (tmp_path / "work").mkdir()
     models = os.pathsep.join([str(first.parent), str(second.parent)])
     folder = Folder(tmp_path / "work", tmp_path / "store", {"CKPT_MODELS": models})
-    text = 'format = 1\nname = "mini"\nbase = "NEW UNET-mini"\ncomponents.UNET-mini = "x"\n'
-    folder.write("mini.toml", f'{text}[sources.x]\nfile = "x.safetensors"\nsha256 = "{sha256}"\n')
-    assert folder.states()["UNET-mini of x"] == "make"
+    text = 'format = 1\nname = "tiny"\nbase = "NEW UNET-tiny"\ncomponents.UNET-tiny = "x"\n'
+    folder.write("tiny.toml", f'{text}[sources.x]\nfile = "x.safetensors"\nsha256 = "{sha256}"\n')
+    assert folder.states()["UNET-tiny of x"] == "make"
     assert folder.build()["outputs"][0]["state"] == "written"
     second.unlink()
-    (folder / "mini.safetensors").unlink()
-    said = folder("build", "mini.toml", "--offline")
-    assert said.code == 5 and not (folder / "mini.safetensors").exists()
+    (folder / "tiny.safetensors").unlink()
+    said = folder("build", "tiny.toml", "--offline")
+    assert said.code == 5 and not (folder / "tiny.safetensors").exists()
     assert "`x` could not be fetched" in said.err, "the namesake is nobody's error"
 
 

@@ -26,14 +26,14 @@ KEEP = {"CKPT_STORE_KEEP": "all"}
 @pytest.fixture
 def folder(tmp_path: Path) -> Folder:
     """The miniature recipe with its sources, in a folder with a store of its own."""
-    return Folder.below(tmp_path).mini()
+    return Folder.below(tmp_path).tiny()
 
 
 @pytest.fixture
 def product(folder: Folder) -> bytes:
     """What the recipe makes; it is in its place."""
     folder.build()
-    return (folder / "mini.safetensors").read_bytes()
+    return (folder / "tiny.safetensors").read_bytes()
 
 
 def entries(folder: Folder) -> Iterator[Entry]:
@@ -80,11 +80,11 @@ def restored(folder: Folder, name: str) -> Path:
 
 def test_a_build_leaves_places_and_no_copies(folder: Folder, product: bytes) -> None:
     assert not folder.blobs()
-    assert sum(p.stat().st_size for p in folder.store.rglob("*") if p.is_file()) < 250_000
-    held = content(folder / "mini.safetensors")
+    assert sum(p.stat().st_size for p in folder.store.rglob("*") if p.is_file()) < 10_000
+    held = content(folder / "tiny.safetensors")
     for entry in entries(folder):
         [at] = entry.places
-        assert at.path == str(folder / "mini.safetensors")
+        assert at.path == str(folder / "tiny.safetensors")
         for (name, row), offset in zip(sorted(entry.rows.items()), at.offsets, strict=True):
             lying = [
                 d for _, shape, d in held.values() if shape == row.shape and product[offset:].startswith(d)
@@ -93,11 +93,11 @@ def test_a_build_leaves_places_and_no_copies(folder: Folder, product: bytes) -> 
 
 
 def test_another_output_is_made_from_the_first(folder: Folder, product: bytes) -> None:
-    again = folder.build("mini.toml", "-o", "again.safetensors")
+    again = folder.build("tiny.toml", "-o", "again.safetensors")
     assert (again["outputs"][0]["state"], again["made"]) == ("written", [])
     assert (folder / "again.safetensors").read_bytes() == product
-    (folder / "mini.safetensors").unlink()
-    third = folder.build("mini.toml", "-o", "third.safetensors")
+    (folder / "tiny.safetensors").unlink()
+    third = folder.build("tiny.toml", "-o", "third.safetensors")
     assert third["made"] == [], "the second serves as well"
     assert (folder / "third.safetensors").read_bytes() == product
 
@@ -107,7 +107,7 @@ def test_another_output_is_made_from_the_first(folder: Folder, product: bytes) -
     [
         lambda p: p.rename(p.with_name("moved.safetensors")),
         lambda p: p.write_bytes(p.read_bytes()),
-        lambda p: save(p, model("VAE-mini", seed=9)),
+        lambda p: save(p, model("VAE-tiny", seed=9)),
         lambda p: p.unlink(),
     ],
     ids=["moved", "written again", "another file", "gone"],
@@ -115,8 +115,8 @@ def test_another_output_is_made_from_the_first(folder: Folder, product: bytes) -
 def test_what_is_not_in_its_place_is_made_again(
     folder: Folder, product: bytes, change: Callable[[Path], object]
 ) -> None:
-    change(folder / "mini.safetensors")
-    said = folder("build", "mini.toml", "--json", "-o", "again.safetensors")
+    change(folder / "tiny.safetensors")
+    said = folder("build", "tiny.toml", "--json", "-o", "again.safetensors")
     assert len(said.json["made"]) == 3
     assert "damaged" not in said.err
     assert (folder / "again.safetensors").read_bytes() == product
@@ -125,51 +125,51 @@ def test_what_is_not_in_its_place_is_made_again(
 @pytest.mark.parametrize("part", [UNET, VAE])
 def test_damaged_bytes_are_noticed_and_made_again(folder: Folder, product: bytes, part: str) -> None:
     """Also where all that is known says that the file is as it was."""
-    name = next(n for n in content(folder / "mini.safetensors") if n.startswith(part))
-    rot(folder, "mini.safetensors", name)
-    assert (folder / "mini.safetensors").read_bytes() != product
-    said = folder("build", "mini.toml", "--json", "-o", "again.safetensors")
+    name = next(n for n in content(folder / "tiny.safetensors") if n.startswith(part))
+    rot(folder, "tiny.safetensors", name)
+    assert (folder / "tiny.safetensors").read_bytes() != product
+    said = folder("build", "tiny.toml", "--json", "-o", "again.safetensors")
     assert said.code == 0 and "is damaged" in said.err
     assert said.json["made"]
     assert (folder / "again.safetensors").read_bytes() == product
     assert not (folder.store / "quarantine").exists(), "a file of somebody's is left where it is"
-    third = folder("build", "mini.toml", "--json", "-o", "third.safetensors")
+    third = folder("build", "tiny.toml", "--json", "-o", "third.safetensors")
     assert "damaged" not in third.err and third.json["made"] == []
     assert (folder / "third.safetensors").read_bytes() == product
 
 
 def test_an_output_is_replaced_by_one_that_takes_from_it(folder: Folder, product: bytes) -> None:
     """What stays the same is read from the old file while the new one is written."""
-    save(folder / "vae.safetensors", model("VAE-mini", seed=7))
+    save(folder / "vae.safetensors", model("VAE-tiny", seed=7))
     made = folder.build()
     assert made["outputs"][0]["state"] == "written"
     assert len(made["made"]) == 1, "the VAE alone"
     fresh = folder.beside("fresh", store="fresh store")
-    (fresh / "mini.safetensors").unlink()
+    (fresh / "tiny.safetensors").unlink()
     fresh.build()
-    replaced = (folder / "mini.safetensors").read_bytes()
-    assert replaced == (fresh / "mini.safetensors").read_bytes() != product
+    replaced = (folder / "tiny.safetensors").read_bytes()
+    assert replaced == (fresh / "tiny.safetensors").read_bytes() != product
 
     # Now the old VAE is nowhere, and what the new file holds is there.
     places = {e.cls: [p.path for p in e.places] for e in entries(folder) if e.places}
     with Store(folder.store) as store:
         held = [e for e in entries(folder) if store.holds(e.digest)]
-    assert sorted(e.cls for e in held) == sorted(places) == ["CLIP-mini", "UNET-mini", "VAE-mini"]
-    save(folder / "vae.safetensors", model("VAE-mini", seed=2))
+    assert sorted(e.cls for e in held) == sorted(places) == ["CLIP-tiny", "UNET-tiny", "VAE-tiny"]
+    save(folder / "vae.safetensors", model("VAE-tiny", seed=2))
     assert len(folder.build()["made"]) == 1
-    assert (folder / "mini.safetensors").read_bytes() == product
+    assert (folder / "tiny.safetensors").read_bytes() == product
 
 
 def test_a_build_that_fails_leaves_the_old_places(folder: Folder, product: bytes) -> None:
     folder.write(
-        "bad.toml", (folder / "mini.toml").read_text() + '[output]\nexpect.sha256 = "' + "0" * 64 + '"\n'
+        "bad.toml", (folder / "tiny.toml").read_text() + '[output]\nexpect.sha256 = "' + "0" * 64 + '"\n'
     )
     before = files(folder.store / "components")
-    said = folder("build", "bad.toml", "-o", "mini.safetensors")
+    said = folder("build", "bad.toml", "-o", "tiny.safetensors")
     assert said.code != 0
-    assert (folder / "mini.safetensors").read_bytes() == product
+    assert (folder / "tiny.safetensors").read_bytes() == product
     assert files(folder.store / "components") == before
-    assert folder.build("mini.toml", "-o", "again.safetensors")["made"] == []
+    assert folder.build("tiny.toml", "-o", "again.safetensors")["made"] == []
 
 
 # -- copies, where they are asked for
@@ -180,31 +180,31 @@ def test_keep_all_serves_where_no_product_is(folder: Folder) -> None:
     first = replace(folder, environment=KEEP)
     assert len(first.build()["made"]) == 3
     assert first.blobs().keys() == first.components() and len(first.blobs()) == 3
-    product = (first / "mini.safetensors").read_bytes()
+    product = (first / "tiny.safetensors").read_bytes()
 
     other = replace(first.beside("other"), store=restored(first, "restored"))
-    (other / "mini.safetensors").unlink()
-    (first / "mini.safetensors").unlink()
-    said = other("build", "mini.toml", "--json")
+    (other / "tiny.safetensors").unlink()
+    (first / "tiny.safetensors").unlink()
+    said = other("build", "tiny.toml", "--json")
     assert said.code == 0, said.err
     assert said.json["made"] == []
-    assert (other / "mini.safetensors").read_bytes() == product
+    assert (other / "tiny.safetensors").read_bytes() == product
     assert other("store", "check").code == 0
 
 
 def test_a_damaged_copy_is_noticed_and_made_again(folder: Folder) -> None:
     kept = replace(folder, environment=KEEP)
     kept.build()
-    product = (kept / "mini.safetensors").read_bytes()
-    (kept / "mini.safetensors").unlink()
+    product = (kept / "tiny.safetensors").read_bytes()
+    (kept / "tiny.safetensors").unlink()
     path = max(kept.blobs().values(), key=lambda p: p.stat().st_size)
     path.chmod(0o644)
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    said = kept("build", "mini.toml", "--json")
+    said = kept("build", "tiny.toml", "--json")
     assert said.code == 0 and "is damaged" in said.err and len(said.json["made"]) == 1
-    assert (kept / "mini.safetensors").read_bytes() == product
+    assert (kept / "tiny.safetensors").read_bytes() == product
     assert len(kept.blobs()) == 3, "the copy too"
     assert kept("store", "check").code == 0
 
@@ -220,12 +220,12 @@ def bytes_of(folder: Folder) -> int:
 
 def locked(folder: Folder) -> set[str]:
     """The digests of what the lock says the product is made of."""
-    return {c.blake3 for c in read_lock(folder / "mini.lock.toml").components}
+    return {c.blake3 for c in read_lock(folder / "tiny.lock.toml").components}
 
 
 def test_a_store_that_grew_is_kept_within_its_cap(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was not used for longest goes first: what this build has made or used stays."""
-    monkeypatch.setattr("builder.workspace.STORE_SIZE", 2_000_000)
+    monkeypatch.setattr("builder.workspace.STORE_SIZE", 1_000_000)
     grown = replace(folder, environment=KEEP)
     grown.build()
     old = locked(grown)
@@ -236,7 +236,7 @@ def test_a_store_that_grew_is_kept_within_its_cap(folder: Folder, monkeypatch: p
     assert len(grown.build()["made"]) == 2
     new = locked(grown)
     assert len(new & old) == 1, "the VAE, which was used"
-    assert bytes_of(grown) <= 2_000_000
+    assert bytes_of(grown) <= 1_000_000
     assert new <= grown.blobs().keys() and not old <= grown.blobs().keys()
 
 
@@ -245,7 +245,7 @@ def test_a_store_that_did_not_grow_is_left_alone(folder: Folder, monkeypatch: py
     replace(folder, environment=KEEP).build()
     before = folder.blobs()
     monkeypatch.setattr("builder.workspace.STORE_SIZE", 1000)
-    folder.build("mini.toml", "-o", "again.safetensors")
+    folder.build("tiny.toml", "-o", "again.safetensors")
     folder.build()
     assert folder.blobs() == before
 
@@ -261,27 +261,27 @@ def test_the_list_says_of_what_a_component_was_made_and_where_it_lies(folder: Fo
     """Not only that there are three UNETs, but which is whose."""
     found = folder("store", "list", "--json").json
     said = {i["class"]: (i["source"], i["places"], i["size"]) for i in found["items"]}
-    where = [str(folder / "mini.safetensors")]
+    where = [str(folder / "tiny.safetensors")]
     assert said == {
-        "UNET-mini": ("dirty.ckpt", where, 0),
-        "CLIP-mini": ("dirty.ckpt", where, 0),
-        "VAE-mini": ("vae.safetensors", where, 0),
+        "UNET-tiny": ("dirty.ckpt", where, 0),
+        "CLIP-tiny": ("dirty.ckpt", where, 0),
+        "VAE-tiny": ("vae.safetensors", where, 0),
     }
     assert found["bytes"] == 0
-    folder.build("mini.toml", "-o", "again.safetensors")
-    (folder / "mini.safetensors").unlink()
+    folder.build("tiny.toml", "-o", "again.safetensors")
+    (folder / "tiny.safetensors").unlink()
     folder.write("vae.toml", 'format = 1\nname = "v"\nbase = "vae"\nsources.vae.file = "vae.safetensors"\n')
     replace(folder, environment=KEEP).build("vae.toml", "-o", "v.safetensors")
     (folder / "v.safetensors").unlink()
     rows = [re.split(r"\s{2,}", line) for line in folder("store", "list").out.splitlines()]
     assert rows[0] == ["COMPONENT", "SIZE", "DIGEST", "LAST USED", "MADE OF", "LIES IN"]
     assert sorted([row[0], *row[4:]] for row in rows[1:4]) == [
-        ["CLIP-mini-SD", "dirty.ckpt", "again.safetensors"],
-        ["UNET-mini-SD", "dirty.ckpt", "again.safetensors"],
-        ["VAE-mini-SD", "vae.safetensors", "the store, again.safetensors"],
+        ["CLIP-tiny-SD", "dirty.ckpt", "again.safetensors"],
+        ["UNET-tiny-SD", "dirty.ckpt", "again.safetensors"],
+        ["VAE-tiny-SD", "vae.safetensors", "the store, again.safetensors"],
     ]
     (folder / "again.safetensors").unlink()
     lines = folder("store", "list").out.splitlines()
     lying = {line.split()[0]: line.split("  ")[-1].strip() for line in lines[1:4]}
-    assert lying == {"CLIP-mini-SD": "nowhere", "UNET-mini-SD": "nowhere", "VAE-mini-SD": "the store"}
+    assert lying == {"CLIP-tiny-SD": "nowhere", "UNET-tiny-SD": "nowhere", "VAE-tiny-SD": "the store"}
     assert "again" not in "".join(lines)

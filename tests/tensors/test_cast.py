@@ -16,6 +16,7 @@ from builder.base.errors import OutputError, SourceError, render
 from builder.formats.write_safetensors import write
 from builder.tensors.cast import Cast, Fault, Faults, cast_all
 from builder.tensors.lazy import WINDOW, DType, LazyTensor, MemoryTensor
+from builder.tensors.packed import OPAQUE
 from tests.help.building import UNET, VAE, Folder, content, like, model, save, values
 
 KINDS = {"fp16": DType.F16, "bf16": DType.BF16, "fp32": DType.F32}
@@ -163,6 +164,28 @@ def test_keep_checks_but_does_not_cast() -> None:
     assert faults.by_name == {"t": Fault(nan=1)}
 
 
+@pytest.mark.parametrize("value", [0.1, 1e-50, 1e300, -5e-324, float(1 << 53)])
+def test_keep_keeps_every_bit_of_double_precision(value: float) -> None:
+    source = values([value, -value], "<f8")
+    faults = Faults()
+    for overflow in ("error", "clamp", "keep"):
+        made = cast_all({"t": source}, "keep", faults=faults, overflow=overflow)["t"]  # type: ignore[arg-type]
+        assert (made.dtype, made.tobytes()) == (DType.F64, source.tobytes())
+    assert not faults.by_name
+
+
+@pytest.mark.parametrize("dtype", [d for d in DType if d.floating and d not in OPAQUE])
+def test_keep_keeps_every_bit_pattern(dtype: DType) -> None:
+    """NaN of every kind too, where those are allowed."""
+    size = dtype.itemsize
+    some = (
+        range(256) if size == 1 else [*range(0, 1 << 16, 7), *range(0x7C00, 0x7E01), *range(0xFFF0, 1 << 16)]
+    )
+    data = b"".join(p.to_bytes(min(size, 2), "little").rjust(size, bytes([p & 255])) for p in some)
+    made = cast_all({"t": tensor(dtype, data)}, "keep", faults=Faults(), non_finite="keep")["t"]
+    assert bytes(made.tobytes()) == data
+
+
 @pytest.mark.parametrize("scale", ["a.scale_weight", "a.weight_scale", "scaled_fp8", "a.weight_scale_2"])
 def test_scaled_fp8_is_refused(scale: str) -> None:
     packed: dict[str, LazyTensor] = {
@@ -173,7 +196,7 @@ def test_scaled_fp8_is_refused(scale: str) -> None:
         cast_all(packed, "fp16", faults=Faults())
     assert caught.value.exit_code == 6
     said = render(caught.value.problems[0])
-    assert scale in said and 'precision = "keep"' in said
+    assert scale in said and "the precision `keep`" in said
     kept = cast_all(packed, "keep", faults=Faults())
     assert bytes(kept["a.weight"].tobytes()) == b"\x38\x39"
 
@@ -184,7 +207,7 @@ def test_plain_fp8_is_cast() -> None:
 
 
 def test_types_that_are_packed_are_refused() -> None:
-    with pytest.raises(SourceError, match="no plain cast can read"):
+    with pytest.raises(SourceError, match="F8_E8M0 weights cannot be cast"):
         cast_all({"a": MemoryTensor(DType.F8_E8M0, (2,), b"\x38\xb8")}, "bf16", faults=Faults())
 
 
@@ -222,7 +245,7 @@ def test_overflow_is_an_error_that_tells_all(folder: Folder) -> None:
     assert (folder / "m.safetensors").read_bytes() == b"old"
     assert not (folder / "m.lock.toml").exists()
     keys = [p.read_text() for p in folder.store.glob("actions/*/*.json")]
-    assert not any('"class":"UNET-mini"' in k for k in keys), "nothing is kept of what failed"
+    assert not any('"class":"UNET-tiny"' in k for k in keys), "nothing is kept of what failed"
     assert folder("build", "m.toml").code == 7, "nor the second time"
 
 
@@ -285,7 +308,7 @@ def test_scaled_weights_keep_their_scales_or_are_refused(folder: Folder) -> None
     made = content(folder / "m.safetensors")
     assert made[WEIGHT][0] == "F8_E4M3" and made[scale][2] == struct.pack("<f", 0.5)
     # Other components of the same file are as good as any.
-    folder.write("v.toml", RECIPE.replace('base = "a"', 'base = "NEW VAE-mini"\ncomponents.VAE-mini = "a"'))
+    folder.write("v.toml", RECIPE.replace('base = "a"', 'base = "NEW VAE-tiny"\ncomponents.VAE-tiny = "a"'))
     assert folder("build", "v.toml").code == 0
 
 

@@ -49,7 +49,16 @@ QUIET = {
 
 
 @pytest.mark.parametrize("dtype", QUIET)
-@pytest.mark.parametrize("source", [DType.F64, DType.F32, DType.F16])
+@pytest.mark.parametrize(
+    "source",
+    [
+        DType.F64,
+        DType.F32,
+        DType.F16,
+        DType.BF16,
+        *(d for d in DType if d.code.startswith(("F8_E4", "F8_E5"))),
+    ],
+)
 def test_a_kept_nan_is_one_pattern(dtype: DType, source: DType, tmp_path: Path) -> None:
     """Whatever the NaN of the source, wherever it stands in the tensor."""
     if dtype is source:
@@ -58,6 +67,11 @@ def test_a_kept_nan_is_one_pattern(dtype: DType, source: DType, tmp_path: Path) 
         DType.F64: ("<Q", [0x7FF8_0000_0000_0001, 0xFFF0_0000_DEAD_BEEF]),
         DType.F32: ("<I", [0x7F80_0001, 0xFFC0_1234]),
         DType.F16: ("<H", [0x7C01, 0xFE12]),
+        DType.BF16: ("<H", [0x7F81, 0xFFC2]),
+        DType.F8_E5M2: ("<B", [0x7D, 0xFF]),
+        DType.F8_E4M3: ("<B", [0x7F, 0xFF]),
+        DType.F8_E5M2FNUZ: ("<B", [0x80, 0x80]),  # the only NaN of these, which has no sign
+        DType.F8_E4M3FNUZ: ("<B", [0x80, 0x80]),
     }
     form, patterns = bits[source]
     one = struct.pack(form, 0)
@@ -66,7 +80,8 @@ def test_a_kept_nan_is_one_pattern(dtype: DType, source: DType, tmp_path: Path) 
         held = MemoryTensor(source, (before + 23,), data)
         made = cast(held, dtype, tmp_path / "x", non_finite="keep")
         size = dtype.itemsize
-        assert made[before * size : (before + 2) * size] == QUIET[dtype]
+        quiet = QUIET[dtype][:size] * 2 if source.code.endswith("FNUZ") else QUIET[dtype]
+        assert made[before * size : (before + 2) * size] == quiet
 
 
 def test_torchs_threads_are_as_they_were(tmp_path: Path) -> None:

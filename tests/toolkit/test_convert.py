@@ -100,7 +100,7 @@ def test_metadata_goes_wherever_it_can(folder: Folder) -> None:
 
 
 def test_shards_hold_what_they_may(folder: Folder) -> None:
-    save(folder / "m.safetensors", model())
+    save(folder / "m.safetensors", model("SD-mini"))
     said = folder("convert", "m.safetensors", "-o", "set/m.safetensors.index.json", "--shard-size", "1MB")
     assert said.code == 7 and "make its folder first" in said.err
     (folder / "set").mkdir()
@@ -218,7 +218,7 @@ def test_what_is_there_is_not_replaced_by_several_files(folder: Folder) -> None:
         f"{folder.path}/", ""
     )
     assert files(folder.path) == before and (folder / "n-00001-of-00001.safetensors").read_text() == "mine"
-    save(folder / "model.safetensors", model())
+    save(folder / "model.safetensors", model("SD-mini"))
     folder.write("taken/notes.txt", "mine")
     before = files(folder.path)
     said = folder("convert", "model.safetensors", "-o", "taken/")

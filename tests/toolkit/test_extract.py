@@ -28,7 +28,7 @@ def only(folder: Folder, pattern: str) -> Path:
     return found
 
 
-@pytest.mark.parametrize("word", ["VAE-mini", "vae-MINI", "VAE-mini-SD", "vae_mini_sd", "vae"])
+@pytest.mark.parametrize("word", ["VAE-tiny", "vae-TINY", "VAE-tiny-SD", "vae_tiny_sd", "vae"])
 def test_a_component_by_name_class_or_kind(folder: Folder, word: str) -> None:
     made = folder("extract", "Anything-V3.0.ckpt", word, "-o", "out.safetensors", "--json").json["outputs"][0]
     found, full = content(folder / "out.safetensors"), content(folder / "Anything-V3.0.ckpt")
@@ -41,18 +41,18 @@ def test_a_component_by_name_class_or_kind(folder: Folder, word: str) -> None:
 
 
 def test_the_default_name_has_metric_and_class_and_collisions_get_a_number(folder: Folder) -> None:
-    first = folder("extract", "Anything-V3.0.ckpt", "VAE-mini", "--json").json["outputs"][0]
+    first = folder("extract", "Anything-V3.0.ckpt", "VAE-tiny", "--json").json["outputs"][0]
     digits = first["metric"].split("/")[1]
     assert first["path"] == f"Anything-V3.0-{digits}.vae.safetensors"
     # What is there and the same serves; another of that name stays.
-    second = folder("extract", "Anything-V3.0.ckpt", "VAE-mini", "--json").json["outputs"][0]
+    second = folder("extract", "Anything-V3.0.ckpt", "VAE-tiny", "--json").json["outputs"][0]
     assert (second["path"], second["state"]) == (first["path"], "unchanged")
     assert second["sha256"] == first["sha256"]
     (folder / first["path"]).write_bytes(b"another")
-    third = folder("extract", "Anything-V3.0.ckpt", "VAE-mini", "--json").json["outputs"][0]
+    third = folder("extract", "Anything-V3.0.ckpt", "VAE-tiny", "--json").json["outputs"][0]
     assert (third["path"], third["state"]) == (f"Anything-V3.0-{digits}(1).vae.safetensors", "written")
     assert (folder / first["path"]).read_bytes() == b"another"
-    average = folder("extract", "Anything-V3.0.ckpt", "UNET-mini-EMA", "--format", "pt", "--json").json
+    average = folder("extract", "Anything-V3.0.ckpt", "UNET-tiny-EMA", "--format", "pt", "--json").json
     digits = average["outputs"][0]["metric"].split("/")[0]
     assert average["outputs"][0]["path"] == f"Anything-V3.0-ema-{digits}.unet.pt"
 
@@ -68,11 +68,11 @@ def test_a_class_without_a_metric_stands_in_the_name(folder: Folder) -> None:
 
 
 def test_an_average_comes_out_with_ordinary_names(folder: Folder) -> None:
-    for word in ("UNET-mini-EMA", "ema-unet-mini", "EMA"):
+    for word in ("UNET-tiny-EMA", "ema-unet-tiny", "EMA"):
         args = ("-o", "ema.safetensors", "--precision", "keep")
         assert folder("extract", "Anything-V3.0.ckpt", word, *args).code == 0
         found, full = content(folder / "ema.safetensors"), content(folder / "Anything-V3.0.ckpt")
-        assert found.keys() == catalog().components["UNET-mini-SD"].tensors.keys()
+        assert found.keys() == catalog().components["UNET-tiny-SD"].tensors.keys()
         name = "out.2.weight"
         assert found[name] == full["model_ema.diffusion_model" + name.replace(".", "")]
         assert found[name] != full[UNET + name]
@@ -80,8 +80,8 @@ def test_an_average_comes_out_with_ordinary_names(folder: Folder) -> None:
 
 
 def test_from_a_component_alone_of_any_container(folder: Folder) -> None:
-    save(folder / "a.safetensors", model("VAE-mini", seed=3))
-    save(folder / "b.pt", model("VAE-mini", seed=3), nesting="state_dict")
+    save(folder / "a.safetensors", model("VAE-tiny", seed=3))
+    save(folder / "b.pt", model("VAE-tiny", seed=3), nesting="state_dict")
     for name in ("a.safetensors", "b.pt"):
         assert folder("extract", name, "vae", "-o", f"{name}.out.safetensors").code == 0
     made = [content(folder / f"{n}.out.safetensors") for n in ("a.safetensors", "b.pt")]
@@ -91,7 +91,7 @@ def test_from_a_component_alone_of_any_container(folder: Folder) -> None:
 def test_precision(folder: Folder) -> None:
     """By default nothing is made wider, nor is BF16 made FP16; what is asked for is done."""
     for source in (DType.F32, DType.F16, DType.BF16):
-        save(folder / f"{source.code}.safetensors", model("VAE-mini", source))
+        save(folder / f"{source.code}.safetensors", model("VAE-tiny", source))
     types = {}
     for source in ("F32", "F16", "BF16"):
         for wanted in ("default", "fp16", "bf16", "fp32", "keep"):
@@ -141,7 +141,7 @@ def test_the_source_is_not_hashed(folder: Folder) -> None:
 
 
 def test_refusals(folder: Folder) -> None:
-    save(folder / "vae.safetensors", model("VAE-mini"))
+    save(folder / "vae.safetensors", model("VAE-tiny"))
     save(folder / "strange.safetensors", {"x": MemoryTensor(DType.F32, (2,), bytes(8))})
     folder.write("page.safetensors", "<!doctype html><html>401</html>")
     (folder / "dir").mkdir()
@@ -150,9 +150,9 @@ def test_refusals(folder: Folder) -> None:
     before = sorted(p.name for p in folder.path.iterdir())
     told = []
     for args in (
-        ["Anything-V3.0.ckpt", "VAE-mni"],
+        ["Anything-V3.0.ckpt", "VAE-tny"],
         ["Anything-V3.0.ckpt", "UNET-v1"],
-        ["vae.safetensors", "UNET-mini"],
+        ["vae.safetensors", "UNET-tiny"],
         ["strange.safetensors", "vae"],
         ["page.safetensors", "vae"],
         ["dir", "vae"],
@@ -175,9 +175,9 @@ def test_refusals(folder: Folder) -> None:
 
 
 def test_numbers_that_are_none(folder: Folder) -> None:
-    tensors = dict(model("VAE-mini"))
+    tensors = dict(model("VAE-tiny"))
     name = "decoder.conv_out.bias"
-    tensors[name] = MemoryTensor(DType.F32, (3,), b"\0\0\xc0\x7f" * 3)
+    tensors[name] = MemoryTensor(DType.F32, (5,), b"\0\0\xc0\x7f" * 5)
     save(folder / "nan.safetensors", tensors)
     said = folder("extract", "nan.safetensors", "vae", "-o", "out.safetensors")
     assert said.code == 7 and name in said.err and not (folder / "out.safetensors").exists()

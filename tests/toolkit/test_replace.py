@@ -21,7 +21,7 @@ GOLDEN = Path(__file__).parent / "golden"
 def folder(tmp_path: Path) -> Folder:
     made = Folder.below(tmp_path)
     save_dirty(made / "a.ckpt")
-    save(made / "vae.pt", model("VAE-mini", DType.F16, seed=5))
+    save(made / "vae.pt", model("VAE-tiny", DType.F16, seed=5))
     return made
 
 
@@ -29,8 +29,16 @@ def part(path: Path, prefix: str) -> dict[str, tuple[str, tuple[int, ...], bytes
     return {n[len(prefix) :]: t for n, t in content(path).items() if n.startswith(prefix)}
 
 
+def test_a_file_with_two_endings_gives_a_recipe_that_can_be_read(folder: Folder) -> None:
+    (folder / "a.ckpt").rename(folder / "a.CKPT.ckpt")
+    args = ("replace", "a.CKPT.ckpt", "VAE-mini=vae.pt", "-o", "b.safetensors", "--save-recipe", "b.toml")
+    assert folder(*args).code == 0
+    assert 'name = "a"' in (folder / "b.toml").read_text()
+    assert folder("build", "b.toml").code == 0
+
+
 def test_only_what_is_named_is_replaced(folder: Folder) -> None:
-    said = folder("replace", "a.ckpt", "VAE-mini=vae.pt", "-o", "b.safetensors")
+    said = folder("replace", "a.ckpt", "VAE-tiny=vae.pt", "-o", "b.safetensors")
     assert said.code == 0, said.err
     assert "left out of `a`: EMA" in said.err and "left out of `a`: junk" in said.err
     made = folder / "b.safetensors"
@@ -40,7 +48,7 @@ def test_only_what_is_named_is_replaced(folder: Folder) -> None:
     with open_checkpoint(made) as checkpoint:
         assert "ckpt.sources" not in checkpoint.metadata, "nothing pins them"
     # Of a recipe that is kept they are pinned, and it says so.
-    saved = folder("replace", "a.ckpt", "VAE-mini=vae.pt", "-o", "b.safetensors", "--save-recipe", "b.toml")
+    saved = folder("replace", "a.ckpt", "VAE-tiny=vae.pt", "-o", "b.safetensors", "--save-recipe", "b.toml")
     assert saved.code == 0, saved.err
     with open_checkpoint(made) as checkpoint:
         sources = json.loads(checkpoint.metadata["ckpt.sources"])
@@ -49,44 +57,44 @@ def test_only_what_is_named_is_replaced(folder: Folder) -> None:
 
 
 def test_a_component_of_a_file_that_has_several(folder: Folder) -> None:
-    said = folder("replace", "a.ckpt", "unet=a.ckpt:UNET-mini-EMA", "vae=vae.pt:vae", "-o", "b.safetensors")
+    said = folder("replace", "a.ckpt", "unet=a.ckpt:UNET-tiny-EMA", "vae=vae.pt:vae", "-o", "b.safetensors")
     assert said.code == 0, said.err
     folder("extract", "a.ckpt", "EMA", "-o", "ema.safetensors")
     assert part(folder / "b.safetensors", UNET) == content(folder / "ema.safetensors")
 
 
-@pytest.mark.parametrize("name", ["a:b.pt", "vae=x.pt", "a=b:c=d.pt", "x:VAE-mini", "mit Lücke.safetensors"])
+@pytest.mark.parametrize("name", ["a:b.pt", "vae=x.pt", "a=b:c=d.pt", "x:VAE-tiny", "mit Lücke.safetensors"])
 def test_names_with_colons_and_equal_signs(folder: Folder, name: str) -> None:
-    save(folder / name, model("VAE-mini", seed=9))
-    for word in (name, f"{name}:VAE-mini-SD"):
-        said = folder("replace", "a.ckpt", f"VAE-mini={word}", "-o", "b.safetensors", "--precision", "keep")
+    save(folder / name, model("VAE-tiny", seed=9))
+    for word in (name, f"{name}:VAE-tiny-SD"):
+        said = folder("replace", "a.ckpt", f"VAE-tiny={word}", "-o", "b.safetensors", "--precision", "keep")
         assert said.code == 0, said.err
         assert part(folder / "b.safetensors", VAE) == content(folder / name)
 
 
 def test_two_files_of_one_name_and_a_file_named_twice(folder: Folder) -> None:
-    save(folder / "sub/vae.pt", model("CLIP-mini-SD", seed=5))
+    save(folder / "sub/vae.pt", model("CLIP-tiny-SD", seed=5))
     (folder / "link.pt").symlink_to("vae.pt")
-    args = ("VAE-mini=link.pt", "CLIP-mini=sub/vae.pt", "UNET-mini=./a.ckpt")
+    args = ("VAE-tiny=link.pt", "CLIP-tiny=sub/vae.pt", "UNET-tiny=./a.ckpt")
     said = folder("replace", "a.ckpt", *args, "-o", "b.safetensors", "--save-recipe", "b.toml")
     assert said.code == 0, said.err
     text = (folder / "b.toml").read_text()
-    assert text.count("sha256 =") == 3 and 'UNET-mini = "a"' in text
+    assert text.count("sha256 =") == 3 and 'UNET-tiny = "a"' in text
     assert part(folder / "b.safetensors", CLIP).keys() == content(folder / "sub/vae.pt").keys()
 
 
 def test_an_open_slot_is_filled(folder: Folder) -> None:
-    whole = model("SD-mini", DType.F16)
+    whole = model("SD-tiny", DType.F16)
     save(folder / "unet.safetensors", {n: t for n, t in whole.items() if not n.startswith(VAE)})
     said = folder("replace", "unet.safetensors", "VAE=vae.pt", "-o", "b.safetensors", "--json")
     assert said.code == 0, said.err
     assert folder("inspect", "b.safetensors", "--no-metric").code == 0
     missing = folder("replace", "unet.safetensors", "UNET=a.ckpt", "-o", "c.safetensors")
-    assert missing.code == 3 and "nothing fills the slot `VAE-mini`" in missing.err
+    assert missing.code == 3 and "nothing fills the slot `VAE-tiny`" in missing.err
 
 
 def test_the_saved_recipe_makes_the_same_bytes(folder: Folder) -> None:
-    args = ("replace", "a.ckpt", "VAE-mini=vae.pt", "--fix", "clip-position-ids", "--profile", "kohya")
+    args = ("replace", "a.ckpt", "VAE-tiny=vae.pt", "--fix", "clip-position-ids", "--profile", "kohya")
     assert folder(*args, "-o", "out/b.safetensors").code == 7
     (folder / "out").mkdir()
     assert folder(*args, "-o", "out/b.safetensors", "--save-recipe", "b.toml").code == 0
@@ -102,7 +110,7 @@ def test_saving_below_a_link(folder: Folder) -> None:
     """`..` leads out of what a link leads to, so paths are taken from there."""
     (folder / "deep/down").mkdir(parents=True)
     (folder / "link").symlink_to("deep/down")
-    args = ("replace", "a.ckpt", "VAE-mini=vae.pt", "-o", "b.safetensors", "--save-recipe", "link/b.toml")
+    args = ("replace", "a.ckpt", "VAE-tiny=vae.pt", "-o", "b.safetensors", "--save-recipe", "link/b.toml")
     assert folder(*args).code == 0
     assert folder("build", "link/b.toml", "--allow-outside").code == 0
     assert (folder / "deep/down/b.safetensors").read_bytes() == (folder / "b.safetensors").read_bytes()
@@ -120,13 +128,13 @@ def test_refusals(folder: Folder) -> None:
         ["a.ckpt", "-o", "b.safetensors"],
         ["a.ckpt", "vae.pt", "-o", "b.safetensors"],
         ["a.ckpt", "VAE=", "-o", "b.safetensors"],
-        ["a.ckpt", "VAE-mni=vae.pt", "-o", "b.safetensors"],
+        ["a.ckpt", "VAE-tny=vae.pt", "-o", "b.safetensors"],
         ["a.ckpt", "VAE=missing.pt", "-o", "b.safetensors"],
-        ["a.ckpt", "VAE=vae.pt:CLIP-mini", "-o", "b.safetensors"],
+        ["a.ckpt", "VAE=vae.pt:CLIP-tiny", "-o", "b.safetensors"],
         ["a.ckpt", "VAE=vae.pt:what", "-o", "b.safetensors"],
         ["a.ckpt", "UNET=vae.pt", "-o", "b.safetensors"],
         ["a.ckpt", "VAE=page.pt", "-o", "b.safetensors"],
-        ["a.ckpt", "VAE=vae.pt", "vae-mini=a.ckpt", "-o", "b.safetensors"],
+        ["a.ckpt", "VAE=vae.pt", "vae-tiny=a.ckpt", "-o", "b.safetensors"],
         ["strange.safetensors", "VAE=vae.pt", "-o", "b.safetensors"],
         ["vae.pt", "VAE=vae.pt", "-o", "b.safetensors"],
         ["a.ckpt", "VAE=vae.pt", "-o", "a.ckpt"],
@@ -145,7 +153,7 @@ def test_refusals(folder: Folder) -> None:
 
 def test_names_that_no_recipe_can_hold(folder: Folder) -> None:
     for name in ("line\nbreak.pt", os.fsdecode(b"\xff.pt")):
-        save(folder / name, model("VAE-mini"))
+        save(folder / name, model("VAE-tiny"))
         said = folder("replace", "a.ckpt", f"VAE={name}", "-o", "b.safetensors", "--save-recipe", "b.toml")
         assert said.code != 0 and "Traceback" not in said.err and said.err.startswith("error: ")
         assert not (folder / "b.toml").exists()

@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from math import prod
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -21,12 +22,15 @@ import pytest
 from builder.base.errors import OutputError, UsageError
 from builder.cli import run
 from builder.formats import open_checkpoint
+from builder.formats.write_safetensors import write as write_safetensors
 from builder.tensors.lazy import DType, LazyTensor, MemoryTensor
 from builder.toolkit import watch as module
 from builder.toolkit.demo import write_sources
 from builder.toolkit.prune import Options
-from builder.toolkit.watch import Event, Watch, kind_of, layout_of, move
-from tests.help.building import ROOT, Folder, catalog, content, model, save, save_dirty
+from builder.toolkit.watch import Event, Watch, layout_of
+from builder.toolkit.whole_files import move
+from tests.help.building import IDS, ROOT, Folder, catalog, content, model, save, save_dirty
+from tests.help.building import like as filled
 
 DOCS = ROOT / "docs" / "commands.md"
 
@@ -60,10 +64,10 @@ def like(count: int) -> LazyTensor:
 
 def some_of_each(folder: Folder) -> None:
     save_dirty(folder / "in/NAI.ckpt")
-    save(folder / "in/nai.vae.pt", model("VAE-mini", DType.F32))
+    save(folder / "in/nai.vae.pt", model("VAE-tiny", DType.F32))
     save(folder / "in/style.safetensors", model("LoRA-v1-CLIP", DType.F16))
-    save(folder / "in/unet.safetensors", model("UNET-mini-SD", DType.F32))
-    save(folder / "in/clip.safetensors", model("CLIP-mini-SD", DType.F16))
+    save(folder / "in/unet.safetensors", model("UNET-tiny-SD", DType.F32))
+    save(folder / "in/clip.safetensors", model("CLIP-tiny-SD", DType.F16))
     save(folder / "in/strange.safetensors", {"x": like(3)})
     (folder / "in/page.ckpt").write_text("<!doctype html><html>401 no token</html>")
 
@@ -79,8 +83,7 @@ def test_everything_goes_where_it_belongs(folder: Folder, layout: str) -> None:
         [
             "in/Failed/page.ckpt",
             "in/Failed/page.txt",
-            "in/Failed/strange.safetensors",
-            "in/Failed/strange.txt",
+            "in/strange.safetensors",
             f"models/{at['checkpoint']}/NAI.safetensors",
             f"models/{at['VAE']}/nai.vae.safetensors",
             f"models/{at['LoRA']}/style.safetensors",
@@ -88,8 +91,9 @@ def test_everything_goes_where_it_belongs(folder: Folder, layout: str) -> None:
             f"models/{at['CLIP']}/clip.safetensors",
         ]
     )
-    assert "nothing in the catalog matches" in (folder / "in/Failed/strange.txt").read_text()
     assert "an HTML or XML page" in (folder / "in/Failed/page.txt").read_text()
+    stays = "stays    strange.safetensors  not pruned: nothing in the catalog matches these tensors\n"
+    assert stays in said.out
     for event in ("pruned   NAI.ckpt → models/", "moved    style.safetensors → ", "failed   page.ckpt → "):
         assert event in said.out
     model_ = folder / f"models/{at['checkpoint']}/NAI.safetensors"
@@ -97,7 +101,7 @@ def test_everything_goes_where_it_belongs(folder: Folder, layout: str) -> None:
     with open_checkpoint(model_) as checkpoint:
         assert json.loads(checkpoint.metadata["pruned_from"])["file"] == "NAI.ckpt"
     again = folder("prune", "--watch", "in", *args)
-    assert (again.code, again.out) == (0, "")
+    assert (again.code, again.out) == (0, stays)
 
 
 def test_the_example_in_the_docs(folder: Folder) -> None:
@@ -123,11 +127,152 @@ def test_what_is_tidy_keeps_its_bytes(folder: Folder, watch: Watch) -> None:
     assert moved.read_bytes() == data and moved.stat().st_ino == inode and moved.stat().st_nlink == 1
 
 
+MODULE = "lora_te2_text_model_encoder_layers_0_mlp_fc1"
+
+
+def half(*shape: int) -> LazyTensor:
+    return MemoryTensor(DType.F16, shape, bytes(2 * prod(shape)))
+
+
+def named(*names: str) -> dict[str, LazyTensor]:
+    return {name: half(2, 2) for name in names}
+
+
+KINDS: dict[str, tuple[str, dict[str, LazyTensor]]] = {  # name of a file: its kind, what is in it
+    "xl.safetensors": (
+        "LoRA",
+        {f"{MODULE}.lora_down.weight": half(4, 8), f"{MODULE}.lora_up.weight": half(8, 4)},
+    ),
+    "loha.safetensors": ("LoRA", named("lora_unet_x.hada_w1_a", "lora_unet_x.hada_w1_b")),
+    "lokr.safetensors": ("LoRA", named("lycoris_x.lokr_w1", "lycoris_x.lokr_w2")),
+    "bad-hands.pt": ("embedding", {"string_to_param.*": half(2, 768)}),
+    "xl-words.safetensors": ("embedding", {"clip_l": half(1, 768), "clip_g": half(1, 1280)}),
+    "params.safetensors": ("embedding", {"emb_params": half(1, 768)}),
+    "learned_embeds.bin": ("embedding", {"<cat>": half(768)}),
+    "hyper.pt": ("hypernetwork", named("768.0.linear.0.weight", "768.1.linear.0.weight")),
+    "clip_l.safetensors": ("CLIP", named("text_model.encoder.layers.0.self_attn.q_proj.weight")),
+    "vae.pt": ("VAE", named("decoder.conv_in.weight", "decoder.conv_out.weight", "decoder.up_blocks.0.x")),
+    "qwen.safetensors": ("LLM", named("model.layers.0.self_attn.q_proj.weight", "model.embed_tokens.weight")),
+    "flux.safetensors": ("DIT", named("double_blocks.0.img_attn.norm.key_norm.scale", "img_in.weight")),
+    "4x.pth": ("upscaler", named("RRDB_trunk.0.RDB1.conv1.weight", "conv_first.weight")),
+}
+
+
+@pytest.mark.parametrize("layout", ["a1111", "comfyui"])
+def test_files_go_by_what_they_say_of_themselves(folder: Folder, layout: str) -> None:
+    """As they are: no table says what of them could go. The name keeps its suffix, which programs go by."""
+    at = catalog().programs[layout]
+    expected = set()
+    for name, (kind, tensors) in KINDS.items():
+        form = ".safetensors" if name.endswith(".safetensors") else ".pt"
+        save(folder / f"new{form}", tensors).rename(folder / "in" / name)
+        expected.add(f"models/{at.get(kind, at['other']).removeprefix('../')}/{name}")
+    before = {name: (folder / "in" / name).read_bytes() for name in KINDS}
+    said = folder("prune", "--watch", "in", "--into", "models", "--layout", layout, "--once", "--settle", "0")
+    assert (said.code, said.err) == (0, "")
+    assert set(tree(folder)) == expected
+    for path in map(folder.path.joinpath, expected):
+        assert path.read_bytes() == before[path.name]
+    assert re.search(r"moved +xl.safetensors → \S+ +\S+ .?B  a LoRA of SD XL, rank 4\n", said.out), said.out
+
+
+def test_embeddings_lie_beside_the_models_of_a_webui(folder: Folder, watch: Watch) -> None:
+    (folder / "embeddings").mkdir()
+    save(folder / "in/a.pt", {"string_to_param.*": half(2, 768)})
+    assert states(watch.poll()) == {"a.pt": "moved"}
+    assert tree(folder) == ["embeddings/a.pt"]
+
+
+def test_what_is_not_broken_does_not_fail(folder: Folder, watch: Watch) -> None:
+    """What is unknown, nearly known, or does not fit the precision stays, and is told once."""
+    save(folder / "in/strange.safetensors", {"x": like(3)})
+    near = dict(model("VAE-mini", DType.F16))
+    del near["quant_conv.weight"]
+    save(folder / "in/near.safetensors", near)
+    big = dict(model("SD-mini", DType.F32))
+    name = "first_stage_model.decoder.conv_out.bias"
+    big[name] = filled(big[name], 1e6)
+    save(folder / "in/big.safetensors", big)
+    found = list(watch.poll())
+    assert {e.path.name: e.state for e in found} == dict.fromkeys(
+        ("strange.safetensors", "near.safetensors", "big.safetensors"), "stays"
+    )
+    assert "`--overflow clamp`" in {e.path.name: e for e in found}["big.safetensors"].problems[0].fact
+    assert list(watch.poll()) == []
+    assert tree(folder) == ["in/big.safetensors", "in/near.safetensors", "in/strange.safetensors"]
+    save(folder / "in/strange.safetensors", {"x": like(5)})
+    assert states(watch.poll()) == {"strange.safetensors": "stays"}
+    said = folder(
+        "prune", "--watch", "in", "--into", "models", "--once", "--settle", "0", "--overflow", "clamp"
+    )
+    assert said.code == 0 and "pruned   big.safetensors" in said.out
+
+
+def test_fixes_while_watching(folder: Folder) -> None:
+    tensors = dict(model("SD-mini", DType.F16))
+    whole = bytes(tensors[IDS].tobytes())
+    tensors[IDS] = MemoryTensor(DType.I64, (1, 77), b"\1" + whole[1:])
+    save(folder / "in/a.safetensors", tensors)
+    args = ("--into", "models", "--once", "--settle", "0", "--fix", "clip-position-ids")
+    said = folder("prune", "--watch", "in", *args)
+    assert said.code == 0 and "pruned   a.safetensors" in said.out
+    assert content(folder / "models/Stable-diffusion/a.safetensors")[IDS][2] == whole
+
+
+def test_twins_are_put_there_once(folder: Folder, watch: Watch) -> None:
+    """Under whatever name; a file that says something else of itself is another one."""
+    save_dirty(folder / "in/a.ckpt")
+    shutil.copy(folder / "in/a.ckpt", folder / "in/b.ckpt")
+    save(folder / "in/vae.safetensors", model("VAE-mini", DType.F16))
+    shutil.copy(folder / "in/vae.safetensors", folder / "in/twin.safetensors")
+    save(folder / "in/words.pt", {"emb_params": half(1, 768)})
+    shutil.copy(folder / "in/words.pt", folder / "in/twin.pt")
+    found = list(watch.poll())
+    assert sorted(e.state for e in found) == ["known", "known", "known", "moved", "moved", "pruned"]
+    assert [p for p in tree(folder) if p.startswith("in/")] == [] and len(tree(folder)) == 3
+    known = next(e for e in found if e.path.name == "b.ckpt")
+    assert known.target == folder / "models/Stable-diffusion/a.safetensors"
+    save_dirty(folder / "in/c.ckpt", seed=1)
+    assert states(watch.poll()) == {"c.ckpt": "pruned"}
+    tensors = {**model("SD-mini", DType.F32), "loss.x": like(2)}
+    for name, said in (("d", {"author": "x"}), ("e", {"author": "y"}), ("f", {"author": "x"})):
+        write_safetensors(folder / f"in/{name}.safetensors", tensors, said)
+    assert states(watch.poll()) == {
+        "d.safetensors": "pruned", "e.safetensors": "pruned", "f.safetensors": "known",
+    }  # fmt: skip
+    write_safetensors(folder / "in/g.safetensors", tensors, {"author": "x"})
+    folder.write("in/g.yaml", "model: its own")
+    assert states(watch.poll()) == {"g.safetensors": "pruned"}
+    assert (folder / "models/Stable-diffusion/g.yaml").exists()
+
+
+def test_subfolders(folder: Folder) -> None:
+    """With -r only; folders that are models, hidden ones, links and those that files are put in stay."""
+    lora = KINDS["xl.safetensors"][1]
+    for place in ("deep/er", ".hidden", "model", "Failed", "Lora", "link-to"):
+        save(folder / f"in/{place}/xl.safetensors", {**lora, f"{place}.lora_up.weight": half(8, 4)})
+    folder.write("in/model/model_index.json", "{}")
+    folder.write("in/deep/page.pt", "<html>")
+    (folder / "in/link-to").rename(folder / "elsewhere")
+    (folder / "in/link").symlink_to(folder / "elsewhere")
+    before = tree(folder)
+    assert folder("prune", "--watch", "in", "--once", "--settle", "0").out == ""
+    assert tree(folder) == before
+    said = folder("prune", "--watch", "in", "--once", "--settle", "0", "-r")
+    assert said.code == 6
+    assert "moved    deep/er/xl.safetensors → in/Lora/xl(1).safetensors" in said.out
+    assert "failed   deep/page.pt → in/Failed/page.pt" in said.out
+    changed = {"in/deep/er/xl.safetensors", "in/deep/page.pt"}
+    new = {"in/Lora/xl(1).safetensors", "in/Failed/page.pt", "in/Failed/page.txt"}
+    assert set(tree(folder)) == set(before) - changed | new
+    assert folder("prune", "--watch", "in", "--once", "--settle", "0", "-r").out == ""
+
+
 def test_names_that_are_taken(folder: Folder, watch: Watch) -> None:
     for seed in range(3):
         save_dirty(folder / "in/NAI.ckpt", seed=seed)
         assert states(watch.poll()) == {"NAI.ckpt": "pruned"}
-        save(folder / "in/vae.safetensors", model("VAE-mini", DType.F16, seed=seed))
+        save(folder / "in/vae.safetensors", model("VAE-tiny", DType.F16, seed=seed))
         assert states(watch.poll()) == {"vae.safetensors": "moved"}
         (folder / "in/bad.pt").write_text(f"<html>{seed}")
         assert states(watch.poll()) == {"bad.pt": "failed"}
@@ -147,11 +292,11 @@ def test_names_that_are_taken(folder: Folder, watch: Watch) -> None:
 
 def test_what_is_there_already_is_known_by_its_content(folder: Folder, watch: Watch) -> None:
     save_dirty(folder / "in/NAI.ckpt")
-    save(folder / "in/vae.safetensors", model("VAE-mini", DType.F16))
+    save(folder / "in/vae.safetensors", model("VAE-tiny", DType.F16))
     assert set(states(watch.poll()).values()) == {"pruned", "moved"}
     before = tree(folder)
     save_dirty(folder / "in/NAI.ckpt")
-    save(folder / "in/other name.safetensors", model("VAE-mini", DType.F16))
+    save(folder / "in/other name.safetensors", model("VAE-tiny", DType.F16))
     assert states(watch.poll()) == {"NAI.ckpt": "known", "other name.safetensors": "known"}
     assert tree(folder) == before
 
@@ -169,7 +314,7 @@ def test_what_is_left_alone(folder: Folder, watch: Watch, tmp_path: Path) -> Non
     for name, beside in (("f.ckpt", "f.ckpt.part"), ("g.ckpt", "g.ckpt.aria2")):
         shutil.copy(whole, folder / f"in/{name}")
         (folder / f"in/{beside}").touch()
-    save(folder / "in/set-00001-of-00002.safetensors", model("VAE-mini"))
+    save(folder / "in/set-00001-of-00002.safetensors", model("VAE-tiny"))
     before = tree(folder)
     assert list(watch.poll()) == [] and watch.waiting == [] and tree(folder) == before
     (folder / "in/f.ckpt.part").unlink()
@@ -241,9 +386,9 @@ def test_the_original_stays_unless_the_product_is_right(
 def test_values_that_are_none_fail_and_a_full_disk_does_not(
     folder: Folder, watch: Watch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tensors = dict(model("SD-mini", DType.F32))
+    tensors = dict(model("SD-tiny", DType.F32))
     name = "decoder.conv_out.bias"
-    tensors[f"first_stage_model.{name}"] = MemoryTensor(DType.F32, (3,), b"\0\0\xc0\x7f" * 3)
+    tensors[f"first_stage_model.{name}"] = MemoryTensor(DType.F32, (5,), b"\0\0\xc0\x7f" * 5)
     save(folder / "in/nan.ckpt", tensors)
     save_dirty(folder / "in/whole.ckpt")
     from builder.base.errors import Problem
@@ -261,7 +406,7 @@ def test_values_that_are_none_fail_and_a_full_disk_does_not(
 
 def test_the_configuration_goes_along(folder: Folder, watch: Watch) -> None:
     save_dirty(folder / "in/a.ckpt")
-    save(folder / "in/b.safetensors", model("SD-mini", DType.F16))
+    save(folder / "in/b.safetensors", model("SD-tiny", DType.F16))
     for name in "ab":
         folder.write(f"in/{name}.yaml", f"model: {name}\n")
     assert states(watch.poll()) == {"a.ckpt": "pruned", "b.safetensors": "moved"}
@@ -328,19 +473,22 @@ def test_another_file_system_for_real(folder: Folder, watch: Watch) -> None:
 
 def test_kinds_and_layouts(tmp_path: Path) -> None:
     from builder.models.identify import identify
+    from builder.models.kinds_of_file import kind_of_file
 
     for name, expected in (
-        ("SD-mini", "checkpoint"),
-        ("VAE-mini", "VAE"),
+        ("SD-tiny", "checkpoint"),
+        ("VAE-tiny", "VAE"),
         ("LoRA-v1-UNET", "LoRA"),
         ("LoRA-v1", "LoRA"),
-        ("UNET-mini-EMA", "EMA"),
+        ("UNET-tiny-EMA", "EMA"),
         ("ControlNet-v1", "ControlNet"),
         ("T5-XXL", "T5"),
     ):
         from benchmarks.generate import make
 
-        assert kind_of(identify(make(name, content="sparse").tensors, catalog()), catalog()) == expected
+        tensors = make(name, content="sparse", catalog=catalog()).tensors
+        found = kind_of_file(tensors, {}, identify(tensors, catalog()), catalog())
+        assert found is not None and found.kind == expected
     assert layout_of(tmp_path, catalog()) == "a1111"
     (tmp_path / "checkpoints").mkdir()
     assert layout_of(tmp_path, catalog()) == "comfyui"
@@ -428,7 +576,7 @@ def test_killed_at_any_moment_nothing_is_lost(folder: Folder, tmp_path: Path) ->
         reference = Folder(tmp_path, tmp_path / "reference-store")
         assert reference("prune", path.name).code == 0
         expected[path.stem] = content(tmp_path / f"m{seed}-pruned.safetensors")
-    vae = save(tmp_path / "v.safetensors", model("VAE-mini", DType.F16))
+    vae = save(tmp_path / "v.safetensors", model("VAE-tiny", DType.F16))
     sources[vae.name], expected["v"] = vae.read_bytes(), content(vae)
     (tmp_path / "bad.ckpt").write_text("<html>")
     sources["bad.ckpt"] = b"<html>"

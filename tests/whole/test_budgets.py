@@ -581,6 +581,29 @@ def record_of_nested_lists() -> str:
     return "[" + "[[]]," * (2 * MB) + "0]"
 
 
+@case("record")
+def record_within_records() -> str:
+    return '{"a":' * 100_000
+
+
+# What says how far a download is.
+
+
+@case("journal")
+def journal_of_a_deep_line() -> str:
+    return "[" * (10 * MB)
+
+
+@case("journal")
+def journal_of_many_lines() -> str:
+    return "{}\n" + "1 1\n" * (8 * MB // 4 - 1)
+
+
+@case("journal")
+def journal_without_end() -> str:
+    return "{}\n" + "1 1\n" * (10 * MB // 4)
+
+
 def _put(path: Path, made: bytes | str | dict[str, bytes | str]) -> Path:
     if isinstance(made, dict):
         for name, data in made.items():

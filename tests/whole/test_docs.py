@@ -5,15 +5,13 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from builder.toolkit.demo import write_sources
+from tests.help.building import ROOT, Folder
 
-ROOT = Path(__file__).parents[2]
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```console\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 UPDATE = bool(os.environ.get("UPDATE_GOLDEN"))
@@ -27,17 +25,8 @@ def _run(line: str, folder: Path) -> str:
     """What a command prints on a terminal that shows both streams, without its colours."""
     words = shlex.split(line, comments=True)
     assert words[0] == "ckpt", line
-    done = subprocess.run(
-        [sys.executable, "-m", "builder", *words[1:]],
-        cwd=folder,
-        env={**os.environ, "CKPT_STORE": str(folder.parent / "store"), "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    return done.stdout.rstrip("\n") + "\n" if done.stdout else ""
+    shown = Folder(folder, folder.parent / "store", {"CKPT_COMPONENTS": ""}).shown(*words[1:])
+    return shown.rstrip("\n") + "\n" if shown else ""
 
 
 def _shown(block: str, folder: Path) -> str:

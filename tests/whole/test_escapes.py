@@ -17,7 +17,7 @@ CARRIED = "\x1b[31mX\x9b31m\u202e\u200bE\x07"  # of what has to be one line
 
 def _strange(path: Path) -> None:
     """A safetensors file whose names and metadata hold the marker, beside a model's own tensors."""
-    tensors = {**model("VAE-mini", seed=1)}
+    tensors = {**model("VAE-tiny", seed=1)}
     save(path, tensors)
     raw = path.read_bytes()
     (length,) = struct.unpack("<Q", raw[:8])
@@ -47,8 +47,8 @@ def folder(tmp_path: Path) -> Folder:
 
 
 RECIPE = (
-    'format = 1\nname = "r"\ndescription = {mark}\nbase = "NEW VAE-mini"\n'
-    "components.VAE-mini = {name}\nsources.{name}.file = {file}\n"
+    'format = 1\nname = "r"\ndescription = {mark}\nbase = "NEW VAE-tiny"\n'
+    "components.VAE-tiny = {name}\nsources.{name}.file = {file}\n"
     "[output.metadata]\nauthor = {mark}\n{name} = {mark}\n"
 )
 

@@ -196,6 +196,8 @@ TABLES = {
     f'blake3 = "{"1" * 64}"\n',
     "classes.toml": '[C]\nfixes = ["a"]\nblocks = ["IN{0..3}", "M"]\n'
     '[C.metric]\npart = "unet"\nbase = 0.5\nk = 12\nhaving = ["a"]\n',
+    "kinds.toml": '[[kind]]\nkind = "a"\ncalled = "an é"\nany = ["*.x", "y"]\nlast = [7, 8]\nrows = 75\n'
+    '[[model]]\nname = "b"\nof = ["a"]\nsaid = ["c"]\nsizes = { "*d*" = 768 }\n',
     "programs.toml": '[a]\ncheckpoint = "models/x"\nother = "models"\nVAE = "é"\n',
     "diffusers.toml": (ROOT / "components_db" / "v1" / "diffusers.toml").read_text()
     + '[layouts.other]\nextends = "SD-v1"\npixels = 64\n',

@@ -13,6 +13,12 @@ from tests.help.building import RECIPE, Folder, content, model, save, save_dirty
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Folder:
+    return Folder.below(tmp_path).tiny()
+
+
+@pytest.fixture
+def mini(tmp_path: Path) -> Folder:
+    """Of many tensors, which threads can share out in many ways."""
     return Folder.below(tmp_path).mini()
 
 
@@ -20,20 +26,20 @@ def fresh(folder: Folder, name: str) -> Folder:
     return Folder(folder.path, folder.path.parent / name, folder.environment)
 
 
-def test_any_number_of_threads(folder: Folder) -> None:
+def test_any_number_of_threads(mini: Folder) -> None:
     made = {}
     for threads in (1, 2, 8):
-        cold = fresh(folder, f"store-{threads}")
+        cold = fresh(mini, f"store-{threads}")
         assert len(cold.build("mini.toml", "--threads", threads)["made"]) == 3
-        made[threads] = (folder / "mini.safetensors").read_bytes()
-        (folder / "mini.safetensors").unlink()
+        made[threads] = (mini / "mini.safetensors").read_bytes()
+        (mini / "mini.safetensors").unlink()
     assert made[1] == made[2] == made[8]
 
 
-def test_any_process(folder: Folder) -> None:
+def test_any_process(mini: Folder) -> None:
     """Folder, umask, hash seed, locale, time zone and temporary folder have no part in the bytes."""
-    folder.build()
-    other = folder.beside("elsewhere/with a space", store="other-store")
+    mini.build("mini.toml")
+    other = mini.beside("elsewhere/with a space", store="other-store")
     (other / "mini.safetensors").unlink()
     (other / "mini.lock.toml").unlink()
     said = other.process(
@@ -45,79 +51,79 @@ def test_any_process(folder: Folder) -> None:
         LC_ALL="C",
     )
     assert said.code == 0, said.err
-    assert (other / "mini.safetensors").read_bytes() == (folder / "mini.safetensors").read_bytes()
-    assert (other / "mini.lock.toml").read_bytes() == (folder / "mini.lock.toml").read_bytes()
+    assert (other / "mini.safetensors").read_bytes() == (mini / "mini.safetensors").read_bytes()
+    assert (other / "mini.lock.toml").read_bytes() == (mini / "mini.lock.toml").read_bytes()
     assert (other / "mini.safetensors").stat().st_mode & 0o777 == 0o600
-    again = fresh(folder, "third-store").process(
+    again = fresh(mini, "third-store").process(
         "build", "mini.toml", "-o", "again.safetensors", PYTHONHASHSEED="0"
     )
     assert again.code == 0, again.err
-    assert (folder / "again.safetensors").read_bytes() == (folder / "mini.safetensors").read_bytes()
+    assert (mini / "again.safetensors").read_bytes() == (mini / "mini.safetensors").read_bytes()
 
 
 def test_a_cold_and_a_warm_store(folder: Folder) -> None:
     folder.build()
-    cold = (folder / "mini.safetensors").read_bytes()
+    cold = (folder / "tiny.safetensors").read_bytes()
     # What is known of components is no part of them.
-    (folder / "mini.safetensors").unlink()
+    (folder / "tiny.safetensors").unlink()
     assert len(folder.build()["made"]) == 3
-    assert (folder / "mini.safetensors").read_bytes() == cold
+    assert (folder / "tiny.safetensors").read_bytes() == cold
     # From where they lie in another file, and from what the store keeps.
-    folder.build("mini.toml", "-o", "other.ckpt")
-    (folder / "mini.safetensors").unlink()
+    folder.build("tiny.toml", "-o", "other.ckpt")
+    (folder / "tiny.safetensors").unlink()
     assert folder.build()["made"] == []
-    assert (folder / "mini.safetensors").read_bytes() == cold
+    assert (folder / "tiny.safetensors").read_bytes() == cold
     (folder / "other.ckpt").unlink()
-    (folder / "mini.safetensors").unlink()
+    (folder / "tiny.safetensors").unlink()
     folder = Folder(folder.path, folder.store, {"CKPT_STORE_KEEP": "all"})
     assert len(folder.build()["made"]) == 3
-    (folder / "mini.safetensors").unlink()
+    (folder / "tiny.safetensors").unlink()
     assert folder.build()["made"] == []
-    assert (folder / "mini.safetensors").read_bytes() == cold
+    assert (folder / "tiny.safetensors").read_bytes() == cold
     # Warm with the components of another recipe.
-    (folder / "mini.safetensors").unlink()
+    (folder / "tiny.safetensors").unlink()
     part = fresh(folder, "part")
-    folder.write("part.toml", RECIPE.replace('"mini"', '"part"', 1))
+    folder.write("part.toml", RECIPE.replace('"tiny"', '"part"', 1))
     part.build("part.toml")
     (folder / "part.safetensors").unlink()
     assert part.build()["made"] == []
-    assert (folder / "mini.safetensors").read_bytes() == cold
+    assert (folder / "tiny.safetensors").read_bytes() == cold
 
 
 def test_any_container_of_the_same_tensors(folder: Folder) -> None:
     folder.build()
-    expected = (folder / "mini.safetensors").read_bytes()
+    expected = (folder / "tiny.safetensors").read_bytes()
     made = {}
     for form in ("safetensors", "ckpt"):
         other = Folder(folder.path.parent / form, folder.path.parent / f"store-{form}")
         save_dirty(other.path / f"dirty.{form}")
-        save(other.path / "vae.pt", model("VAE-mini", seed=2), nesting="state_dict")
+        save(other.path / "vae.pt", model("VAE-tiny", seed=2), nesting="state_dict")
         text = RECIPE.replace("dirty.ckpt", f"dirty.{form}").replace("vae.safetensors", "vae.pt")
-        other.write("mini.toml", text)
+        other.write("tiny.toml", text)
         other.build()
-        made[form] = (other / "mini.safetensors").read_bytes()
+        made[form] = (other / "tiny.safetensors").read_bytes()
     assert made["safetensors"] == made["ckpt"] == expected
 
 
 def test_another_order_of_tensors(folder: Folder) -> None:
     folder.build()
-    expected = content(folder / "mini.safetensors")
-    tensors = model("VAE-mini", seed=2)
+    expected = content(folder / "tiny.safetensors")
+    tensors = model("VAE-tiny", seed=2)
     save(folder / "vae.pt", dict(reversed(tensors.items())))
-    folder.write("mini.toml", RECIPE.replace("vae.safetensors", "vae.pt"))
+    folder.write("tiny.toml", RECIPE.replace("vae.safetensors", "vae.pt"))
     folder.build()
-    assert content(folder / "mini.safetensors") == expected
+    assert content(folder / "tiny.safetensors") == expected
 
 
 def test_check_builds_twice_and_leaves_nothing(folder: Folder) -> None:
-    said = folder("build", "mini.toml", "--check")
+    said = folder("build", "tiny.toml", "--check")
     assert said.code == 0
     assert "built a second time without the store: the same bytes" in said.err
     assert sorted(p.name for p in folder.path.iterdir()) == [
         "dirty.ckpt",
-        "mini.lock.toml",
-        "mini.safetensors",
-        "mini.toml",
+        "tiny.lock.toml",
+        "tiny.safetensors",
+        "tiny.toml",
         "vae.safetensors",
     ]
     assert not list(folder.store.glob("tmp/*"))
@@ -138,21 +144,21 @@ def test_check_says_when_the_bytes_differ(folder: Folder, monkeypatch: pytest.Mo
 
     real = fixes.FIXES["clip-position-ids"]
     monkeypatch.setitem(fixes.FIXES, "clip-position-ids", replace(real, apply=fickle))
-    said = folder("build", "mini.toml", "--check")
+    said = folder("build", "tiny.toml", "--check")
     assert said.code == 8
-    assert "building `mini.safetensors` again gave another file" in said.err
-    assert "CLIP-mini of `mini`: blake3" in said.err
-    assert "VAE-mini of" not in said.err
+    assert "building `tiny.safetensors` again gave another file" in said.err
+    assert "CLIP-tiny of `tiny`: blake3" in said.err
+    assert "VAE-tiny of" not in said.err
 
 
 def test_sources_found_elsewhere(folder: Folder) -> None:
     folder.build()
-    expected = (folder / "mini.safetensors").read_bytes()
+    expected = (folder / "tiny.safetensors").read_bytes()
     models = folder.path.parent / "models"
     moved = folder.beside("moved", store="moved-store")
-    (moved / "mini.safetensors").unlink()
+    (moved / "tiny.safetensors").unlink()
     models.mkdir()
     for name in ("dirty.ckpt", "vae.safetensors"):
         shutil.move(moved / name, models / name)
     Folder(moved.path, moved.store, {"CKPT_MODELS": os.fspath(models)}).build()
-    assert (moved / "mini.safetensors").read_bytes() == expected
+    assert (moved / "tiny.safetensors").read_bytes() == expected

@@ -18,6 +18,7 @@ from builder.models.catalog.files import (
     modelspec,
     read_architectures,
     read_classes,
+    read_kinds,
     read_known,
     read_optional,
     read_prefixes,
@@ -31,11 +32,13 @@ from builder.models.catalog.tables import (
     Architecture,
     Catalog,
     Component,
+    KindRule,
     Known,
     KnownFile,
     KnownMetric,
     KnownPart,
     Later,
+    ModelRule,
     ModelSpec,
     Names,
     Scale,
@@ -53,10 +56,12 @@ __all__ = [
     "Architecture",
     "Catalog",
     "Component",
+    "KindRule",
     "Known",
     "KnownFile",
     "KnownMetric",
     "KnownPart",
+    "ModelRule",
     "ModelSpec",
     "Names",
     "Scale",
@@ -137,6 +142,7 @@ class _Reader:
         self.layouts: list[tuple[Path, str]] = []  # files, which are read when they are needed
         self.programs: dict[str, dict[str, str]] = {}
         self.depths: dict[str, int] = {}  # of each component: how many others it extends
+        self.kinds: list[KindRule | ModelRule] = []
         self.known: list[KnownMetric | KnownFile | KnownPart] = []
 
     def folder(self, root: Path, called: str) -> None:
@@ -144,6 +150,10 @@ class _Reader:
         for path in sorted(root.rglob("*.toml")):
             inner = path.relative_to(root)
             name = f"{called}/{inner.as_posix()}"
+            if root != BUILT_IN and path.is_symlink():  # which may lead to any file, and messages quote it
+                raise CatalogError(
+                    Problem(f"`{name}` is a link, not a file", hint="put the file itself there")
+                )
             kind = next((w for w in inner.with_suffix("").parts if w in self.KINDS), None)
             (self.KINDS[kind] if kind else _Reader._table)(self, path, name)
 
@@ -178,6 +188,9 @@ class _Reader:
             self.traits[cls] = traits
             self.described[cls] = fields
 
+    def _kinds(self, path: Path, name: str) -> None:
+        self.kinds += read_kinds(path, name)
+
     def _known(self, path: Path, name: str) -> None:
         self.known += read_known(path, name)
 
@@ -193,7 +206,7 @@ class _Reader:
         self.layouts.append((path, name))
 
     def _programs(self, path: Path, name: str) -> None:
-        for program, folders, fields in read_programs(path, name):
+        for program, folders, fields in read_programs(path, name, not _own(name)):
             known = self.programs.setdefault(program, {})
             for kind in folders:
                 if kind in known:
@@ -207,6 +220,7 @@ class _Reader:
         "architectures": _architectures,
         "classes": _classes,
         "diffusers": _layouts,
+        "kinds": _kinds,
         "known": _known,
         "optional": _optional,
         "prefixes": _prefixes,
@@ -231,10 +245,14 @@ class _Reader:
             for program in architecture.sidecars_v.keys() - self.programs.keys():
                 hint = did_you_mean(program, self.programs)
                 fields.fail(f"unknown program `{program}`", "sidecars_v", program, hint=hint)
-            for field, known in (("slots", classes), ("only", self.components)):
+            for field, what, known in (
+                ("slots", "class", classes),
+                ("only", "component", self.components),
+                ("reads_markers", "program", self.programs),
+                ("tells_v", "program", self.programs),
+            ):
                 for index, word in enumerate(getattr(architecture, field)):
                     if word not in known:
-                        what = "class" if field == "slots" else "component"
                         fields.fail(f"unknown {what} `{word}`", field, index, hint=did_you_mean(word, known))
         return Catalog(
             components=self.components,
@@ -252,6 +270,8 @@ class _Reader:
             ),
             layouts=Later(self._read_layouts),
             programs=self.programs,
+            kinds=tuple(k for k in self.kinds if isinstance(k, KindRule)),
+            models=tuple(k for k in self.kinds if isinstance(k, ModelRule)),
         )
 
     def _read_layouts(self) -> dict[str, Layout]:

@@ -7,21 +7,25 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import isfinite, prod
 from pathlib import Path, PurePath
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from builder.base.braces import BraceError, expand
 from builder.base.errors import CatalogError, Place, Problem, did_you_mean
 from builder.base.toml import Document, Keys, load, parse
+from builder.base.words import fits_pattern
 from builder.models.catalog.tables import (
     NAMINGS,
     PARTS,
     RANK,
     Architecture,
+    KindRule,
     KnownFile,
     KnownMetric,
     KnownPart,
+    ModelRule,
     ModelSpec,
     Names,
+    Patterns,
     Scale,
     TensorRule,
     Traits,
@@ -29,6 +33,7 @@ from builder.models.catalog.tables import (
 from builder.tensors.lazy import BY_CODE
 
 Shape = tuple[int, ...]
+T = TypeVar("T")
 
 PRECISIONS = ("fp16", "bf16", "fp32")
 MAX_TENSORS = 100_000  # of a table; the largest known have some thousands
@@ -61,6 +66,8 @@ _ARCHITECTURE = {
     "modelspec": dict,
     "diffusers": str,
     "sidecars_v": dict,
+    "reads_markers": list,
+    "tells_v": list,
     "note": str,
 }
 _ALONE = {"prefix": str, "without": str}
@@ -79,7 +86,21 @@ _FILE = {
     "note": str,
     "fix": str,
 }
+_KIND = {
+    "kind": str,
+    "called": str,
+    "any": list,
+    "all": list,
+    "only": list,
+    "rank": list,
+    "says": dict,
+    "most": int,
+    "last": list,
+    "rows": int,
+}
+_MODEL = {"name": str, "of": list, "said": list, "any": list, "sizes": dict}
 _PART = {"name": str, "class": str, "blake3": str, "note": str, "fix": str}
+_NUMBERS = ("shape", "last")  # fields that are lists of them
 _WORDS = {
     str: "a string",
     int: "a number",
@@ -109,9 +130,9 @@ class Fields:
                 self.fail(f"`{name}` is not {_WORDS[allowed[name]]}", name, value=True)
             if type(value) is int and not 0 <= value < 1 << 63:
                 self.fail(f"`{name}` is not a number that can be right", name, value=True)
-            if type(value) is list and name != "shape" and not all(isinstance(v, str) for v in value):
+            if type(value) is list and name not in _NUMBERS and not all(isinstance(v, str) for v in value):
                 self.fail(f"`{name}` is not a list of strings", name, value=True)
-            if name in ("name", "class") and not _is_name(value):
+            if name in ("name", "class", "kind", "called") and not _is_name(value):
                 self.fail(f"`{name}` is not a word that can be shown", name, value=True)
         for name in needed:
             if name not in table:
@@ -152,22 +173,16 @@ class Fields:
         raise CatalogError(Problem(fact, self.place(*keys, value=value), **more))
 
 
-def _matches(pattern: str, name: str) -> bool:
-    """Whether a name is spelt so, `*` standing for anything: each part is looked for once."""
-    first, *middle, last = pattern.split("*")
-    if len(name) < len(first) + len(last) or not (name.startswith(first) and name.endswith(last)):
-        return False
-    at, end = len(first), len(name) - len(last)
-    for part in middle:
-        at = name.find(part, at, end)
-        if at < 0:
-            return False
-        at += len(part)
-    return True
-
-
 def _is_name(text: object) -> bool:
     return isinstance(text, str) and text.strip() != "" and text.isprintable()
+
+
+_PLAIN = re.compile(r"""[^\s./\\:*?"<>|~-][^/\\:*?"<>|]{0,99}""")
+
+
+def is_plain(text: object) -> bool:
+    """Whether a name of a component, a class or an architecture may become part of a file's."""
+    return _is_name(text) and isinstance(text, str) and _PLAIN.fullmatch(text) is not None
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,7 +230,7 @@ class Table:
                 looks += len(base) if "*" in name else 1
                 if looks > MAX_LOOKS:
                     self.fields.fail("`without` has too many names with `*`", "without", index)
-                matches = {n for n in base if _matches(name, n)} if "*" in name else {name} & base.keys()
+                matches = {n for n in base if fits_pattern(name, n)} if "*" in name else {name} & base.keys()
                 if not matches:
                     hint = did_you_mean(name, base)
                     self.fields.fail(f"`{self.extends}` has no tensor `{name}`", "without", index, hint=hint)
@@ -291,6 +306,9 @@ def read_table(path: Path, name: str) -> Table:
 
 def _table(document: Document) -> Table:
     fields = Fields(document, (), _COMPONENT, "name", "keys")
+    for key in ("name", "class"):
+        if (said := fields.get(key)) is not None and not is_plain(said):
+            fields.fail(f"`{key}` is no word that files can be named by", key, value=True)
     naming = fields.get("naming")
     if naming is not None and naming not in NAMINGS:
         fields.fail(f"unknown naming `{naming}`", "naming", value=True, hint=did_you_mean(naming, NAMINGS))
@@ -358,14 +376,18 @@ def _scale(fields: Fields) -> Scale | None:
     return Scale(part, base, k, said.strings("having"), said.strings("lacking"))
 
 
-def read_programs(path: Path, name: str) -> Iterator[tuple[str, Mapping[str, str], Fields]]:
-    """Where programs keep their models: a table each, of folders by the kind of what a file is."""
+def read_programs(path: Path, name: str, beside: bool) -> Iterator[tuple[str, Mapping[str, str], Fields]]:
+    """Where programs keep their models: a table each, of folders by the kind of what a file is.
+
+    With `beside`, a folder may lie beside that of all models, as `../NAME`.
+    """
     document = load(path, CatalogError, name)
     fields = Fields(document, (), dict.fromkeys(document.data, dict))
     for program in document.data:
         folders = fields.texts(program)
         for kind, folder in folders.items():
-            if not _is_name(folder) or PurePath(folder).is_absolute() or ".." in PurePath(folder).parts:
+            below = PurePath(folder.removeprefix("../") if beside else folder)
+            if not _is_name(folder) or below.is_absolute() or ".." in below.parts or not below.parts:
                 fields.fail(f"`{kind}` is no folder below that of all models", program, kind, value=True)
         yield program, folders, fields
 
@@ -376,8 +398,8 @@ def read_architectures(path: Path, name: str) -> Iterator[tuple[Architecture, Fi
     for key in document.data:
         fields = Fields(document, (key,), _ARCHITECTURE, "slots")
         slots = fields.strings("slots")
-        if not _is_name(key):
-            fields.fail("an architecture's name is not a word that can be shown")
+        if not is_plain(key):
+            fields.fail("an architecture's name is no word that files can be named by")
         if not slots or len(set(slots)) < len(slots):
             fields.fail("`slots` does not name each class once", "slots", value=True)
         precision = fields.get("precision")
@@ -393,7 +415,9 @@ def read_architectures(path: Path, name: str) -> Iterator[tuple[Architecture, Fi
                 precision=precision,
                 modelspec=modelspec(fields),
                 diffusers=fields.get("diffusers"),
-                sidecars_v=_beside(fields, "sidecars_v", path.parent),
+                sidecars_v=_beside(fields, "sidecars_v", path),
+                reads_markers=fields.strings("reads_markers"),
+                tells_v=fields.strings("tells_v"),
                 note=fields.get("note"),
                 path=name,
             ),
@@ -401,13 +425,17 @@ def read_architectures(path: Path, name: str) -> Iterator[tuple[Architecture, Fi
         )
 
 
-def _beside(fields: Fields, name: str, folder: Path) -> dict[str, Path]:
-    """Files that a table names and that lie beside its own."""
+def _beside(fields: Fields, name: str, path: Path) -> dict[str, Path]:
+    """Configurations that a table names and that lie beside its own file, at `path`.
+
+    They are copied beside models, so a link is none: unless all are, as some installers have it.
+    """
     found = {}
     for key, file in fields.texts(name).items():
-        found[key] = folder / file
-        if Path(file).name != file or not found[key].is_file():
-            fields.fail(f"there is no file `{file}` beside this one", name, key, value=True)
+        found[key] = path.parent / file
+        plain = Path(file).name == file and file.endswith(".yaml") and "\0" not in file
+        if not plain or not found[key].is_file() or (found[key].is_symlink() and not path.is_symlink()):
+            fields.fail(f"there is no configuration `{file}` beside this file", name, key, value=True)
     return found
 
 
@@ -426,27 +454,77 @@ def read_optional(path: Path, name: str) -> dict[str, Shape | None]:
 
 def read_known(path: Path, name: str) -> Iterator[KnownMetric | KnownFile | KnownPart]:
     """The well-known weights of a file: [[metric]], [[file]] and [[component]]."""
+    return _entries(
+        path,
+        name,
+        {
+            "metric": (_metric, _METRIC, ("name", "value")),
+            "file": (_file, _FILE, ("name", "sha256")),
+            "component": (_part, _PART, ("name", "class")),
+        },
+    )
+
+
+def read_kinds(path: Path, name: str) -> Iterator[KindRule | ModelRule]:
+    """What tells the kinds of files, and which models they go with: [[kind]] and [[model]]."""
+    return _entries(
+        path,
+        name,
+        {"kind": (_kind, _KIND, ("kind", "called")), "model": (_model, _MODEL, ("name", "of"))},
+    )
+
+
+def _entries(
+    path: Path, name: str, makers: Mapping[str, tuple[Callable[[Fields], T], Mapping[str, type], Keys]]
+) -> Iterator[T]:
+    """What a file of lists of tables holds; `makers` are by the lists' names, with fields and needed ones."""
     document = load(path, CatalogError, name)
-    kinds: dict[str, Callable[[Fields], KnownMetric | KnownFile | KnownPart]] = {
-        "metric": _metric,
-        "file": _file,
-        "component": _part,
-    }
-    schemas: dict[str, tuple[Mapping[str, type], str]] = {
-        "metric": (_METRIC, "value"),
-        "file": (_FILE, "sha256"),
-        "component": (_PART, "class"),
-    }
     for kind, entries in document.data.items():
-        if kind not in kinds:
-            hint = did_you_mean(kind, kinds)
+        if kind not in makers:
+            hint = did_you_mean(kind, makers)
             raise CatalogError(Problem(f"unknown kind `{kind}`", document.place(kind), hint=hint))
         if not isinstance(entries, list):
             hint = f"write `[[{kind}]]`"
             raise CatalogError(Problem(f"`{kind}` is not a list of tables", document.place(kind), hint=hint))
-        allowed, needed = schemas[kind]
+        make, allowed, needed = makers[kind]
         for index in range(len(entries)):
-            yield kinds[kind](Fields(document, (kind, index), allowed, "name", needed))
+            yield make(Fields(document, (kind, index), allowed, *map(str, needed)))
+
+
+def _kind(fields: Fields) -> KindRule:
+    told = ("any", "all", "only", "says", "last")
+    if not any(fields.get(key) for key in told):
+        hint = f"give it one of {', '.join(f'`{key}`' for key in told)}"
+        fields.fail("nothing tells a file of it from others", hint=hint)
+    last = fields.get("last") or ()
+    if not all(type(n) is int and n > 0 for n in last):
+        fields.fail("`last` is not a list of sizes", "last", value=True)
+    return KindRule(
+        fields.get("kind"),
+        fields.get("called"),
+        Patterns(fields.strings("any")),
+        tuple(Patterns([p]) for p in fields.strings("all")),
+        Patterns(fields.strings("only")),
+        Patterns(fields.strings("rank")),
+        {key: Patterns([p]) for key, p in fields.texts("says").items()},
+        fields.get("most"),
+        tuple(last),
+        fields.get("rows"),
+    )
+
+
+def _model(fields: Fields) -> ModelRule:
+    sizes = fields.get("sizes") or {}
+    for pattern, size in sizes.items():
+        if type(size) is not int:
+            fields.fail(f"`{pattern}` is no size", "sizes", pattern, value=True)
+    return ModelRule(
+        fields.get("name"),
+        fields.strings("of"),
+        fields.strings("said"),
+        Patterns(fields.strings("any")),
+        tuple((Patterns([pattern]), size) for pattern, size in sizes.items()),
+    )
 
 
 def _metric(fields: Fields) -> KnownMetric:

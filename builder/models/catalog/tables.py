@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from builder.base.errors import Problem, UsageError, did_you_mean
-from builder.base.words import spelling
+from builder.base.words import fits_pattern, spelling
 
 if TYPE_CHECKING:
     from builder.formats.layouts import Layout
@@ -67,6 +67,11 @@ class ModelSpec(NamedTuple):
     v: str | None = None
     resolution: int | None = None
     resolution_v: int | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Its names, whatever the model predicts."""
+        return (self.architecture, self.v) if self.v else (self.architecture,)
 
     def name(self, v: bool) -> str:
         """The name of a model that predicts v, or of one that does not."""
@@ -174,12 +179,14 @@ class Component:
 
 @dataclass(frozen=True)
 class Architecture:
-    """The classes that a full checkpoint consists of, in the order of a file's description.
+    """The classes that a full checkpoint consists of, in a description's order: its denoiser first.
 
     `only` names components whose prefix is the one that their class has here, where it has others elsewhere.
     `precision` is the one that such checkpoints are published in, if not FP16. `diffusers` names its layout
     there. `sidecars_v` are the files, by program, that lie beside a checkpoint that predicts v, for programs
-    that would take it for an ordinary one. A `bare` architecture has no prefixes.
+    that would take it for an ordinary one. `reads_markers` are the programs that look for markers such as
+    `v_pred` in one, `tells_v` those that tell by the weights whether it predicts v. A `bare` architecture has
+    no prefixes.
     """
 
     name: str
@@ -190,9 +197,72 @@ class Architecture:
     modelspec: ModelSpec | None = None
     diffusers: str | None = None
     sidecars_v: Mapping[str, Path] = field(default_factory=dict, hash=False)
+    reads_markers: tuple[str, ...] = ()
+    tells_v: tuple[str, ...] = ()
     note: str | None = None
     path: str = ""
     bare: bool = False
+
+
+class Patterns:
+    """Names that are spelt in one of several ways, `*` standing for anything."""
+
+    def __init__(self, patterns: Iterable[str]) -> None:
+        self.all = tuple(patterns)
+        starred = [(p, p.partition("*")) for p in self.all if "*" in p]
+        self._exact = frozenset(p for p in self.all if "*" not in p)
+        self._starts = tuple(before for _, (before, _, after) in starred if not after)
+        self._ends = tuple(after for _, (before, _, after) in starred if not before and "*" not in after)
+        self._others = [p for p, (before, _, after) in starred if after and (before or "*" in after)]
+
+    def fit(self, name: str) -> bool:
+        """Whether a name is spelt so; in time that is linear in its length."""
+        alike = name in self._exact or name.startswith(self._starts) or name.endswith(self._ends)
+        return alike or any(fits_pattern(p, name) for p in self._others)
+
+    def any(self, names: Iterable[str]) -> bool:
+        """Whether one of the names is."""
+        return any(map(self.fit, names))
+
+    def __bool__(self) -> bool:
+        return bool(self.all)
+
+
+@dataclass(frozen=True)
+class KindRule:
+    """What tells a kind of file; all that is given must hold.
+
+    `any`: some tensor's name fits; `all`: some tensor's fits each; `only`: every one's fits. There are no
+    more than `most` tensors; the last dimension of each is in `last`, and those before it make `rows` or
+    fewer. `says` are patterns of metadata by key, one of which fits. The first dimension of tensors that
+    fit `rank` is one.
+    """
+
+    kind: str
+    called: str
+    any: Patterns
+    all: tuple[Patterns, ...]
+    only: Patterns
+    rank: Patterns
+    says: Mapping[str, Patterns]
+    most: int | None = None
+    last: tuple[int, ...] = ()
+    rows: int | None = None
+
+
+@dataclass(frozen=True)
+class ModelRule:
+    """What tells the model that a file goes with, if it is of one of the kinds `of`.
+
+    Its metadata's word for the model begins as one of `said`; or a tensor's name fits `any`, or one of
+    `sizes` and its last dimension is that.
+    """
+
+    name: str
+    of: tuple[str, ...]
+    said: tuple[str, ...]
+    any: Patterns
+    sizes: tuple[tuple[Patterns, int], ...]
 
 
 @dataclass(frozen=True)
@@ -277,7 +347,8 @@ class Catalog:
     prefix, and `wrappers` what may follow that; `spellings` the architectures by each of their names, as
     `spelling` makes it; `layouts` those of diffusers' folders by name, read when they are first asked for;
     `programs` where each keeps its models: by the kind of what a file is (the first word of a class, or
-    `checkpoint`) a folder, that of `other` for the rest.
+    `checkpoint`) a folder, that of `other` for the rest; `kinds` what tells files that are of no class, in
+    their order, and `models` what such a file goes with.
     """
 
     components: Mapping[str, Component]
@@ -291,6 +362,8 @@ class Catalog:
     known: Known
     layouts: Mapping[str, Layout]
     programs: Mapping[str, Mapping[str, str]]
+    kinds: tuple[KindRule, ...]
+    models: tuple[ModelRule, ...]
 
     @cached_property
     def scales(self) -> Mapping[str, Scale]:
@@ -302,6 +375,18 @@ class Catalog:
         """The names of the blocks that a class may have, by their number; the longest list first."""
         found = {len(t.blocks): t.blocks for t in self.traits.values() if t.blocks}
         return dict(sorted(found.items(), reverse=True))
+
+    @cached_property
+    def denoisers(self) -> frozenset[str]:
+        """The classes that predict what is noise: the first slots of whole models."""
+        return frozenset(a.slots[0] for a in self.architectures.values() if len(a.slots) > 1)
+
+    @cached_property
+    def modelspecs(self) -> tuple[ModelSpec, ...]:
+        """All that is said of ModelSpec metadata, of whole models and of components."""
+        said = [a.modelspec for a in self.architectures.values()]
+        said += [c.modelspec for c in self.components.values()]
+        return tuple(spec for spec in said if spec is not None)
 
     @cached_property
     def averages(self) -> Mapping[str, Component]:

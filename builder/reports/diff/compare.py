@@ -325,10 +325,8 @@ def _known(
     weights = {k.cls for k in catalog.known.parts}
     labelled = {k.cls for k in catalog.known.metrics}
     matches = [m for p in parts if (m := side.identity.find(p.cls)) is not None]
-    groups = counted(
-        {m.component.cls: m.names for m in matches if m.component.cls in labelled}, catalog.scales
-    )
-    whole = {full for m in matches if m.component.cls in weights for full in m.names.values()}
+    groups = counted({m.component.cls: m.whole for m in matches if m.component.cls in labelled}, catalog)
+    whole = {full for m in matches if m.component.cls in weights for full in m.full}
     if not groups and not whole:
         return {}
     held = {n: t for n, t in side.checkpoint.items() if n in groups or n in whole}
@@ -359,7 +357,7 @@ def _published(
 ) -> KnownPart | None:
     rows = {
         bare: Row(held[full].dtype, held[full].shape, digest)
-        for bare, full in match.names.items()
+        for bare, full in match.whole.items()
         if (digest := found.tensors[full].digest) is not None
     }
     return catalog.known.part(component_digest(rows))

@@ -69,9 +69,8 @@ def pair_up(
 
 def _within(match: Match, other: Match) -> list[Pair]:
     cls = match.component.cls
-    return [
-        Pair(cls, bare, full, other.names[bare]) for bare, full in match.names.items() if bare in other.names
-    ]
+    theirs = other.whole
+    return [Pair(cls, bare, full, theirs[bare]) for bare, full in match.whole.items() if bare in theirs]
 
 
 def same_layout(a: Shape, b: Shape) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from builder.tensors.lazy import WINDOW, DType, LazyTensor
+from builder.tensors.packed import OPAQUE
 
 if TYPE_CHECKING:
     import numpy as np
@@ -17,8 +18,7 @@ if TYPE_CHECKING:
 BLOCK = 1 << 17  # elements compared at once: what that takes stays in the processor's cache
 GLANCE = 1 << 10  # elements that nearly always show that a tensor was not rounded as supposed
 
-# No number of theirs can be told without others beside it, or torch cannot tell it.
-_OPAQUE = {DType.F4, DType.F6_E2M3, DType.F6_E3M2, DType.F8_E8M0, DType.C64}
+_NO_NUMBERS = {*OPAQUE, DType.C64}  # none that torch can tell
 _HALVES = (DType.F16, DType.BF16)
 
 
@@ -88,9 +88,9 @@ class Comparer:
     def compare(self, a: LazyTensor, b: LazyTensor) -> Values:
         """How two tensors of as many elements differ. Raises SourceError when bytes cannot be had."""
         assert a.numel == b.numel
-        if a.dtype is not b.dtype and not {a.dtype, b.dtype}.isdisjoint(_OPAQUE):
+        if a.dtype is not b.dtype and not {a.dtype, b.dtype}.isdisjoint(_NO_NUMBERS):
             return Values(a.numel, a.numel, comparable=a.numel == 0)
-        numbers = a.dtype.floating and b.dtype.floating and a.dtype not in _OPAQUE
+        numbers = a.dtype.floating and b.dtype.floating and a.dtype not in _NO_NUMBERS
         tally = _Tally(_narrower(a.dtype, b.dtype) if numbers else None)
         candidates = _candidates(a.dtype, b.dtype) if numbers else []
         skipped = False
@@ -166,7 +166,7 @@ class _Tally:
             x, y = (_cast(_torch(raw, d), self.unit) for raw, d in ((raw_a, a), (raw_b, b)))
             for at in range(0, len(x), BLOCK):
                 self.floats(x[at : at + BLOCK], y[at : at + BLOCK], start + at)
-        elif a in _OPAQUE:
+        elif a in _NO_NUMBERS:
             self.opaque(_bits(raw_a, a), _bits(raw_b, b), start)
         else:
             self.others(_numbers(raw_a, a), _numbers(raw_b, b), start)

@@ -14,13 +14,18 @@ from builder.base.errors import Problem
 from builder.base.progress import SILENT, Reporter
 from builder.formats import open_checkpoint
 from builder.formats.checkpoint import Checkpoint
-from builder.models.identify import Identity, Match, identify
+from builder.formats.lost import Lost, find_lost
+from builder.models.identify import EMA, Identity, Match, identify
+from builder.models.kinds_of_file import FileKind, kind_of_file
+from builder.models.prediction import Prediction, prediction
+from builder.operations.fixes import match_types
 from builder.reports.inspect.positions import PositionIds, read_position_ids
 from builder.tensors.digests import Row, component_digest
 from builder.tensors.lazy import LazyTensor
+from builder.tensors.packed import Packing, packing
 
 if TYPE_CHECKING:
-    from builder.models.catalog import Catalog, Known, KnownFile, KnownPart, Scale
+    from builder.models.catalog import Catalog, Known, KnownFile, KnownPart
     from builder.models.metric import Metric
     from builder.tensors.scan import TensorScan
 
@@ -42,7 +47,7 @@ class Share:
 class Part:
     """A component of the file.
 
-    `dtypes` counts its tensors by type code, most first. `digest` is the XXH3-128 of its contents (see
+    `dtypes` counts its tensors by type code, most first. `digest` is the BLAKE3-256 of its contents (see
     `builder.tensors.digests.component_digest`), None where its data was not read. `known` is the name of its
     weights, where contents or metric are a published one; `published` is the entry of the former.
     """
@@ -61,8 +66,10 @@ class Part:
 class Report:
     """All that was found. Sizes are in bytes; names of tensors are the file's own.
 
+    `packed` are packed weights, and `schemes` what they are packed by, in words.
     `metric` and `scans` are None and empty where no data was read. `published` is the entry of the very
     file, by its SHA-256; `model` the name of the published model that has the same metric.
+    `kind` is what the file is to programs, None where that is unknown.
     `precision_waste` is what FP16 or BF16 would save of the components that stay, and `pruned` the size of
     the tensors after pruning: no EMA, no junk, no wasted precision. `faults` are what a person should mend
     or know.
@@ -75,15 +82,19 @@ class Report:
     tensors: Mapping[str, LazyTensor] = field(repr=False)
     parts: tuple[Part, ...]
     positions: PositionIds
+    prediction: Prediction
     metadata: Mapping[str, str]
     globals: tuple[str, ...]
     others: Mapping[str, str]
     nesting: str
+    packed: Packing
+    schemes: tuple[str, ...]
     metric: Metric | None = None
     scans: Mapping[str, TensorScan] = field(default_factory=dict, repr=False)
     hashes: Mapping[str, str | None] = field(default_factory=dict)
     published: KnownFile | None = None
     model: str | None = None
+    kind: FileKind | None = None
 
     def share(self, names: Iterable[str]) -> Share:
         """Names together with their size."""
@@ -111,28 +122,55 @@ class Report:
         return self.share(self.identity.optional)
 
     @cached_property
+    def astray(self) -> Share:
+        """Components that the architecture has no slot for."""
+        return self.share(n for m in self.identity.astray for n in m.full)
+
+    @cached_property
     def precision_waste(self) -> int:
         """Bytes beyond 16 bits a number, in the components that pruning keeps."""
-        gone = {*self.identity.ema, *self.identity.junk}
-        names = (n for m in self.identity.matches for n in m.full if n not in gone)
-        return sum(_beyond_16_bits(self.tensors[n]) for n in names)
+        return sum(t.nbytes - size for t, size in self._finished if size < t.nbytes)
 
     @cached_property
     def pruned(self) -> int:
         """Bytes of tensors that pruning to 16 bits leaves."""
-        gone = {*self.identity.ema, *self.identity.junk}
-        kept = sum(t.nbytes for n, t in self.tensors.items() if n not in gone)
-        return kept - self.precision_waste
+        kept = sum(t.nbytes for n, t in self.tensors.items() if n not in self._gone)
+        return kept + sum(size - t.nbytes for t, size in self._finished)
+
+    @cached_property
+    def _gone(self) -> set[str]:
+        """What pruning takes away: also the state of an average, but of one that is the model."""
+        identity = self.identity
+        alone = not identity.ema and any(m.ema for m in identity.matches)
+        state = (n for n in identity.optional if n.startswith(EMA) and not alone)
+        return {*identity.ema, *identity.junk, *self.astray.names, *state}
+
+    @cached_property
+    def _finished(self) -> list[tuple[LazyTensor, int]]:
+        """The tensors of the components that pruning keeps, each with the bytes that it takes afterwards."""
+        found = []
+        for match in self.identity.matches:
+            types = match_types(match, self.tensors, "fp16", narrow=True)
+            held = [(self.tensors[n], d) for n, d in types.items() if n not in self._gone]
+            found += [(t, t.numel * d.bits // 8) for t, d in held]
+        return found
 
     @cached_property
     def non_finite(self) -> Mapping[str, TensorScan]:
         """Tensors that hold NaN or infinity, among those that were read."""
         return {n: s for n, s in self.scans.items() if s.nan or s.infinite}
 
+    @cached_property
+    def lost(self) -> tuple[Lost, ...]:
+        """Stretches of zeros where weights should be, in what was read and is no junk."""
+        junk = {*self.identity.junk}
+        zeros = {n: s.zeros for n, s in self.scans.items() if s.zeros and n not in junk}
+        return find_lost(self.tensors, zeros)
+
     @property
     def sound(self) -> bool:
-        """Whether the file is something known, and whole, as far as it was read."""
-        return self.identity.intact and not self.non_finite
+        """Whether the file is something known, and nothing wrong with it, as far as it was read."""
+        return self.kind is not None and not self.non_finite
 
     @cached_property
     def faults(self) -> tuple[Problem, ...]:
@@ -184,11 +222,12 @@ def examine(
 ) -> Report:
     """Inspect an open checkpoint, wherever it lies; as `build_report`. `identity` is what it is, if known."""
     identity = identity or identify(checkpoint, catalog)
+    packed = packing(checkpoint)
     scans: Mapping[str, TensorScan] = {}
     label = None
     digits: Mapping[str, str] = {}
     if metric and len(checkpoint):
-        scans, label, digits = _scan(identity, checkpoint, full, threads, catalog.scales, reporter)
+        scans, label, digits = _scan(identity, checkpoint, full, threads, catalog, reporter)
     return Report(
         path=checkpoint.name,
         container=checkpoint.container,
@@ -197,13 +236,17 @@ def examine(
         tensors=checkpoint.tensors,
         parts=tuple(_part(m, checkpoint.tensors, scans, digits, catalog.known) for m in identity.matches),
         positions=read_position_ids(checkpoint),
+        prediction=prediction(checkpoint, checkpoint.metadata, catalog),
         metadata=checkpoint.metadata,
         globals=checkpoint.globals,
         others=checkpoint.others,
         nesting=checkpoint.nesting,
+        packed=packed,
+        schemes=packed.schemes,
         metric=label,
         scans=scans,
         model=catalog.known.model(label.text) if label else None,
+        kind=kind_of_file(checkpoint, checkpoint.metadata, identity, catalog),
     )
 
 
@@ -212,23 +255,24 @@ def _scan(
     checkpoint: Checkpoint,
     full: bool,
     threads: int | None,
-    scales: Mapping[str, Scale],
+    catalog: Catalog,
     reporter: Reporter,
 ) -> tuple[Mapping[str, TensorScan], Metric, Mapping[str, str]]:
     """One pass over the data, of the model's components or of everything; metric, and digits by class."""
     from builder.models.metric import counted, label, labels
     from builder.tensors.scan import scan
 
-    components = {m.component.cls: m.names for m in identity.matches}
+    components = {m.component.cls: m.whole for m in identity.matches}
     kept = {n for m in identity.matches for n in m.full} - set(identity.ema)
     found = scan(
         {name: tensor for name, tensor in checkpoint.items() if full or name in kept},
-        groups=counted(components, scales),
+        groups=counted(components, catalog),
         digests=True,
         threads=threads or min(4, os.cpu_count() or 1),
         reporter=reporter,
         task=f"reading {Path(checkpoint.name).name}",
     )
+    scales = catalog.scales
     return found.tensors, label(found.histograms, scales), labels(found.histograms, scales)
 
 
@@ -242,7 +286,7 @@ def _part(
     held = {full: tensors[full] for full in match.full}
     rows = {
         bare: Row(held[full].dtype, held[full].shape, scanned.digest)
-        for bare, full in match.names.items()
+        for bare, full in match.whole.items()
         if (scanned := scans.get(full)) is not None and scanned.digest is not None
     }
     digest = component_digest(rows) if len(rows) == len(held) else None
@@ -263,8 +307,3 @@ def _labelled(cls: str, digits: Mapping[str, str], known: Known) -> str | None:
     """The name of the weights whose digits these are."""
     value = digits.get(cls, "")
     return known.label(cls, int(value)) if value.isdigit() else None
-
-
-def _beyond_16_bits(tensor: LazyTensor) -> int:
-    wide = tensor.dtype.floating and tensor.dtype.bits > 16
-    return tensor.nbytes - tensor.numel * 2 if wide else 0

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from builder.base.errors import Problem
 from builder.base.words import EXAMPLES, counted, listed
+from builder.formats.lost import said
 from builder.models.identify import Match, Rejection
 from builder.reports.inspect.positions import Position
 
@@ -14,15 +16,19 @@ if TYPE_CHECKING:
     from builder.reports.inspect.examine import Report
 
 FP16_MAX = 65504
+_EMBEDDING = re.compile(r"emb_params|string_to_param\..+|clip_[lg]|<[^<>]+>")  # of each dialect
 
 
 def find_faults(report: Report) -> Iterator[Problem]:
     """The faults of a report, worst first."""
     yield from _structure(report)
     yield from _numbers(report)
+    yield from _lost(report)
     yield from _positions(report)
+    yield from _prediction(report)
     yield from _spelling(report)
     yield from _duplicates(report)
+    yield from _astray(report)
     yield from _scales(report)
     yield from _integers(report)
     yield from _published(report)
@@ -46,10 +52,16 @@ def describe(rejection: Rejection) -> str:
 
 def _structure(report: Report) -> Iterator[Problem]:
     identity = report.identity
-    if identity.intact:
+    if report.kind is not None:
         return
     if not report.tensors:
         yield Problem("there are no tensors in this file")
+    elif all(_EMBEDDING.fullmatch(n) and len(t.shape) in (1, 2) for n, t in report.tensors.items()):
+        yield Problem(
+            "a textual inversion embedding, which is no part of a model",
+            evidence=(f"its vectors are {listed(tuple(report.tensors))}",),
+            hint="it is used as it is: programs take it from their folder `embeddings`",
+        )
     elif not identity.matches:
         near = identity.runner_up
         yield Problem(
@@ -99,6 +111,11 @@ def _numbers(report: Report) -> Iterator[Problem]:
         )
 
 
+def _lost(report: Report) -> Iterator[Problem]:
+    if (problem := said(report.lost)) is not None:
+        yield problem
+
+
 def _positions(report: Report) -> Iterator[Problem]:
     ids = report.positions
     owner = {full: m.component.name for m in report.identity.matches for full in m.full}
@@ -124,6 +141,16 @@ def _position(p: Position) -> str:
     held = f"{p.value:.7g}" if isinstance(p.value, float) else str(p.value)
     loaded = "" if p.loaded is None or p.loaded == p.value else f" (loads as {p.loaded})"
     return f"{p.position} holds {held}{loaded}"
+
+
+def _prediction(report: Report) -> Iterator[Problem]:
+    if signs := report.prediction.contradiction:
+        yield Problem(
+            "the file contradicts itself on what it predicts",
+            evidence=signs,
+            hint="programs heed the one or the other; a recipe settles it by `markers` and "
+            "`modelspec.prediction_type` of its output",
+        )
 
 
 def _spelling(report: Report) -> Iterator[Problem]:
@@ -158,25 +185,40 @@ def _duplicates(report: Report) -> Iterator[Problem]:
         )
 
 
+def _astray(report: Report) -> Iterator[Problem]:
+    for match in report.identity.astray:
+        yield Problem(
+            f"{report.identity.architecture} has no slot for `{match.component.name}`",
+            evidence=(f"it lies under {_where(match)}; programs may take the model for another by it",),
+            hint="pruning leaves it out",
+        )
+
+
 def _where(match: Match) -> str:
     return f"`{match.prefix}`" if match.prefix else "bare names"
 
 
 def _scales(report: Report) -> Iterator[Problem]:
-    if report.identity.scales:
+    if packed := report.packed:
+        schemes, beside = " and ".join(report.schemes), counted(len(packed.companions), "companion")
         yield Problem(
-            f"packed 8-bit weights with {counted(len(report.identity.scales), 'scale')}",
-            evidence=(listed(report.identity.scales),),
-            hint="a plain cast would misread them: take the source they were made from",
+            f"{schemes} weights: {counted(len(packed.weights), 'tensor')} with {beside}",
+            evidence=(packed.evidence,),
+            hint="no cast can read them: keep their precision, or take the source they were made from",
         )
 
 
 def _integers(report: Report) -> Iterator[Problem]:
-    """Weights that are no real numbers: a loader would take quantized ones for what they are not."""
+    """Weights that are no real numbers: a loader would take quantized ones for what they are not.
+
+    A single integer, such as a `logit_scale`, is just a number.
+    """
     for match in report.identity.matches:
         rules = match.component.tensors
         odd = [
-            f for n, f in match.names.items() if not rules[n].dtype and not report.tensors[f].dtype.floating
+            f
+            for n, f in match.names.items()
+            if not rules[n].dtype and not report.tensors[f].dtype.floating and report.tensors[f].numel > 1
         ]
         if odd:
             kinds = sorted({report.tensors[name].dtype.code for name in odd})

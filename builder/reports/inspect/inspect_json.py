@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from builder.base.errors import Problem
+from builder.formats.lost import Lost
 from builder.models.identify import Rejection
 from builder.reports.inspect.examine import Part, Report, Share
 from builder.reports.inspect.positions import Position
@@ -43,6 +44,8 @@ def _file(report: Report) -> Json:
         "size": report.size,
         "architecture": identity.architecture,
         "intact": identity.intact,
+        "kind": report.kind and report.kind.kind,
+        "described": (report.kind and report.kind.text) or None,
         "incomplete": {"architecture": identity.incomplete, "absent": list(identity.absent)}
         if identity.incomplete
         else None,
@@ -67,7 +70,14 @@ def _file(report: Report) -> Json:
             },
             "wrong": [_position(p) for p in report.positions.wrong],
         },
+        "prediction": {
+            "kind": report.prediction.kind,
+            "zero_snr": report.prediction.zero_snr,
+            "markers": list(report.prediction.names),
+            "signs": [{"says": s.kind, "what": s.what} for s in report.prediction.signs],
+        },
         "non_finite": {n: {"nan": s.nan, "infinite": s.infinite} for n, s in report.non_finite.items()},
+        "zeros": [_lost(z) for z in report.lost],
         "faults": [_problem(p) for p in report.faults],
         "rejected": [_rejection(r) for r in identity.rejected],
         "notes": list(identity.notes),
@@ -95,6 +105,7 @@ def _part(part: Part) -> Json:
         "dtypes": dict(part.dtypes),
         "rank": list(match.rank) if match.rank else None,
         "missing_optional": list(match.missing_optional),
+        "companions": list(match.companions),
     }
 
 
@@ -105,6 +116,16 @@ def _share(share: Share) -> Json:
 def _position(p: Position) -> Json:
     value = p.value if math.isfinite(p.value) else None
     return {"tensor": p.tensor, "position": p.position, "value": value, "loaded": p.loaded}
+
+
+def _lost(lost: Lost) -> Json:
+    return {
+        "file": lost.file,
+        "offset": lost.offset,
+        "length": lost.length,
+        "tensors": list(lost.tensors),
+        "wholly": list(lost.wholly),
+    }
 
 
 def _rejection(r: Rejection) -> Json:

@@ -9,6 +9,7 @@ from builder.base.errors import Problem, clipped, shown
 from builder.base.page import LABEL, Style
 from builder.base.progress import human_bytes
 from builder.base.words import CONTAINERS, TYPES, counted, examples, grouped
+from builder.models.prediction import KINDS, Prediction
 from builder.reports.inspect.examine import Part, Report, Share
 from builder.reports.inspect.faults import describe
 
@@ -36,8 +37,8 @@ class _Page:
         """The file, and in a line what it is."""
         r, s = self.report, self.style
         yield s.strong(shown(r.path))
-        name = r.identity.architecture or "unknown"
-        verdict = (s.good if r.identity.intact else s.bad)(name)
+        name = (r.kind and r.kind.text) or r.identity.architecture or "unknown"
+        verdict = (s.good if r.kind is not None else s.bad)(shown(name))
         yield " · ".join([verdict, CONTAINERS.get(r.container, r.container), self.size(r.size)])
 
     def table(self) -> Iterator[str]:
@@ -75,9 +76,12 @@ class _Page:
         if r.metric is not None and any(c.isdigit() for c in r.metric.text):
             same = f", which is that of {r.model}" if r.model else ""
             yield from self.fact("metric", f"({r.metric.text}){same}")
+        if r.prediction.signs:
+            yield from self.fact("predicts", _predicts(r.prediction))
         if r.published:
             yield from self.fact("published", f"as {r.published.name}")
-        for label, share in (("EMA", r.ema), ("junk", r.junk), ("unknown", r.unknown)):
+        rest = "tensors" if r.kind is not None and r.kind.called else "unknown"
+        for label, share in (("EMA", r.ema), ("junk", r.junk), (rest, r.unknown)):
             if share.names:
                 listed = "" if label == "EMA" or self.full else f": {grouped(share.names)}"
                 yield from self.fact(
@@ -89,7 +93,7 @@ class _Page:
         if r.parts and r.precision_waste * 1000 > (0 if self.full else r.pruned):
             wasted = self.size(r.precision_waste)
             yield from self.fact("precision", f"{wasted} wasted: 16 bits a number would do")
-        saved = r.ema.bytes + r.junk.bytes + r.precision_waste
+        saved = r.ema.bytes + r.junk.bytes + r.astray.bytes + r.precision_waste
         if r.identity.intact and saved * 100 > r.pruned:
             yield from self.fact("pruned", f"{human_bytes(r.size)} → {self.size(r.pruned)}")
         if r.metadata and not self.full:
@@ -153,6 +157,8 @@ class _Page:
             yield f"content blake3:{part.digest}"
         if match.missing_optional:
             yield f"without the optional {examples(match.missing_optional, 4)}"
+        if match.companions:
+            yield f"and beyond its table {examples(sorted(match.companions), 4)}"
         if match.component.note:
             yield match.component.note
 
@@ -189,6 +195,12 @@ class _Page:
         return textwrap.wrap(text, room, break_on_hyphens=False) or [""]
 
 
+def _predicts(told: Prediction) -> str:
+    """What is predicted, and what says so."""
+    kind = KINDS[told.signs[0].kind] + (", to zero terminal SNR" if told.zero_snr else "")
+    return f"{kind}, says {told.signs[0].what}"
+
+
 def _types(part: Part) -> str:
     """The number types of a component, without the integers of its tables."""
     floating = [TYPES.get(code, code.lower()) for code in part.dtypes if code[0] in "FB"]
@@ -202,5 +214,7 @@ def _remarks(part: Part) -> Iterator[str]:
     if match.rank:
         low, high = match.rank
         yield f"rank {low}" if low == high else f"ranks {low} to {high}"
+    if match.companions:
+        yield f"{len(match.companions):,} beyond its table"
     if match.component.prefix and not match.prefix:
         yield "diffusers' names" if match.diffusers else "bare names"

@@ -12,10 +12,11 @@ from pathlib import Path
 from builder.base.errors import CkptError, Problem, SourceError, UsageError
 from builder.base.progress import SILENT, Reporter, human_bytes
 from builder.base.words import counted as number
-from builder.models.catalog import Architecture, Catalog, Scale
+from builder.models.catalog import Architecture, Catalog
 from builder.models.cut import cut
-from builder.models.identify import Match
+from builder.models.identify import EMA, Match
 from builder.models.metric import Metric, counted, label
+from builder.models.prediction import EMPTY, MARKERS
 from builder.operations.fixes import FIXES, POSITION_IDS, exact_position_ids
 from builder.recipe.names import SUFFIXES
 from builder.sources.find import files_below
@@ -24,9 +25,9 @@ from builder.store import Store
 from builder.tensors.cast import PRECISIONS, Faults, Precision, cast_all
 from builder.tensors.digests import Row, component_digest, expression_key, tensor_digest
 from builder.tensors.lazy import DType, LazyTensor, MemoryTensor
+from builder.tensors.packed import packing
 from builder.tensors.scan import Scan, scan
 
-MARKERS = ("v_pred", "ztsnr")  # those that a recipe can add
 PROBES = 3
 PROBE = 1 << 18  # elements; a tensor of no more is read whole to see whether it is worth reading all
 
@@ -53,7 +54,7 @@ class File:
     def whole(self) -> bool:
         """Whether this is a full model rather than a component alone."""
         identity = self.opened.identity
-        return identity.intact and sum(bool(m.prefix) for m in identity.matches if not m.ema) > 1
+        return identity.intact and sum(bool(m.under) for m in identity.matches if not m.ema) > 1
 
     def plain(self, match: Match, cls: str) -> dict[str, LazyTensor]:
         """A component's tensors under the catalog's own names and shapes, without its position ids."""
@@ -89,7 +90,8 @@ class Draft:
     """A model explained: everything that a recipe says of it.
 
     `parts` is what is described, `taken` what its recipe takes, by class in the order of the slots.
-    `fixes` gives a reason for each; `left` says what of the file the recipe does not bring back.
+    `fixes` gives a reason for each; `left` says what of the file the recipe does not bring back. `markers`
+    are those that the recipe names, where they are others than the denoiser comes with.
     `tensor_digest` is the product's, where everything is explained; `faithful` says that it has then every
     tensor of the file, and no other. `searched`: there were files to be explained by; `unused` are those of
     the command line that explain nothing.
@@ -103,7 +105,7 @@ class Draft:
     fixes: Mapping[str, str]
     base: File | None
     keep: tuple[str, ...] | None
-    markers: tuple[str, ...]
+    markers: tuple[str, ...] | None
     left: tuple[str, ...]
     scanned: Scan = field(repr=False)
     metric: Metric
@@ -158,21 +160,16 @@ def describe(
     architecture = _architecture(model, catalog)
     parts, whole = _parts(opened, architecture)
     precision = _precision(Taken(c, model, m) for c, m in _matches(model, architecture).items())
-    scanned = _scan(parts, precision, catalog.scales, threads, reporter)
+    scanned = _scan(parts, precision, catalog, threads, reporter)
     shelf = [*whole, *_shelf(library, files, architecture, sources, reporter)]
     taken = _explain(parts, precision, shelf, scanned, sources, threads, reporter)
-    extras = {
-        n: model.opened.checkpoint[n]
-        for n in model.opened.identity.optional
-        if not n.startswith("model_ema.")
-    }
-    markers = tuple(n for n in MARKERS if n in extras and extras[n].numel == 0)
-    extras = {n: t for n, t in extras.items() if n not in markers}
-    base, keep, brought = _base(architecture, taken, extras, markers, catalog)
+    extras = _extras(model)
+    markers, told = _markers(model, taken, catalog)
+    base, keep, brought = _base(architecture, taken, extras, catalog)
     fixes = _fixes(parts, taken)
-    left = _left(model, [n for n in extras if n not in brought])
+    left = _left(model, [n for n in (*extras, *_markers_of(model)) if n not in (*brought, *told)])
     explained = bool(taken) and all(t.how for t in taken.values())
-    rows = _rows(parts, taken, architecture, precision, scanned, catalog, brought, markers)
+    rows = _rows(parts, taken, architecture, precision, scanned, catalog, {**brought, **told})
     return Draft(
         model,
         architecture,
@@ -239,7 +236,10 @@ def _parts(files: Sequence[File], architecture: Architecture) -> tuple[dict[str,
 
 def _precision(parts: Iterable[Taken]) -> Precision:
     """The precision that all numbers have, or `keep` where there are several."""
-    types = {t.dtype for p in parts for t in p.file.plain(p.match, p.cls).values() if t.dtype.floating}
+    held = [p.file.plain(p.match, p.cls) for p in parts]
+    if any(packing(tensors).weights for tensors in held):
+        return "keep"
+    types = {t.dtype for tensors in held for t in tensors.values() if t.dtype.floating}
     by_type = {dtype: name for name, dtype in PRECISIONS.items() if dtype is not None}
     found = by_type.get(next(iter(types))) if len(types) == 1 else None
     return found or "keep"  # type: ignore[return-value]
@@ -248,7 +248,7 @@ def _precision(parts: Iterable[Taken]) -> Precision:
 def _scan(
     parts: Mapping[str, Taken],
     precision: Precision,
-    scales: Mapping[str, Scale],
+    catalog: Catalog,
     threads: int,
     reporter: Reporter,
 ) -> Scan:
@@ -256,7 +256,7 @@ def _scan(
     components = {cls: _rounded(p.file.plain(p.match, cls), precision) for cls, p in parts.items()}
     flat = {f"{cls}/{bare}": t for cls, tensors in components.items() for bare, t in tensors.items()}
     names = {cls: {b: f"{cls}/{b}" for b in tensors} for cls, tensors in components.items()}
-    groups = counted(names, scales)
+    groups = counted(names, catalog)
     name = next(iter(parts.values())).file.path.name if parts else ""
     return scan(flat, groups=groups, digests=True, threads=threads, reporter=reporter, task=f"reading {name}")
 
@@ -365,7 +365,7 @@ def _remembered(taken: Taken, precision: Precision, store: Store, threads: int, 
     """The digest of a component after rounding, read once for as long as its file is the same."""
     key = expression_key(
         "rounded",
-        2,
+        3,
         source=taken.file.sha256,
         component=taken.match.component.name,
         prefix=taken.match.prefix,
@@ -393,11 +393,35 @@ def _digest(digests: Mapping[str, str | None], tensors: Mapping[str, LazyTensor]
 # -- what goes around the components
 
 
+def _extras(file: File) -> dict[str, LazyTensor]:
+    """What a file may hold besides, and is of no component."""
+    held = file.opened.checkpoint
+    own = (n for n in file.opened.identity.optional if n not in MARKERS and not n.startswith(EMA))
+    return {n: held[n] for n in own}
+
+
+def _markers_of(file: File) -> dict[str, LazyTensor]:
+    held = file.opened.checkpoint
+    return {n: held[n] for n in MARKERS if n in held}
+
+
+def _markers(
+    model: File, taken: Mapping[str, Taken], catalog: Catalog
+) -> tuple[tuple[str, ...] | None, dict[str, LazyTensor]]:
+    """The markers that a recipe must name, None where the denoiser brings them; and those of its product."""
+    wanted = _markers_of(model)
+    denoiser = next((t for cls, t in taken.items() if cls in catalog.denoisers), None)
+    brought = _markers_of(denoiser.file) if denoiser is not None else {}
+    if wanted.keys() == brought.keys() or not {*EMPTY, *brought} >= wanted.keys():
+        return None, brought
+    empty = MemoryTensor(DType.F32, (0,), b"")
+    return tuple(wanted), {n: brought.get(n, empty) for n in wanted}
+
+
 def _base(
     architecture: Architecture,
     taken: Mapping[str, Taken],
     extras: Mapping[str, LazyTensor],
-    markers: Sequence[str],
     catalog: Catalog,
 ) -> tuple[File | None, tuple[str, ...] | None, Mapping[str, LazyTensor]]:
     """The source to start from, when one has all or brings the extras; what to keep of its extras; those."""
@@ -408,14 +432,9 @@ def _base(
     if len(files) != 1 or any(t.promoted for t in taken.values()):
         whole = [f for f in whole if extras]
     for file in whole:
-        held = {
-            n: file.opened.checkpoint[n]
-            for n in file.opened.identity.optional
-            if not n.startswith("model_ema.")
-        }
+        held = _extras(file)
         if all(n in held and _same(held[n], t) for n, t in extras.items()):
-            rest = held.keys() - extras.keys() - set(markers)
-            return file, tuple(sorted(extras)) if rest else None, extras
+            return file, tuple(sorted(extras)) if held.keys() - extras.keys() else None, extras
     return (files[0], (), {}) if len(files) == 1 and files[0] in whole else (None, None, {})
 
 
@@ -483,8 +502,7 @@ def _rows(
     precision: Precision,
     scanned: Scan,
     catalog: Catalog,
-    extras: Mapping[str, LazyTensor],
-    markers: Sequence[str],
+    added: Mapping[str, LazyTensor],
 ) -> dict[str, Row]:
     """What the product's tensors will be."""
     rows: dict[str, Row] = {}
@@ -497,5 +515,4 @@ def _rows(
         if part.file.positions(part.match, cls) is not None:
             exact = exact_position_ids()
             rows[prefix + POSITION_IDS] = Row(exact.dtype, exact.shape, tensor_digest(exact))
-    added = {**extras, **{m: MemoryTensor(DType.F32, (0,), b"") for m in markers}}
     return rows | {n: Row(t.dtype, t.shape, tensor_digest(t)) for n, t in added.items()}

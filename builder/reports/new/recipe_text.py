@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,10 +11,14 @@ from typing import Any
 import tomli_w
 
 from builder.base.errors import printable
+from builder.base.files import parse_json
 from builder.base.progress import human_bytes
+from builder.formats.checkpoint import Checkpoint
 from builder.models.catalog import Catalog
 from builder.models.metric import NOT_A_NUMBER
-from builder.recipe.names import recipe_name
+from builder.models.prediction import TYPE, prediction
+from builder.recipe.language import PATH
+from builder.recipe.names import numbered, recipe_name
 from builder.reports.new.describe import Draft, File, Taken
 
 # What a file's metadata says for people; all else, a build says anew.
@@ -27,7 +30,7 @@ TYPES = {"fp16": "FP16", "bf16": "BF16", "fp32": "FP32"}
 
 def write(draft: Draft, *, folder: Path, catalog: Catalog, name: str | None = None) -> str:
     """The recipe as TOML; files are named relative to `folder`, where the recipe is to lie."""
-    page = _Page(draft, folder.absolute(), catalog, name or recipe_name(draft.model.path).lower())
+    page = _Page(draft, folder.absolute(), catalog, name or _lower(draft.model.path))
     blocks = [page.head(), page.top(), *page.sources(), page.components(), page.output(), page.expect()]
     return "\n\n".join("\n".join(lines) for b in blocks if (lines := list(b))) + "\n"
 
@@ -157,22 +160,22 @@ class _Page:
         d = self.draft
         yield "[output]"
         file = f"{self.name}.safetensors"
-        sources = {place(f.path, self.folder) for f in d.sources}
-        if file in sources or os.path.lexists(self.folder / file):
-            yield aligned(
-                [(f"file = {toml(f'{self.name}-built.safetensors')}", "beside the one that is there")]
-            )[0]
+        sources = {(place(f.path, self.folder) or "").casefold() for f in d.sources}
+        if file.casefold() in sources or os.path.lexists(self.folder / file):
+            others = map(str, numbered(Path(f"{self.name}-built.safetensors")))
+            other = next(o for o in others if o.casefold() not in sources)
+            yield aligned([(f"file = {toml(other)}", "beside the one that is there")])[0]
         yield aligned([(f"precision = {toml(d.precision)}", self.precision())])[0]
         if d.keep is not None:
             yield aligned([(f"keep = {toml(list(d.keep))}", "of what the base holds besides")])[0]
-        if d.markers:
+        if d.markers is not None:
             yield f"markers = {toml(list(d.markers))}"
         if d.strange:
             yield aligned([('non_finite = "keep"', "it holds NaN or infinity")])[0]
             yield 'overflow = "keep"'
         if len(d.taken) < len(d.architecture.slots):
             yield "partial = true"
-        metadata = {} if d.base is d.model else spoken(d.model.opened.checkpoint.metadata)
+        metadata = {} if d.base is d.model else spoken(d.model.opened.checkpoint, self.catalog)
         if metadata:
             yield ""
             yield "[output.metadata]"
@@ -203,6 +206,11 @@ class _Page:
         return self.names[file]
 
 
+def _lower(path: Path) -> str:
+    """A recipe's name after a file's; of some letters the small one is two characters."""
+    return recipe_name(path).lower()[:80].rstrip("-_.")
+
+
 def source_names(files: Sequence[File]) -> dict[File, str]:
     """A name for each file after its own, all different."""
     names: dict[File, str] = {}
@@ -227,17 +235,18 @@ def place(path: Path, folder: Path) -> str | None:
     relative = Path(os.path.relpath(path.absolute(), folder))
     found = relative if relative.parts.count("..") <= 1 else Path(path.name)
     said = found.as_posix()
-    return said if said.isprintable() and "\\" not in said else None
+    return said if PATH.holds(said) else None
 
 
-def spoken(metadata: Mapping[str, str]) -> dict[str, str]:
-    """What a file's metadata says for people, by key as a recipe writes it."""
-    keys = {key: f"modelspec.{key}" for key in SPOKEN}
-    return {
-        long: metadata[long]
-        for long in keys.values()
-        if metadata.get(long) and len(metadata[long]) <= LONGEST
-    }
+def spoken(checkpoint: Checkpoint, catalog: Catalog) -> dict[str, str]:
+    """What a file's metadata says for people, and of what it predicts, by key as a recipe writes it."""
+    metadata = checkpoint.metadata
+    keys = [f"modelspec.{key}" for key in SPOKEN]
+    said = {key: metadata[key] for key in keys if metadata.get(key) and len(metadata[key]) <= LONGEST}
+    told = prediction(checkpoint, metadata, catalog)
+    if told.kind in ("v", "epsilon") and not told.markers:
+        said[TYPE] = told.kind
+    return said
 
 
 def merged(metadata: Mapping[str, str]) -> Iterator[str]:
@@ -261,8 +270,8 @@ def _loads(text: str | None) -> Any:
         if not isinstance(value, str):
             return value
         try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
+            value = parse_json(value)
+        except ValueError:
             return None
     return value
 

@@ -6,8 +6,11 @@ import base64
 import ipaddress
 import socket
 import ssl
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from builder.sources.net.failure import Failure
@@ -116,10 +119,7 @@ class Dialer:
         return connection
 
     def _connect(self, host: str, port: int, *, public: bool, scheme: str) -> socket.socket:
-        try:
-            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        except (OSError, UnicodeError):
-            raise Failure(f"the host `{host}` is not known", retry=True) from None
+        found = _resolved(host, port, self.limits.connect)
         refused: Failure | None = None
         failed: OSError | None = None
         for family, kind, protocol, _, where in found[:_MOST_TRIED]:
@@ -158,6 +158,31 @@ class Dialer:
         if scheme == "http" and kind is None:
             return Failure(f"`{host}` is asked for without encryption", hint="use its `https://` address")
         return None
+
+
+def _resolved(host: str, port: int, seconds: float) -> list[Any]:
+    """The addresses of a host. Raises Failure, at the latest when so many seconds are over.
+
+    The system's resolver knows no deadline and cannot be stopped: a thread waits for it, and is left behind.
+    """
+    answers: SimpleQueue[list[Any] | Exception] = SimpleQueue()
+
+    def ask() -> None:
+        try:
+            answers.put(list(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)))
+        except Exception as error:
+            answers.put(error)
+
+    threading.Thread(target=ask, name="resolve", daemon=True).start()
+    try:
+        found = answers.get(timeout=seconds)
+    except Empty:
+        raise Failure(f"the name of the host `{host}` was not resolved within {seconds:g} seconds") from None
+    if isinstance(found, (OSError, UnicodeError)):
+        raise Failure(f"the host `{host}` is not known", retry=True)
+    if isinstance(found, Exception):
+        raise found
+    return found
 
 
 def _refuse_literal(host: str) -> None:

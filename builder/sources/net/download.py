@@ -17,15 +17,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 from builder.base.disk import read_at, try_lock, write_all
+from builder.base.files import parse_json, read_bounded
 from builder.base.progress import Reporter
 from builder.sources.net.client import Response, Session
 from builder.sources.net.failure import Failure, StartOver
 from builder.sources.net.ranges import RangedFile, content_range, refuse_encoded, strong_etag
 from builder.sources.net.text import file_name, safe_name
 
+_NO_LINK = getattr(os, "O_NOFOLLOW", 0)  # a stranger's store may have some there
 _READ_BACK = 1 << 20  # bytes hashed at a time
 _SPARE = 64 << 20  # bytes left free on the disk
 _NOTED = 1 << 20  # bytes after which the journal says how far a segment is
+_LONGEST_JOURNAL = 8 << 20  # bytes; each megabyte that arrives adds some ten
 
 
 class Received(NamedTuple):
@@ -124,7 +127,7 @@ def _locked(path: Path, session: Session, reporter: Reporter, task: str) -> tupl
     """A descriptor that holds the lock, and what its holder before left in it; None without locks."""
     left, told = None, False
     while True:
-        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | _NO_LINK, 0o644)
         try:
             while not (locked := try_lock(lock)):
                 if locked is None:
@@ -163,8 +166,9 @@ def _read_journal(partial: Path, url: str, segment: int) -> _Journal | None:
     Whatever it claims, the whole file is hashed in the end.
     """
     try:
-        head, *lines = _journal_path(partial).read_text("utf-8").splitlines()
-        said = json.loads(head)
+        raw = read_bounded(_journal_path(partial), _LONGEST_JOURNAL, follow=False)
+        head, *lines = raw.decode("utf-8").splitlines()
+        said = parse_json(head)
         size = partial.stat().st_size
         if (said["of"], said["size"], said["segment"]) != (_fingerprint(url), size, segment):
             return None
@@ -342,12 +346,12 @@ class _Segments:
             self.reporter.finish(task)
 
     def _open(self) -> None:
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | _NO_LINK
         self.file = os.open(self.partial, flags, 0o666)
         try:
             os.ftruncate(self.file, self.journal.size)
             # From here on lines are added only, each in one write: a torn one is skipped when read.
-            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | _NO_LINK
             self.log = os.open(
                 _journal_path(self.partial), flags | (0 if self.resuming else os.O_TRUNC), 0o666
             )

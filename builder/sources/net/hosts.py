@@ -11,9 +11,9 @@ from typing import Any
 from urllib.parse import quote
 
 from builder.base.addresses import Address, Civitai, HuggingFace, LocalFile, Web
+from builder.base.files import parse_json
 from builder.sources.net.client import REDIRECTS, Response, Session
 from builder.sources.net.failure import Failure
-from builder.sources.net.text import parse_json
 
 MAX_ANSWER = 4 << 20  # bytes of an answer of an API; those of models with many versions have 1 MB
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -194,7 +194,7 @@ def _ask(session: Session, url: str, *, absent: bool = False) -> dict[str, Any] 
         if response.status != 200:
             raise response.failure()
         try:
-            said = parse_json(response.read_all(MAX_ANSWER))
+            said = parse_json(response.read_all(MAX_ANSWER), strict=False)
         except ValueError:
             said = None
         finally:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import html
-import json
 import re
 from collections.abc import Iterable
 from typing import Any, Protocol
 from urllib.parse import unquote, urlsplit
 
 from builder.base.errors import printable
+from builder.base.files import parse_json
 
 
 class Headers(Protocol):
@@ -19,8 +19,6 @@ class Headers(Protocol):
         """The value, or None."""
 
 
-_DEEPEST = 64  # lists and objects within each other
-_NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 LONGEST = 200  # characters of a host's own words
 _URL = re.compile(r"(?i)\bhttps?://[^\s\"'<>`]+")
 _RESERVED = re.compile(r"(?i)(?:con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³])(?:\..*)?")
@@ -47,19 +45,6 @@ def _shown_or_not(url: str) -> str:
         return "…"
 
 
-def parse_json(data: bytes) -> Any:
-    """What JSON in UTF-8 says. Raises ValueError for what is none, or is nested deeper than any API's."""
-    text = data.decode("utf-8-sig")
-    # Counted without building anything: brackets in strings go first, and escapes before those.
-    bare = re.sub(rb'"[^"]*"', b"", data.replace(rb"\\", b"").replace(rb"\"", b""))
-    depth = 0
-    for bracket in bare.translate(None, _NO_BRACKETS):
-        depth += 1 if bracket in b"[{" else -1
-        if depth > _DEEPEST:
-            raise ValueError("nested too deep")
-    return json.loads(text, strict=False)
-
-
 def page_kind(start: bytes, content_type: str) -> str | None:
     """What a body is when it is no model: `an HTML page`, `a JSON message`, `an XML message`; else None.
 
@@ -79,7 +64,7 @@ def page_kind(start: bytes, content_type: str) -> str | None:
 
 def _is_json(body: bytes) -> bool:
     try:
-        parse_json(body)
+        parse_json(body, strict=False)
     except ValueError:
         return False
     return True
@@ -94,7 +79,7 @@ def host_words(headers: Headers, body: bytes) -> str:
 
 def _json_words(body: bytes) -> str | None:
     try:
-        said = parse_json(body)
+        said = parse_json(body, strict=False)
     except ValueError:
         return None
     for _ in range(4):

@@ -1,0 +1,209 @@
+"""Packed weights: which tensors are numbers only beside others, which those are, and by what scheme."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import NamedTuple
+
+from builder.base.errors import Problem, SourceError, clipped
+from builder.base.files import parse_json
+from builder.tensors.lazy import DType, LazyTensor, MemoryTensor
+
+# Several numbers in a byte, or scales: no plain cast says what their elements are worth.
+OPAQUE = {DType.F4, DType.F6_E2M3, DType.F6_E3M2, DType.F8_E8M0}
+
+
+class Scheme(NamedTuple):
+    """A way to pack a layer's weight: by names, after the layer's own, of tensors that lie beside it.
+
+    One of `told_by` tells the scheme; `beside` are what else belongs to it and means nothing alone.
+    """
+
+    name: str
+    told_by: tuple[str, ...]
+    beside: tuple[str, ...] = ()
+
+
+GENERIC = "scaled"  # whose name the type of the weight completes
+# The first of them that is told is meant: several share names.
+SCHEMES = (
+    Scheme("NVFP4", ("weight_scale_2",), ("weight_scale", "input_scale", "pre_quant_scale", "comfy_quant")),
+    Scheme(
+        "compressed-tensors",
+        ("weight_packed", "weight_global_scale"),
+        ("weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx", "input_global_scale"),
+    ),
+    Scheme("W4A8", ("weight_s_rel", "weight_s_channel", "weight_codebook"), ("comfy_quant",)),
+    Scheme(
+        "SVDQuant",
+        ("wscales", "wtscale", "wcscales"),
+        ("qweight", "smooth_factor", "smooth_factor_orig", "proj_down", "proj_up"),
+    ),
+    Scheme("GPTQ or AWQ", ("qweight", "qzeros"), ("scales", "g_idx")),
+    Scheme("bitsandbytes NF4", ("weight.quant_state.bitsandbytes__nf4",)),
+    Scheme("bitsandbytes FP4", ("weight.quant_state.bitsandbytes__fp4",)),
+    Scheme(
+        "bitsandbytes",
+        ("weight.absmax", "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map", "SCB"),
+        ("weight_format",),
+    ),
+    Scheme("block FP8", ("weight_scale_inv",), ("input_scale",)),
+    Scheme("scaled FP8", ("scaled_fp8", "scale_weight", "scale_input")),
+    Scheme(GENERIC, ("comfy_quant", "weight_scale", "input_scale", "pre_quant_scale")),
+    Scheme("MLX", ("biases",), ("scales",)),
+)
+MARKER = "scaled_fp8"  # speaks of all that lies under its prefix
+DESCRIPTION = "comfy_quant"  # of a layer, as JSON
+IN_HEADER = "_quantization_metadata"  # metadata that hold the descriptions of all layers
+
+# Every such name by its last part.
+_SIDES = {side.rpartition(".")[2]: side for s in SCHEMES for side in (*s.told_by, *s.beside)}
+_MAX_DESCRIPTION = 1 << 12  # bytes
+
+
+@dataclass(frozen=True)
+class Packing:
+    """The packed tensors of a model or a part of one, by full name.
+
+    `weights` are those that mean nothing by themselves, each with its companions: types that are packed in
+    themselves have none. `companions` are all there are, each with its scheme.
+    """
+
+    tensors: Mapping[str, LazyTensor]
+    weights: Mapping[str, tuple[str, ...]]
+    companions: Mapping[str, Scheme]
+
+    def __bool__(self) -> bool:
+        return bool(self.weights or self.companions)
+
+    @property
+    def names(self) -> set[str]:
+        """All of them: no cast may touch any."""
+        return {*self.weights, *self.companions}
+
+    @property
+    def schemes(self) -> tuple[str, ...]:
+        """What the weights are packed by, in words; a few descriptions, which are small, are read."""
+        few = islice(self.weights.items(), 8)
+        told = [self._scheme(name, beside) for name, beside in few]
+        return tuple(dict.fromkeys(told or [scheme.name for scheme in self.companions.values()]))
+
+    @property
+    def evidence(self) -> str:
+        """How many weights there are, and one of them, or of the companions."""
+        for name, beside in self.weights.items():
+            with_ = f" beside `{beside[0]}`" if beside else ""
+            many = f"{len(self.weights):,} such tensors, as " if len(self.weights) > 1 else ""
+            return f"{many}`{name}` ({self.tensors[name].dtype.code}){with_}"
+        return f"`{next(iter(self.companions))}` is no weight, but says what others are worth"
+
+    def refused(self, what: str, hint: str) -> SourceError:
+        """The error that these weights, by the name of their scheme, `what` cannot be done with."""
+        schemes = " and ".join(self.schemes)
+        return SourceError(Problem(f"{schemes} weights {what}", evidence=(self.evidence,), hint=hint))
+
+    def _scheme(self, name: str, beside: tuple[str, ...]) -> str:
+        code = self.tensors[name].dtype.code
+        for side in beside:
+            if side.endswith(DESCRIPTION) and (said := _format(self.tensors[side])) is not None:
+                return said
+        scheme = next((self.companions[side].name for side in beside if side in self.companions), code)
+        return f"scaled {code.partition('_')[0]}" if scheme == GENERIC else scheme
+
+
+def packing(tensors: Mapping[str, LazyTensor]) -> Packing:
+    """What of some tensors is packed; nothing is read."""
+    found = companions(tensors)
+    beside: dict[str, list[str]] = defaultdict(list)
+    for name in found:
+        beside[_split(name)[0]].append(name)
+    marked = _marked(found, (n for n, t in tensors.items() if _is_eight(t) and n not in found))
+    weights = {}
+    for name, tensor in tensors.items():
+        layer, _, own = name.rpartition(".")
+        few = _is_eight(tensor) or not tensor.dtype.floating
+        sides = beside.get(layer, []) if own == "weight" and few else []
+        if sides or name in marked or tensor.dtype in OPAQUE:
+            weights[name] = tuple(dict.fromkeys((*sides, *marked.get(name, ()))))
+    return Packing(tensors, weights, found)
+
+
+def _is_eight(tensor: LazyTensor) -> bool:
+    return tensor.dtype.bits == 8 and tensor.dtype.floating
+
+
+def _marked(companions: Iterable[str], names: Iterable[str]) -> dict[str, tuple[str]]:
+    """Of names those that lie under a marker, each with the nearest."""
+    markers = [(n.removesuffix(MARKER), n) for n in companions if _split(n)[1] == MARKER]
+    if not markers:
+        return {}
+    found: dict[str, tuple[str]] = {}
+    around: list[tuple[str, str]] = []
+    # Sorted, all that lies under a marker follows it: one look at a name, however many markers there are.
+    for text, marker in sorted([*markers, *((n, "") for n in names)]):
+        while around and not text.startswith(around[-1][0]):
+            around.pop()
+        if marker:
+            around.append((text, marker))
+        elif around:
+            found[text] = (around[-1][1],)
+    return found
+
+
+def companions(names: Iterable[str]) -> dict[str, Scheme]:
+    """Of all names those of companions of packed weights, each with its scheme, in the order of the names."""
+    sides: dict[str, set[str]] = defaultdict(set)
+    split = {name: at for name in names if (at := _split(name))[1]}
+    for layer, side in split.values():
+        sides[layer].add(side)
+    told = {at: next((s for s in SCHEMES if held & {*s.told_by}), None) for at, held in sides.items()}
+    return {
+        name: scheme
+        for name, (layer, side) in split.items()
+        if (scheme := told[layer]) is not None and side in (*scheme.told_by, *scheme.beside)
+    }
+
+
+def _split(name: str) -> tuple[str, str]:
+    """The layer that a companion is of, and what it is; of any other tensor, nothing."""
+    side = _SIDES.get(name.rpartition(".")[2], "")
+    layer = name.removesuffix(side)
+    return (layer.removesuffix("."), side) if side and layer != name and layer[-1:] in ("", ".") else ("", "")
+
+
+def _format(description: LazyTensor) -> str | None:
+    """The name of a scheme by what describes a layer."""
+    if description.nbytes > _MAX_DESCRIPTION:
+        return None
+    try:
+        said = parse_json(bytes(description.tobytes()))
+    except ValueError:
+        return None
+    name = said.get("format") if isinstance(said, dict) else None
+    return clipped(name, 40) if isinstance(name, str) else None
+
+
+def described(tensors: Mapping[str, LazyTensor], text: str) -> dict[str, LazyTensor] | None:
+    """The descriptions of layers that a header holds as `IN_HEADER`, as the tensors that say the same.
+
+    `text` is JSON of `{"layers": {LAYER: {"format": …, …}}}`; programs turn it into these tensors when they
+    load a file. None where it is anything else, or speaks of a layer that `tensors` do not have.
+    """
+    try:
+        said = parse_json(text.encode())
+    except ValueError:
+        return None
+    layers = said.get("layers") if isinstance(said, dict) else None
+    if not isinstance(layers, dict) or not all(isinstance(v, dict) for v in layers.values()):
+        return None
+    if any(f"{layer}.weight" not in tensors for layer in layers):
+        return None
+    made: dict[str, LazyTensor] = {}
+    for layer, description in layers.items():
+        data = json.dumps(description).encode()
+        made[f"{layer}.{DESCRIPTION}"] = MemoryTensor(DType.U8, (len(data),), data)
+    return made

@@ -1,0 +1,116 @@
+"""Recipes that the program writes are recipes that it reads, whatever files are called."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+from builder.base.errors import OutputError
+from builder.recipe import Pick, parse_recipe
+from builder.recipe.names import recipe_name
+from builder.toolkit.command_recipe import CommandRecipe
+from tests.help.building import Folder, catalog, content, files, model, save
+
+ODD = ['a:b"c?d<e>f|g*h', "~home", "C:x", "a\\b", " lead", "tail ", "..", "NEW x", "-o", "é\u202ef", "İ" * 80]
+
+letters = st.sampled_from("abA.:?*\"'<>|\\~ -_#[]{}=%éßİ\u202e\u0301\U0001f600") | st.characters()
+names = st.text(letters, min_size=1, max_size=100).filter(lambda n: not re.search("[/\0]", n))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Folder:
+    """A folder with a component alone."""
+    made = Folder.below(tmp_path)
+    save(made / "vae.safetensors", model("VAE-mini"))
+    return made
+
+
+@settings(max_examples=300, deadline=None)
+@given(source=names, target=names, place=st.sampled_from(["", "out", "odd: out", ".."]))
+def test_every_saved_recipe_is_read(source: str, target: str, place: str) -> None:
+    file = Path("/models") / f"{source}.ckpt"
+    name = recipe_name(file)
+    goal = Path("/models") / place / f"{target}.safetensors"
+    picks = {"VAE-mini": Pick("VAE-mini", name)}
+    recipe = CommandRecipe(f"{name}.vae", {name: file}, new="VAE-mini", components=picks)
+    try:
+        text = recipe.saved(Path("/models/r.toml"), goal, catalog()).decode()
+    except OutputError as error:
+        assert re.search("[\x00-\x1f\x7f\ud800-\udfff]", source), error
+        return
+    read = parse_recipe(text, "r.toml", catalog())
+    assert read.sources[name].file == file.name
+    written = read.outputs[0].file
+    below = goal.relative_to("/models").as_posix() if ".." not in goal.parts else goal.name
+    if re.search(r'^~|[\x00-\x1f\x7f\\:*?"<>|\ud800-\udfff]', below):
+        assert re.fullmatch(r'[^/\x00-\x1f\x7f\\:*?"<>|]+\.safetensors', written)
+    else:
+        assert written == below
+
+
+def test_a_namesake_is_no_source() -> None:
+    """Where `A` and `a` are one file, the recipe must not replace what it reads."""
+    for source, target in (("a-b", "a:b"), ("model", "Model")):
+        file = Path(f"/models/{source}.safetensors")
+        recipe = CommandRecipe("r", {source: file}, base=source, components={})
+        text = recipe.saved(Path("/models/r.toml"), Path(f"/models/{target}.safetensors"), catalog())
+        named = parse_recipe(text.decode(), "r.toml", catalog()).outputs[0].file
+        assert named == f"{target.replace(':', '-')}(1).safetensors"
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_a_saved_recipe_makes_the_same_bytes(folder: Folder, name: str) -> None:
+    (folder / "vae.safetensors").rename(folder / f"{name}.safetensors")
+    (folder / "out").mkdir()
+    target = f"out/{name}.safetensors"
+    said = folder("extract", f"./{name}.safetensors", "VAE", "-o", target, "--save-recipe", "r.toml")
+    assert said.code == 0, said.err
+    first = (folder / target).read_bytes()
+    before = files(folder.path)
+    assert folder("build", "r.toml").code == 0
+    made = {f for f in files(folder.path) - before if f.endswith(".safetensors")}
+    assert [(folder / m).read_bytes() for m in made or {target}] == [first]
+    assert ("no recipe can call it" in said.err) == bool(made)
+    assert folder("build", "r.toml", "--locked").code == 0
+
+
+def test_a_name_that_is_none_is_said_before_anything_is_made(folder: Folder) -> None:
+    (folder / "vae.safetensors").rename(folder / "a\nb.safetensors")
+    said = folder("extract", "a\nb.safetensors", "VAE", "-o", "x.safetensors", "--save-recipe", "r.toml")
+    assert said.code == 7
+    assert said.err == (
+        "error: no recipe can name this file\n"
+        "  --> a\\nb.safetensors\n"
+        "   = its name has a control character, or what is not valid Unicode\n"
+        "hint: rename it, or leave `--save-recipe` out\n"
+    )
+    assert files(folder.path) == {"a\nb.safetensors"}
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(name=names)
+def test_every_new_recipe_is_read(folder: Folder, name: str) -> None:
+    path = folder / f"{name}.safetensors"
+    try:
+        path.write_bytes((folder / "vae.safetensors").read_bytes())
+    except (OSError, UnicodeEncodeError):  # too long, or no name at all
+        assume(False)
+    try:
+        said = folder("new", "-q", str(path), "-o", "n.toml", "--force")
+        assert (said.code, said.err) == (0, "")
+        text = (folder / "n.toml").read_text(encoding="utf-8")
+        assert parse_recipe(text, "n.toml", catalog()).outputs
+    finally:
+        path.unlink()
+
+
+@pytest.mark.parametrize("name", [*ODD, "MODEL"])
+def test_a_new_recipe_makes_the_same_tensors(folder: Folder, name: str) -> None:
+    (folder / "vae.safetensors").rename(folder / f"{name}.safetensors")
+    assert folder("new", "-q", f"./{name}.safetensors", "-o", "n.toml").code == 0
+    assert folder("build", "n.toml", "-o", "x.safetensors").code == 0
+    assert content(folder / "x.safetensors") == content(folder / f"{name}.safetensors")

@@ -1,0 +1,167 @@
+"""A store from elsewhere: what stands in the place of its files holds nothing up and leads nowhere."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from builder.store import Store
+from builder.store.strays import FOLDERS, strays
+from builder.store.upkeep import collect
+from tests.help.building import Folder
+from tests.help.special_files import pipe, socket, zeros
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="has no such files")
+
+SOUND = b"the user's own, and none of the store's\n"
+
+
+def _folder(path: Path) -> None:
+    (path / "in").mkdir(parents=True)
+    (path / "in" / "it").write_bytes(SOUND)
+
+
+def _empty(path: Path) -> None:
+    path.mkdir()
+
+
+def _link(path: Path) -> None:
+    path.symlink_to(_precious(path))
+
+
+def _precious(path: Path) -> Path:
+    return next(p for p in path.parents if (p / "own").is_dir()) / "own" / "ab" / "precious.json"
+
+
+SPECIAL = [pipe, zeros, socket, _folder, _empty, _link]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Folder:
+    made = Folder.below(tmp_path).mini()
+    own = tmp_path / "own" / "ab"
+    own.mkdir(parents=True)
+    (own / "precious.json").write_bytes(SOUND)
+    made.build()
+    return made
+
+
+def _is_whole(folder: Folder) -> None:
+    own = folder.path.parent / "own"
+    assert [p.read_bytes() for p in own.rglob("*.json")] == [SOUND]
+    assert sorted(p.name for p in own.rglob("*")) == ["ab", "precious.json"]
+
+
+@pytest.mark.parametrize("special", SPECIAL, ids=lambda make: make.__name__.strip("_"))
+def test_what_is_no_record_is_none(folder: Folder, special: Callable[[Path], None]) -> None:
+    """Something else is where a record was: it is made again, found by a check, removed by a collection."""
+    records = [p for p in folder.store.rglob("*.json") if p.is_file()]
+    assert {p.relative_to(folder.store).parts[0] for p in records} == {
+        "actions",
+        "components",
+        "facts",
+        "files",
+    }
+
+    def spoil() -> None:
+        for path in records:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            path.unlink(missing_ok=True)
+            special(path)
+
+    spoil()
+    (folder / "mini.safetensors").unlink()
+    assert folder.build()["outputs"][0]["state"] == "written"
+    left = {p.relative_to(folder.store).parts[0] for p in strays(folder.store)}
+    assert left <= {"files"}, "each was replaced when it was written anew, but that of the file that is gone"
+    assert folder.build()["outputs"][0]["state"] == "unchanged"
+
+    spoil()
+    said = folder("store", "check")
+    assert said.code == 1 and said.err.count("stands where another thing is due") == len(records)
+    assert folder("store", "check").code == 0
+    folder("store", "gc")
+    spoil()
+    assert f"removed {len(records)} things" in folder("store", "gc").out
+    assert folder("store", "check").code == 0 and not strays(folder.store)
+    folder("store", "gc")
+    assert not list((folder.store / "quarantine").iterdir())
+    _is_whole(folder)
+
+
+@pytest.mark.parametrize("special", [pipe, zeros, _link], ids=lambda make: make.__name__.strip("_"))
+@pytest.mark.parametrize("name", sorted(FOLDERS))
+def test_a_folder_of_the_store_that_is_none(
+    folder: Folder, name: str, special: Callable[[Path], None]
+) -> None:
+    place = folder.store / name
+
+    def spoil() -> None:
+        if place.is_dir() and not place.is_symlink():
+            shutil.rmtree(place)
+        place.parent.mkdir(exist_ok=True)
+        if not place.is_symlink() and not place.exists():
+            special(place)
+
+    spoil()
+    (folder / "mini.safetensors").unlink()
+    assert folder("build", "mini.toml").code == 0
+    spoil()
+    assert folder("store", "check").code == 1
+    assert folder("store", "check").code == 0
+    spoil()
+    assert folder("store", "gc").code == 0
+    assert folder("store", "check").code == 0
+    _is_whole(folder)
+
+
+@pytest.mark.parametrize("name", sorted(FOLDERS))
+def test_a_link_to_a_folder_of_the_users_is_not_followed(folder: Folder, name: str) -> None:
+    """Nothing below it is taken for the store's: neither set aside nor removed, nor written to."""
+    own, place = folder.path.parent / "own", folder.store / name
+    shutil.rmtree(place, ignore_errors=True)
+    place.parent.mkdir(exist_ok=True)
+    for words in (
+        ("store", "check"),
+        ("store", "gc", "--max-size", "0"),
+        ("store", "list"),
+        ("build", "mini.toml"),
+    ):
+        place.unlink(missing_ok=True) if place.is_symlink() else shutil.rmtree(place, ignore_errors=True)
+        place.symlink_to(own)
+        (folder / "mini.safetensors").unlink(missing_ok=True)
+        assert folder(*words).code in (0, 1)
+        _is_whole(folder)
+
+
+def test_a_download_is_gathered_in_no_file_of_the_users(tmp_path: Path) -> None:
+    """Links in the places of an unfinished download, of its journal and of its lock."""
+    own = tmp_path / "own"
+    own.write_bytes(SOUND)
+    store = Store(tmp_path / "store")
+    partial = store.partial_path("https://example.com/x")
+    places = [partial, *(partial.with_name(f"{partial.name}.{end}") for end in ("journal", "lock"))]
+    for place in places:
+        place.symlink_to(own)
+    assert store.partial_path("https://example.com/x") == partial
+    assert not any(p.is_symlink() for p in places)
+    partial.write_bytes(b"abc")
+    finished = store.download_path("a" * 64)
+    finished.mkdir()
+    assert store.keep_download(partial, "a" * 64).read_bytes() == b"abc"
+    assert own.read_bytes() == SOUND
+
+
+def test_a_collection_says_what_it_cannot_remove(folder: Folder) -> None:
+    _folder(folder.store / "actions" / "ab" / f"{'ab' * 32}.json")
+    done = collect(Store(folder.store))
+    assert done.strays == 1
+    held = folder.store / "quarantine"
+    assert [p.read_bytes() for p in held.rglob("it")] == [SOUND], "what it held is kept until the next one"
+    assert json.loads(folder("store", "gc", "--json").out)["freed"] == 0
