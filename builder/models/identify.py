@@ -240,10 +240,13 @@ def identify(specs: Mapping[str, Spec], catalog: Catalog) -> Identity:
         matches = [replace(m, usual_prefix=_usual_prefix(m, home, catalog)) for m in matches]
     if not intact:
         matches = [replace(m, broken=m.under != "" and not m.ema) for m in matches]
-    own = _companions(specs, [*matches, *duplicates], catalog)
+    # What other components have besides, whose required tensors are these very ones.
+    explained = {full for m in matches for full in m.full}
+    besides = {full for m in found if not explained.isdisjoint(m.full) for full in m.full} - explained
+    own = _companions(specs, [*matches, *duplicates], besides, catalog)
     complete = [replace(m, companions=own[i]) for i, m in enumerate([*matches, *duplicates])]
     matches, duplicates = complete[: len(matches)], complete[len(matches) :]
-    rest = _sort_leftovers(specs, matches, duplicates, found, catalog)
+    rest = _sort_leftovers(specs, matches, duplicates, besides, catalog)
     return Identity(
         architecture,
         intact,
@@ -469,10 +472,9 @@ def as_class(match: Match, cls: str, specs: Mapping[str, Spec], catalog: Catalog
         for found in _spellings(candidates, under, names, specs, catalog):
             if isinstance(found, Match) and found.required and not set(match.full).isdisjoint(found.full):
                 layers, held = _layers(found), {*found.full}
-                beyond = (
-                    (_own_name(n, found, layers), n) for n in match.companions.values() if n not in held
-                )
-                return replace(found, companions={bare: n for bare, n in beyond if bare is not None})
+                beyond = ((n, _own_name(n, found, layers)) for n in match.companions.values())
+                kept = {bare: n for n, bare in beyond if bare is not None and n not in held}
+                return replace(found, companions=kept)
     return None
 
 
@@ -618,7 +620,7 @@ def _usual_prefix(match: Match, home: Architecture, catalog: Catalog) -> str | N
 
 
 def _companions(
-    specs: Mapping[str, Spec], matches: Sequence[Match], catalog: Catalog
+    specs: Mapping[str, Spec], matches: Sequence[Match], besides: Container[str], catalog: Catalog
 ) -> dict[int, dict[str, str]]:
     """By each match's place, the tensors beyond its table that belong to it: unprefixed names to full ones.
 
@@ -642,7 +644,7 @@ def _companions(
     layers: dict[int, dict[str, str]] = {}
     found: dict[int, dict[str, str]] = defaultdict(dict)
     for name, spec in specs.items():
-        if name in taken or _is_optional(name, spec, catalog) or JUNK.match(name):
+        if name in taken or name in besides or _is_optional(name, spec, catalog) or JUNK.match(name):
             continue
         under = next((u for u in places if name.startswith(u)), None)
         owners = set(at[under]) if under is not None else set()
@@ -695,7 +697,7 @@ def _sort_leftovers(
     specs: Mapping[str, Spec],
     matches: Iterable[Match],
     duplicates: Iterable[Match],
-    found: Iterable[Match],
+    besides: Container[str],
     catalog: Catalog,
 ) -> dict[str, list[str]]:
     """Every tensor that is no part of the model, by what it is."""
@@ -704,8 +706,6 @@ def _sort_leftovers(
     explained = {full for m in model for full in m.full}
     averaged = {full for m in matches for full in m.full} - explained
     second = {full for m in duplicates for full in m.full}
-    # What another component has besides, whose required tensors are these very ones.
-    besides = {full for m in found if any(n in explained for n in m.full) for full in m.full}
     scales = companions(specs)
     for name, spec in specs.items():
         if name in explained:

@@ -137,7 +137,7 @@ def test_attention_biases_with_dimensions_of_one_are_biases() -> None:
 
 
 def test_wrappers_are_taken_off(tmp_path: Path) -> None:
-    plain = model()
+    plain = model("SD-mini")
     for name, wrap in (
         ("outside", lambda n: f"module._orig_mod.{n}"),
         ("inside", lambda n: n.replace(UNET, f"{UNET}_orig_mod.").replace(".0.0.", ".0._orig_mod.0.")),
@@ -155,7 +155,7 @@ def test_wrappers_are_taken_off(tmp_path: Path) -> None:
 
 def diffusers(folder: Folder) -> Path:
     """The miniature model as a diffusers folder."""
-    save(folder / "mini.safetensors", model())
+    save(folder / "mini.safetensors", model("SD-mini"))
     assert folder("convert", "mini.safetensors", "-o", "out/").code == 0
     return folder / "out"
 
@@ -192,7 +192,7 @@ def test_mixed_names_are_replaced_pruned_and_converted(folder: Folder) -> None:
     out = diffusers(folder)
     plain = content(folder / "mini.safetensors")
     inside = f"text_encoders.clip_l.transformer.{TEXT}"
-    held = {n.replace(CLIP, inside): t for n, t in model().items() if not n.startswith(VAE)}
+    held = {n.replace(CLIP, inside): t for n, t in model("SD-mini").items() if not n.startswith(VAE)}
     with open_checkpoint(out / "vae/diffusion_pytorch_model.safetensors") as vae:
         held |= {f"vae.{n}": MemoryTensor(t.dtype, t.shape, bytes(t.tobytes())) for n, t in vae.items()}
     save(folder / "mixed.safetensors", held)
@@ -216,7 +216,10 @@ def test_a_component_alone_is_converted_to_the_names_that_it_is_published_under(
     made = folder("convert", "out/vae", "-o", "vae.safetensors")
     assert made.code == 0 and "VAE-mini-SD: 248 tensors get their usual names" in made.err
     assert content(folder / "vae.safetensors") == parts(plain, VAE)
-    save(folder / "clip.safetensors", {n.removeprefix(CLIP): t for n, t in model().items() if CLIP in n})
+    save(
+        folder / "clip.safetensors",
+        {n.removeprefix(CLIP): t for n, t in model("SD-mini").items() if CLIP in n},
+    )
     assert folder("convert", "clip.safetensors", "-o", "clip_l.ckpt").code == 0
     assert {n for n in content(folder / "clip_l.ckpt") if not n.startswith(TEXT)} == set()
     # What has its usual names already is left as it is.
@@ -236,17 +239,19 @@ def test_what_is_written_alone_is_tidy(folder: Folder) -> None:
 
 
 def test_a_tensor_in_another_shape_is_never_called_missing(folder: Folder) -> None:
-    held = dict(model())
+    held = dict(model("SD-mini"))
     name = f"{UNET}input_blocks.0.0.weight"
     held[name] = Reshaped(held[name], (held[name].shape[0], held[name].shape[1] * 9, 1, 1))
     save(folder / "odd.safetensors", held)
-    shapes = f"`input_blocks.0.0.weight` is {list(held[name].shape)}, not {list(model()[name].shape)}"
+    shapes = (
+        f"`input_blocks.0.0.weight` is {list(held[name].shape)}, not {list(model('SD-mini')[name].shape)}"
+    )
     for words in (
         ("extract", "odd.safetensors", "UNET-mini", "-o", "x.safetensors"),
         ("inspect", "odd.safetensors"),
         ("replace", "mini.safetensors", "UNET=odd.safetensors", "-o", "x.safetensors"),
     ):
-        save(folder / "mini.safetensors", model())
+        save(folder / "mini.safetensors", model("SD-mini"))
         made = folder(*words)
         text = " ".join((made.out + made.err).split())
         assert shapes in text and "ckpt components learn" in text and "missing" not in text, text
@@ -256,10 +261,10 @@ def test_a_tensor_in_another_shape_is_never_called_missing(folder: Folder) -> No
 
 
 def test_a_diff_says_that_only_shapes_are_other(folder: Folder) -> None:
-    held = dict(model())
+    held = dict(model("SD-mini"))
     for name in [n for n in held if ".attn_1." in n and n.endswith(".bias") and ".norm." not in n]:
         held[name] = Reshaped(held[name], (*held[name].shape, 1, 1))
-    save(folder / "a.safetensors", model())
+    save(folder / "a.safetensors", model("SD-mini"))
     save(folder / "b.safetensors", held)
     assert "B is A with some tensors in other shapes" in folder("diff", "a.safetensors", "b.safetensors").out
     fixed = folder("prune", "b.safetensors", "-o", "c.safetensors", "--precision", "fp32")

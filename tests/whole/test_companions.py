@@ -32,7 +32,7 @@ def packed(dtype: DType, shape: tuple[int, ...]) -> LazyTensor:
     return MemoryTensor(dtype, shape, bytes(i % 100 for i in range(prod(shape))))
 
 
-SHAPE = model()[UNET + WEIGHT].shape
+SHAPE = model("SD-mini")[UNET + WEIGHT].shape
 # Files as people have them, by what is in their UNET beside or instead of its table.
 UNETS: dict[str, dict[str, LazyTensor]] = {
     "a second time projection": {"time_embed.cond_proj.weight": values([[0.1, 1e-9], [3.0, 4.0]])},
@@ -62,8 +62,8 @@ def folder(tmp_path: Path) -> Folder:
 def unet(request: pytest.FixtureRequest, folder: Folder) -> dict[str, LazyTensor]:
     """What is beyond or other than the table; the model that has it is `a.safetensors`, another `b`."""
     found = UNETS[request.param]
-    save(folder / "a.safetensors", {**model(), **{UNET + n: t for n, t in found.items()}})
-    save(folder / "b.safetensors", model(seed=3))
+    save(folder / "a.safetensors", {**model("SD-mini"), **{UNET + n: t for n, t in found.items()}})
+    save(folder / "b.safetensors", model("SD-mini", seed=3))
     return found
 
 
@@ -171,7 +171,7 @@ def test_what_would_lose_its_meaning_is_refused_by_name(
 
 def test_companions_of_a_misspelt_attention_are_spelt_as_it_is(folder: Folder) -> None:
     """As diffusers names an autoencoder's attention."""
-    tensors = {n.replace("attn_1.q.", "attn_1.to_q."): t for n, t in model().items()}
+    tensors = {n.replace("attn_1.q.", "attn_1.to_q."): t for n, t in model("SD-mini").items()}
     scale = next(n for n in tensors if "mid.attn_1.to_q.weight" in n).replace("weight", "weight_scale")
     save(folder / "a.safetensors", {**tensors, scale: values([SMALL])})
     assert folder("extract", "a.safetensors", "vae", "-o", "v.safetensors").code == 0
@@ -184,24 +184,26 @@ def test_an_average_is_promoted_with_its_companions(folder: Folder) -> None:
     more = {UNET + "time_embed.cond_proj.weight": values([1.0])}
     average = {n: t for n, t in make("SD-mini", dirt=DIRTY, catalog=catalog()).tensors.items() if "ema" in n}
     ema = "model_ema.diffusion_modeltime_embedcond_projweight"
-    save(folder / "a.safetensors", {**model(), **more, **average, ema: values([0.5])})
+    save(folder / "a.safetensors", {**model("SD-mini"), **more, **average, ema: values([0.5])})
     assert folder("extract", "a.safetensors", "UNET-mini-EMA", "-o", "e.safetensors").code == 0
     assert content(folder / "e.safetensors")["time_embed.cond_proj.weight"][2] == b"\0\x38"
     assert folder("prune", "a.safetensors", "-o", "p.safetensors").code == 0
-    assert content(folder / "p.safetensors").keys() == {*model(), *more}
+    assert content(folder / "p.safetensors").keys() == {*model("SD-mini"), *more}
 
 
 def test_a_tokenizer_beside_a_bare_text_encoder(folder: Folder) -> None:
-    bare = {n.removeprefix(CLIP): t for n, t in model().items() if n.startswith(CLIP)}
+    bare = {n.removeprefix(CLIP): t for n, t in model("SD-mini").items() if n.startswith(CLIP)}
     save(folder / "c.safetensors", {**bare, "spiece_model": text(b"\0\xff a sentence piece")})
-    save(folder / "b.safetensors", model(seed=3))
+    save(folder / "b.safetensors", model("SD-mini", seed=3))
     assert folder("replace", "b.safetensors", "CLIP=c.safetensors", "-o", "r.safetensors").code == 0
     held(content(folder / "r.safetensors"), {CLIP + "spiece_model": text(b"\0\xff a sentence piece")})
 
 
 def test_of_two_bare_components_each_has_what_lies_in_it(folder: Folder) -> None:
     bare = {
-        n.removeprefix(CLIP).removeprefix(VAE): t for n, t in model().items() if n.startswith((CLIP, VAE))
+        n.removeprefix(CLIP).removeprefix(VAE): t
+        for n, t in model("SD-mini").items()
+        if n.startswith((CLIP, VAE))
     }
     mine = {"decoder.conv_out.weight_scale": values([SMALL]), "whose": values([1.0])}
     save(folder / "two.safetensors", {**bare, **mine})
@@ -214,13 +216,13 @@ def test_of_two_bare_components_each_has_what_lies_in_it(folder: Folder) -> None
 
 
 def test_position_ids_of_another_shape_are_mended(folder: Folder) -> None:
-    flat = MemoryTensor(DType.I64, (77,), bytes(model()[IDS].tobytes()))
-    save(folder / "a.safetensors", {**model(), IDS: flat})
+    flat = MemoryTensor(DType.I64, (77,), bytes(model("SD-mini")[IDS].tobytes()))
+    save(folder / "a.safetensors", {**model("SD-mini"), IDS: flat})
     assert folder("extract", "a.safetensors", "clip", "-o", "c.safetensors").code == 0
-    held(content(folder / "c.safetensors"), {IDS.removeprefix(CLIP): flat})
+    held(content(folder / "c.safetensors"), {IDS.removeprefix(CLIP): flat}, "text_model.")
     args = ("extract", "a.safetensors", "clip", "-o", "d.safetensors", "--fix", "clip-position-ids")
     assert folder(*args).code == 0
-    held(content(folder / "d.safetensors"), {IDS.removeprefix(CLIP): model()[IDS]})
+    held(content(folder / "d.safetensors"), {IDS.removeprefix(CLIP): model("SD-mini")[IDS]}, "text_model.")
 
 
 # -- descriptions in the header
@@ -236,7 +238,7 @@ def described(path: Path, *layers: str, prefix: str = UNET, tensors: Mapping[str
 
 def test_what_the_header_says_of_layers_goes_with_them(folder: Folder) -> None:
     more = {UNET + n: t for n, t in UNETS["scaled I8"].items()}
-    described(folder / "a.safetensors", "out.2", tensors={**model(), **more})
+    described(folder / "a.safetensors", "out.2", tensors={**model("SD-mini"), **more})
     keep = ("--precision", "keep")
     description = {"out.2.comfy_quant": text(DESCRIPTION)}
     for args, file, prefix in (
@@ -258,11 +260,11 @@ def test_what_the_header_says_of_layers_goes_with_them(folder: Folder) -> None:
     ["", "no JSON", "[]", '{"layers": 1}', '{"layers": {"out.2": {}}}', '{"layers": {"x": 1}}', "[" * 99999],
 )
 def test_a_header_that_says_something_else_stays_as_it_is(folder: Folder, said: str) -> None:
-    write(folder / "a.safetensors", model(), {"_quantization_metadata": said})
+    write(folder / "a.safetensors", model("SD-mini"), {"_quantization_metadata": said})
     assert folder("convert", "a.safetensors", "-o", "c.safetensors").code == 0
     with open_checkpoint(folder / "c.safetensors") as made:
         assert made.metadata["_quantization_metadata"] == said
-        assert made.keys() == model().keys()
+        assert made.keys() == model("SD-mini").keys()
 
 
 # -- where the table does not fit
@@ -277,7 +279,7 @@ def test_tables_of_bitsandbytes_are_not_rounded(folder: Folder) -> None:
         weight + ".quant_map": values([0.1, -0.1]),
         weight + ".quant_state.bitsandbytes__nf4": text({"blocksize": 64}),
     }
-    save(folder / "a.safetensors", {**model(), **nf4})
+    save(folder / "a.safetensors", {**model("SD-mini"), **nf4})
     said = folder("convert", "a.safetensors", "-o", "c.safetensors", "--precision", "fp16")
     assert said.code == 6 and "bitsandbytes NF4 weights cannot be cast" in said.err
     assert folder("prune", "a.safetensors", "--force", "-o", "p.safetensors").code == 0
@@ -285,7 +287,7 @@ def test_tables_of_bitsandbytes_are_not_rounded(folder: Folder) -> None:
 
 
 def test_a_folder_whose_scales_have_no_place_is_refused(folder: Folder) -> None:
-    save(folder / "a.safetensors", model())
+    save(folder / "a.safetensors", model("SD-mini"))
     assert folder("convert", "a.safetensors", "-o", "f/").code == 0
     path = folder / "f" / "unet" / "diffusion_pytorch_model.safetensors"
     found = {n: MemoryTensor(DType[c], s, d) for n, (c, s, d) in content(path).items()}
