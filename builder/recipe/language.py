@@ -31,6 +31,7 @@ from builder.base.kinds import (
 from builder.models.prediction import EMPTY
 from builder.operations.fixes import Fix
 from builder.operations.registry import Operation, Param
+from builder.recipe.names import UNSHOWN
 from builder.recipe.recipe import FORMAT
 
 if TYPE_CHECKING:
@@ -82,9 +83,8 @@ class Vocabulary:
 
 
 CLEAN = (NOT_EMPTY, NO_CONTROLS)
-# What turns text around, or has no width, has a file's name read as another.
 SHOWN = Rule(
-    r"[\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]",
+    f"[{UNSHOWN}]",
     "{key} holds a character that does not show, or turns others around",
     forbid=True,
 )

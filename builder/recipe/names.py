@@ -10,6 +10,8 @@ from pathlib import Path
 
 SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")  # of checkpoints; of an index below them too
 WRITTEN = SUFFIXES[:3]  # what a recipe can make
+# What turns text around, or has no width, has a file's name read as another.
+UNSHOWN = r"\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff"
 SHARD = re.compile(r".+-\d{5}-of-\d{5}\.(?:safetensors|bin)", re.IGNORECASE)
 _ENDINGS = re.compile(r"(?:\.(?:safetensors|ckpt|pt))+", re.IGNORECASE)  # within a name too
 _MODEL = re.compile(r"(.+?)(?:\.(?:safetensors|ckpt|pt|pth|bin))?(?:\.index\.json)?", re.IGNORECASE)
@@ -36,7 +38,7 @@ def recipe_name(path: Path, taken: Iterable[str] = ()) -> str:
 
 def portable(name: str) -> str:
     """A file's name with `-` for what other file systems, or recipes, cannot have in it."""
-    return re.sub(r'^~|[\x00-\x1f\x7f\\/:*?"<>|\ud800-\udfff]', "-", name)
+    return re.sub(rf'^~|[\x00-\x1f\x7f\\/:*?"<>|\ud800-\udfff{UNSHOWN}]', "-", name)
 
 
 def numbered(path: Path, suffix: str | None = None) -> Iterator[Path]:

@@ -250,7 +250,7 @@ PART = '[layouts.x]\nextends = "SD-v1"\n[layouts.x.parts.vae]\n'
         (
             "architectures/a.toml",
             '["\\u001b"]\nslots = ["A"]',
-            "an architecture's name is not a word that can be shown",
+            "an architecture's name is no word that files can be named by",
         ),
         ("mine.toml", 'name = ""\nkeys = 1', "`name` is not a word that can be shown"),
         ("mine.toml", 'name = "a\\u001b[2J"\nkeys = 1', "`name` is not a word that can be shown"),
@@ -430,7 +430,7 @@ _rule = st.builds(TensorRule, _shape, st.sampled_from([None, None, None, "I64"])
 @example({"a": TensorRule((1,)), "a.shape": TensorRule((1,)), ".x": TensorRule(()), "": TensorRule((2,))})
 @example({f"{a}.{b}.{w}": TensorRule((a * b,)) for a in range(3) for b in range(3) for w in ("x", "y")})
 def test_a_learned_table_expands_to_what_it_was_learned_from(tensors: dict[str, TensorRule]) -> None:
-    text = compress(tensors, name='o"dd\\', prefix="\n", **{"class": "C"})
+    text = compress(tensors, name="o'dd", prefix="\n", **{"class": "C"})
     assert parse_table(text, "t.toml").expand({}) == tensors
 
 

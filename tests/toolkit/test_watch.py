@@ -602,7 +602,7 @@ def test_killed_at_any_moment_nothing_is_lost(folder: Folder, tmp_path: Path) ->
     kills = 0
     while any((folder / f"in/{name}").exists() for name in sources):
         process = start(folder, "--once")
-        process.join(chance.uniform(0.05, 0.9) if kills < 12 else None)
+        process.join(chance.uniform(0.05, 0.5) if kills < 12 else None)
         if process.is_alive():
             process.kill()
             process.join()
