@@ -402,35 +402,36 @@ def _link(fd: int, folder: _Folder, name: str) -> None:
 
 
 @contextmanager
-def new_folder(path: Path, *, durable: bool = True) -> Iterator[Path]:
+def new_folder(path: Path, *, durable: bool = True, anew: bool = True) -> Iterator[Path]:
     """A new folder that becomes `path` when the block ends, and vanishes when the block fails.
 
     Until then it lies beside `path` under a temporary name; what a killed process left of one is removed
     by the next. An existing folder is never replaced, unless it is empty. With `durable` names are on
-    disk at the end; files are their writers' concern.
+    disk at the end; files are their writers' concern. Without `anew`, `path` may be taken until the end.
     Raises OutputError when `path` is taken, and for every OSError of making the folder or of the block.
     """
-    if os.path.lexists(path) and not _is_empty_folder(path):
-        raise _taken(path)
+    if anew:
+        check_free(path)
     with _beside(path) as temp:
         yield temp
         if durable:
             for folder, _, _ in os.walk(temp):
                 sync_folder(Path(folder))
+        check_free(path)
         temp.rename(path)
         if durable:
             sync_folder(path.parent)
 
 
 @contextmanager
-def new_set(index: Path, *, durable: bool = True) -> Iterator[Path]:
+def new_set(index: Path, *, durable: bool = True, anew: bool = True) -> Iterator[Path]:
     """A new folder whose files are moved beside `index` when the block ends, and `index`, one of them, last.
 
     So the index never names a file that is not there. Existing files are never replaced.
     Raises OutputError when `index` or another name is taken, and as `new_folder` does.
     """
-    if os.path.lexists(index):
-        raise _taken(index)
+    if anew:
+        check_free(index)
     with _beside(index) as temp:
         yield temp
         made = sorted(temp.iterdir(), key=lambda p: (p.name == index.name, p.name))
@@ -438,8 +439,7 @@ def new_set(index: Path, *, durable: bool = True) -> Iterator[Path]:
         try:
             for file in made:
                 target = index.with_name(file.name)
-                if os.path.lexists(target):
-                    raise _taken(target)
+                check_free(target)
                 file.rename(target)
                 moved.append(target)
         except BaseException:
@@ -530,6 +530,8 @@ def _is_empty_folder(path: Path) -> bool:
         return False
 
 
-def _taken(path: Path) -> OutputError:
-    fact = f"`{path}` exists already"
-    return OutputError(Problem(fact, hint="remove it first, or give the output another name"))
+def check_free(path: Path) -> None:
+    """Raise OutputError when something has the name of what never replaces: all but an empty folder."""
+    if os.path.lexists(path) and not _is_empty_folder(path):
+        fact = f"`{path}` exists already"
+        raise OutputError(Problem(fact, hint="remove it first, or give the output another name"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from builder.base.errors import clipped
@@ -16,6 +17,8 @@ CONTAINERS = {
 }
 TYPES = {"F16": "fp16", "BF16": "bf16", "F32": "fp32", "F64": "fp64"}
 EXAMPLES = 5
+
+SIZE = r"[0-9]{1,15}(\.[0-9]{1,15})?\s*([KMGTkmgt]([Ii]?[Bb])?|[Bb])?"
 
 
 def spelling(name: str) -> str:
@@ -40,6 +43,14 @@ def fits_pattern(pattern: str, name: str) -> bool:
 def counted(number: int, noun: str) -> str:
     """A number and its noun, as in `1 key` and `1,131 keys`."""
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
+def parse_size(text: str) -> int | None:
+    """The bytes that a size such as `10GB` (decimal) or `2GiB` (binary) means; None: it is none."""
+    if re.fullmatch(SIZE, text) is None:
+        return None
+    number, unit = re.findall(r"[0-9.]+|[A-Za-z]+", text.upper() + "B")[:2]
+    return int(float(number) * (1024 if "I" in unit else 1000) ** "BKMGT".index(unit[0]))
 
 
 def listed(names: tuple[str, ...], limit: int = EXAMPLES) -> str:

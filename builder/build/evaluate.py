@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
@@ -10,8 +10,8 @@ from builder.base.errors import CkptError
 from builder.build.context import Context
 from builder.models.cut import Cut, cut
 from builder.operations.fixes import FIXES, truncated_position_ids
-from builder.plan.graph import ComponentJob, Finished, Key, Origin, StepJob, Take
-from builder.plan.resolve import match_of
+from builder.plan.graph import CHECKPOINT, ComponentJob, Finished, Key, Origin, StepJob, Take, Whole
+from builder.plan.resolve import match_of, whole
 from builder.sources.job import SourceJob
 from builder.tensors.cast import PRECISIONS, Faults, cast_all
 from builder.tensors.lazy import LazyTensor
@@ -42,25 +42,33 @@ class Composer:
         """
         job = self.context.component(key)
         component, tensors, changes = self.origin(job.origin)
+        if isinstance(job.origin, Whole):
+            kept = job.precision == "keep"  # nothing is looked at
+            return Cut(component, tensors if kept else self._cast(key, tensors, job.origin.exempt), changes)
         done = [*changes]
         fixed = {c.partition(":")[0] for c in changes}
         made: Mapping[str, LazyTensor] = tensors
         for name in (n for n in job.fixes if n not in fixed):
             made, words = FIXES[name].apply(made)
             done += [f"{name}: {word}" for word in words] or [f"{name}: nothing to change"]
-        label = self.context.node(key).label
-        made, words = truncated_position_ids(made, label)
-        faults = Faults()
-        self.faults.append((label, job.precision, faults))
+        made, words = truncated_position_ids(made, self.context.node(key).label)
+        return Cut(component, self._cast(key, made), (*done, *words))
+
+    def _cast(
+        self, key: Key, tensors: Mapping[str, LazyTensor], exempt: Sequence[str] = ()
+    ) -> dict[str, LazyTensor]:
+        """Tensors in the precision of a component, but those that are exempt."""
+        job, faults = self.context.component(key), Faults()
+        self.faults.append((self.context.node(key).label, job.precision, faults))
         cast = cast_all(
-            made,
+            {n: t for n, t in tensors.items() if n not in exempt},
             job.precision,
             faults=faults,
             overflow=job.overflow,
             non_finite=job.non_finite,
             narrow=job.narrow,
         )
-        return Cut(component, cast, (*done, *words))
+        return {n: cast.get(n, t) for n, t in tensors.items()}
 
     def origin(self, origin: Origin) -> Cut:
         """What an origin gives, under unprefixed names."""
@@ -68,6 +76,9 @@ class Composer:
         if isinstance(origin, Take):
             assert isinstance(job, SourceJob)
             return self._taken(origin, job)
+        if isinstance(origin, Whole):
+            assert isinstance(job, SourceJob)
+            return Cut(CHECKPOINT, whole(job, origin, self.context.sources), ())
         if isinstance(job, StepJob):
             return self._applied(job)
         assert isinstance(job, ComponentJob)

@@ -8,7 +8,7 @@ from pathlib import Path
 from builder.base.errors import CkptError, Problem, SourceError
 from builder.build.context import Context
 from builder.formats.blob import BlobTensor, FileBlob
-from builder.plan.graph import ComponentJob, Key, Node, Origin, OutputJob, StepJob, Take
+from builder.plan.graph import ComponentJob, Key, Node, Origin, OutputJob, StepJob, Take, Whole
 from builder.plan.resolve import match_of
 from builder.recipe.lock import LockedComponent
 from builder.sources.job import SourceJob
@@ -139,18 +139,20 @@ class Parts:
                     return True
         return False
 
-    def _names(self, job: SourceJob, take: Take) -> list[str]:
+    def _names(self, job: SourceJob, take: Take | Whole) -> list[str]:
         """The names, in a source's file, of the tensors that are taken."""
         sources = self._context.sources
+        if isinstance(take, Whole):
+            return list(sources.open(job).checkpoint)
         return list(match_of(job, take, sources).full)
 
-    def _takes(self, key: Key) -> Iterator[tuple[SourceJob, Take]]:
+    def _takes(self, key: Key) -> Iterator[tuple[SourceJob, Take | Whole]]:
         """What a component is made of, as sources hold it."""
         origins: list[Origin] = [self._context.component(key).origin]
         while origins:
             origin = origins.pop()
             job = self._context.node(origin.node).job
-            if isinstance(origin, Take):
+            if isinstance(origin, (Take, Whole)):
                 assert isinstance(job, SourceJob)
                 yield job, origin
             elif isinstance(job, StepJob):

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from builder.base.disk import write_bytes
+from builder.base.disk import check_free, write_bytes
 from builder.base.errors import LockError, OutputError, Place, Problem, SourceError
 from builder.build.context import Context
 from builder.build.evaluate import Composer
@@ -20,16 +20,19 @@ from builder.build.measure import known_digits, measured, metric_text
 from builder.build.write import write_output
 from builder.formats.blob import FileBlob
 from builder.formats.lost import find_lost, said
+from builder.formats.open import open_checkpoint
 from builder.formats.write_safetensors import Written
 from builder.models.catalog import Catalog, Names
 from builder.models.metric import counted
+from builder.plan.folders import MAX_VOCABULARY
 from builder.plan.graph import Key, Node, OutputJob
-from builder.plan.keys import assembly_key, note_beside, note_prediction, output_format, recall_beside
+from builder.plan.keys import EMPTY, assembly_key, note_beside, note_prediction, recall_beside
 from builder.plan.metadata import DATE
 from builder.plan.resolve import output_state
 from builder.recipe.lock import Lock, LockedComponent, LockedOutput, differences, lock_path
 from builder.recipe.profiles import MAX_SIDECAR
 from builder.recipe.recipe import Recipe
+from builder.sources.find import hash_files
 from builder.sources.have import locked_sources
 from builder.sources.job import SourceJob
 from builder.store import DamagedEntry, Made
@@ -137,10 +140,10 @@ class Assembly:
         fact = store.recall("output", action)
         if fact is None:
             return None
-        state, _ = output_state(store, action, job.target)
-        if state == "hash" and store.sha256(job.target, context.reporter) == fact["sha256"]:
+        state, _ = output_state(store, action, job)
+        if state == "hash" and self._is(job.target, fact["sha256"]):
             state = "unchanged"
-        if state != "unchanged":
+        if state != "unchanged" or not self._has_all(fact.get("files", {})):
             return None
         tensors, metric = str(fact["tensor_digest"]), str(fact["metric"])
         sha256, size = str(fact["sha256"]), int(fact["size"])
@@ -152,6 +155,21 @@ class Assembly:
         self._put_sidecar(built)
         return Product(built, known)
 
+    def _is(self, path: Path, sha256: str) -> bool:
+        """Whether what lies at a path is known by a digest; it is hashed, unless that is remembered."""
+        store, reporter = self.context.store, self.context.reporter
+        try:
+            if self.job.container.single:
+                return store.sha256(path, reporter) == sha256
+            return hash_files(path, store, reporter) == sha256
+        except SourceError:
+            return False
+
+    def _has_all(self, files: Mapping[str, str]) -> bool:
+        """Whether files of a folder are what they were (SHA-256 by path)."""
+        folder = self.job.target
+        return all(_sha256_of(folder / p, MAX_VOCABULARY) == sha256 for p, sha256 in files.items())
+
     def _base_sha256(self) -> str | None:
         return self.context.sources.sha256(self.base[1]) if self.base is not None else None
 
@@ -159,6 +177,8 @@ class Assembly:
 
     def _written(self) -> Product:
         context, job = self.context, self.job
+        if not job.container.single and not self._is_locked():
+            check_free(job.target)
         with ExitStack() as opened:
             composer = Composer(context, opened)
             missing = [key for _, key in job.slots.values() if not self._is_held(key)]
@@ -177,10 +197,12 @@ class Assembly:
                     plain = tensor.unchecked if isinstance(tensor, VerifiedTensor) else tensor
                     tensors[part.names.name(name)] = plain
             written = write_output(
-                output_format(job.target),
+                job.container,
                 job.target,
                 tensors,
                 job.metadata,
+                job.architecture,
+                self._catalog,
                 groups=self._groups(parts),
                 threads=context.threads,
                 inputs=self._inputs(),
@@ -190,13 +212,21 @@ class Assembly:
                 accept=lambda w: self._accept(w, parts, beside, composer, read),
             )
             assert self._product is not None
-            path = str(self._product.built.path)
-            lost = find_lost(tensors, written.zeros, lambda name: (path, written.offsets[name]))
+            path, single = str(self._product.built.path), job.container.single
+            place = (lambda name: (path, written.offsets[name])) if single else None
+            lost = find_lost(tensors, written.zeros, place)
             if (problem := said(lost)) is not None:
                 context.reporter.warn(problem)
         self._remember(written, parts, beside)
         self._put_sidecar(self._product.built)
         return self._product
+
+    def _is_locked(self) -> bool:
+        """Whether what is in its place is what the lock says, and so may turn out to be just this."""
+        lock, name = self.context.plan.lock, self.job.output.name
+        if lock is None or name not in lock.outputs or not self.job.target.exists():
+            return False
+        return self._is(self.job.target, lock.outputs[name].sha256)
 
     def _is_held(self, key: Key) -> bool:
         made = self.context.made(key)
@@ -245,7 +275,8 @@ class Assembly:
         for key, source in read:
             context.settle(key, source)
         made = {p.cls: self._made(p, written) for p in parts}
-        all_rows = {n: Row(t.dtype, t.shape, written.digests[n]) for n, t in beside.items()}
+        all_rows = dict.fromkeys(self._markers(), EMPTY)
+        all_rows |= {n: Row(t.dtype, t.shape, written.digests[n]) for n, t in beside.items()}
         for part in parts:
             all_rows |= {part.names.name(n): row for n, row in self._rows[part.cls].items()}
         digits = {}
@@ -271,10 +302,15 @@ class Assembly:
         self._hold(built, made)
         if self.naming is not None:
             built = built._replace(path=self.naming(built))
-        if self._is_there(built):
+        if self._is_there(built) and self._has_all(self._configs(written)):
             built = built._replace(state="unchanged")
         self._product = Product(built, made, tuple(p.key for p in parts if p.computed))
         return built.path if built.state == "written" else None
+
+    def _markers(self) -> list[str]:
+        """The markers that a folder's scheduler stands for."""
+        container = self.job.container
+        return ["v_pred"] * (container.prediction == "v") + ["ztsnr"] * container.zero_snr
 
     def _compare(self, parts: list[Part], written: Written) -> None:
         """Raise DamagedEntry when what was read from a place is not what lay there."""
@@ -299,11 +335,13 @@ class Assembly:
             stat = built.path.lstat()
         except OSError:
             return False
-        same = stat.st_size == built.size and not built.path.is_symlink()
-        try:
-            return same and self.context.store.sha256(built.path, self.context.reporter) == built.sha256
-        except SourceError:
-            return False
+        same = stat.st_size == built.size or not self.job.container.single
+        return same and not built.path.is_symlink() and self._is(built.path, built.sha256)
+
+    def _configs(self, written: Written) -> dict[str, str]:
+        """The SHA-256 of a folder's configurations and vocabularies, which its own is not over all of."""
+        files = written.files if self.job.container.form == "diffusers" else {}
+        return {p: sha256 for p, (sha256, _) in files.items() if not p.endswith(".safetensors")}
 
     def _hold(self, built: Built, made: Mapping[str, Made]) -> None:
         """Raise unless it is what the recipe expects, and what the lock that must not change says."""
@@ -321,29 +359,36 @@ class Assembly:
         context, store, product, job = self.context, self.context.store, self._product, self.job
         assert product is not None
         built = product.built
+        files = {built.path: (built.sha256, written.stat)}
+        if written.files:
+            folder = built.path if self.job.container.form == "diffusers" else built.path.parent
+            files = {folder / p: found for p, found in written.files.items()}
         try:
-            now = built.path.stat()
+            now = {path: path.stat() for path in files}
         except OSError:
             return
-        if built.state == "written":
-            then = written.stat
-            if not os.path.samestat(now, then) or now.st_mtime_ns != then.st_mtime_ns:
+        for path, (digest, then) in files.items() if built.state == "written" else ():
+            if not os.path.samestat(now[path], then) or now[path].st_mtime_ns != then.st_mtime_ns:
                 return  # another build has put its own there since
-            store.memory.remember(now, built.sha256, seen=None)
+            store.memory.remember(now[path], digest, seen=None)
         names = {p.cls: sorted(self._rows[p.cls]) for p in parts}
+        single = self.job.container.single
         for part in parts:
             made, action = product.parts[part.cls], context.action(part.key)
             if action is None:
                 continue  # of sources that were not to be hashed
             source = self._source_of(part.key)
             entry = Entry(made.digest, made.component, made.cls, source, self._rows[part.cls])
-            offsets = tuple(written.offsets[part.names.name(n)] for n in names[part.cls])
-            store.place(entry, At(str(built.path.absolute()), identity(now), offsets))
+            at = None
+            if single:
+                offsets = tuple(written.offsets[part.names.name(n)] for n in names[part.cls])
+                at = At(str(built.path.absolute()), identity(now[built.path]), offsets)
+            store.place(entry, at)
             if self.parts_of.trusted(part.key):
                 store.record(action, made)
             kept = store.blob_path(made.digest).exists()
             if (store.keep_all and not kept) or (part.computed and self.parts_of.fetched(part.key)):
-                self._keep(made, source)
+                self._keep(made, source, part.names)
         sha256 = self._base_sha256()
         rows = {n: Row(t.dtype, t.shape, written.digests[n]) for n, t in beside.items()}
         if sha256 is not None and job.beside.names:
@@ -361,17 +406,17 @@ class Assembly:
                 "size": built.size,
                 "tensor_digest": built.tensor_digest,
                 "metric": built.metric,
+                "files": self._configs(written),
             }
             store.note("output", key, fact)
 
-    def _keep(self, made: Made, source: str) -> None:
-        """Have the bytes of a component kept by the store, from the file that was written."""
-        store = self.context.store
-        if (stored := store.open(made.digest)) is not None:
-            try:
-                store.save(made.component, made.cls, stored.tensors, source=source, stop=self.context.stop)
-            finally:
-                stored.close()
+    def _keep(self, made: Made, source: str, names: Names) -> None:
+        """Have the bytes of a component kept by the store, from what was written."""
+        store, rows = self.context.store, self._rows[made.cls]
+        assert self._product is not None
+        with suppress(SourceError), open_checkpoint(self._product.built.path, self._catalog.layouts) as held:
+            tensors = {n: held[names.name(n)] for n in rows}
+            store.save(made.component, made.cls, tensors, source=source, stop=self.context.stop)
 
     def _source_of(self, key: Key) -> str:
         """What a component was made of, in words."""
@@ -411,13 +456,13 @@ class Assembly:
         return inputs
 
 
-def _sha256_of(path: Path) -> str | None:
-    """The SHA-256 of a small regular file; None for what is none."""
+def _sha256_of(path: Path, limit: int = MAX_SIDECAR) -> str | None:
+    """The SHA-256 of a regular file of at most `limit` bytes; None for what is none."""
     if path.is_symlink():
         return None
     try:
         with closing(FileBlob(path)) as blob:
-            return hashlib.sha256(blob.read(0, min(blob.size, MAX_SIDECAR + 1))).hexdigest()
+            return hashlib.sha256(blob.read(0, min(blob.size, limit + 1))).hexdigest()
     except SourceError:
         return None
 

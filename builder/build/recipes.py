@@ -10,15 +10,15 @@ from builder.base.errors import CkptError, Problem, UnreproducibleError
 from builder.build.carry_out import Build, build
 from builder.build.outputs import Naming
 from builder.plan import Plan
-from builder.plan.keys import output_format
 from builder.recipe import Output, Recipe
 from builder.recipe.lock import Lock, differences, lock_path, write_lock
+from builder.recipe.names import form_of
 from builder.sources.job import SourceJob
 from builder.sources.opened import NotPinned, Sources
 from builder.store import Store
 from builder.workspace import Workspace, find_lock, need_lock
 
-Place = Callable[[Output], Path]
+Place = Callable[[Output], str | Path]
 
 
 def build_recipe(
@@ -38,9 +38,9 @@ def build_recipe(
 ) -> Build:
     """Build a recipe, and write its lock unless `locked` or `keep_lock`.
 
-    `place` says where outputs go, if not where the recipe says; `before` sees the plan before anything is
-    made; with `check` everything is built a second time without the store, and compared. All else is as for
-    `build`. Raises CkptError.
+    `place` says where outputs go, and in which form, if not as the recipe says; `before` sees the plan before
+    anything is made; with `check` everything is built a second time without the store, and compared. All
+    else is as for `build`. Raises CkptError.
     """
     lock = need_lock(recipe) if locked else find_lock(recipe)
     made = _built(
@@ -62,9 +62,9 @@ def build_recipe(
         ),
     )
     if check:
-        _check(workspace, recipe, made, threads)
+        _check(workspace, recipe, made, place, threads)
     if not locked and not keep_lock:
-        _write_lock(workspace, recipe, lock, made)
+        _write_lock(workspace, recipe, lock, made, place)
     workspace.tidy()
     return made
 
@@ -118,9 +118,11 @@ def _is_shown(sources: Sources, job: SourceJob) -> bool:
         return False  # why not is said when it is fetched
 
 
-def _write_lock(workspace: Workspace, recipe: Recipe, lock: Lock | None, made: Build) -> None:
+def _write_lock(
+    workspace: Workspace, recipe: Recipe, lock: Lock | None, made: Build, place: Place | None
+) -> None:
     """Write the lock beside a recipe, if what was made is the recipe's own; what changes is said."""
-    if made.lock is None or recipe.path is None or not _is_the_recipes_own(made, recipe):
+    if made.lock is None or recipe.path is None or not _is_the_recipes_own(recipe, place):
         return
     for change in differences(lock, made.lock, partial=True) if lock is not None else ():
         if "became" in change:
@@ -128,14 +130,30 @@ def _write_lock(workspace: Workspace, recipe: Recipe, lock: Lock | None, made: B
     write_lock(lock_path(recipe.path), made.lock)
 
 
-def _is_the_recipes_own(made: Build, recipe: Recipe) -> bool:
-    """Whether what was made is what the recipe says, not its contents in another container."""
-    files = {o.name: Path(o.file) for o in recipe.outputs}
-    return all(output_format(b.path) == output_format(files[b.name]) for b in made.outputs)
+def _is_the_recipes_own(recipe: Recipe, place: Place | None) -> bool:
+    """Whether what was made is what the recipe says, not its contents in another container.
+
+    The files of a set are named after it, and so part of what it is.
+    """
+    if place is None:
+        return True
+    named = [(output, str(place(output))) for output in recipe.outputs]
+    return all(
+        form_of(name) == o.form and (o.form != "sharded" or Path(name).name == Path(o.file).name)
+        for o, name in named
+    )
 
 
-def _check(workspace: Workspace, recipe: Recipe, made: Build, threads: int | None) -> None:
+def _check(
+    workspace: Workspace, recipe: Recipe, made: Build, place: Place | None, threads: int | None
+) -> None:
     """Build again from nothing, in a folder of its own, and compare; raises UnreproducibleError."""
+
+    def again(output: Output) -> str:
+        folder, name = root / output.name, str(place(output)) if place is not None else output.file
+        folder.mkdir(exist_ok=True)
+        return f"{folder / Path(name).name}{'/' * (form_of(name) == 'diffusers')}"
+
     first = {b.name: b for b in made.outputs}
     downloads = workspace.store.downloads  # which are compared with their pins, and not to be had again
     reporter = workspace.reporter
@@ -149,7 +167,7 @@ def _check(workspace: Workspace, recipe: Recipe, made: Build, threads: int | Non
             recipe,
             sources,
             made.lock,
-            lambda o: root / f"{o.name}{first[o.name].path.suffix}",
+            again,
             lambda plan: None,
             lambda plan: build(plan, sources, threads=threads, reporter=reporter),
         )

@@ -10,10 +10,13 @@ from builder.base.progress import Reporter
 from builder.build.expect import Built, missed
 from builder.formats import open_checkpoint
 from builder.formats.hashes import sha256_file
+from builder.formats.open import files_of
+from builder.formats.write_sharded import SUFFIX
 from builder.models.identify import identify
 from builder.models.metric import Metric, counted, label
 from builder.recipe import Output, Recipe
 from builder.recipe.lock import Lock, LockedOutput
+from builder.sources.find import set_digest
 from builder.tensors.digests import Row, component_digest
 from builder.tensors.scan import scan
 from builder.workspace import Workspace
@@ -41,7 +44,12 @@ def verify(recipe: Recipe, lock: Lock | None, file: Path | None, workspace: Work
                 )
             )
         path = file or (recipe.path.parent if recipe.path else Path()) / output.file
-        sha256 = sha256_file(path, reporter=workspace.reporter).sha256
+        several = path.is_dir() or path.name.endswith(SUFFIX)
+        digests = {
+            str(f): sha256_file(f, reporter=workspace.reporter).sha256
+            for f in (files_of(path) if several else [path])
+        }
+        sha256 = set_digest(digests)
         if locked is not None and sha256 == locked.sha256 and not output.expect.metric:
             made = Built(output.name, path, sha256, locked.size, locked.tensor_digest, "", "unchanged")
         else:

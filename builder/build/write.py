@@ -2,23 +2,151 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from builder.formats.write_safetensors import Written, write
+from builder.base.disk import new_folder, new_set
+from builder.base.progress import Reporter, human_bytes
+from builder.formats.hashes import sha256_file
+from builder.formats.open import files_of
+from builder.formats.write_safetensors import Accept, Written, write
 from builder.formats.write_torch import write_torch
+from builder.plan.graph import Container
+from builder.sources.find import set_digest
 from builder.tensors.lazy import LazyTensor
+from builder.tensors.packed import packing
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from builder.models.catalog import Architecture, Catalog
+
+Tensors = Mapping[str, LazyTensor]
+Fill = Callable[[Path], "tuple[list[Written], Mapping[str, str]]"]  # the files written, and digests by name
+
+
+class _Discarded(Exception):
+    """What was written is not to be kept."""
 
 
 def write_output(
-    container: str, path: Path, tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str], **options: Any
+    container: Container,
+    path: Path,
+    tensors: Tensors,
+    metadata: Mapping[str, str],
+    architecture: Architecture,
+    catalog: Catalog,
+    *,
+    task: str,
+    accept: Accept,
+    **options: Any,
 ) -> Written:
-    """Write tensors to `path`, as `safetensors` or `torch`; options are those of `write`.
+    """Write tensors to `path` in a container; options are those of `write`.
 
-    Raises what reading, writing or `accept` raises; then `path` is as it was.
+    `architecture` says which tensors a folder has a place for. Of several files, `accept` sees all of them
+    before the first has its name. Raises what reading, writing or `accept` raises; then `path` is as it was.
     """
-    if container == "safetensors":
-        return write(path, tensors, metadata, digests=True, **options)
-    held = dict(sorted(tensors.items()))
-    return write_torch(path, held, nesting="state_dict", sha256=True, digests=True, **options)
+    options |= {"digests": True, "sha256": True}
+    if container.form == "safetensors":
+        return write(path, tensors, metadata, task=task, accept=accept, **options)
+    if container.form == "torch":
+        held, nesting = dict(sorted(tensors.items())), container.nesting
+        return write_torch(path, held, nesting=nesting, task=task, accept=accept, **options)
+
+    def fill(folder: Path) -> tuple[list[Written], Mapping[str, str]]:
+        if container.form == "sharded":
+            from builder.formats.write_sharded import write_shards
+
+            size = container.shard_size or 0
+            made = write_shards(folder, container.stem, tensors, metadata, shard_size=size, **options)
+            return made, {n: digest for w in made for n, digest in w.digests.items()}
+        return _fill_folder(folder, container, tensors, metadata, architecture, catalog, options)
+
+    makes = new_set if container.form == "sharded" else new_folder
+    written: Written | None = None
+    try:
+        with makes(path, anew=False) as folder:
+            made, digests = fill(folder)
+            opened = folder / path.name if container.form == "sharded" else folder
+            written = _together(path, folder, files_of(opened), made, digests, tensors)
+            if accept(written) is None:
+                raise _Discarded
+    except _Discarded:
+        assert written is not None
+        return written._replace(path=None)
+    return written
+
+
+def _fill_folder(
+    folder: Path,
+    container: Container,
+    tensors: Tensors,
+    metadata: Mapping[str, str],
+    architecture: Architecture,
+    catalog: Catalog,
+    options: Mapping[str, Any],
+) -> tuple[list[Written], Mapping[str, str]]:
+    from builder.formats.diffusers import REMAINDER
+    from builder.formats.write_diffusers import write_folder
+
+    names = {
+        catalog.component_for(cls, architecture).prefix + name
+        for cls in architecture.slots
+        for component in catalog.candidates(cls, architecture)
+        for name in component.tensors
+    }
+    if packed := packing(tensors):
+        raise packed.refused("have no place in diffusers' layout", "name a file to write them")
+    made = write_folder(
+        folder,
+        catalog.layouts[container.layout],
+        {n: t for n, t in tensors.items() if n in names},
+        metadata,
+        others={n: t for n, t in tensors.items() if n not in names},
+        prediction=container.prediction,
+        zero_snr=container.zero_snr,
+        vocabulary=container.vocabulary,
+        shard_size=container.shard_size,
+        **options,
+    )
+    if made.rest:
+        reporter: Reporter = options["reporter"]
+        count = f"{len(made.rest):,} tensor{'s' * (len(made.rest) > 1)}"
+        total = human_bytes(sum(t.nbytes for t in made.rest.values()))
+        reporter.note(f"what the layout has no place for is in `{REMAINDER}`: {count}, {total}")
+    return made.files, made.digests
+
+
+def _together(
+    path: Path,
+    folder: Path,
+    read: list[Path],
+    made: list[Written],
+    digests: Mapping[str, str],
+    names: Collection[str],
+) -> Written:
+    """Several files in a folder as one thing, which is `read` from some of them.
+
+    Of their zeros, those of tensors are told that have the `names` of the checkpoint there.
+    """
+    known = {str(w.path): str(w.sha256) for w in made}
+    all_ = sorted(p for p in folder.rglob("*") if p.is_file())
+    sums = {str(p): known.get(str(p)) or sha256_file(p).sha256 for p in all_}
+    histograms: dict[str, NDArray[np.int64]] = {}
+    for written in made:
+        for group, counts in written.histograms.items():
+            histograms[group] = histograms[group] + counts if group in histograms else counts
+    stats = {p: p.stat() for p in all_}
+    return Written(
+        path,
+        sum(s.st_size for s in stats.values()),
+        set_digest({str(p): sums[str(p)] for p in read}),
+        digests,
+        histograms,
+        {n: found for w in made for n, found in w.zeros.items() if n in names},
+        {},
+        folder.stat(),
+        {p.relative_to(folder).as_posix(): (sums[str(p)], stats[p]) for p in all_},
+    )

@@ -14,12 +14,13 @@ from builder.cli.made import note_changes, note_left_out, to_json, to_text
 from builder.cli.options import json_option, open_workspace, outside_option, quiet_option, recipe_argument
 from builder.plan import Plan, explain
 from builder.recipe import Output, Recipe
+from builder.recipe.names import SINGLE, form_of
 from builder.toolkit.command_recipe import output_path
 
 
 @click.command("build")
 @recipe_argument
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Where the file goes.")
+@click.option("-o", "--output", help="Where the output goes; its name says in which form.")
 @click.option("--locked", is_flag=True, help="Fail if the lock would change, and show how.")
 @click.option("--offline", is_flag=True, help="Use no network.")
 @click.option("--frozen", is_flag=True, help="Both --locked and --offline.")
@@ -32,7 +33,7 @@ from builder.toolkit.command_recipe import output_path
 @quiet_option
 def command(
     recipe: Path,
-    output: Path | None,
+    output: str | None,
     locked: bool,
     offline: bool,
     frozen: bool,
@@ -72,7 +73,7 @@ def command(
     return ExitCode.DONE
 
 
-def _place(recipe: Recipe, output: Path | None) -> Callable[[Output], Path] | None:
+def _place(recipe: Recipe, output: str | None) -> Callable[[Output], str] | None:
     if output is None:
         return None
     if len(recipe.outputs) > 1:
@@ -83,5 +84,6 @@ def _place(recipe: Recipe, output: Path | None) -> Callable[[Output], Path] | No
                 hint="name the files in the recipe",
             )
         )
-    path = output_path(output)
-    return lambda _: path
+    if form_of(output) in SINGLE:
+        output_path(Path(output))
+    return lambda _: output

@@ -10,10 +10,11 @@ import click
 
 from builder.base.errors import ExitCode, Problem, UsageError
 from builder.base.progress import human_bytes
+from builder.cli.made import without_tokenizer
 from builder.cli.options import json_option, open_workspace, quiet_option, recipe_path, save_option
 from builder.cli.sizes import parse_size
 from builder.tensors.cast import PRECISIONS
-from builder.toolkit.convert import convert, recipe_of
+from builder.toolkit.convert import convert
 
 
 @click.command("convert")
@@ -75,17 +76,11 @@ def command(
     if save is not None and options["repair"]:
         raise UsageError(Problem("no recipe reads a broken file", hint="repair it first, under another name"))
     with open_workspace(quiet) as workspace, workspace.sources() as sources:
-        catalog, recipe = workspace.catalog, None
-        if save is not None:
-            said = {k: options[k] for k in ("precision", "overflow", "non_finite")}
-            recipe = recipe_of(source, output, catalog=catalog, **said)
-            recipe.saved(save, Path("model.safetensors"), catalog)
-            recipe = recipe.pinned(sources)
-        made = convert(source, output, catalog=catalog, reporter=workspace.reporter, **options)
+        made = convert(source, output, workspace, sources, save=save, **options)
         for lost in made.lost:
             workspace.reporter.note(f"not carried over: {lost}")
-        if save is not None and recipe is not None:
-            recipe.save(save, made.path, catalog)
+        if made.form == "diffusers" and not made.tokenizer:
+            workspace.reporter.note(without_tokenizer("`--tokenizer FOLDER` adds it"))
     if as_json:
         result = {
             "schema": 1,

@@ -54,6 +54,15 @@ def note_left_out(plan: Plan, reporter: Reporter) -> None:
         for reason, names in left.names.items():
             size = human_bytes(left.sizes[reason])
             reporter.note(f"left out of `{left.base}`{where}: {reason}, {len(names):,} tensors, {size}")
+    for node in plan.outputs():
+        assert isinstance(node.job, OutputJob)
+        if node.state != "unchanged" and node.job.container.layout and not node.job.container.vocabulary:
+            reporter.note(without_tokenizer("`tokenizer` under [output] names a folder that has it"))
+
+
+def without_tokenizer(way: str) -> str:
+    """That a folder has no tokenizer, and the way to one."""
+    return f"without a tokenizer, whose vocabulary no checkpoint holds: {way}"
 
 
 def note_changes(made: Build, reporter: Reporter) -> None:

@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from builder.base.disk import write_bytes, write_text
-from builder.base.progress import SILENT, Reporter
 from builder.formats.diffusers import REMAINDER
 from builder.formats.layouts import Layout
 from builder.formats.layouts.configs import Prediction, configs
-from builder.formats.write_safetensors import write
+from builder.formats.open import open_checkpoint
+from builder.formats.write_safetensors import Written, write
 from builder.formats.write_sharded import plan_shards, write_shards
 from builder.tensors.lazy import LazyTensor
+from builder.tensors.moves import Reshaped
+from builder.tensors.scan import scan
 
 STEM = "diffusion_pytorch_model"  # of weights that diffusers itself loads
+
+
+class WrittenFolder(NamedTuple):
+    """What was written: by file, and of what the layout has no place for, the tensors.
+
+    `digests` are the BLAKE3-256 of the checkpoint's tensors, where asked for.
+    """
+
+    files: list[Written]
+    rest: dict[str, LazyTensor]
+    digests: dict[str, str]
 
 
 def write_folder(
@@ -30,28 +43,32 @@ def write_folder(
     zero_snr: bool = False,
     vocabulary: Mapping[str, bytes] | None = None,
     shard_size: int | None = None,
-    threads: int = 2,
-    durable: bool = True,
-    inputs: Iterable[Path | str] = (),
-    reporter: Reporter = SILENT,
-) -> dict[str, LazyTensor]:
+    digests: bool = False,
+    groups: Mapping[str, str] | None = None,
+    **options: Any,
+) -> WrittenFolder:
     """Write a full checkpoint's tensors, under their original names, into a folder in diffusers' layout.
 
     What the layout has no place for goes to `REMAINDER`, so that nothing is lost: tensors of the model,
-    `others`, which are none of its, and metadata. Those tensors are returned. `vocabulary` are the files of
-    CLIP's tokenizer by name; without it, loaders have to be given a tokenizer, or they would make up an
-    empty one. Parts of more than `shard_size` bytes become sharded sets. Make the folder with
-    `builder.base.folders`.
+    `others`, which are none of its, and metadata. `vocabulary` are the files of CLIP's tokenizer by name;
+    without it, loaders have to be given a tokenizer, or they would make up an empty one. Parts of more than
+    `shard_size` bytes become sharded sets. All else is as for `write` of `write_safetensors`. Make the folder
+    with `builder.base.disk`.
     Raises OutputError, and what the tensors' `read_into` raises.
     """
-    parts, rest = layout.to_diffusers(tensors)
-    rest |= others or {}
-    options: dict[str, Any] = {
-        "threads": threads,
-        "durable": durable,
-        "inputs": tuple(inputs),
-        "reporter": reporter,
-    }
+    parts: dict[str, dict[str, LazyTensor]] = {part.folder: {} for part in layout.parts}
+    rest = dict(others or {})
+    homes: dict[str, dict[str, str]] = {part: {} for part in parts}  # the original's name of each tensor
+    moved = set()
+    for name, tensor in tensors.items():
+        made, left = layout.to_diffusers({name: tensor})
+        rest |= left
+        for part, found in made.items():
+            parts[part] |= found
+            homes[part] |= dict.fromkeys(found, name)
+            if not all(t is tensor or isinstance(t, Reshaped) for t in found.values()):
+                moved.add(name)
+    durable = options.get("durable", True)
     said = configs(layout, parts, prediction=prediction, zero_snr=zero_snr, tokenizers=bool(vocabulary))
     for path, config in said.items():
         (folder / path).parent.mkdir(exist_ok=True)
@@ -59,17 +76,29 @@ def write_folder(
     for tokenizer in (p.tokenizer for p in layout.parts if p.tokenizer is not None):
         for file, data in (vocabulary or {}).items():
             write_bytes(folder / tokenizer / file, data, durable=durable)
-    stems = {p.folder: "model" if p.library == "transformers" else STEM for p in layout.parts}
-    for part, found in parts.items():
-        stem = stems[part]
+    options["digests"] = digests
+    files: list[Written] = []
+    known: dict[str, str] = {}
+    for library, part in ((p.library, p.folder) for p in layout.parts):
+        stem, home, found = "model" if library == "transformers" else STEM, homes[part], parts[part]
+        counted = {n: groups[home[n]] for n in found if home[n] in groups} if groups else None
         if shard_size is not None and len(plan_shards(found, stem, shard_size)) > 1:
-            write_shards(folder / part, stem, found, {"format": "pt"}, shard_size=shard_size, **options)
+            plain, size = {"format": "pt"}, shard_size
+            new = write_shards(folder / part, stem, found, plain, shard_size=size, groups=counted, **options)
         else:
-            path = f"{part}/{stem}.safetensors"
-            _write(folder, path, found, {"format": "pt"}, options)
+            new = [_write(folder, f"{part}/{stem}.safetensors", found, {"format": "pt"}, counted, options)]
+        files += new
+        known |= {home[n]: digest for w in new for n, digest in w.digests.items()}
     if rest or metadata.keys() - {"format"}:
-        _write(folder, REMAINDER, rest, metadata, options)
-    return rest
+        files.append(_write(folder, REMAINDER, rest, metadata, groups, options))
+        known |= files[-1].digests
+    if digests and moved:  # whose bytes lie in another order: they are read as they will be
+        with open_checkpoint(folder, {layout.name: layout}) as held:
+            pieces = {name: held[name] for name in sorted(moved)}
+            stop, threads = options.get("stop"), options.get("threads", 2)
+            found_ = scan(pieces, digests=True, numbers=False, threads=threads, stop=stop)
+        known |= {name: str(t.digest) for name, t in found_.tensors.items()}
+    return WrittenFolder(files, rest, known)
 
 
 def _write(
@@ -77,6 +106,7 @@ def _write(
     path: str,
     tensors: Mapping[str, LazyTensor],
     metadata: Mapping[str, str],
+    groups: Mapping[str, str] | None,
     options: Mapping[str, Any],
-) -> None:
-    write(folder / path, tensors, metadata, sha256=False, task=f"writing {path}", **options)
+) -> Written:
+    return write(folder / path, tensors, metadata, groups=groups, task=f"writing {path}", **options)

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 from builder.base.disk import check_room, new_file, write_all, write_through
@@ -44,6 +45,9 @@ class Written(NamedTuple):
     each where asked for. `zeros` are stretches of zeros in tensors, `offsets` say where in the file each
     tensor's bytes begin. `path` is where it went, None where it was discarded. `stat` is its state before it
     got its name.
+
+    Of several files, `sha256` is that by which they are a source together, `size` is of all, and `files` has
+    the SHA-256 and the state of each by its path beside `path`.
     """
 
     path: Path | None
@@ -54,6 +58,7 @@ class Written(NamedTuple):
     zeros: Mapping[str, tuple[Stretch, ...]]
     offsets: Mapping[str, int]
     stat: os.stat_result
+    files: Mapping[str, tuple[str, os.stat_result]] = MappingProxyType({})
 
 
 Accept = Callable[[Written], "Path | None"]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from builder.base.disk import write_text
 from builder.base.errors import OutputError, Problem
-from builder.base.progress import SILENT, Reporter
-from builder.formats.write_safetensors import write
+from builder.formats.write_safetensors import Written, write
 from builder.tensors.lazy import LazyTensor
 
 SHARD_SIZE = 5_000_000_000  # bytes of tensors; what the Hugging Face libraries take by default
@@ -54,37 +54,29 @@ def write_shards(
     metadata: Mapping[str, str] | None = None,
     *,
     shard_size: int = SHARD_SIZE,
-    threads: int = 2,
-    durable: bool = True,
-    inputs: Iterable[Path | str] = (),
-    reporter: Reporter = SILENT,
-) -> Path:
-    """Write a sharded set into `folder`; the path of its index, which is written last.
+    groups: Mapping[str, str] | None = None,
+    **options: Any,
+) -> list[Written]:
+    """Write a sharded set into `folder`, its index last; what was written, by file.
 
-    Every shard carries the metadata. Make the folder with `builder.base.folders`, so that no part of
-    a set is ever seen. Raises OutputError, and what the tensors' `read_into` raises.
+    Every shard carries the metadata; all else is as for `write` of `write_safetensors`. Make the folder with
+    `builder.base.disk`, so that no part of a set is ever seen. Raises OutputError, and what the tensors'
+    `read_into` raises.
     """
     if not tensors:
         raise OutputError(Problem("a sharded set of no tensors cannot be read"))
-    inputs = tuple(inputs)
     weight_map: dict[str, str] = {}
+    made = []
     for shard in plan_shards(tensors, stem, shard_size):
-        write(
-            folder / shard.file,
-            {name: tensors[name] for name in shard.names},
-            metadata,
-            sha256=False,
-            threads=threads,
-            durable=durable,
-            inputs=inputs,
-            reporter=reporter,
-            task=f"writing {shard.file}",
-        )
+        held = {name: tensors[name] for name in shard.names}
+        counted = {name: groups[name] for name in shard.names if name in groups} if groups else None
+        task = f"writing {shard.file}"
+        made.append(write(folder / shard.file, held, metadata, groups=counted, task=task, **options))
         weight_map |= dict.fromkeys(shard.names, shard.file)
     index = {
         "metadata": {"total_size": sum(t.nbytes for t in tensors.values())},
         "weight_map": dict(sorted(weight_map.items())),
     }
-    path = folder / f"{stem}{SUFFIX}"
-    write_text(path, json.dumps(index, indent=2, ensure_ascii=False) + "\n", durable=durable)
-    return path
+    text = json.dumps(index, indent=2, ensure_ascii=False) + "\n"
+    write_text(folder / f"{stem}{SUFFIX}", text, durable=options.get("durable", True))
+    return made

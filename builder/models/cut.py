@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from builder.base.errors import Problem, SourceError
+from builder.models.catalog import Names
 from builder.models.catalog.tables import NAMINGS
 from builder.models.identify import Identity, Match, as_class, attention_changes, layers_of
 from builder.tensors.lazy import LazyTensor
@@ -89,6 +90,40 @@ def joined(tensors: Mapping[str, LazyTensor], identity: Identity) -> tuple[dict[
         made |= {full: parts[bare] for bare, full in new.items()}
         matches.append(replace(match, names={**match.names, **new}, made={}) if new else match)
     return made, replace(identity, matches=tuple(matches))
+
+
+def foreign(identity: Identity, catalog: Catalog) -> tuple[str, ...]:
+    """The classes of a model whose components have names that other programs gave them."""
+    at = catalog.architectures.get(identity.architecture or "")
+    return tuple(
+        m.component.cls
+        for m in identity.matches
+        if identity.intact
+        and not (m.usual or m.component.mislabelled)
+        and (at is None or m.component.cls in at.slots)
+    )
+
+
+def usual(
+    tensors: Mapping[str, LazyTensor], identity: Identity, classes: Collection[str], catalog: Catalog
+) -> dict[str, LazyTensor]:
+    """A checkpoint, the components of these classes under their usual names and in their usual shapes.
+
+    All else stays as it is. Raises SourceError where two tensors would have one name.
+    """
+    at = catalog.architectures.get(identity.architecture or "")
+    made: dict[str, LazyTensor] = {}
+    rest = dict(tensors)
+    for match in (m for m in identity.matches if m.component.cls in classes):
+        cls = match.component.cls
+        home = at if at is not None and not at.bare and cls in at.slots else None
+        names = Names(catalog.component_for(cls, home).prefix) if home else catalog.classes[cls][0].alone
+        made |= {names.name(n): t for n, t in cut(tensors, identity, match, cls).tensors.items()}
+        for name in match.full:
+            rest.pop(name)
+    if doubled := sorted(made.keys() & rest.keys()):
+        raise SourceError(Problem(f"two tensors would be called `{doubled[0]}`"))
+    return made | rest
 
 
 def choose(

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from builder.base.errors import Place, Problem
+from builder.formats.layouts.configs import Prediction as Predicted
 from builder.models.prediction import Marker, Prediction
 from builder.operations.fixes import FIXES, finished_types
+from builder.recipe.names import SINGLE, Form
 from builder.sources.job import SourceJob
 from builder.tensors.cast import Narrow, NonFinite, Overflow, Precision
 from builder.tensors.digests import expression_key
@@ -29,6 +32,8 @@ State = Literal["make", "stored", "unchanged", "stream", "known", "hash", "fetch
 
 # A change of what is made from the same inputs must change its version here.
 VERSIONS = {"take": 3, "finish": 3, "assemble": 2}
+
+CHECKPOINT = "checkpoint"  # in the place of a class: all of a source
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,21 @@ class Applied:
     node: Key
 
 
-Origin = Take | Finished | Applied
+@dataclass(frozen=True)
+class Whole:
+    """All tensors of a source, under the names that they have there.
+
+    `exempt` are names that no precision is for. Components of the classes `spelt`, of whose tables `tables`
+    are digests as `Take` has them, get their usual names and shapes.
+    """
+
+    node: Key
+    exempt: tuple[str, ...] = ()
+    spelt: tuple[str, ...] = ()
+    tables: tuple[str, ...] = ()
+
+
+Origin = Take | Finished | Applied | Whole
 
 
 @dataclass(frozen=True)
@@ -143,8 +162,37 @@ class Beside:
 
 
 @dataclass(frozen=True)
+class Container:
+    """What an output is written as.
+
+    `nesting` is where in a PyTorch file the tensors lie. `stem` begins the names of a set's files, of at most
+    `shard_size` bytes of tensors. All else is for a folder in the diffusers layout of this name: what its
+    scheduler is told, and the files of its tokenizer.
+    """
+
+    form: Form = "safetensors"
+    nesting: str = ""
+    stem: str = ""
+    shard_size: int | None = None
+    layout: str = ""
+    prediction: Predicted = "epsilon"
+    zero_snr: bool = False
+    vocabulary: Mapping[str, bytes] = field(default_factory=dict)
+
+    @property
+    def single(self) -> bool:
+        """Whether it is one file."""
+        return self.form in SINGLE
+
+    def params(self) -> dict[str, Any]:
+        """What decides the bytes, as data of a key."""
+        words = {n: hashlib.sha256(data).hexdigest() for n, data in self.vocabulary.items()}
+        return {**asdict(self), "vocabulary": words}
+
+
+@dataclass(frozen=True)
 class OutputJob:
-    """A file to be assembled: each slot's names and the node that fills it, and what lies beside them.
+    """What is to be assembled: each slot's names and the node that fills it, and what lies beside them.
 
     `base` is the source that is its base, if one is. `told` is the one that its denoiser comes from, and what
     that says of what it predicts. `sidecar` is what is to lie beside the output as its `.yaml`.
@@ -159,6 +207,7 @@ class OutputJob:
     beside: Beside
     metadata: Mapping[str, str]
     sidecar: bytes | None
+    container: Container
     told: tuple[Key, Prediction] | None = None
 
     @property
@@ -172,6 +221,7 @@ class OutputJob:
             base=self.base,
             beside=[self.beside.names, [marker_data(m) for m in self.beside.markers]],
             metadata=dict(self.metadata),
+            container=self.container.params(),
         )
 
     @property
@@ -194,6 +244,8 @@ def origin_data(origin: Origin, names: Mapping[Key, str] | None = None) -> list[
     node = origin.node if names is None else names[origin.node]
     if isinstance(origin, Take):
         return ["take", VERSIONS["take"], node, origin.cls, origin.component, list(origin.tables)]
+    if isinstance(origin, Whole):
+        return ["whole", VERSIONS["take"], node, list(origin.exempt), list(origin.tables), list(origin.spelt)]
     return ["node", node, origin.promote if isinstance(origin, Finished) else None]
 
 

@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from blake3 import blake3
@@ -25,7 +24,7 @@ from builder.plan.graph import (
 )
 from builder.sources.job import SourceJob
 from builder.tensors.digests import Row, expression_key
-from builder.tensors.lazy import BY_CODE
+from builder.tensors.lazy import BY_CODE, DType
 
 if TYPE_CHECKING:
     from builder.models.catalog import Catalog, Component
@@ -57,6 +56,9 @@ def tables(catalog: Catalog, cls: str, component: str | None) -> tuple[str, ...]
     return tuple(_table(c) for c in components)
 
 
+EMPTY = Row(DType.F32, (0,), blake3().hexdigest())  # that of a marker without a value
+
+
 @lru_cache(maxsize=256)
 def _table(component: Component) -> str:
     rows = sorted((n, list(r.shape), r.optional) for n, r in component.tensors.items())
@@ -75,7 +77,7 @@ def assembly_key(job: OutputJob, components: Mapping[str, str], beside: Mapping[
         slots={cls: [*written, components[cls]] for cls, (written, _) in job.slots.items()},
         beside={n: [r.dtype.code, list(r.shape), r.digest] for n, r in beside.items()},
         metadata=dict(job.metadata),
-        format=output_format(job.target),
+        container=job.container.params(),
     )
 
 
@@ -118,8 +120,3 @@ def note_prediction(store: Store, sha256: str, found: Prediction) -> None:
     """Have remembered what a source says of what its denoiser predicts."""
     fact = {"markers": [marker_data(m) for m in found.markers], "words": dict(found.words)}
     store.note("prediction", _prediction_key(sha256), fact)
-
-
-def output_format(target: Path) -> str:
-    """The container of an output, from its file's suffix."""
-    return "torch" if target.suffix in {".ckpt", ".pt", ".pth", ".bin"} else "safetensors"

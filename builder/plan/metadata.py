@@ -12,6 +12,7 @@ from builder.base.errors import Problem, UsageError, clipped
 from builder.models.prediction import ARCHITECTURE, IMPLEMENTATION, WORDS
 
 if TYPE_CHECKING:
+    from builder.formats.checkpoint import Checkpoint
     from builder.models.catalog import ModelSpec
     from builder.recipe import Output, Recipe
 
@@ -37,6 +38,13 @@ def date_of(environment: Mapping[str, str]) -> str | None:
         fact = f"SOURCE_DATE_EPOCH is `{clipped(said, 40)}`, which is beyond the year 9999"
         hint = "it is in seconds since 1970: one in milliseconds is a thousand times too large"
         raise UsageError(Problem(fact, hint=hint)) from None
+
+
+def carried_metadata(checkpoint: Checkpoint) -> dict[str, str]:
+    """A checkpoint's own metadata; of a PyTorch file, which has none, what its tensors are for."""
+    if checkpoint.container.startswith("torch"):
+        return {"format": "pt"}  # what transformers insists on, and every tool for PyTorch writes
+    return checkpoint.metadata
 
 
 def stated_metadata(

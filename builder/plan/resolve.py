@@ -12,16 +12,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 from builder.base.errors import Problem, RecipeError, SourceError, did_you_mean
 from builder.base.files import read_bounded
 from builder.base.inside import is_inside, leads_out
-from builder.models.catalog import Architecture, Names
-from builder.models.cut import choose, cut
+from builder.formats.write_sharded import SHARD_SIZE, SUFFIX
+from builder.models.catalog import PLAIN, Architecture, Names
+from builder.models.cut import choose, cut, foreign, usual
 from builder.models.identify import EMA, Identity, Match, as_class
 from builder.models.parts import words_for
 from builder.models.prediction import Prediction, prediction, read_markers
 from builder.operations.registry import OPERATIONS, Operation
+from builder.plan.folders import VOCABULARY, find_layout, find_prediction, read_vocabulary
 from builder.plan.graph import (
+    CHECKPOINT,
     Applied,
     Beside,
     ComponentJob,
+    Container,
     Finished,
     Job,
     Key,
@@ -33,13 +37,16 @@ from builder.plan.graph import (
     State,
     StepJob,
     Take,
+    Whole,
     component_specs,
 )
 from builder.plan.keys import action_key, assembly_key, recall_beside, recall_prediction, tables
-from builder.plan.metadata import stated_metadata
+from builder.plan.metadata import carried_metadata, stated_metadata
 from builder.recipe import FromBase, NewBase, Output, Pick, Recipe, slot_problems
+from builder.recipe.names import SINGLE, Form, form_of
 from builder.recipe.profiles import MAX_SIDECAR, sidecar, warnings, with_profile
 from builder.recipe.read import outside
+from builder.sources.find import recall_files
 from builder.sources.job import SourceJob, entry_name
 from builder.tensors.lazy import LazyTensor
 
@@ -55,13 +62,13 @@ def make_plan(
     *,
     lock: Lock | None = None,
     operations: Mapping[str, Operation] = OPERATIONS,
-    place: Callable[[Output], Path] | None = None,
+    place: Callable[[Output], str | Path] | None = None,
     environment: Mapping[str, str] = MappingProxyType({}),
 ) -> Plan:
     """Resolve a recipe. Reads tables of contents only, and fetches nothing but those.
 
-    `place` says where an output goes, if not where the recipe says. Of `environment`, SOURCE_DATE_EPOCH is
-    the date that metadata say.
+    `place` says where an output goes, and in which form, if not as the recipe says. Of `environment`,
+    SOURCE_DATE_EPOCH is the date that metadata say.
 
     Raises RecipeError for what does not fit what the sources hold, SourceError for sources that are
     refused, FetchError for those that are needed and nowhere to be found.
@@ -296,6 +303,29 @@ class _Resolver:
         named = f" ({pick.component})" if pick.component else ""
         return self._component(job, f"{pick.cls} of {pick.source}{named}", pick)
 
+    def _whole(
+        self, output: Output, base: SourceJob | None, container: Container, architecture: Architecture
+    ) -> Key:
+        """The node of all that a base holds."""
+        assert base is not None
+        exempt = () if output.precision == "keep" else tuple(sorted(self.catalog.optional))
+        spelt = architecture.slots
+        if not container.layout:
+            spelt = foreign(self.sources.open(base).identity, self.catalog) if self.sources.seen(base) else ()
+        digests = tuple(t for cls in spelt for t in tables(self.catalog, cls, None))
+        origin = Whole(base.key, exempt, spelt, digests)
+        job = ComponentJob(
+            CHECKPOINT,
+            base.name,
+            origin,
+            (),
+            output.precision,  # type: ignore[arg-type]
+            output.narrow,  # type: ignore[arg-type]
+            output.overflow,  # type: ignore[arg-type]
+            output.non_finite,  # type: ignore[arg-type]
+        )
+        return self._component(job, f"{CHECKPOINT} {base.name}", Pick(CHECKPOINT, base.name))
+
     def _component(self, job: ComponentJob, label: str, pick: Pick) -> Key:
         key = job.key
         if key in self.plan.nodes:
@@ -377,19 +407,36 @@ class _Resolver:
         )
 
     def output(
-        self, output: Output, place: Callable[[Output], Path] | None, environment: Mapping[str, str]
+        self, output: Output, place: Callable[[Output], str | Path] | None, environment: Mapping[str, str]
     ) -> None:
         """Plan an output and all that it needs."""
         output = replace(output, fixes=with_profile(output.fixes, output.profile))
-        architecture, picks = self.filled(output)
-        nodes = {cls: self.component(output, pick) for cls, pick in picks.items()}
+        name = str(place(output)) if place is not None else output.file
+        target, form = (Path(name) if place is not None else self._target(output)), form_of(name)
         base = self.source(output.base.name) if self._is_file(output.base) else None
         carried = self._carried(base)
-        told = self.told(output, picks, carried)
-        denoiser = self._denoiser(picks)
-        name = self._name(nodes[denoiser], told) if denoiser is not None else None
-        spec = (self.catalog.components[name].modelspec if name else None) or architecture.modelspec
-        target = place(output) if place is not None else self._target(output)
+        picks: dict[str, Pick] = {}
+        sidecar_: bytes | None = None
+        if output.verbatim and isinstance(output.base, FromBase):
+            architecture, beside = self._base_architecture(output.base, any_=True), Beside()
+            told = _Told(Prediction())
+            metadata = {**carried, **output.metadata}
+            container = self._container(output, target, form, architecture, base, told.prediction)
+            nodes = {CHECKPOINT: self._whole(output, base, container, architecture)}
+        else:
+            architecture, picks = self.filled(output)
+            nodes = {cls: self.component(output, pick) for cls, pick in picks.items()}
+            told = self.told(output, picks, carried)
+            denoiser = self._denoiser(picks)
+            called = self._name(nodes[denoiser], told) if denoiser is not None else None
+            spec = (self.catalog.components[called].modelspec if called else None) or architecture.modelspec
+            beside = self._beside(output, architecture, base, told.prediction, denoiser is not None)
+            stated = told.prediction.stated(spec, self.catalog)
+            metadata = stated_metadata(self.recipe, output, spec, stated, carried, environment)
+            container = self._container(output, target, form, architecture, base, told.prediction)
+            if form in SINGLE:
+                usual_ = self._is_usual(called, architecture)
+                sidecar_ = self._sidecar(output, architecture, told.prediction, usual_)
         job = OutputJob(
             self.recipe,
             output,
@@ -397,13 +444,13 @@ class _Resolver:
             architecture,
             {cls: (self._written(cls, architecture), node) for cls, node in nodes.items()},
             base.key if base is not None else None,
-            self._beside(output, architecture, base, told.prediction, denoiser is not None),
-            stated_metadata(
-                self.recipe, output, spec, told.prediction.stated(spec, self.catalog), carried, environment
-            ),
-            self._sidecar(output, architecture, told.prediction, self._is_usual(name, architecture)),
+            beside,
+            metadata,
+            sidecar_,
+            container,
             told.by,
         )
+        denoiser = self._denoiser(picks)
         if denoiser is not None and (signs := told.prediction.contradiction):
             self.plan.warnings.append(
                 Problem(
@@ -459,7 +506,7 @@ class _Resolver:
             return replace(node, why=why)
         digests = {cls: self.plan.nodes[n].made for cls, (_, n) in job.slots.items()}
         action = assembly_key(job, {cls: m.digest for cls, m in digests.items() if m is not None}, beside)
-        state, why = output_state(self.store, action, job.target)
+        state, why = output_state(self.store, action, job)
         if state == "unchanged":
             return replace(node, action=action, state=state, why=why, reads=0, writes=0)
         return replace(node, action=action, state=state, why=why)
@@ -498,7 +545,62 @@ class _Resolver:
             raise RecipeError(outside(output.file, "a link leads out of it", place))
         return path
 
+    def _container(
+        self,
+        output: Output,
+        target: Path,
+        form: Form,
+        architecture: Architecture,
+        base: SourceJob | None,
+        told: Prediction,
+    ) -> Container:
+        """How an output is written; raises RecipeError, or SourceError for a base that cannot be so."""
+        if form == "sharded":
+            stem = target.name[: -len(SUFFIX)]
+            return Container(form, stem=stem, shard_size=output.shard_size or SHARD_SIZE)
+        if form != "diffusers":
+            return Container(form, nesting="state_dict" if form == "torch" and not output.verbatim else "")
+        opened = self.sources.open(base) if base is not None and self.sources.seen(base) else None
+        name = output.name
+        if output.verbatim and opened is not None:
+            name = opened.checkpoint.name
+            told = prediction(opened.checkpoint, opened.checkpoint.metadata, self.catalog)
+            if not opened.identity.intact:
+                architecture = Architecture(opened.identity.architecture or "unknown", ())
+        layout = find_layout(name, architecture, told, self.catalog)
+        if isinstance(layout, Problem):
+            place = self.recipe.place(*output.at, "file", value=True)
+            raise (SourceError if output.verbatim else RecipeError)(replace(layout, place=place))
+        found = output.prediction or find_prediction(name, told, layout)
+        if isinstance(found, Problem) and (base is None or opened is not None):
+            raise RecipeError(replace(found, place=self.recipe.place(*output.at, "file", value=True)))
+        return Container(
+            form,
+            shard_size=output.shard_size,
+            layout=layout.name,
+            prediction="v" if found == "v" else "epsilon",
+            zero_snr=told.zero_snr,
+            vocabulary=self._vocabulary(output),
+        )
+
+    def _vocabulary(self, output: Output) -> dict[str, bytes]:
+        """The files of an output's tokenizer; raises RecipeError when they cannot be read."""
+        if output.tokenizer is None:
+            return {}
+        folder = self.recipe.path.parent if self.recipe.path else Path()
+        place = self.recipe.place(*output.at, "tokenizer", value=True)
+        for name in VOCABULARY if self.recipe.path else ():
+            if (why := leads_out(folder, f"{output.tokenizer}/{name}")) is not None:
+                raise RecipeError(outside(output.tokenizer, why, place))
+        try:
+            return read_vocabulary(folder / output.tokenizer)
+        except OSError as error:
+            fact = f"cannot read `{Path(error.filename).name}` of `{output.tokenizer}`"
+            raise RecipeError(Problem(fact, place, (str(error.strerror),))) from None
+
     def _written(self, cls: str, architecture: Architecture) -> Names:
+        if cls == CHECKPOINT:
+            return PLAIN
         if architecture.bare:
             return self.catalog.classes[cls][0].alone
         if cls in architecture.slots:
@@ -509,7 +611,7 @@ class _Resolver:
         """Metadata of the base's own, which outlives a rebuild."""
         if base is None or not self.sources.seen(base):
             return {}
-        return self.sources.open(base).checkpoint.metadata
+        return carried_metadata(self.sources.open(base).checkpoint)
 
     def _is_file(self, base: NewBase | FromBase) -> TypeGuard[FromBase]:
         return (
@@ -645,21 +747,25 @@ def _settle(plan: Plan, sources: Sources) -> None:
             plan.nodes[node.key] = replace(node, state="make", why=why, reads=reads)
 
 
-def output_state(store: Store, action: str, target: Path) -> tuple[State, str]:
-    """Whether the file at `target` is what the assembly of this key makes, and why."""
-    written = store.recall("output", action)
+def output_state(store: Store, action: str, job: OutputJob) -> tuple[State, str]:
+    """Whether what is in an output's place is what the assembly of this key makes, and why."""
+    written, single = store.recall("output", action), job.container.single
+    what = "file" if single else "set" if job.container.form == "sharded" else "folder"
     try:
-        stat = target.stat()
+        stat = job.target.stat()
     except OSError:
-        return "make", "there is no such file yet" if written is None else "the file is gone"
+        return "make", f"there is no such {what} yet" if written is None else f"the {what} is gone"
     if written is None:
         return "make", "its contents have changed"
-    known = store.remembered_sha256(stat)
+    try:
+        known = store.remembered_sha256(stat) if single else recall_files(job.target, store)[0]
+    except SourceError:  # a part of it is missing, or is none
+        return "make", f"the {what} is not what was built"
     if known == written["sha256"]:
-        return "unchanged", "the file is what it would become"
-    if known is None and stat.st_size == written["size"]:
-        return "hash", "the file may be it already: it is hashed first"
-    return "make", "the file is not what was built"
+        return "unchanged", f"the {what} is what it would become"
+    if known is None and (not single or stat.st_size == written["size"]):
+        return "hash", f"the {what} may be it already: it is hashed first"
+    return "make", f"the {what} is not what was built"
 
 
 def to_read(plan: Plan, sources: Sources, origin: Origin) -> Mapping[str, LazyTensor]:
@@ -670,6 +776,9 @@ def to_read(plan: Plan, sources: Sources, origin: Origin) -> Mapping[str, LazyTe
         opened = sources.open(node.job)
         match = match_of(node.job, origin, sources)
         return cut(opened.checkpoint, opened.identity, match, origin.cls).tensors
+    if isinstance(origin, Whole):
+        assert isinstance(node.job, SourceJob)
+        return whole(node.job, origin, sources)
     if isinstance(node.job, StepJob):
         inputs = {p: to_read(plan, sources, o) for p, o in node.job.inputs_by_name.items()}
         return {f"{p}/{n}": t for p, tensors in inputs.items() for n, t in tensors.items()}
@@ -685,10 +794,18 @@ def component_name(plan: Plan, sources: Sources, origin: Origin) -> str | None:
         if not sources.seen(node.job):
             return None
         return match_of(node.job, origin, sources).component.name
+    if isinstance(origin, Whole):
+        return CHECKPOINT
     if isinstance(node.job, StepJob):
         return component_name(plan, sources, next(iter(node.job.inputs_by_name.values())))
     assert isinstance(node.job, ComponentJob)
     return component_name(plan, sources, node.job.origin)
+
+
+def whole(job: SourceJob, origin: Whole, sources: Sources) -> dict[str, LazyTensor]:
+    """All tensors of a source; raises SourceError where two would have one name."""
+    opened = sources.open(job)
+    return usual(opened.checkpoint, opened.identity, origin.spelt, sources.catalog)
 
 
 def match_of(job: SourceJob, take: Take, sources: Sources) -> Match:

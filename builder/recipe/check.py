@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import posixpath
+import re
+from bisect import bisect
 from collections.abc import Callable, Collection, Iterator
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
@@ -12,11 +14,13 @@ from builder.base.errors import Place, Problem, UsageError, did_you_mean, neares
 from builder.base.kinds import listed
 from builder.base.toml import Keys
 from builder.recipe.language import NEW, Vocabulary
+from builder.recipe.names import SINGLE, Form
 from builder.recipe.recipe import FromBase, NewBase, Output, Pick, Recipe
 
 if TYPE_CHECKING:
     from builder.models.catalog import Architecture, Catalog
 
+_SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}\.safetensors")
 MAX_CYCLES = 10  # that are shown: steps may be woven into more than anyone reads
 
 
@@ -268,11 +272,71 @@ def _files(recipe: Recipe, words: Vocabulary) -> Iterator[Problem]:
             evidence = f"`{first[path].name}` and `{output.name}`"
             yield Problem(f"two outputs write `{output.file}`", place, (evidence,), "give one another `file`")
         first.setdefault(path, output)
+    paths = sorted({*sources, *first})
+    shards = {m[1]: m[0] for m in map(_SHARD.fullmatch, paths) if m is not None}
+    for path, output in first.items():
+        if output.form == "sharded":
+            held = shards.get(path.removesuffix(".safetensors.index.json"))
+        elif output.form == "diffusers":
+            held = next((p for p in paths[bisect(paths, f"{path}/") :][:1] if p.startswith(f"{path}/")), None)
+        else:
+            continue
+        if held is not None:
+            place = recipe.place(*output.at, "file", value=True)
+            fact = f"`{output.file}` would hold another file of the recipe, `{held}`"
+            yield Problem(fact, place, hint="write to another `file`")
 
 
 def _path(written: str) -> str:
     # As file systems see it that take `A` and `a` for one: a recipe is to work on all of them.
     return posixpath.normpath(written).casefold()
+
+
+_WORDS: dict[Form, str] = {
+    "safetensors": "one file",
+    "torch": "one file",
+    "sharded": "a sharded set",
+    "diffusers": "a diffusers folder",
+}
+_FOR: dict[str, tuple[Form, ...]] = {  # keys that make sense for some forms of an output alone
+    "shard_size": ("sharded", "diffusers"),
+    "prediction": ("diffusers",),
+    "tokenizer": ("diffusers",),
+    "config": SINGLE,
+    "profile": SINGLE,
+    "partial": (*SINGLE, "sharded"),
+}
+
+
+def _forms(recipe: Recipe, words: Vocabulary) -> Iterator[Problem]:
+    for output in recipe.outputs:
+        for key, forms in _FOR.items():
+            if not getattr(output, key) or output.form in forms:
+                continue
+            meant = " or ".join(dict.fromkeys(_WORDS[form] for form in forms))
+            fact = f"`{key}` is for {meant}, and `{output.file}` is {_WORDS[output.form]}"
+            hint = "remove it, or give the output another `file`: its ending says what is written"
+            yield Problem(fact, recipe.place(*output.at, key), hint=hint)
+
+
+_NOT_VERBATIM = ("components", "fixes", "markers", "profile", "keep", "unknown", "partial")
+
+
+def _verbatim(recipe: Recipe, words: Vocabulary) -> Iterator[Problem]:
+    for output in (o for o in recipe.outputs if o.verbatim):
+        base = output.base
+        source = recipe.sources.get(base.name) if isinstance(base, FromBase) else None
+        named = isinstance(base, NewBase) or base.name in {**recipe.sources, **recipe.steps}
+        if named and (source is None or source.recipe is not None):
+            place, hint = recipe.place(*base.at, value=True), "name a source that is a file"
+            yield Problem("only a file has tensors to be carried over verbatim", place, hint=hint)
+        said = [k for k in _NOT_VERBATIM if getattr(output, k) not in (None, False, (), {}, "drop")]
+        for keys in [(k,) for k in said] + [("expect", "metric")] * (output.expect.metric is not None):
+            own = _said(recipe, *output.at, *keys) is not None
+            place = recipe.place(*(output.at if own else ()), *keys)
+            fact = f"`{keys[-1]}` cannot go with `verbatim`"
+            evidence = "every tensor of the base is carried over under its name, whatever it is part of"
+            yield Problem(fact, place, (evidence,), "remove one of the two")
 
 
 def _kept(recipe: Recipe, words: Vocabulary) -> Iterator[Problem]:
@@ -294,4 +358,6 @@ _CHECKS: tuple[Callable[[Recipe, Vocabulary], Iterator[Problem]], ...] = (
     _output_names,
     _files,
     _kept,
+    _forms,
+    _verbatim,
 )

@@ -28,10 +28,12 @@ from builder.base.kinds import (
     Table,
     Text,
 )
+from builder.base.words import SIZE, parse_size
 from builder.models.prediction import EMPTY
 from builder.operations.fixes import Fix
 from builder.operations.registry import Operation, Param
-from builder.recipe.names import UNSHOWN
+from builder.recipe.names import FORMS as OUTPUT_FORMS
+from builder.recipe.names import UNSEEN
 from builder.recipe.recipe import FORMAT
 
 if TYPE_CHECKING:
@@ -56,6 +58,7 @@ UNKNOWN = {
     "drop": "they are left out, and counted; refused when they are most of the base",
     "keep": "they are carried over as they are",
 }
+PREDICTIONS = {"epsilon": "the noise", "v": "the velocity between noise and picture"}
 NON_FINITE = {"error": "the build fails and names the tensor", "keep": "it stays"}
 
 
@@ -84,7 +87,7 @@ class Vocabulary:
 
 CLEAN = (NOT_EMPTY, NO_CONTROLS)
 SHOWN = Rule(
-    f"[{UNSHOWN}]",
+    f"[{UNSEEN}]",
     "{key} holds a character that does not show, or turns others around",
     forbid=True,
 )
@@ -183,17 +186,19 @@ _INSIDE = (
     ),
     Rule(r'[:*?"<>|]', '{key} holds one of : * ? " < > |, which file names cannot', forbid=True),
 )
+_SUFFIXES = [end for end in OUTPUT_FORMS if end != "/"]
 OUTPUT_FILE = Text(
     (
         *_INSIDE,
         SHOWN,
         Rule(
-            r"[^/]\.(safetensors|ckpt|pt)$",
-            "{key} must end in `.safetensors`, `.ckpt` or `.pt`, the formats that are written",
+            rf"[^/]({'|'.join(map(re.escape, _SUFFIXES))})$|[^/.]/$",
+            f"{{key}} must end in {', '.join(f'`{end}`' for end in _SUFFIXES)}, or, a folder's, in `/`",
         ),
     ),
     label="path",
 )
+INSIDE = Text(_INSIDE, label="path")
 CONFIG_FILE = Text(
     (*_INSIDE, Rule(r"[^/]\.ya?ml$", "{key} must end in `.yaml`", "give the model's configuration")),
     label="path",
@@ -299,6 +304,25 @@ class Base(Kind):
                 {"type": "string", "minLength": 1},
             ]
         }
+
+
+@dataclass(frozen=True)
+class Size(Kind):
+    """Bytes: an integer, or a string with a unit; gives the integer."""
+
+    noun: str = "an integer or a string"
+    label: str = "integer, or string such as `2GB`"
+    types: tuple[type, ...] = (int, str)
+
+    def check(self, value: Any, at: At) -> Any:
+        size = parse_size(value) if isinstance(value, str) else value
+        if size is None:
+            return at.wrong(f"{at.name} is no size", hint="write it as `2GB`, `500MB` or a number of bytes")
+        return Number(1, whole=True).check(size, at)
+
+    def schema(self, defs: Schema) -> Schema:
+        text = {"type": "string", "pattern": f"^{SIZE}$"}
+        return {"oneOf": [Number(1, whole=True).schema(defs), text]}
 
 
 _NUMBER = r"[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?"
@@ -499,8 +523,9 @@ def _language(words: Vocabulary) -> Struct:
             "name": Key(NAME, "Its name, as one of `[[output]]`.", '"no-ema"', otherwise="the recipe's name"),
             "file": Key(
                 OUTPUT_FILE,
-                "Path inside the recipe's folder. Its ending says what is written: `.safetensors`, or a "
-                "PyTorch file of tensors alone as `.ckpt` or `.pt`.",
+                "Path inside the recipe's folder. Its ending says what is written. `.safetensors`, `.sft`: "
+                "one file; `.ckpt`, `.pt`, `.pth`, `.bin`: a PyTorch file of tensors alone; "
+                "`.safetensors.index.json`: a sharded set, by its index; `/`: a folder in diffusers' layout.",
                 '"anything-v3.safetensors"',
                 otherwise="NAME.safetensors; of one with a `name`, RECIPE-NAME.safetensors",
             ),
@@ -564,6 +589,29 @@ def _language(words: Vocabulary) -> Struct:
                 "Whether slots may stay open. Programs do not load such a file as a whole model.",
                 "true",
                 default=False,
+            ),
+            "verbatim": Key(
+                Boolean(),
+                "Whether it has every tensor of its base, which is a file, under the name it has there.",
+                "true",
+                default=False,
+            ),
+            "shard_size": Key(
+                Size(),
+                "Most bytes of tensors in a file of a set or a folder.",
+                '"2GB"',
+                otherwise="5 GB of a set; a folder's parts are whole",
+            ),
+            "prediction": Key(
+                Choice("prediction", PREDICTIONS),
+                "What the model predicts, for a folder's scheduler.",
+                '"v"',
+                otherwise="what the model says of itself",
+            ),
+            "tokenizer": Key(
+                INSIDE,
+                "A folder inside the recipe's, whose `vocab.json` and `merges.txt` go into a folder.",
+                '"tokenizer"',
             ),
             "metadata": Key(
                 Metadata(),

@@ -7,14 +7,52 @@ import re
 from collections.abc import Iterable, Iterator
 from itertools import count
 from pathlib import Path
+from typing import Literal
+
+from builder.base.errors import Problem, UsageError
+
+Form = Literal["safetensors", "torch", "sharded", "diffusers"]
+
+# What the end of an output's name says of its form.
+FORMS: dict[str, Form] = {
+    ".safetensors": "safetensors",
+    ".sft": "safetensors",
+    ".ckpt": "torch",
+    ".pt": "torch",
+    ".pth": "torch",
+    ".bin": "torch",
+    ".safetensors.index.json": "sharded",
+    "/": "diffusers",
+}
+SINGLE: tuple[Form, ...] = ("safetensors", "torch")  # those that are one file
+WRITTEN = tuple(end for end, form in FORMS.items() if form in SINGLE)
 
 SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")  # of checkpoints; of an index below them too
-WRITTEN = SUFFIXES[:3]  # what a recipe can make
-# What turns text around, or has no width, has a file's name read as another.
-UNSHOWN = r"\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff"
+# Of a character class: what turns text around, or has no width, has a file's name read as another.
+UNSEEN = r"\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff"
 SHARD = re.compile(r".+-\d{5}-of-\d{5}\.(?:safetensors|bin)", re.IGNORECASE)
 _ENDINGS = re.compile(r"(?:\.(?:safetensors|ckpt|pt))+", re.IGNORECASE)  # within a name too
 _MODEL = re.compile(r"(.+?)(?:\.(?:safetensors|ckpt|pt|pth|bin))?(?:\.index\.json)?", re.IGNORECASE)
+
+
+def form_of(name: str) -> Form:
+    """The form that an output's name asks for: by its end; a name without suffix is a diffusers folder.
+
+    Raises UsageError for the suffix of some other kind of file.
+    """
+    for end, form in FORMS.items():
+        if name.lower().endswith(end):
+            return form
+    strange = re.fullmatch(r"\.[A-Za-z]\w*", Path(name).suffix)
+    if strange and not os.path.isdir(name):  # noqa: PTH112
+        raise UsageError(
+            Problem(
+                f"`{name}` has the suffix of no container that can be written",
+                evidence=(f"there are {', '.join(f'`{end}`' for end in FORMS)}",),
+                hint="end a folder's name with `/`",
+            )
+        )
+    return "diffusers"
 
 
 def stem(path: Path) -> str:
@@ -38,7 +76,7 @@ def recipe_name(path: Path, taken: Iterable[str] = ()) -> str:
 
 def portable(name: str) -> str:
     """A file's name with `-` for what other file systems, or recipes, cannot have in it."""
-    return re.sub(rf'^~|[\x00-\x1f\x7f\\/:*?"<>|\ud800-\udfff{UNSHOWN}]', "-", name)
+    return re.sub(rf'^~|[\x00-\x1f\x7f\\/:*?"<>|\ud800-\udfff{UNSEEN}]', "-", name)
 
 
 def numbered(path: Path, suffix: str | None = None) -> Iterator[Path]:

@@ -260,6 +260,10 @@ _PLAIN = (
     "markers",
     "config",
     "partial",
+    "verbatim",
+    "shard_size",
+    "prediction",
+    "tokenizer",
 )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from builder.base.errors import Place, Problem
 from builder.base.toml import Document, Keys
+from builder.recipe.names import Form, form_of
 
 FORMAT = 1
 
@@ -116,7 +117,9 @@ class Output:
     `unknown` as `keep`, all else is carried over too but averages and junk. `markers` are tensors that tell
     programs what the model predicts; None: those that its UNET comes with. `config` is a file beside the
     recipe to copy beside the output, under the output's stem. A `partial` one may leave slots of its
-    architecture open.
+    architecture open. A `verbatim` one has every tensor of its base, under the name it has there.
+    `shard_size` is in bytes of tensors; `prediction` (`epsilon` or `v`) and `tokenizer`, a folder with CLIP's
+    vocabulary, are for diffusers' layout.
     """
 
     name: str
@@ -135,8 +138,17 @@ class Output:
     markers: tuple[str, ...] | None = None
     config: str | None = None
     partial: bool = False
+    verbatim: bool = False
+    shard_size: int | None = None
+    prediction: str | None = None
+    tokenizer: str | None = None
     expect: Expect = Expect()
     at: Keys = field(default=("output",), compare=False)
+
+    @property
+    def form(self) -> Form:
+        """What `file` says is written."""
+        return form_of(self.file)
 
     def meaning(self) -> dict[str, Any]:
         """What decides the file's content: not its name, nor what is expected of it.
@@ -169,6 +181,10 @@ _BY_DEFAULT = (
     "markers",
     "config",
     "partial",
+    "verbatim",
+    "shard_size",
+    "prediction",
+    "tokenizer",
 )
 
 

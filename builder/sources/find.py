@@ -90,7 +90,7 @@ def find_source(
         path = folder / wanted.file
         search.looked.append(f"beside the recipe: `{path}`")
         for _ in _stats([path], modes.S_ISREG, modes.S_ISDIR):
-            digest, size = _known(path, store)
+            digest, size = recall_files(path, store)
             if wanted.size is not None and wanted.size != size:
                 raise SourceError(not_pinned(path, f"{wanted.size:,} bytes", f"{size:,} bytes"))
             return Found(path, digest, size, BESIDE)
@@ -114,7 +114,7 @@ def find_source(
 def this_file(path: Path, store: Store) -> Found:
     """A file that is named by its path, whatever is wrong with it."""
     try:
-        return Found(path, *_known(path, store), BESIDE)
+        return Found(path, *recall_files(path, store), BESIDE)
     except SourceError:
         return Found(path, None, 0, BESIDE)
 
@@ -146,7 +146,7 @@ class _Search:
             if path in self.refused:
                 continue
             try:
-                digest, length = _known(path, self.store)
+                digest, length = recall_files(path, self.store)
             except SourceError as error:
                 self.refused[path] = f"is refused: {error}"
                 continue
@@ -203,8 +203,16 @@ def set_digest(digests: Mapping[str, str]) -> str:
     return hashlib.sha256(json.dumps(named, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def _known(path: Path, store: Store) -> tuple[str | None, int]:
-    """A source's digest, if it is remembered, and its size in bytes; raises SourceError."""
+def hash_files(path: Path, store: Store, reporter: Reporter) -> str:
+    """The digest that a checkpoint is pinned by, hashed once for as long as it stays as it is.
+
+    Raises SourceError.
+    """
+    return set_digest({str(file): store.sha256(file, reporter) for file in files_of(path)})
+
+
+def recall_files(path: Path, store: Store) -> tuple[str | None, int]:
+    """The digest that a checkpoint is pinned by, if it is remembered, and its bytes; raises SourceError."""
     try:
         stats = {file: file.stat() for file in files_of(path)}
     except OSError as error:

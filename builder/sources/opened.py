@@ -22,7 +22,7 @@ from builder.formats.hashes import sha256_blob
 from builder.formats.open import open_checkpoint
 from builder.models.identify import Identity, identify
 from builder.recipe.read import outside
-from builder.sources.find import BESIDE, Found, files_of, find_source, not_pinned, set_digest, this_file
+from builder.sources.find import BESIDE, Found, find_source, hash_files, not_pinned, set_digest, this_file
 from builder.sources.job import SourceJob
 
 if TYPE_CHECKING:
@@ -266,22 +266,22 @@ class Sources:
         if found.sha256 is not None:
             return found.sha256 != pin
         try:
-            digests = {str(f): self.store.sha256(f, self._reporter) for f in files_of(found.path)}
+            return hash_files(found.path, self.store, self._reporter) != pin
         except SourceError:
             return True
-        return set_digest(digests) != pin
 
     # -- opening
 
-    def open(self, job: SourceJob) -> OpenSource:
+    def open(self, job: SourceJob, *, repair: bool = False) -> OpenSource:
         """A source's table of contents and identity; raises CkptError when it cannot be had.
 
-        Of one that is not here, as its host shows it, where that can be.
+        Of one that is not here, as its host shows it, where that can be. `repair` is as for
+        `open_checkpoint`; once it is open, a source stays as it was opened.
         """
         with self._guard:
             if job not in self._open:
                 found = self.find(job)
-                checkpoint = self._open_remote(job) if found is None else self._open_file(found.path)
+                checkpoint = self._open_remote(job) if found is None else self._open_file(found.path, repair)
                 try:
                     if found is None or found.how == BESIDE:
                         self._check_files(job, checkpoint)
@@ -298,8 +298,8 @@ class Sources:
             if isinstance(blob, FileBlob) and not any(is_inside(Path(blob.name), f) for f in bounds or ()):
                 raise RecipeError(outside(Path(blob.name).name, "a link leads out of it", job.place))
 
-    def _open_file(self, path: Path) -> Checkpoint:
-        return open_checkpoint(path, self.catalog.layouts)
+    def _open_file(self, path: Path, repair: bool = False) -> Checkpoint:
+        return open_checkpoint(path, self.catalog.layouts, repair=repair)
 
     def drop(self, job: SourceJob) -> None:
         """Close a source that is not needed after all."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 from builder.base.errors import CkptError, OutputError, Problem
@@ -23,8 +23,22 @@ Overflow = Literal["error", "clamp", "keep"]
 NonFinite = Literal["error", "keep"]
 
 
+_WAYS = {  # to let values pass: in a recipe, and on the command line
+    '`overflow = "clamp"` or `"keep"`': "`--overflow clamp` or `keep`",
+    '`non_finite = "keep"`': "`--non-finite keep`",
+}
+
+
 class UnfitError(OutputError):
     """A source has values that an output cannot hold, or that are none: no other attempt will help."""
+
+    def with_options(self) -> UnfitError:
+        """The same, its hints in the words of the command line."""
+        made = []
+        for problem in self.problems:
+            ways = [option for key, option in _WAYS.items() if key in (problem.hint or "")]
+            made.append(replace(problem, hint=f"to make it all the same, give {' and '.join(ways)}"))
+        return type(self)(*made)
 
 
 class BeyondError(UnfitError):
@@ -63,24 +77,22 @@ class Faults:
             return None
         problems = []
         for name, fault in sorted(self.by_name.items()):
-            evidence, keys, options = [], [], []
+            evidence, hints = [], []
+            for_overflow, for_non_finite = _WAYS
             if fault.overflow:
                 target = dtype.code if dtype is not None else "the output"
                 evidence.append(
                     f"{fault.overflow:,} finite values are beyond {target}, the largest is {fault.largest:g}"
                 )
-                keys.append('`overflow = "clamp"`')
-                options.append("`--overflow clamp`")
+                hints.append(for_overflow)
             if fault.nan or fault.infinite:
                 evidence.append(f"{fault.nan:,} are NaN, {fault.infinite:,} are infinite")
-                keys.append('`non_finite = "keep"`')
-                options.append("`--non-finite keep`")
+                hints.append(for_non_finite)
             problems.append(
                 Problem(
                     f"tensor `{name}` of {what} has values that would not survive",
                     evidence=tuple(evidence),
-                    hint=f"to build all the same, put {' and '.join(keys)} under [output] of a recipe, "
-                    f"or give a command {' and '.join(options)}",
+                    hint=f"to build all the same, put {' and '.join(hints)} under [output]",
                 )
             )
         damaged = any(f.nan or f.infinite for f in self.by_name.values())

@@ -19,9 +19,10 @@ from builder.operations.fixes import FIXES
 from builder.plan import Plan
 from builder.recipe import FromBase, NewBase, Output, Pick, Recipe, Source, parse_recipe
 from builder.recipe.language import OUTPUT_FILE, PATH
-from builder.recipe.names import WRITTEN, numbered, portable
+from builder.recipe.names import WRITTEN, form_of, numbered, portable
 from builder.sources.opened import Sources
 from builder.store import Store
+from builder.tensors.cast import UnfitError
 from builder.workspace import Workspace
 
 ORIGIN = "<command line>"
@@ -88,40 +89,51 @@ class CommandRecipe:
         found = {name: str(sources.hash(sources.file(path)).sha256) for name, path in self.sources.items()}
         return replace(self, sha256=found)
 
-    def save(self, path: Path, target: Path, catalog: Catalog) -> None:
+    def save(self, path: Path, target: str | Path, catalog: Catalog) -> None:
         """Write the recipe to `path`, as one that makes `target` where that is below it, else a namesake.
 
         A namesake is one that every file system can have, and no source's. Raises OutputError when it cannot
         be written, or would take the place of a source or of `target`.
         """
-        with replacing(path, inputs=[*self.sources.values(), target]) as fd:
+        with replacing(path, inputs=[*self.sources.values(), Path(target)]) as fd:
             write_all(fd, memoryview(self.saved(path, target, catalog)), 0)
 
-    def saved(self, path: Path, target: Path, catalog: Catalog) -> bytes:
-        """What `save` writes; raises OutputError for a source that no recipe can name."""
-        folder = path.absolute().parent.resolve()
+    def saved(self, path: Path, target: str | Path, catalog: Catalog) -> bytes:
+        """What `save` writes; raises OutputError for a source or a tokenizer that no recipe can name."""
+        folder, said = path.absolute().parent.resolve(), dict(self.output)
+        if (tokenizer := said.get("tokenizer")) is not None:
+            if (below := _below(folder, Path(tokenizer))) is None:
+                fact = f"a recipe in `{path}` cannot name the tokenizer `{tokenizer}`"
+                raise OutputError(Problem(fact, hint="put the recipe into a folder above it"))
+            said["tokenizer"] = below
         for name in self.sources:
             if not PATH.holds(file := self._source(name, folder)["file"]):
                 evidence = "its name has a control character, or what is not valid Unicode"
                 hint = "rename it, or leave `--save-recipe` out"
                 raise OutputError(Problem("no recipe can name this file", Place(file), (evidence,), hint))
-        output = {"file": self.written(path, target), **self.output}
-        text = replace(self, output=output).text(folder)
+        text = replace(self, output={"file": self.written(path, target), **said}).text(folder)
         parse_recipe(text, ORIGIN, catalog)
         return text.encode()
 
-    def written(self, path: Path, target: Path) -> str:
-        """What the recipe saved to `path` calls the file that it makes; see `save`."""
-        folder, goal = path.absolute().parent.resolve(), target.absolute().parent.resolve() / target.name
-        below = goal.relative_to(folder) if goal.is_relative_to(folder) else Path(target.name)
+    def written(self, path: Path, target: str | Path) -> str:
+        """What the recipe saved to `path` calls what it makes; see `save`."""
+        folder, name = path.absolute().parent.resolve(), Path(target).name
+        end = "/" * (form_of(str(target)) == "diffusers")
         taken = {self._source(name, folder)["file"].casefold() for name in self.sources}
-        file = below if OUTPUT_FILE.holds(below.as_posix()) else Path(portable(target.name))
-        return next(f for p in numbered(file) if (f := p.as_posix()).casefold() not in taken)
+        below = Path(_below(folder, Path(target)) or name)
+        file = below if OUTPUT_FILE.holds(below.as_posix() + end) else Path(portable(name))
+        return next(f for p in numbered(file) if (f := p.as_posix()).casefold() not in taken) + end
+
+
+def _below(folder: Path, path: Path) -> str | None:
+    """A path from a folder that it lies in, after all links but its own; None where it lies elsewhere."""
+    real = path.absolute().parent.resolve() / path.name
+    return real.relative_to(folder).as_posix() if real.is_relative_to(folder) else None
 
 
 def run(
     command: CommandRecipe,
-    target: Path,
+    target: str | Path,
     workspace: Workspace,
     sources: Sources,
     *,
@@ -140,21 +152,24 @@ def run(
     if save is not None:
         command.saved(save, target, workspace.catalog)
         command = command.pinned(sources)
-    made = build_recipe(
-        workspace,
-        command.recipe(workspace.catalog),
-        sources,
-        place=lambda _: target,
-        naming=naming,
-        hashing=hashing or save is not None,
-        threads=threads,
-        before=before,
-    )
+    try:
+        made = build_recipe(
+            workspace,
+            command.recipe(workspace.catalog),
+            sources,
+            place=lambda _: target,
+            naming=naming,
+            hashing=hashing or save is not None,
+            threads=threads,
+            before=before,
+        )
+    except UnfitError as error:
+        raise error.with_options() from None
     if save is not None:
-        path = made.outputs[0].path
-        command.save(save, path, workspace.catalog)
-        if Path(named := command.written(save, path)).name != path.name:
-            workspace.reporter.note(f"the recipe makes `{named}`: no recipe can call it `{path.name}`")
+        goal = target if naming is None else made.outputs[0].path
+        command.save(save, goal, workspace.catalog)
+        if Path(named := command.written(save, goal)).name != (name := Path(goal).name):
+            workspace.reporter.note(f"the recipe makes `{named}`: no recipe can call it `{name}`")
     return made
 
 
@@ -172,12 +187,12 @@ def vacant(path: Path, built: Built, store: Store, suffix: str | None = None) ->
 def output_path(path: Path, inputs: Iterable[Path] = ()) -> Path:
     """`path`, if a checkpoint can be written under such a name, and not over `inputs`; raises OutputError."""
     may_replace(path, inputs)
-    if path.suffix not in WRITTEN:
+    if path.suffix.lower() not in WRITTEN:
         raise OutputError(
             Problem(
                 f"cannot write `{path}`",
                 evidence=(f"its name ends in {f'`{path.suffix}`' if path.suffix else 'nothing known'}",),
-                hint="the name says the format: `.safetensors`, `.ckpt` or `.pt`",
+                hint=f"the name says the format: {', '.join(f'`{s}`' for s in WRITTEN)}",
             )
         )
     return path

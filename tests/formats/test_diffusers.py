@@ -23,7 +23,19 @@ from builder.formats.layouts.configs import configs
 from builder.formats.write_diffusers import write_folder
 from builder.formats.write_safetensors import write
 from builder.tensors.lazy import DType, LazyTensor, MemoryTensor
-from tests.help.building import CLIP, IDS, VAE, Folder, catalog, content, files, model, save, values
+from tests.help.building import (
+    CLIP,
+    IDS,
+    VAE,
+    Folder,
+    catalog,
+    content,
+    files,
+    model,
+    save,
+    save_dirty,
+    values,
+)
 
 pytest.importorskip("diffusers")
 import diffusers
@@ -223,7 +235,7 @@ def test_a_folder_holds_the_very_same_tensors(tmp_path: Path, family: str, shard
     before = {**small(family), "alphas_cumprod": values(np.ones(1000)), "what.is.this": values([1.0])}
     metadata = {"format": "pt", "modelspec.title": "Ünïcode"}
     options: dict[str, Any] = {"shard_size": shard_size, "durable": False, "prediction": "epsilon"}
-    rest = write_folder(tmp_path, LAYOUTS[family], before, metadata, **options)
+    rest = write_folder(tmp_path, LAYOUTS[family], before, metadata, **options).rest
     assert rest.keys() == WITHOUT[family] | {"alphas_cumprod", "what.is.this"}
     assert (tmp_path / "unet/diffusion_pytorch_model.safetensors").exists() == (shard_size is None)
     with open_checkpoint(tmp_path, LAYOUTS) as found:
@@ -500,19 +512,32 @@ def test_a_saved_recipe_builds_the_same(folder: Folder) -> None:
     assert said.code == 6 and "is not what was pinned" in said.err
 
 
-def test_no_recipe_is_saved_of_what_it_would_not_make(folder: Folder) -> None:
-    save(folder / "mini.safetensors", {**model("SD-mini"), "what.is.this": values([1.0])})
-    save(folder / "unknown.safetensors", {"w": values([1.0])})
+def test_every_conversion_is_a_recipe(folder: Folder) -> None:
+    """What `--save-recipe` writes makes the very same bytes, whatever the source holds and the form is."""
+    save_dirty(folder / "dirty.ckpt", "mini")
+    save(folder / "unknown.safetensors", {"w": values([1.0]), "embeddings.position_ids": values([0.5])})
     save(folder / "tidy.safetensors", model("SD-mini"))
-    before = files(folder.path)
-    for source, target, text in (
-        ("mini.safetensors", "o.pt", "it would leave out 1 tensors, such as `what.is.this`"),
-        ("unknown.safetensors", "o.pt", "the catalog knows no such architecture"),
-        ("tidy.safetensors", "folder/", "`folder/` is more than one file"),
+    vocabulary(folder / "words")
+    for source, target, options in (
+        ("dirty.ckpt", "dirty.pth", ()),
+        ("dirty.ckpt", "half.sft", ("--precision", "fp16", "--overflow", "clamp")),
+        ("unknown.safetensors", "set.safetensors.index.json", ("--shard-size", "4")),
+        ("dirty.ckpt", "folder/", ("--prediction", "v", "--shard-size", "1MB")),
+        ("tidy.safetensors", "model", ("--tokenizer", "words")),
+        ("model", "again/", ()),
     ):
-        said = folder("convert", source, "-o", target, "--save-recipe", "r.toml")
-        assert said.code == 2 and text in said.err
-    assert files(folder.path) == before
+        kept = files(folder.path)
+        said = folder("convert", source, "-o", target, *options, "--save-recipe", "r.toml")
+        assert said.code == 0, said.err
+        made = {n: (folder / n).read_bytes() for n in files(folder.path) - kept if (folder / n).is_file()}
+        built = folder.beside(f"built-{target.strip('/')}", store=f"store-{target.strip('/')}")
+        for name in sorted(files(folder.path) - kept - {"r.toml"}, reverse=True):
+            path = built / name
+            path.rmdir() if path.is_dir() else path.unlink()
+        assert [o["state"] for o in built.build("r.toml")["outputs"]] == ["written"]
+        assert {n: (built / n).read_bytes() for n in made} == made
+        assert [o["state"] for o in built.build("r.toml")["outputs"]] == ["unchanged"]
+        assert built("verify", "r.toml").code == 0
 
 
 @pytest.mark.slow

@@ -296,3 +296,51 @@ def test_parts_with_scales_of_their_own_are_not_joined() -> None:
     found = identify(split, CATALOG)
     with pytest.raises(SourceError, match="is packed, and split"):
         cut(split, found, found.matches[0], "CLIP-v2")
+
+
+@pytest.mark.parametrize("prefix", ["", "unet.", "model.diffusion_model."])
+def test_companions_are_found_whatever_names_the_layers_have(prefix: str) -> None:
+    weight = "time_embed.0.weight"
+    scale = MemoryTensor(DType.F32, (1,), b"\0\0\x80\x3f")
+    by_diffusers, _ = CATALOG.layouts["SD-v1"].to_diffusers(
+        {UNET + weight: tensors("UNET-v1-SD")[UNET + weight]}
+    )
+    (theirs,) = by_diffusers["unet"]
+    unet = in_diffusers("UNET-v1-SD", layout="SD-v1")["unet"]
+    for held, name in ((lone("UNET-v1-SD"), weight), (unet, theirs)):
+        side = prefix + name.replace("weight", "weight_scale")
+        more = {side: scale, prefix + "nowhere.weight_scale": scale}
+        found = identify({**{prefix + n: t for n, t in held.items()}, **more}, CATALOG)
+        (match,) = found.matches
+        assert match.companions["time_embed.0.weight_scale"] == side
+        assert side in match.full and match.full.count(side) == 1 and side in found.scales
+        # What no layer of the table answers to has another name only where the others do not.
+        assert (prefix + "nowhere.weight_scale" in match.full) == (not match.diffusers)
+
+
+def test_companions_of_a_lone_text_encoder_follow_it_to_another_class() -> None:
+    scale = MemoryTensor(DType.F32, (1,), b"\0\0\x80\x3f")
+    held: dict[str, LazyTensor] = {**lone("CLIP-v1-SD")}
+    side = "text_model.encoder.layers.0.mlp.fc1.weight_scale"
+    held[side] = scale
+    found = identify(held, CATALOG)
+    for cls, name in (
+        ("CLIP-v1", "encoder.layers.0.mlp.fc1.weight_scale"),
+        ("CLIP-L-v3", "transformer.text_model.encoder.layers.0.mlp.fc1.weight_scale"),
+    ):
+        match = choose(held, found, cls, None, CATALOG)
+        assert match is not None and match.companions == {name: side}
+        assert cut(held, found, match, cls).tensors[name] is scale
+
+
+def test_wrapped_layers_have_their_descriptions(tmp_path: Path) -> None:
+    from builder.formats.write_safetensors import write
+
+    weight, said = UNET + "out.2.weight", '{"layers": {"LAYER": {"format": "int8_tensorwise"}}}'
+    for wrapper, layer in (("module.", "module." + UNET + "out.2"), ("_orig_mod.", UNET + "out.2")):
+        path = tmp_path / "a.safetensors"
+        held = {wrapper + n: t for n, t in model("SD-mini").items()}
+        write(path, held, {"_quantization_metadata": said.replace("LAYER", layer)})
+        with open_checkpoint(path) as checkpoint:
+            assert weight in checkpoint and UNET + "out.2.comfy_quant" in checkpoint
+            assert not checkpoint.metadata

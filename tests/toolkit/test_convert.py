@@ -23,10 +23,11 @@ from builder.base.errors import OutputError, UsageError
 from builder.formats import open_checkpoint
 from builder.formats.write_safetensors import write
 from builder.formats.write_sharded import plan_shards
+from builder.recipe.names import form_of
 from builder.tensors.lazy import DType, LazyTensor, MemoryTensor
 from builder.tensors.moves import Joined, Reshaped, Rows, Transposed
-from builder.toolkit.convert import convert, form_of
-from tests.help.building import ROOT, Folder, catalog, content, files, model, save, save_dirty, values
+from builder.toolkit.convert import convert
+from tests.help.building import ROOT, Folder, content, files, model, save, save_dirty, values
 
 NAMES = ("out.safetensors", "out.ckpt", "out.pt", "out.safetensors.index.json")
 DTYPES = [DType.BOOL, DType.U8, DType.I64, DType.F16, DType.BF16, DType.F32, DType.F64, DType.F8_E4M3]
@@ -60,14 +61,15 @@ def test_every_tensor_survives_every_container(
     source = folder / "in.safetensors"
     write(source, tensors, {"format": "pt"}, durable=False)
     before, first = content(source), source.read_bytes()
-    for number, form in enumerate(forms):
-        target = folder / str(number) / form
-        target.parent.mkdir()
-        limit = size if form.endswith(".json") else None
-        convert(source, target, catalog=catalog(), shard_size=limit, durable=False)
-        assert content(target) == before
-        source = target
-    convert(source, folder / "last.safetensors", catalog=catalog(), durable=False)
+    with Folder.below(folder).workspace() as workspace, workspace.sources() as sources:
+        for number, form in enumerate(forms):
+            target = folder / str(number) / form
+            target.parent.mkdir()
+            limit = size if form.endswith(".json") else None
+            made = convert(source, str(target), workspace, sources, shard_size=limit)
+            assert (made.tensors, content(target)) == (len(tensors), before)
+            source = target
+        convert(source, str(folder / "last.safetensors"), workspace, sources)
     assert (folder / "last.safetensors").read_bytes() == first
 
 
