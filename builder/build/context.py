@@ -32,6 +32,7 @@ class Context:
     hashing: bool
     reporter: Reporter
     stop: threading.Event = field(default_factory=threading.Event)
+    _actions: dict[Key, str] = field(default_factory=dict)
     _hashing: dict[Key, Future[Found]] = field(default_factory=dict)
 
     @property
@@ -100,7 +101,9 @@ class Context:
         job = self.plan.nodes[key].job
         if isinstance(job, SourceJob):
             return self.sources.sha256(job)
-        return action_key(job, self.action)
+        if key not in self._actions and (action := action_key(job, self.action)) is not None:
+            self._actions[key] = action  # what is not known yet is asked again
+        return self._actions.get(key)
 
     def made(self, key: Key) -> Made | None:
         """What a component's node is known to make."""

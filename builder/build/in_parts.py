@@ -8,7 +8,7 @@ from pathlib import Path
 from builder.base.errors import CkptError, Problem, SourceError
 from builder.build.context import Context
 from builder.formats.blob import BlobTensor, FileBlob
-from builder.plan.graph import ComponentJob, Key, Node, Origin, OutputJob, StepJob, Take, Whole
+from builder.plan.graph import Key, Node, OutputJob, Take, Whole
 from builder.plan.resolve import match_of
 from builder.recipe.lock import LockedComponent
 from builder.sources.job import SourceJob
@@ -148,18 +148,10 @@ class Parts:
 
     def _takes(self, key: Key) -> Iterator[tuple[SourceJob, Take | Whole]]:
         """What a component is made of, as sources hold it."""
-        origins: list[Origin] = [self._context.component(key).origin]
-        while origins:
-            origin = origins.pop()
-            job = self._context.node(origin.node).job
-            if isinstance(origin, (Take, Whole)):
-                assert isinstance(job, SourceJob)
-                yield job, origin
-            elif isinstance(job, StepJob):
-                origins += job.inputs_by_name.values()
-            else:
-                assert isinstance(job, ComponentJob)
-                origins.append(job.origin)
+        for take in self._context.plan.takes(self._context.component(key).origin):
+            job = self._context.node(take.node).job
+            assert isinstance(job, SourceJob)
+            yield job, take
 
 
 def _is_here(tensor: object) -> bool:

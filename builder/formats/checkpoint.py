@@ -64,6 +64,11 @@ class Checkpoint(Mapping[str, LazyTensor]):
         self.close()
 
 
+def _wrapped(name: str, prefix: str) -> bool:
+    """Whether a name has more than this before it."""
+    return name.startswith(prefix) and len(name) > len(prefix)
+
+
 def unwrapped(checkpoint: Checkpoint) -> Checkpoint:
     """The same checkpoint under the names that its modules have without wrappers: `nesting` says what went.
 
@@ -71,7 +76,7 @@ def unwrapped(checkpoint: Checkpoint) -> Checkpoint:
     """
     tensors, prefix = checkpoint.tensors, ""
     while word := next(
-        (w for w in WRAPPERS if tensors and all(n.startswith(prefix + w) for n in tensors)), ""
+        (w for w in WRAPPERS if tensors and all(_wrapped(n, prefix + w) for n in tensors)), ""
     ):
         prefix += word
     outer = {n[len(prefix) :]: t for n, t in tensors.items()}
@@ -80,7 +85,7 @@ def unwrapped(checkpoint: Checkpoint) -> Checkpoint:
         if any("_orig_mod." in n for n in outer)
         else outer
     )
-    checkpoint.tensors = inner if len(inner) == len(outer) else outer
+    checkpoint.tensors = inner if len(inner) == len(outer) and "" not in inner else outer
     checkpoint.nesting = ".".join(filter(None, (checkpoint.nesting, prefix.rstrip("."))))
     # What says of packed layers may do so under either names.
     return with_descriptions(checkpoint)

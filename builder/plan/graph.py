@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -306,7 +307,8 @@ class Plan:
 
     `entries` are the sources by their names in the lock. `unseen` are sources whose tables of contents
     are to be had first: enough is known to show the plan, too little to build. `left_out` is by output.
-    `notes` are what steps leave alone, `depths` how many steps each node hangs on in a row.
+    `notes` are what steps leave alone, `depths` how many steps each node hangs on in a row,
+    `labels` those of all nodes.
     """
 
     recipe: Recipe
@@ -318,6 +320,7 @@ class Plan:
     warnings: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     depths: dict[Key, int] = field(default_factory=dict)
+    labels: set[str] = field(default_factory=set)
 
     def say(self, note: str) -> None:
         """Have something noted, once, that a reader of the recipe may not expect."""
@@ -362,6 +365,23 @@ class Plan:
                 found.add(key)
                 near += self.nodes[key].job.inputs
         return found
+
+    def takes(self, origin: Origin) -> Iterator[Take | Whole]:
+        """What an origin is made of, near and far, as sources hold it: each once, however often used."""
+        near, seen = [origin], set()
+        while near:
+            each = near.pop()
+            said = json.dumps(origin_data(each))
+            if said in seen:
+                continue
+            seen.add(said)
+            job = self.nodes[each.node].job
+            if isinstance(each, Take | Whole):
+                yield each
+            elif isinstance(job, StepJob):
+                near += job.inputs_by_name.values()
+            elif isinstance(job, ComponentJob):
+                near.append(job.origin)
 
     def outputs(self) -> list[Node]:
         """The files to be written, in the recipe's order."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import cache
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
@@ -170,11 +171,12 @@ class _Resolver:
             if self.plan.depths[key] > MAX_STEPS:
                 fact = f"more than {MAX_STEPS} steps are made of each other, through all recipes"
                 raise RecipeError(Problem(fact, hint="build one of them first, and name its file"))
-            said = {n.label for n in self.plan}
+            said = self.plan.labels
             number, unlike = 1, label
             while unlike in said:
                 number += 1
                 unlike = f"{label} #{number}"
+            said.add(unlike)
             self.plan.nodes[key] = Node(job, key, unlike, **facts)
         return key
 
@@ -238,7 +240,7 @@ class _Resolver:
                 self.recipe.place(*pick.at, value=True),
             )
 
-        return _Model(name, classes, architecture, origin, lambda: self._told_by(self.source(name)))
+        return _Model(name, classes, architecture, cache(origin), lambda: self._told_by(self.source(name)))
 
     def _told_by(self, job: SourceJob) -> _Told:
         """What a source says of what its denoiser predicts; it is looked at where that is not remembered."""
@@ -275,7 +277,11 @@ class _Resolver:
             return finished
 
         return _Model(
-            name, lambda: tuple(picks), lambda: architecture, origin, lambda: inner.told(output, picks, {})
+            name,
+            lambda: tuple(picks),
+            lambda: architecture,
+            cache(origin),
+            lambda: inner.told(output, picks, {}),
         )
 
     def _step(self, name: str) -> _Model:
@@ -322,7 +328,7 @@ class _Resolver:
             kept = ComponentJob(pick.cls, name, applied, (), "keep", False, "keep", "keep", store=True)
             return Finished(self._component(kept, f"{pick.cls} of step {name}", pick))
 
-        return _Model(name, first.classes, first.architecture, origin, first.told, first)
+        return _Model(name, first.classes, first.architecture, cache(origin), first.told, first)
 
     def _inputs(
         self, step: Step, operation: Operation, pick: Pick, models: Mapping[str, _Model], leader: str
@@ -468,7 +474,7 @@ class _Resolver:
         # What is to be fetched is seen when it is here, and what is known need not be looked at.
         unseen = made is not None or self._elsewhere(job)
         specs = {} if unseen else to_read(self.plan, self.sources, job.origin)
-        made_of = {} if unseen else to_read(self.plan, self.sources, self._shaped_as(job.origin))
+        made_of = {} if unseen else taken(self.plan, self.sources, self._shaped_as(job.origin))
         sizes = component_specs(made_of, job.precision, job.narrow).values()
         return self.add(
             job,
@@ -481,10 +487,13 @@ class _Resolver:
             made=made,
         )
 
-    def _shaped_as(self, origin: Origin) -> Origin:
-        """What has the names and shapes of an origin: of a step, its first input."""
-        job = self.plan.nodes[origin.node].job
-        return self._shaped_as(job.inputs_by_name[job.first]) if isinstance(job, StepJob) else origin
+    def _shaped_as(self, origin: Origin) -> Take | Whole:
+        """What of a source has the names and shapes of an origin: of a step, its first input's."""
+        while not isinstance(origin, Take | Whole):
+            job = self.plan.nodes[origin.node].job
+            assert isinstance(job, StepJob | ComponentJob)
+            origin = job.inputs_by_name[job.first] if isinstance(job, StepJob) else job.origin
+        return origin
 
     def _why(self, pick: Pick, action: str | None) -> str:
         if pick.source not in self.recipe.sources or self.recipe.sources[pick.source].recipe is not None:
@@ -926,21 +935,20 @@ def output_state(store: Store, action: str, job: OutputJob) -> tuple[State, str]
 
 
 def to_read(plan: Plan, sources: Sources, origin: Origin) -> Mapping[str, LazyTensor]:
-    """The tensors to be read for a component; raises RecipeError when a source does not have it."""
-    node = plan.nodes[origin.node]
-    if isinstance(origin, Take):
-        assert isinstance(node.job, SourceJob)
-        opened = sources.open(node.job)
-        match = match_of(node.job, origin, sources)
-        return cut(opened.checkpoint, opened.identity, match, origin.cls).tensors
+    """The tensors to be read for a component, each once; raises RecipeError where a source lacks it."""
+    return {
+        f"{take.node}/{n}": t for take in plan.takes(origin) for n, t in taken(plan, sources, take).items()
+    }
+
+
+def taken(plan: Plan, sources: Sources, origin: Take | Whole) -> Mapping[str, LazyTensor]:
+    """What is taken of a source, under unprefixed names; raises RecipeError when it does not have it."""
+    job = plan.nodes[origin.node].job
+    assert isinstance(job, SourceJob)
     if isinstance(origin, Whole):
-        assert isinstance(node.job, SourceJob)
-        return whole(node.job, origin, sources)
-    if isinstance(node.job, StepJob):
-        inputs = {p: to_read(plan, sources, o) for p, o in node.job.inputs_by_name.items()}
-        return {f"{p}/{n}": t for p, tensors in inputs.items() for n, t in tensors.items()}
-    assert isinstance(node.job, ComponentJob)
-    return to_read(plan, sources, node.job.origin)
+        return whole(job, origin, sources)
+    opened = sources.open(job)
+    return cut(opened.checkpoint, opened.identity, match_of(job, origin, sources), origin.cls).tensors
 
 
 def component_name(plan: Plan, sources: Sources, origin: Origin) -> str | None:

@@ -29,7 +29,10 @@ from builder.tensors.lazy import DType, LazyTensor, MemoryTensor
 from builder.tensors.scan import scan
 
 DTYPES = [d for d in DType if d.torch_name and hasattr(torch, d.torch_name)]
-NAMES = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=12)
+# Names of wrapped modules are read without the wrapper.
+NAMES = st.text(
+    st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=12
+).filter(lambda name: "module." not in name and "_orig_mod." not in name)
 
 
 def tensor(dtype: DType, shape: tuple[int, ...], seed: int = 0) -> MemoryTensor:

@@ -202,3 +202,12 @@ def test_the_file_says_what_it_was_merged_of(folder: Folder) -> None:
             "components": [],
         }
     }
+
+
+def test_a_diamond_of_steps_costs_no_more_than_a_chain(folder: Folder) -> None:
+    """Each step is used twice by the next: by paths there are 2 to the 40th."""
+    steps = ['[steps.s0]\nop = "weighted-sum"\na = "a"\nb = "b"\n']
+    steps += [f'[steps.s{i}]\nop = "weighted-sum"\na = "s{i - 1}"\nb = "s{i - 1}"\n' for i in range(1, 40)]
+    build(folder, 'base = "s39"\n' + SOURCES.partition("sources.c")[0] + "".join(steps))
+    a, b = weights(1, NAME), weights(2, NAME)
+    assert (made(folder, NAME).float() - (a * 0.5 + b * 0.5)).abs().max() < 1e-3

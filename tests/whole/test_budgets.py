@@ -554,7 +554,9 @@ def classes() -> dict[str, bytes | str]:
 
 @case("catalog")
 def classes_of_blocks() -> dict[str, bytes | str]:
-    return {"classes.toml": "".join(f'[a{n}]\nblocks=["{{0..99999}}"]\n' for n in range(20_000))}
+    return {
+        "classes.toml": "".join(f'[a{n}]\nblocks={{"{{0..99999}}."="A{{0..99999}}"}}\n' for n in range(9_000))
+    }
 
 
 @case("catalog")

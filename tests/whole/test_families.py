@@ -66,7 +66,7 @@ sidecars_v = { a1111 = "tiny-v.yaml" }
     "classes.toml": """\
 [DENOISER-tiny]
 metric = { part = "unet", base = 1.0, k = 100, having = ["block.0."] }
-blocks = ["A{0..2}"]
+blocks = { "block.{0..2}." = "A{0..2}" }
 [TEXT-tiny]
 metric = { part = "clip", base = 1.0, k = 100, lacking = ["position"] }
 fixes = ["clip-position-ids", "position-ids-absent"]

@@ -12,6 +12,7 @@ import components_db
 from builder.base.errors import CatalogError, Problem, did_you_mean
 from builder.base.words import spelling
 from builder.models.catalog.files import (
+    MAX_BLOCKS_IN_ALL,
     Fields,
     Table,
     alone,
@@ -139,6 +140,7 @@ class _Reader:
         self.prefixes: dict[str, None] = {}
         self.wrappers: dict[str, None] = {}
         self.traits: dict[str, Traits] = {}
+        self.blocks_in_all = 0
         self.blocks: dict[int, str] = {}  # by their number: the first class that has so many
         self.layouts: list[tuple[Path, str]] = []  # files, which are read when they are needed
         self.programs: dict[str, dict[str, str]] = {}
@@ -188,6 +190,9 @@ class _Reader:
                 fields.fail(fact, "blocks", value=True, evidence=(f"in {their.path}",))
             self.traits[cls] = traits
             self.described[cls] = fields
+            self.blocks_in_all += len(traits.block_of)
+            if self.blocks_in_all > MAX_BLOCKS_IN_ALL:
+                fields.fail(f"more than {MAX_BLOCKS_IN_ALL:,} blocks in all classes")
 
     def _kinds(self, path: Path, name: str) -> None:
         self.kinds += read_kinds(path, name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from math import isfinite, prod
 from pathlib import Path, PurePath
 from typing import Any, NoReturn, TypeVar
@@ -43,6 +44,7 @@ MAX_LOOKS = 2_000_000  # at names, for those that a pattern with `*` means
 MAX_DIMS = 64
 MAX_RULES = 100_000  # other names of a class's modules
 MAX_PREFIXES = 100
+MAX_BLOCKS_IN_ALL = 100_000  # of all classes
 MAX_BLOCKS = 1000  # of a class; the largest known have some dozens
 
 _COMPONENT = {
@@ -403,14 +405,15 @@ def _blocks(fields: Fields) -> dict[str, str]:
             fact = f"{len(blocks):,} blocks do not pair with {len(prefixes):,} prefixes"
             fields.fail(fact, "blocks", pattern, value=True)
         for prefix, block in zip(prefixes, blocks * (len(prefixes) // len(blocks)), strict=True):
-            if near := next((p for p in found if p.startswith(prefix) or prefix.startswith(p)), None):
-                fields.fail(f"`{prefix}` and `{near}` may both be of one name", "blocks", pattern)
             if not re.fullmatch(r"[A-Z]+[0-9]*", block):
                 fact, hint = f"`{block}` is no name of a block", "capitals and a number, as `IN04`"
                 fields.fail(fact, "blocks", pattern, value=True, hint=hint)
             found[prefix] = block
             if len(found) > MAX_BLOCKS:
                 fields.fail(f"more than {MAX_BLOCKS:,} blocks", "blocks", pattern)
+    for one, other in pairwise(sorted(found)):
+        if other.startswith(one):
+            fields.fail(f"`{other}` and `{one}` may both be of one name", "blocks")
     return found
 
 
