@@ -722,6 +722,16 @@ class _Resolver:
         found = output.prediction or find_prediction(name, told, layout)
         if isinstance(found, Problem) and (base is None or opened is not None):
             raise RecipeError(replace(found, place=self.recipe.place(*output.at, "file", value=True)))
+        if output.prediction is not None and told.markers and told.v is not (output.prediction == "v"):
+            markers = _words(told.names)
+            self.plan.warnings.append(
+                Problem(
+                    f"the folder `{target.name}` says two things of what it predicts",
+                    self.recipe.place(*output.at, "prediction", value=True),
+                    (f"its scheduler says {output.prediction}, the model's {markers} {told.kind}",),
+                    "programs that read the scheduler heed the first; read back here, it is the second",
+                )
+            )
         return Container(
             form,
             shard_size=output.shard_size,

@@ -375,3 +375,11 @@ def test_a_large_transpose_takes_little_memory() -> None:
     found = np.frombuffer(window, "<u4")
     at = 3 * len(found) + np.arange(len(found))
     assert np.array_equal(found, at // 6000 + at % 6000 * 4000)
+
+
+def test_a_scheduler_that_contradicts_the_markers_is_told(folder: Folder) -> None:
+    marker = MemoryTensor(DType.F32, (0,), b"")
+    save(folder / "m.safetensors", {**model("SD-mini"), "v_pred": marker})
+    said = folder("convert", "m.safetensors", "-o", "out/", "--prediction", "epsilon")
+    assert said.code == 0 and "says two things of what it predicts" in said.err
+    assert folder("convert", "m.safetensors", "-o", "two/").err.count("says two things") == 0
