@@ -116,6 +116,7 @@ class Expect:
     metric: str | None = None
     sha256: str | None = None
     tensor_digest: str | None = None
+    autov3: str | None = None
     size: int | None = None
 
 
