@@ -75,10 +75,10 @@ def learn(file: Path, output: Path | None, name: str | None, cls: str | None, pr
     Such a folder, named in CKPT_COMPONENTS, makes the component known to every command.
     """
     catalog = load_catalog()
-    name = name or re.sub(r"[^\w.+-]+", "-", file.stem).strip("-.") or "component"
+    name = name or re.sub(r"[^\w.+-]+", "-", file.stem).strip("-.")[:100] or "component"
     for word, what in ((name, "component"), (cls or name, "class")):
-        if not re.fullmatch(r"\w[\w.+-]*", word):
-            hint = "use letters, digits, `-` and `.`"
+        if not re.fullmatch(r"\w[\w.+-]{0,99}", word):
+            hint = "use letters, digits, `-` and `.`, at most 100 of them"
             raise UsageError(Problem(f"`{word}` is no name for a {what}", hint=hint))
     with open_checkpoint(file, catalog.layouts) as checkpoint:
         rules = {n.removeprefix(prefix): _rule(t) for n, t in checkpoint.items() if n.startswith(prefix)}

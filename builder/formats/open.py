@@ -48,12 +48,12 @@ def open_checkpoint(
 
 
 def files_of(path: Path) -> list[Path]:
-    """The files that a checkpoint's tensors lie in, sorted; raises as `open_checkpoint`."""
+    """The files that a checkpoint's tensors lie in, sorted; raises as `open_checkpoint` with `repair`."""
     if os.path.isfile(path / "model_index.json"):  # noqa: PTH113
         from builder.formats.diffusers import files_in
 
-        return files_in(path, _open_file)
-    with open_checkpoint(path) as checkpoint:
+        return files_in(path, partial(_open_file, repair=True))
+    with open_checkpoint(path, repair=True) as checkpoint:
         return sorted(Path(blob.name) for blob in checkpoint.blobs)
 
 

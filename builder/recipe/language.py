@@ -33,6 +33,7 @@ from builder.models.prediction import EMPTY
 from builder.operations.fixes import Fix
 from builder.operations.registry import Operation, Param
 from builder.recipe.names import FORMS as OUTPUT_FORMS
+from builder.recipe.names import UNSEEN
 from builder.recipe.recipe import FORMAT
 from builder.recipe.weights import BlockWeights
 
@@ -90,9 +91,8 @@ class Vocabulary:
 
 
 CLEAN = (NOT_EMPTY, NO_CONTROLS)
-# What turns text around, or has no width, has a file's name read as another.
 SHOWN = Rule(
-    r"[\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]",
+    f"[{UNSEEN}]",
     "{key} holds a character that does not show, or turns others around",
     forbid=True,
 )

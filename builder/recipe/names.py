@@ -28,6 +28,8 @@ SINGLE: tuple[Form, ...] = ("safetensors", "torch")  # those that are one file
 WRITTEN = tuple(end for end, form in FORMS.items() if form in SINGLE)
 
 SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")  # of checkpoints; of an index below them too
+# Of a character class: what turns text around, or has no width, has a file's name read as another.
+UNSEEN = r"\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff"
 SHARD = re.compile(r".+-\d{5}-of-\d{5}\.(?:safetensors|bin)", re.IGNORECASE)
 _ENDINGS = re.compile(r"(?:\.(?:safetensors|ckpt|pt))+", re.IGNORECASE)  # within a name too
 _MODEL = re.compile(r"(.+?)(?:\.(?:safetensors|ckpt|pt|pth|bin))?(?:\.index\.json)?", re.IGNORECASE)
@@ -74,7 +76,7 @@ def recipe_name(path: Path, taken: Iterable[str] = ()) -> str:
 
 def portable(name: str) -> str:
     """A file's name with `-` for what other file systems, or recipes, cannot have in it."""
-    return re.sub(r'^~|[\x00-\x1f\x7f\\/:*?"<>|\ud800-\udfff]', "-", name)
+    return re.sub(rf'^~|[\x00-\x1f\x7f\\/:*?"<>|\ud800-\udfff{UNSEEN}]', "-", name)
 
 
 def numbered(path: Path, suffix: str | None = None) -> Iterator[Path]:

@@ -13,8 +13,8 @@ import safetensors.torch
 
 from builder.formats import open_checkpoint
 from builder.recipe.lock import read_lock
+from tests.help.building import RECIPE as TINY
 from tests.help.building import (
-    RECIPE,
     Folder,
     catalog,
     content,
@@ -25,6 +25,7 @@ from tests.help.building import (
     values,
 )
 
+RECIPE = TINY.replace("tiny", "mini")  # diffusers has a layout for it
 SET = "mini.safetensors.index.json"
 PARTS = {
     "set": f'[output]\nfile = "{SET}"\nshard_size = "500kB"\n',
@@ -67,6 +68,7 @@ def test_several_files_are_built_once(folder: Folder, kind: str) -> None:
     assert locked is not None and asdict(locked.outputs["mini"]) == {
         "file": {"folder": "model/", "set": SET}[kind],
         **{key: first[key] for key in ("sha256", "tensor_digest", "size", "metric")},
+        "date": "",
     }
     stamps = {n: (folder / n).stat().st_mtime_ns for n in new}
     with open_checkpoint(place, catalog().layouts) as held:
@@ -160,7 +162,7 @@ def test_a_folder_loads_in_diffusers(folder: Folder) -> None:
     said = folder("build", "plain.toml")
     assert said.code == 0 and "without a tokenizer" in said.err and "remainder.safetensors" in said.err
     unet = diffusers.UNet2DConditionModel.from_pretrained(folder / "model", subfolder="unet")
-    parts, _ = catalog().layouts["SD-v1"].to_diffusers(model())
+    parts, _ = catalog().layouts["SD-v1"].to_diffusers(model("SD-mini"))
     assert unet.state_dict().keys() == parts["unet"].keys()
 
 
@@ -191,7 +193,7 @@ def test_another_form_by_the_name_that_is_given(folder: Folder) -> None:
 @pytest.mark.parametrize("name", ["v.safetensors", "v.pt", "v.safetensors.index.json", "v/"])
 def test_verbatim_keeps_every_tensor(folder: Folder, name: str) -> None:
     """Under its name, cast by the precision alone, and with no word added to its metadata."""
-    tensors = {**model(), "what.is.this": values([1.0]), "loss.logvar": values(0.0)}
+    tensors = {**model("SD-mini"), "what.is.this": values([1.0]), "loss.logvar": values(0.0)}
     save(folder / "m.safetensors", tensors)
     folder.write("v.toml", VERBATIM.format("m.safetensors", name) + 'precision = "keep"\n')
     made = only(folder.build("v.toml"))
@@ -208,7 +210,7 @@ def test_verbatim_keeps_every_tensor(folder: Folder, name: str) -> None:
 
 
 def test_verbatim_casts_weights_alone(folder: Folder) -> None:
-    save_dirty(folder / "m.safetensors")
+    save_dirty(folder / "m.safetensors", "mini")
     folder.write("v.toml", VERBATIM.format("m.safetensors", "v.safetensors"))
     folder.build("v.toml")
     before, after = content(folder / "m.safetensors"), content(folder / "v.safetensors")

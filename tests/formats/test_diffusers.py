@@ -514,9 +514,9 @@ def test_a_saved_recipe_builds_the_same(folder: Folder) -> None:
 
 def test_every_conversion_is_a_recipe(folder: Folder) -> None:
     """What `--save-recipe` writes makes the very same bytes, whatever the source holds and the form is."""
-    save_dirty(folder / "dirty.ckpt")
+    save_dirty(folder / "dirty.ckpt", "mini")
     save(folder / "unknown.safetensors", {"w": values([1.0]), "embeddings.position_ids": values([0.5])})
-    save(folder / "tidy.safetensors", model())
+    save(folder / "tidy.safetensors", model("SD-mini"))
     vocabulary(folder / "words")
     for source, target, options in (
         ("dirty.ckpt", "dirty.pth", ()),

@@ -38,7 +38,7 @@ def lose(path: Path, start: int, stop: int) -> Path:
 
 @pytest.mark.parametrize("name", ["model.safetensors", "model.ckpt"])
 def test_a_lost_stretch_is_named_by_inspect(folder: Folder, name: str) -> None:
-    path = save(folder / name, model())
+    path = save(folder / name, model("SD-mini"))
     at = places(path)
     largest = max(at, key=lambda n: at[n][1] - at[n][0])
     start, stop = at[largest]
@@ -56,7 +56,7 @@ def test_a_lost_stretch_is_named_by_inspect(folder: Folder, name: str) -> None:
 
 
 def test_a_stretch_over_many_tensors_is_one(folder: Folder) -> None:
-    path = save(folder / "model.safetensors", model())
+    path = save(folder / "model.safetensors", model("SD-mini"))
     at = places(path)
     order = sorted((n for n in at if n.startswith(UNET)), key=lambda n: at[n])
     first, last = at[order[3]][0], at[order[40]][1]
@@ -83,7 +83,7 @@ def wiped(tensors: Mapping[str, LazyTensor], *names: str) -> dict[str, LazyTenso
     ],
 )
 def test_what_zeros_are_worth_a_word(folder: Folder, name: str, told: bool) -> None:
-    save(folder / "model.safetensors", wiped(model(), name))
+    save(folder / "model.safetensors", wiped(model("SD-mini"), name))
     found = folder("inspect", "--json", "model.safetensors").json["files"][0]["zeros"]
     assert [z["wholly"] for z in found] == ([[name]] if told else [])
     built = folder("prune", "model.safetensors", "-o", "out.safetensors")
@@ -94,7 +94,7 @@ def test_what_zeros_are_worth_a_word(folder: Folder, name: str, told: bool) -> N
 def test_a_build_says_it_of_the_source(folder: Folder) -> None:
     """FP32 in the source, FP16 in the product: the place is that of the bytes which were lost."""
     name = f"{VAE}decoder.conv_out.weight"
-    save(folder / "model.safetensors", wiped(model(), name))
+    save(folder / "model.safetensors", wiped(model("SD-mini"), name))
     start, stop = places(folder / "model.safetensors")[name]
     said = folder("extract", "model.safetensors", "VAE", "-o", "vae.safetensors")
     assert said.code == 0
@@ -109,7 +109,7 @@ def test_a_build_says_it_of_the_source(folder: Folder) -> None:
 
 def test_what_was_built_before_is_said_again_where_it_now_lies(folder: Folder) -> None:
     name = f"{VAE}decoder.conv_out.weight"
-    save(folder / "dirty.ckpt", wiped(model(), name))
+    save(folder / "dirty.ckpt", wiped(model("SD-mini"), name))
     folder.write("r.toml", 'format = 1\nname = "r"\nbase = "d"\nsources.d.file = "dirty.ckpt"\n')
     assert "of `dirty.ckpt` on" in folder("build", "r.toml").err
     (folder / "r.toml").write_text((folder / "r.toml").read_text() + "[output]\nmetadata.a = 'b'\n")
@@ -121,18 +121,18 @@ def test_what_was_built_before_is_said_again_where_it_now_lies(folder: Folder) -
 
 def test_a_tensor_that_does_not_lie_in_the_file_as_it_is(folder: Folder) -> None:
     name = f"{VAE}decoder.conv_out.weight"
-    path = save(folder / "model.ckpt", wiped(model(), name))
+    path = save(folder / "model.ckpt", wiped(model("SD-mini"), name))
     zipped(folder / "packed.ckpt", records(path).items(), deflate=lambda _: True)
     found = folder("inspect", "--json", "packed.ckpt").json["files"][0]["zeros"]
-    length = model()[name].nbytes
+    length = model("SD-mini")[name].nbytes
     assert found == [{"file": None, "offset": None, "length": length, "tensors": [name], "wholly": [name]}]
     assert f"    {length:,} bytes: `{name}`\n" in folder("inspect", "packed.ckpt").out
 
 
 def test_zeros_that_rounding_makes_were_not_lost(folder: Folder) -> None:
     name = f"{VAE}decoder.conv_out.weight"
-    tiny = like(model()[name], fill=1e-20)
-    save(folder / "model.safetensors", {**model(), name: tiny})
+    tiny = like(model("SD-mini")[name], fill=1e-20)
+    save(folder / "model.safetensors", {**model("SD-mini"), name: tiny})
     said = folder("extract", "model.safetensors", "VAE", "-o", "vae.safetensors")
     assert (said.code, said.err) == (0, "")
     made = content(folder / "vae.safetensors")["decoder.conv_out.weight"]
@@ -141,5 +141,5 @@ def test_zeros_that_rounding_makes_were_not_lost(folder: Folder) -> None:
 
 def test_junk_is_nobodys_loss(folder: Folder) -> None:
     junk = {"first_stage_model.loss.discriminator.main.0.weight": values(np.zeros((64, 64)))}
-    save(folder / "model.safetensors", {**model(), **junk})
+    save(folder / "model.safetensors", {**model("SD-mini"), **junk})
     assert folder("inspect", "--json", "--full", "model.safetensors").json["files"][0]["zeros"] == []

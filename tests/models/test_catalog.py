@@ -248,7 +248,7 @@ PART = '[layouts.x]\nextends = "SD-v1"\n[layouts.x.parts.vae]\n'
         (
             "architectures/a.toml",
             '["\\u001b"]\nslots = ["A"]',
-            "an architecture's name is not a word that can be shown",
+            "an architecture's name is no word that files can be named by",
         ),
         ("mine.toml", 'name = ""\nkeys = 1', "`name` is not a word that can be shown"),
         ("mine.toml", 'name = "a\\u001b[2J"\nkeys = 1', "`name` is not a word that can be shown"),
@@ -435,7 +435,7 @@ _rule = st.builds(TensorRule, _shape, st.sampled_from([None, None, None, "I64"])
 @example({"a": TensorRule((1,)), "a.shape": TensorRule((1,)), ".x": TensorRule(()), "": TensorRule((2,))})
 @example({f"{a}.{b}.{w}": TensorRule((a * b,)) for a in range(3) for b in range(3) for w in ("x", "y")})
 def test_a_learned_table_expands_to_what_it_was_learned_from(tensors: dict[str, TensorRule]) -> None:
-    text = compress(tensors, name='o"dd\\', prefix="\n", **{"class": "C"})
+    text = compress(tensors, name="o'dd é", prefix='"\\\n', **{"class": "C"})
     assert parse_table(text, "t.toml").expand({}) == tensors
 
 
@@ -444,6 +444,8 @@ def test_names_that_are_no_text_cannot_be_learned() -> None:
         compress({"a\ud800": TensorRule((1,))}, name="x", **{"class": "C"})
     with pytest.raises(CatalogError, match="cannot be written in TOML"):
         compress({"a": TensorRule((1,))}, name="x", prefix="\udcff", **{"class": "C"})
+    with pytest.raises(CatalogError, match="no word that files can be named by"):
+        compress({"a": TensorRule((1,))}, name="a/b", **{"class": "C"})
 
 
 def test_a_learned_table_has_nothing_that_drives_a_terminal() -> None:
@@ -517,6 +519,7 @@ def test_learn_writes_a_table_that_the_next_command_knows(
         (["--prefix", "tee."], "did you mean `te.`?"),
         (["--prefix", "unet."], "names begin with `other.`, `te.`"),
         (["--name", "../x"], "`../x` is no name for a component"),
+        (["--name", "x" * 101], "is no name for a component"),
         (["--class", "\x1b[2J"], "`\\x1b[2J` is no name for a class"),
         (["--class", "\udcff"], "`\\udcff` is no name for a class"),
         (["-o", os.devnull], f"cannot write `{os.devnull}/my-model-1.toml`"),

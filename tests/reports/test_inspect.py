@@ -325,16 +325,6 @@ def test_integers_for_weights_are_told_of(here: Path) -> None:
     assert fault.evidence == (f"I8: `{VAE_OUT}`",)
 
 
-@pytest.mark.parametrize(
-    "names", [("emb_params",), ("clip_g", "clip_l"), ("string_to_param.*",), ("<cat>",)], ids=str
-)
-def test_an_embedding_is_called_one(here: Path, names: tuple[str, ...]) -> None:
-    path = write(here / "cat.safetensors", dict.fromkeys(names, ("F32", (2, 768), b"\x01" * 6144)))
-    (fault,) = build_report(path, catalog=CATALOG).faults
-    assert fault.fact == "a textual inversion embedding, which is no part of a model"
-    assert fault.hint == "it is used as it is: programs take it from their folder `embeddings`"
-
-
 def test_one_integer_is_no_quantized_weight(here: Path) -> None:
     """SD v2 files have an I64 `logit_scale`."""
     clip = CATALOG.components["CLIP-v2-SD"]

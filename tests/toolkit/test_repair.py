@@ -75,3 +75,14 @@ def test_a_shard_is_repaired_too(folder: Folder) -> None:
     said = folder("convert", "set.safetensors.index.json", "--repair", "-o", "one.safetensors")
     assert said.err == f"note: repair: {shard.name}: 4 bytes behind the last tensor left out\n"
     assert content(folder / "one.safetensors") == content(folder / "good.safetensors")
+
+
+def test_a_part_of_a_folder_is_repaired_too(folder: Folder) -> None:
+    save(folder / "mini.safetensors", model("SD-mini"))
+    assert folder("convert", "mini.safetensors", "-o", "model/").code == 0
+    part = folder / "model/vae/diffusion_pytorch_model.safetensors"
+    part.write_bytes(part.read_bytes() + b"tail")
+    assert folder("convert", "model", "-o", "no.safetensors").code == 6
+    said = folder("convert", "model", "--repair", "-o", "one.safetensors")
+    assert said.code == 0 and "4 bytes behind the last tensor left out" in said.err
+    assert content(folder / "one.safetensors") == content(folder / "mini.safetensors")

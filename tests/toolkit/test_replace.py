@@ -31,7 +31,7 @@ def part(path: Path, prefix: str) -> dict[str, tuple[str, tuple[int, ...], bytes
 
 def test_a_file_with_two_endings_gives_a_recipe_that_can_be_read(folder: Folder) -> None:
     (folder / "a.ckpt").rename(folder / "a.CKPT.ckpt")
-    args = ("replace", "a.CKPT.ckpt", "VAE-mini=vae.pt", "-o", "b.safetensors", "--save-recipe", "b.toml")
+    args = ("replace", "a.CKPT.ckpt", "VAE-tiny=vae.pt", "-o", "b.safetensors", "--save-recipe", "b.toml")
     assert folder(*args).code == 0
     assert 'name = "a"' in (folder / "b.toml").read_text()
     assert folder("build", "b.toml").code == 0

@@ -32,24 +32,28 @@ def packed(dtype: DType, shape: tuple[int, ...]) -> LazyTensor:
     return MemoryTensor(dtype, shape, bytes(i % 100 for i in range(prod(shape))))
 
 
-SHAPE = model()[UNET + WEIGHT].shape
-# Files as people have them, by what is in their UNET beside or instead of its table.
-UNETS: dict[str, dict[str, LazyTensor]] = {
-    "a second time projection": {"time_embed.cond_proj.weight": values([[0.1, 1e-9], [3.0, 4.0]])},
-    "scaled FP8": {
-        WEIGHT: packed(DType.F8_E4M3, SHAPE),
-        "out.2.scale_weight": values([SMALL]),
-        "out.2.scale_input": values([1.0]),
-        "scaled_fp8": MemoryTensor(DType.F8_E4M3, (2,), b"\0\0"),
-    },
-    "int8_tensorwise": {
-        WEIGHT: packed(DType.I8, SHAPE),
-        "out.2.weight_scale": values([SMALL]),
-        "out.2.comfy_quant": text({"format": "int8_tensorwise"}),
-    },
-    "scaled I8": {WEIGHT: packed(DType.I8, SHAPE), "out.2.weight_scale": values([SMALL])},
-    "block FP8": {WEIGHT: packed(DType.F8_E4M3, SHAPE), "out.2.weight_scale_inv": values([[SMALL]])},
-}
+def unets(family: str) -> dict[str, dict[str, LazyTensor]]:
+    """Files as people have them, by what is in their UNET beside or instead of its table."""
+    shape = model(f"SD-{family}")[UNET + WEIGHT].shape
+    return {
+        "a second time projection": {"time_embed.cond_proj.weight": values([[0.1, 1e-9], [3.0, 4.0]])},
+        "scaled FP8": {
+            WEIGHT: packed(DType.F8_E4M3, shape),
+            "out.2.scale_weight": values([SMALL]),
+            "out.2.scale_input": values([1.0]),
+            "scaled_fp8": MemoryTensor(DType.F8_E4M3, (2,), b"\0\0"),
+        },
+        "int8_tensorwise": {
+            WEIGHT: packed(DType.I8, shape),
+            "out.2.weight_scale": values([SMALL]),
+            "out.2.comfy_quant": text({"format": "int8_tensorwise"}),
+        },
+        "scaled I8": {WEIGHT: packed(DType.I8, shape), "out.2.weight_scale": values([SMALL])},
+        "block FP8": {WEIGHT: packed(DType.F8_E4M3, shape), "out.2.weight_scale_inv": values([[SMALL]])},
+    }
+
+
+UNETS = unets("tiny")
 PACKED = [name for name in UNETS if name != "a second time projection"]
 
 
@@ -76,13 +80,13 @@ def held(made: Content, tensors: Mapping[str, LazyTensor], prefix: str = "") -> 
 def test_all_of_it_is_the_component(folder: Folder, unet: dict[str, LazyTensor]) -> None:
     with open_checkpoint(folder / "a.safetensors") as checkpoint:
         found = identify(checkpoint, catalog())
-        match = found.find("UNET-mini")
+        match = found.find("UNET-tiny")
         assert match is not None and not found.unknown and not found.junk
         assert match.companions.keys() == unet.keys() - {WEIGHT}
         tensors = {b: checkpoint[f] for b, f in match.whole.items()}
         digest = component_digest({n: Row(t.dtype, t.shape, tensor_digest(t)) for n, t in tensors.items()})
     said = folder("inspect", "a.safetensors", "--json").json["files"][0]
-    (part,) = (c for c in said["components"] if c["class"] == "UNET-mini")
+    (part,) = (c for c in said["components"] if c["class"] == "UNET-tiny")
     assert (part["tensors"], part["digest"]) == (len(tensors), f"blake3:{digest}")
     assert part["companions"] == list(match.companions)
 
@@ -95,12 +99,12 @@ def test_every_command_carries_it(folder: Folder, unet: dict[str, LazyTensor]) -
     held(content(folder / "m.safetensors"), unet, UNET)
     locked = (folder / "m.lock.toml").read_text()
     with open_checkpoint(folder / "a.safetensors") as checkpoint:
-        match = identify(checkpoint, catalog()).find("UNET-mini")
+        match = identify(checkpoint, catalog()).find("UNET-tiny")
         assert match is not None and f"tensors = {len(match.whole)}" in locked
     folder.write(
         "n.toml",
         'format = 1\nname = "n"\nbase = "b"\nsources.a.file = "a.safetensors"\n'
-        'sources.b.file = "b.safetensors"\ncomponents.UNET-mini = "a"\noutput.precision = "keep"\n',
+        'sources.b.file = "b.safetensors"\ncomponents.UNET-tiny = "a"\noutput.precision = "keep"\n',
     )
     folder.build("n.toml")
     held(content(folder / "n.safetensors"), unet, UNET)
@@ -150,7 +154,7 @@ def test_the_one_that_is_replaced_takes_its_own_along(folder: Folder, unet: dict
     [
         ("build", "m.toml"),
         ("convert", "a.safetensors", "-o", "c.safetensors", "--precision", "fp16"),
-        ("convert", "a.safetensors", "-o", "folder/"),
+        ("convert", "mini.safetensors", "-o", "folder/"),
         ("extract", "a.safetensors", "unet", "-o", "x.safetensors", "--precision", "bf16"),
     ],
 )
@@ -158,8 +162,11 @@ def test_what_would_lose_its_meaning_is_refused_by_name(
     folder: Folder, unet: dict[str, LazyTensor], command: tuple[str, ...], request: pytest.FixtureRequest
 ) -> None:
     folder.write("m.toml", 'format = 1\nname = "m"\nbase = "a"\nsources.a.file = "a.safetensors"\n')
-    said = folder(*command)
     scheme = request.node.callspec.params["unet"]
+    if "mini.safetensors" in command:  # diffusers has a layout for it
+        more = {UNET + n: t for n, t in unets("mini")[scheme].items()}
+        save(folder / "mini.safetensors", {**model("SD-mini"), **more})
+    said = folder(*command)
     assert said.code == 6 and f"{scheme} weights" in said.err and WEIGHT in said.err
     assert not {"c.safetensors", "folder", "x.safetensors", "m.safetensors"} & {
         p.name for p in folder.path.iterdir()
@@ -182,10 +189,10 @@ def test_companions_of_a_misspelt_attention_are_spelt_as_it_is(folder: Folder) -
 
 def test_an_average_is_promoted_with_its_companions(folder: Folder) -> None:
     more = {UNET + "time_embed.cond_proj.weight": values([1.0])}
-    average = {n: t for n, t in make("SD-mini", dirt=DIRTY, catalog=catalog()).tensors.items() if "ema" in n}
+    average = {n: t for n, t in make("SD-tiny", dirt=DIRTY, catalog=catalog()).tensors.items() if "ema" in n}
     ema = "model_ema.diffusion_modeltime_embedcond_projweight"
     save(folder / "a.safetensors", {**model(), **more, **average, ema: values([0.5])})
-    assert folder("extract", "a.safetensors", "UNET-mini-EMA", "-o", "e.safetensors").code == 0
+    assert folder("extract", "a.safetensors", "UNET-tiny-EMA", "-o", "e.safetensors").code == 0
     assert content(folder / "e.safetensors")["time_embed.cond_proj.weight"][2] == b"\0\x38"
     assert folder("prune", "a.safetensors", "-o", "p.safetensors").code == 0
     assert content(folder / "p.safetensors").keys() == {*model(), *more}
@@ -209,7 +216,7 @@ def test_of_two_bare_components_each_has_what_lies_in_it(folder: Folder) -> None
         found = identify(checkpoint, catalog())
     assert found.unknown == ("whose",)
     assert found.companions == ("decoder.conv_out.weight_scale",)
-    vae = found.find("VAE-mini")
+    vae = found.find("VAE-tiny")
     assert vae is not None and [*vae.companions] == ["decoder.conv_out.weight_scale"]
 
 
@@ -249,7 +256,9 @@ def test_what_the_header_says_of_layers_goes_with_them(folder: Folder) -> None:
         held(content(folder / file), {**UNETS["scaled I8"], **description}, prefix)
     with open_checkpoint(folder / "c.safetensors") as made:
         assert made.metadata == {"other": "stays"}
-    assert "int8_tensorwise weights" in folder("convert", "a.safetensors", "-o", "folder/").err
+    more = {UNET + n: t for n, t in unets("mini")["scaled I8"].items()}
+    described(folder / "mini.safetensors", "out.2", tensors={**model("SD-mini"), **more})
+    assert "int8_tensorwise weights" in folder("convert", "mini.safetensors", "-o", "folder/").err
     assert folder("diff", "a.safetensors", "c.safetensors").code == 0
 
 
@@ -285,7 +294,7 @@ def test_tables_of_bitsandbytes_are_not_rounded(folder: Folder) -> None:
 
 
 def test_a_folder_whose_scales_have_no_place_is_refused(folder: Folder) -> None:
-    save(folder / "a.safetensors", model())
+    save(folder / "a.safetensors", model("SD-mini"))
     assert folder("convert", "a.safetensors", "-o", "f/").code == 0
     path = folder / "f" / "unet" / "diffusion_pytorch_model.safetensors"
     found = {n: MemoryTensor(DType[c], s, d) for n, (c, s, d) in content(path).items()}

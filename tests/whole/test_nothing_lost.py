@@ -673,7 +673,7 @@ def test_an_input_is_never_overwritten(folder: Folder, way: str) -> None:
 def test_the_recipe_and_its_lock_are_not_overwritten(folder: Folder, name: str) -> None:
     folder.build()
     before = (folder / name).read_bytes()
-    assert folder("build", "mini.toml", "-o", name).code == 2
+    assert folder("build", "tiny.toml", "-o", name).code == 2
     assert (folder / name).read_bytes() == before
 
 

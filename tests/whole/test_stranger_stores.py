@@ -43,7 +43,7 @@ SPECIAL = [pipe, zeros, socket, _folder, _empty, _link]
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Folder:
-    made = Folder.below(tmp_path).mini()
+    made = Folder.below(tmp_path).tiny()
     own = tmp_path / "own" / "ab"
     own.mkdir(parents=True)
     (own / "precious.json").write_bytes(SOUND)
@@ -76,7 +76,7 @@ def test_what_is_no_record_is_none(folder: Folder, special: Callable[[Path], Non
             special(path)
 
     spoil()
-    (folder / "mini.safetensors").unlink()
+    (folder / "tiny.safetensors").unlink()
     assert folder.build()["outputs"][0]["state"] == "written"
     left = {p.relative_to(folder.store).parts[0] for p in strays(folder.store)}
     assert left <= {"files"}, "each was replaced when it was written anew, but that of the file that is gone"
@@ -110,8 +110,8 @@ def test_a_folder_of_the_store_that_is_none(
             special(place)
 
     spoil()
-    (folder / "mini.safetensors").unlink()
-    assert folder("build", "mini.toml").code == 0
+    (folder / "tiny.safetensors").unlink()
+    assert folder("build", "tiny.toml").code == 0
     spoil()
     assert folder("store", "check").code == 1
     assert folder("store", "check").code == 0
@@ -131,11 +131,11 @@ def test_a_link_to_a_folder_of_the_users_is_not_followed(folder: Folder, name: s
         ("store", "check"),
         ("store", "gc", "--max-size", "0"),
         ("store", "list"),
-        ("build", "mini.toml"),
+        ("build", "tiny.toml"),
     ):
         place.unlink(missing_ok=True) if place.is_symlink() else shutil.rmtree(place, ignore_errors=True)
         place.symlink_to(own)
-        (folder / "mini.safetensors").unlink(missing_ok=True)
+        (folder / "tiny.safetensors").unlink(missing_ok=True)
         assert folder(*words).code in (0, 1)
         _is_whole(folder)
 

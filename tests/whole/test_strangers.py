@@ -68,7 +68,7 @@ def test_no_part_of_a_source_lies_outside(folder: Folder) -> None:
     """A sharded set in the recipe's folder, whose shard is a link to a model of the user's."""
     own = folder.path.parent / "own" / "precious.safetensors"
     (folder / "shard.safetensors").symlink_to(own)
-    names = dict.fromkeys(model("VAE-mini"), "shard.safetensors")
+    names = dict.fromkeys(model("VAE-tiny"), "shard.safetensors")
     folder.write("m.safetensors.index.json", json.dumps({"weight_map": names}))
     folder.write("x.toml", HEAD + 'sources.s.file = "m.safetensors.index.json"\n')
     for command in COMMANDS[:2]:
@@ -178,7 +178,7 @@ def test_a_catalog_follows_no_link(folder: Folder) -> None:
     (folder / "own" / "a.toml").unlink()
     for name in ("a.yaml", ".env"):
         (folder / "own" / "architectures" / name).symlink_to("../../.env")
-        folder.write("own/architectures/a.toml", f'[X]\nslots = ["VAE-mini"]\nsidecars_v.a1111 = "{name}"\n')
+        folder.write("own/architectures/a.toml", f'[X]\nslots = ["VAE-tiny"]\nsidecars_v.a1111 = "{name}"\n')
         said = catalog("components", "list")
         assert said.code == 2 and f"no configuration `{name}`" in said.err, said.err
 
@@ -354,13 +354,13 @@ def test_a_catalog_names_no_files(folder: Folder, name: str) -> None:
         said = catalog("components", "list")
         assert said.code == 2 and f"`{key}` is " in said.err
     (folder / "own" / "a.toml").unlink()
-    folder.write("own/architectures/a.toml", f'["{name}"]\nslots = ["VAE-mini"]\n')
+    folder.write("own/architectures/a.toml", f'["{name}"]\nslots = ["VAE-tiny"]\n')
     assert catalog("components", "list").code == 2
 
 
 def test_a_model_that_becomes_a_link(folder: Folder) -> None:
     """Between the plan, or a build that has seen it, and the next: nothing of its old digest is believed."""
-    save(folder / "v.safetensors", model("VAE-mini", seed=3))
+    save(folder / "v.safetensors", model("VAE-tiny", seed=3))
     folder.write("x.toml", HEAD + 'sources.s.file = "v.safetensors"\n')
     folder.build("x.toml")
     (folder / "v.safetensors").unlink()

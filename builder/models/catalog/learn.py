@@ -47,7 +47,7 @@ def compress(tensors: Mapping[str, TensorRule], **fields: str) -> str:
     """The TOML table that expands to exactly these tensors; `fields` are its name, class and so on.
 
     Numbered and parallel parts become braces, modules of many tensors headings. Raises CatalogError for
-    a text that TOML has no way to write: one with half a surrogate pair.
+    a text that TOML has no way to write, one with half a surrogate pair, and for a name that is no word.
     """
     for name in (*fields.values(), *tensors):
         if any("\ud800" <= c <= "\udfff" for c in name):
@@ -65,6 +65,7 @@ def compress(tensors: Mapping[str, TensorRule], **fields: str) -> str:
         text = "\n".join([*head, *_body(sections)]) + "\n"
         if _expands_to(text, tensors):
             return text
+    parse_table(text, "table.toml")
     raise AssertionError("a table without headings and braces expands to what it was made of")
 
 

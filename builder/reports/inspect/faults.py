@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -16,7 +15,6 @@ if TYPE_CHECKING:
     from builder.reports.inspect.examine import Report
 
 FP16_MAX = 65504
-_EMBEDDING = re.compile(r"emb_params|string_to_param\..+|clip_[lg]|<[^<>]+>")  # of each dialect
 
 
 def find_faults(report: Report) -> Iterator[Problem]:
@@ -56,12 +54,6 @@ def _structure(report: Report) -> Iterator[Problem]:
         return
     if not report.tensors:
         yield Problem("there are no tensors in this file")
-    elif all(_EMBEDDING.fullmatch(n) and len(t.shape) in (1, 2) for n, t in report.tensors.items()):
-        yield Problem(
-            "a textual inversion embedding, which is no part of a model",
-            evidence=(f"its vectors are {listed(tuple(report.tensors))}",),
-            hint="it is used as it is: programs take it from their folder `embeddings`",
-        )
     elif not identity.matches:
         near = identity.runner_up
         yield Problem(
