@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from builder.base.errors import Problem, UsageError, clipped
 from builder.models.prediction import ARCHITECTURE, IMPLEMENTATION, WORDS
+from builder.recipe.recipe import FromBase
 
 if TYPE_CHECKING:
     from builder.formats.checkpoint import Checkpoint
@@ -101,20 +102,24 @@ def ancestry(recipe: Recipe, output: Output) -> dict[str, str]:
         return {}
     near = {n for step in steps for n in recipe.steps[step].inputs.values()}
     merged = {n: recipe.sources[n] for n in recipe.sources if n in near & sources}
-    names = {n: PurePosixPath(s.file or s.recipe or n).stem for n, s in merged.items()}
+    files = {n: PurePosixPath(s.file or s.recipe or n).name for n, s in merged.items()}
+    pins = {n: {"sha256": s.sha256} if s.sha256 else {} for n, s in merged.items()}
     said = {
         "type": "ckpt-build",
         "name": recipe.name,
-        "models": names,
+        "models": {n: {"name": files[n], **pins[n]} for n in merged},
         "steps": {n: recipe.steps[n].meaning() for n in sorted(steps)},
+        "base": output.base.name if isinstance(output.base, FromBase) else None,
+        "components": {cls: pick.source for cls, pick in sorted(output.components.items())},
+        "precision": output.precision,
     }
     models = {
-        s.sha256: {"name": names[n], "legacy_hash": None, "sd_merge_recipe": None}
+        s.sha256: {"name": files[n], "legacy_hash": None, "sd_merge_recipe": None}
         for n, s in merged.items()
         if s.sha256 is not None
     }
     return {
-        "modelspec.merged_from": ", ".join(names.values()),
+        "modelspec.merged_from": ", ".join(PurePosixPath(f).stem for f in files.values()),
         "sd_merge_recipe": canonical(said),
         **({"sd_merge_models": canonical(models)} if models else {}),
     }
