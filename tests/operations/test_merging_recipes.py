@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from builder.formats import open_checkpoint
+from builder.formats.write_safetensors import write
 from tests.help.building import UNET, Folder, content, model, save
 
 HEAD = """\
@@ -202,3 +203,27 @@ def test_the_file_says_what_it_was_merged_of(folder: Folder) -> None:
             "components": [],
         }
     }
+
+
+def test_what_a_source_says_of_its_own_making_goes_with_it(folder: Folder) -> None:
+    """As the WebUI has it: each ancestor by its digest, with its own recipe; of unpinned ones nothing."""
+    grandparent = {"a" * 64: {"name": "old.ckpt", "legacy_hash": "0", "sd_merge_recipe": None}}
+    own = {"type": "webui", "interp_method": "Weighted sum"}
+    said = {"sd_merge_recipe": json.dumps(json.dumps(own)), "sd_merge_models": json.dumps(grandparent)}
+    for name in "ab":
+        write(folder / f"{name}.safetensors", model(seed=1), said)
+    pin = hashlib.sha256((folder / "a.safetensors").read_bytes()).hexdigest()
+    sources = (
+        f'sources.a = {{ file = "a.safetensors", sha256 = "{pin}" }}\nsources.c.file = "c.safetensors"\n'
+    )
+    step = '[steps.m]\nop = "weighted-sum"\na = "a"\nb = "c"\n'
+    build(folder, 'base = "m"\n' + sources + step)
+    with open_checkpoint(folder / "mix.safetensors") as checkpoint:
+        models = json.loads(checkpoint.metadata["sd_merge_models"])
+    parent = {"name": "a.safetensors", "legacy_hash": None, "sd_merge_recipe": own}
+    assert models == {**grandparent, pin: parent}
+    sources = 'sources.b.file = "b.safetensors"\nsources.c.file = "c.safetensors"\n'
+    step = '[steps.m]\nop = "weighted-sum"\na = "b"\nb = "c"\n'
+    build(folder, 'base = "b"\ncomponents.VAE-tiny = "m"\n' + sources + step)
+    with open_checkpoint(folder / "mix.safetensors") as checkpoint:
+        assert json.loads(checkpoint.metadata["sd_merge_models"]) == {}, "not those of the base"

@@ -89,9 +89,13 @@ class Weights:
         }.get(kind, ())
 
 
-def with_elements(weights: Weights, lines: Iterable[object], sketch: Sketch) -> None:
-    """Have the lines `BLOCKS:ELEMENTS:RATIO` among the weights, the last of which holds."""
-    for line in lines:
+def with_elements(weights: Weights, said: object, sketch: Sketch) -> None:
+    """Have the lines `BLOCKS:ELEMENTS:RATIO` among the weights, the last of which holds.
+
+    They are a list, or a text with commas or newlines between them.
+    """
+    lines = said.replace("\n", ",").split(",") if isinstance(said, str) else said
+    for line in lines[:MAX_PATTERNS] if isinstance(lines, list) else ():
         if not isinstance(line, str) or line.count(":") != 2:
             continue
         blocks, elements, said = line[:1000].split(":")

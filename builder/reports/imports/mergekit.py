@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from builder.base.errors import Problem, SourceError, clipped
+from builder.base.files import decoded
 from builder.recipe.names import SUFFIXES
-from builder.reports.imports.sketch import Sketch, decoded, number, text_of, with_suffix
+from builder.reports.imports.sketch import Sketch, number, text_of, with_suffix
 
 _PRECISIONS = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 _DIFFERENCES: dict[

@@ -55,8 +55,7 @@ def _weights(told: Told, index: int, name: str) -> Any:
         if by_block is True:
             sketch.miss(f"the weights by block of `{name}`: one stands for all")
     if _item(said.get("use_elemental"), index) is True:
-        lines = str(_item(said.get("elemental"), index)).replace("\n", ",").split(",")
-        with_elements(weights, lines[:200], sketch)
+        with_elements(weights, _item(said.get("elemental"), index), sketch)
     if weights.blocks and len(set(weights.blocks.values())) == 1:
         weights = Weights(weights.base, {}, weights.tensors)
     return weights.value()

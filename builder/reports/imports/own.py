@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from builder.base.errors import Problem, SourceError
+from builder.base.files import decoded
 from builder.operations import OPERATIONS
-from builder.reports.imports.sketch import decoded, number, text_of, with_suffix
+from builder.reports.imports.sketch import number, text_of, with_suffix
 from builder.reports.imports.told import Drawn, Told
 
 _DEEPEST = 64  # steps that are made of each other; a recipe has no more

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from builder.base.errors import Problem, SourceError, clipped
-from builder.base.files import parse_json, read_text
+from builder.base.files import decoded, parse_json, read_text
 from builder.base.progress import SILENT, Reporter
 from builder.formats.hashes import data_sha256
 from builder.reports.imports import (
@@ -21,7 +21,7 @@ from builder.reports.imports import (
     supermerger,
     webui,
 )
-from builder.reports.imports.sketch import Sketch, decoded, text_of
+from builder.reports.imports.sketch import Sketch, text_of
 from builder.reports.imports.told import Ancestors, Draw, Told
 from builder.sources.opened import OpenSource, Sources
 from builder.tensors.lazy import DType

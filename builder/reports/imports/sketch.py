@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from builder.base.errors import Problem, SourceError, clipped
-from builder.base.files import parse_json
 from builder.base.words import listed
 from builder.recipe.names import SUFFIXES, portable, recipe_name
 
@@ -152,20 +151,6 @@ def file_name(said: object) -> str:
 def with_suffix(name: str) -> str:
     """A model's file, where a name may have been given without its suffix."""
     return name if not name or name.lower().endswith((*SUFFIXES, ".sft")) else f"{name}.safetensors"
-
-
-def decoded(said: object) -> dict[str, Any]:
-    """An object that may be JSON, or JSON in JSON; empty where it is none."""
-    for _ in range(8):
-        if isinstance(said, dict):
-            return said
-        if not isinstance(said, str):
-            break
-        try:
-            said = parse_json(said)
-        except (ValueError, RecursionError):
-            break
-    return {}
 
 
 def number(said: object) -> float | None:

@@ -45,8 +45,8 @@ def draw(told: Told) -> Drawn:
     params: dict[str, Any] = {}
     for key in ("alpha", "beta")[: 1 + two]:
         weights = _weights(told, key)
-        if key == "alpha" and isinstance(lines := said.get("elemental_merge"), list):
-            with_elements(weights, lines[:200], sketch)
+        if key == "alpha":
+            with_elements(weights, said.get("elemental_merge"), sketch)
         for kind in ("Include", "Exclude"):
             if isinstance(words := said.get(kind), list) and without(
                 weights, words[:200], kind == "Include", sketch

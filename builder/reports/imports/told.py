@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from builder.reports.imports.sketch import Sketch, decoded, file_name, with_suffix
+from builder.base.files import decoded
+from builder.reports.imports.sketch import Sketch, file_name, with_suffix
 
 DEEPEST = 20  # merges within each other that are rebuilt; of what is below, the file is the source
 
