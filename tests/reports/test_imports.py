@@ -592,6 +592,39 @@ def test_whatever_a_text_says_a_recipe_or_an_error_comes_of_it(suffix: str, line
     text_of(sketch)
 
 
+LARGE = {
+    "mecha-line": (".mecha", "dict " + "a=1 " * 900_000),
+    "mecha-lines": (".mecha", "dict a=1\n" * 400_000),
+    "mecha-sums": (".mecha", MECHA + ("merge " + '"weighted_sum" &0 &1 0.5\n') * 4000),
+    "yaml-line": (".yaml", "[" + "1," * 2_000_000),
+    "yaml-lines": (".yaml", "- a\n" * 1_000_000),
+    "yaml-items": (".yaml", "[" + "1," * 32_000),
+    "json-nodes": (".json", json.dumps({str(n): {"class_type": "x", "inputs": {}} for n in range(40_000)})),
+    "elements": (
+        ".json",
+        json.dumps(
+            {"sd_merge_recipe": SUPERMERGER | {"elemental_merge": [f"NOT M00:{'a ' * 450}:1"] * 3000}}
+        ),
+    ),
+    "models": (
+        ".json",
+        json.dumps(
+            {"sd_merge_recipe": MIXER, "sd_merge_models": {str(n): {"name": "x"} for n in range(40_000)}}
+        ),
+    ),
+}
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("case", LARGE)
+def test_large_ones_take_no_longer_than_they_are(case: str) -> None:
+    suffix, text = LARGE[case]
+    try:
+        text_of(of_text(text, f"mine{suffix}"))
+    except CkptError as error:
+        assert error.problems
+
+
 def test_ancestors_without_end(folder: Folder) -> None:
     """Merges that are their own ancestors, or more than anyone rebuilds, end in sources."""
     hashes = [f"{n:064x}" for n in range(300)]

@@ -102,7 +102,7 @@ def with_elements(weights: Weights, said: object, sketch: Sketch) -> None:
         ratio = number(said.strip())
         chosen = list(_chosen(blocks, weights.names))
         no, words = _negated(elements)
-        if ratio is None or not chosen or not all(map(_WORD.fullmatch, words)):
+        if ratio is None or not chosen or len(words) > 50 or not all(map(_WORD.fullmatch, words)):
             sketch.miss(f"the weights of elements `{line}`")
             continue
         found: dict[str, float] = {}

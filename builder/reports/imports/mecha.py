@@ -11,6 +11,7 @@ from builder.reports.imports.sketch import Sketch, file_name, number, with_suffi
 
 _MOST = 5000  # nodes
 _TOKEN = re.compile(r'\s*(?:([A-Za-z_][\w.]*)=)?("(?:[^"\\\n]|\\.)*"|&\d{1,6}|[^\s"&#=]+)')
+_REMARK = re.compile(r"\s*#")
 _BLOCK = re.compile(r"(IN|OUT|M)\d\d")
 # The words of components that are told apart, as classes begin.
 _PARTS = {"unet": "UNET", "diffuser": "UNET", "vae": "VAE", "txt": "CLIP", "clip": "CLIP", "te": "CLIP"}
@@ -78,10 +79,10 @@ def _nodes(text: str, name: str) -> list[_Node]:
         at = 0
         values: list[Any] = []
         named: dict[str, Any] = {}
-        while at < len(rest) and not rest[at:].strip().startswith("#"):
+        while at < len(rest) and not _REMARK.match(rest, at):
             match = _TOKEN.match(rest, at)
             if match is None or len(values) + len(named) > 500:
-                raise _wrong(name, number_, clipped(line, 60))
+                raise _wrong(name, number_, clipped(line[:200], 60))
             at = match.end()
             value = _value(match[2])
             if match[1] is None:
@@ -89,7 +90,7 @@ def _nodes(text: str, name: str) -> list[_Node]:
             else:
                 named[match[1]] = value
         if kind not in ("model", "dict", "literal", "merge", "parameter", "recipe") or len(found) == _MOST:
-            raise _wrong(name, number_, clipped(line, 60))
+            raise _wrong(name, number_, clipped(line[:200], 60))
         found.append(_Node(number_, kind, tuple(values), named))
     if not found:
         raise SourceError(Problem(f"`{name}` holds no sd-mecha recipe"))

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from builder.base.errors import Place, Problem, SourceError
 
-_MOST = 10_000  # lines
+_LARGEST = 1 << 16  # characters; people write a page
 _DEEPEST = 40
 _QUOTED = re.compile(r""""(?:[^"\\]|\\.)*"|'(?:[^']|'')*'""")
 _NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)?")
@@ -33,8 +33,8 @@ class _Parser:
     def __init__(self, text: str, name: str) -> None:
         self.name, self.at = name, 0
         self.lines: list[_Line] = []
-        if text.count("\n") > _MOST:
-            raise self.wrong(f"it has more than {_MOST:,} lines", 1)
+        if len(text) > _LARGEST:
+            raise self.wrong(f"it has {len(text):,} characters, more than {_LARGEST:,}", 1)
         for number, raw in enumerate(text.splitlines(), 1):
             bare = _uncommented(raw)
             if bare.strip() and not (bare == "---" and not self.lines):
