@@ -25,7 +25,7 @@ from builder.reports.imports.block_weights import LISTS
 from builder.reports.imports.read import DIALECTS, of_metadata, of_text
 from builder.reports.imports.sketch import Sketch
 from builder.tensors.cast import Faults, cast_all
-from builder.tensors.lazy import DType, LazyTensor, MemoryTensor
+from builder.tensors.lazy import DType, MemoryTensor
 from tests.help.building import Folder, catalog, content, model, save
 from tests.help.recipe_words import golden
 
@@ -217,6 +217,7 @@ CASES: dict[str, tuple[str, str] | dict[str, str]] = {
     ),
     "supermerger-unknown": told(SUPERMERGER | {"calcmode": "self"}),
     "supermerger-xl": told(SUPERMERGER | BLOCKS | {"weights_alpha": [0.5] * 19 + [0]}),
+    "supermerger-sub-blocks": told(SUPERMERGER | BLOCKS | {"weights_alpha": [0.5] * 109}),
     "supermerger-flux": told(SUPERMERGER | BLOCKS | {"weights_alpha": [0.5] * 60}),
     "chattiori": told(CHATTIORI),
     "chattiori-list": told(
@@ -241,6 +242,9 @@ merge "convert_singleton" &3
 merge "weighted_sum" &0 &1 &4
 """,
     ),
+    "mecha-in-metadata": {
+        "mecha_recipe": MECHA + 'merge "slerp" &0 &1 alpha=0.25\nmerge "n_average" &0 &1 &2\n'
+    },
     "mecha-blocks": (
         ".mecha",
         MECHA
@@ -379,41 +383,71 @@ LORA = {
 }
 
 
-def a1111(folder: Folder, name: str, of: list[Mapping[str, LazyTensor]], recipe: Mapping[str, Any]) -> None:
-    """A file as A1111's merger writes it: FP16 all through, the VAE too."""
+Values = dict[str, torch.Tensor]
+
+
+def read(path: Path) -> Values:
+    """The tensors of a file, flat."""
+    dtypes = {"F16": torch.float16, "F32": torch.float32, "I64": torch.int64}
+    return {n: torch.frombuffer(bytearray(d), dtype=dtypes[t]) for n, (t, _, d) in content(path).items()}
+
+
+def a1111(folder: Folder, name: str, recipe: Mapping[str, Any], **models: Any) -> str:
+    """Write a file as A1111's merger does, and give its SHA-256: all that is named a model, the VAE too."""
+    files = {h[0]: read(folder / f"{h[0]}.safetensors") for h in NAMES} | models.pop("files", {})
+    keys = ("primary_model_hash", "secondary_model_hash", "tertiary_model_hash")
+    a, b, c = (files.get((recipe[k] or "-")[:64]) or files.get((recipe[k] or "-")[0]) for k in keys)
     alpha, made = recipe["multiplier"], {}
-    for key, tensor in of[0].items():
-        values = [torch.frombuffer(bytearray(m[key].tobytes()), dtype=tensor.dtype.torch) for m in of]
-        if tensor.dtype is DType.F16 and recipe["interp_method"] == "Weighted sum":
-            values[0] = (1 - alpha) * values[0] + alpha * values[1]
-        elif tensor.dtype is DType.F16:
-            values[0] = values[0] + alpha * (values[1] - values[2])
-        made[key] = MemoryTensor(tensor.dtype, tensor.shape, values[0].numpy().tobytes())
-    write_tensors(folder / name, made, told(recipe) | {"title": "x"})
+    for key, tensor in model().items():
+        value = a[key]
+        if value.is_floating_point() and recipe["interp_method"] == "Weighted sum":
+            value = (1 - alpha) * value + alpha * b[key]
+        elif value.is_floating_point():
+            value = value + alpha * (b[key] - c[key])
+        if recipe["save_as_half"] and value.dtype is torch.float32:
+            value = value.half()
+        dtype = next(d for d in (DType.F16, DType.F32, DType.I64) if d.torch is value.dtype)
+        made[key] = MemoryTensor(dtype, tensor.shape, value.numpy().tobytes())
+    write_tensors(folder / name, made, models or told(recipe))
+    return hashlib.sha256((folder / name).read_bytes()).hexdigest()
 
 
-def test_a_published_merge_is_proved(folder: Folder) -> None:
+def again(folder: Folder, file: str) -> dict[str, Any]:
+    """What `ckpt new` makes of a file, with sources that are here."""
+    said = folder("new", "-q", "--from-metadata", file)
+    data = tomli.loads(said.out)
+    for source in data["sources"].values():
+        source["file"] = f"{source.pop('sha256')[0]}.safetensors"
+    folder.write("again.toml", tomli_w.dumps(data))
+    return data
+
+
+@pytest.mark.parametrize("precision", ["fp16", "fp32"])
+def test_a_published_merge_is_proved(precision: Any, folder: Folder) -> None:
     """The same tensors come of the recipe in the metadata, and of no other."""
-    halves = [cast_all(model(seed=n), "fp16", faults=Faults()) for n in (1, 2, 3)]
-    for name, tensors in zip("abc", halves, strict=True):
+    for seed, name in enumerate("abcd"):
+        tensors = cast_all(model(seed=seed), precision, faults=Faults())
         save(folder / f"{name}.safetensors", tensors)
-    for recipe in (WEBUI | {"multiplier": 1 / 3}, DIFFERENCE | {"multiplier": 0.7}):
-        a1111(folder, "published.safetensors", halves, recipe)
-        said = folder("new", "-q", "--from-metadata", "published.safetensors")
-        data = tomli.loads(said.out)
+    half = {"save_as_half": precision == "fp16"}
+    one = DIFFERENCE | half | {"multiplier": 0.7, "save_as_half": True}
+    digest = a1111(folder, "half.safetensors", one)
+    two = WEBUI | half | {"primary_model_hash": digest, "multiplier": 1 / 3}
+    known = MODELS | {digest: {"name": "half.safetensors", "sd_merge_recipe": json.dumps(one)}}
+    metadata = {"sd_merge_recipe": json.dumps(two), "sd_merge_models": json.dumps(known)}
+    a1111(folder, "whole.safetensors", two, files={digest: read(folder / "half.safetensors")}, **metadata)
+    for published in ("half.safetensors", "whole.safetensors"):
+        data = again(folder, published)
         assert len(data["expect"]["autov3"]) == 64 and data["arithmetic"] == "file"
-        for source, file in zip(data["sources"].values(), "abc", strict=False):
-            source |= {"file": f"{file}.safetensors"}
-            del source["sha256"]
-        folder.write("again.toml", tomli_w.dumps(data))
-        assert folder("build", "-q", "again.toml").code == 0
+        said = folder("build", "-q", "again.toml")
+        assert said.code == 0, said.err
         made = data["output"]["file"]
-        assert content(folder / made) == content(folder / "published.safetensors")
+        assert content(folder / made) == content(folder / published)
         assert folder("verify", "again.toml").code == 0
-        folder.write("again.toml", tomli_w.dumps(data | {"arithmetic": "exact"}))
-        said = folder("build", "again.toml")
-        assert said.code == 7 and "the AutoV3 of" in said.err
         (folder / made).unlink()
+        if precision == "fp16":
+            folder.write("again.toml", tomli_w.dumps(data | {"arithmetic": "exact"}))
+            said = folder("build", "again.toml")
+            assert said.code == 7 and "the AutoV3 of" in said.err
 
 
 @pytest.mark.parametrize("extra", ["model_ema.decay", "betas"])

@@ -26,8 +26,10 @@ def draw(told: Told) -> Drawn:
     if not base:
         raise SourceError(Problem("the metadata of the build name no step"))
     made = reader.model(base)
+    picks = decoded(told.said.get("components"))
+    if picks and not told.outer:
+        told.sketch.miss(f"the components of `{told.name}` that are of other models")
     if told.outer:
-        picks = decoded(told.said.get("components"))
         told.sketch.components |= {
             str(cls)[:100]: reader.model(name) for cls, name in picks.items() if isinstance(name, str)
         }
