@@ -72,9 +72,9 @@ def _weights(told: Told, key: str) -> Weights:
     orig = numbers(said.get(f"weights_{key}_orig"))
     if listed is not None and len(listed) == 20:
         listed = listed[:19]  # the last is the VAE's
-    for found in ([base, *listed] if listed else None, orig):
-        if found is not None and (weights := Weights.of(found, base)) is not None:
-            return weights
+    weights = Weights.of([base, *listed] if listed else orig or [], base)
+    if weights is not None:
+        return weights
     sketch.miss(
         f"the weights by block of `{told.name}`: {len(listed or ())} numbers, the base's stands for all"
     )
