@@ -19,6 +19,8 @@ from builder.reports.new import Draft, describe, write
 from builder.sources.find import files_below
 from builder.sources.opened import Sources
 
+MOST_NOTES = 20  # of what an imported recipe lacks
+
 
 @click.command("new")
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="FILE…")
@@ -88,8 +90,11 @@ def _imported(
     if len(files) > 1 or library:
         raise UsageError(Problem("`--from-metadata` is of one FILE, and without `--library`"))
     sketch = imports.read_recipe(files[0], sources, reporter)
-    for missing in sketch.lacking():
+    lacking = sketch.lacking()
+    for missing in lacking[:MOST_NOTES]:
         reporter.note(f"not in the recipe: {missing}")
+    if len(lacking) > MOST_NOTES:
+        reporter.note(f"and {len(lacking) - MOST_NOTES:,} more, which the recipe lists")
     path = files[0].with_suffix("") if imports.is_text(files[0]) else files[0]
     name = name or recipe_name(path).lower()
     return escaped(imports.write(sketch, name, files[0].name, folder))

@@ -460,7 +460,7 @@ def test_model_spec(tmp_path: Path) -> None:
         }
         told = Prediction().with_own(output.markers, output.metadata, catalog())
         words = told.stated(architecture.modelspec, catalog())
-        return stated_metadata(recipe, output, architecture.modelspec, words, carried, environment)
+        return stated_metadata(recipe, output, architecture.modelspec, words, carried, environment, {})
 
     made = said()
     assert made["modelspec.sai_model_spec"] == "1.0.1"
