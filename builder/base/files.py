@@ -107,3 +107,15 @@ def parse_json(raw: bytes | str, **how: Any) -> Any:
     if _SURROGATE.search(data):
         json.dumps(value, ensure_ascii=False).encode()  # raises where half a character stands alone
     return value
+
+
+def decoded(said: object) -> dict[str, Any]:
+    """An object that may be a JSON text, or one in another; empty where it is none, or no good JSON."""
+    for _ in range(8):
+        if not isinstance(said, str):
+            break
+        try:
+            said = parse_json(said)
+        except (ValueError, RecursionError):
+            break
+    return said if isinstance(said, dict) else {}

@@ -11,7 +11,10 @@ from builder.recipe import Output, Recipe
 
 
 class Built(NamedTuple):
-    """An output as it is: `state` is `written` or `unchanged`, digests are hex, `metric` empty for none."""
+    """An output as it is: `state` is `written` or `unchanged`, digests are hex, `metric` empty for none.
+
+    `autov3` has 64 digits, or none where nobody expects it.
+    """
 
     name: str
     path: Path
@@ -20,6 +23,7 @@ class Built(NamedTuple):
     tensor_digest: str
     metric: str
     state: str
+    autov3: str = ""
 
 
 def missed(recipe: Recipe, output: Output, made: Built) -> list[Problem]:
@@ -30,17 +34,21 @@ def missed(recipe: Recipe, output: Output, made: Built) -> list[Problem]:
         "metric": (expect.metric, made.metric or Metric().text),
         "sha256": (expect.sha256, made.sha256),
         "tensor_digest": (expect.tensor_digest, made.tensor_digest),
+        "autov3": (expect.autov3, made.autov3[: len(expect.autov3 or "")] or "none"),
         "size": (expect.size, made.size),
     }
     return [
         Problem(
-            f"the {key.replace('_', ' ')} of `{output.file}` is not what the recipe expects",
+            f"the {_NAMES.get(key, key)} of `{output.file}` is not what the recipe expects",
             recipe.place(*at, key, value=True),
             (f"expected {want}", f"made     {got}"),
         )
         for key, (want, got) in wanted.items()
         if want is not None and not _meets(key, want, got)
     ]
+
+
+_NAMES = {"tensor_digest": "tensor digest", "autov3": "AutoV3"}
 
 
 def _meets(key: str, want: object, got: object) -> bool:

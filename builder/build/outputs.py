@@ -19,6 +19,7 @@ from builder.build.in_parts import Parts
 from builder.build.measure import known_digits, measured, metric_text
 from builder.build.write import write_output
 from builder.formats.blob import FileBlob
+from builder.formats.hashes import data_sha256
 from builder.formats.lost import find_lost, said
 from builder.formats.open import open_checkpoint
 from builder.formats.write_safetensors import Written
@@ -147,7 +148,8 @@ class Assembly:
             return None
         tensors, metric = str(fact["tensor_digest"]), str(fact["metric"])
         sha256, size = str(fact["sha256"]), int(fact["size"])
-        built = Built(job.output.name, job.target, sha256, size, tensors, metric, "unchanged")
+        autov3 = self._autov3(fact)
+        built = Built(job.output.name, job.target, sha256, size, tensors, metric, "unchanged", autov3)
         for key, source in context.source_nodes(job.inputs):
             if context.sources.is_open(source):
                 context.settle(key, source)
@@ -164,6 +166,12 @@ class Assembly:
             return hash_files(path, store, reporter) == sha256
         except SourceError:
             return False
+
+    def _autov3(self, fact: Mapping[str, str]) -> str:
+        """The AutoV3 of the output in its place, where one is expected."""
+        if self.job.output.expect.autov3 is None:
+            return ""
+        return fact.get("autov3") or data_sha256(self.job.target, reporter=self.context.reporter) or ""
 
     def _has_all(self, files: Mapping[str, str]) -> bool:
         """Whether files of a folder are what they were (SHA-256 by path)."""
@@ -203,6 +211,7 @@ class Assembly:
                 job.metadata,
                 job.architecture,
                 self._catalog,
+                autov3=job.output.expect.autov3 is not None,
                 groups=self._groups(parts),
                 threads=context.threads,
                 inputs=self._inputs(),
@@ -297,6 +306,7 @@ class Assembly:
             tensors,
             metric_text(digits, self._catalog.scales),
             "written",
+            written.autov3 or "",
         )
         self.parts_of.check(self.node, made)
         self._hold(built, made)
@@ -407,6 +417,7 @@ class Assembly:
                 "tensor_digest": built.tensor_digest,
                 "metric": built.metric,
                 "files": self._configs(written),
+                **({"autov3": built.autov3} if built.autov3 else {}),
             }
             store.note("output", key, fact)
 

@@ -41,16 +41,18 @@ def write_output(
     *,
     task: str,
     accept: Accept,
+    autov3: bool = False,
     **options: Any,
 ) -> Written:
     """Write tensors to `path` in a container; options are those of `write`.
 
-    `architecture` says which tensors a folder has a place for. Of several files, `accept` sees all of them
-    before the first has its name. Raises what reading, writing or `accept` raises; then `path` is as it was.
+    `architecture` says which tensors a folder has a place for; `autov3` is of a safetensors file alone. Of
+    several files, `accept` sees all of them before the first has its name. Raises what reading, writing or
+    `accept` raises; then `path` is as it was.
     """
     options |= {"digests": True, "sha256": True}
     if container.form == "safetensors":
-        return write(path, tensors, metadata, task=task, accept=accept, **options)
+        return write(path, tensors, metadata, task=task, accept=accept, autov3=autov3, **options)
     if container.form == "torch":
         held, nesting = dict(sorted(tensors.items())), container.nesting
         return write_torch(path, held, nesting=nesting, task=task, accept=accept, **options)

@@ -13,9 +13,13 @@ from builder.base.progress import SILENT, Reporter
 from builder.base.toml import escaped
 from builder.cli.options import open_workspace, quiet_option
 from builder.recipe import parse_recipe
-from builder.recipe.names import SUFFIXES
+from builder.recipe.names import SUFFIXES, recipe_name
+from builder.reports import imports
 from builder.reports.new import Draft, describe, write
 from builder.sources.find import files_below
+from builder.sources.opened import Sources
+
+MOST_NOTES = 20  # of what an imported recipe lacks
 
 
 @click.command("new")
@@ -29,6 +33,11 @@ from builder.sources.find import files_below
     help="Find files below FOLDER that its components are equal to; may be given several times.",
 )
 @click.option("-o", "--output", type=click.Path(path_type=Path), metavar="RECIPE", help="Default: stdout.")
+@click.option(
+    "--from-metadata",
+    is_flag=True,
+    help="How FILE was merged, from its metadata; or FILE is a .mecha, a .yaml of mergekit, a graph's .json.",
+)
 @click.option("--name", help="The model's name; default: the first file's.")
 @click.option("--force", is_flag=True, help="Overwrite RECIPE.")
 @click.option("--threads", type=click.IntRange(1, 256), default=2, help="Threads to use.")
@@ -37,6 +46,7 @@ def command(
     files: tuple[Path, ...],
     library: tuple[Path, ...],
     output: Path | None,
+    from_metadata: bool,
     name: str | None,
     force: bool,
     threads: int,
@@ -46,15 +56,19 @@ def command(
 
     A further FILE that is a component alone takes the place of the model's own; one that is a whole model
     is looked through like a library. What is equal to nothing known is taken from the file itself.
+    With --from-metadata, the recipe is what the program that merged FILE wrote into it.
     """
     if output is not None and os.path.lexists(output) and not force:
         raise UsageError(Problem(f"there is a file `{output}` already", hint="`--force` overwrites it"))
     folder = output.parent if output is not None else Path()
     with open_workspace(quiet) as workspace, workspace.sources() as sources:
         catalog = workspace.catalog
-        draft = describe(files, library, sources, threads=threads, reporter=workspace.reporter)
-        text = escaped(write(draft, folder=folder, catalog=catalog, name=name))
-        _tell(draft, bool(library), folder, workspace.reporter)
+        if from_metadata:
+            text = _imported(files, library, folder, name, sources, workspace.reporter)
+        else:
+            draft = describe(files, library, sources, threads=threads, reporter=workspace.reporter)
+            text = escaped(write(draft, folder=folder, catalog=catalog, name=name))
+            _tell(draft, bool(library), folder, workspace.reporter)
     parse_recipe(text, str(output or "<recipe>"), catalog)
     if output is None:
         click.echo(text, nl=False)
@@ -62,6 +76,28 @@ def command(
         models = [stat for path, stat in files_below(library, SILENT) if path.suffix.lower() in SUFFIXES]
         write_bytes(output, text.encode(), durable=False, inputs=[*files, *models])
     return ExitCode.DONE
+
+
+def _imported(
+    files: tuple[Path, ...],
+    library: tuple[Path, ...],
+    folder: Path,
+    name: str | None,
+    sources: Sources,
+    reporter: Reporter,
+) -> str:
+    """The recipe that a file tells of, as text; what is missing in it is noted."""
+    if len(files) > 1 or library:
+        raise UsageError(Problem("`--from-metadata` is of one FILE, and without `--library`"))
+    sketch = imports.read_recipe(files[0], sources, reporter)
+    lacking = sketch.lacking()
+    for missing in lacking[:MOST_NOTES]:
+        reporter.note(f"not in the recipe: {missing}")
+    if len(lacking) > MOST_NOTES:
+        reporter.note(f"and {len(lacking) - MOST_NOTES:,} more, which the recipe lists")
+    path = files[0].with_suffix("") if imports.is_text(files[0]) else files[0]
+    name = name or recipe_name(path).lower()
+    return escaped(imports.write(sketch, name, files[0].name, folder))
 
 
 def _tell(draft: Draft, library: bool, folder: Path, reporter: Reporter) -> None:

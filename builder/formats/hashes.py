@@ -44,6 +44,19 @@ def sha256_blob(blob: FileBlob, *, stop: threading.Event | None = None, reporter
     return sha256.hexdigest()
 
 
+def data_sha256(path: Path | str, *, reporter: Reporter = SILENT) -> str | None:
+    """The SHA-256 of a safetensors file without its header, as hex: AutoV3 has its first 12 digits.
+
+    None for what does not begin like such a file. Raises as `sha256_file`.
+    """
+    with closing(FileBlob(path)) as blob:
+        if (body := _after_header(blob)) is None:
+            return None
+        sha256 = hashlib.sha256()
+        _read(blob, [lambda at, data: sha256.update(data[max(0, body - at) :])], reporter)
+        return sha256.hexdigest()
+
+
 def file_hashes(path: Path | str, *, reporter: Reporter = SILENT) -> dict[str, str | None]:
     """Every hash in use for a file, by kind; None where the kind means nothing for this file.
 

@@ -44,7 +44,7 @@ class Written(NamedTuple):
     `sha256` is the file's, `digests` are the BLAKE3-256 of its tensors, `histograms` those of `run_pass`:
     each where asked for. `zeros` are stretches of zeros in tensors, `offsets` say where in the file each
     tensor's bytes begin. `path` is where it went, None where it was discarded. `stat` is its state before it
-    got its name.
+    got its name. `autov3` is the SHA-256 of all behind the header, where asked for.
 
     Of several files, `sha256` is that by which they are a source together, `size` is of all, and `files` has
     the SHA-256 and the state of each by its path beside `path`.
@@ -59,6 +59,7 @@ class Written(NamedTuple):
     offsets: Mapping[str, int]
     stat: os.stat_result
     files: Mapping[str, tuple[str, os.stat_result]] = MappingProxyType({})
+    autov3: str | None = None
 
 
 Accept = Callable[[Written], "Path | None"]
@@ -117,6 +118,7 @@ def write(
     metadata: Mapping[str, str] | None = None,
     *,
     sha256: bool = True,
+    autov3: bool = False,
     digests: bool = False,
     groups: Mapping[str, str] | None = None,
     threads: int = 2,
@@ -149,11 +151,11 @@ def write(
         with new_file(path, durable=durable, inputs=inputs) as file:
             check_room(path, file.fd, layout.size)
             write_all(file.fd, memoryview(layout.head), 0)
-            whole = hashlib.sha256(layout.head)
+            whole, data = hashlib.sha256(layout.head), hashlib.sha256()
             found = run_pass(
                 spans,
                 write=partial(write_through if durable else write_all, file.fd),
-                whole=[whole] if sha256 else [],
+                whole=[whole] * sha256 + [data] * autov3,
                 groups=groups,
                 digests=digests,
                 threads=threads,
@@ -170,6 +172,7 @@ def write(
                 {n: t.zeros for n, t in found.tensors.items() if t.zeros},
                 {s.name: s.offset for s in spans},
                 os.fstat(file.fd),
+                autov3=data.hexdigest() if autov3 else None,
             )
             file.path = accept(written)
     finally:

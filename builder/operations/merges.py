@@ -25,9 +25,15 @@ def unless(param: str, make: Make) -> Make:
     return lambda sources, site: sources[0] if site[param] == 0.0 else make(sources, site)
 
 
-def _between(a: torch.Tensor, b: torch.Tensor, alpha: float, site: Site) -> torch.Tensor:
-    """a·(1 − alpha) + b·alpha, each product and the sum rounded; in the memory of both."""
-    return site.round(site.round(a.mul_(1.0 - alpha)).add_(site.round(b.mul_(alpha))))
+def _between(
+    a: torch.Tensor, b: torch.Tensor, alpha: float, site: Site, of: tuple[int, ...] = (0,)
+) -> torch.Tensor:
+    """a·(1 − alpha) + b·alpha, each product and the sum rounded; in the memory of both.
+
+    `of` are the inputs that `a` is made of; `b` is the next.
+    """
+    shares = site.round(a.mul_(1.0 - alpha), *of), site.round(b.mul_(alpha), len(of))
+    return site.round(shares[0].add_(shares[1]), *of, len(of))
 
 
 def _weighted_sum(sources: Sequence[LazyTensor], site: Site) -> LazyTensor:
@@ -40,7 +46,7 @@ def _weighted_sum(sources: Sequence[LazyTensor], site: Site) -> LazyTensor:
 @elementwise
 def _add_difference(values: Values, site: Site) -> torch.Tensor:
     a, b, c = values
-    return site.round(a.add_(site.round(site.round(b.sub_(c)).mul_(site["alpha"]))))
+    return site.round(a.add_(site.round(site.round(b.sub_(c), 1, 2).mul_(site["alpha"]), 1, 2)))
 
 
 @elementwise
@@ -54,32 +60,33 @@ def _train_difference(values: Values, site: Site) -> torch.Tensor:
 @elementwise
 def _sum_twice(values: Values, site: Site) -> torch.Tensor:
     a, b, c = values
-    return _between(_between(a, b, site["alpha"], site), c, site["beta"], site)
+    return _between(_between(a, b, site["alpha"], site), c, site["beta"], site, (0, 1))
 
 
 @elementwise
 def _triple_sum(values: Values, site: Site) -> torch.Tensor:
     a, b, c = values
     alpha, beta = site["alpha"], site["beta"]
-    a, b, c = (site.round(v.mul_(w)) for v, w in ((a, 1.0 - alpha - beta), (b, alpha), (c, beta)))
-    return site.round(site.round(a.add_(b)).add_(c))
+    weights = (1.0 - alpha - beta, alpha, beta)
+    a, b, c = (site.round(v.mul_(w), i) for i, (v, w) in enumerate(zip((a, b, c), weights, strict=True)))
+    return site.round(site.round(a.add_(b), 0, 1).add_(c))
 
 
 def _linear(sources: Sequence[LazyTensor], site: Site) -> LazyTensor:
     weights = site["of"]
     total = sum(weights) if site["normalize"] else 1.0
-    used = [(s, w / total) for s, w in zip(sources, weights, strict=True) if w and total]
-    if [w for _, w in used] in ([], [1.0]):
-        return used[0][0] if used else sources[0]
+    used = {i: w / total for i, w in enumerate(weights) if w and total}
+    if [*used.values()] in ([], [1.0]):
+        return sources[next(iter(used), 0)]
 
     def formula(values: Values) -> torch.Tensor:
-        shares = (site.round(v.mul_(w)) for v, (_, w) in zip(values.each(), used, strict=True))
+        shares = (site.round(v.mul_(w), i) for v, (i, w) in zip(values.each(), used.items(), strict=True))
         made = next(shares).clone()
-        for share in shares:
-            made = site.round(made.add_(share))
+        for number, share in enumerate(shares, 2):
+            made = site.round(made.add_(share), *[*used][:number])
         return made
 
-    return Elementwise([s for s, _ in used], formula, site.dtype)
+    return Elementwise([sources[i] for i in used], formula, site.dtype)
 
 
 def _tensor_sum(sources: Sequence[LazyTensor], site: Site) -> LazyTensor:

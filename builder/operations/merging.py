@@ -27,12 +27,14 @@ class Site:
     """Where a merge is at: the tensor's name, the weights and other parameters that hold for it.
 
     `dtype` is that of what is made, and `round` what follows every product and sum: nothing in exact
-    arithmetic, where it is FP32; else rounding to the files' own type.
+    arithmetic, where it is FP32; else rounding to the files' own type. Where these have several, `types`, it
+    is that which torch gives what is computed of some.
     """
 
     name: str
     params: Mapping[str, Any]
     dtype: DType = DType.F32
+    types: tuple[DType, ...] = ()
 
     def __getitem__(self, param: str) -> Any:
         return self.params[param]
@@ -43,9 +45,13 @@ class Site:
             return tensor
         return Elementwise([tensor], lambda values: values[0], self.dtype)
 
-    def round(self, values: torch.Tensor) -> torch.Tensor:
-        """Values as they are after a step of the arithmetic; changes them in place."""
-        return values if self.dtype is DType.F32 else values.copy_(values.to(self.dtype.torch))
+    def round(self, values: torch.Tensor, *of: int) -> torch.Tensor:
+        """Values as they are after a step of the arithmetic; changes them in place.
+
+        `of` are the inputs that they were computed of, where these are not all.
+        """
+        dtype = _common([self.types[i] for i in of]) if of and self.types else self.dtype
+        return values if dtype is DType.F32 else values.copy_(values.to(dtype.torch))
 
 
 Make = Callable[[Sequence[LazyTensor], Site], LazyTensor]
@@ -102,8 +108,9 @@ class Merge:
         words = []
         for name in names:
             sources = [inputs[key][name] for key in order]
-            dtype = DType.F32 if setting.arithmetic == "exact" else _common(sources)
-            made[name] = _made(self.make, sources, Site(name, {**weights[name], **common}, dtype))
+            types = () if setting.arithmetic == "exact" else tuple(s.dtype for s in sources)
+            site = Site(name, {**weights[name], **common}, _common(types), types)
+            made[name] = _made(self.make, sources, site)
             if isinstance(made[name], SideBySide):
                 few, all_ = min(s.shape[1] for s in sources), sources[0].shape[1]
                 words.append(f"{self.name}: of `{name}` the first {few} of {all_} input channels are merged")
@@ -160,10 +167,9 @@ def _made(make: Make, sources: Sequence[LazyTensor], site: Site) -> LazyTensor:
     return SideBySide([site.as_made(merged), site.as_made(own)])
 
 
-def _common(sources: Sequence[LazyTensor]) -> DType:
-    """The type that torch gives what is computed of these."""
-    found = {s.dtype for s in sources}
-    return found.pop() if len(found) == 1 else DType.F32
+def _common(types: Sequence[DType]) -> DType:
+    """The type that torch gives what is computed of these; FP32 of none."""
+    return types[0] if len(set(types)) == 1 else DType.F32
 
 
 def _check_alike(op: str, inputs: Mapping[str, Tensors], names: Sequence[str], cls: str) -> None:

@@ -9,7 +9,9 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from builder.base.errors import Problem, UsageError, clipped
+from builder.base.files import decoded
 from builder.models.prediction import ARCHITECTURE, IMPLEMENTATION, WORDS
+from builder.recipe.recipe import FromBase
 
 if TYPE_CHECKING:
     from builder.formats.checkpoint import Checkpoint
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 _UNTRUE = ("modelspec.hash_sha256", "modelspec.date", "modelspec.thumbnail", "sshs_", "ckpt.")
 
 DATE = "modelspec.date"
+_RECIPE, _MODELS = "sd_merge_recipe", "sd_merge_models"
+_LONGEST = 1 << 18  # characters of what a source tells of its own making; longer ones are no JSON when cut
 
 
 def canonical(data: Any) -> str:
@@ -54,9 +58,11 @@ def stated_metadata(
     denoiser: Mapping[str, str],
     carried: Mapping[str, str],
     environment: Mapping[str, str],
+    told: Mapping[str, Mapping[str, str]],
 ) -> dict[str, str]:
     """What is known before anything is made: ModelSpec 1.0.1, the recipe's own, the base's, provenance.
 
+    `told` is the metadata of the sources that a merge is made of, by name, as far as there is any.
     `denoiser` is what is said of what predicts, wherever that comes from, in place of what the base says in
     `carried`; `spec` is what the catalog says of such a model. A source's file name and digest appear where
     the recipe pins it: an unpinned source is known by its content alone, so that the same tensors from
@@ -87,34 +93,40 @@ def stated_metadata(
     said |= {"ckpt.recipe": recipe.name, "ckpt.recipe_sha256": recipe.closure(output)}
     if sources:
         said["ckpt.sources"] = canonical(sources)
-    said |= ancestry(recipe, output)
+    said |= ancestry(recipe, output, told)
     return said | dict(output.metadata)
 
 
-def ancestry(recipe: Recipe, output: Output) -> dict[str, str]:
+def ancestry(recipe: Recipe, output: Output, told: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
     """What a merge is made of, as the programs that merge write it, for those that show it.
 
-    Of the models in `sd_merge_models`, known by SHA-256, there are those that the recipe pins.
+    Of the models in `sd_merge_models`, known by SHA-256, there are those that the recipe pins, each with the
+    recipe that its own metadata tell of, and what these say of models before them.
     """
-    sources, steps = recipe.reached(output)
+    _, steps = recipe.reached(output)
     if not steps:
         return {}
-    near = {n for step in steps for n in recipe.steps[step].inputs.values()}
-    merged = {n: recipe.sources[n] for n in recipe.sources if n in near & sources}
-    names = {n: PurePosixPath(s.file or s.recipe or n).stem for n, s in merged.items()}
+    merged = {n: recipe.sources[n] for n in recipe.merged(output)}
+    files = {n: PurePosixPath(s.file or s.recipe or n).name for n, s in merged.items()}
+    pins = {n: {"sha256": s.sha256} if s.sha256 else {} for n, s in merged.items()}
     said = {
         "type": "ckpt-build",
         "name": recipe.name,
-        "models": names,
+        "models": {n: {"name": files[n], **pins[n]} for n in merged},
         "steps": {n: recipe.steps[n].meaning() for n in sorted(steps)},
+        "base": output.base.name if isinstance(output.base, FromBase) else None,
+        "components": {cls: pick.source for cls, pick in sorted(output.components.items())},
+        "precision": output.precision,
     }
-    models = {
-        s.sha256: {"name": names[n], "legacy_hash": None, "sd_merge_recipe": None}
-        for n, s in merged.items()
-        if s.sha256 is not None
-    }
+    models: dict[str, Any] = {}
+    for n, s in merged.items():
+        before = {k: decoded(told.get(n, {}).get(k, "")[:_LONGEST]) for k in (_RECIPE, _MODELS)}
+        if s.sha256 is not None:
+            models = before[_MODELS] | models
+            parent = {"name": files[n], "legacy_hash": None, _RECIPE: before[_RECIPE] or None}
+            models[s.sha256] = parent
     return {
-        "modelspec.merged_from": ", ".join(names.values()),
-        "sd_merge_recipe": canonical(said),
-        **({"sd_merge_models": canonical(models)} if models else {}),
+        "modelspec.merged_from": ", ".join(PurePosixPath(f).stem for f in files.values()),
+        _RECIPE: canonical(said),
+        _MODELS: canonical(models),
     }

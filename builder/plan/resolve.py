@@ -580,7 +580,12 @@ class _Resolver:
             spec = (self.catalog.components[called].modelspec if called else None) or architecture.modelspec
             beside = self._beside(output, architecture, base, told.prediction, denoiser is not None)
             stated = told.prediction.stated(spec, self.catalog)
-            metadata = stated_metadata(self.recipe, output, spec, stated, carried, environment)
+            told_of = {
+                n: self._carried(self.source(n))
+                for n in self.recipe.merged(output)
+                if self.recipe.sources[n].recipe is None
+            }
+            metadata = stated_metadata(self.recipe, output, spec, stated, carried, environment, told_of)
             container = self._container(output, target, form, architecture, base, told.prediction)
             if form in SINGLE:
                 usual_ = self._is_usual(called, architecture)

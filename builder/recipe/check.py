@@ -253,6 +253,15 @@ def _expectations(recipe: Recipe, words: Vocabulary) -> Iterator[Problem]:
         yield Problem("`expect` is given twice", place, hint=hint)
 
 
+def _autov3(recipe: Recipe, words: Vocabulary) -> Iterator[Problem]:
+    for output in (o for o in recipe.outputs if o.expect.autov3 is not None):
+        if output.form != "safetensors":
+            own = _said(recipe, *output.at, "expect") is not None
+            place = recipe.place(*(output.at if own else ()), "expect", "autov3")
+            fact = f"`autov3` is of a safetensors file, which `{output.file}` is not"
+            yield Problem(fact, place, hint="expect its `tensor_digest`, which is the same in every form")
+
+
 def _output_names(recipe: Recipe, words: Vocabulary) -> Iterator[Problem]:
     first: dict[str, Place] = {}
     if isinstance(name := _said(recipe, "output", "name"), str):
@@ -368,6 +377,7 @@ _CHECKS: tuple[Callable[[Recipe, Vocabulary], Iterator[Problem]], ...] = (
     _unused,
     _fixes,
     _expectations,
+    _autov3,
     _output_names,
     _files,
     _kept,

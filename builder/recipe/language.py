@@ -208,6 +208,18 @@ CONFIG_FILE = Text(
     (*_INSIDE, Rule(r"[^/]\.ya?ml$", "{key} must end in `.yaml`", "give the model's configuration")),
     label="path",
 )
+AUTOV3 = Text(
+    (
+        NO_CONTROLS,
+        Rule(
+            r"^([0-9A-Fa-f]{12}|[0-9A-Fa-f]{64})$",
+            "{key} must be an AutoV3, 12 hexadecimal digits, or all 64 of `sshs_model_hash`",
+            "`ckpt inspect --hashes FILE` shows both",
+        ),
+    ),
+    lower=True,
+    label="12 or 64 hexadecimal digits",
+)
 METRIC = Text(
     (
         NO_CONTROLS,
@@ -465,6 +477,12 @@ def _language(words: Vocabulary) -> Struct:
                 SHA256,
                 "BLAKE3-256 over its tensors, metadata left out, as the build reports it.",
                 '"67a1…"',
+            ),
+            "autov3": Key(
+                AUTOV3,
+                "SHA-256 over a safetensors file without its header, or the first 12 digits of it, by which "
+                "sites and programs know a model whatever its metadata.",
+                '"d0a5c5b5a3e1"',
             ),
             "size": Key(Number(1, whole=True), "Bytes of the file.", "2132626102"),
         },

@@ -116,6 +116,7 @@ class Expect:
     metric: str | None = None
     sha256: str | None = None
     tensor_digest: str | None = None
+    autov3: str | None = None
     size: int | None = None
 
 
@@ -261,6 +262,12 @@ class Recipe:
                 found.add(name)
                 near += self.steps[name].inputs.values() if name in self.steps else ()
         return found & self.sources.keys(), found & self.steps.keys()
+
+    def merged(self, output: Output) -> list[str]:
+        """The sources that steps of an output are made of at first hand, in the order of the recipe."""
+        sources, steps = self.reached(output)
+        near = {n for step in steps for n in self.steps[step].inputs.values()}
+        return [n for n in self.sources if n in near & sources]
 
     def closure(self, output: Output) -> str:
         """The digest of what the recipe says of one output and of all that it is made of.

@@ -460,7 +460,7 @@ def test_model_spec(tmp_path: Path) -> None:
         }
         told = Prediction().with_own(output.markers, output.metadata, catalog())
         words = told.stated(architecture.modelspec, catalog())
-        return stated_metadata(recipe, output, architecture.modelspec, words, carried, environment)
+        return stated_metadata(recipe, output, architecture.modelspec, words, carried, environment, {})
 
     made = said()
     assert made["modelspec.sai_model_spec"] == "1.0.1"
@@ -591,6 +591,40 @@ def test_an_expectation_that_is_missed(whole: Folder, key: str, built: bool) -> 
         "m.safetensors",
         "m.lock.toml",
     }
+
+
+def behind_the_header(path: Path) -> str:
+    data = path.read_bytes()
+    return hashlib.sha256(data[8 + int.from_bytes(data[:8], "little") :]).hexdigest()
+
+
+@pytest.mark.parametrize("digits", [12, 64])
+def test_the_autov3_of_what_is_made(whole: Folder, digits: int) -> None:
+    whole.build("m.toml")
+    autov3 = behind_the_header(whole / "m.safetensors")[:digits]
+    expect = f'expect.autov3 = "{autov3.upper()}"\n'
+    whole.write("m.toml", WHOLE + expect)
+    assert whole.build("m.toml")["outputs"][0]["state"] == "unchanged", "read from what is there"
+    whole.write("m.toml", WHOLE + 'metadata.author = "x"\n' + expect)
+    assert whole.build("m.toml")["outputs"][0]["state"] == "written", "other metadata, the same digest"
+    assert whole.build("m.toml")["outputs"][0]["state"] == "unchanged"
+    assert whole("verify", "m.toml").code == 0
+    whole.write("m.toml", WHOLE + f'metadata.author = "x"\nexpect.autov3 = "{"0" * digits}"\n')
+    for command in ("build", "verify"):
+        said = whole(command, "m.toml")
+        assert said.code == 7
+        assert "the AutoV3 of `m.safetensors` is not what the recipe expects" in said.err
+        assert f"expected {'0' * digits}\n" in said.err and f"made     {autov3}\n" in said.err
+
+
+def test_the_autov3_of_other_files(whole: Folder) -> None:
+    text = WHOLE + 'output.file = "m.ckpt"\nexpect.autov3 = "0123456789ab"\n'
+    whole.write("m.toml", text)
+    said = whole("build", "m.toml")
+    assert said.code == 3 and "`autov3` is of a safetensors file, which `m.ckpt` is not" in said.err
+    whole.write("m.toml", text.replace("ab", "a").replace("m.ckpt", "m.safetensors"))
+    said = whole("build", "m.toml")
+    assert said.code == 3 and "12 hexadecimal digits, or all 64" in said.err
 
 
 def test_every_missed_expectation_is_told_at_once(whole: Folder) -> None:

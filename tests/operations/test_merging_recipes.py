@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from builder.formats import open_checkpoint
+from builder.formats.write_safetensors import write
+from builder.tensors.cast import Faults, cast_all
 from tests.help.building import UNET, Folder, content, model, save
 
 HEAD = """\
@@ -82,6 +84,30 @@ def test_the_files_arithmetic_rounds_as_saved_files_do(folder: Folder) -> None:
         known[step] = step
     assert content(folder / "b3.safetensors") == content(folder / "mix.safetensors")
     assert len(whole) == (folder / "mix.safetensors").stat().st_size
+
+
+def test_the_arithmetic_of_files_of_several_types(folder: Folder) -> None:
+    """Each product has the type of its own factor, each sum the wider one, as torch computes."""
+    save(folder / "h.safetensors", cast_all(model(seed=9), "fp16", faults=Faults()))
+    half, (a, b) = weights(9, NAME).half(), (weights(seed, NAME) for seed in (1, 2))
+    for step, expected in (
+        ('op = "weighted-sum", a = "h", b = "a", alpha = 0.3', half * (1 - 0.3) + a * 0.3),
+        ('op = "add-difference", a = "a", b = "h", c = "b", alpha = 0.7', a + (half - b) * 0.7),
+        ('op = "sum-twice", a = "a", b = "b", c = "h", beta = 0.1', (a * 0.5 + b * 0.5) * 0.9 + half * 0.1),
+        (
+            'op = "triple-sum", a = "h", b = "a", c = "b", alpha = 0.2, beta = 0.3',
+            half * 0.5 + a * 0.2 + b * 0.3,
+        ),
+        ('op = "linear", of = { a = 0.3, b = 0.1, h = 0.6 }', a * 0.3 + b * 0.1 + half * 0.6),
+    ):
+        names = "hab" if '"b"' in step or "of" in step else "ha"
+        sources = "".join(f'sources.{n}.file = "{n}.safetensors"\n' for n in names)
+        text = (
+            f'base = "m"\narithmetic = "file"\noutput.precision = "fp32"\n{sources}steps.m = {{ {step} }}\n'
+        )
+        build(folder, text)
+        values = content(folder / "mix.safetensors")[NAME][2]
+        assert torch.equal(torch.frombuffer(bytearray(values), dtype=torch.float32), expected), step
 
 
 def test_same_bytes_on_any_threads_and_in_any_order(folder: Folder) -> None:
@@ -211,3 +237,27 @@ def test_a_diamond_of_steps_costs_no_more_than_a_chain(folder: Folder) -> None:
     build(folder, 'base = "s39"\n' + SOURCES.partition("sources.c")[0] + "".join(steps))
     a, b = weights(1, NAME), weights(2, NAME)
     assert (made(folder, NAME).float() - (a * 0.5 + b * 0.5)).abs().max() < 1e-3
+
+
+def test_what_a_source_says_of_its_own_making_goes_with_it(folder: Folder) -> None:
+    """As the WebUI has it: each ancestor by its digest, with its own recipe; of unpinned ones nothing."""
+    grandparent = {"a" * 64: {"name": "old.ckpt", "legacy_hash": "0", "sd_merge_recipe": None}}
+    own = {"type": "webui", "interp_method": "Weighted sum"}
+    said = {"sd_merge_recipe": json.dumps(json.dumps(own)), "sd_merge_models": json.dumps(grandparent)}
+    for name in "ab":
+        write(folder / f"{name}.safetensors", model(seed=1), said)
+    pin = hashlib.sha256((folder / "a.safetensors").read_bytes()).hexdigest()
+    sources = (
+        f'sources.a = {{ file = "a.safetensors", sha256 = "{pin}" }}\nsources.c.file = "c.safetensors"\n'
+    )
+    step = '[steps.m]\nop = "weighted-sum"\na = "a"\nb = "c"\n'
+    build(folder, 'base = "m"\n' + sources + step)
+    with open_checkpoint(folder / "mix.safetensors") as checkpoint:
+        models = json.loads(checkpoint.metadata["sd_merge_models"])
+    parent = {"name": "a.safetensors", "legacy_hash": None, "sd_merge_recipe": own}
+    assert models == {**grandparent, pin: parent}
+    sources = 'sources.b.file = "b.safetensors"\nsources.c.file = "c.safetensors"\n'
+    step = '[steps.m]\nop = "weighted-sum"\na = "b"\nb = "c"\n'
+    build(folder, 'base = "b"\ncomponents.VAE-tiny = "m"\n' + sources + step)
+    with open_checkpoint(folder / "mix.safetensors") as checkpoint:
+        assert json.loads(checkpoint.metadata["sd_merge_models"]) == {}, "not those of the base"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from functools import cache
 from pathlib import Path
 
 import jsonschema
@@ -12,6 +13,7 @@ import tomli
 
 from builder.base.errors import RecipeError, render
 from builder.base.kinds import Choice, Key, Struct
+from builder.formats.write_safetensors import plan_layout
 from builder.models.catalog import load_catalog
 from builder.operations import OPERATIONS
 from builder.operations.fixes import FIXES
@@ -19,6 +21,8 @@ from builder.operations.registry import Operation
 from builder.recipe import load_recipe, parse_recipe
 from builder.recipe.language import Vocabulary, step_keys
 from builder.recipe.profiles import PROFILES
+from builder.tensors.lazy import DType
+from tests.help.building import Folder
 from tests.help.recipe_words import golden
 
 ROOT = Path(__file__).parents[2]
@@ -36,7 +40,8 @@ def test_shipped_recipes_are_valid(path: Path) -> None:
     jsonschema.Draft202012Validator(SCHEMA).validate(tomli.loads(text))
     recipe = load_recipe(path, CATALOG)
     assert not recipe.notes
-    assert all(s.sha256 or s.recipe for s in recipe.sources.values()), "a source without a pin"
+    bare = {s.name for s in recipe.sources.values() if not (s.sha256 or s.recipe)}
+    assert not bare or recipe.steps, "a source without a pin, in a recipe of published files"
 
 
 def test_shipped_recipes_agree_on_pins_and_write_different_files() -> None:
@@ -45,6 +50,59 @@ def test_shipped_recipes_agree_on_pins_and_write_different_files() -> None:
     assert len({file for file, _, _ in pins}) == len(pins)
     files = [o.file for r in recipes for o in r.outputs]
     assert len(files) == len(set(files))
+
+
+MERGING = [p for p in SHIPPED if load_recipe(p, CATALOG).steps]
+
+
+@cache
+def _header(kind: str) -> bytes:
+    """The head of a file of the real size, FP16, whose data are a hole."""
+    tables = {
+        "lora": ["LoRA-v1-UNET", "LoRA-v1-CLIP"],
+        "vae": ["VAE-v1-SD"],
+        "inpainting": ["UNET-v1-Inpainting", "VAE-v1-SD", "CLIP-v1-SD"],
+    }.get(kind, ["UNET-v1-SD", "VAE-v1-SD", "CLIP-v1-SD", *(["UNET-v1-EMA"] if kind == "ema" else [])])
+    specs = {}
+    for name in tables:
+        component = CATALOG.component(name)
+        for bare, rule in component.tensors.items():
+            shape = tuple(4 if extent < 0 else extent for extent in rule.shape)
+            if not rule.optional:
+                specs[component.prefix + bare] = (DType.F16, shape)
+    return plan_layout(specs).head + plan_layout(specs).size.to_bytes(8, "little")
+
+
+def _sparse(path: Path, kind: str) -> None:
+    path.parent.mkdir(exist_ok=True)
+    head = _header(kind)
+    with path.open("wb") as file:
+        file.write(head[:-8])
+        file.truncate(int.from_bytes(head[-8:], "little"))
+
+
+@pytest.mark.parametrize("path", MERGING, ids=lambda p: p.stem)
+def test_merging_recipes_plan_offline(path: Path, tmp_path: Path) -> None:
+    """Missing sources are said; with files of the right kinds there is a plan, which reads no weight."""
+    folder = Folder.below(tmp_path)
+    folder.write(path.name, path.read_text(encoding="utf-8"))
+    recipe = load_recipe(path, CATALOG)
+    said = folder("plan", "--offline", path.name)
+    bare = [n for n, s in recipe.sources.items() if not s.urls]
+    assert said.code == (5 if bare else 0)
+    assert "not on this machine" in said.out or any(f"the source `{n}` is nowhere" in said.err for n in bare)
+    adapters = {v for s in recipe.steps.values() for k, v in s.inputs.items() if k.startswith("loras.")}
+    for name, source in recipe.sources.items():
+        vae = "vae" in name or name == "ft-mse"
+        averaged = "ema" if name == "anything" else "whole"
+        kind = "lora" if name in adapters else "vae" if vae else name if name == "inpainting" else averaged
+        _sparse(folder / str(source.file), kind)
+    text = re.sub(r"^(sha256|urls) = .*\n", "", path.read_text(encoding="utf-8"), flags=re.M)
+    folder.write(path.name, text)
+    said = folder("plan", "--offline", "--json", path.name)
+    assert said.code == 0, said.err
+    done = {s["label"].split()[1].rstrip(":") for s in said.json["steps"] if s["kind"] == "step"}
+    assert done >= recipe.steps.keys(), done
 
 
 def _blocks(language: str) -> list[str]:
@@ -127,3 +185,8 @@ def test_the_reference_lists_every_key_and_fix() -> None:
     assert sorted(m[1] for m in generated.finditer(text)) == sorted(made)
     expected = generated.sub(lambda m: f"{m[1]} -->\n\n{made[m[1]]}\n", text)
     assert expected == golden(REFERENCE, expected)
+
+
+def test_the_reference_lists_every_recipe_that_is_shipped() -> None:
+    named = re.findall(r"\]\(\.\./recipes/([^)]+)\)", REFERENCE.read_text(encoding="utf-8"))
+    assert sorted(named) == [p.name for p in SHIPPED]

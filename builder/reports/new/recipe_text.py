@@ -6,12 +6,11 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import tomli_w
 
 from builder.base.errors import printable
-from builder.base.files import parse_json
+from builder.base.files import decoded
 from builder.base.progress import human_bytes
 from builder.formats.checkpoint import Checkpoint
 from builder.models.catalog import Catalog
@@ -251,29 +250,13 @@ def spoken(checkpoint: Checkpoint, catalog: Catalog) -> dict[str, str]:
 
 def merged(metadata: Mapping[str, str]) -> Iterator[str]:
     """What a merger left in the metadata of how the file was made."""
-    recipe = _loads(metadata.get("sd_merge_recipe"))
-    models = _loads(metadata.get("sd_merge_models"))
-    if isinstance(recipe, dict):
+    recipe, models = decoded(metadata.get("sd_merge_recipe")), decoded(metadata.get("sd_merge_models"))
+    if recipe:
         method = recipe.get("interp_method") or recipe.get("mode") or recipe.get("type")
         weight = recipe.get("multiplier", recipe.get("alpha", recipe.get("weights_alpha")))
         yield f"A merge, its metadata says: {method}" + (f", {weight}" if weight is not None else "")
-    if isinstance(models, dict):
-        for sha256, model in list(models.items())[:8]:
-            name = model.get("name") if isinstance(model, dict) else None
-            yield f"- of {name or 'a model'}, sha256 {sha256}"
-
-
-def _loads(text: str | None) -> Any:
-    """A JSON value that may have been encoded twice; None where it is none."""
-    value: Any = text
-    for _ in range(2):
-        if not isinstance(value, str):
-            return value
-        try:
-            value = parse_json(value)
-        except ValueError:
-            return None
-    return value
+    for sha256, model in list(models.items())[:8]:
+        yield f"- of {decoded(model).get('name') or 'a model'}, sha256 {sha256}"
 
 
 def comment(text: str) -> str:
