@@ -18,7 +18,7 @@ from builder.models.catalog import Architecture
 from builder.models.cut import choose, cut, usual
 from builder.models.identify import EMA, Identity, Match
 from builder.models.parts import kind, words_for
-from builder.models.prediction import Prediction, prediction, read_markers
+from builder.models.prediction import ARCHITECTURE, WORDS, Prediction, prediction, read_markers
 from builder.operations import OPERATIONS
 from builder.operations.registry import Operation
 from builder.operations.weights import Weights, blocks_of, is_given, of_class, patterns
@@ -132,7 +132,8 @@ class _Told(NamedTuple):
 class _Model:
     """A source, step or sub-recipe as a set of components, each of which becomes a node when it is taken.
 
-    `told` says what its denoiser predicts.
+    `told` says what its denoiser predicts. One with `metadata`, which a file of it says of itself, is no
+    model but an adapter: all of it is one component.
     """
 
     name: str
@@ -141,6 +142,7 @@ class _Model:
     origin: Callable[[Pick], Origin]
     told: Callable[[], _Told]
     first: _Model | None = None  # of a step, the one whose classes it changes
+    metadata: Callable[[], Mapping[str, str]] | None = None
 
 
 class _Resolver:
@@ -261,6 +263,9 @@ class _Resolver:
         inner = _Resolver(self.plan, recipe, (*self.scope, name), self.sources, self.operations)
         output = recipe.output(self.recipe.sources[name].output)
         assert output is not None, "the reader of recipes has seen to it"
+        if (adapter := inner.adapter(output)) is not None:
+            pick = Pick(CHECKPOINT, adapter.name, None, output.base.at)
+            return replace(adapter, name=name, origin=lambda _: Finished(inner.component(output, pick)))
         architecture, picks = inner.filled(output)
 
         def origin(pick: Pick) -> Origin:
@@ -281,7 +286,9 @@ class _Resolver:
     def _step(self, name: str) -> _Model:
         step = self.recipe.steps[name]
         operation = self.operations[step.op]
-        files = [p for p in step.inputs if operation.files and p.partition(".")[0] == operation.many]
+        if operation.makes_file:
+            return self._adapter_step(step, operation)
+        files = [p for p in step.inputs if p.partition(".")[0] in operation.files]
         models = {p: self.model(n) for p, n in step.inputs.items() if p not in files}
         leader = _leader(step, operation)
         first = models[leader]
@@ -300,29 +307,115 @@ class _Resolver:
                 operation.name,
                 operation.version,
                 self._inputs(step, operation, plain, models, leader)
-                | {p: Whole(self.source(step.inputs[p]).key) for p in files},
+                | {p: self._file(step, p) for p in files},
                 _params(step, operation, pick.cls, self.catalog)
                 | ({"classes": list(first.classes())} if files else {}),
                 step.arithmetic,  # type: ignore[arg-type]
                 step.precision,  # type: ignore[arg-type]
                 leader,
             )
-            applied = Applied(
-                self.add(
-                    job,
-                    f"step {name} {pick.cls}",
-                    action=self.action(job),
-                    state="stream",
-                    why="computed as it is needed",
-                )
-            )
-            if not step.store:
-                return applied
-            # Kept as it is, every bit of it, for whoever finishes it.
-            kept = ComponentJob(pick.cls, name, applied, (), "keep", False, "keep", "keep", store=True)
-            return Finished(self._component(kept, f"{pick.cls} of step {name}", pick))
+            return self._applied(step, job, pick, f"step {name} {pick.cls}", "computed as it is needed")
 
         return _Model(name, first.classes, first.architecture, origin, first.told, first)
+
+    def _applied(self, step: Step, job: StepJob, pick: Pick, label: str, why: str) -> Origin:
+        """What a step makes of a class: computed, or from where it is kept."""
+        applied = Applied(self.add(job, label, action=self.action(job), state="stream", why=why))
+        if not step.store:
+            return applied
+        # Kept as it is, every bit of it, for whoever finishes it.
+        kept = ComponentJob(pick.cls, step.name, applied, (), "keep", False, "keep", "keep", store=True)
+        return Finished(self._component(kept, f"{pick.cls} of step {step.name}", pick))
+
+    # -- adapters
+
+    def adapter(self, output: Output) -> _Model | None:
+        """The adapter that an output is the file of; None where it is a model's."""
+        model = self.model(output.base.name) if isinstance(output.base, FromBase) else None
+        return model if model is not None and model.metadata is not None else None
+
+    def _adapter_step(self, step: Step, operation: Operation) -> _Model:
+        """A step that makes an adapter, of which tensors there are is known once it reads its inputs."""
+        files = [p for p in step.inputs if p in operation.files]
+        models = {p: self.model(n) for p, n in step.inputs.items() if p not in files}
+
+        def classes() -> list[str]:
+            held = [set(m.classes()) for m in models.values()]
+            first = next(iter(models.values())).classes() if models else ()
+            return [c for c in first if all(c in h for h in held) and self._is_extracted(step, c)]
+
+        def origin(pick: Pick) -> Origin:
+            inputs: dict[str, Origin] = {p: self._file(step, p) for p in files}
+            picks = [replace(pick, cls=cls, component=None) for cls in classes()]
+            inputs |= {f"{p}@{k.cls}": m.origin(k) for k in picks for p, m in models.items()}
+            if not inputs:
+                held = tuple(f"`{m.name}` holds {_words(m.classes())}" for m in models.values())
+                fact = f"the step `{step.name}` has nothing to work on"
+                hint = "LoRAs are extracted of UNETs and text encoders of SD v1, v2 and XL, which both have"
+                raise RecipeError(Problem(fact, self.recipe.place("steps", step.name), held, hint))
+            job = StepJob(
+                step.name,
+                CHECKPOINT,
+                operation.name,
+                operation.version,
+                inputs,
+                step.params,
+                precision=step.precision,  # type: ignore[arg-type]
+                first=next(iter(inputs)),
+            )
+            why = "its inputs are read when an output that needs it is begun"
+            return self._applied(step, job, replace(pick, cls=CHECKPOINT), f"step {step.name}", why)
+
+        def metadata() -> Mapping[str, str]:
+            if files:
+                said = self._file_metadata(step.inputs[files[0]])
+            else:
+                first = next(iter(models.values()))
+                said = self._family(first, classes())
+            return operation.metadata(step.params, said)
+
+        told = _Told(Prediction())
+        return _Model(step.name, lambda: (CHECKPOINT,), lambda: None, origin, lambda: told, metadata=metadata)
+
+    def _is_extracted(self, step: Step, cls: str) -> bool:
+        traits = self.catalog.traits.get(cls)
+        asked = not step.components or cls in step.components
+        return (
+            asked and traits is not None and traits.adapters is not None and bool(traits.adapters.extracted)
+        )
+
+    def _file(self, step: Step, param: str) -> Origin:
+        """All that an adapter holds which is an input of a step."""
+        name = step.inputs[param]
+        source = self.recipe.sources.get(name)
+        if source is not None and source.recipe is None:
+            return Whole(self.source(name).key)
+        model = self.model(name)
+        place = self.recipe.place(*step.at(param), value=True)
+        if model.metadata is None:
+            raise RecipeError(Problem(f"`{name}` is a model, and no LoRA", place))
+        return model.origin(Pick(CHECKPOINT, name, None, step.at(param)))
+
+    def _file_metadata(self, name: str) -> Mapping[str, str]:
+        """What an adapter says of itself."""
+        source = self.recipe.sources.get(name)
+        if source is not None and source.recipe is None:
+            return self._carried(self.source(name))
+        said = self.model(name).metadata
+        return said() if said is not None else {}
+
+    def _family(self, model: _Model, classes: Sequence[str]) -> dict[str, str]:
+        """What the file of a LoRA says of the family of the models that it was extracted of."""
+        told = model.told().prediction
+        traits = [a for c in classes if (a := self.catalog.traits[c].adapters) is not None]
+        said: dict[str, str] = {}
+        for extracted in (a.extracted for a in traits if a.extracted is not None):
+            said |= extracted.metadata_v if told.v else extracted.metadata
+        architecture = model.architecture()
+        stated = told.stated(architecture.modelspec if architecture is not None else None, self.catalog)
+        if ARCHITECTURE in stated:
+            said |= stated | {ARCHITECTURE: f"{stated[ARCHITECTURE]}/lora"}
+        return said
 
     def _inputs(
         self, step: Step, operation: Operation, pick: Pick, models: Mapping[str, _Model], leader: str
@@ -343,7 +436,7 @@ class _Resolver:
         if step.components and cls not in step.components:
             return False
         traits = self.catalog.traits.get(cls)
-        if operation.files:
+        if operation.many in operation.files:
             return traits is not None and traits.adapters is not None
         given = _given(step, operation, cls)
         whose = models[leader]
@@ -454,7 +547,8 @@ class _Resolver:
         # What is to be fetched is seen when it is here, and what is known need not be looked at.
         unseen = made is not None or self._elsewhere(job)
         specs = {} if unseen else to_read(self.plan, self.sources, job.origin)
-        sizes = component_specs(specs, job.precision, job.narrow).values()
+        known = not (job.cls == CHECKPOINT and isinstance(job.origin, (Applied, Finished)))
+        sizes = component_specs(specs, job.precision, job.narrow).values() if known else ()
         return self.add(
             job,
             label,
@@ -536,6 +630,7 @@ class _Resolver:
         name = str(place(output)) if place is not None else output.file
         target, form = (Path(name) if place is not None else self._target(output)), form_of(name)
         base = self.source(output.base.name) if self._is_file(output.base) else None
+        adapter = self.adapter(output)
         carried = self._carried(base)
         picks: dict[str, Pick] = {}
         sidecar_: bytes | None = None
@@ -545,6 +640,13 @@ class _Resolver:
             metadata = {**carried, **output.metadata}
             container = self._container(output, target, form, architecture, base, told.prediction)
             nodes = {CHECKPOINT: self._whole(output, base, container, architecture)}
+        elif adapter is not None and adapter.metadata is not None:
+            architecture, beside = Architecture("adapter", ()), Beside()
+            told = _Told(Prediction())
+            said = adapter.metadata()
+            metadata = stated_metadata(self.recipe, output, None, _model_spec(said), said, environment)
+            container = self._container(output, target, form, architecture, None, told.prediction)
+            nodes = {CHECKPOINT: self.component(output, Pick(CHECKPOINT, adapter.name, None, output.base.at))}
         else:
             architecture, picks = self.filled(output)
             nodes = {cls: self.component(output, pick) for cls, pick in picks.items()}
@@ -820,6 +922,11 @@ class _Resolver:
             )
 
 
+def _model_spec(said: Mapping[str, str]) -> dict[str, str]:
+    """What metadata say of what predicts."""
+    return {k: v for k, v in said.items() if k in WORDS}
+
+
 def _named(keep: Sequence[str], identity: Identity) -> set[str]:
     """The tensors that words under `keep` mean, which may be components that have no slot."""
     parts = [m for m in identity.astray if not set(words_for(m)).isdisjoint(keep)]
@@ -935,6 +1042,8 @@ def component_name(plan: Plan, sources: Sources, origin: Origin) -> str | None:
     if isinstance(origin, Whole):
         return CHECKPOINT
     if isinstance(node.job, StepJob):
+        if node.job.cls == CHECKPOINT:
+            return CHECKPOINT
         return component_name(plan, sources, node.job.inputs_by_name[node.job.first])
     assert isinstance(node.job, ComponentJob)
     return component_name(plan, sources, node.job.origin)

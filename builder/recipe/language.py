@@ -343,7 +343,8 @@ PARAMS: dict[str, Any] = {
 def _param(param: Param, catalog: Catalog) -> Key:
     kind: Kind = PARAMS[param.kind](param, catalog)
     example = {"number": "0.5", "weights": "0.5", "integer": "1", "boolean": "true"}.get(param.kind, '"…"')
-    return Key(kind, param.doc, example, required=param.default is None, default=param.default)
+    required = param.default is None and not param.optional
+    return Key(kind, param.doc, example, required=required, default=param.default)
 
 
 @dataclass(frozen=True)
@@ -403,18 +404,21 @@ def step_keys(catalog: Catalog) -> dict[str, Key]:
 
 
 def _operation(operation: Operation, catalog: Catalog) -> Struct:
-    inputs = {n: Key(REFERENCE, "A source or step.", '"…"', required=True) for n in operation.inputs}
+    docs = dict.fromkeys(operation.files, "A LoRA, or a step that makes one.")
+    inputs = {
+        n: Key(REFERENCE, docs.get(n, "A source or step."), '"…"', required=True) for n in operation.inputs
+    }
     optional = {n: Key(REFERENCE, "A source or step.", '"…"') for n in operation.optional_inputs}
     many: dict[str, Key] = {}
     if operation.many is not None:
         kinds: list[Kind] = [Array(REFERENCE, minimum=1)]
         doc, example = "Sources and steps.", '["a", "b"]'
         if operation.weighted:
-            weights = BlockWeights.of(catalog, Number(), strengths=operation.files)
+            weights = BlockWeights.of(catalog, Number(), strengths=operation.many in operation.files)
             kinds.insert(0, Table(operation.many, WORD, weights, minimum=1))
             doc, example = "Sources and steps, each with its weight, or all with 1.", "{ a = 0.6, b = 0.4 }"
-        if operation.files:
-            doc, example = "Sources, each with its strength, or all with 1.", "{ style = 0.6 }"
+        if operation.many in operation.files:
+            doc, example = "LoRAs, each with its strength, or all with 1.", "{ style = 0.6 }"
         many[operation.many] = Key(Either(tuple(kinds)), doc, example, required=True)
     keys = {
         "op": Key(
@@ -426,7 +430,8 @@ def _operation(operation: Operation, catalog: Catalog) -> Struct:
         **{n: _param(p, catalog) for n, p in operation.params.items()},
         **step_keys(catalog),
     }
-    return Struct(f"op-{operation.name}", "[steps.NAME]", keys)
+    name, what = f"op-{operation.name}", "how much is kept"
+    return Struct(name, "[steps.NAME]", keys, any_of=operation.any_of, excludes=operation.excludes, what=what)
 
 
 def _language(words: Vocabulary) -> Struct:

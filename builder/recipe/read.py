@@ -296,7 +296,7 @@ def _pick(cls: str, item: Item) -> Pick:
 def _step(name: str, said: dict[str, Any], arithmetic: str, words: Vocabulary) -> Step:
     operation = words.operations[said["op"]]
     inputs = {n: said[n] for n in (*operation.inputs, *operation.optional_inputs) if said.get(n) is not None}
-    params = {n: said[n] for n in operation.params if n in said}
+    params = {n: said[n] for n in operation.params if said.get(n) is not None}
     if operation.many is not None and operation.many in said:
         many = said[operation.many]
         weights = (
