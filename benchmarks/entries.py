@@ -77,6 +77,13 @@ class Bench:
             write(replace(model, nesting="state_dict"), path, "ckpt")
         return path
 
+    def half(self, seed: int) -> Path:
+        """A whole model in FP16, as merges are made of."""
+        path = self.folder / f"half-{seed}.safetensors"
+        if not path.exists():
+            write(make(f"SD-{self.family}", seed=seed), path, "safetensors")
+        return path
+
     def recipe(self, vae: Path) -> Path:
         """The standard recipe: UNET and CLIP of the checkpoint, the VAE of another file."""
         sources = {"model": self.checkpoint, "vae": vae}
@@ -108,7 +115,7 @@ class Bench:
         shutil.rmtree(self.store, ignore_errors=True)
         if not remembered:
             return
-        digests = self.folder / "digests"
+        digests = self.folder / f"digests-{'-'.join(p.stem for p in remembered[:2])}-{len(remembered)}"
         if not digests.exists():
             with Store(digests) as store:
                 for path in remembered:
@@ -291,6 +298,50 @@ def _compared(bench: Bench, title: str, other: Callable[[str], bool]) -> Benchma
     )
 
 
+def _merge(bench: Bench, title: str, count: int) -> Benchmark:
+    """Weighted sums of `count` FP16 models in a row; sd-mecha is run where SD_MECHA_PYTHON has it."""
+    models = [bench.half(seed) for seed in range(count)]
+    names = [f"m{seed}" for seed in range(count)]
+    steps, last = [], names[0]
+    for number, name in enumerate(names[1:], 1):
+        steps.append(f's{number} = {{ op = "weighted-sum", a = "{last}", b = "{name}", alpha = 0.3 }}')
+        last = f"s{number}"
+    lines = ["format = 1", 'name = "anything"', f'base = "{last}"']
+    lines += [f'sources.{n}.file = "{p.name}"' for n, p in zip(names, models, strict=True)]
+    recipe = bench.folder / "anything.toml"
+
+    def prepare() -> None:
+        recipe.write_text("\n".join([*lines, "[steps]", *steps]) + "\n")
+        bench.start_over(*models)
+
+    contenders = {
+        "floor": _floor("merge", bench.folder / "floor.bin", 0.3, *models),
+        "ours": bench.build(prepare),
+    }
+    targets = [Target("ours", "floor", at_most=2), MEMORY]
+    size = models[0].stat().st_size
+    targets += [
+        Target("ours", at_most=1.05, unit="read", per=(count + 1) * size, called="sources and product"),
+        Target("ours", at_most=1.01, unit="written", per=size, called="product"),
+    ]
+    if (python := os.environ.get("SD_MECHA_PYTHON")) is not None:
+        script = Path(__file__).parent / "contenders" / "mecha.py"
+        words = [python, str(script), str(bench.folder / "mecha.safetensors"), "0.3", *map(str, models)]
+        contenders["mecha"] = Contender(words)
+        targets.insert(0, Target("mecha", "ours", at_least=8))
+    return Benchmark(f"merge, {title}", contenders, targets, models)
+
+
+def merge_two(bench: Bench) -> Benchmark:
+    """A weighted sum of two models."""
+    return _merge(bench, "two models", 2)
+
+
+def merge_nine(bench: Bench) -> Benchmark:
+    """A chain of eight weighted sums of nine models."""
+    return _merge(bench, "nine models in a chain", 9)
+
+
 def diff_vae(bench: Bench) -> Benchmark:
     """Checkpoints whose VAEs differ."""
     return _compared(bench, "another VAE", lambda name: name.startswith(VAE))
@@ -451,6 +502,8 @@ BENCHMARKS: dict[str, Callable[[Bench], Benchmark]] = {
     "planning": planning,
     "extract": extract,
     "watch": watch,
+    "merge-two": merge_two,
+    "merge-nine": merge_nine,
     "diff-vae": diff_vae,
     "diff-all": diff_all,
 }

@@ -85,6 +85,41 @@ def cast(plan: str, output: str) -> None:
     os.fsync(target)
 
 
+def merge(output: str, share: str, *sources: str) -> None:
+    """The weighted sum of FP16 files of one layout, one after the other with `share`, in FP32; fsync."""
+    import torch
+
+    alpha, element = float(share), 1 << 18
+    files = [os.open(path, os.O_RDONLY) for path in sources]
+    size = os.fstat(files[0]).st_size // 2
+    target = os.open(output, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+
+    def work(todo: deque[Any]) -> None:
+        torch.set_num_threads(1)
+        buffer = memoryview(bytearray(2 * element))
+        half = torch.empty(element, dtype=torch.float16)
+        total, value = (torch.empty(element, dtype=torch.float32) for _ in range(2))
+        while True:
+            try:
+                first = todo.popleft()
+            except IndexError:
+                return
+            count = min(element, size - first)
+            for number, file in enumerate(files):
+                os.preadv(file, [buffer[: 2 * count]], 2 * first)
+                read = torch.frombuffer(buffer[: 2 * count], dtype=torch.float16)
+                if number == 0:
+                    total[:count].copy_(read)
+                else:
+                    value[:count].copy_(read)
+                    total[:count].mul_(1.0 - alpha).add_(value[:count].mul_(alpha))
+            half[:count].copy_(total[:count])
+            os.pwrite(target, half.numpy().data.cast("B")[: 2 * count], 2 * first)
+
+    _both(work, deque(range(0, size, element)))
+    os.fsync(target)
+
+
 def copy(source: str, output: str) -> None:
     """Copy a file through memory, fsync."""
     fd = os.open(source, os.O_RDONLY)
@@ -111,6 +146,7 @@ if __name__ == "__main__":
         "ranges": read_ranges,
         "cast": cast,
         "copy": copy,
+        "merge": merge,
         "sha256": sha256,
     }
     commands[sys.argv[1]](*sys.argv[2:])

@@ -144,7 +144,7 @@ class Parts:
         sources = self._context.sources
         if isinstance(take, Whole):
             return list(sources.open(job).checkpoint)
-        return list(match_of(job, take, sources).whole.values())
+        return list(match_of(job, take, sources).full)
 
     def _takes(self, key: Key) -> Iterator[tuple[SourceJob, Take | Whole]]:
         """What a component is made of, as sources hold it."""

@@ -22,7 +22,7 @@ from builder.formats.blob import FileBlob
 from builder.formats.lost import find_lost, said
 from builder.formats.open import open_checkpoint
 from builder.formats.write_safetensors import Written
-from builder.models.catalog import Catalog
+from builder.models.catalog import Catalog, Names
 from builder.models.metric import counted
 from builder.plan.folders import MAX_VOCABULARY
 from builder.plan.graph import Key, Node, OutputJob
@@ -50,7 +50,7 @@ class Part:
 
     cls: str
     key: Key
-    prefix: str
+    names: Names
     component: str
     tensors: Mapping[str, LazyTensor]
     changes: tuple[str, ...]
@@ -186,7 +186,7 @@ class Assembly:
             read = context.source_nodes([*missing, *(key for key in near if key is not None)])
             for key, source in read:  # begun before all else: importing torch takes as long as hashing 1 GB
                 context.begin_hashing(key, source)
-            parts = [self._part(cls, prefix, key, composer) for cls, (prefix, key) in job.slots.items()]
+            parts = [self._part(cls, names, key, composer) for cls, (names, key) in job.slots.items()]
             computed = context.source_nodes([p.key for p in parts if p.computed])
             read += [found for found in computed if found not in read]
             beside = self._beside()
@@ -195,7 +195,7 @@ class Assembly:
                 for name, tensor in part.tensors.items():
                     # Digested as it is written, and compared before it is put in place.
                     plain = tensor.unchecked if isinstance(tensor, VerifiedTensor) else tensor
-                    tensors[part.prefix + name] = plain
+                    tensors[part.names.name(name)] = plain
             written = write_output(
                 job.container,
                 job.target,
@@ -232,15 +232,15 @@ class Assembly:
         made = self.context.made(key)
         return made is not None and self.context.store.holds(made.digest)
 
-    def _part(self, cls: str, prefix: str, key: Key, composer: Composer) -> Part:
+    def _part(self, cls: str, names: Names, key: Key, composer: Composer) -> Part:
         """A component from where it lies, else composed of what it is made of."""
         context = self.context
         made = context.made(key)
         if made is not None and (stored := context.store.open(made.digest)) is not None:
             composer.opened.callback(stored.close)
-            return Part(cls, key, prefix, made.component, stored.tensors, made.changes, made)
+            return Part(cls, key, names, made.component, stored.tensors, made.changes, made)
         self.parts_of.bring(key)
-        return Part(cls, key, prefix, *composer.finish(key))
+        return Part(cls, key, names, *composer.finish(key))
 
     def _beside(self) -> dict[str, LazyTensor]:
         """What lies beside the components, by full name."""
@@ -255,7 +255,7 @@ class Assembly:
         """The tensors to be counted for the metric, each with its class: of those not measured before."""
         store = self.context.store
         new = (p for p in parts if p.stored is None or known_digits(store, p.cls, p.stored.digest) is None)
-        return counted({p.cls: {n: p.prefix + n for n in p.tensors} for p in new}, self._catalog)
+        return counted({p.cls: {n: p.names.name(n) for n in p.tensors} for p in new}, self._catalog)
 
     # -- what was made
 
@@ -278,7 +278,7 @@ class Assembly:
         all_rows = dict.fromkeys(self._markers(), EMPTY)
         all_rows |= {n: Row(t.dtype, t.shape, written.digests[n]) for n, t in beside.items()}
         for part in parts:
-            all_rows |= {part.prefix + n: row for n, row in self._rows[part.cls].items()}
+            all_rows |= {part.names.name(n): row for n, row in self._rows[part.cls].items()}
         digits = {}
         for cls, m in made.items():
             if (scale := self._catalog.scales.get(cls)) is not None:
@@ -317,12 +317,14 @@ class Assembly:
         for part in parts:
             for name, tensor in part.tensors.items():
                 if isinstance(tensor, VerifiedTensor):
-                    found = written.digests[part.prefix + name]
+                    found = written.digests[part.names.name(name)]
                     if found != tensor.digest:
                         raise tensor.damaged(f"tensor `{name}` is not the one that was stored")
 
     def _made(self, part: Part, written: Written) -> Made:
-        rows = {n: Row(t.dtype, t.shape, written.digests[part.prefix + n]) for n, t in part.tensors.items()}
+        rows = {
+            n: Row(t.dtype, t.shape, written.digests[part.names.name(n)]) for n, t in part.tensors.items()
+        }
         self._rows[part.cls] = rows
         size = sum(t.nbytes for t in part.tensors.values())
         return Made(part.component, part.cls, component_digest(rows), len(rows), size, part.changes)
@@ -379,14 +381,14 @@ class Assembly:
             entry = Entry(made.digest, made.component, made.cls, source, self._rows[part.cls])
             at = None
             if single:
-                offsets = tuple(written.offsets[part.prefix + n] for n in names[part.cls])
+                offsets = tuple(written.offsets[part.names.name(n)] for n in names[part.cls])
                 at = At(str(built.path.absolute()), identity(now[built.path]), offsets)
             store.place(entry, at)
             if self.parts_of.trusted(part.key):
                 store.record(action, made)
             kept = store.blob_path(made.digest).exists()
             if (store.keep_all and not kept) or (part.computed and self.parts_of.fetched(part.key)):
-                self._keep(made, source, part.prefix)
+                self._keep(made, source, part.names)
         sha256 = self._base_sha256()
         rows = {n: Row(t.dtype, t.shape, written.digests[n]) for n, t in beside.items()}
         if sha256 is not None and job.beside.names:
@@ -408,12 +410,12 @@ class Assembly:
             }
             store.note("output", key, fact)
 
-    def _keep(self, made: Made, source: str, prefix: str) -> None:
+    def _keep(self, made: Made, source: str, names: Names) -> None:
         """Have the bytes of a component kept by the store, from what was written."""
         store, rows = self.context.store, self._rows[made.cls]
         assert self._product is not None
         with suppress(SourceError), open_checkpoint(self._product.built.path, self._catalog.layouts) as held:
-            tensors = {n: held[prefix + n] for n in rows}
+            tensors = {n: held[names.name(n)] for n in rows}
             store.save(made.component, made.cls, tensors, source=source, stop=self.context.stop)
 
     def _source_of(self, key: Key) -> str:

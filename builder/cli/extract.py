@@ -37,7 +37,7 @@ def command(
     quiet: bool,
     **options: Any,
 ) -> int:
-    """Write a component of FILE, by its name or class, as a file of its own under unprefixed names.
+    """Write a component of FILE, by its name or class, as a file of its own, named as programs load it.
 
     FILE is a full checkpoint or a component alone. An average (EMA) comes out with the names of what it
     averages. Without -o the file goes beside FILE, named after it, the metric and the class, as in

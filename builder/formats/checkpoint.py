@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -9,6 +10,9 @@ from types import TracebackType
 from builder.formats.blob import Blob
 from builder.tensors.lazy import LazyTensor
 from builder.tensors.packed import IN_HEADER, described
+
+WRAPPERS = ("module.", "_orig_mod.")  # what wrappers of modules put before every name
+_COMPILED = re.compile(r"(?<![^.])_orig_mod\.")  # torch.compile, which may wrap any module inside too
 
 
 @dataclass(eq=False)
@@ -58,6 +62,28 @@ class Checkpoint(Mapping[str, LazyTensor]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def unwrapped(checkpoint: Checkpoint) -> Checkpoint:
+    """The same checkpoint under the names that its modules have without wrappers: `nesting` says what went.
+
+    What a wrapper of a module inside put there goes where no two tensors get one name by that.
+    """
+    tensors, prefix = checkpoint.tensors, ""
+    while word := next(
+        (w for w in WRAPPERS if tensors and all(n.startswith(prefix + w) for n in tensors)), ""
+    ):
+        prefix += word
+    outer = {n[len(prefix) :]: t for n, t in tensors.items()}
+    inner = (
+        {_COMPILED.sub("", n): t for n, t in outer.items()}
+        if any("_orig_mod." in n for n in outer)
+        else outer
+    )
+    checkpoint.tensors = inner if len(inner) == len(outer) else outer
+    checkpoint.nesting = ".".join(filter(None, (checkpoint.nesting, prefix.rstrip("."))))
+    # What says of packed layers may do so under either names.
+    return with_descriptions(checkpoint)
 
 
 def with_descriptions(checkpoint: Checkpoint) -> Checkpoint:

@@ -65,7 +65,7 @@ def _open_parts(
     for part, said in index.items():
         held = isinstance(said, list) and any(said) and not part.startswith(_WITHOUT)
         if held and Path(part).name == part and (folder / part).is_dir():
-            path = _weights(folder / part)
+            path = weights_in(folder / part)
             opened[part] = stack.enter_context(open_file(path, str(path)))
     if (folder / REMAINDER).is_file():
         opened[""] = stack.enter_context(open_file(folder / REMAINDER, str(folder / REMAINDER)))
@@ -125,8 +125,16 @@ def _join(
     )
 
 
-def _weights(folder: Path) -> Path:
-    """The file, or the index of a sharded set, that holds a part's weights."""
+def has_weights(folder: Path) -> bool:
+    """Whether a folder holds a file whose name is usual for a part's weights."""
+    try:
+        return any(_WEIGHTS.fullmatch(path.name) for path in folder.iterdir())
+    except OSError:
+        return False
+
+
+def weights_in(folder: Path) -> Path:
+    """The file, or the index of a sharded set, that holds a part's weights; raises SourceError."""
     found: dict[tuple[bool, str], list[Path]] = {}
     try:
         paths = sorted(folder.iterdir())

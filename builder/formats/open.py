@@ -12,11 +12,12 @@ from builder.base.errors import Place, Problem, SourceError
 from builder.base.words import listed
 from builder.formats import safetensors, sniff
 from builder.formats.blob import FileBlob
-from builder.formats.checkpoint import Checkpoint
+from builder.formats.checkpoint import Checkpoint, unwrapped
 
 if TYPE_CHECKING:
     from builder.formats.layouts import Layout
 
+CONFIG = "config.json"  # of a part of a model, beside its weights
 _MODELS = {".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin"}  # suffixes, for a hint alone
 NONE: Mapping[str, Layout] = {}
 
@@ -31,8 +32,9 @@ def open_checkpoint(
     """Open a checkpoint: its table of contents is read, its tensors are not.
 
     `path` is a safetensors file, a PyTorch file (zip, legacy or tar), the index of a sharded set, a folder
-    that holds exactly one such index, or a model's folder in one of diffusers' `layouts`, whose tensors get
-    the names of the original layout. Which it is, is told by its leading bytes, never by its suffix.
+    that holds exactly one such index, or the weights of a part of a model beside its `config.json`, or a
+    model's folder in one of diffusers' `layouts`, whose tensors get the names of the original layout. Which
+    it is, is told by its leading bytes, never by its suffix.
     `as_name` replaces the path as the checkpoint's name. With `repair`, faults of a safetensors file from
     which no tensor suffers are passed over, and are in `mended`. Close it, or use it in `with`.
     Raises SourceError for anything else, saying what it is.
@@ -44,7 +46,7 @@ def open_checkpoint(
         from builder.formats.diffusers import open_folder
 
         return open_folder(path, name, layouts.values(), partial(_open_file, repair=repair))
-    return _open_file(_index_in(path) if os.path.isdir(path) else path, name, repair)  # noqa: PTH112
+    return _open_file(_weights_in(path) if os.path.isdir(path) else path, name, repair)  # noqa: PTH112
 
 
 def files_of(path: Path) -> list[Path]:
@@ -60,7 +62,7 @@ def files_of(path: Path) -> list[Path]:
 def _open_file(path: Path, name: str, repair: bool = False) -> Checkpoint:
     blob = FileBlob(path)
     try:
-        checkpoint = _open(blob, path, name, repair)
+        checkpoint = unwrapped(_open(blob, path, name, repair))
         if blob not in checkpoint.blobs:
             blob.close()
         return checkpoint
@@ -95,7 +97,20 @@ def _open(blob: FileBlob, path: Path, name: str, repair: bool) -> Checkpoint:
     )
 
 
-def _index_in(folder: Path) -> Path:
+def is_model(folder: Path) -> bool:
+    """Whether a folder is itself a checkpoint, rather than one that holds some."""
+    from builder.formats.diffusers import has_weights
+
+    if (folder / "model_index.json").exists() or any(folder.glob("*.index.json")):
+        return True
+    return (folder / CONFIG).is_file() and has_weights(folder)
+
+
+def _weights_in(folder: Path) -> Path:
+    from builder.formats.diffusers import has_weights, weights_in
+
+    if os.path.isfile(folder / CONFIG) and has_weights(folder):  # noqa: PTH113
+        return weights_in(folder)
     found = sorted(folder.glob("*.index.json"))
     if len(found) == 1:
         return found[0]

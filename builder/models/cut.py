@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from builder.base.errors import Problem, SourceError
+from builder.models.catalog import Names
 from builder.models.catalog.tables import NAMINGS
-from builder.models.identify import Identity, Match
+from builder.models.identify import Identity, Match, as_class, attention_changes, layers_of
 from builder.tensors.lazy import LazyTensor
-from builder.tensors.moves import Reshaped
+from builder.tensors.moves import Joined, Reshaped, Transposed
 
 if TYPE_CHECKING:
     from builder.models.catalog import Catalog
@@ -30,9 +32,10 @@ class Cut(NamedTuple):
 def cut(tensors: Mapping[str, LazyTensor], identity: Identity, match: Match, cls: str) -> Cut:
     """A match as a component of class `cls`; nothing is read.
 
-    Names that the file spells otherwise, as diffusers does a VAE's attention, become the catalog's, and a
-    linear layer's weights a 1x1 convolution's where that is meant. An average that is promoted gets the
-    names of what it averages.
+    Whatever prefix and spelling the file has, names become the catalog's; a linear layer's weights become a
+    1x1 convolution's where that is meant, and what diffusers splits is joined; raises SourceError where
+    its parts have scales of their own. An average that is promoted
+    gets the names of what it averages.
     """
     component = match.component
     promoted = _promoted(identity, match) if component.cls != cls else {}
@@ -43,13 +46,26 @@ def cut(tensors: Mapping[str, LazyTensor], identity: Identity, match: Match, cls
         if bare in match.reshaped:
             tensor = Reshaped(tensor, rules[bare].shape)
         made[promoted.get(bare, bare)] = tensor
+    modules = {full.rpartition(".")[0] for whole in match.made.values() for full in whole.names}
+    if scaled := next((n for n in identity.scales if not modules.isdisjoint(layers_of(n))), None):
+        raise SourceError(
+            Problem(
+                f"`{component.name}` is packed, and split as diffusers has it",
+                evidence=(f"`{scaled}` is the scale of a part of what would be one tensor",),
+                hint="take the source that it was made from",
+            )
+        )
+    for bare, whole in match.made.items():
+        pieces = [tensors[full] for full in whole.names]
+        made[bare] = Transposed(pieces[0]) if whole.transposed else Joined(pieces)
     changes = []
+    if match.renamed or match.reshaped:
+        words = attention_changes(len(match.renamed), (rules[bare].shape for bare in match.reshaped))
+        changes.append(f"vae-attention-shape: {words}")
     if component.mislabelled:
         changes.append(f"clip-names: {len(made):,} tensors get the names that loaders expect")
-    if match.renamed or match.reshaped:
-        words = [f"{len(match.renamed)} renamed"] * bool(match.renamed)
-        words += [f"{len(match.reshaped)} reshaped to [n, n, 1, 1]"] * bool(match.reshaped)
-        changes.append(f"vae-attention-shape: {', '.join(words)}")
+    elif match.diffusers:
+        changes.append(f"diffusers' names: {len(made):,} tensors get those of the original layout")
     return Cut(component.name, made, tuple(changes))
 
 
@@ -62,35 +78,72 @@ def _promoted(identity: Identity, match: Match) -> dict[str, str]:
     return component.promote | {NAMINGS[component.naming](name): name for name in model.companions}
 
 
-def usual(tensors: Mapping[str, LazyTensor], identity: Identity, catalog: Catalog) -> dict[str, LazyTensor]:
-    """A full checkpoint, the parts of its architecture under their usual names and in their usual shapes.
+def joined(tensors: Mapping[str, LazyTensor], identity: Identity) -> tuple[dict[str, LazyTensor], Identity]:
+    """The same where each tensor of a component is one, named so: what diffusers splits is joined."""
+    made, matches = dict(tensors), []
+    for match in identity.matches:
+        parts = cut(tensors, identity, match, match.component.cls).tensors if match.made else {}
+        for whole in match.made.values():
+            for full in whole.names:
+                made.pop(full, None)
+        new = {bare: match.under + bare for bare in match.made}
+        made |= {full: parts[bare] for bare, full in new.items()}
+        matches.append(replace(match, names={**match.names, **new}, made={}) if new else match)
+    return made, replace(identity, matches=tuple(matches))
+
+
+def foreign(identity: Identity, catalog: Catalog) -> tuple[str, ...]:
+    """The classes of a model whose components have names that other programs gave them."""
+    at = catalog.architectures.get(identity.architecture or "")
+    return tuple(
+        m.component.cls
+        for m in identity.matches
+        if identity.intact
+        and not (m.usual or m.component.mislabelled)
+        and (at is None or m.component.cls in at.slots)
+    )
+
+
+def usual(
+    tensors: Mapping[str, LazyTensor], identity: Identity, classes: Collection[str], catalog: Catalog
+) -> dict[str, LazyTensor]:
+    """A checkpoint, the components of these classes under their usual names and in their usual shapes.
 
     All else stays as it is. Raises SourceError where two tensors would have one name.
     """
-    architecture = catalog.architecture(str(identity.architecture))
+    at = catalog.architectures.get(identity.architecture or "")
     made: dict[str, LazyTensor] = {}
     rest = dict(tensors)
-    for match in (m for m in identity.matches if m.component.cls in architecture.slots):
-        prefix = catalog.component_for(match.component.cls, architecture).prefix
-        made |= {prefix + n: t for n, t in cut(tensors, identity, match, match.component.cls).tensors.items()}
-        for name in match.whole.values():
+    for match in (m for m in identity.matches if m.component.cls in classes):
+        cls = match.component.cls
+        home = at if at is not None and not at.bare and cls in at.slots else None
+        names = Names(catalog.component_for(cls, home).prefix) if home else catalog.classes[cls][0].alone
+        made |= {names.name(n): t for n, t in cut(tensors, identity, match, cls).tensors.items()}
+        for name in match.full:
             rest.pop(name)
     if doubled := sorted(made.keys() & rest.keys()):
         raise SourceError(Problem(f"two tensors would be called `{doubled[0]}`"))
     return made | rest
 
 
-def choose(matches: Sequence[Match], cls: str, component: str | None, catalog: Catalog) -> Match | None:
+def choose(
+    tensors: Mapping[str, LazyTensor], identity: Identity, cls: str, component: str | None, catalog: Catalog
+) -> Match | None:
     """The match that fills a slot: the component named, else the one of the class.
 
-    A component under other names, as EMA, fills the slot of the one whose names it can be given.
+    A component under other names, as EMA, fills the slot of the one whose names it can be given; one whose
+    table is equal but for optional tensors fills it as well.
     """
-    if component is None:
-        return next((m for m in matches if m.component.cls == cls), None)
-    for match in matches:
-        found = match.component
-        if found.name == component and (
-            found.cls == cls or (found.base is not None and catalog.component(found.base).cls == cls)
-        ):
-            return match
-    return None
+    found = next((m for m in identity.matches if m.component.cls == cls), None)
+    if component is not None:
+        for match in identity.matches:
+            held = match.component
+            if held.name == component and (
+                held.cls == cls or (held.base is not None and catalog.component(held.base).cls == cls)
+            ):
+                return match
+        found = None
+    if found is None:
+        alike = [t for m in identity.matches if (t := as_class(m, cls, tensors, catalog)) is not None]
+        found = alike[0] if len(alike) == 1 and component in (None, alike[0].component.name) else None
+    return found

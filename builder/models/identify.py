@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple, Protocol
+from functools import cached_property
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from builder.models.catalog import RANK, Architecture, Catalog, Component
+from builder.models.catalog import PLAIN, RANK, Architecture, Catalog, Component, Names
 from builder.tensors.packed import companions
+
+if TYPE_CHECKING:
+    from builder.models.catalog.tables import Renaming
+    from builder.tensors.lazy import DType
 
 Shape = tuple[int, ...]
 
@@ -25,42 +30,93 @@ _ATTENTION = re.compile(r"(.*\bmid\.attn_1\.)(q|k|v|proj_out)(\.(?:weight|bias))
 DIFFUSERS_ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
 
 
+def attention_changes(renamed: int, shapes: Iterable[Shape]) -> str:
+    """What is done to an autoencoder's attention, in words; `shapes` are the new ones."""
+    words = [f"{renamed} renamed"] * bool(renamed)
+    kinds = Counter(len(shape) for shape in shapes)
+    words += [f"{kinds[4]} reshaped to [n, n, 1, 1]"] * bool(kinds[4])
+    words += [f"{kinds[1]} to [n]"] * bool(kinds[1])
+    return ", ".join(words)
+
+
 class Spec(Protocol):
     """All that identification looks at; a `LazyTensor` is one."""
 
     @property
     def shape(self) -> Shape: ...
 
+    @property
+    def dtype(self) -> DType: ...
+
+
+class Made(NamedTuple):
+    """A tensor of the catalog's table that a file has in another way.
+
+    `names` are the full names of the tensors whose rows make it, one after the other; or of the one matrix
+    that it is, transposed.
+    """
+
+    names: tuple[str, ...]
+    transposed: bool
+    shape: Shape
+
 
 @dataclass(frozen=True)
 class Match:
     """A component found whole.
 
-    `prefix` is the component's own inside a full checkpoint, or empty for bare names. `names` gives, for
-    each tensor of the catalog's table that is present, its full name in the file. `companions` are tensors
-    that belong to it beyond the table, such as scales: they lie under its prefix, and are known by their
-    names less that. `renamed` holds the
-    few tables' names that the file spells otherwise, with the file's spelling less the prefix;
-    `reshaped` those whose shape is a linear layer's where the table has a 1x1 convolution.
-    `rank` is the least and the greatest rank of a LoRA. `usual_prefix` is set where loaders expect the
-    same names under another prefix. `broken`: prefixed, in a checkpoint that misses other parts.
+    It lies `under` a prefix: the component's own inside a full checkpoint, another that programs write, or
+    none. There it has the names of the catalog's table, or those of a file of its own (`alone`), or those
+    that diffusers gives it (`diffusers`). `names` gives, for each tensor of the table that is present, its
+    full name in the file, but for those of `made`. `companions` are tensors that belong to it beyond the
+    table, such as scales: they lie under its prefix, and are known by the table's name for their layer.
+    `renamed` holds the few tables' names that the file spells otherwise, with the file's spelling less the
+    prefix; `reshaped` those whose shape differs in dimensions of 1, as a linear layer's does from a 1x1
+    convolution's. `rank` is the least and the greatest rank of a LoRA. `usual_prefix` is set where loaders
+    expect the same tensors under another prefix. `broken`: prefixed, in a checkpoint that misses other parts.
     """
 
     component: Component
-    prefix: str
+    under: str
     names: Mapping[str, str]
     missing_optional: tuple[str, ...] = ()
-    companions: Mapping[str, str] = field(default_factory=dict)
     renamed: Mapping[str, str] = field(default_factory=dict)
     reshaped: tuple[str, ...] = ()
     rank: tuple[int, int] | None = None
     usual_prefix: str | None = None
     broken: bool = False
+    made: Mapping[str, Made] = field(default_factory=dict)
+    companions: Mapping[str, str] = field(default_factory=dict)
+    alone: Names = PLAIN
+    diffusers: bool = False
+
+    @property
+    def prefix(self) -> str:
+        """What stands before every name of it."""
+        return self.under + self.alone.prefix
+
+    @cached_property
+    def full(self) -> tuple[str, ...]:
+        """The full names of all its tensors in the file, its companions' too."""
+        made = (full for whole in self.made.values() for full in whole.names)
+        return (*self.names.values(), *made, *self.companions.values())
 
     @property
     def whole(self) -> dict[str, str]:
-        """The full name of every tensor of the component, by its unprefixed one."""
+        """The full name of every tensor of the component, but for those of `made`, by its unprefixed one."""
         return {**self.names, **self.companions}
+
+    @property
+    def required(self) -> int:
+        """How many of the table's tensors are there that must be."""
+        rules = self.component.tensors
+        return sum(not rules[n].optional for n in (*self.names, *self.made))
+
+    @property
+    def usual(self) -> bool:
+        """Whether it is named as the catalog has it, inside a full checkpoint or in a file of its own."""
+        at_home = self.under == self.component.prefix and not self.alone.prefix
+        return not self.diffusers and (at_home or (not self.under and self.alone == self.component.alone))
 
     @property
     def ema(self) -> bool:
@@ -97,6 +153,24 @@ class Rejection:
     missing: tuple[str, ...] = ()
     misshapen: tuple[Misshapen, ...] = ()
     outdone_by: str | None = None
+
+    def describe(self) -> str:
+        """What of it is not there, and what is there in another shape: in words, after its name."""
+        said = []
+        if self.missing:
+            said.append(f"{len(self.missing):,} of {self.total:,} tensors are missing")
+        if self.misshapen:
+            name, expected, found = self.misshapen[0]
+            more = f" and {len(self.misshapen) - 1:,} more" if len(self.misshapen) > 1 else ""
+            said.append(f"`{name}` is {list(found)}, not {list(expected)}{more}")
+        return f"{self.component.name}: {'; '.join(said)}"
+
+    @property
+    def hint(self) -> str | None:
+        """What can be done where nothing but shapes is other."""
+        if self.missing or not self.misshapen:
+            return None
+        return "if it is a model of another kind, `ckpt components learn FILE` makes it known"
 
 
 @dataclass(frozen=True)
@@ -159,17 +233,20 @@ def identify(specs: Mapping[str, Spec], catalog: Catalog) -> Identity:
     """
     found, rejected = _candidates(specs, catalog)
     matches, duplicates, outdone, notes = _choose(found, catalog)
-    architecture, intact, incomplete, absent = _architecture(matches, catalog)
+    matches, architecture, intact, incomplete, absent = _architecture(matches, specs, catalog)
     if home := catalog.architectures.get((architecture if intact else incomplete) or ""):
         place = {slot: index for index, slot in enumerate(home.slots)}
         matches.sort(key=lambda m: place.get(m.component.cls, len(place)))
         matches = [replace(m, usual_prefix=_usual_prefix(m, home, catalog)) for m in matches]
     if not intact:
-        matches = [replace(m, broken=m.prefix != "" and not m.ema) for m in matches]
-    own = _companions(specs, [*matches, *duplicates], catalog)
+        matches = [replace(m, broken=m.under != "" and not m.ema) for m in matches]
+    # What other components have besides, whose required tensors are these very ones.
+    explained = {full for m in matches for full in m.full}
+    besides = {full for m in found if not explained.isdisjoint(m.full) for full in m.full} - explained
+    own = _companions(specs, [*matches, *duplicates], besides, catalog)
     complete = [replace(m, companions=own[i]) for i, m in enumerate([*matches, *duplicates])]
     matches, duplicates = complete[: len(matches)], complete[len(matches) :]
-    rest = _sort_leftovers(specs, matches, duplicates, catalog)
+    rest = _sort_leftovers(specs, matches, duplicates, besides, catalog)
     return Identity(
         architecture,
         intact,
@@ -189,33 +266,141 @@ def identify(specs: Mapping[str, Spec], catalog: Catalog) -> Identity:
 
 
 def _candidates(specs: Mapping[str, Spec], catalog: Catalog) -> tuple[list[Match], list[Rejection]]:
-    prefixes = sorted({c.prefix for c in catalog.components.values() if c.prefix})
-    local: dict[str, dict[str, str]] = {
-        p: {name[len(p) :]: name for name in specs if name.startswith(p)} for p in prefixes
-    }
+    """Every component that is whole, and those that are not; first by the names that the catalog says."""
+    own = sorted({c.prefix for c in catalog.components.values() if c.prefix})
+    local = _under(specs, own)
     inside = {full for names in local.values() for full in names.values()}
     # Bare tables need no look where every name has a place in a full checkpoint.
     bare = any(name not in inside and name not in catalog.optional for name in specs)
     local[""] = {name: name for name in specs} if bare else {}
 
-    matches, rejections = [], []
+    found = _Found()
     for component in catalog.components.values():
         for prefix in dict.fromkeys((component.prefix, "")):
-            result = _compare(component, prefix, local[prefix], specs)
-            if isinstance(result, Match):
-                matches.append(result)
-            elif result is not None:
-                rejections.append(result)
-    return matches, rejections
+            found.add(_compare(component, prefix, local.get(prefix, {}), specs))
+        if component.alone != PLAIN:
+            found.add(_compare(component, "", local[""], specs, alone=component.alone))
+    whole = {full for match in found.matches for full in match.full}
+    extra = {*catalog.optional, *companions(specs), *(n for n in specs if n.startswith(EMA))}
+    if any(n not in whole and n not in extra for n in specs):
+        placed = {full for match in found.matches if match.under for full in match.full}
+        left = [n for n in specs if n not in placed and n not in extra]
+        for prefix, names in {"": {n: n for n in left}, **_under(left, catalog.containers)}.items():
+            for match in _spellings(catalog.components.values(), prefix, names, specs, catalog):
+                found.add(match, again=True)
+    return found.matches, found.rejections
+
+
+def _under(names: Iterable[str], prefixes: Iterable[str]) -> dict[str, dict[str, str]]:
+    """By prefix, the full names that begin with it by what comes after; prefixes without any are left out."""
+    starts: dict[str, list[str]] = defaultdict(list)  # by their first word: a file may have many names
+    for prefix in prefixes:
+        starts[prefix.partition(".")[0]].append(prefix)
+    found: dict[str, dict[str, str]] = {}
+    for name in names:
+        for prefix in starts.get(name.partition(".")[0], ()):
+            if name.startswith(prefix):
+                found.setdefault(prefix, {})[name[len(prefix) :]] = name
+    return found
+
+
+class _Found:
+    """What comparing finds: of the same tensors one match of each component, and its rejections."""
+
+    def __init__(self) -> None:
+        self.matches: list[Match] = []
+        self.rejections: list[Rejection] = []
+        self._seen: set[object] = set()
+
+    def add(self, result: Match | Rejection | None, again: bool = False) -> None:
+        """Note a result; `again`: by names that are tried last, where a rejection is that of most tensors."""
+        if isinstance(result, Match):
+            key = (result.component.name, frozenset(result.full))
+            if key not in self._seen:
+                self.matches.append(result)
+            self._seen.add(key)
+        elif result is not None:
+            same = [r for r in self.rejections if again and r.component is result.component]
+            if all(r.present < result.present for r in same):
+                self.rejections = [*(r for r in self.rejections if r not in same), result]
+
+
+def _spellings(
+    components: Iterable[Component],
+    prefix: str,
+    names: Mapping[str, str],
+    specs: Mapping[str, Spec],
+    catalog: Catalog,
+) -> Iterator[Match | Rejection]:
+    """Components against the names under a prefix, in each of the ways that they may be spelled."""
+    wanted = {c.name: c for c in components}
+    for component in wanted.values():
+        for alone in dict.fromkeys((PLAIN, component.alone)):
+            if (result := _compare(component, prefix, names, specs, alone=alone)) is not None:
+                yield result
+    for renaming in catalog.renamings:
+        if any(c.name in wanted for c in renaming.components) and renaming.rules.known_in(names):
+            held, linear, made = _renamed(names, renaming, specs)
+            for component in renaming.components:
+                if component.name not in wanted or not (held or made):
+                    continue
+                result = _compare(component, prefix, held, specs, linear=linear, made=made)
+                if isinstance(result, Match):
+                    result = replace(result, diffusers=True)
+                if result is not None:
+                    yield result
+
+
+def _renamed(
+    names: Mapping[str, str], renaming: Renaming, specs: Mapping[str, Spec]
+) -> tuple[dict[str, str], set[str], dict[str, Made]]:
+    """The full names by those of the table that diffusers' rules lead to; which of them are linear layers
+    where the table has convolutions; and those that several tensors make, or a transposed one."""
+    held: dict[str, str] = {}
+    linear: set[str] = set()
+    made: dict[str, Made] = {}
+    split: dict[str, dict[int, str]] = defaultdict(dict)
+    for name, full in names.items():
+        place = renaming.rules.original(name)
+        if place is None or not place.module.startswith(renaming.within):
+            continue
+        bare, shape = place.module[len(renaming.within) :], specs[full].shape
+        if place.change == "qkv":
+            split[bare].setdefault(place.part, full)
+        elif place.change == "transpose":
+            made[bare] = Made((full,), True, shape[::-1])
+        else:
+            held.setdefault(bare, full)
+            linear |= {bare} if place.change == "linear" else set()
+    for bare, parts in split.items():
+        full_names = tuple(parts[part] for part in sorted(parts))
+        shapes = {specs[n].shape for n in full_names}
+        shape = next(iter(shapes))
+        if (
+            len(full_names) == 3
+            and len(shapes) == 1
+            and shape
+            and len({specs[n].dtype for n in full_names}) == 1
+        ):
+            made[bare] = Made(full_names, False, (3 * shape[0], *shape[1:]))
+    return held, linear, made
 
 
 def _compare(
-    component: Component, prefix: str, local: Mapping[str, str], specs: Mapping[str, Spec]
+    component: Component,
+    prefix: str,
+    local: Mapping[str, str],
+    specs: Mapping[str, Spec],
+    *,
+    alone: Names = PLAIN,
+    linear: Container[str] = (),
+    made: Mapping[str, Made] | None = None,
 ) -> Match | Rejection | None:
     """The component against the names under a prefix; None when nothing of it is there."""
-    if not local:
+    if not local and not made:
         return None
     names: dict[str, str] = {}
+    pieces: dict[str, Made] = {}
     renamed: dict[str, str] = {}
     reshaped: list[str] = []
     missing: list[str] = []
@@ -223,41 +408,74 @@ def _compare(
     misshapen: list[Misshapen] = []
     ranks: dict[str, int] = {}
     for name, rule in component.tensors.whole.items():
-        full = local.get(name)
+        called = alone.name(name)
+        full = local.get(called)
         if full is not None and specs[full].shape == rule.shape:
             names[name] = full
             continue
-        here, attention = name, _ATTENTION.fullmatch(name) if ".attn_1." in name else None
+        here, attention = called, _ATTENTION.fullmatch(called) if ".attn_1." in called else None
         if attention and full is None:
             stem, layer, kind = attention.groups()
             here = stem + DIFFUSERS_ATTENTION[layer] + kind
             full = local.get(here)
-        if full is None:
+        piece = made.get(name) if made and full is None else None
+        if full is None and piece is None:
             (missing_optional if rule.optional else missing).append(name)
             continue
-        shape = specs[full].shape
-        linear = attention is not None and rule.shape in (shape, (*shape, 1, 1))
+        shape = specs[full].shape if full is not None else piece.shape if piece else ()
+        flat = (attention is not None or name in linear) and _extents(shape) == _extents(rule.shape)
         rank = _rank(rule.shape, shape)
-        if linear or (rank is not None and ranks.setdefault(name.partition(".")[0], rank) == rank):
+        if piece is not None and shape == rule.shape:
+            pieces[name] = piece
+        elif full is not None and (
+            flat or (rank is not None and ranks.setdefault(name.partition(".")[0], rank) == rank)
+        ):
             names[name] = full
-            if here != name:
+            if here != called:
                 renamed[name] = here
-            if linear and shape != rule.shape:
+            if flat and shape != rule.shape:
                 reshaped.append(name)
         elif rule.optional:
             missing_optional.append(name)
         else:
             misshapen.append(Misshapen(name, rule.shape, shape))
-    if not names:
+    if not names and not pieces:
         return None
     if not missing and not misshapen:
         bounds = (min(ranks.values()), max(ranks.values())) if ranks else None
-        return Match(component, prefix, names, tuple(missing_optional), {}, renamed, tuple(reshaped), bounds)
-    present = sum(not component.tensors.whole[name].optional for name in names)
+        found = Match(component, prefix, names, tuple(missing_optional), renamed, tuple(reshaped), bounds)
+        return replace(found, made=pieces, alone=alone)
+    present = sum(not component.tensors.whole[name].optional for name in (*names, *pieces))
     total = present + len(missing) + len(misshapen)
     if present * 20 < total:
         return None
-    return Rejection(component, prefix, present, total, tuple(missing), tuple(misshapen))
+    return Rejection(component, prefix + alone.prefix, present, total, tuple(missing), tuple(misshapen))
+
+
+def _extents(shape: Shape) -> Shape:
+    """A shape without dimensions of 1 at its end: a linear layer's is that of a 1x1 convolution."""
+    while shape and shape[-1] == 1:
+        shape = shape[:-1]
+    return shape
+
+
+def as_class(match: Match, cls: str, specs: Mapping[str, Spec], catalog: Catalog) -> Match | None:
+    """The same tensors as a component of another class, whose table is equal but for optional ones."""
+    if match.component.cls == cls:
+        return match
+    candidates = [c for c in catalog.classes[cls] if c.elements == match.component.elements]
+    own = match.component.alone
+    inside = () if match.alone == own else (match.under + own.without, match.under.removesuffix(own.prefix))
+    usual = (c.prefix for c in candidates if c.prefix)
+    for under in dict.fromkeys((*usual, match.under, match.prefix, *inside)) if candidates else ():
+        names = {n[len(under) :]: n for n in specs if n.startswith(under)}
+        for found in _spellings(candidates, under, names, specs, catalog):
+            if isinstance(found, Match) and found.required and not set(match.full).isdisjoint(found.full):
+                layers, held = _layers(found), {*found.full}
+                beyond = ((n, _own_name(n, found, layers)) for n in match.companions.values())
+                kept = {bare: n for n, bare in beyond if bare is not None and n not in held}
+                return replace(found, companions=kept)
+    return None
 
 
 def _rank(expected: Shape, shape: Shape) -> int | None:
@@ -277,14 +495,28 @@ def _choose(
     notes: list[str] = []
     owner: dict[str, Match] = {}
     fitting: dict[str, list[Match]] = defaultdict(list)
-    for match in sorted(found, key=lambda m: (-len(m.names), order[m.component.name], m.prefix == "")):
+    # Two tables that are equal but for optional tensors are one component.
+    for match in sorted(
+        found,
+        key=lambda m: (
+            -m.required,
+            -len(m.full)
+            * (m.prefix == m.component.prefix),  # in a full checkpoint, the one that is all of it
+            m.alone != PLAIN,
+            order[m.component.name],
+            -len(m.full),
+            m.under == "",
+        ),
+    ):
         name, cls = match.component.name, match.component.cls
-        rival = next((owner[n] for n in match.names.values() if n in owner), None)
+        rival = next((owner[n] for n in match.full if n in owner), None)
         if rival is None:
             fitting[cls].append(match)
-            owner.update(dict.fromkeys(match.names.values(), match))
+            owner.update(dict.fromkeys(match.full, match))
             continue
-        count, more = len(match.names), len(rival.names)
+        if rival.component is match.component:
+            continue
+        count, more = match.required, rival.required
         why = (
             f"which explains {more} tensors, not {count}"
             if more > count
@@ -298,7 +530,7 @@ def _choose(
     chosen, duplicates = [], []
     for rivals in fitting.values():
         # Loaders take what is under the prefix, however whole a bare copy may be.
-        rivals.sort(key=lambda m: (m.prefix != m.component.prefix, order[m.component.name]))
+        rivals.sort(key=lambda m: (m.prefix != m.component.prefix, m.under == "", order[m.component.name]))
         chosen.append(rivals[0])
         duplicates += rivals[1:]
     chosen.sort(key=lambda m: order[m.component.name])
@@ -316,93 +548,145 @@ def _order(catalog: Catalog) -> dict[str, tuple[int, str, int]]:
 
 
 def _architecture(
-    matches: Sequence[Match], catalog: Catalog
-) -> tuple[str | None, bool, str | None, tuple[str, ...]]:
-    """The architecture, whether it is whole, and otherwise which it is nearest to and what that lacks."""
+    matches: Sequence[Match], specs: Mapping[str, Spec], catalog: Catalog
+) -> tuple[list[Match], str | None, bool, str | None, tuple[str, ...]]:
+    """The matches, each of the class that it is there; the architecture, whether it is whole, and otherwise
+    which it is nearest to and what that lacks."""
     model = [m for m in matches if not m.ema] or list(matches)
-    bare = [m for m in model if m.prefix != m.component.prefix]
-    placed = {m.component.cls: m for m in model if m.prefix == m.component.prefix}
+    placed = [m for m in model if m.under or not m.component.prefix]
+    twins: dict[tuple[str, str], Match | None] = {}
+
+    def fitting(match: Match, slot: str) -> Match | None:
+        """A match, which lies where its class usually does not, as one of another class."""
+        key = match.component.name, slot
+        if key not in twins:
+            twins[key] = as_class(match, slot, specs, catalog)
+        return twins[key]
 
     def filled(architecture: Architecture) -> list[Match]:
-        return [
+        usual = {m.component.cls: m for m in placed}
+        parts = [
             m
             for slot in architecture.slots
-            if (m := placed.get(slot)) and m.component in catalog.candidates(slot, architecture)
+            if (m := usual.get(slot)) and m.component in catalog.candidates(slot, architecture)
         ]
+        taken = {id(m) for m in parts}
+        free = [m for m in placed if id(m) not in taken and m.component.cls not in architecture.slots]
+        open_slots = [s for s in architecture.slots if s not in {m.component.cls for m in parts}]
+        if parts and free:
+            parts += [t for s in open_slots if (t := next(filter(None, (fitting(m, s) for m in free)), None))]
+        return parts
 
     def explained(architecture: Architecture) -> tuple[int, int]:
         parts = filled(architecture)
-        return sum(len(m.names) for m in parts), len(parts) - len(architecture.slots)
+        return sum(len(m.full) for m in parts), len(parts) - len(architecture.slots)
+
+    def reclassed(architecture: Architecture) -> list[Match]:
+        parts = filled(architecture)
+        taken = {n for m in parts for n in m.full}
+        return [*parts, *(m for m in matches if taken.isdisjoint(m.full))]
 
     whole = [a for a in catalog.architectures.values() if len(filled(a)) == len(a.slots)]
     if whole:
-        return max(whole, key=explained).name, True, None, ()
-    if len(model) == 1 and (bare or not model[0].prefix):
-        return model[0].component.cls, True, None, ()
-    prefixed = [m for m in placed.values() if m.prefix]
+        best = max(whole, key=explained)
+        return reclassed(best), best.name, True, None, ()
+    if len(model) == 1 and (model[0].prefix != model[0].component.prefix or not model[0].under):
+        return list(matches), model[0].component.cls, True, None, ()
+    prefixed = [m for m in placed if m.under]
     if not prefixed:
-        return None, False, None, ()
-    largest = max(prefixed, key=lambda m: len(m.names)).component.cls
+        return list(matches), None, False, None, ()
+    largest = max(prefixed, key=lambda m: len(m.full)).component.cls
     near = max(catalog.architectures.values(), key=explained)
     parts = {m.component.cls for m in filled(near)}
     if not parts:
-        return f"{largest}-BROKEN", False, None, ()
-    return f"{largest}-BROKEN", False, near.name, tuple(s for s in near.slots if s not in parts)
+        return list(matches), f"{largest}-BROKEN", False, None, ()
+    return (
+        reclassed(near),
+        f"{largest}-BROKEN",
+        False,
+        near.name,
+        tuple(s for s in near.slots if s not in parts),
+    )
 
 
 def _usual_prefix(match: Match, home: Architecture, catalog: Catalog) -> str | None:
     """The prefix that loaders expect of the same tensors, when it is another one."""
     component = match.component
-    if not match.prefix or component.cls not in home.slots:
+    if not match.under or component.cls not in home.slots:
         return None
     usual = catalog.component_for(component.cls, home)
     other = usual.prefix != match.prefix and usual.tensors.keys() == component.tensors.keys()
-    return usual.prefix if other else None
+    return usual.prefix if other or match.diffusers else None
 
 
 def _companions(
-    specs: Mapping[str, Spec], matches: Sequence[Match], catalog: Catalog
+    specs: Mapping[str, Spec], matches: Sequence[Match], besides: Container[str], catalog: Catalog
 ) -> dict[int, dict[str, str]]:
     """By each match's place, the tensors beyond its table that belong to it: unprefixed names to full ones.
 
-    What lies under several prefixes is of the longest. Under bare names it is of the component with which it
-    shares most of its path; of the only one, where it shares none and lies under no component's prefix.
+    What lies under several prefixes is of the longest. Under bare names, and others that several components
+    share, it is of the component with which it shares most of its path; under bare names of the only one,
+    where it shares none and lies under no component's prefix.
     """
-    taken = {full for m in matches for full in m.names.values()}
-    prefixed = sorted(((m.prefix, i) for i, m in enumerate(matches) if m.prefix), reverse=True)
-    paths: dict[tuple[str, ...], set[int]] = defaultdict(set)
+    taken = {full for m in matches for full in m.full}
+    at: dict[str, list[int]] = defaultdict(list)
     for index, match in enumerate(matches):
-        for full in () if match.prefix else match.names.values():
+        at[match.under].append(index)
+    places = sorted(at, reverse=True)
+    paths: dict[tuple[str, ...], set[int]] = defaultdict(set)
+    for index in (i for under, there in at.items() if not under or len(there) > 1 for i in there):
+        for full in matches[index].full:
             parts = full.split(".")
             for depth in range(1, len(parts)):
                 paths[tuple(parts[:depth])].add(index)
     deepest = max(map(len, paths), default=0)
     strange = (EMA, *(c.prefix for c in catalog.components.values() if c.prefix))
+    layers: dict[int, dict[str, str]] = {}
     found: dict[int, dict[str, str]] = defaultdict(dict)
     for name, spec in specs.items():
-        if name in taken or _is_optional(name, spec, catalog) or JUNK.match(name):
+        if name in taken or name in besides or _is_optional(name, spec, catalog) or JUNK.match(name):
             continue
-        owner = next((i for prefix, i in prefixed if name.startswith(prefix)), None)
-        if owner is None and len(prefixed) < len(matches):
+        under = next((u for u in places if name.startswith(u)), None)
+        owners = set(at[under]) if under is not None else set()
+        if owners and (not under or len(owners) > 1):
             parts = name.split(".", deepest)[:-1]
-            near = (paths.get(tuple(parts[:depth]), set()) for depth in range(len(parts), 0, -1))
-            shared = next((owners for owners in near if owners), set())
-            if not shared and len(matches) == 1 and not name.startswith(strange):
-                shared = {0}
-            owner = next(iter(shared)) if len(shared) == 1 else None
-        if owner is not None:
-            bare = name[len(matches[owner].prefix) :]
-            found[owner][_respelled(bare, matches[owner])] = name
+            near = (paths.get(tuple(parts[:depth]), set()) & owners for depth in range(len(parts), 0, -1))
+            lone = len(matches) == 1 and not name.startswith(strange)
+            owners = next((shared for shared in near if shared), owners if lone else set())
+        if len(owners) == 1:
+            (owner,) = owners
+            if owner not in layers:
+                layers[owner] = _layers(matches[owner])
+            bare = _own_name(name, matches[owner], layers[owner])
+            if bare is not None:
+                found[owner].setdefault(bare, name)
     return found
 
 
-def _respelled(bare: str, match: Match) -> str:
-    """The name of a companion beside a tensor that the file spells otherwise than the table."""
-    for ours, theirs in match.renamed.items():
-        layer, own = theirs.rpartition(".")[0], ours.rpartition(".")[0]
-        if bare.startswith(f"{layer}.") and (new := own + bare[len(layer) :]) not in match.names:
-            return new
-    return bare
+def _layers(match: Match) -> dict[str, str]:
+    """By the full name of each layer that holds tensors, what the table calls it."""
+    inner = ((bare, full) for bare, full in match.names.items() if "." in bare)
+    return {full.rpartition(".")[0]: bare.rpartition(".")[0] for bare, full in inner}
+
+
+def _own_name(full: str, match: Match, layers: Mapping[str, str]) -> str | None:
+    """The unprefixed name of a companion: after its layer, where the file spells that otherwise than the
+    table; None where diffusers' layer has no other name."""
+    rest = full[len(match.prefix if full.startswith(match.prefix) else match.under) :]
+    if match.renamed or match.diffusers or match.alone.without:
+        for layer in layers_of(full):
+            if layer in layers and (new := layers[layer] + full[len(layer) :]) not in match.component.tensors:
+                return new
+        if match.diffusers and "." in rest:
+            return None
+    return match.alone.without + rest
+
+
+def layers_of(full: str) -> Iterator[str]:
+    """Every layer that a name lies in, the innermost first."""
+    while "." in full:
+        full = full.rpartition(".")[0]
+        yield full
 
 
 def _is_optional(name: str, spec: Spec, catalog: Catalog) -> bool:
@@ -410,21 +694,25 @@ def _is_optional(name: str, spec: Spec, catalog: Catalog) -> bool:
 
 
 def _sort_leftovers(
-    specs: Mapping[str, Spec], matches: Iterable[Match], duplicates: Iterable[Match], catalog: Catalog
+    specs: Mapping[str, Spec],
+    matches: Iterable[Match],
+    duplicates: Iterable[Match],
+    besides: Container[str],
+    catalog: Catalog,
 ) -> dict[str, list[str]]:
     """Every tensor that is no part of the model, by what it is."""
     rest: dict[str, list[str]] = defaultdict(list)
     model = [m for m in matches if not m.ema] or list(matches)  # an average alone is the model
-    explained = {full for m in model for full in m.whole.values()}
-    averaged = {full for m in matches for full in m.whole.values()} - explained
-    second = {full for m in duplicates for full in m.whole.values()}
+    explained = {full for m in model for full in m.full}
+    averaged = {full for m in matches for full in m.full} - explained
+    second = {full for m in duplicates for full in m.full}
     scales = companions(specs)
     for name, spec in specs.items():
         if name in explained:
             continue
         if name in averaged:
             kind = "ema"
-        elif _is_optional(name, spec, catalog):
+        elif _is_optional(name, spec, catalog) or name in besides:
             kind = "optional"
         elif name.startswith(EMA):
             kind = "ema"

@@ -72,11 +72,11 @@ def _absent(word: str, alike: list[Match], identity: Identity, path: Path, catal
     if known is None:
         hint = did_you_mean(word, names) or did_you_mean(word, words)
         return Problem(f"no component or class is called `{word}`", place, (holds,), hint)
-    near = [
-        f"{r.component.name}: {r.total - r.present:,} of {r.total:,} tensors are missing"
-        for r in identity.rejected
-        if known in (r.component.name, r.component.cls) and r.outdone_by is None
+    rejected = [
+        r for r in identity.rejected if known in (r.component.name, r.component.cls) and r.outdone_by is None
     ]
+    near = [r.describe() for r in rejected]
     twin = next((c for c in held if c.base and known in (c.base, catalog.component(c.base).cls)), None)
-    hint = f"`{twin.name}` is an average that can take its place" if twin is not None else None
+    hint = rejected[0].hint if rejected else None
+    hint = f"`{twin.name}` is an average that can take its place" if twin is not None else hint
     return Problem(f"there is no `{known}` in this file", place, (*near[:2], holds), hint)

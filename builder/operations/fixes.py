@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from builder.base.errors import Problem
-from builder.models.identify import DIFFUSERS_ATTENTION
+from builder.models.identify import DIFFUSERS_ATTENTION, Match, attention_changes
 from builder.tensors.cast import Narrow, Precision, UnfitError, cast_types
 from builder.tensors.lazy import DType, LazyTensor, MemoryTensor
 from builder.tensors.moves import Reshaped
@@ -74,20 +74,22 @@ def _position_ids_absent(tensors: Tensors) -> Fixed:
 
 def _vae_attention_shape(tensors: Tensors) -> Fixed:
     made: dict[str, LazyTensor] = {}
-    renamed = reshaped = 0
+    renamed, shapes = 0, []
     for name, tensor in tensors.items():
         head, attention, tail = name.partition(".attn_1.")
         stem, dot, kind = tail.rpartition(".")
-        new = f"{head}{attention}{VAE_ATTENTION_NAMES.get(stem, stem)}{dot}{kind}" if attention else name
+        layer = VAE_ATTENTION_NAMES.get(stem, stem)
+        new = f"{head}{attention}{layer}{dot}{kind}" if attention else name
         renamed += new != name
-        if attention and kind == "weight" and len(tensor.shape) == 2:
-            tensor = Reshaped(tensor, (*tensor.shape, 1, 1))
-            reshaped += 1
+        if attention and layer in DIFFUSERS_ATTENTION:
+            extents = [n for n in tensor.shape if n != 1]
+            shape = (*extents, 1, 1) if kind == "weight" and len(extents) == 2 else tuple(extents)
+            if shape != tensor.shape and len(extents) == {"weight": 2, "bias": 1}.get(kind):
+                tensor = Reshaped(tensor, shape)
+                shapes.append(shape)
         made[new] = tensor
-    if not renamed and not reshaped:
-        return Fixed(tensors, ())
-    words = [f"{renamed} renamed"] * bool(renamed) + [f"{reshaped} reshaped to [n, n, 1, 1]"] * bool(reshaped)
-    return Fixed(made, tuple(words))
+    words = attention_changes(renamed, shapes)
+    return Fixed(made, (words,)) if words else Fixed(tensors, ())
 
 
 def _nothing(tensors: Tensors) -> Fixed:
@@ -116,8 +118,8 @@ FIXES: dict[str, Fix] = {
             "vae-attention-shape",
             1,
             "Gives a VAE's attention the names and the [512, 512, 1, 1] shapes of the original layout, where "
-            "it has diffusers' `to_q`, `to_k`, `to_v`, `to_out.0` or [512, 512] linear weights. Done by "
-            "itself wherever such names and shapes are found.",
+            "it has diffusers' `to_q`, `to_k`, `to_v`, `to_out.0`, [512, 512] linear weights or [512, 1, 1] "
+            "biases. Done by itself wherever such names and shapes are found.",
             _vae_attention_shape,
         ),
         Fix(
@@ -179,3 +181,12 @@ def finished_types(tensors: Tensors, precision: Precision, narrow: Narrow = Fals
     if POSITION_IDS in types and types[POSITION_IDS].floating:
         types[POSITION_IDS] = DType.I64
     return types
+
+
+def match_types(
+    match: Match, tensors: Tensors, precision: Precision, narrow: Narrow = False
+) -> dict[str, DType]:
+    """The type that each tensor of a match gets, by its full name in the file."""
+    called = {full: bare for bare, full in match.whole.items()}
+    types = finished_types({called.get(n, n): tensors[n] for n in match.full}, precision, narrow)
+    return {n: types[called.get(n, n)] for n in match.full}

@@ -99,11 +99,15 @@ class Merge:
         if self.across is not None:
             common["model"] = self.across(inputs, setting)
         made = dict(first)
+        words = []
         for name in names:
             sources = [inputs[key][name] for key in order]
             dtype = DType.F32 if setting.arithmetic == "exact" else _common(sources)
             made[name] = _made(self.make, sources, Site(name, {**weights[name], **common}, dtype))
-        return Applied(made)
+            if isinstance(made[name], SideBySide):
+                few, all_ = min(s.shape[1] for s in sources), sources[0].shape[1]
+                words.append(f"{self.name}: of `{name}` the first {few} of {all_} input channels are merged")
+        return Applied(made, tuple(words))
 
     def _weights(
         self, params: Mapping[str, Any], names: Sequence[str], setting: Setting

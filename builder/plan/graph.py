@@ -22,7 +22,7 @@ from builder.tensors.lazy import DType, LazyTensor
 if TYPE_CHECKING:
     import networkx as nx
 
-    from builder.models.catalog import Architecture
+    from builder.models.catalog import Architecture, Names
     from builder.recipe.lock import Lock
     from builder.recipe.recipe import Output, Recipe
     from builder.store import Made
@@ -73,12 +73,13 @@ class Applied:
 class Whole:
     """All tensors of a source, under the names that they have there.
 
-    `exempt` are names that no precision is for. With `tables`, digests as `Take` has them, the parts of its
-    architecture get their usual names and shapes.
+    `exempt` are names that no precision is for. Components of the classes `spelt`, of whose tables `tables`
+    are digests as `Take` has them, get their usual names and shapes.
     """
 
     node: Key
     exempt: tuple[str, ...] = ()
+    spelt: tuple[str, ...] = ()
     tables: tuple[str, ...] = ()
 
 
@@ -206,7 +207,7 @@ class Container:
 
 @dataclass(frozen=True)
 class OutputJob:
-    """What is to be assembled: each slot's prefix and the node that fills it, and what lies beside them.
+    """What is to be assembled: each slot's names and the node that fills it, and what lies beside them.
 
     `base` is the source that is its base, if one is. `told` is the one that its denoiser comes from, and what
     that says of what it predicts. `sidecar` is what is to lie beside the output as its `.yaml`.
@@ -216,7 +217,7 @@ class OutputJob:
     output: Output
     target: Path
     architecture: Architecture
-    slots: Mapping[str, tuple[str, Key]]  # class → (prefix, node)
+    slots: Mapping[str, tuple[Names, Key]]  # class → (names, node)
     base: Key | None
     beside: Beside
     metadata: Mapping[str, str]
@@ -231,7 +232,7 @@ class OutputJob:
             "assemble",
             VERSIONS["assemble"],
             target=str(self.target),
-            slots={cls: [prefix, node] for cls, (prefix, node) in self.slots.items()},
+            slots={cls: [*written, node] for cls, (written, node) in self.slots.items()},
             base=self.base,
             beside=[self.beside.names, [marker_data(m) for m in self.beside.markers]],
             metadata=dict(self.metadata),
@@ -259,7 +260,7 @@ def origin_data(origin: Origin, names: Mapping[Key, str] | None = None) -> list[
     if isinstance(origin, Take):
         return ["take", VERSIONS["take"], node, origin.cls, origin.component, list(origin.tables)]
     if isinstance(origin, Whole):
-        return ["whole", VERSIONS["take"], node, list(origin.exempt), list(origin.tables)]
+        return ["whole", VERSIONS["take"], node, list(origin.exempt), list(origin.tables), list(origin.spelt)]
     return ["node", node, origin.promote if isinstance(origin, Finished) else None]
 
 

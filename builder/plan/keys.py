@@ -73,7 +73,7 @@ def assembly_key(job: OutputJob, components: Mapping[str, str], beside: Mapping[
     return expression_key(
         "assemble",
         VERSIONS["assemble"],
-        slots={cls: [prefix, components[cls]] for cls, (prefix, _) in job.slots.items()},
+        slots={cls: [*written, components[cls]] for cls, (written, _) in job.slots.items()},
         beside={n: [r.dtype.code, list(r.shape), r.digest] for n, r in beside.items()},
         metadata=dict(job.metadata),
         container=job.container.params(),

@@ -14,9 +14,9 @@ from builder.base.errors import Problem, RecipeError, SourceError, did_you_mean
 from builder.base.files import read_bounded
 from builder.base.inside import is_inside, leads_out
 from builder.formats.write_sharded import SHARD_SIZE, SUFFIX
-from builder.models.catalog import Architecture
-from builder.models.cut import choose, cut, usual
-from builder.models.identify import EMA, Identity, Match
+from builder.models.catalog import PLAIN, Architecture, Names
+from builder.models.cut import choose, cut, foreign, usual
+from builder.models.identify import EMA, Identity, Match, as_class
 from builder.models.parts import kind, words_for
 from builder.models.prediction import ARCHITECTURE, WORDS, Prediction, prediction, read_markers
 from builder.operations import OPERATIONS
@@ -421,13 +421,23 @@ class _Resolver:
         self, step: Step, operation: Operation, pick: Pick, models: Mapping[str, _Model], leader: str
     ) -> dict[str, Origin]:
         """What an operation gets: the class of each input, and where it looks at whole models the others."""
-        inputs = {p: m.origin(pick) for p, m in models.items()}
+        inputs = {p: self._part_of(m, pick) for p, m in models.items()}
         if operation.whole_models:
             for cls in (c for c in models[leader].classes() if c != pick.cls):
                 if self._takes_part(step, operation, cls, models, leader):
                     other = replace(pick, cls=cls)
-                    inputs |= {f"{p}@{cls}": m.origin(other) for p, m in models.items()}
+                    inputs |= {f"{p}@{cls}": self._part_of(m, other) for p, m in models.items()}
         return inputs
+
+    def _part_of(self, model: _Model, pick: Pick) -> Origin:
+        """What a model has of a class, or of the one that this widens."""
+        return model.origin(replace(pick, cls=self._held(model, pick.cls) or pick.cls))
+
+    def _held(self, model: _Model, cls: str) -> str | None:
+        """The class of a model that goes with `cls` in a merge: the same, or the one that this widens."""
+        traits = self.catalog.traits.get(cls)
+        ways = (cls, traits.widens if traits is not None else None)
+        return next((c for c in ways if c in model.classes()), None)
 
     def _takes_part(
         self, step: Step, operation: Operation, cls: str, models: Mapping[str, _Model], leader: str
@@ -446,7 +456,7 @@ class _Resolver:
             hint = "`VAE = true` merges it"
             self.plan.say(f"the VAE is that of `{whose.name}`, as merged ones break colours; {hint}")
             return False
-        if absent := [step.inputs[p] for p in models if cls not in models[p].classes()]:
+        if absent := [step.inputs[p] for p in models if self._held(models[p], cls) is None]:
             if given:
                 place = self.recipe.place("steps", step.name)
                 raise RecipeError(Problem(f"`{absent[0]}` has no {cls} to be merged", place))
@@ -468,7 +478,8 @@ class _Resolver:
     def _check_alike(self, step: Step, operation: Operation, models: Mapping[str, _Model]) -> None:
         """Raise RecipeError when a step's inputs have nothing in common that it would change."""
         held = {step.inputs[p]: m.classes() for p, m in models.items()}
-        common = set.intersection(*map(set, held.values()))
+        first = models[_leader(step, operation)]
+        common = {c for c in first.classes() if all(self._held(m, c) for m in models.values())}
         merged = {c for c in common if kind(c) != "VAE" or step.vae or _given(step, operation, c)}
         if merged & set(step.components or merged):
             return
@@ -524,8 +535,11 @@ class _Resolver:
         """The node of all that a base holds."""
         assert base is not None
         exempt = () if output.precision == "keep" else tuple(sorted(self.catalog.optional))
-        spelt = architecture.slots if container.layout else ()
-        origin = Whole(base.key, exempt, tuple(t for cls in spelt for t in tables(self.catalog, cls, None)))
+        spelt = architecture.slots
+        if not container.layout:
+            spelt = foreign(self.sources.open(base).identity, self.catalog) if self.sources.seen(base) else ()
+        digests = tuple(t for cls in spelt for t in tables(self.catalog, cls, None))
+        origin = Whole(base.key, exempt, spelt, digests)
         job = ComponentJob(
             CHECKPOINT,
             base.name,
@@ -609,10 +623,7 @@ class _Resolver:
         evidence: tuple[str, ...] = ()
         if self._is_file(base):
             rejected = self.sources.open(self.source(base.name)).identity.rejected
-            evidence = tuple(
-                f"{r.component.name}: {r.total - r.present:,} of {r.total:,} tensors are missing"
-                for r in rejected[:3]
-            )
+            evidence = tuple(r.describe() for r in rejected[:3])
         raise RecipeError(
             Problem(
                 f"`{base.name}` is no architecture that the catalog knows",
@@ -666,7 +677,7 @@ class _Resolver:
             output,
             target,
             architecture,
-            {cls: (self._prefix(cls, architecture), node) for cls, node in nodes.items()},
+            {cls: (self._written(cls, architecture), node) for cls, node in nodes.items()},
             base.key if base is not None else None,
             beside,
             metadata,
@@ -822,12 +833,14 @@ class _Resolver:
             fact = f"cannot read `{Path(error.filename).name}` of `{output.tokenizer}`"
             raise RecipeError(Problem(fact, place, (str(error.strerror),))) from None
 
-    def _prefix(self, cls: str, architecture: Architecture) -> str:
-        if architecture.bare or cls == CHECKPOINT:
-            return ""
+    def _written(self, cls: str, architecture: Architecture) -> Names:
+        if cls == CHECKPOINT:
+            return PLAIN
+        if architecture.bare:
+            return self.catalog.classes[cls][0].alone
         if cls in architecture.slots:
-            return self.catalog.component_for(cls, architecture).prefix
-        return self.catalog.classes[cls][0].prefix
+            return Names(self.catalog.component_for(cls, architecture).prefix)
+        return Names(self.catalog.classes[cls][0].prefix)
 
     def _carried(self, base: SourceJob | None) -> Mapping[str, str]:
         """Metadata of the base's own, which outlives a rebuild."""
@@ -859,12 +872,12 @@ class _Resolver:
         opened = self.sources.open(base)
         identity, held = opened.identity, opened.checkpoint
         parts = [m for m in identity.matches if m.component.cls in architecture.slots]
-        taken = {full for m in parts for full in m.whole.values()}
+        taken = {full for m in parts for full in m.full}
         optional = self._optional(base, output)
         if denoiser and output.keep is None:
             markers = prediction(held, {}, self.catalog).names
             optional = [n for n in optional if n not in markers]
-        astray = {full for m in identity.astray for full in m.whole.values()}
+        astray = {full for m in identity.astray for full in m.full}
         kept = {*optional, *_named(output.keep or (), identity)}
         if output.unknown == "keep":
             kept |= held.keys() - {*identity.ema, *identity.junk, *identity.optional, *astray}
@@ -892,7 +905,7 @@ class _Resolver:
         opened = self.sources.open(base)
         identity = opened.identity
         sorted_out = {*identity.ema, *identity.junk, *identity.optional}
-        astray = {m.component.name: tuple(m.whole.values()) for m in identity.astray}
+        astray = {m.component.name: m.full for m in identity.astray}
         sorted_out.update(*astray.values())
         rest = [n for n in opened.checkpoint if n not in sorted_out]
         state = [n for n in identity.optional if n.startswith(EMA)]
@@ -930,7 +943,7 @@ def _model_spec(said: Mapping[str, str]) -> dict[str, str]:
 def _named(keep: Sequence[str], identity: Identity) -> set[str]:
     """The tensors that words under `keep` mean, which may be components that have no slot."""
     parts = [m for m in identity.astray if not set(words_for(m)).isdisjoint(keep)]
-    return {*keep, *(full for m in parts for full in m.whole.values())}
+    return {*keep, *(full for m in parts for full in m.full)}
 
 
 def _check_sidecars(plan: Plan) -> None:
@@ -1052,28 +1065,31 @@ def component_name(plan: Plan, sources: Sources, origin: Origin) -> str | None:
 def whole(job: SourceJob, origin: Whole, sources: Sources) -> dict[str, LazyTensor]:
     """All tensors of a source; raises SourceError where two would have one name."""
     opened = sources.open(job)
-    if not origin.tables:
-        return dict(opened.checkpoint)
-    return usual(opened.checkpoint, opened.identity, sources.catalog)
+    return usual(opened.checkpoint, opened.identity, origin.spelt, sources.catalog)
 
 
 def match_of(job: SourceJob, take: Take, sources: Sources) -> Match:
     """What of a source is taken; raises RecipeError, where the recipe asks for it, when it is not there."""
     opened = sources.open(job)
-    match = choose(opened.identity.matches, take.cls, take.component, sources.catalog)
+    match = choose(opened.checkpoint, opened.identity, take.cls, take.component, sources.catalog)
     if match is not None:
         return match
     wanted = take.component or take.cls
     near = [r for r in opened.identity.rejected if wanted in (r.component.name, r.component.cls)]
-    evidence = [
-        f"{r.component.name}: {r.total - r.present:,} of {r.total:,} tensors are missing" for r in near[:2]
-    ]
+    evidence = [r.describe() for r in near[:2]]
+    hint = near[0].hint if near else None
+    alike = [m for m in opened.identity.matches if as_class(m, take.cls, opened.checkpoint, sources.catalog)]
+    if len(alike) > 1:
+        several = _words(f"{m.component.name} under {m.prefix}" for m in alike)
+        evidence.append(f"it may be either of {several}")
+        hint = "`ckpt extract` writes the one that you mean as a file of its own"
     held = sorted({m.component.name for m in opened.identity.matches})
     raise RecipeError(
         Problem(
             f"`{job.name}` has no {wanted}",
             take.place,
             (*evidence, f"it holds {_words(held) or 'nothing that the catalog knows'}"),
+            hint,
         )
     )
 

@@ -11,6 +11,7 @@ from builder.base.errors import Problem, SourceError, UsageError
 from builder.base.words import listed
 from builder.formats.checkpoint import Checkpoint
 from builder.models.catalog import Architecture
+from builder.models.cut import foreign
 from builder.models.prediction import prediction as find_told
 from builder.plan.folders import VOCABULARY, find_layout, find_prediction
 from builder.recipe.names import SINGLE, Form, form_of, recipe_name
@@ -67,6 +68,10 @@ def convert(
     opened = sources.open(sources.file(source), repair=repair)
     for mended in opened.checkpoint.mended or ("nothing was wrong with the file",) * repair:
         workspace.reporter.note(f"repair: {mended}")
+    named = foreign(opened.identity, workspace.catalog)
+    for match in (m for m in opened.identity.matches if m.component.cls in named):
+        count = len(match.whole) + len(match.made)
+        workspace.reporter.note(f"{match.component.name}: {count:,} tensors get their usual names")
     if form == "diffusers":
         _check_model(opened, said.get("prediction"), workspace)
         if (tokenizer := _tokenizer(said.get("tokenizer"), source)) is not None:

@@ -17,10 +17,11 @@ from builder.base.errors import ExitCode, Place, Problem, SourceError
 from builder.base.files import parse_json, read_bounded
 from builder.base.progress import Reporter
 from builder.build import Build, Built
+from builder.formats.open import is_model
 from builder.models.cut import cut
 from builder.models.identify import EMA, Identity, Match
 from builder.models.parts import home, usual_precision, words_for
-from builder.operations.fixes import FIXES, finished_types
+from builder.operations.fixes import FIXES, match_types
 from builder.recipe import Pick
 from builder.recipe.names import SHARD, SUFFIXES, free_name, recipe_name
 from builder.recipe.profiles import MAX_SIDECAR, with_profile
@@ -118,8 +119,9 @@ class Pruning:
 
     @property
     def tidy(self) -> bool:
-        """Whether there is nothing to do to it."""
-        return not (self.goes or self.repairs or self.repacked)
+        """Whether there is nothing to do to it, and its names are the usual ones."""
+        named = all(m.usual or m.ema for m in self.identity.matches)
+        return named and not (self.goes or self.repairs or self.repacked)
 
     @property
     def broken(self) -> bool:
@@ -148,7 +150,7 @@ def plan_pruning(path: Path, sources: Sources, options: Options) -> Pruning:
     averages = {m.component.cls: m for m in identity.matches if m.ema}
     # An average alone is the model, and is not listed among what training keeps beside one.
     wanted = averages if options.keep_ema or not identity.ema else {}
-    stays = {n for m in wanted.values() for n in m.whole.values()}
+    stays = {n for m in wanted.values() for n in m.full}
     state = [n for n in identity.optional if n.startswith(EMA) and not wanted]  # of the running average
     if options.keep_ema:
         kept |= {*identity.ema, *state} - stays
@@ -156,14 +158,16 @@ def plan_pruning(path: Path, sources: Sources, options: Options) -> Pruning:
         "EMA": [n for n in (*identity.ema, *state) if n not in kept | stays],
         "junk": [n for n in identity.junk if n not in kept],
     }
-    astray = {m.component: tuple(m.whole.values()) for m in identity.astray}
+    astray = {m.component: m.full for m in identity.astray}
     gone |= {c.name: [n for n in names if n not in kept] for c, names in astray.items()}
     whole = [c for c, names in astray.items() if kept.issuperset(names)]
     left = tensors.keys() - {n for names in gone.values() for n in names}
     slots = at.slots if at is not None else (identity.architecture,)
     parts = [m for m in identity.matches if m.component.cls in (*slots, *wanted)]
     narrow: Narrow = "fewer" if options.precision else True
-    types = {full: d for m in parts for full, d in _types(m, tensors, precision, narrow).items()}
+    types: dict[str, DType] = {}
+    for match in parts:
+        types |= match_types(match, tensors, precision, narrow)  # type: ignore[arg-type]
     saved = {full: tensors[full].nbytes - tensors[full].numel * d.bits // 8 for full, d in types.items()}
     changed = {full: d for full, d in types.items() if d is not tensors[full].dtype}
     rounded = [full for full, d in changed.items() if d.floating]
@@ -209,7 +213,7 @@ def _asked(word: str, tensors: Tensors, identity: Identity) -> list[str]:
     """The tensors that a word under `keep` means: one, those of a pattern, or those of a component."""
     part = next((m for m in identity.matches if word in words_for(m)), None)
     if part is not None:
-        return list(part.whole.values())
+        return list(part.full)
     return [n for n in tensors if n == word or fnmatchcase(n, word)]
 
 
@@ -314,20 +318,13 @@ def _refusal(path: Path, report: Report) -> Problem | None:
     return None
 
 
-def _types(match: Match, tensors: Tensors, precision: str, narrow: Narrow) -> dict[str, DType]:
-    """The types that a component's tensors get, by full name."""
-    held = {bare: tensors[full] for bare, full in match.whole.items()}
-    types = finished_types(held, precision, narrow)  # type: ignore[arg-type]
-    return {match.whole[bare]: dtype for bare, dtype in types.items()}
-
-
 def _share(reason: str, names: Iterable[str], tensors: Tensors) -> Share:
     by_size = sorted(names, key=lambda n: (-tensors[n].nbytes, n))
     return Share(reason, tuple(by_size), sum(tensors[n].nbytes for n in by_size))
 
 
 def _part(match: Match, tensors: Tensors, saved: Mapping[str, int]) -> Share:
-    share = _share(match.component.name, match.whole.values(), tensors)
+    share = _share(match.component.name, match.full, tensors)
     return replace(share, bytes=share.bytes - sum(saved[n] for n in share.names))
 
 
@@ -354,8 +351,7 @@ class Result:
 def checkpoints(files: Iterable[Path], recursive: bool) -> Iterator[Path]:
     """The files named, and the checkpoints in the folders named that are none themselves."""
     for file in files:
-        whole = (file / "model_index.json").exists() or any(file.glob("*.index.json"))
-        if whole or not file.is_dir():
+        if not file.is_dir() or is_model(file):
             yield file
             continue
         below = sorted(file.rglob("*") if recursive else file.iterdir())

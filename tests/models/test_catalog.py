@@ -18,10 +18,12 @@ from builder.base.words import fits_pattern
 from builder.cli import run
 from builder.models.catalog import RANK, TensorRule, load_catalog
 from builder.models.catalog.files import (
+    _ALONE,
     _ARCHITECTURE,
     _CLASS,
     _COMPONENT,
     _MODELSPEC,
+    _PREFIXES,
     _SCALE,
     parse_table,
 )
@@ -316,6 +318,9 @@ PART = '[layouts.x]\nextends = "SD-v1"\n[layouts.x.parts.vae]\n'
             '["VAE-v3".blocks]\n"a{0..18}." = "A{0..18}"',
             "`UNET-XL` has as many blocks under other names",
         ),
+        ("prefixes.toml", 'prefixes = ["a.", ""]', "`prefixes` holds nothing, or more than 100"),
+        ("prefixes.toml", 'prefixes = ["a{0..100}."]', "`prefixes` holds nothing, or more than 100"),
+        ("mine.toml", 'name = "x"\nclass = "x"\nkeys = 1\nalone = { prefx = "a." }', "unknown field `prefx`"),
         ("programs.toml", '[x]\ncheckpoint = "a"', "`other` is missing"),
         ("programs.toml", '[a1111]\nVAE = "a"', "a1111 has a folder for `VAE` already"),
         ("programs.toml", '[a1111]\nX = "../a"', "`X` is no folder below that of all models"),
@@ -632,7 +637,8 @@ def test_the_examples_of_the_documentation_are_right(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "fields", [_COMPONENT, _ARCHITECTURE, _MODELSPEC, _CLASS, _SCALE, _LAYOUT, _PART, _RULES]
+    "fields",
+    [_COMPONENT, _ALONE, _PREFIXES, _ARCHITECTURE, _MODELSPEC, _CLASS, _SCALE, _LAYOUT, _PART, _RULES],
 )
 def test_every_field_is_documented(fields: dict[str, type]) -> None:
     assert all(f"`{name}`" in DOCS or f"{name} = " in DOCS for name in fields if name != "tensors")

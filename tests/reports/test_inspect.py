@@ -300,7 +300,7 @@ def test_a_rejected_component_is_told_with_its_reason(here: Path) -> None:
     files = tidy() | {VAE_OUT: ("F16", (4,), bytes(8))}
     report = build_report(write(here / "model.safetensors", files), catalog=CATALOG, metric=False)
     (fault,) = report.faults
-    assert fault.fact == "not a whole SD-mini: VAE-mini missing"
+    assert fault.fact == "not a whole SD-mini: VAE-mini not as it should be"
     where, shapes = "`VAE-mini-SD` under `first_stage_model.`", "`decoder.conv_out.bias` is [4], not [3]"
     assert fault.evidence == (f"nearest: {where}: 247 of 248 tensors; {shapes}",)
 

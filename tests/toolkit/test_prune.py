@@ -224,7 +224,8 @@ def test_parts_alone_are_pruned_too(folder: Folder) -> None:
             content(folder / f"{name}.safetensors"),
             content(folder / f"{name}-pruned.safetensors"),
         )
-        assert before.keys() == after.keys()
+        prefix = "text_model." if name == "CLIP-mini-SD" else ""  # as it is published alone
+        assert {prefix + n for n in before} == after.keys()
         assert types(folder / f"{name}-pruned.safetensors") - {"I64"} == {"F16"}
     assert names["VAE-tiny-SD"] == "VAE-tiny" and names["LoRA-v1-CLIP"] == "LoRA-v1-CLIP"
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple, get_args
+from collections.abc import Collection, Mapping, Sequence
+from itertools import islice
+from typing import Any, Literal, NamedTuple, get_args
 
 from builder.tensors.lazy import LazyTensor
 from builder.tensors.moves import Joined, Reshaped, Rows, Transposed
@@ -12,6 +13,7 @@ Change = Literal["same", "linear", "transpose", "qkv"]
 
 
 CHANGES: tuple[Change, ...] = get_args(Change)
+SOME = 1000  # names of a file that tell whether rules may be of use
 
 
 class Rule(NamedTuple):
@@ -53,16 +55,18 @@ class Rules:
         self.count = len(rules) + len(read_also)
         self._without = frozenset(without)
         self._within = within
-        self._to_diffusers = {r.original: Place(r.diffusers, r.change) for r in rules}
-        self._to_original = {
-            name: Place(rule.original, rule.change, part)
-            for rule in (*rules, *read_also)
-            for part, name in enumerate(_split(rule.diffusers))
-        }
+        self._to_diffusers = _Places({r.original: Place(r.diffusers, r.change) for r in rules})
+        self._to_original = _Places(
+            {
+                name: Place(rule.original, rule.change, part)
+                for rule in (*rules, *read_also)
+                for part, name in enumerate(_split(rule.diffusers))
+            }
+        )
 
     def to_diffusers(self, name: str, tensor: LazyTensor) -> dict[str, LazyTensor] | None:
         """The tensors that one of the original is in diffusers' layout; None: it has none there."""
-        place, rest = (None, "") if name in self._without else _longest(self._to_diffusers, name)
+        place, rest = (None, "") if name in self._without else self._to_diffusers.longest(name)
         if place is None:
             return None
         shape = tensor.shape
@@ -80,6 +84,21 @@ class Rules:
             tensor = Reshaped(tensor, shape[:2])
         return {place.module + rest: tensor}
 
+    def original(self, name: str) -> Place | None:
+        """Where the tensor that diffusers has under this name is in the original; None: nowhere."""
+        place, rest = self._to_original.longest(name)
+        if place is None and self._within:
+            place, rest = self._to_original.longest(self._within + name)
+        return place._replace(module=place.module + rest) if place is not None else None
+
+    def known_in(self, names: Collection[str]) -> bool:
+        """Whether some of the names are those of modules that these rules know in diffusers' layout."""
+        modules = self._to_original.modules
+        known = {*modules, *(m.removeprefix(self._within) for m in modules)}
+        if any(m in names or f"{m}.weight" in names for m in known):
+            return True
+        return any(self.original(name) is not None for name in islice(names, SOME))
+
     def to_original(self, tensors: Mapping[str, LazyTensor]) -> tuple[dict[str, LazyTensor], list[str]]:
         """The tensors of the original that diffusers' are; and the names of those that are none there.
 
@@ -89,13 +108,11 @@ class Rules:
         split: dict[str, dict[int, str]] = {}
         strange: list[str] = []
         for name, tensor in tensors.items():
-            place, rest = _longest(self._to_original, name)
-            if place is None and self._within:
-                place, rest = _longest(self._to_original, self._within + name)
+            place = self.original(name)
             if place is None or (place.change == "transpose" and len(tensor.shape) != 2):
                 strange.append(name)
                 continue
-            original = place.module + rest
+            original = place.module
             if original in made or place.part in split.get(original, ()):
                 raise ValueError(original)
             if place.change == "qkv":
@@ -120,11 +137,28 @@ def _split(name: str) -> list[str]:
     return [name.replace("*", letter) for letter in "qkv"] if "*" in name else [name]
 
 
-def _longest(places: Mapping[str, Place], name: str) -> tuple[Place | None, str]:
-    """The place of the longest module that a name begins with, and the rest of the name."""
-    module = name
-    while module not in places:
-        module, dot, _ = module.rpartition(".")
-        if not dot:
-            return None, ""
-    return places[module], name[len(module) :]
+class _Places:
+    """Places by the module that a name begins with: a tree of words, so that strange names cost little."""
+
+    def __init__(self, places: Mapping[str, Place]) -> None:
+        self.modules = frozenset(places)
+        self._most = max((module.count(".") + 1 for module in places), default=0)
+        self._tree: dict[str, Any] = {}
+        for module, place in places.items():
+            node = self._tree
+            for word in module.split("."):
+                node = node.setdefault(word, {})
+            node[""] = place
+
+    def longest(self, name: str) -> tuple[Place | None, str]:
+        """The place of the longest module that a name begins with, and the rest of the name."""
+        node, at = self._tree, -1
+        place, rest = None, ""
+        for word in name.split(".", self._most)[: self._most]:
+            node = node.get(word) if word else None  # type: ignore[assignment]
+            if node is None:
+                break
+            at += 1 + len(word)
+            if "" in node:
+                place, rest = node[""], name[at:]
+        return place, rest

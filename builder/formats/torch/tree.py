@@ -6,14 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from builder.base.errors import Place, Problem, SourceError
+from builder.formats.checkpoint import WRAPPERS as MODULES
 from builder.formats.torch.pickles import Dict, Global, Object, Skipped
 from builder.formats.torch.tensors_in_pickles import Storage, TensorRef
 
 # Where trainers put the state dict, each also within another; the first of equals wins.
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "params_ema", "params", "ema")
-
-# What wrappers of modules put before every name.
-_PREFIXES = ("module.", "_orig_mod.")
 
 # A `model.` before every name is a wrapper's only if a full checkpoint's own first words come after it.
 _FIRST_WORDS = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "conditioner.")
@@ -258,7 +256,7 @@ def _wrapping(main: Dict | None) -> str:
         if not all(n.startswith(longer) and len(n) > len(longer) for n in names):
             break
         inside = tuple(longer + first for first in _FIRST_WORDS)
-        if word not in _PREFIXES and not (word == "model." and any(n.startswith(inside) for n in names)):
+        if word not in MODULES and not (word == "model." and any(n.startswith(inside) for n in names)):
             break
         prefix = longer
     return prefix

@@ -14,17 +14,20 @@ from builder.base.words import spelling
 from builder.models.catalog.files import (
     Fields,
     Table,
+    alone,
     modelspec,
     read_architectures,
     read_classes,
     read_kinds,
     read_known,
     read_optional,
+    read_prefixes,
     read_programs,
     read_table,
 )
 from builder.models.catalog.tables import (
     PARTS,
+    PLAIN,
     RANK,
     Architecture,
     Catalog,
@@ -37,6 +40,7 @@ from builder.models.catalog.tables import (
     Later,
     ModelRule,
     ModelSpec,
+    Names,
     Scale,
     TensorRule,
     Traits,
@@ -48,6 +52,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PARTS",
+    "PLAIN",
     "RANK",
     "Architecture",
     "Catalog",
@@ -59,6 +64,7 @@ __all__ = [
     "KnownPart",
     "ModelRule",
     "ModelSpec",
+    "Names",
     "Scale",
     "TensorRule",
     "Traits",
@@ -130,6 +136,8 @@ class _Reader:
         self.described: dict[str, Fields] = {}  # of each class that has some
         self.spellings: dict[str, Architecture] = {}
         self.optional: dict[str, tuple[int, ...] | None] = {}
+        self.prefixes: dict[str, None] = {}
+        self.wrappers: dict[str, None] = {}
         self.traits: dict[str, Traits] = {}
         self.blocks: dict[int, str] = {}  # by their number: the first class that has so many
         self.layouts: list[tuple[Path, str]] = []  # files, which are read when they are needed
@@ -190,6 +198,11 @@ class _Reader:
     def _optional(self, path: Path, name: str) -> None:
         self.optional |= read_optional(path, name)
 
+    def _prefixes(self, path: Path, name: str) -> None:
+        prefixes, wrappers = read_prefixes(path, name)
+        self.prefixes |= dict.fromkeys(prefixes)
+        self.wrappers |= dict.fromkeys(wrappers)
+
     def _layouts(self, path: Path, name: str) -> None:
         self.layouts.append((path, name))
 
@@ -211,6 +224,7 @@ class _Reader:
         "kinds": _kinds,
         "known": _known,
         "optional": _optional,
+        "prefixes": _prefixes,
         "programs": _programs,
     }
 
@@ -248,6 +262,8 @@ class _Reader:
             architectures=dict(sorted(self.architectures.items(), key=lambda named: _order(named[1]))),
             spellings=self.spellings,
             optional=self.optional,
+            prefixes=tuple(self.prefixes),
+            wrappers=tuple(self.wrappers),
             known=Known(
                 tuple(k for k in self.known if isinstance(k, KnownMetric)),
                 tuple(k for k in self.known if isinstance(k, KnownFile)),
@@ -284,6 +300,7 @@ class _Reader:
         table = self.tables[name]
         fields = table.fields
         cls, prefix = fields.get("class"), fields.get("prefix")
+        written = alone(fields)
         plain: Mapping[str, TensorRule] = {}
         average_of = None
         if table.extends is not None:
@@ -303,6 +320,7 @@ class _Reader:
             average_of = base.cls if fields.get("average") else None
             cls = base.cls if cls is None else cls
             prefix = base.prefix if prefix is None else prefix
+            written = base.alone if written is None and not table.naming else written
         self.depths.setdefault(name, 0)
         component = Component(
             name=name,
@@ -318,6 +336,7 @@ class _Reader:
             average_of=average_of,
             mislabelled=bool(fields.get("mislabelled")),
             modelspec=modelspec(fields),
+            alone=written or PLAIN,
             path=fields.document.path,
             plain=plain,
         )

@@ -26,6 +26,7 @@ from builder.models.catalog.tables import (
     KnownPart,
     ModelRule,
     ModelSpec,
+    Names,
     OtherName,
     Patterns,
     Scale,
@@ -42,12 +43,14 @@ MAX_TENSORS = 100_000  # of a table; the largest known have some thousands
 MAX_LOOKS = 2_000_000  # at names, for those that a pattern with `*` means
 MAX_DIMS = 64
 MAX_RULES = 100_000  # other names of a class's modules
+MAX_PREFIXES = 100
 MAX_BLOCKS = 1000  # of a class; the largest known have some dozens
 
 _COMPONENT = {
     "name": str,
     "class": str,
     "prefix": str,
+    "alone": dict,
     "note": str,
     "extends": str,
     "without": list,
@@ -71,8 +74,10 @@ _ARCHITECTURE = {
     "tells_v": list,
     "note": str,
 }
+_ALONE = {"prefix": str, "without": str}
+_PREFIXES = {"prefixes": list, "wrappers": list}
 _MODELSPEC = {"architecture": str, "v": str, "resolution": int, "resolution_v": int}
-_CLASS = {"metric": dict, "fixes": list, "blocks": dict, "constants": list, "adapters": dict}
+_CLASS = {"metric": dict, "widens": str, "fixes": list, "blocks": dict, "constants": list, "adapters": dict}
 _ADAPTERS = {"prefixes": list, "rules": str, "within": str, "names": dict, "extracted": dict}
 _EXTRACTED = {
     "modules": list,
@@ -337,6 +342,25 @@ def modelspec(fields: Fields) -> ModelSpec | None:
     return ModelSpec(**said.table) if said is not None else None
 
 
+def alone(fields: Fields) -> Names | None:
+    """What a component's table says of the names that it has in a file of its own."""
+    said = fields.inner("alone", _ALONE)
+    return Names(**said.table) if said is not None else None
+
+
+def read_prefixes(path: Path, name: str) -> tuple[list[str], list[str]]:
+    """What may stand before the names of a component, and what wrappers put behind that."""
+    fields = Fields(load(path, CatalogError, name), (), _PREFIXES)
+    found: list[list[str]] = []
+    for key in _PREFIXES:
+        found.append([])
+        for index, pattern in enumerate(fields.strings(key)):
+            found[-1] += fields.expand(pattern, key, index)[0]
+            if len(found[-1]) > MAX_PREFIXES or "" in found[-1]:
+                fields.fail(f"`{key}` holds nothing, or more than {MAX_PREFIXES}", key, index, value=True)
+    return found[0], found[1]
+
+
 def read_classes(path: Path, name: str) -> Iterator[tuple[str, Traits, Fields]]:
     """What a file says of classes: one table each."""
     document = load(path, CatalogError, name)
@@ -344,7 +368,11 @@ def read_classes(path: Path, name: str) -> Iterator[tuple[str, Traits, Fields]]:
         fields = Fields(document, (cls,), _CLASS)
         constants = fields.strings("constants")
         fixes, adapters = fields.strings("fixes"), _adapters(fields)
-        yield cls, Traits(_scale(fields), fixes, _blocks(fields), constants, adapters, name), fields
+        yield (
+            cls,
+            Traits(_scale(fields), fixes, _blocks(fields), constants, adapters, fields.get("widens"), name),
+            fields,
+        )
 
 
 def _adapters(fields: Fields) -> Adapters | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
@@ -129,6 +130,7 @@ class Traits(NamedTuple):
 
     `block_of` leads from the prefix of tensors' names to their block. `constants` are tensors that are part
     of the architecture, not of what was learnt: no merge touches them. Without `adapters` there are none.
+    One that `widens` another has its tensors, with further input channels in the first layer.
     """
 
     scale: Scale | None = None
@@ -136,6 +138,7 @@ class Traits(NamedTuple):
     block_of: Mapping[str, str] = MappingProxyType({})
     constants: tuple[str, ...] = ()
     adapters: Adapters | None = None
+    widens: str | None = None
     path: str = ""
 
     @property
@@ -146,6 +149,28 @@ class Traits(NamedTuple):
     def block(self, name: str) -> str | None:
         """The block of a tensor, by its unprefixed name; None: it is in none."""
         return next((b for prefix, b in self.block_of.items() if name.startswith(prefix)), None)
+
+
+class Names(NamedTuple):
+    """How a component's names are written in a file: `prefix` before them, and `without` gone from them."""
+
+    prefix: str = ""
+    without: str = ""
+
+    def name(self, bare: str) -> str:
+        """What a tensor of the table is called there."""
+        return self.prefix + bare.removeprefix(self.without)
+
+
+PLAIN = Names()
+
+
+class Renaming(NamedTuple):
+    """Components that diffusers names by its own rules; their names there come after `within`."""
+
+    rules: Rules
+    within: str
+    components: tuple[Component, ...]
 
 
 class Later(Mapping[str, V]):
@@ -176,7 +201,8 @@ class Later(Mapping[str, V]):
 class Component:
     """One exact table of tensor names and shapes.
 
-    `prefix` stands before the names in a full checkpoint. `parameters` is the number of elements of all
+    `prefix` stands before the names in a full checkpoint, `alone` is how they are written in a file of the
+    component's own. `parameters` is the number of elements of all
     tensors, the optional ones too, or None where a rank leaves it open. With a `naming`, the tensors are
     those of the component `base` under other names, and `promote` leads from each name to that one. Those
     that are an average, kept for training beside the model, say of which class: `average_of`. `mislabelled`
@@ -196,8 +222,14 @@ class Component:
     average_of: str | None = None
     mislabelled: bool = False
     modelspec: ModelSpec | None = None
+    alone: Names = PLAIN
     path: str = ""
     plain: Mapping[str, TensorRule] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def elements(self) -> int:
+        """The number of elements of the tensors that are never absent; of a LoRA, nothing that means much."""
+        return sum(prod(rule.shape) for rule in self.tensors.whole.values() if not rule.optional)
 
     @cached_property
     def promote(self) -> dict[str, str]:
@@ -371,12 +403,12 @@ class Catalog:
 
     `classes` holds the components of each class, the standard one first; `traits` what is said of a class
     as a whole; `optional` the keys that a full checkpoint may also hold, with their shapes (None for any),
-    which are kept and never required; `spellings` the architectures by each of their names, as `spelling`
-    makes it; `layouts` those of diffusers' folders by name, and `rules` those for its names, read when they
-    are first asked for; `programs`
-    where each keeps its models: by the kind of what a file is (the first word of a class, or `checkpoint`)
-    a folder, that of `other` for the rest; `kinds` what tells files that are of no class, in their order, and
-    `models` what such a file goes with.
+    which are kept and never required; `prefixes` what may stand before a component's names besides its own
+    prefix, and `wrappers` what may follow that; `spellings` the architectures by each of their names, as
+    `spelling` makes it; `layouts` those of diffusers' folders by name, and `rules` those for its names, read
+    when they are first asked for; `programs` where each keeps its models: by the kind of what a file is (the
+    first word of a class, or `checkpoint`) a folder, that of `other` for the rest; `kinds` what tells files
+    that are of no class, in their order, and `models` what such a file goes with.
     """
 
     components: Mapping[str, Component]
@@ -385,6 +417,8 @@ class Catalog:
     architectures: Mapping[str, Architecture]
     spellings: Mapping[str, Architecture]
     optional: Mapping[str, tuple[int, ...] | None]
+    prefixes: tuple[str, ...]
+    wrappers: tuple[str, ...]
     known: Known
     layouts: Mapping[str, Layout]
     rules: Mapping[str, Rules]
@@ -419,6 +453,26 @@ class Catalog:
     def averages(self) -> Mapping[str, Component]:
         """By class, the component that is the average of its weights."""
         return {c.average_of: c for c in self.components.values() if c.average_of is not None}
+
+    @cached_property
+    def containers(self) -> tuple[str, ...]:
+        """Every prefix that a component may be under, none of them empty."""
+        own = (c.prefix for c in self.components.values() if not c.average_of)
+        found = dict.fromkeys(p for p in (*own, *self.prefixes) if p)
+        return (*found, *(p + wrapper for p in found for wrapper in self.wrappers))
+
+    @cached_property
+    def renamings(self) -> tuple[Renaming, ...]:
+        """How diffusers names components, by the layouts of their architectures."""
+        found: dict[tuple[int, str], tuple[Rules, dict[str, Component]]] = {}
+        for home in self.architectures.values():
+            parts = self.layouts[home.diffusers].parts if home.diffusers is not None else ()
+            for part in parts:
+                for component in (c for slot in home.slots for c in self.candidates(slot, home)):
+                    if component.prefix.startswith(part.prefix) and not component.mislabelled:
+                        key = id(part.rules), component.prefix[len(part.prefix) :]
+                        found.setdefault(key, (part.rules, {}))[1][component.name] = component
+        return tuple(Renaming(r, key[1], tuple(c.values())) for key, (r, c) in found.items())
 
     def is_average(self, cls: str) -> bool:
         """Whether a class is one of averages."""

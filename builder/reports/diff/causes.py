@@ -74,6 +74,8 @@ def _derive(diff: Diff, of: str, to: str) -> str | None:
     if turned or len(only_to) > len(added):
         way.turns.append("with position_ids mended" if _mended(turned, to) else "with other position_ids")
     names = list(_names(diff))
+    if not names and any(t.shapes[0] != t.shapes[1] and not is_positions(t) for t in diff.tensors):
+        way.turns.append("with some tensors in other shapes")
     if names and not alone:
         way.turns.append("under other names")
     if not way.drops and len(way.turns) == 1 and way.turns[0].endswith(("position_ids", "mended")):
@@ -158,7 +160,7 @@ def _states(identity: Identity) -> tuple[str, ...]:
 
 
 def _only(part: Part, letter: str) -> bool:
-    return bool(part.cls) and (part.b is None if letter == "A" else part.a is None)
+    return bool(part.cls) and not part.tensors and (part.b is None if letter == "A" else part.a is None)
 
 
 def _average(part: Part) -> bool:

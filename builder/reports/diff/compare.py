@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +15,7 @@ from builder.base.progress import SILENT, Reporter
 from builder.formats import open_checkpoint
 from builder.formats.checkpoint import Checkpoint
 from builder.models.catalog import Catalog, KnownPart
+from builder.models.cut import joined
 from builder.models.identify import Identity, Match, identify
 from builder.models.metric import counted, labels
 from builder.reports.diff.pairs import Pair, pair_up, same_layout
@@ -239,7 +240,7 @@ def compare_open(
     reporter: Reporter = SILENT,
 ) -> Diff:
     """Compare two open checkpoints; as `compare`, which see."""
-    first, second = identify(a, catalog), identify(b, catalog)
+    (a, first), (b, second) = (_joined(side, catalog) for side in (a, b))
     pairing = pair_up(a, first, b, second)
     readable = {p: (a[p.a], b[p.b]) for p in pairing.pairs if same_layout(a[p.a].shape, b[p.b].shape)}
     values = compare_values(readable, threads=threads, reporter=reporter)
@@ -259,6 +260,12 @@ def compare_open(
     )
 
 
+def _joined(checkpoint: Checkpoint, catalog: Catalog) -> tuple[Checkpoint, Identity]:
+    """A checkpoint, each tensor of its components as one, and what it is."""
+    tensors, identity = joined(checkpoint, identify(checkpoint, catalog))
+    return replace(checkpoint, tensors=tensors), identity
+
+
 def _parts(
     first: Identity,
     second: Identity,
@@ -273,8 +280,8 @@ def _parts(
     classes = dict.fromkeys(m.component.cls for i in (first, second) for m in i.matches)
     for cls in classes:
         a, b = first.find(cls), second.find(cls)
-        mine = [n for n in (a.whole.values() if a else ()) if n in left_a]
-        yours = [n for n in (b.whole.values() if b else ()) if n in left_b]
+        mine = [n for n in (a.full if a else ()) if n in left_a]
+        yours = [n for n in (b.full if b else ()) if n in left_b]
         for names, left in ((mine, left_a), (yours, left_b)):
             for name in names:
                 del left[name]
@@ -319,7 +326,7 @@ def _known(
     labelled = {k.cls for k in catalog.known.metrics}
     matches = [m for p in parts if (m := side.identity.find(p.cls)) is not None]
     groups = counted({m.component.cls: m.whole for m in matches if m.component.cls in labelled}, catalog)
-    whole = {full for m in matches if m.component.cls in weights for full in m.whole.values()}
+    whole = {full for m in matches if m.component.cls in weights for full in m.full}
     if not groups and not whole:
         return {}
     held = {n: t for n, t in side.checkpoint.items() if n in groups or n in whole}

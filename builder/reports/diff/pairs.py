@@ -39,13 +39,24 @@ def pair_up(
     """Pair the tensors of two checkpoints, whose identities are `first` and `second`.
 
     A component of the same class is the same component, whatever its prefix and spelling. What is left
-    is the same where it has the same name. In the order of A, components first.
+    is the same where it has the same name, of the component that it is on either side. In the order of A,
+    components first.
     """
     pairs: list[Pair] = []
     for match in first.matches:
         other = second.find(match.component.cls)
         if other is not None:
             pairs += _within(match, other)
+    taken_a, taken_b = {p.a for p in pairs}, {p.b for p in pairs}
+    # What is a component on one side alone, as one tensor has another shape on the other, is still that.
+    for mine, theirs in ((first, second), (second, first)):
+        alone = [m for m in mine.matches if theirs.find(m.component.cls) is None]
+        pairs += [
+            Pair(m.component.cls, bare, full, full)
+            for m in alone
+            for bare, full in m.names.items()
+            if full in a and full in b and full not in taken_a and full not in taken_b
+        ]
     taken_a, taken_b = {p.a for p in pairs}, {p.b for p in pairs}
     pairs += [
         Pair("", name, name, name) for name in a if name in b and name not in taken_a and name not in taken_b

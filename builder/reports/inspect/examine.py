@@ -18,7 +18,7 @@ from builder.formats.lost import Lost, find_lost
 from builder.models.identify import EMA, Identity, Match, identify
 from builder.models.kinds_of_file import FileKind, kind_of_file
 from builder.models.prediction import Prediction, prediction
-from builder.operations.fixes import finished_types
+from builder.operations.fixes import match_types
 from builder.reports.inspect.positions import PositionIds, read_position_ids
 from builder.tensors.digests import Row, component_digest
 from builder.tensors.lazy import LazyTensor
@@ -124,7 +124,7 @@ class Report:
     @cached_property
     def astray(self) -> Share:
         """Components that the architecture has no slot for."""
-        return self.share(n for m in self.identity.astray for n in m.whole.values())
+        return self.share(n for m in self.identity.astray for n in m.full)
 
     @cached_property
     def precision_waste(self) -> int:
@@ -150,9 +150,9 @@ class Report:
         """The tensors of the components that pruning keeps, each with the bytes that it takes afterwards."""
         found = []
         for match in self.identity.matches:
-            held = {b: self.tensors[f] for b, f in match.whole.items() if f not in self._gone}
-            types = finished_types(held, "fp16", narrow=True)
-            found += [(t, t.numel * types[b].bits // 8) for b, t in held.items()]
+            types = match_types(match, self.tensors, "fp16", narrow=True)
+            held = [(self.tensors[n], d) for n, d in types.items() if n not in self._gone]
+            found += [(t, t.numel * d.bits // 8) for t, d in held]
         return found
 
     @cached_property
@@ -263,7 +263,7 @@ def _scan(
     from builder.tensors.scan import scan
 
     components = {m.component.cls: m.whole for m in identity.matches}
-    kept = {n for names in components.values() for n in names.values()} - set(identity.ema)
+    kept = {n for m in identity.matches for n in m.full} - set(identity.ema)
     found = scan(
         {name: tensor for name, tensor in checkpoint.items() if full or name in kept},
         groups=counted(components, catalog),
@@ -283,9 +283,9 @@ def _part(
     digits: Mapping[str, str],
     known: Known,
 ) -> Part:
-    held = {bare: tensors[full] for bare, full in match.whole.items()}
+    held = {full: tensors[full] for full in match.full}
     rows = {
-        bare: Row(held[bare].dtype, held[bare].shape, scanned.digest)
+        bare: Row(held[full].dtype, held[full].shape, scanned.digest)
         for bare, full in match.whole.items()
         if (scanned := scans.get(full)) is not None and scanned.digest is not None
     }

@@ -68,13 +68,17 @@ def _structure(report: Report) -> Iterator[Problem]:
         yield Problem("the component is prefixed as in a full checkpoint, but no architecture has it")
     else:
         near = next((r for r in identity.rejected if r.component.cls in identity.absent), None)
+        # What is there in another shape is not missing.
+        lacking = "not as it should be" if near is not None and near.hint else "missing"
         averages = {m.component.average_of: m for m in identity.matches}
         spare = next((cls for cls in identity.absent if cls in averages), None)
         yield Problem(
-            f"not a whole {identity.incomplete}: {' and '.join(identity.absent)} missing",
+            f"not a whole {identity.incomplete}: {' and '.join(identity.absent)} {lacking}",
             evidence=(f"nearest: {describe(near)}",) if near else (),
             hint=f"a recipe can promote `{averages[spare].component.name}` to be the {spare}"
             if spare
+            else near.hint
+            if near is not None and near.hint
             else "what is whole can be extracted, or completed by a recipe from other files",
         )
 
@@ -106,7 +110,7 @@ def _lost(report: Report) -> Iterator[Problem]:
 
 def _positions(report: Report) -> Iterator[Problem]:
     ids = report.positions
-    owner = {full: m.component.name for m in report.identity.matches for full in m.whole.values()}
+    owner = {full: m.component.name for m in report.identity.matches for full in m.full}
     for name, tensor in ids.tensors.items():
         of = f"`position_ids` of `{owner[name]}`" if name in owner else f"`{name}`"
         harmful = [p for p in ids.wrong if p.tensor == name and p.harmful]
@@ -143,7 +147,7 @@ def _prediction(report: Report) -> Iterator[Problem]:
 
 def _spelling(report: Report) -> Iterator[Problem]:
     for match in report.identity.matches:
-        if match.diffusers_attention:
+        if match.diffusers_attention and not match.diffusers:
             example = next(iter(match.renamed.values()), next(iter(match.reshaped), ""))
             yield Problem(
                 f"the attention of `{match.component.name}` is laid out as diffusers does it",
@@ -152,10 +156,12 @@ def _spelling(report: Report) -> Iterator[Problem]:
                 ),
                 hint="the fix `vae-attention-shape` gives it the names and shapes that loaders expect",
             )
-        if match.usual_prefix is not None:
+        if match.usual_prefix is not None or (match.diffusers and not match.under):
+            as_diffusers = "they are those of diffusers" if match.diffusers else ""
+            begin = f"they begin with `{match.prefix}`, not `{match.usual_prefix}`" if match.under else ""
             yield Problem(
                 f"the names of `{match.component.name}` are not those that loaders expect",
-                evidence=(f"they begin with `{match.prefix}`, not `{match.usual_prefix}`",),
+                evidence=tuple(filter(None, (begin, as_diffusers))),
                 hint="a build gives them the usual names by itself",
             )
 

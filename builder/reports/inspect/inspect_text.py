@@ -217,4 +217,4 @@ def _remarks(part: Part) -> Iterator[str]:
     if match.companions:
         yield f"{len(match.companions):,} beyond its table"
     if match.component.prefix and not match.prefix:
-        yield "bare names"
+        yield "diffusers' names" if match.diffusers else "bare names"

@@ -54,7 +54,7 @@ class File:
     def whole(self) -> bool:
         """Whether this is a full model rather than a component alone."""
         identity = self.opened.identity
-        return identity.intact and sum(bool(m.prefix) for m in identity.matches if not m.ema) > 1
+        return identity.intact and sum(bool(m.under) for m in identity.matches if not m.ema) > 1
 
     def plain(self, match: Match, cls: str) -> dict[str, LazyTensor]:
         """A component's tensors under the catalog's own names and shapes, without its position ids."""

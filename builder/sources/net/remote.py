@@ -16,7 +16,7 @@ from builder.base.errors import CkptError, FetchError, Place, Problem, SourceErr
 from builder.base.progress import SILENT, Reporter
 from builder.formats import safetensors
 from builder.formats.blob import BlobTensor, FileBlob
-from builder.formats.checkpoint import Checkpoint
+from builder.formats.checkpoint import Checkpoint, unwrapped
 from builder.formats.write_safetensors import plan_layout
 from builder.sources.net.client import PIECE, Response, Session
 from builder.sources.net.failure import Failure, StartOver
@@ -238,7 +238,7 @@ def _open(addresses: Sequence[Address], session: Session, size: int | None, sha2
                 hint="download it, and use the file",
             )
         )
-    return safetensors.from_blob(blob, blob.name)
+    return unwrapped(safetensors.from_blob(blob, blob.name))
 
 
 class _Move(NamedTuple):
