@@ -2,11 +2,12 @@
 
 from builder.operations.lora.apply import APPLY_LORA
 from builder.operations.lora.extract import EXTRACT_LORA, RESIZE_LORA
+from builder.operations.mecha import MECHA
 from builder.operations.merges import MERGES
 from builder.operations.reductions import REDUCTIONS
 from builder.operations.registry import Operation
 
 OPERATIONS: dict[str, Operation] = {
     **{m.name: m.operation for m in (*MERGES, *REDUCTIONS)},
-    **{o.name: o for o in (APPLY_LORA, EXTRACT_LORA, RESIZE_LORA)},
+    **{o.name: o for o in (APPLY_LORA, EXTRACT_LORA, RESIZE_LORA, MECHA)},
 }

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+from builder.base.errors import Problem
 from builder.tensors.lazy import LazyTensor
 
-Kind = Literal["number", "integer", "string", "boolean", "choice", "weights"]
+Kind = Literal["number", "integer", "string", "boolean", "choice", "weights", "values"]
 Tensors = Mapping[str, LazyTensor]
 
 
@@ -74,6 +75,9 @@ class Operation:
     there: it gets all classes of its models by `KEY@CLASS`, and may read them to know which tensors there
     are. What the file says of itself follows from its parameters and what its input says: `metadata`.
 
+    One `of_methods` is spelt `NAME:METHOD`, and has that as its parameter `method`. `check` says, while
+    nothing is read yet, what is wrong with parameters and the keys of inputs, if anything is.
+
     `any_of` and `excludes` are parameters one of which must be given, and those that exclude others.
     """
 
@@ -89,6 +93,8 @@ class Operation:
     files: tuple[str, ...] = ()
     makes_file: bool = False
     metadata: Callable[[Mapping[str, Any], Mapping[str, str]], Mapping[str, str]] = lambda params, said: said
+    of_methods: bool = False
+    check: Callable[[Mapping[str, Any], Sequence[str]], Problem | None] = lambda params, inputs: None
     any_of: tuple[str, ...] = ()
     excludes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     params: Mapping[str, Param] = field(default_factory=dict)

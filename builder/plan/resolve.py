@@ -107,7 +107,7 @@ def _params(step: Step, operation: Operation, cls: str, catalog: Catalog) -> dic
     for name, param in operation.params.items():
         if param.kind == "weights":
             found[name] = of_class(step.params[name], cls, blocks)
-    if operation.many is not None:
+    if operation.many is not None and operation.many in step.params:
         found[operation.many] = {n: of_class(w, cls, blocks) for n, w in step.params[operation.many].items()}
     return found
 
@@ -295,6 +295,8 @@ class _Resolver:
 
         def origin(pick: Pick) -> Origin:
             plain = replace(pick, component=None)
+            if (problem := operation.check(step.params, tuple(step.inputs))) is not None:
+                raise RecipeError(replace(problem, place=self.recipe.place("steps", step.name)))
             self._check_alike(step, operation, models)
             if not self._takes_part(step, operation, pick.cls, models, leader):
                 return first.origin(pick)

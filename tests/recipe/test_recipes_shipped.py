@@ -92,9 +92,10 @@ def _words(words: dict[str, str]) -> str:
 
 def _operation(operation: Operation) -> str:
     many = f", {operation.many} = …" if operation.many else ""
-    inputs = ", ".join(f"{i} = …" for i in operation.inputs)
-    head = f"**`{operation.name}`** ({f'{inputs}{many}'.removeprefix(', ')}): {operation.doc}\n"
-    lines = (f"- `{n}`: {p.doc}{_without(p)}\n" for n, p in operation.params.items())
+    inputs = ", ".join(f"{i} = …" for i in (*operation.inputs, *operation.optional_inputs))
+    name = f"{operation.name}:NAME" if operation.of_methods else operation.name
+    head = f"**`{name}`** ({f'{inputs}{many}'.removeprefix(', ')}): {operation.doc}\n"
+    lines = (f"- `{n}`: {p.doc}{_without(p)}\n" for n, p in operation.params.items() if n != "method")
     return f"{head}{''.join(lines)}\n"
 
 
