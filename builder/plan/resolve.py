@@ -563,8 +563,9 @@ class _Resolver:
         # What is to be fetched is seen when it is here, and what is known need not be looked at.
         unseen = made is not None or self._elsewhere(job)
         specs = {} if unseen else to_read(self.plan, self.sources, job.origin)
-        known = not (job.cls == CHECKPOINT and isinstance(job.origin, (Applied, Finished)))
-        sizes = component_specs(specs, job.precision, job.narrow).values() if known else ()
+        unknown = unseen or (job.cls == CHECKPOINT and not isinstance(job.origin, Whole))
+        made_of = {} if unknown else to_read(self.plan, self.sources, self._shaped_as(job.origin))
+        sizes = component_specs(made_of, job.precision, job.narrow).values()
         return self.add(
             job,
             label,
@@ -575,6 +576,11 @@ class _Resolver:
             writes=made.bytes if made is not None else sum(d.bits * prod(s) // 8 for d, s in sizes),
             made=made,
         )
+
+    def _shaped_as(self, origin: Origin) -> Origin:
+        """What has the names and shapes of an origin: of a step, its first input."""
+        job = self.plan.nodes[origin.node].job
+        return self._shaped_as(job.inputs_by_name[job.first]) if isinstance(job, StepJob) else origin
 
     def _why(self, pick: Pick, action: str | None) -> str:
         if pick.source not in self.recipe.sources or self.recipe.sources[pick.source].recipe is not None:

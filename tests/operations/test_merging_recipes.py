@@ -121,6 +121,14 @@ y = { op = "add-difference", a = "x", b = "c", c = "x" }
     assert torch.equal(made(folder, NAME), (x + (c - x)).half())
 
 
+def test_the_plan_knows_what_is_read_and_written(folder: Folder) -> None:
+    folder.write("mix.toml", HEAD + 'base = "b3"\n' + SOURCES + CHAIN)
+    folder.know(*(f"{n}.safetensors" for n in "abcd"))
+    (output,) = [s for s in folder.plan("mix.toml")["steps"] if s["kind"] == "output"]
+    build(folder, 'base = "b3"\n' + SOURCES + CHAIN)
+    assert output["writes"] == sum(len(data) for _, _, data in content(folder / "mix.safetensors").values())
+
+
 def test_weights_by_class_block_and_pattern(folder: Folder) -> None:
     alpha = '{ UNET = { base = 0, M00 = 1, "OUT*" = 0.5 }, tensors = { "*.bias" = 0.25 } }'
     text = f'[steps.m]\nop = "weighted-sum"\na = "a"\nb = "b"\nalpha = {alpha}\n'
