@@ -373,7 +373,7 @@ class _Resolver:
                 said = self._file_metadata(step.inputs[files[0]])
             else:
                 first = next(iter(models.values()))
-                said = self._family(first, classes())
+                said = self._family(first)
             return operation.metadata(step.params, said)
 
         told = _Told(Prediction())
@@ -406,13 +406,13 @@ class _Resolver:
         said = self.model(name).metadata
         return said() if said is not None else {}
 
-    def _family(self, model: _Model, classes: Sequence[str]) -> dict[str, str]:
+    def _family(self, model: _Model) -> dict[str, str]:
         """What the file of a LoRA says of the family of the models that it was extracted of."""
         told = model.told().prediction
-        traits = [a for c in classes if (a := self.catalog.traits[c].adapters) is not None]
         said: dict[str, str] = {}
-        for extracted in (a.extracted for a in traits if a.extracted is not None):
-            said |= extracted.metadata_v if told.v else extracted.metadata
+        for traits in (self.catalog.traits[c] for c in model.classes() if c in self.catalog.traits):
+            if traits.adapters is not None and (extracted := traits.adapters.extracted) is not None:
+                said |= extracted.metadata_v if told.v else extracted.metadata
         architecture = model.architecture()
         stated = told.stated(architecture.modelspec if architecture is not None else None, self.catalog)
         if ARCHITECTURE in stated:
@@ -802,7 +802,8 @@ class _Resolver:
             stem = target.name[: -len(SUFFIX)]
             return Container(form, stem=stem, shard_size=output.shard_size or SHARD_SIZE)
         if form != "diffusers":
-            return Container(form, nesting="state_dict" if form == "torch" and not output.verbatim else "")
+            model = not output.verbatim and self.adapter(output) is None
+            return Container(form, nesting="state_dict" if form == "torch" and model else "")
         opened = self.sources.open(base) if base is not None and self.sources.seen(base) else None
         name = output.name
         if output.verbatim and opened is not None:

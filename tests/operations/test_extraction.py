@@ -257,6 +257,27 @@ def test_the_plan_says_that_its_tensors_follow_from_what_it_reads(folder: Folder
     assert "the size of LoRAs is known when they are begun" in said
 
 
+def test_where_v_is_predicted_the_file_says_so(folder: Folder) -> None:
+    with open_checkpoint(folder / "tuned.safetensors", catalog().layouts) as held:
+        tensors = {n: values(numbers(t).numpy()) for n, t in held.items() if t.dtype.floating}
+    save(folder / "tuned.safetensors", tensors | {"v_pred": values([])})
+    built(folder, MODELS + STEP + "rank = 1\ncomponents = ['CLIP-mini']\n")
+    assert metadata(folder)["ss_base_model_version"] == "sd_v1_v"
+
+
+def test_as_a_pytorch_file_it_is_a_plain_state_dict(folder: Folder) -> None:
+    folder.write("x.toml", MODELS + STEP + "rank = 1\n[output]\nfile = 'x.pt'\n")
+    folder.build("x.toml")
+    held = torch.load(folder / "x.pt", weights_only=True)
+    assert held[f"{QUERY_}.lora_down.weight"].dtype == torch.float16
+
+
+def test_no_folder_of_a_lora(folder: Folder) -> None:
+    folder.write("x.toml", MODELS + STEP + "rank = 1\n[output]\nfile = 'x/'\n")
+    found = folder("plan", "x.toml")
+    assert found.code == 3 and "no model that diffusers' layout is known for" in found.err
+
+
 def test_stored_it_is_not_computed_again(folder: Folder) -> None:
     built(folder, MODELS + STEP + "rank = 2\nstore = true\n")
     first = (folder / "x.safetensors").read_bytes()
@@ -406,6 +427,16 @@ def test_models_of_other_kinds(folder: Folder) -> None:
     save(folder / "tuned.safetensors", {"a.lora_up.weight": values([[1.0]])})
     found = folder("plan", "x.toml")
     assert found.code == 3 and "the step `ex` has nothing to work on" in found.err
+
+
+@pytest.mark.parametrize("shapes", [((), ()), ((6, 4), (3, 9)), ((6, 0), (0, 9)), ((6, 4), (4,))])
+@pytest.mark.parametrize("how", ["rank = 2\n", "rank = 2\nsv_fro = 0.5\n"])
+def test_factors_that_are_none(folder: Folder, shapes: tuple[tuple[int, ...], ...], how: str) -> None:
+    up, down = (values(torch.ones(shape).numpy()) for shape in shapes)
+    save(folder / "l.safetensors", {"m.lora_up.weight": up, "m.lora_down.weight": down})
+    folder.write("x.toml", RESIZE + how)
+    found = folder("build", "x.toml")
+    assert found.code == 6 and "the factors of `m` do not fit each other" in found.err
 
 
 def test_a_file_without_a_lora(folder: Folder) -> None:

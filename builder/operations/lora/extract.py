@@ -34,6 +34,27 @@ WORKERS = 4  # each holds one matrix
 # ── factors ──
 
 
+class Kept:
+    """The factors that were made last: a pass asks for one window of them after the other."""
+
+    most = 16
+
+    def __init__(self) -> None:
+        self.held: OrderedDict[object, Sequence[torch.Tensor]] = OrderedDict()
+        self.lock = threading.Lock()
+
+    def get(self, key: object) -> Sequence[torch.Tensor] | None:
+        with self.lock:
+            return self.held.get(key)
+
+    def put(self, key: object, made: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        with self.lock:
+            self.held[key] = made
+            while len(self.held) > self.most:
+                self.held.popitem(last=False)
+        return made
+
+
 @dataclass(eq=False)
 class Factors:
     """A matrix as the product of two, `[rows, rank]` and `[rank, columns]`, of the greatest singular values.
@@ -47,6 +68,7 @@ class Factors:
     shape: tuple[int, int]
     rank: int = 0
     clamp: float = 1.0
+    kept: Kept = field(default_factory=Kept)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def values(self) -> torch.Tensor:
@@ -57,7 +79,7 @@ class Factors:
     def get(self) -> Sequence[torch.Tensor]:
         """Both factors, flat and in FP32; those of the last few are kept."""
         with self._lock:
-            return _kept.get(self) or _kept.put(self, self._made())
+            return self.kept.get(self) or self.kept.put(self, self._made())
 
     def _made(self) -> tuple[torch.Tensor, ...]:
         import numpy as np
@@ -102,30 +124,6 @@ def _of_gram(matrix: torch.Tensor, count: int) -> list[torch.Tensor]:
     sizes = others.norm(dim=1)
     others = others / sizes.clamp(min=1e-300)[:, None]
     return [vectors, sizes, others] if wide else [others.T, sizes, vectors.T]
-
-
-class _Kept:
-    """The factors that were made last: a pass asks for one window of them after the other."""
-
-    most = 16
-
-    def __init__(self) -> None:
-        self.held: OrderedDict[Factors, Sequence[torch.Tensor]] = OrderedDict()
-        self.lock = threading.Lock()
-
-    def get(self, key: Factors) -> Sequence[torch.Tensor] | None:
-        with self.lock:
-            return self.held.get(key)
-
-    def put(self, key: Factors, made: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-        with self.lock:
-            self.held[key] = made
-            while len(self.held) > self.most:
-                self.held.popitem(last=False)
-        return made
-
-
-_kept = _Kept()
 
 
 class _Factor(Computed):
@@ -244,12 +242,13 @@ def _difference(pair: Pair) -> Callable[[], Sequence[torch.Tensor]]:
 def _of_pairs(pairs: Mapping[str, Pair], params: Mapping[str, Any]) -> dict[str, Factors | LazyTensor]:
     """The factors of each difference, or all of it where a rank that is found would be half of the rows."""
     found: dict[str, Factors] = {}
+    kept = Kept()
     for module, pair in pairs.items():
         shape = flat(pair[0]).shape
         convolution = pair[0].shape[2:] not in ((), (1, 1))
         most = params.get("conv_rank") if convolution else params.get("rank")
         rank = min(most or shape[0], pair[0].shape[1], *shape)
-        found[module] = Factors(module, _difference(pair), (shape[0], shape[1]), rank, params["clamp"])
+        found[module] = Factors(module, _difference(pair), (shape[0], shape[1]), rank, params["clamp"], kept)
     if all(params.get(key) is None for key in DATA):
         return dict(found)
     ranks = _each(lambda f: extracted_rank(f.values(), params, f.rank), found.values())
@@ -309,7 +308,8 @@ def _extracted_metadata(params: Mapping[str, Any], said: Mapping[str, str]) -> d
 def _resize(inputs: Mapping[str, Tensors], params: Mapping[str, Any], setting: Setting) -> Applied:
     file = inputs["lora"]
     found = {m.name: m for m in modules(file)[0].values() if {"up", "down"} <= m.tensors.keys()}
-    factors = {n: _old(m, params) for n, m in found.items() if "mid" not in m.tensors}
+    kept = Kept()
+    factors = {n: _old(m, params, kept) for n, m in found.items() if "mid" not in m.tensors}
     said_of = peft(setting.metadata.get("lora", {}))
     if not factors:
         raise SourceError(Problem("resize-lora finds no LoRA in its file", hint="it resizes no other kinds"))
@@ -336,11 +336,12 @@ def _resize(inputs: Mapping[str, Tensors], params: Mapping[str, Any], setting: S
 DYNAMIC = ("sv_ratio", "sv_cumulative", "sv_fro")
 
 
-def _old(module: Module, params: Mapping[str, Any]) -> Factors:
+def _old(module: Module, params: Mapping[str, Any], kept: Kept) -> Factors:
     """The factors of a module, of the rank that is asked for, or of its own where that is less."""
-    up, down = (flat(module.tensors[part]) for part in ("up", "down"))
-    if up.shape[1] != down.shape[0]:
-        shapes = f"{list(up.shape)} times {list(down.shape)}"
+    held = [module.tensors[part] for part in ("up", "down")]
+    up, down = map(flat, held)
+    if any(len(t.shape) < 2 or not t.numel for t in held) or up.shape[1] != down.shape[0]:
+        shapes = f"{list(held[0].shape)} times {list(held[1].shape)}"
         raise SourceError(
             Problem(f"the factors of `{module.name}` do not fit each other", evidence=(shapes,))
         )
@@ -348,7 +349,7 @@ def _old(module: Module, params: Mapping[str, Any]) -> Factors:
     most: int = (params.get("conv_rank") if convolution else None) or params["rank"]
     shape = (up.shape[0], down.shape[1])
     rank = min(most, down.shape[0], *shape)
-    return Factors(module.name, lambda: [whole(up).double(), whole(down).double()], shape, rank)
+    return Factors(module.name, lambda: [whole(up).double(), whole(down).double()], shape, rank, kept=kept)
 
 
 def _alpha(
