@@ -409,14 +409,13 @@ class _Resolver:
     def _family(self, model: _Model) -> dict[str, str]:
         """What the file of a LoRA says of the family of the models that it was extracted of."""
         told = model.told().prediction
-        said: dict[str, str] = {}
+        architecture = model.architecture()
+        said = told.stated(architecture.modelspec if architecture is not None else None, self.catalog)
+        if ARCHITECTURE in said:
+            said[ARCHITECTURE] += "/lora"
         for traits in (self.catalog.traits[c] for c in model.classes() if c in self.catalog.traits):
             if traits.adapters is not None and (extracted := traits.adapters.extracted) is not None:
                 said |= extracted.metadata_v if told.v else extracted.metadata
-        architecture = model.architecture()
-        stated = told.stated(architecture.modelspec if architecture is not None else None, self.catalog)
-        if ARCHITECTURE in stated:
-            said |= stated | {ARCHITECTURE: f"{stated[ARCHITECTURE]}/lora"}
         return said
 
     def _inputs(

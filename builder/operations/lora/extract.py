@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -200,17 +200,20 @@ def _extract(inputs: Mapping[str, Tensors], params: Mapping[str, Any], setting: 
             words.append(f"extract-lora: {cls} is left out: no weight differs by more than {least}")
             continue
         found = _of_pairs(pairs, params)
-        ranks = Counter(f"rank {f.rank}" if isinstance(f, Factors) else "as they are" for f in found.values())
-        said = ", ".join(
-            f"{count:,} of {rank}" if "rank" in rank else f"{count:,} {rank}"
-            for rank, count in sorted(ranks.items())
-        )
-        words.append(f"extract-lora: {counted(len(found), 'module')} of {cls}: {said}")
+        ranks = [f.rank for f in found.values() if isinstance(f, Factors)]
+        left = len(found) - len(ranks)
+        said = [f"{len(ranks):,} of {_ranks(ranks)}"] * bool(ranks) + [f"{left:,} as they are"] * bool(left)
+        words.append(f"extract-lora: {counted(len(found), 'module')} of {cls}: {', '.join(said)}")
         for module, what in found.items():
             made |= _tensors(module, what, pairs[module][1].shape)
     if not made:
         raise OutputError(Problem("extract-lora finds no difference to extract"))
     return Applied(made, tuple(words))
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    least, most = min(ranks), max(ranks)
+    return f"rank {least}" if least == most else f"ranks {least} to {most}"
 
 
 Pair = tuple[LazyTensor, LazyTensor]
@@ -325,10 +328,9 @@ def _resize(inputs: Mapping[str, Tensors], params: Mapping[str, Any], setting: S
         made[module.spelt["up"]] = _Factor(what, 0, (up.shape[0], what.rank, *up.shape[2:]))
         made[module.spelt["down"]] = _Factor(what, 1, (what.rank, *down.shape[1:]))
         made |= _alpha(module, what.rank, down.shape[0], said_of)
-    ranks_ = Counter(f.rank for f in factors.values())
-    said = ", ".join(f"{count:,} of rank {rank}" for rank, count in sorted(ranks_.items()))
+    said = _ranks([f.rank for f in factors.values()])
     left = len(file) - sum(len(found[n].names) for n in factors)
-    words = [f"resize-lora: {counted(len(factors), 'module')}: {said}"]
+    words = [f"resize-lora: {counted(len(factors), 'module')} of {said}"]
     words += [f"resize-lora: {counted(left, 'tensor')} of other kinds as they were"] * bool(left)
     return Applied(made, tuple(words))
 
