@@ -73,8 +73,17 @@ class Factors:
 
     def values(self) -> torch.Tensor:
         """The singular values in FP64, the greatest first."""
+        import torch
+
         with exact_torch():
-            return self._decomposed(min(self.shape))[1]
+            parts = self._finite()
+            if len(parts) == 2:
+                upper, lower = (torch.linalg.qr(p, "r")[1] for p in (parts[0], parts[1].T))
+                found: torch.Tensor = torch.linalg.svdvals(upper @ lower.T)
+            else:
+                short = _wide(parts[0])
+                found = torch.linalg.eigvalsh(short @ short.T).clamp(min=0).sqrt().flip(0)
+            return found
 
     def get(self) -> Sequence[torch.Tensor]:
         """Both factors, flat and in FP32; those of the last few are kept."""
@@ -91,16 +100,21 @@ class Factors:
             up, down = up.clamp(-most, most), down.clamp(-most, most)
         return up.float().flatten(), down.float().flatten()
 
+    def _finite(self) -> Sequence[torch.Tensor]:
+        """What is read; raises OutputError where that is no matrix of numbers."""
+        parts = self.read()
+        if not all(bool(p.isfinite().all()) for p in parts):
+            raise OutputError(Problem(f"what is extracted for `{self.module}` is not finite"))
+        return parts
+
     def _decomposed(self, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The first singular vectors and values: U `[rows, count]`, S, V `[count, columns]`."""
         import torch
 
-        parts = self.read()
-        if not all(bool(p.isfinite().all()) for p in parts):
-            raise OutputError(Problem(f"what is extracted for `{self.module}` is not finite"))
+        parts = self._finite()
         if len(parts) == 2:  # orthogonal factors of each leave a matrix of their rank
             (left, upper), (right, lower) = (torch.linalg.qr(p) for p in (parts[0], parts[1].T))
-            u, sizes, v = torch.linalg.svd(upper @ lower.T)
+            u, sizes, v = torch.linalg.svd(upper @ lower.T, full_matrices=False)
             found = [left @ u, sizes, v @ right.T]
         else:
             found = _of_gram(parts[0], count)
@@ -117,13 +131,16 @@ def _of_gram(matrix: torch.Tensor, count: int) -> list[torch.Tensor]:
     """
     import torch
 
-    wide = matrix.shape[0] <= matrix.shape[1]
-    short = matrix if wide else matrix.T
+    short = _wide(matrix)
     vectors = torch.linalg.eigh(short @ short.T)[1].flip(1)[:, :count]
     others = vectors.T @ short
     sizes = others.norm(dim=1)
     others = others / sizes.clamp(min=1e-300)[:, None]
-    return [vectors, sizes, others] if wide else [others.T, sizes, vectors.T]
+    return [vectors, sizes, others] if short is matrix else [others.T, sizes, vectors.T]
+
+
+def _wide(matrix: torch.Tensor) -> torch.Tensor:
+    return matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
 
 
 class _Factor(Computed):
