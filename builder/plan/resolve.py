@@ -402,7 +402,8 @@ class _Resolver:
         """What an adapter says of itself."""
         source = self.recipe.sources.get(name)
         if source is not None and source.recipe is None:
-            return self._carried(self.source(name))
+            job = self.source(name)
+            return self._carried(job) if self._is_seen(job) else {}
         said = self.model(name).metadata
         return said() if said is not None else {}
 

@@ -17,6 +17,8 @@ from builder.operations.lora.extract import Factors, extracted_rank, resized_ran
 from builder.operations.lora.names import Shaped, extracted, targets
 from builder.tensors.lazy import LazyTensor
 from tests.help.building import CLIP, UNET, Folder, catalog, content, model, save, values
+from tests.help.network import hosts
+from tests.help.servers import hugging_face
 
 HELD = json.loads(Path(__file__).with_name("extraction.json").read_text(encoding="utf-8"))
 
@@ -309,7 +311,8 @@ RESIZE = """\
 format = 1
 name = "x"
 base = "re"
-sources.l.file = "l.safetensors"
+[sources.l]
+file = "l.safetensors"
 [steps.re]
 op = "resize-lora"
 lora = "l"
@@ -359,6 +362,17 @@ def test_a_lora_of_another_rank(folder: Folder, how: str, rank: int) -> None:
     assert said["ss_network_dim"] == (asked if fixed else "Dynamic")
     assert said["ss_network_alpha"] == (str(int(asked) / 2) if fixed else "Dynamic")
     assert f"from 4{f' to {asked}' if fixed else ''}; " in said["ss_training_comment"]
+
+
+def test_what_a_lora_says_is_kept_where_it_is_fetched_first(folder: Folder, tmp_path: Path) -> None:
+    lora(folder, ss_network_dim="4", ss_tag="kept")
+    data = (folder / "l.safetensors").read_bytes()
+    with hosts(tmp_path) as net:
+        hugging_face(net.hub, net.storage, "org/l", "l.safetensors", data)
+        source = 'urls = ["hf://org/l/l.safetensors"]'
+        net.folder.write("x.toml", RESIZE.replace('file = "l.safetensors"', source) + "rank = 2\n")
+        net.folder.build("x.toml")
+        assert metadata(net.folder)["ss_tag"] == "kept"
 
 
 def test_what_peft_says_of_the_scale_is_kept(folder: Folder) -> None:
