@@ -17,7 +17,7 @@ from builder.operations.lora.extract import Factors, extracted_rank, resized_ran
 from builder.operations.lora.names import Shaped, extracted, targets
 from builder.tensors.lazy import LazyTensor
 from tests.help.building import CLIP, UNET, Folder, catalog, content, model, save, values
-from tests.help.network import hosts
+from tests.help.network import hosts, sha256
 from tests.help.servers import hugging_face
 
 HELD = json.loads(Path(__file__).with_name("extraction.json").read_text(encoding="utf-8"))
@@ -369,7 +369,7 @@ def test_what_a_lora_says_is_kept_where_it_is_fetched_first(folder: Folder, tmp_
     data = (folder / "l.safetensors").read_bytes()
     with hosts(tmp_path) as net:
         hugging_face(net.hub, net.storage, "org/l", "l.safetensors", data)
-        source = 'urls = ["hf://org/l/l.safetensors"]'
+        source = f'urls = ["hf://org/l/l.safetensors"]\nsha256 = "{sha256(data)}"'
         net.folder.write("x.toml", RESIZE.replace('file = "l.safetensors"', source) + "rank = 2\n")
         net.folder.build("x.toml")
         assert metadata(net.folder)["ss_tag"] == "kept"
