@@ -414,6 +414,7 @@ class Struct(Kind):
     any_of: tuple[str, ...] = ()
     excludes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     needs: Mapping[str, str] = field(default_factory=dict)
+    what: str = "where to find it"  # that `any_of` say
     elsewhere: Mapping[str, str] = field(default_factory=dict)  # keys of other tables: the table's heading
     noun: str = "a table"
     label: str = "table"
@@ -445,9 +446,7 @@ class Struct(Kind):
 
     def _together(self, value: Mapping[str, Any], at: At) -> None:
         if self.any_of and not any(k in value for k in self.any_of):
-            at.wrong(
-                f"{at.name} says nothing of where to find it", hint=f"give {_either(self.any_of)}", key=True
-            )
+            at.wrong(f"{at.name} says nothing of {self.what}", hint=f"give {_either(self.any_of)}", key=True)
         for name, others in self.excludes.items():
             for other in others:
                 if name in value and other in value:

@@ -13,7 +13,7 @@ from builder.base.errors import CkptError
 from builder.build.context import Context
 from builder.models.cut import Cut, cut
 from builder.operations.fixes import FIXES, truncated_position_ids
-from builder.operations.lora.names import Shaped, Target, targets
+from builder.operations.lora.names import Shaped, Target, extracted, targets
 from builder.operations.registry import Setting
 from builder.plan.graph import (
     CHECKPOINT,
@@ -160,6 +160,7 @@ class Composer:
         setting = Setting(
             job.cls,
             modules=self._modules,
+            extracted=self._extracted,
             metadata={p: self._metadata(o) for p, o in job.inputs_by_name.items() if isinstance(o, Whole)},
             arithmetic=job.arithmetic,
         )
@@ -176,6 +177,8 @@ class Composer:
             faults = Faults()
             self.faults.append((key, job.precision, faults))
             made = cast_all(made, job.precision, faults=faults)
+        if job.cls == CHECKPOINT:
+            return Cut(CHECKPOINT, dict(made), tuple(words))
         first = inputs[job.first or operation.inputs[0]]
         return Cut(first.component, dict(made), (*first.changes, *words))
 
@@ -196,3 +199,13 @@ class Composer:
             rules = catalog.classes[cls][0].tensors
             tensors = {n: Shaped(r.shape) for n, r in rules.items()}
         return targets(tensors, adapters, catalog.rules[adapters.rules] if adapters.rules else None)
+
+    def _extracted(
+        self, cls: str, tensors: Mapping[str, LazyTensor], convolutions: bool
+    ) -> Mapping[str, Target]:
+        """What of a class adapters are extracted for."""
+        catalog = self.context.sources.catalog
+        adapters = catalog.traits[cls].adapters
+        assert adapters is not None, "the plan has seen to it"
+        rules = catalog.rules[adapters.rules] if adapters.rules else None
+        return extracted(tensors, adapters, rules, convolutions=convolutions)

@@ -101,7 +101,8 @@ class Merge:
         names = [n for n, t in first.items() if takes_part(n, t, setting)]
         _check_alike(self.name, {k: inputs[k] for k in order}, names, setting.cls)
         weights = self._weights(params, names, setting)
-        common: dict[str, Any] = {"names": [k.partition(".")[2] for k in order if k not in self.inputs]}
+        names_ = [k.partition(".")[2] for k in order if k not in self.inputs]
+        common: dict[str, Any] = {"names": names_, "keys": order}
         if self.across is not None:
             common["model"] = self.across(inputs, setting)
         made = dict(first)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+from builder.base.errors import Problem
 from builder.tensors.lazy import LazyTensor
 
-Kind = Literal["number", "integer", "string", "boolean", "choice", "weights"]
+Kind = Literal["number", "integer", "string", "boolean", "choice", "weights", "values"]
 Tensors = Mapping[str, LazyTensor]
 
 
 @dataclass(frozen=True)
 class Param:
-    """A parameter of an operation: its kind, bounds (inclusive) and default (None: it must be given)."""
+    """A parameter of an operation: its kind, bounds (inclusive) and default.
+
+    Without a default it must be given, unless it is `optional`: then it may be None.
+    """
 
     kind: Kind
     doc: str
@@ -22,6 +26,7 @@ class Param:
     choices: tuple[str, ...] = ()
     minimum: float | None = None
     maximum: float | None = None
+    optional: bool = False
 
 
 @dataclass(frozen=True)
@@ -30,14 +35,16 @@ class Setting:
 
     `cls` is the class that is made; `block` gives the block of a tensor, None for one of no block;
     `constants` are tensors that no operation touches. `modules` says what the names that adapters use mean
-    in the tensors of a class (None: as the catalog has it), `metadata` what files say, by key. With the
-    arithmetic `file`, every product and sum is rounded to the type of the inputs.
+    in the tensors of a class (None: as the catalog has it), `extracted` what of a class adapters are
+    extracted for, by the names that they give it; `metadata` is what files say, by key. With the arithmetic
+    `file`, every product and sum is rounded to the type of the inputs.
     """
 
     cls: str
     block: Callable[[str], str | None] = lambda name: None
     constants: tuple[str, ...] = ()
     modules: Callable[[str, Tensors | None], Mapping[str, Mapping[str, Any]]] = lambda cls, tensors: {}
+    extracted: Callable[[str, Tensors, bool], Mapping[str, Any]] = lambda cls, tensors, convolutions: {}
     metadata: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     arithmetic: Literal["exact", "file"] = "exact"
 
@@ -60,9 +67,18 @@ class Operation:
     list of them, or where they are `weighted` a table, each with a weight of its own. `apply` gets the
     inputs' components of one class by key (those of a list or table by `KEY.NAME`), each a mapping of
     unprefixed names, and the canonical parameters; it computes nothing yet. With `whole_models`, it gets
-    their other classes too, by `KEY@CLASS`. Where those of the table are `files`, it gets all that each
+    their other classes too, by `KEY@CLASS`. Of the inputs whose keys are `files`, it gets all that each
     holds, and the model's `classes` as a parameter. `version` is part of every key: a change of the result
     must change it.
+
+    One that `makes_file` is asked once for all tensors of an adapter's file, under the names that they have
+    there: it gets all classes of its models by `KEY@CLASS`, and may read them to know which tensors there
+    are. What the file says of itself follows from its parameters and what its input says: `metadata`.
+
+    One `of_methods` is spelt `NAME:METHOD`, and has that as its parameter `method`. `check` says, while
+    nothing is read yet, what is wrong with parameters and the keys of inputs, if anything is.
+
+    `any_of` and `excludes` are parameters one of which must be given, and those that exclude others.
     """
 
     name: str
@@ -74,5 +90,11 @@ class Operation:
     many: str | None = None
     weighted: bool = True
     whole_models: bool = False
-    files: bool = False
+    files: tuple[str, ...] = ()
+    makes_file: bool = False
+    metadata: Callable[[Mapping[str, Any], Mapping[str, str]], Mapping[str, str]] = lambda params, said: said
+    of_methods: bool = False
+    check: Callable[[Mapping[str, Any], Sequence[str]], Problem | None] = lambda params, inputs: None
+    any_of: tuple[str, ...] = ()
+    excludes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     params: Mapping[str, Param] = field(default_factory=dict)

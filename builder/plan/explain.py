@@ -23,6 +23,8 @@ def to_text(plan: Plan) -> str:
         lines.append("nothing to do")
     else:
         lines.append(f"reads {human_bytes(reads)}, writes {human_bytes(writes)}")
+        if any(n.state == "make" and not n.writes for n in plan.outputs()):
+            lines.append("the size of LoRAs is known when they are begun")
     return "\n".join(lines)
 
 

@@ -19,7 +19,7 @@ from builder.models.catalog import PLAIN, Architecture, Names
 from builder.models.cut import choose, cut, foreign, usual
 from builder.models.identify import EMA, Identity, Match, as_class
 from builder.models.parts import kind, words_for
-from builder.models.prediction import Prediction, prediction, read_markers
+from builder.models.prediction import ARCHITECTURE, WORDS, Prediction, prediction, read_markers
 from builder.operations import OPERATIONS
 from builder.operations.registry import Operation
 from builder.operations.weights import Weights, blocks_of, is_given, of_class, patterns
@@ -108,7 +108,7 @@ def _params(step: Step, operation: Operation, cls: str, catalog: Catalog) -> dic
     for name, param in operation.params.items():
         if param.kind == "weights":
             found[name] = of_class(step.params[name], cls, blocks)
-    if operation.many is not None:
+    if operation.many is not None and operation.many in step.params:
         found[operation.many] = {n: of_class(w, cls, blocks) for n, w in step.params[operation.many].items()}
     return found
 
@@ -133,7 +133,8 @@ class _Told(NamedTuple):
 class _Model:
     """A source, step or sub-recipe as a set of components, each of which becomes a node when it is taken.
 
-    `told` says what its denoiser predicts.
+    `told` says what its denoiser predicts. One with `metadata`, which a file of it says of itself, is no
+    model but an adapter: all of it is one component.
     """
 
     name: str
@@ -142,6 +143,7 @@ class _Model:
     origin: Callable[[Pick], Origin]
     told: Callable[[], _Told]
     first: _Model | None = None  # of a step, the one whose classes it changes
+    metadata: Callable[[], Mapping[str, str]] | None = None
 
 
 class _Resolver:
@@ -263,6 +265,9 @@ class _Resolver:
         inner = _Resolver(self.plan, recipe, (*self.scope, name), self.sources, self.operations)
         output = recipe.output(self.recipe.sources[name].output)
         assert output is not None, "the reader of recipes has seen to it"
+        if (adapter := inner.adapter(output)) is not None:
+            pick = Pick(CHECKPOINT, adapter.name, None, output.base.at)
+            return replace(adapter, name=name, origin=lambda _: Finished(inner.component(output, pick)))
         architecture, picks = inner.filled(output)
 
         def origin(pick: Pick) -> Origin:
@@ -287,13 +292,17 @@ class _Resolver:
     def _step(self, name: str) -> _Model:
         step = self.recipe.steps[name]
         operation = self.operations[step.op]
-        files = [p for p in step.inputs if operation.files and p.partition(".")[0] == operation.many]
+        if operation.makes_file:
+            return self._adapter_step(step, operation)
+        files = [p for p in step.inputs if p.partition(".")[0] in operation.files]
         models = {p: self.model(n) for p, n in step.inputs.items() if p not in files}
         leader = _leader(step, operation)
         first = models[leader]
 
         def origin(pick: Pick) -> Origin:
             plain = replace(pick, component=None)
+            if (problem := operation.check(step.params, tuple(step.inputs))) is not None:
+                raise RecipeError(replace(problem, place=self.recipe.place("steps", step.name)))
             self._check_alike(step, operation, models)
             if not self._takes_part(step, operation, pick.cls, models, leader):
                 return first.origin(pick)
@@ -306,29 +315,114 @@ class _Resolver:
                 operation.name,
                 operation.version,
                 self._inputs(step, operation, plain, models, leader)
-                | {p: Whole(self.source(step.inputs[p]).key) for p in files},
+                | {p: self._file(step, p) for p in files},
                 _params(step, operation, pick.cls, self.catalog)
                 | ({"classes": list(first.classes())} if files else {}),
                 step.arithmetic,  # type: ignore[arg-type]
                 step.precision,  # type: ignore[arg-type]
                 leader,
             )
-            applied = Applied(
-                self.add(
-                    job,
-                    f"step {name} {pick.cls}",
-                    action=self.action(job),
-                    state="stream",
-                    why="computed as it is needed",
-                )
-            )
-            if not step.store:
-                return applied
-            # Kept as it is, every bit of it, for whoever finishes it.
-            kept = ComponentJob(pick.cls, name, applied, (), "keep", False, "keep", "keep", store=True)
-            return Finished(self._component(kept, f"{pick.cls} of step {name}", pick))
+            return self._applied(step, job, pick, f"step {name} {pick.cls}", "computed as it is needed")
 
         return _Model(name, first.classes, first.architecture, cache(origin), first.told, first)
+
+    def _applied(self, step: Step, job: StepJob, pick: Pick, label: str, why: str) -> Origin:
+        """What a step makes of a class: computed, or from where it is kept."""
+        applied = Applied(self.add(job, label, action=self.action(job), state="stream", why=why))
+        if not step.store:
+            return applied
+        # Kept as it is, every bit of it, for whoever finishes it.
+        kept = ComponentJob(pick.cls, step.name, applied, (), "keep", False, "keep", "keep", store=True)
+        return Finished(self._component(kept, f"{pick.cls} of step {step.name}", pick))
+
+    # -- adapters
+
+    def adapter(self, output: Output) -> _Model | None:
+        """The adapter that an output is the file of; None where it is a model's."""
+        model = self.model(output.base.name) if isinstance(output.base, FromBase) else None
+        return model if model is not None and model.metadata is not None else None
+
+    def _adapter_step(self, step: Step, operation: Operation) -> _Model:
+        """A step that makes an adapter, of which tensors there are is known once it reads its inputs."""
+        files = [p for p in step.inputs if p in operation.files]
+        models = {p: self.model(n) for p, n in step.inputs.items() if p not in files}
+
+        def classes() -> list[str]:
+            held = [set(m.classes()) for m in models.values()]
+            first = next(iter(models.values())).classes() if models else ()
+            return [c for c in first if all(c in h for h in held) and self._is_extracted(step, c)]
+
+        def origin(pick: Pick) -> Origin:
+            inputs: dict[str, Origin] = {p: self._file(step, p) for p in files}
+            picks = [replace(pick, cls=cls, component=None) for cls in classes()]
+            inputs |= {f"{p}@{k.cls}": m.origin(k) for k in picks for p, m in models.items()}
+            if not inputs:
+                held = tuple(f"`{m.name}` holds {_words(m.classes())}" for m in models.values())
+                fact = f"the step `{step.name}` has nothing to work on"
+                hint = "LoRAs are extracted of UNETs and text encoders of SD v1, v2 and XL, which both have"
+                raise RecipeError(Problem(fact, self.recipe.place("steps", step.name), held, hint))
+            job = StepJob(
+                step.name,
+                CHECKPOINT,
+                operation.name,
+                operation.version,
+                inputs,
+                step.params,
+                precision=step.precision,  # type: ignore[arg-type]
+                first=next(iter(inputs)),
+            )
+            why = "its inputs are read when an output that needs it is begun"
+            return self._applied(step, job, replace(pick, cls=CHECKPOINT), f"step {step.name}", why)
+
+        def metadata() -> Mapping[str, str]:
+            if files:
+                said = self._file_metadata(step.inputs[files[0]])
+            else:
+                first = next(iter(models.values()))
+                said = self._family(first)
+            return operation.metadata(step.params, said)
+
+        told = _Told(Prediction())
+        return _Model(step.name, lambda: (CHECKPOINT,), lambda: None, origin, lambda: told, metadata=metadata)
+
+    def _is_extracted(self, step: Step, cls: str) -> bool:
+        traits = self.catalog.traits.get(cls)
+        asked = not step.components or cls in step.components
+        return (
+            asked and traits is not None and traits.adapters is not None and bool(traits.adapters.extracted)
+        )
+
+    def _file(self, step: Step, param: str) -> Origin:
+        """All that an adapter holds which is an input of a step."""
+        name = step.inputs[param]
+        source = self.recipe.sources.get(name)
+        if source is not None and source.recipe is None:
+            return Whole(self.source(name).key)
+        model = self.model(name)
+        place = self.recipe.place(*step.at(param), value=True)
+        if model.metadata is None:
+            raise RecipeError(Problem(f"`{name}` is a model, and no LoRA", place))
+        return model.origin(Pick(CHECKPOINT, name, None, step.at(param)))
+
+    def _file_metadata(self, name: str) -> Mapping[str, str]:
+        """What an adapter says of itself."""
+        source = self.recipe.sources.get(name)
+        if source is not None and source.recipe is None:
+            return self._carried(self.source(name))
+        said = self.model(name).metadata
+        return said() if said is not None else {}
+
+    def _family(self, model: _Model) -> dict[str, str]:
+        """What the file of a LoRA says of the family of the models that it was extracted of."""
+        told = model.told().prediction
+        architecture = model.architecture()
+        said = told.stated(architecture.modelspec if architecture is not None else None, self.catalog)
+        if ARCHITECTURE in said:
+            said[ARCHITECTURE] += "/lora"
+        for traits in (self.catalog.traits[c] for c in model.classes() if c in self.catalog.traits):
+            if traits.adapters is not None and (extracted := traits.adapters.extracted) is not None:
+                said |= extracted.metadata_v if told.v else extracted.metadata
+        return said
 
     def _inputs(
         self, step: Step, operation: Operation, pick: Pick, models: Mapping[str, _Model], leader: str
@@ -359,7 +453,7 @@ class _Resolver:
         if step.components and cls not in step.components:
             return False
         traits = self.catalog.traits.get(cls)
-        if operation.files:
+        if operation.many in operation.files:
             return traits is not None and traits.adapters is not None
         given = _given(step, operation, cls)
         whose = models[leader]
@@ -474,7 +568,8 @@ class _Resolver:
         # What is to be fetched is seen when it is here, and what is known need not be looked at.
         unseen = made is not None or self._elsewhere(job)
         specs = {} if unseen else to_read(self.plan, self.sources, job.origin)
-        made_of = {} if unseen else taken(self.plan, self.sources, self._shaped_as(job.origin))
+        unknown = unseen or (job.cls == CHECKPOINT and not isinstance(job.origin, Whole))
+        made_of = {} if unknown else taken(self.plan, self.sources, self._shaped_as(job.origin))
         sizes = component_specs(made_of, job.precision, job.narrow).values()
         return self.add(
             job,
@@ -562,6 +657,7 @@ class _Resolver:
         name = str(place(output)) if place is not None else output.file
         target, form = (Path(name) if place is not None else self._target(output)), form_of(name)
         base = self.source(output.base.name) if self._is_file(output.base) else None
+        adapter = self.adapter(output)
         carried = self._carried(base)
         picks: dict[str, Pick] = {}
         sidecar_: bytes | None = None
@@ -571,6 +667,13 @@ class _Resolver:
             metadata = {**carried, **output.metadata}
             container = self._container(output, target, form, architecture, base, told.prediction)
             nodes = {CHECKPOINT: self._whole(output, base, container, architecture)}
+        elif adapter is not None and adapter.metadata is not None:
+            architecture, beside = Architecture("adapter", ()), Beside()
+            told = _Told(Prediction())
+            said = adapter.metadata()
+            metadata = stated_metadata(self.recipe, output, None, _model_spec(said), said, environment, {})
+            container = self._container(output, target, form, architecture, None, told.prediction)
+            nodes = {CHECKPOINT: self.component(output, Pick(CHECKPOINT, adapter.name, None, output.base.at))}
         else:
             architecture, picks = self.filled(output)
             nodes = {cls: self.component(output, pick) for cls, pick in picks.items()}
@@ -712,7 +815,8 @@ class _Resolver:
             stem = target.name[: -len(SUFFIX)]
             return Container(form, stem=stem, shard_size=output.shard_size or SHARD_SIZE)
         if form != "diffusers":
-            return Container(form, nesting="state_dict" if form == "torch" and not output.verbatim else "")
+            model = not output.verbatim and self.adapter(output) is None
+            return Container(form, nesting="state_dict" if form == "torch" and model else "")
         opened = self.sources.open(base) if base is not None and self.sources.seen(base) else None
         name = output.name
         if output.verbatim and opened is not None:
@@ -863,6 +967,11 @@ class _Resolver:
             )
 
 
+def _model_spec(said: Mapping[str, str]) -> dict[str, str]:
+    """What metadata say of what predicts."""
+    return {k: v for k, v in said.items() if k in WORDS}
+
+
 def _named(keep: Sequence[str], identity: Identity) -> set[str]:
     """The tensors that words under `keep` mean, which may be components that have no slot."""
     parts = [m for m in identity.astray if not set(words_for(m)).isdisjoint(keep)]
@@ -977,6 +1086,8 @@ def component_name(plan: Plan, sources: Sources, origin: Origin) -> str | None:
     if isinstance(origin, Whole):
         return CHECKPOINT
     if isinstance(node.job, StepJob):
+        if node.job.cls == CHECKPOINT:
+            return CHECKPOINT
         return component_name(plan, sources, node.job.inputs_by_name[node.job.first])
     assert isinstance(node.job, ComponentJob)
     return component_name(plan, sources, node.job.origin)

@@ -341,6 +341,31 @@ def _forms(recipe: Recipe, words: Vocabulary) -> Iterator[Problem]:
             yield Problem(fact, recipe.place(*output.at, key), hint=hint)
 
 
+def _adapters(recipe: Recipe, words: Vocabulary) -> Iterator[Problem]:
+    """Whatever takes a model for a LoRA or the other way round, as far as steps are concerned."""
+    makes = {n: words.operations[s.op].makes_file for n, s in recipe.steps.items()}
+    bases = {o.base.at for o in recipe.outputs if isinstance(o.base, FromBase)}
+    files = {
+        step.at(param)
+        for step in recipe.steps.values()
+        for param in step.inputs
+        if param.partition(".")[0] in words.operations[step.op].files
+    }
+    for name, keys in dict.fromkeys(_references(recipe)):
+        if name not in makes or keys in bases or makes[name] == (keys in files):
+            continue
+        place = recipe.place(*keys, value=True)
+        if makes[name]:
+            hint = "it is the `base` of an output, or one of the `loras` of a step"
+            yield Problem(f"`{name}` is a LoRA, and no model", place, hint=hint)
+        else:
+            yield Problem(f"`{name}` is a model, and no LoRA", place, hint="name a LoRA's file")
+    for output in recipe.outputs:
+        if isinstance(output.base, FromBase) and makes.get(output.base.name):
+            evidence = f"the output is a LoRA, `{output.base.name}`"
+            yield from _alone(recipe, output, ("verbatim", *_NOT_VERBATIM), evidence)
+
+
 _NOT_VERBATIM = ("components", "fixes", "markers", "profile", "keep", "unknown", "partial")
 
 
@@ -352,13 +377,19 @@ def _verbatim(recipe: Recipe, words: Vocabulary) -> Iterator[Problem]:
         if named and (source is None or source.recipe is not None):
             place, hint = recipe.place(*base.at, value=True), "name a source that is a file"
             yield Problem("only a file has tensors to be carried over verbatim", place, hint=hint)
-        said = [k for k in _NOT_VERBATIM if getattr(output, k) not in (None, False, (), {}, "drop")]
-        for keys in [(k,) for k in said] + [("expect", "metric")] * (output.expect.metric is not None):
-            own = _said(recipe, *output.at, *keys) is not None
-            place = recipe.place(*(output.at if own else ()), *keys)
-            fact = f"`{keys[-1]}` cannot go with `verbatim`"
-            evidence = "every tensor of the base is carried over under its name, whatever it is part of"
-            yield Problem(fact, place, (evidence,), "remove one of the two")
+        evidence = "every tensor of the base is carried over under its name, whatever it is part of"
+        yield from _alone(recipe, output, _NOT_VERBATIM, evidence)
+
+
+def _alone(recipe: Recipe, output: Output, words: tuple[str, ...], evidence: str) -> Iterator[Problem]:
+    """The keys of an output that say what becomes of a model's parts, where there are none."""
+    said = [k for k in words if getattr(output, k) not in (None, False, (), {}, "drop")]
+    for keys in [(k,) for k in said] + [("expect", "metric")] * (output.expect.metric is not None):
+        own = _said(recipe, *output.at, *keys) is not None
+        place = recipe.place(*(output.at if own else ()), *keys)
+        what = "`verbatim`" if output.verbatim and keys != ("verbatim",) else "a LoRA"
+        fact = f"`{keys[-1]}` cannot go with {what}"
+        yield Problem(fact, place, (evidence,), "remove one of the two")
 
 
 def _kept(recipe: Recipe, words: Vocabulary) -> Iterator[Problem]:
@@ -383,4 +414,5 @@ _CHECKS: tuple[Callable[[Recipe, Vocabulary], Iterator[Problem]], ...] = (
     _kept,
     _forms,
     _verbatim,
+    _adapters,
 )

@@ -342,7 +342,26 @@ class Size(Kind):
         return {"oneOf": [Number(1, whole=True).schema(defs), text]}
 
 
+@dataclass(frozen=True)
+class Values(Kind):
+    """A table of numbers, strings and booleans by name; what they mean is known elsewhere."""
+
+    noun: str = "a table"
+    label: str = "table of numbers, strings and booleans"
+    types: tuple[type, ...] = (dict,)
+
+    def check(self, value: dict[str, Any], at: At) -> Any:
+        kind = Either((Boolean(), Number(), Text(CLEAN)))
+        read = {k: kind.read(v, at.down(k)) for k, v in value.items()}
+        return WRONG if WRONG in read.values() else read
+
+    def schema(self, defs: Schema) -> Schema:
+        values = Either((Boolean(), Number(), Text(CLEAN))).schema(defs)
+        return {"type": "object", "additionalProperties": values}
+
+
 PARAMS: dict[str, Any] = {
+    "values": lambda p, _: Values(),
     "number": lambda p, _: Number(p.minimum, p.maximum),
     "integer": lambda p, _: Number(p.minimum, p.maximum, whole=True),
     "string": lambda p, _: Text(CLEAN),
@@ -354,8 +373,10 @@ PARAMS: dict[str, Any] = {
 
 def _param(param: Param, catalog: Catalog) -> Key:
     kind: Kind = PARAMS[param.kind](param, catalog)
-    example = {"number": "0.5", "weights": "0.5", "integer": "1", "boolean": "true"}.get(param.kind, '"…"')
-    return Key(kind, param.doc, example, required=param.default is None, default=param.default)
+    examples = {"number": "0.5", "weights": "0.5", "integer": "1", "boolean": "true", "values": "{ }"}
+    example = examples.get(param.kind, '"…"')
+    required = param.default is None and not param.optional
+    return Key(kind, param.doc, example, required=required, default=param.default)
 
 
 @dataclass(frozen=True)
@@ -370,12 +391,18 @@ class StepKind(Kind):
     @property
     def op(self) -> Choice:
         """The kind of the key that decides."""
-        return Choice("operation", {n: s.heading for n, s in self.operations.items()})
+        plain = {n: s.heading for n, s in self.operations.items() if not n.endswith(":")}
+        return Choice("operation", plain)
 
     def check(self, value: dict[str, Any], at: At) -> Any:
         if "op" not in value:
             return at.wrong("`op` is missing", hint='add `op = "…"`, the operation', key=True)
-        op = self.op.read(value["op"], at.down("op"))
+        said = value["op"]
+        name, colon, _ = said.partition(":") if isinstance(said, str) else ("", "", "")
+        if colon and f"{name}:" in self.operations:
+            found = self.operations[f"{name}:"].check(value, at)
+            return found if "op" in found else WRONG
+        op = self.op.read(said, at.down("op"))
         return WRONG if op is WRONG else self.operations[op].check(value, at)
 
     def schema(self, defs: Schema) -> Schema:
@@ -415,30 +442,38 @@ def step_keys(catalog: Catalog) -> dict[str, Key]:
 
 
 def _operation(operation: Operation, catalog: Catalog) -> Struct:
-    inputs = {n: Key(REFERENCE, "A source or step.", '"…"', required=True) for n in operation.inputs}
+    docs = dict.fromkeys(operation.files, "A LoRA, or a step that makes one.")
+    inputs = {
+        n: Key(REFERENCE, docs.get(n, "A source or step."), '"…"', required=True) for n in operation.inputs
+    }
     optional = {n: Key(REFERENCE, "A source or step.", '"…"') for n in operation.optional_inputs}
     many: dict[str, Key] = {}
     if operation.many is not None:
         kinds: list[Kind] = [Array(REFERENCE, minimum=1)]
         doc, example = "Sources and steps.", '["a", "b"]'
         if operation.weighted:
-            weights = BlockWeights.of(catalog, Number(), strengths=operation.files)
+            weights = BlockWeights.of(catalog, Number(), strengths=operation.many in operation.files)
             kinds.insert(0, Table(operation.many, WORD, weights, minimum=1))
             doc, example = "Sources and steps, each with its weight, or all with 1.", "{ a = 0.6, b = 0.4 }"
-        if operation.files:
-            doc, example = "Sources, each with its strength, or all with 1.", "{ style = 0.6 }"
-        many[operation.many] = Key(Either(tuple(kinds)), doc, example, required=True)
+        if operation.many in operation.files:
+            doc, example = "LoRAs, each with its strength, or all with 1.", "{ style = 0.6 }"
+        required = not (operation.of_methods and operation.inputs)
+        many[operation.many] = Key(Either(tuple(kinds)), doc, example, required=required)
+    name = operation.name
+    op: Kind = Choice("operation", {name: ""})
+    if operation.of_methods:
+        rule = Rule(rf"^{name}:[a-z][a-z0-9_]*$", f"{{key}} must be `{name}:` and the name of a method")
+        op, name = Text((rule,), label=f"`{name}:METHOD`"), f"{name}:…"
     keys = {
-        "op": Key(
-            Choice("operation", {operation.name: ""}), operation.doc, f'"{operation.name}"', required=True
-        ),
+        "op": Key(op, operation.doc, f'"{name}"', required=True),
         **inputs,
         **optional,
         **many,
-        **{n: _param(p, catalog) for n, p in operation.params.items()},
+        **{n: _param(p, catalog) for n, p in operation.params.items() if n != "method"},
         **step_keys(catalog),
     }
-    return Struct(f"op-{operation.name}", "[steps.NAME]", keys)
+    name, what = f"op-{operation.name}", "how much is kept"
+    return Struct(name, "[steps.NAME]", keys, any_of=operation.any_of, excludes=operation.excludes, what=what)
 
 
 def _language(words: Vocabulary) -> Struct:
@@ -640,7 +675,9 @@ def _language(words: Vocabulary) -> Struct:
         excludes={"recipe": ("file", "sha256", "size", "urls")},
         needs={"output": "recipe"},
     )
-    steps = StepKind({n: _operation(o, catalog) for n, o in words.operations.items()})
+    steps = StepKind(
+        {f"{n}:" if o.of_methods else n: _operation(o, catalog) for n, o in words.operations.items()}
+    )
     tables = (source, output, expect)
     keys = {
         "format": Key(Format(), "Version of the language.", str(FORMAT), required=True),

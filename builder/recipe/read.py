@@ -294,10 +294,13 @@ def _pick(cls: str, item: Item) -> Pick:
 
 
 def _step(name: str, said: dict[str, Any], arithmetic: str, words: Vocabulary) -> Step:
-    operation = words.operations[said["op"]]
+    op, _, method = said["op"].partition(":")
+    operation = words.operations[op]
     inputs = {n: said[n] for n in (*operation.inputs, *operation.optional_inputs) if said.get(n) is not None}
-    params = {n: said[n] for n in operation.params if n in said}
-    if operation.many is not None and operation.many in said:
+    params = {n: said[n] for n in operation.params if said.get(n) is not None}
+    if operation.of_methods:
+        params["method"] = method
+    if operation.many is not None and said.get(operation.many) is not None:
         many = said[operation.many]
         weights = (
             {n: i.value for n, i in many.items()} if isinstance(many, dict) else dict.fromkeys(many, 1.0)

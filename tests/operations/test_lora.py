@@ -269,6 +269,21 @@ def test_factors_that_do_not_fit_name_the_module(folder: Folder) -> None:
     assert said.code == 6 and f"module `{module}` of the LoRA `l` does not fit `out.2.weight`" in said.err
 
 
+def test_factors_of_a_convolution(folder: Folder) -> None:
+    """As trainers write them, in four dimensions."""
+    name, module = UNET + "input_blocks.1.0.in_layers.2.weight", "lora_unet_down_blocks_0_resnets_0_conv1"
+    rows, columns, *window = weight(name).shape
+    generator = torch.Generator().manual_seed(5)
+    up = torch.randn(rows, 2, 1, 1, generator=generator)
+    down = torch.randn(2, columns, *window, generator=generator)
+    factors = {f"{module}.lora_up.weight": up, f"{module}.lora_down.weight": down}
+    save(folder / "l.safetensors", {n: values(t.numpy()) for n, t in factors.items()})
+    folder.write("baked.toml", LORA + "loras = { l = 0.5 }\n")
+    folder.build("baked.toml")
+    added = torch.einsum("or,rikl->oikl", up.flatten(1).double(), down.double()) * 0.5
+    assert torch.equal(made(folder, name), (weight(name).double() + added).float().half())
+
+
 def test_other_kinds_biases_and_norms(folder: Folder) -> None:
     name, bias, norm = UNET + "out.2.weight", UNET + "out.2.bias", UNET + "out.0.weight"
     extra = {

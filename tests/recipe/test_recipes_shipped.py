@@ -17,7 +17,7 @@ from builder.formats.write_safetensors import plan_layout
 from builder.models.catalog import load_catalog
 from builder.operations import OPERATIONS
 from builder.operations.fixes import FIXES
-from builder.operations.registry import Operation
+from builder.operations.registry import Operation, Param
 from builder.recipe import load_recipe, parse_recipe
 from builder.recipe.language import Vocabulary, step_keys
 from builder.recipe.profiles import PROFILES
@@ -150,10 +150,17 @@ def _words(words: dict[str, str]) -> str:
 
 def _operation(operation: Operation) -> str:
     many = f", {operation.many} = …" if operation.many else ""
-    inputs = ", ".join(f"{i} = …" for i in operation.inputs)
-    head = f"**`{operation.name}`** ({f'{inputs}{many}'.removeprefix(', ')}): {operation.doc}\n"
-    params = [(n, p) for n, p in operation.params.items()]
-    return head + "".join(f"- `{n}`: {p.doc} Without it {_literal(p.default)}.\n" for n, p in params) + "\n"
+    inputs = ", ".join(f"{i} = …" for i in (*operation.inputs, *operation.optional_inputs))
+    name = f"{operation.name}:NAME" if operation.of_methods else operation.name
+    head = f"**`{name}`** ({f'{inputs}{many}'.removeprefix(', ')}): {operation.doc}\n"
+    lines = (f"- `{n}`: {p.doc}{_without(p)}\n" for n, p in operation.params.items() if n != "method")
+    return f"{head}{''.join(lines)}\n"
+
+
+def _without(param: Param) -> str:
+    if param.default is not None:
+        return f" Without it {_literal(param.default)}."
+    return "" if param.optional else " It must be given."
 
 
 STEP = Struct("step", "[steps.NAME]", step_keys(CATALOG))

@@ -20,6 +20,7 @@ from builder.models.catalog.tables import (
     RANK,
     Adapters,
     Architecture,
+    Extracted,
     KindRule,
     KnownFile,
     KnownMetric,
@@ -79,7 +80,14 @@ _ALONE = {"prefix": str, "without": str}
 _PREFIXES = {"prefixes": list, "wrappers": list}
 _MODELSPEC = {"architecture": str, "v": str, "resolution": int, "resolution_v": int}
 _CLASS = {"metric": dict, "widens": str, "fixes": list, "blocks": dict, "constants": list, "adapters": dict}
-_ADAPTERS = {"prefixes": list, "rules": str, "within": str, "names": dict}
+_ADAPTERS = {"prefixes": list, "rules": str, "within": str, "names": dict, "extracted": dict}
+_EXTRACTED = {
+    "modules": list,
+    "convolutions": list,
+    "own_names": bool,
+    "metadata": dict,
+    "metadata_v": dict,
+}
 _OTHER_NAME = re.compile(r"(?:(\d{1,9})\+(\d{1,9}) |(swapped) )?(\S+)")
 _SCALE = {"part": str, "base": float, "k": int, "having": list, "lacking": list}
 _RULE = {"shape": list, "dtype": str, "optional": bool}
@@ -392,7 +400,21 @@ def _adapters(fields: Fields) -> Adapters | None:
                 names[module] = (*names.get(module, ()), also)
             if len(names) > MAX_RULES:
                 said.fail(f"more than {MAX_RULES:,} modules", "names", pattern)
-    return Adapters(said.strings("prefixes"), said.get("rules"), said.get("within") or "", names)
+    rules, within = said.get("rules"), said.get("within") or ""
+    return Adapters(said.strings("prefixes"), rules, within, names, _extracted(said))
+
+
+def _extracted(adapters: Fields) -> Extracted | None:
+    said = adapters.inner("extracted", _EXTRACTED, "modules")
+    if said is None:
+        return None
+
+    def patterns(key: str) -> tuple[str, ...]:
+        return tuple(p for n, word in enumerate(said.strings(key)) for p in said.expand(word, key, n)[0])
+
+    own, plain = said.get("own_names") or False, said.texts("metadata")
+    of_v = said.texts("metadata_v") or plain
+    return Extracted(patterns("modules"), patterns("convolutions"), own, plain, of_v)
 
 
 def _blocks(fields: Fields) -> dict[str, str]:

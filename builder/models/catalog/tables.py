@@ -95,6 +95,22 @@ class Adapters(NamedTuple):
     rules: str | None = None
     within: str = ""
     names: Mapping[str, tuple[OtherName, ...]] = MappingProxyType({})
+    extracted: Extracted | None = None
+
+
+class Extracted(NamedTuple):
+    """What of a class a LoRA is extracted for, by patterns over the names of weights; None: of nothing.
+
+    `convolutions` are taken too where their rank is given. Their names are the diffusers ones, where there
+    are rules for those, or the class's `own_names`. `metadata` are what the file says of its family, with
+    `metadata_v` where v is predicted.
+    """
+
+    modules: tuple[str, ...]
+    convolutions: tuple[str, ...] = ()
+    own_names: bool = False
+    metadata: Mapping[str, str] = MappingProxyType({})
+    metadata_v: Mapping[str, str] = MappingProxyType({})
 
 
 class OtherName(NamedTuple):

@@ -66,7 +66,7 @@ def _apply(inputs: Mapping[str, Tensors], params: Mapping[str, Any], setting: Se
         found, strange = modules(file)
         _check_used(name, found, strange, own, params, setting)
         by_name = by_tensor(strengths, base, setting.block)
-        said = _peft(setting.metadata.get(f"loras.{name}", {}))
+        said = peft(setting.metadata.get(f"loras.{name}", {}))
         mine = [m for m in found.values() if m.name in own]
         for module in mine:
             for kind, uses in (("weight", weights), ("bias", biases)):
@@ -94,7 +94,7 @@ def _speaks(module: Module, kind: str) -> bool:
     return bool(of_bias if kind == "bias" else module.tensors.keys() - _OF_BIAS - _OF_ALL)
 
 
-def _peft(metadata: Mapping[str, str]) -> dict[str, Mapping[str, Any]]:
+def peft(metadata: Mapping[str, str]) -> dict[str, Mapping[str, Any]]:
     """What PEFT's metadata say of modules, by the beginning of their names, the longest first."""
     try:
         said = json.loads(metadata.get(PEFT, "{}"))
@@ -258,7 +258,7 @@ APPLY_LORA = Operation(
     ("a",),
     _apply,
     many="loras",
-    files=True,
+    files=("loras",),
     params={
         "unmatched": Param(
             "choice",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 from builder.formats.layouts.rules import Rules
@@ -47,16 +48,45 @@ def targets(
     return found
 
 
-def _names(
+def extracted(
+    tensors: Mapping[str, LazyTensor], adapters: Adapters, rules: Rules | None, *, convolutions: bool
+) -> dict[str, Target]:
+    """What adapters are extracted for, by the names that kohya's scripts give it."""
+    said = adapters.extracted
+    assert said is not None
+    patterns = said.modules + (said.convolutions if convolutions else ())
+    found: dict[str, Target] = {}
+    for name, tensor in tensors.items():
+        if len(tensor.shape) < 2 or not _matches(name, patterns):
+            continue
+        own = said.own_names or rules is None
+        names = [(adapters.within + name, Target(name))] if own else _diffusers(name, tensor, adapters, rules)
+        for other, target in names:
+            found[adapters.prefixes[0] + _split(other)[0].replace(".", "_")] = target
+    return found
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, p) for p in patterns)
+
+
+def _diffusers(
     name: str, tensor: LazyTensor, adapters: Adapters, rules: Rules | None
 ) -> Iterator[tuple[str, Target]]:
-    """The names of a tensor in all layouts; of two that are alike, the one of more trainers first."""
+    """The names of a tensor in diffusers' layout, if there is one."""
     for other, moved in ((rules and rules.to_diffusers(adapters.within + name, tensor)) or {}).items():
         if isinstance(moved, Rows):
             first = moved.offset // (moved.nbytes // moved.shape[0])
             yield other, Target(name, first, moved.shape[0])
         else:
             yield other, Target(name, transposed=isinstance(moved, Transposed))
+
+
+def _names(
+    name: str, tensor: LazyTensor, adapters: Adapters, rules: Rules | None
+) -> Iterator[tuple[str, Target]]:
+    """The names of a tensor in all layouts; of two that are alike, the one of more trainers first."""
+    yield from _diffusers(name, tensor, adapters, rules)
     yield adapters.within + name, Target(name)
     module, kind = _split(name)
     for also in adapters.names.get(module, ()):
@@ -141,6 +171,7 @@ class Module:
     name: str
     tensors: dict[str, LazyTensor] = field(default_factory=dict)
     names: list[str] = field(default_factory=list)
+    spelt: dict[str, str] = field(default_factory=dict)  # by what they are
 
 
 def modules(tensors: Mapping[str, LazyTensor]) -> tuple[dict[str, Module], list[str]]:
@@ -156,6 +187,7 @@ def modules(tensors: Mapping[str, LazyTensor]) -> tuple[dict[str, Module], list[
         held = found.setdefault(module, Module(module))
         held.tensors[part] = tensor
         held.names.append(name)
+        held.spelt[part] = name
     return found, strange
 
 
@@ -170,4 +202,7 @@ def _plain(module: str) -> str:
 
 def flat(tensor: LazyTensor) -> LazyTensor:
     """A tensor of one row for each of its first dimension."""
-    return tensor if len(tensor.shape) == 2 else Reshaped(tensor, (tensor.shape[0], -1))
+    if len(tensor.shape) == 2:
+        return tensor
+    rows = tensor.shape[0] if tensor.shape else 1
+    return Reshaped(tensor, (rows, tensor.numel // max(1, rows)))
