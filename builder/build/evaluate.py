@@ -26,7 +26,7 @@ from builder.plan.graph import (
     Whole,
     origin_data,
 )
-from builder.plan.resolve import match_of, whole
+from builder.plan.taken import match_of, whole
 from builder.sources.job import SourceJob
 from builder.tensors.cast import PRECISIONS, Faults, cast_all
 from builder.tensors.lazy import LazyTensor

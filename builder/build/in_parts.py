@@ -9,7 +9,7 @@ from builder.base.errors import CkptError, Problem, SourceError
 from builder.build.context import Context
 from builder.formats.blob import BlobTensor, FileBlob
 from builder.plan.graph import Key, Node, OutputJob, Take, Whole
-from builder.plan.resolve import match_of
+from builder.plan.taken import match_of
 from builder.recipe.lock import LockedComponent
 from builder.sources.job import SourceJob
 from builder.sources.opened import stoppable

@@ -3,57 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from fnmatch import fnmatchcase
-from functools import cache
-from math import prod
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
+from typing import TYPE_CHECKING, Any
 
 from builder.base.errors import Problem, RecipeError, SourceError, did_you_mean
 from builder.base.files import read_bounded
 from builder.base.inside import is_inside, leads_out
 from builder.formats.write_sharded import SHARD_SIZE, SUFFIX
 from builder.models.catalog import PLAIN, Architecture, Names
-from builder.models.cut import choose, cut, foreign, usual
-from builder.models.identify import EMA, Identity, Match, as_class
-from builder.models.parts import kind, words_for
-from builder.models.prediction import ARCHITECTURE, WORDS, Prediction, prediction, read_markers
+from builder.models.identify import EMA, Identity
+from builder.models.parts import words_for
+from builder.models.prediction import WORDS, Prediction, prediction
 from builder.operations import OPERATIONS
 from builder.operations.registry import Operation
-from builder.operations.weights import Weights, blocks_of, is_given, of_class, patterns
+from builder.operations.weights import patterns
+from builder.plan.components import Components, Told
 from builder.plan.folders import VOCABULARY, find_layout, find_prediction, read_vocabulary
 from builder.plan.graph import (
     CHECKPOINT,
-    Applied,
     Beside,
     ComponentJob,
     Container,
-    Finished,
-    Job,
     Key,
     LeftOut,
     Node,
-    Origin,
     OutputJob,
     Plan,
     State,
     StepJob,
-    Take,
-    Whole,
-    component_specs,
 )
-from builder.plan.keys import action_key, assembly_key, recall_beside, recall_prediction, tables
-from builder.plan.metadata import carried_metadata, stated_metadata
-from builder.recipe import FromBase, NewBase, Output, Pick, Recipe, Step, slot_problems
-from builder.recipe.check import MAX_STEPS
+from builder.plan.keys import assembly_key, recall_beside
+from builder.plan.metadata import stated_metadata
+from builder.plan.taken import component_name, quoted, to_read
+from builder.recipe import FromBase, Output, Pick, Recipe
 from builder.recipe.names import SINGLE, Form, form_of
 from builder.recipe.profiles import MAX_SIDECAR, sidecar, warnings, with_profile
 from builder.recipe.read import outside
 from builder.sources.find import recall_files
-from builder.sources.job import SourceJob, entry_name
-from builder.tensors.lazy import LazyTensor
+from builder.sources.job import SourceJob
 
 if TYPE_CHECKING:
     from builder.models.catalog import Catalog
@@ -89,565 +79,10 @@ def make_plan(
     return plan
 
 
-def _weights(step: Step, operation: Operation) -> list[Weights]:
-    """All weights that a step gives."""
-    many = step.params.get(operation.many, {}) if operation.many is not None else {}
-    return [*(step.params[n] for n, p in operation.params.items() if p.kind == "weights"), *many.values()]
-
-
-def _given(step: Step, operation: Operation, cls: str) -> bool:
-    """Whether a step gives weights for a class by its name."""
-    return any(is_given(w, cls) for w in _weights(step, operation))
-
-
-def _params(step: Step, operation: Operation, cls: str, catalog: Catalog) -> dict[str, Any]:
-    """The parameters of a step as far as they concern a class."""
-    traits = catalog.traits.get(cls)
-    blocks = traits.blocks if traits is not None else ()
-    found = dict(step.params)
-    for name, param in operation.params.items():
-        if param.kind == "weights":
-            found[name] = of_class(step.params[name], cls, blocks)
-    if operation.many is not None and operation.many in step.params:
-        found[operation.many] = {n: of_class(w, cls, blocks) for n, w in step.params[operation.many].items()}
-    return found
-
-
-def _leader(step: Step, operation: Operation) -> str:
-    """The input whose model a step's is: the first; of a table, whose order is none, that of most weight."""
-    if operation.inputs:
-        return operation.inputs[0]
-    assert operation.many is not None
-    shares = {n: w["base"] if isinstance(w, Mapping) else w for n, w in step.params[operation.many].items()}
-    return f"{operation.many}.{max(shares, key=shares.__getitem__)}"
-
-
-class _Told(NamedTuple):
-    """What a denoiser predicts; `by` is the source that it comes from, and what that says."""
-
-    prediction: Prediction
-    by: tuple[Key, Prediction] | None = None
-
-
-@dataclass(frozen=True)
-class _Model:
-    """A source, step or sub-recipe as a set of components, each of which becomes a node when it is taken.
-
-    `told` says what its denoiser predicts. One with `metadata`, which a file of it says of itself, is no
-    model but an adapter: all of it is one component.
-    """
-
-    name: str
-    classes: Callable[[], tuple[str, ...]]
-    architecture: Callable[[], Architecture | None]
-    origin: Callable[[Pick], Origin]
-    told: Callable[[], _Told]
-    first: _Model | None = None  # of a step, the one whose classes it changes
-    metadata: Callable[[], Mapping[str, str]] | None = None
-
-
-class _Resolver:
-    """One recipe's part of a plan; `scope` are the names of the sources that lead to it."""
-
-    def __init__(
-        self,
-        plan: Plan,
-        recipe: Recipe,
-        scope: tuple[str, ...],
-        sources: Sources,
-        operations: Mapping[str, Operation],
-    ) -> None:
-        self.plan, self.recipe, self.scope = plan, recipe, scope
-        self.sources, self.operations = sources, operations
-        self.catalog, self.store = sources.catalog, sources.store
-        self._models: dict[str, _Model] = {}
-
-    # -- nodes
-
-    def add(self, job: Job, label: str, **facts: Any) -> Key:
-        """Add a node, all of whose inputs are there already, unless it is known; its key."""
-        key = job.key
-        if key not in self.plan.nodes:
-            near = [self.plan.depths.get(i, 0) for i in job.inputs]
-            self.plan.depths[key] = max(near, default=0) + isinstance(job, StepJob)
-            if self.plan.depths[key] > MAX_STEPS:
-                fact = f"more than {MAX_STEPS} steps are made of each other, through all recipes"
-                raise RecipeError(Problem(fact, hint="build one of them first, and name its file"))
-            said = self.plan.labels
-            number, unlike = 1, label
-            while unlike in said:
-                number += 1
-                unlike = f"{label} #{number}"
-            said.add(unlike)
-            self.plan.nodes[key] = Node(job, key, unlike, **facts)
-        return key
-
-    def action(self, job: Job) -> str | None:
-        """The key of what a job makes, with its sources known by content."""
-        return action_key(job, lambda key: self.plan.nodes[key].action)
-
-    def source(self, name: str) -> SourceJob:
-        """A source of this recipe, which gets a node."""
-        entry = entry_name((*self.scope, name))
-        locked = self.plan.lock.sources.get(entry) if self.plan.lock is not None else None
-        job = self.sources.job(self.recipe, name, entry, locked, self.plan.recipe.path)
-        found = self.sources.find(job)
-        state: State
-        if found is None:
-            where = self.sources.addresses(job)
-            state, why = "fetch", "not on this machine" + (f", but at {where[0]}" if where else "")
-        elif found.sha256 is None:
-            state, why = "hash", "seen for the first time"
-        else:
-            state, why = "known", "its digest is known"
-        reads = (self.sources.size(job) or 0) if state != "known" else 0
-        self.add(job, f"source {name}", action=self.sources.sha256(job), state=state, why=why, reads=reads)
-        self.plan.entries[entry] = job
-        return job
-
-    # -- models
-
-    def model(self, name: str) -> _Model:
-        if name not in self._models:
-            if name in self.recipe.steps:
-                self._models[name] = self._step(name)
-            elif self.recipe.sources[name].recipe is not None:
-                self._models[name] = self._sub_recipe(name)
-            else:
-                self._models[name] = self._source(name)
-        return self._models[name]
-
-    def _source(self, name: str) -> _Model:
-        def classes() -> tuple[str, ...]:
-            job = self.source(name)
-            if (known := self.sources.known_architecture(job)) is not None:
-                return self.catalog.architecture(known).slots
-            identity = self.sources.open(job).identity
-            return tuple(dict.fromkeys(m.component.cls for m in identity.matches if not m.ema))
-
-        def architecture() -> Architecture | None:
-            job = self.source(name)
-            if (known := self.sources.known_architecture(job)) is not None:
-                return self.catalog.architecture(known)
-            identity = self.sources.open(job).identity
-            found = identity.architecture if identity.intact else identity.incomplete
-            return self.catalog.architecture(found) if found is not None else None
-
-        def origin(pick: Pick) -> Origin:
-            return Take(
-                self.source(name).key,
-                pick.cls,
-                pick.component,
-                tables(self.catalog, pick.cls, pick.component),
-                self.recipe.place(*pick.at, value=True),
-            )
-
-        return _Model(name, classes, architecture, cache(origin), lambda: self._told_by(self.source(name)))
-
-    def _told_by(self, job: SourceJob) -> _Told:
-        """What a source says of what its denoiser predicts; it is looked at where that is not remembered."""
-        found = recall_prediction(self.store, self.sources.sha256(job), self.catalog)
-        if found is None and self._is_seen(job):
-            checkpoint = self.sources.open(job).checkpoint
-            found = read_markers(prediction(checkpoint, checkpoint.metadata, self.catalog), checkpoint)
-        found = found or Prediction()
-        return _Told(found, (job.key, found))
-
-    def _is_seen(self, job: SourceJob) -> bool:
-        """Whether a source's contents are seen without fetching anything; what is not is noted."""
-        seen = self.sources.find(job) is not None or self.sources.is_open(job)
-        if not seen and job.key not in self.plan.unseen:
-            self.plan.unseen.append(job.key)
-        return seen
-
-    def _sub_recipe(self, name: str) -> _Model:
-        recipe = self.recipe.included[name]
-        inner = _Resolver(self.plan, recipe, (*self.scope, name), self.sources, self.operations)
-        output = recipe.output(self.recipe.sources[name].output)
-        assert output is not None, "the reader of recipes has seen to it"
-        if (adapter := inner.adapter(output)) is not None:
-            pick = Pick(CHECKPOINT, adapter.name, None, output.base.at)
-            return replace(adapter, name=name, origin=lambda _: Finished(inner.component(output, pick)))
-        architecture, picks = inner.filled(output)
-
-        def origin(pick: Pick) -> Origin:
-            wanted = self.catalog.component(pick.component) if pick.component is not None else None
-            cls = wanted.cls if wanted is not None else pick.cls
-            if cls not in picks:
-                raise self._absent(pick, picks)
-            key = inner.component(output, picks[cls])
-            promote = None if cls == pick.cls or wanted is None else wanted.name
-            finished = Finished(key, promote)
-            self._check_component(pick, Finished(key), picks)
-            return finished
-
-        return _Model(
-            name,
-            lambda: tuple(picks),
-            lambda: architecture,
-            cache(origin),
-            lambda: inner.told(output, picks, {}),
-        )
-
-    def _step(self, name: str) -> _Model:
-        step = self.recipe.steps[name]
-        operation = self.operations[step.op]
-        if operation.makes_file:
-            return self._adapter_step(step, operation)
-        files = [p for p in step.inputs if p.partition(".")[0] in operation.files]
-        models = {p: self.model(n) for p, n in step.inputs.items() if p not in files}
-        leader = _leader(step, operation)
-        first = models[leader]
-
-        def origin(pick: Pick) -> Origin:
-            plain = replace(pick, component=None)
-            if (problem := operation.check(step.params, tuple(step.inputs))) is not None:
-                raise RecipeError(replace(problem, place=self.recipe.place("steps", step.name)))
-            self._check_alike(step, operation, models)
-            if not self._takes_part(step, operation, pick.cls, models, leader):
-                return first.origin(pick)
-            if pick.component is not None:
-                self._check_component(pick, first.origin(plain), first.classes())
-            self._note_blocks(step, operation, pick.cls)
-            job = StepJob(
-                name,
-                pick.cls,
-                operation.name,
-                operation.version,
-                self._inputs(step, operation, plain, models, leader)
-                | {p: self._file(step, p) for p in files},
-                _params(step, operation, pick.cls, self.catalog)
-                | ({"classes": list(first.classes())} if files else {}),
-                step.arithmetic,  # type: ignore[arg-type]
-                step.precision,  # type: ignore[arg-type]
-                leader,
-            )
-            return self._applied(step, job, pick, f"step {name} {pick.cls}", "computed as it is needed")
-
-        return _Model(name, first.classes, first.architecture, cache(origin), first.told, first)
-
-    def _applied(self, step: Step, job: StepJob, pick: Pick, label: str, why: str) -> Origin:
-        """What a step makes of a class: computed, or from where it is kept."""
-        applied = Applied(self.add(job, label, action=self.action(job), state="stream", why=why))
-        if not step.store:
-            return applied
-        # Kept as it is, every bit of it, for whoever finishes it.
-        kept = ComponentJob(pick.cls, step.name, applied, (), "keep", False, "keep", "keep", store=True)
-        return Finished(self._component(kept, f"{pick.cls} of step {step.name}", pick))
-
-    # -- adapters
-
-    def adapter(self, output: Output) -> _Model | None:
-        """The adapter that an output is the file of; None where it is a model's."""
-        model = self.model(output.base.name) if isinstance(output.base, FromBase) else None
-        return model if model is not None and model.metadata is not None else None
-
-    def _adapter_step(self, step: Step, operation: Operation) -> _Model:
-        """A step that makes an adapter, of which tensors there are is known once it reads its inputs."""
-        files = [p for p in step.inputs if p in operation.files]
-        models = {p: self.model(n) for p, n in step.inputs.items() if p not in files}
-
-        def classes() -> list[str]:
-            held = [set(m.classes()) for m in models.values()]
-            first = next(iter(models.values())).classes() if models else ()
-            return [c for c in first if all(c in h for h in held) and self._is_extracted(step, c)]
-
-        def origin(pick: Pick) -> Origin:
-            inputs: dict[str, Origin] = {p: self._file(step, p) for p in files}
-            picks = [replace(pick, cls=cls, component=None) for cls in classes()]
-            inputs |= {f"{p}@{k.cls}": m.origin(k) for k in picks for p, m in models.items()}
-            if not inputs:
-                held = tuple(f"`{m.name}` holds {_words(m.classes())}" for m in models.values())
-                fact = f"the step `{step.name}` has nothing to work on"
-                hint = "LoRAs are extracted of UNETs and text encoders of SD v1, v2 and XL, which both have"
-                raise RecipeError(Problem(fact, self.recipe.place("steps", step.name), held, hint))
-            job = StepJob(
-                step.name,
-                CHECKPOINT,
-                operation.name,
-                operation.version,
-                inputs,
-                step.params,
-                precision=step.precision,  # type: ignore[arg-type]
-                first=next(iter(inputs)),
-            )
-            why = "its inputs are read when an output that needs it is begun"
-            return self._applied(step, job, replace(pick, cls=CHECKPOINT), f"step {step.name}", why)
-
-        def metadata() -> Mapping[str, str]:
-            if files:
-                said = self._file_metadata(step.inputs[files[0]])
-            else:
-                first = next(iter(models.values()))
-                said = self._family(first)
-            return operation.metadata(step.params, said)
-
-        told = _Told(Prediction())
-        return _Model(step.name, lambda: (CHECKPOINT,), lambda: None, origin, lambda: told, metadata=metadata)
-
-    def _is_extracted(self, step: Step, cls: str) -> bool:
-        traits = self.catalog.traits.get(cls)
-        asked = not step.components or cls in step.components
-        return (
-            asked and traits is not None and traits.adapters is not None and bool(traits.adapters.extracted)
-        )
-
-    def _file(self, step: Step, param: str) -> Origin:
-        """All that an adapter holds which is an input of a step."""
-        name = step.inputs[param]
-        source = self.recipe.sources.get(name)
-        if source is not None and source.recipe is None:
-            return Whole(self.source(name).key)
-        model = self.model(name)
-        place = self.recipe.place(*step.at(param), value=True)
-        if model.metadata is None:
-            raise RecipeError(Problem(f"`{name}` is a model, and no LoRA", place))
-        return model.origin(Pick(CHECKPOINT, name, None, step.at(param)))
-
-    def _file_metadata(self, name: str) -> Mapping[str, str]:
-        """What an adapter says of itself."""
-        source = self.recipe.sources.get(name)
-        if source is not None and source.recipe is None:
-            return self._carried(self.source(name))
-        said = self.model(name).metadata
-        return said() if said is not None else {}
-
-    def _family(self, model: _Model) -> dict[str, str]:
-        """What the file of a LoRA says of the family of the models that it was extracted of."""
-        told = model.told().prediction
-        architecture = model.architecture()
-        said = told.stated(architecture.modelspec if architecture is not None else None, self.catalog)
-        if ARCHITECTURE in said:
-            said[ARCHITECTURE] += "/lora"
-        for traits in (self.catalog.traits[c] for c in model.classes() if c in self.catalog.traits):
-            if traits.adapters is not None and (extracted := traits.adapters.extracted) is not None:
-                said |= extracted.metadata_v if told.v else extracted.metadata
-        return said
-
-    def _inputs(
-        self, step: Step, operation: Operation, pick: Pick, models: Mapping[str, _Model], leader: str
-    ) -> dict[str, Origin]:
-        """What an operation gets: the class of each input, and where it looks at whole models the others."""
-        inputs = {p: self._part_of(m, pick) for p, m in models.items()}
-        if operation.whole_models:
-            for cls in (c for c in models[leader].classes() if c != pick.cls):
-                if self._takes_part(step, operation, cls, models, leader):
-                    other = replace(pick, cls=cls)
-                    inputs |= {f"{p}@{cls}": self._part_of(m, other) for p, m in models.items()}
-        return inputs
-
-    def _part_of(self, model: _Model, pick: Pick) -> Origin:
-        """What a model has of a class, or of the one that this widens."""
-        return model.origin(replace(pick, cls=self._held(model, pick.cls) or pick.cls))
-
-    def _held(self, model: _Model, cls: str) -> str | None:
-        """The class of a model that goes with `cls` in a merge: the same, or the one that this widens."""
-        traits = self.catalog.traits.get(cls)
-        ways = (cls, traits.widens if traits is not None else None)
-        return next((c for c in ways if c in model.classes()), None)
-
-    def _takes_part(
-        self, step: Step, operation: Operation, cls: str, models: Mapping[str, _Model], leader: str
-    ) -> bool:
-        """Whether a step changes a class of its first input; where one may expect it to, why not is said."""
-        if step.components and cls not in step.components:
-            return False
-        traits = self.catalog.traits.get(cls)
-        if operation.many in operation.files:
-            return traits is not None and traits.adapters is not None
-        given = _given(step, operation, cls)
-        whose = models[leader]
-        while whose.first is not None:
-            whose = whose.first
-        if kind(cls) == "VAE" and not step.vae and not given:
-            hint = "`VAE = true` merges it"
-            self.plan.say(f"the VAE is that of `{whose.name}`, as merged ones break colours; {hint}")
-            return False
-        if absent := [step.inputs[p] for p in models if self._held(models[p], cls) is None]:
-            if given:
-                place = self.recipe.place("steps", step.name)
-                raise RecipeError(Problem(f"`{absent[0]}` has no {cls} to be merged", place))
-            self.plan.say(f"{cls} of `{step.name}` is that of `{whose.name}`, as `{absent[0]}` has none")
-            return False
-        return True
-
-    def _note_blocks(self, step: Step, operation: Operation, cls: str) -> None:
-        """Say which blocks that a step weighs a class does not have, as a shorter UNET has fewer."""
-        traits = self.catalog.traits.get(cls)
-        if traits is None or not traits.block_of:
-            return
-        said = (b for w in _weights(step, operation) for b in blocks_of(w, cls))
-        if absent := [b for b in dict.fromkeys(said) if b not in traits.blocks]:
-            more = f"{absent[0]} to {absent[-1]}" if len(absent) > 1 else absent[0]
-            count = f"{len(absent)} weights" if len(absent) > 1 else "a weight"
-            self.plan.say(f"step `{step.name}`: {cls} has no {more}: {count} of blocks are not used")
-
-    def _check_alike(self, step: Step, operation: Operation, models: Mapping[str, _Model]) -> None:
-        """Raise RecipeError when a step's inputs have nothing in common that it would change."""
-        held = {step.inputs[p]: m.classes() for p, m in models.items()}
-        first = models[_leader(step, operation)]
-        common = {c for c in first.classes() if all(self._held(m, c) for m in models.values())}
-        merged = {c for c in common if kind(c) != "VAE" or step.vae or _given(step, operation, c)}
-        if merged & set(step.components or merged):
-            return
-        place = self.recipe.place("steps", step.name)
-        fact = f"the step `{step.name}` has nothing to work on: its inputs are not of one kind"
-        raise RecipeError(
-            Problem(fact, place, tuple(f"`{n}` holds {_words(classes)}" for n, classes in held.items()))
-        )
-
-    def _check_component(self, pick: Pick, origin: Origin, held: Any) -> None:
-        """Raise RecipeError when what another model makes is not the component that is asked for."""
-        if pick.component is None:
-            return
-        found = component_name(self.plan, self.sources, origin)
-        if found is not None and found != pick.component:
-            raise self._absent(pick, [found, *(c for c in held if c != pick.cls)])
-
-    def _absent(self, pick: Pick, held: Any) -> RecipeError:
-        return RecipeError(
-            Problem(
-                f"`{pick.source}` has no {pick.component or pick.cls}",
-                self.recipe.place(*pick.at, value=True),
-                (f"it holds {_words(sorted(held)) or 'nothing that the catalog knows'}",),
-            )
-        )
-
-    # -- components
-
-    def component(self, output: Output, pick: Pick) -> Key:
-        """The node of what fills a slot."""
-        origin = self.model(pick.source).origin(pick)
-        job = ComponentJob(
-            pick.cls,
-            pick.source,
-            origin,
-            tuple(n for n in output.fixes if self.catalog.applies(n, pick.cls)),
-            output.precision,  # type: ignore[arg-type]
-            output.narrow,  # type: ignore[arg-type]
-            output.overflow,  # type: ignore[arg-type]
-            output.non_finite,  # type: ignore[arg-type]
-        )
-        if isinstance(origin, Finished) and origin.promote is None:
-            inner = self.plan.nodes[origin.node].job
-            assert isinstance(inner, ComponentJob)
-            if inner.params() == job.params():
-                return origin.node  # finished in the same way already: it is the component
-        named = f" ({pick.component})" if pick.component else ""
-        return self._component(job, f"{pick.cls} of {pick.source}{named}", pick)
-
-    def _whole(
-        self, output: Output, base: SourceJob | None, container: Container, architecture: Architecture
-    ) -> Key:
-        """The node of all that a base holds."""
-        assert base is not None
-        exempt = () if output.precision == "keep" else tuple(sorted(self.catalog.optional))
-        spelt = architecture.slots
-        if not container.layout:
-            spelt = foreign(self.sources.open(base).identity, self.catalog) if self.sources.seen(base) else ()
-        digests = tuple(t for cls in spelt for t in tables(self.catalog, cls, None))
-        origin = Whole(base.key, exempt, spelt, digests)
-        job = ComponentJob(
-            CHECKPOINT,
-            base.name,
-            origin,
-            (),
-            output.precision,  # type: ignore[arg-type]
-            output.narrow,  # type: ignore[arg-type]
-            output.overflow,  # type: ignore[arg-type]
-            output.non_finite,  # type: ignore[arg-type]
-        )
-        return self._component(job, f"{CHECKPOINT} {base.name}", Pick(CHECKPOINT, base.name))
-
-    def _component(self, job: ComponentJob, label: str, pick: Pick) -> Key:
-        key = job.key
-        if key in self.plan.nodes:
-            return key
-        action = self.action(job)
-        made = self.store.lookup(action) if action is not None else None
-        # What is to be fetched is seen when it is here, and what is known need not be looked at.
-        unseen = made is not None or self._elsewhere(job)
-        specs = {} if unseen else to_read(self.plan, self.sources, job.origin)
-        unknown = unseen or (job.cls == CHECKPOINT and not isinstance(job.origin, Whole))
-        made_of = {} if unknown else taken(self.plan, self.sources, self._shaped_as(job.origin))
-        sizes = component_specs(made_of, job.precision, job.narrow).values()
-        return self.add(
-            job,
-            label,
-            action=action,
-            state="make" if made is None else "stored",
-            why=self._why(pick, action) if made is None else "made before from the same inputs",
-            reads=sum(t.nbytes for t in specs.values()),
-            writes=made.bytes if made is not None else sum(d.bits * prod(s) // 8 for d, s in sizes),
-            made=made,
-        )
-
-    def _shaped_as(self, origin: Origin) -> Take | Whole:
-        """What of a source has the names and shapes of an origin: of a step, its first input's."""
-        while not isinstance(origin, Take | Whole):
-            job = self.plan.nodes[origin.node].job
-            assert isinstance(job, StepJob | ComponentJob)
-            origin = job.inputs_by_name[job.first] if isinstance(job, StepJob) else job.origin
-        return origin
-
-    def _why(self, pick: Pick, action: str | None) -> str:
-        if pick.source not in self.recipe.sources or self.recipe.sources[pick.source].recipe is not None:
-            return "not made before"
-        job = self.source(pick.source)
-        if action is None:
-            return f"`{pick.source}` is not known yet: it is read and hashed at once"
-        now = self.sources.sha256(job)
-        if job.locked is not None and now is not None and job.locked.sha256 != now:
-            return f"`{pick.source}` is another file than before: {job.locked.sha256[:12]} became {now[:12]}"
-        return "not made before"
-
-    def _elsewhere(self, job: ComponentJob) -> bool:
-        keys = {job.origin.node, *self.plan.ancestors(job.origin.node)}
-        jobs = (self.plan.nodes[k].job for k in keys)
-        return any(isinstance(j, SourceJob) and self.sources.find(j) is None for j in jobs)
+class _Resolver(Components):
+    """The outputs of one recipe, and all that they need."""
 
     # -- outputs
-
-    def filled(self, output: Output) -> tuple[Architecture, dict[str, Pick]]:
-        """The architecture of an output, and what fills each of its classes."""
-        picks = dict(output.components)
-        base = output.base
-        held: tuple[str, ...] = ()
-        if isinstance(base, NewBase):
-            architecture = self.catalog.architecture(base.architecture)
-        else:
-            architecture = self._base_architecture(base, output.partial and output.unknown == "keep")
-            held = self.model(base.name).classes()
-            for cls in held:
-                if cls in architecture.slots:
-                    picks.setdefault(cls, Pick(cls, base.name, None, base.at))
-        if problems := tuple(slot_problems(self.recipe, output, architecture, self.catalog, held)):
-            raise RecipeError(*problems)
-        order = [
-            *(s for s in architecture.slots if s in picks),
-            *sorted(c for c in picks if c not in architecture.slots),
-        ]
-        return architecture, {cls: picks[cls] for cls in order}
-
-    def _base_architecture(self, base: FromBase, any_: bool = False) -> Architecture:
-        """What a base is; with `any_`, one that is nothing known has no slots."""
-        found = self.model(base.name).architecture()
-        if found is not None:
-            return found
-        if any_:
-            return Architecture("unknown", ())
-        evidence: tuple[str, ...] = ()
-        if self._is_file(base):
-            rejected = self.sources.open(self.source(base.name)).identity.rejected
-            evidence = tuple(r.describe() for r in rejected[:3])
-        raise RecipeError(
-            Problem(
-                f"`{base.name}` is no architecture that the catalog knows",
-                self.recipe.place(*base.at, value=True),
-                evidence,
-                "`ckpt inspect --full` says what is in it",
-            )
-        )
 
     def output(
         self, output: Output, place: Callable[[Output], str | Path] | None, environment: Mapping[str, str]
@@ -663,13 +98,13 @@ class _Resolver:
         sidecar_: bytes | None = None
         if output.verbatim and isinstance(output.base, FromBase):
             architecture, beside = self._base_architecture(output.base, any_=True), Beside()
-            told = _Told(Prediction())
+            told = Told(Prediction())
             metadata = {**carried, **output.metadata}
             container = self._container(output, target, form, architecture, base, told.prediction)
             nodes = {CHECKPOINT: self._whole(output, base, container, architecture)}
         elif adapter is not None and adapter.metadata is not None:
             architecture, beside = Architecture("adapter", ()), Beside()
-            told = _Told(Prediction())
+            told = Told(Prediction())
             said = adapter.metadata()
             metadata = stated_metadata(self.recipe, output, None, _model_spec(said), said, environment, {})
             container = self._container(output, target, form, architecture, None, told.prediction)
@@ -726,20 +161,7 @@ class _Resolver:
         node = self._state(self.plan.nodes[key], job, parts, base)
         self.plan.nodes[key] = node
 
-    def told(self, output: Output, picks: Mapping[str, Pick], carried: Mapping[str, str]) -> _Told:
-        """What an output predicts: as its denoiser's source, or else its base, says it, and the recipe."""
-        cls = self._denoiser(picks)
-        if cls is not None:
-            found = self.model(picks[cls].source).told()
-        else:
-            found = _Told(prediction({}, carried, self.catalog))
-        own = found.prediction.with_own(output.markers, output.metadata, self.catalog)
-        return found._replace(prediction=own)
-
-    def _denoiser(self, picks: Mapping[str, Pick]) -> str | None:
-        return next((cls for cls in picks if cls in self.catalog.denoisers), None)
-
-    def _name(self, key: Key, told: _Told) -> str | None:
+    def _name(self, key: Key, told: Told) -> str | None:
         """The catalog's name of a denoiser; None where what it comes from cannot be seen from here."""
         node = self.plan.nodes[key]
         if node.made is not None:
@@ -754,7 +176,7 @@ class _Resolver:
             self.plan.unseen.append(base.key)
             return replace(node, why=f"what else is in `{base.name}` is seen when it is here")
         if waiting:
-            all_ = "all" if len(waiting) == len(parts) else _words(waiting)
+            all_ = "all" if len(waiting) == len(parts) else quoted(waiting)
             return replace(node, why=f"of {len(parts)} components, {all_} to be made")
         known = self.sources.sha256(base) if base is not None else None
         if (beside := recall_beside(self.store, known, job.beside)) is None:
@@ -832,7 +254,7 @@ class _Resolver:
         if isinstance(found, Problem) and (base is None or opened is not None):
             raise RecipeError(replace(found, place=self.recipe.place(*output.at, "file", value=True)))
         if output.prediction is not None and told.markers and told.v is not (output.prediction == "v"):
-            markers = _words(told.names)
+            markers = quoted(told.names)
             self.plan.warnings.append(
                 Problem(
                     f"the folder `{target.name}` says two things of what it predicts",
@@ -873,19 +295,6 @@ class _Resolver:
         if cls in architecture.slots:
             return Names(self.catalog.component_for(cls, architecture).prefix)
         return Names(self.catalog.classes[cls][0].prefix)
-
-    def _carried(self, base: SourceJob | None) -> Mapping[str, str]:
-        """Metadata of the base's own, which outlives a rebuild."""
-        if base is None or not self.sources.seen(base):
-            return {}
-        return carried_metadata(self.sources.open(base).checkpoint)
-
-    def _is_file(self, base: NewBase | FromBase) -> TypeGuard[FromBase]:
-        return (
-            isinstance(base, FromBase)
-            and base.name in self.recipe.sources
-            and self.recipe.sources[base.name].recipe is None
-        )
 
     def _beside(
         self,
@@ -1056,74 +465,3 @@ def output_state(store: Store, action: str, job: OutputJob) -> tuple[State, str]
     if known is None and (not single or stat.st_size == written["size"]):
         return "hash", f"the {what} may be it already: it is hashed first"
     return "make", f"the {what} is not what was built"
-
-
-def to_read(plan: Plan, sources: Sources, origin: Origin) -> Mapping[str, LazyTensor]:
-    """The tensors to be read for a component, each once; raises RecipeError where a source lacks it."""
-    return {
-        f"{take.node}/{n}": t for take in plan.takes(origin) for n, t in taken(plan, sources, take).items()
-    }
-
-
-def taken(plan: Plan, sources: Sources, origin: Take | Whole) -> Mapping[str, LazyTensor]:
-    """What is taken of a source, under unprefixed names; raises RecipeError when it does not have it."""
-    job = plan.nodes[origin.node].job
-    assert isinstance(job, SourceJob)
-    if isinstance(origin, Whole):
-        return whole(job, origin, sources)
-    opened = sources.open(job)
-    return cut(opened.checkpoint, opened.identity, match_of(job, origin, sources), origin.cls).tensors
-
-
-def component_name(plan: Plan, sources: Sources, origin: Origin) -> str | None:
-    """The catalog's name of what an origin gives; None where its source cannot be seen from here."""
-    node = plan.nodes[origin.node]
-    if isinstance(origin, Take):
-        assert isinstance(node.job, SourceJob)
-        if not sources.seen(node.job):
-            return None
-        return match_of(node.job, origin, sources).component.name
-    if isinstance(origin, Whole):
-        return CHECKPOINT
-    if isinstance(node.job, StepJob):
-        if node.job.cls == CHECKPOINT:
-            return CHECKPOINT
-        return component_name(plan, sources, node.job.inputs_by_name[node.job.first])
-    assert isinstance(node.job, ComponentJob)
-    return component_name(plan, sources, node.job.origin)
-
-
-def whole(job: SourceJob, origin: Whole, sources: Sources) -> dict[str, LazyTensor]:
-    """All tensors of a source; raises SourceError where two would have one name."""
-    opened = sources.open(job)
-    return usual(opened.checkpoint, opened.identity, origin.spelt, sources.catalog)
-
-
-def match_of(job: SourceJob, take: Take, sources: Sources) -> Match:
-    """What of a source is taken; raises RecipeError, where the recipe asks for it, when it is not there."""
-    opened = sources.open(job)
-    match = choose(opened.checkpoint, opened.identity, take.cls, take.component, sources.catalog)
-    if match is not None:
-        return match
-    wanted = take.component or take.cls
-    near = [r for r in opened.identity.rejected if wanted in (r.component.name, r.component.cls)]
-    evidence = [r.describe() for r in near[:2]]
-    hint = near[0].hint if near else None
-    alike = [m for m in opened.identity.matches if as_class(m, take.cls, opened.checkpoint, sources.catalog)]
-    if len(alike) > 1:
-        several = _words(f"{m.component.name} under {m.prefix}" for m in alike)
-        evidence.append(f"it may be either of {several}")
-        hint = "`ckpt extract` writes the one that you mean as a file of its own"
-    held = sorted({m.component.name for m in opened.identity.matches})
-    raise RecipeError(
-        Problem(
-            f"`{job.name}` has no {wanted}",
-            take.place,
-            (*evidence, f"it holds {_words(held) or 'nothing that the catalog knows'}"),
-            hint,
-        )
-    )
-
-
-def _words(names: Any) -> str:
-    return ", ".join(f"`{n}`" for n in names)
