@@ -26,7 +26,16 @@ from builder.models.catalog import Catalog, Names
 from builder.models.metric import counted
 from builder.plan.folders import MAX_VOCABULARY
 from builder.plan.graph import Key, Node, OutputJob
-from builder.plan.keys import EMPTY, assembly_key, note_beside, note_prediction, recall_beside
+from builder.plan.keys import (
+    EMPTY,
+    KnownOutput,
+    assembly_key,
+    note_beside,
+    note_output,
+    note_prediction,
+    recall_beside,
+    recall_output,
+)
 from builder.plan.metadata import DATE
 from builder.plan.resolve import output_state
 from builder.recipe.lock import Lock, LockedComponent, LockedOutput, differences, lock_path
@@ -137,17 +146,16 @@ class Assembly:
         if len(known) < len(made) or beside is None:
             return None
         action = assembly_key(job, {cls: m.digest for cls, m in known.items()}, beside)
-        fact = store.recall("output", action)
+        fact = recall_output(store, action)
         if fact is None:
             return None
         state, _ = output_state(store, action, job)
-        if state == "hash" and self._is(job.target, fact["sha256"]):
+        if state == "hash" and self._is(job.target, fact.sha256):
             state = "unchanged"
-        if state != "unchanged" or not self._has_all(fact.get("files", {})):
+        if state != "unchanged" or not self._has_all(fact.files):
             return None
-        tensors, metric = str(fact["tensor_digest"]), str(fact["metric"])
-        sha256, size = str(fact["sha256"]), int(fact["size"])
-        built = Built(job.output.name, job.target, sha256, size, tensors, metric, "unchanged")
+        known_as = (fact.sha256, fact.size, fact.tensor_digest, fact.metric)
+        built = Built(job.output.name, job.target, *known_as, "unchanged")
         for key, source in context.source_nodes(job.inputs):
             if context.sources.is_open(source):
                 context.settle(key, source)
@@ -401,14 +409,8 @@ class Assembly:
                 note_prediction(store, known, found)
         if all(context.action(p.key) for p in parts) and (sha256 is not None or self.base is None):
             key = assembly_key(job, {c: m.digest for c, m in product.parts.items()}, rows)
-            fact = {
-                "sha256": built.sha256,
-                "size": built.size,
-                "tensor_digest": built.tensor_digest,
-                "metric": built.metric,
-                "files": self._configs(written),
-            }
-            store.note("output", key, fact)
+            known_as = (built.sha256, built.size, built.tensor_digest, built.metric)
+            note_output(store, key, KnownOutput(*known_as, self._configs(written)))
 
     def _keep(self, made: Made, source: str, names: Names) -> None:
         """Have the bytes of a component kept by the store, from what was written."""
@@ -434,8 +436,8 @@ class Assembly:
             held = _sha256_of(path)
             if held == wanted:
                 return
-            ours = store.recall("sidecar", key)
-            if held is None or ours is None or ours["sha256"] != held:
+            ours = store.recall("sidecar", key, lambda fact: fact["sha256"])
+            if held is None or ours != held:
                 fact = f"`{path.name}` is there already and stays as it is"
                 hint = "remove it, and build again to have the one that the recipe asks for"
                 self.context.reporter.warn(Problem(fact, Place(str(path)), hint=hint))
@@ -458,12 +460,12 @@ class Assembly:
 
 def _sha256_of(path: Path, limit: int = MAX_SIDECAR) -> str | None:
     """The SHA-256 of a regular file of at most `limit` bytes; None for what is none."""
-    if path.is_symlink():
-        return None
     try:
+        if path.is_symlink():
+            return None
         with closing(FileBlob(path)) as blob:
             return hashlib.sha256(blob.read(0, min(blob.size, limit + 1))).hexdigest()
-    except SourceError:
+    except (SourceError, OSError, ValueError):  # or no path at all
         return None
 
 

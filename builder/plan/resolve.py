@@ -43,7 +43,14 @@ from builder.plan.graph import (
     Whole,
     component_specs,
 )
-from builder.plan.keys import action_key, assembly_key, recall_beside, recall_prediction, tables
+from builder.plan.keys import (
+    action_key,
+    assembly_key,
+    recall_beside,
+    recall_output,
+    recall_prediction,
+    tables,
+)
 from builder.plan.metadata import carried_metadata, stated_metadata
 from builder.recipe import FromBase, NewBase, Output, Pick, Recipe, Step, slot_problems
 from builder.recipe.check import MAX_STEPS
@@ -906,7 +913,7 @@ def _settle(plan: Plan, sources: Sources) -> None:
 
 def output_state(store: Store, action: str, job: OutputJob) -> tuple[State, str]:
     """Whether what is in an output's place is what the assembly of this key makes, and why."""
-    written, single = store.recall("output", action), job.container.single
+    written, single = recall_output(store, action), job.container.single
     what = "file" if single else "set" if job.container.form == "sharded" else "folder"
     try:
         stat = job.target.stat()
@@ -918,9 +925,9 @@ def output_state(store: Store, action: str, job: OutputJob) -> tuple[State, str]
         known = store.remembered_sha256(stat) if single else recall_files(job.target, store)[0]
     except SourceError:  # a part of it is missing, or is none
         return "make", f"the {what} is not what was built"
-    if known == written["sha256"]:
+    if known == written.sha256:
         return "unchanged", f"the {what} is what it would become"
-    if known is None and (not single or stat.st_size == written["size"]):
+    if known is None and (not single or stat.st_size == written.size):
         return "hash", f"the {what} may be it already: it is hashed first"
     return "make", f"the {what} is not what was built"
 
