@@ -330,6 +330,16 @@ PART = '[layouts.x]\nextends = "SD-v1"\n[layouts.x.parts.vae]\n'
         ("kinds.toml", '[[kind]]\nkind = "X"\ncalled = "x"\nlast = ["x"]', "`last` is not a list of sizes"),
         ("kinds.toml", '[[model]]\nname = "X"\nof = ["X"]\nsizes = { "x" = "1" }', "`x` is no size"),
         ("kinds.toml", '[[kinds]]\nkind = "X"', "unknown kind `kinds`"),
+        (
+            "kinds.toml",
+            f'[[kind]]\nkind = "X"\ncalled = "x"\nany = {[f"q*z{n}*y" for n in range(500)]}',
+            "more than 500 patterns tell kinds of files",
+        ),
+        (
+            "kinds.toml",
+            '[[model]]\nname = "x"\nof = ["X"]\nsizes = { "q*y" = 1 }\n' * 500,
+            "more than 500 patterns tell kinds of files",
+        ),
         ("diffusers.toml", "[layout.x]", "unknown field `layout`"),
         ("diffusers.toml", '[layouts.x]\nextends = "SD-v0"', "no layout `SD-v0` to extend"),
         ("diffusers.toml", '[layouts.x]\nextends = "x"', "no layout `x` to extend"),

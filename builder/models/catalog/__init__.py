@@ -190,7 +190,7 @@ class _Reader:
             self.described[cls] = fields
 
     def _kinds(self, path: Path, name: str) -> None:
-        self.kinds += read_kinds(path, name)
+        self.kinds += read_kinds(path, name, sum(k.patterns for k in self.kinds))
 
     def _known(self, path: Path, name: str) -> None:
         self.known += read_known(path, name)

@@ -268,8 +268,8 @@ class Patterns:
         """Whether one of the names is."""
         return any(map(self.fit, names))
 
-    def __bool__(self) -> bool:
-        return bool(self.all)
+    def __len__(self) -> int:
+        return len(self.all)
 
 
 @dataclass(frozen=True)
@@ -293,6 +293,11 @@ class KindRule:
     last: tuple[int, ...] = ()
     rows: int | None = None
 
+    @property
+    def patterns(self) -> int:
+        """How many patterns a file's names and metadata may have to be compared with."""
+        return sum(map(len, (self.any, *self.all, self.only, self.rank, *self.says.values())))
+
 
 @dataclass(frozen=True)
 class ModelRule:
@@ -307,6 +312,11 @@ class ModelRule:
     said: tuple[str, ...]
     any: Patterns
     sizes: tuple[tuple[Patterns, int], ...]
+
+    @property
+    def patterns(self) -> int:
+        """How many patterns a file's names may have to be compared with."""
+        return sum(map(len, (self.any, *(pattern for pattern, _ in self.sizes))))
 
 
 @dataclass(frozen=True)
