@@ -32,8 +32,8 @@ from builder.base.words import SIZE, parse_size
 from builder.models.prediction import EMPTY
 from builder.operations.fixes import Fix
 from builder.operations.registry import Operation, Param
+from builder.recipe.names import ENDING, UNSEEN
 from builder.recipe.names import FORMS as OUTPUT_FORMS
-from builder.recipe.names import UNSEEN
 from builder.recipe.recipe import FORMAT
 from builder.recipe.weights import BlockWeights
 
@@ -104,7 +104,7 @@ NAME = Text(
         Rule(r'[/\\:*?"<>|]', '{key} holds one of / \\ : * ? " < > |, which file names cannot', forbid=True),
         Rule(r"^\.|\.$", "{key} begins or ends with a dot", forbid=True),
         Rule(
-            r"\.(safetensors|ckpt|pt)$",
+            rf"{ENDING}$",
             "{key} ends as the name of a file does",
             "leave the ending out: `file` under [output] says what is written",
             forbid=True,
