@@ -20,6 +20,7 @@ import pytest
 
 from builder.base.errors import OutputError, UsageError
 from builder.cli import run
+from builder.cli.watching import _say
 from builder.formats import open_checkpoint
 from builder.formats.write_safetensors import write as write_safetensors
 from builder.tensors.lazy import DType, LazyTensor, MemoryTensor
@@ -326,6 +327,17 @@ def test_what_is_left_alone(folder: Folder, watch: Watch, tmp_path: Path) -> Non
     assert list(watch.poll()) == [] and watch.waiting == [] and tree(folder) == before
     (folder / "in/f.ckpt.part").unlink()
     assert states(watch.poll()) == {"f.ckpt": "pruned"}
+
+
+def test_what_is_taken_away_at_once_has_no_size(
+    folder: Folder, watch: Watch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(folder / "in/a.safetensors", model("SD-tiny", DType.F16))
+    (event,) = watch.poll()
+    assert event.target is not None
+    event.target.unlink()
+    assert _say(event, watch.folder) == 0
+    assert capsys.readouterr().out.startswith(f"moved    a.safetensors → {event.target}")
 
 
 def test_a_half_copied_file_waits(folder: Folder, watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
