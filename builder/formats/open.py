@@ -76,7 +76,7 @@ def _open(blob: FileBlob, path: Path, name: str, repair: bool) -> Checkpoint:
     if sniff.is_safetensors(head):
         return safetensors.from_blob(blob, name, repair=repair)
     from builder.formats import sharded  # not needed for most files, so not loaded at the start
-    from builder.formats.torch.files import looks_like_torch, open_torch
+    from builder.formats.torch.containers import looks_like_torch, open_torch
 
     if looks_like_torch(head) and not sniff.is_npz(head):
         return open_torch(blob, name)

@@ -17,7 +17,9 @@ from builder.base.errors import CatalogError, UsageError, render
 from builder.base.words import fits_pattern
 from builder.cli import run
 from builder.models.catalog import RANK, TensorRule, load_catalog
-from builder.models.catalog.files import (
+from builder.models.catalog.layouts import _LAYOUT, _PART, _RULES
+from builder.models.catalog.learn import compress
+from builder.models.catalog.reading import (
     _ALONE,
     _ARCHITECTURE,
     _CLASS,
@@ -27,8 +29,6 @@ from builder.models.catalog.files import (
     _SCALE,
     parse_table,
 )
-from builder.models.catalog.layouts import _LAYOUT, _PART, _RULES
-from builder.models.catalog.learn import compress
 from builder.recipe import parse_recipe
 
 # ── braces ──

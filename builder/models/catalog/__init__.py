@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 import components_db
 from builder.base.errors import CatalogError, Problem, did_you_mean
 from builder.base.words import spelling
-from builder.models.catalog.files import (
+from builder.models.catalog.reading import (
     Fields,
     Table,
     alone,
