@@ -19,7 +19,7 @@ from builder.build.in_parts import Parts
 from builder.build.measure import known_digits, measured, metric_text
 from builder.build.write import write_output
 from builder.formats.blob import FileBlob
-from builder.formats.lost import find_lost, said
+from builder.formats.lost import find_lost, problem_of
 from builder.formats.open import open_checkpoint
 from builder.formats.write_safetensors import Written
 from builder.models.catalog import Catalog, Names
@@ -223,7 +223,7 @@ class Assembly:
             path, single = str(self._product.built.path), job.container.single
             place = (lambda name: (path, written.offsets[name])) if single else None
             lost = find_lost(tensors, written.zeros, place)
-            if (problem := said(lost)) is not None:
+            if (problem := problem_of(lost)) is not None:
                 context.reporter.warn(problem)
         self._remember(written, parts, beside)
         self._put_sidecar(self._product.built)

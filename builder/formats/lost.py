@@ -55,7 +55,7 @@ def find_lost(
     return tuple(lost for lost in _joined(pieces) if lost.length >= LONG or _matrices(lost, tensors))
 
 
-def said(found: Iterable[Lost]) -> Problem | None:
+def problem_of(found: Iterable[Lost]) -> Problem | None:
     """What is lost, in words; None where nothing is."""
     lost = tuple(found)
     if not lost:
