@@ -64,7 +64,7 @@ def problem_of(found: Iterable[Lost]) -> Problem | None:
     wholly = {n for each in lost for n in each.wholly}
     kinds = [f"{counted(len(wholly), 'tensor')} wholly"] * bool(wholly)
     kinds += [f"{len(names) - len(wholly):,} in part"] * (len(names) > len(wholly))
-    more = counted(len(lost) - _TOLD, "more such stretch").replace("stretchs", "stretches")
+    more = counted(len(lost) - _TOLD, "more such run")
     return Problem(
         f"zeros where weights should be: {' and '.join(kinds)}",
         evidence=(*map(_line, lost[:_TOLD]), *([more] if len(lost) > _TOLD else [])),

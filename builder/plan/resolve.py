@@ -853,7 +853,7 @@ def _named(keep: Sequence[str], identity: Identity) -> set[str]:
 
 
 def _check_sidecars(plan: Plan) -> None:
-    """Raise RecipeError when two outputs would share a configuration, or one lies on top of a source."""
+    """Raise RecipeError when two outputs would share a configuration."""
     taken: dict[Path, str] = {}
     for job in (n.job for n in plan.outputs()):
         assert isinstance(job, OutputJob)

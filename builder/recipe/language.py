@@ -34,6 +34,7 @@ from builder.operations.fixes import Fix
 from builder.operations.registry import Operation, Param
 from builder.recipe.names import ENDING, UNSEEN
 from builder.recipe.names import FORMS as OUTPUT_FORMS
+from builder.recipe.profiles import PROFILES
 from builder.recipe.recipe import FORMAT
 from builder.recipe.weights import BlockWeights
 
@@ -74,7 +75,6 @@ class Vocabulary:
     catalog: Catalog
     operations: Mapping[str, Operation]
     fixes: Mapping[str, Fix]
-    profiles: Mapping[str, Any]
 
     @cached_property
     def language(self) -> Struct:
@@ -523,7 +523,7 @@ def _language(words: Vocabulary) -> Struct:
                 default="error",
             ),
             "profile": Key(
-                Choice("profile", {n: str(getattr(p, "doc", p)) for n, p in words.profiles.items()}),
+                Choice("profile", {n: p.doc for n, p in PROFILES.items()}),
                 "The program it is for, whose needs it is checked against.",
                 '"a1111"',
             ),

@@ -18,14 +18,13 @@ from builder.operations.fixes import FIXES
 from builder.operations.registry import Operation
 from builder.recipe import load_recipe, parse_recipe
 from builder.recipe.language import Vocabulary, step_keys
-from builder.recipe.profiles import PROFILES
 from tests.help.recipe_words import golden
 
 ROOT = Path(__file__).parents[2]
 CATALOG = load_catalog(())
 SHIPPED = sorted((ROOT / "recipes").glob("*.toml"))
 REFERENCE = ROOT / "docs" / "recipes.md"
-LANGUAGE = Vocabulary(CATALOG, OPERATIONS, FIXES, PROFILES).language
+LANGUAGE = Vocabulary(CATALOG, OPERATIONS, FIXES).language
 SCHEMA = json.loads((ROOT / "recipes" / "recipe.schema.json").read_text(encoding="utf-8"))
 
 

@@ -380,7 +380,7 @@ class Known:
         return next((f for f in self.files if f.sha256 == sha256.casefold()), None)
 
     def part(self, digest: str) -> KnownPart | None:
-        """The published weights with this content digest, XXH3-128 or SHA-256, in hex."""
+        """The published weights with this content digest, BLAKE3-256, in hex."""
         return next((p for p in self.parts if digest.casefold() == p.blake3), None)
 
 
