@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from builder.models.catalog import Scale
-from builder.models.metric import Metric, digits, weigh
+from builder.models.metric import Metric, digits, is_digits, weigh
 from builder.store import Store
+from builder.store.records import texts
 
 if TYPE_CHECKING:
     import numpy as np
@@ -16,14 +17,14 @@ if TYPE_CHECKING:
 
 def known_digits(store: Store, cls: str, digest: str) -> str | None:
     """The digits of a component of this content (BLAKE3), if they were measured before."""
-    fact = store.recall("metric", digest)
-    return str(fact[cls]) if fact is not None and cls in fact else None
+    found = (store.recall("metric", digest, texts) or {}).get(cls)
+    return found if found is not None and is_digits(found) else None
 
 
 def measured(store: Store, cls: str, digest: str, histogram: NDArray[np.int64], scale: Scale) -> str:
     """The digits that a histogram gives, which are remembered."""
     found = digits(weigh(histogram), scale)
-    store.note("metric", digest, {**(store.recall("metric", digest) or {}), cls: found})
+    store.note("metric", digest, {**(store.recall("metric", digest, texts) or {}), cls: found})
     return found
 
 

@@ -20,14 +20,23 @@ from builder.build.measure import known_digits, measured, metric_text
 from builder.build.write import write_output
 from builder.formats.blob import FileBlob
 from builder.formats.hashes import data_sha256
-from builder.formats.lost import find_lost, said
+from builder.formats.lost import find_lost, problem_of
 from builder.formats.open import open_checkpoint
 from builder.formats.write_safetensors import Written
 from builder.models.catalog import Catalog, Names
 from builder.models.metric import counted
 from builder.plan.folders import MAX_VOCABULARY
 from builder.plan.graph import Key, Node, OutputJob
-from builder.plan.keys import EMPTY, assembly_key, note_beside, note_prediction, recall_beside
+from builder.plan.keys import (
+    EMPTY,
+    KnownOutput,
+    assembly_key,
+    note_beside,
+    note_output,
+    note_prediction,
+    recall_beside,
+    recall_output,
+)
 from builder.plan.metadata import DATE
 from builder.plan.resolve import output_state
 from builder.recipe.lock import Lock, LockedComponent, LockedOutput, differences, lock_path
@@ -138,18 +147,16 @@ class Assembly:
         if len(known) < len(made) or beside is None:
             return None
         action = assembly_key(job, {cls: m.digest for cls, m in known.items()}, beside)
-        fact = store.recall("output", action)
+        fact = recall_output(store, action)
         if fact is None:
             return None
         state, _ = output_state(store, action, job)
-        if state == "hash" and self._is(job.target, fact["sha256"]):
+        if state == "hash" and self._is(job.target, fact.sha256):
             state = "unchanged"
-        if state != "unchanged" or not self._has_all(fact.get("files", {})):
+        if state != "unchanged" or not self._has_all(fact.files):
             return None
-        tensors, metric = str(fact["tensor_digest"]), str(fact["metric"])
-        sha256, size = str(fact["sha256"]), int(fact["size"])
-        autov3 = self._autov3(fact)
-        built = Built(job.output.name, job.target, sha256, size, tensors, metric, "unchanged", autov3)
+        known_as = (fact.sha256, fact.size, fact.tensor_digest, fact.metric)
+        built = Built(job.output.name, job.target, *known_as, "unchanged", self._autov3(fact))
         for key, source in context.source_nodes(job.inputs):
             if context.sources.is_open(source):
                 context.settle(key, source)
@@ -167,11 +174,11 @@ class Assembly:
         except SourceError:
             return False
 
-    def _autov3(self, fact: Mapping[str, str]) -> str:
+    def _autov3(self, fact: KnownOutput) -> str:
         """The AutoV3 of the output in its place, where one is expected."""
         if self.job.output.expect.autov3 is None:
             return ""
-        return fact.get("autov3") or data_sha256(self.job.target, reporter=self.context.reporter) or ""
+        return fact.autov3 or data_sha256(self.job.target, reporter=self.context.reporter) or ""
 
     def _has_all(self, files: Mapping[str, str]) -> bool:
         """Whether files of a folder are what they were (SHA-256 by path)."""
@@ -224,7 +231,7 @@ class Assembly:
             path, single = str(self._product.built.path), job.container.single
             place = (lambda name: (path, written.offsets[name])) if single else None
             lost = find_lost(tensors, written.zeros, place)
-            if (problem := said(lost)) is not None:
+            if (problem := problem_of(lost)) is not None:
                 context.reporter.warn(problem)
         self._remember(written, parts, beside)
         self._put_sidecar(self._product.built)
@@ -411,15 +418,8 @@ class Assembly:
                 note_prediction(store, known, found)
         if all(context.action(p.key) for p in parts) and (sha256 is not None or self.base is None):
             key = assembly_key(job, {c: m.digest for c, m in product.parts.items()}, rows)
-            fact = {
-                "sha256": built.sha256,
-                "size": built.size,
-                "tensor_digest": built.tensor_digest,
-                "metric": built.metric,
-                "files": self._configs(written),
-                **({"autov3": built.autov3} if built.autov3 else {}),
-            }
-            store.note("output", key, fact)
+            known_as = (built.sha256, built.size, built.tensor_digest, built.metric)
+            note_output(store, key, KnownOutput(*known_as, self._configs(written), built.autov3))
 
     def _keep(self, made: Made, source: str, names: Names) -> None:
         """Have the bytes of a component kept by the store, from what was written."""
@@ -445,8 +445,8 @@ class Assembly:
             held = _sha256_of(path)
             if held == wanted:
                 return
-            ours = store.recall("sidecar", key)
-            if held is None or ours is None or ours["sha256"] != held:
+            ours = store.recall("sidecar", key, lambda fact: fact["sha256"])
+            if held is None or ours != held:
                 fact = f"`{path.name}` is there already and stays as it is"
                 hint = "remove it, and build again to have the one that the recipe asks for"
                 self.context.reporter.warn(Problem(fact, Place(str(path)), hint=hint))
@@ -469,12 +469,12 @@ class Assembly:
 
 def _sha256_of(path: Path, limit: int = MAX_SIDECAR) -> str | None:
     """The SHA-256 of a regular file of at most `limit` bytes; None for what is none."""
-    if path.is_symlink():
-        return None
     try:
+        if path.is_symlink():
+            return None
         with closing(FileBlob(path)) as blob:
             return hashlib.sha256(blob.read(0, min(blob.size, limit + 1))).hexdigest()
-    except SourceError:
+    except (SourceError, OSError, ValueError):  # or no path at all
         return None
 
 

@@ -33,10 +33,9 @@ def build_recipe(
     hashing: bool = True,
     check: bool = False,
     threads: int | None = None,
-    keep_lock: bool = False,
     before: Callable[[Plan], object] = lambda plan: None,
 ) -> Build:
-    """Build a recipe, and write its lock unless `locked` or `keep_lock`.
+    """Build a recipe, and write its lock unless `locked`.
 
     `place` says where outputs go, and in which form, if not as the recipe says; `before` sees the plan before
     anything is made; with `check` everything is built a second time without the store, and compared. All
@@ -63,7 +62,7 @@ def build_recipe(
     )
     if check:
         _check(workspace, recipe, made, place, threads)
-    if not locked and not keep_lock:
+    if not locked:
         _write_lock(workspace, recipe, lock, made, place)
     workspace.tidy()
     return made

@@ -13,7 +13,7 @@ from builder.cli.made import note_changes, to_json, to_text
 from builder.cli.options import FILE, making, open_workspace, output_keys, recipe_path, save_option
 from builder.models.parts import find_part, kind, slot_of, usual_precision
 from builder.recipe import Pick
-from builder.recipe.names import WRITTEN, recipe_name
+from builder.recipe.names import SUFFIXES, recipe_name
 from builder.toolkit.command_recipe import CommandRecipe, run
 from builder.toolkit.extract import target_of
 
@@ -22,7 +22,7 @@ from builder.toolkit.extract import target_of
 @click.argument("file", type=FILE)
 @click.argument("component", metavar="COMPONENT|CLASS")
 @click.option("-o", "--output", type=FILE, help="The file to write, or the folder to write it in.")
-@click.option("--format", "form", type=click.Choice([s[1:] for s in WRITTEN]), help="Of the file written.")
+@click.option("--format", "form", type=click.Choice([s[1:] for s in SUFFIXES]), help="Of the file written.")
 @making
 @save_option
 def command(

@@ -77,15 +77,15 @@ def _with(options: Sequence[Callable[[F], F]], command: F) -> F:
     return command
 
 
-def output_keys(usual: str, options: dict[str, Any], *, upcast: bool = True) -> dict[str, Any]:
+def output_keys(usual: str, options: dict[str, Any]) -> dict[str, Any]:
     """A recipe's [output] of the options; taken out of `options`.
 
     `usual` is the precision where none was asked for. Only what was asked for is made wider or changed
-    within 16 bits, and without `upcast` not even that.
+    within 16 bits.
     """
     precision = options.pop("precision")
     keys: dict[str, Any] = {"precision": precision or usual}
-    if precision is None or not upcast:
+    if precision is None:
         keys["narrow"] = True
     for name in ("profile", "overflow", "non_finite"):
         if (value := options.pop(name)) not in (None, "error"):

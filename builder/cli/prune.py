@@ -33,7 +33,7 @@ from builder.cli.options import (
 from builder.cli.watching import Where, watch
 from builder.models.parts import words_for
 from builder.operations.fixes import FIXES
-from builder.recipe.names import free_name, stem
+from builder.recipe.names import free_name, named, stem
 from builder.tensors.cast import PRECISIONS
 from builder.toolkit import prune_text
 from builder.toolkit.command_recipe import output_path, vacant
@@ -177,21 +177,21 @@ def _prune(path: Path, request: Request, workspace: Workspace, say: Callable[[st
                 raise _unmatched(pruning)
             say("\n".join(prune_text.describe(pruning, request.names)))
             folder = request.output if request.output is not None and request.output.is_dir() else None
-            named = request.output if folder is None else None
-            if pruning.checked.tidy and named is None and (folder is None or path.is_file()):
+            target = request.output if folder is None else None
+            if pruning.checked.tidy and target is None and (folder is None or path.is_file()):
                 if folder is None or request.dry_run:
                     return Result(path, "tidy" if folder is None else "to do", pruning)
                 copied = copy(path, folder, workspace.reporter)
                 return Result(path, "copied" if copied else "tidy", pruning, copy=copied)
             if request.dry_run:
                 return Result(path, "to do", pruning)
-            usual = (request.output or path.parent) / f"{stem(path)}-pruned.safetensors"
+            usual = (request.output or named(path).parent) / f"{stem(path)}-pruned.safetensors"
             made = prune(
                 pruning,
-                named or free_name(usual),
+                target or free_name(usual),
                 workspace,
                 sources,
-                naming=None if named else lambda built: vacant(usual, built, workspace.store),
+                naming=None if target else lambda built: vacant(usual, built, workspace.store),
                 save=request.save,
                 threads=request.threads,
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,11 +87,10 @@ def _forever(watched: Watch) -> None:
 def _say(event: Event, folder: Path) -> ExitCode:
     """A line for what became of a file, and the problems; gives the exit code it stands for."""
     to = f" → {event.target}" if event.target is not None else ""
-    size = (
-        f"  {human_bytes(event.target.stat().st_size)}"
-        if event.state in ("pruned", "moved") and event.target
-        else ""
-    )
+    size = ""
+    if event.state in ("pruned", "moved") and event.target:
+        with suppress(OSError):  # somebody may have taken it away already
+            size = f"  {human_bytes(event.target.stat().st_size)}"
     name = event.path.relative_to(folder)
     what = f"  {event.what}" if event.what else ""
     if event.state == "stays":

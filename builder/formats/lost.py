@@ -55,7 +55,7 @@ def find_lost(
     return tuple(lost for lost in _joined(pieces) if lost.length >= LONG or _matrices(lost, tensors))
 
 
-def said(found: Iterable[Lost]) -> Problem | None:
+def problem_of(found: Iterable[Lost]) -> Problem | None:
     """What is lost, in words; None where nothing is."""
     lost = tuple(found)
     if not lost:
@@ -64,7 +64,7 @@ def said(found: Iterable[Lost]) -> Problem | None:
     wholly = {n for each in lost for n in each.wholly}
     kinds = [f"{counted(len(wholly), 'tensor')} wholly"] * bool(wholly)
     kinds += [f"{len(names) - len(wholly):,} in part"] * (len(names) > len(wholly))
-    more = counted(len(lost) - _TOLD, "more such stretch").replace("stretchs", "stretches")
+    more = counted(len(lost) - _TOLD, "more such run")
     return Problem(
         f"zeros where weights should be: {' and '.join(kinds)}",
         evidence=(*map(_line, lost[:_TOLD]), *([more] if len(lost) > _TOLD else [])),

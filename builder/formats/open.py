@@ -26,7 +26,6 @@ def open_checkpoint(
     path: Path | str,
     layouts: Mapping[str, Layout] = NONE,
     *,
-    as_name: str | None = None,
     repair: bool = False,
 ) -> Checkpoint:
     """Open a checkpoint: its table of contents is read, its tensors are not.
@@ -35,12 +34,12 @@ def open_checkpoint(
     that holds exactly one such index, or the weights of a part of a model beside its `config.json`, or a
     model's folder in one of diffusers' `layouts`, whose tensors get the names of the original layout. Which
     it is, is told by its leading bytes, never by its suffix.
-    `as_name` replaces the path as the checkpoint's name. With `repair`, faults of a safetensors file from
+    With `repair`, faults of a safetensors file from
     which no tensor suffers are passed over, and are in `mended`. Close it, or use it in `with`.
     Raises SourceError for anything else, saying what it is.
     """
     path = Path(path)
-    name = as_name or str(path)
+    name = str(path)
     # Of os.path, which answers where pathlib raises: a name may be too long, a folder out of reach.
     if os.path.isfile(path / "model_index.json"):  # noqa: PTH113
         from builder.formats.diffusers import open_folder
@@ -76,7 +75,7 @@ def _open(blob: FileBlob, path: Path, name: str, repair: bool) -> Checkpoint:
     if sniff.is_safetensors(head):
         return safetensors.from_blob(blob, name, repair=repair)
     from builder.formats import sharded  # not needed for most files, so not loaded at the start
-    from builder.formats.torch.files import looks_like_torch, open_torch
+    from builder.formats.torch.containers import looks_like_torch, open_torch
 
     if looks_like_torch(head) and not sniff.is_npz(head):
         return open_torch(blob, name)

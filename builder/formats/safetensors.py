@@ -219,24 +219,33 @@ def _metadata(text: str, at: int, odd: list[_Odd]) -> tuple[dict[str, str], int]
 def _end_of(text: str, at: int, key: str) -> int:
     """Where the JSON value at `at` ends, which is no string and must be short."""
     try:
-        _, length = json.JSONDecoder().raw_decode(text[at : at + _MAX_ENTRY])
-    except (ValueError, RecursionError):
+        return at + _short_value(text, at, _ANY)[1]
+    except _Bad:
         begins = f"it begins with {text[at : at + 20]!r}"
         raise _Bad(f"metadata `{key}` is neither a string nor a short value", begins) from None
-    return at + length
+
+
+def _short_value(text: str, at: int, decoder: json.JSONDecoder) -> tuple[Any, int]:
+    """The JSON value at `at` and its length, from a copy that is not much longer than the value."""
+    for size in (1 << 8, 1 << 12, _MAX_ENTRY):
+        try:
+            value, length = _value(text[at : at + size], 0, at, decoder)
+        except _Bad:
+            if size == _MAX_ENTRY:
+                raise
+            continue
+        if length < size:  # else it may be a number that goes on
+            break
+    return value, length
 
 
 def _info(text: str, at: int, name: str) -> tuple[Entry, int]:
     if "\0" in name:
         raise _Bad(f"the tensor name `{name}` holds a NUL character")
-    close = text.find("}", at, at + _MAX_ENTRY)
-    if text[at : at + 1] != "{" or close < 0:
+    if text[at : at + 1] != "{" or text.find("}", at, at + _MAX_ENTRY) < 0:
         begins = f"it begins with {text[at : at + 40]!r}"
         raise _Bad(f"the entry of tensor `{name}` is not a short object", begins)
-    try:
-        info, end = _value(text[at : close + 1], 0, at)
-    except _Bad:  # an object within, or what is no JSON
-        info, end = _value(text[at : at + _MAX_ENTRY], 0, at)
+    info, length = _short_value(text, at, _DECODER)
     missing = [key for key in ("dtype", "shape", "data_offsets") if key not in info]
     if missing:
         raise _Bad(f"tensor `{name}` lacks `{'`, `'.join(missing)}`", f"its entry is {_short(info)}")
@@ -245,7 +254,7 @@ def _info(text: str, at: int, name: str) -> tuple[Entry, int]:
         raise _Bad(f"the shape of tensor `{name}` is not a list of sizes", f"shape {_short(shape)}")
     if not _counts(offsets) or len(offsets) != 2:
         raise _Bad(f"tensor `{name}` has invalid offsets", f"data_offsets {_short(offsets)}")
-    return _entry(name, info["dtype"], tuple(shape), *offsets), at + end
+    return _entry(name, info["dtype"], tuple(shape), *offsets), at + length
 
 
 def _entry(name: str, code: Any, shape: tuple[int, ...], start: int, end: int) -> Entry:
@@ -354,15 +363,17 @@ def _next(text: str, at: int) -> tuple[bool, int]:
 
 
 def _skip(text: str, at: int) -> int:
+    if text[at : at + 1] > " ":
+        return at
     found = _SPACE.match(text, at)
     assert found is not None
     return found.end()
 
 
-def _value(text: str, at: int, base: int = 0) -> tuple[Any, int]:
+def _value(text: str, at: int, base: int = 0, decoder: json.JSONDecoder | None = None) -> tuple[Any, int]:
     """The JSON value at `at`, and its end; `base` is where `text` itself begins, for messages."""
     try:
-        return _DECODER.raw_decode(text, at)
+        return (decoder or _DECODER).raw_decode(text, at)
     except json.JSONDecodeError as error:
         raise _syntax(text, error.pos, error.msg, base) from None
     except RecursionError:
@@ -384,6 +395,7 @@ def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=unique, parse_float=_refused, parse_constant=_refused)
+_ANY = json.JSONDecoder()
 
 
 def _syntax(text: str, at: int, why: str, base: int = 0) -> _Bad:

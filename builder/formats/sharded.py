@@ -12,7 +12,7 @@ from builder.formats import safetensors
 from builder.formats.blob import FileBlob
 from builder.formats.checkpoint import Checkpoint, with_descriptions
 from builder.formats.sniff import is_safetensors
-from builder.formats.torch.files import HEAD, looks_like_torch
+from builder.formats.torch.containers import HEAD, looks_like_torch
 from builder.tensors.lazy import LazyTensor
 
 MAX_INDEX = 32 << 20  # bytes; the index of a model of a million tensors is a third of that

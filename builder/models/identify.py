@@ -213,11 +213,6 @@ class Identity:
         """The component that came nearest without being chosen."""
         return self.rejected[0] if self.rejected else None
 
-    @property
-    def vae_attention_shape(self) -> bool:
-        """Whether an autoencoder's attention is named or shaped as diffusers does it."""
-        return any(m.diffusers_attention for m in self.matches)
-
     def find(self, cls: str) -> Match | None:
         """The match of a class, or None."""
         return next((m for m in self.matches if m.component.cls == cls), None)

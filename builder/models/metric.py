@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 ABSENT = "----"
 NOT_A_NUMBER = "NaN!"
+_DIGITS = re.compile(rf"\d{{4}}|{ABSENT}|{NOT_A_NUMBER}", re.ASCII)
 PERIOD = 5000  # from 10000 on, every further step of this size repeats the four digits
 
 
@@ -89,6 +91,11 @@ def measure(
         task=task,
     )
     return label(found.histograms, catalog.scales)
+
+
+def is_digits(text: str) -> bool:
+    """Whether `digits` may have given this."""
+    return _DIGITS.fullmatch(text) is not None
 
 
 def digits(total: float, scale: Scale) -> str:

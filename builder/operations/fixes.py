@@ -143,26 +143,30 @@ FIXES: dict[str, Fix] = {
 def truncated_position_ids(tensors: Tensors, label: str) -> Fixed:
     """`position_ids` of a floating type as int64, truncated towards zero as loaders do.
 
-    Raises UnfitError for what is no number of int64: what a loader makes of that hangs on the processor.
+    Raises UnfitError for more than there are positions, which are not read, and for what is no number of
+    int64: what a loader makes of that hangs on the processor.
     """
     held = tensors.get(POSITION_IDS)
     if held is None or not held.dtype.floating:
         return Fixed(tensors, ())
+    if held.numel > POSITIONS:
+        raise _unfit(label, f"have the shape {list(held.shape)}; there are {POSITIONS} positions")
     numbers = _numbers(held)
     if numbers is None or not all(abs(v) < 1 << 63 for v in numbers):
         odd = next((f"{v:g}" for v in numbers or () if not abs(v) < 1 << 63), held.dtype.code)
-        raise UnfitError(
-            Problem(
-                f"the position_ids of `{label}` hold {odd}, which is no position",
-                evidence=("what a loader makes of it hangs on the processor",),
-                hint="the fix `clip-position-ids` makes them exact: int64 0..76",
-            )
+        raise _unfit(
+            label, f"hold {odd}, which is no position", "what a loader makes of it hangs on the processor"
         )
     values = [int(v) for v in numbers]
     whole = MemoryTensor(DType.I64, held.shape, array("q", values).tobytes())
     wrong = [p for p, v in enumerate(values) if p != v]
     words = f"float position_ids truncated to int64{f', {len(wrong)} of them wrong' if wrong else ''}"
     return Fixed({**tensors, POSITION_IDS: whole}, (words,))
+
+
+def _unfit(label: str, what: str, *evidence: str) -> UnfitError:
+    hint = f"the fix `clip-position-ids` makes them exact: int64 0..{POSITIONS - 1}"
+    return UnfitError(Problem(f"the position_ids of `{label}` {what}", evidence=evidence, hint=hint))
 
 
 def _numbers(held: LazyTensor) -> list[float] | None:

@@ -6,11 +6,13 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from math import prod
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from blake3 import blake3
 
-from builder.models.prediction import Marker, Prediction, carried
+from builder.models.metric import is_digits
+from builder.models.prediction import MARKERS, WORDS, Marker, Prediction, carried
 from builder.plan.graph import (
     VERSIONS,
     Beside,
@@ -23,6 +25,7 @@ from builder.plan.graph import (
     origin_data,
 )
 from builder.sources.job import SourceJob
+from builder.store.records import digest, size, texts
 from builder.tensors.digests import Row, expression_key
 from builder.tensors.lazy import BY_CODE, DType
 
@@ -90,10 +93,15 @@ def recall_beside(store: Store, sha256: str | None, beside: Beside) -> dict[str,
     rows = {m.name: Row(m.dtype, m.shape, blake3(m.data).hexdigest()) for m in beside.markers}
     if not beside.names:
         return rows
-    fact = store.recall("beside", beside_key(sha256, beside)) if sha256 is not None else None
-    if fact is None:
+    if sha256 is None:
         return None
-    return rows | {n: Row(BY_CODE[c], tuple(s), d) for n, (c, s, d) in fact["tensors"].items()}
+
+    def parse(fact: dict[str, Any]) -> dict[str, Row]:
+        held = {n: fact["tensors"][n] for n in beside.names}
+        return {n: Row(BY_CODE[c], tuple(map(size, s)), digest(d)) for n, (c, s, d) in held.items()}
+
+    found = store.recall("beside", beside_key(sha256, beside), parse)
+    return rows | found if found is not None else None
 
 
 def note_beside(store: Store, sha256: str, beside: Beside, rows: Mapping[str, Row]) -> None:
@@ -108,11 +116,53 @@ def _prediction_key(sha256: str) -> str:
 
 def recall_prediction(store: Store, sha256: str | None, catalog: Catalog) -> Prediction | None:
     """What a source says of what its denoiser predicts; None until a build carried that over."""
-    fact = store.recall("prediction", _prediction_key(sha256)) if sha256 is not None else None
-    if fact is None:
+    if sha256 is None:
         return None
-    markers = (Marker(n, BY_CODE[c], tuple(s), bytes.fromhex(d)) for n, c, s, d in fact["markers"])
-    return carried(markers, fact["words"], catalog)
+
+    def parse(fact: dict[str, Any]) -> Prediction:
+        markers = (
+            Marker(n, BY_CODE[c], tuple(map(size, s)), bytes.fromhex(d)) for n, c, s, d in fact["markers"]
+        )
+        whole = [m for m in markers if m.name in MARKERS and 8 * len(m.data) == prod(m.shape) * m.dtype.bits]
+        words = {k: v for k, v in texts(fact["words"]).items() if k in WORDS}
+        if len(whole) < len(fact["markers"]) or len(words) < len(fact["words"]):
+            raise ValueError("another version's")
+        return carried(whole, words, catalog)
+
+    return store.recall("prediction", _prediction_key(sha256), parse)
+
+
+class KnownOutput(NamedTuple):
+    """What is remembered of an output that was written.
+
+    `files` are the SHA-256 of a folder's small ones; `autov3` is empty where nobody asked for it.
+    """
+
+    sha256: str
+    size: int
+    tensor_digest: str
+    metric: str
+    files: Mapping[str, str]
+    autov3: str = ""
+
+
+def recall_output(store: Store, action: str) -> KnownOutput | None:
+    """What the assembly of this key made; None until it did."""
+
+    def parse(fact: dict[str, Any]) -> KnownOutput:
+        metric = str(fact["metric"])
+        if metric and not all(map(is_digits, metric.split("/"))):
+            raise ValueError("no metric")
+        sha256, tensors = digest(fact["sha256"]), digest(fact["tensor_digest"])
+        autov3 = fact["autov3"] and digest(fact["autov3"])
+        return KnownOutput(sha256, size(fact["size"]), tensors, metric, texts(fact["files"]), autov3)
+
+    return store.recall("output", action, parse)
+
+
+def note_output(store: Store, action: str, output: KnownOutput) -> None:
+    """Have remembered what the assembly of this key made."""
+    store.note("output", action, {**output._asdict(), "files": dict(output.files)})
 
 
 def note_prediction(store: Store, sha256: str, found: Prediction) -> None:

@@ -34,8 +34,11 @@ def canonical(data: Any) -> str:
 def date_of(environment: Mapping[str, str]) -> str | None:
     """The day that SOURCE_DATE_EPOCH says; raises UsageError where that is no time in seconds."""
     said = environment.get("SOURCE_DATE_EPOCH", "")
-    if not said.isdecimal():
+    if not said:
         return None
+    if not (said.isascii() and said.isdecimal()):
+        fact = f"SOURCE_DATE_EPOCH is `{clipped(said, 40)}`, which is no time in whole seconds since 1970"
+        raise UsageError(Problem(fact, hint="write digits alone, as in `1700000000`, or unset it"))
     try:
         return datetime.fromtimestamp(int(said), timezone.utc).strftime("%Y-%m-%d")
     except (ValueError, OverflowError, OSError):

@@ -35,7 +35,7 @@ from builder.plan.graph import (
     State,
     StepJob,
 )
-from builder.plan.keys import assembly_key, recall_beside
+from builder.plan.keys import assembly_key, recall_beside, recall_output
 from builder.plan.metadata import stated_metadata
 from builder.plan.taken import component_name, quoted, to_read
 from builder.recipe import FromBase, Output, Pick, Recipe
@@ -388,7 +388,7 @@ def _named(keep: Sequence[str], identity: Identity) -> set[str]:
 
 
 def _check_sidecars(plan: Plan) -> None:
-    """Raise RecipeError when two outputs would share a configuration, or one lies on top of a source."""
+    """Raise RecipeError when two outputs would share a configuration."""
     taken: dict[Path, str] = {}
     for job in (n.job for n in plan.outputs()):
         assert isinstance(job, OutputJob)
@@ -448,7 +448,7 @@ def _settle(plan: Plan, sources: Sources) -> None:
 
 def output_state(store: Store, action: str, job: OutputJob) -> tuple[State, str]:
     """Whether what is in an output's place is what the assembly of this key makes, and why."""
-    written, single = store.recall("output", action), job.container.single
+    written, single = recall_output(store, action), job.container.single
     what = "file" if single else "set" if job.container.form == "sharded" else "folder"
     try:
         stat = job.target.stat()
@@ -460,8 +460,8 @@ def output_state(store: Store, action: str, job: OutputJob) -> tuple[State, str]
         known = store.remembered_sha256(stat) if single else recall_files(job.target, store)[0]
     except SourceError:  # a part of it is missing, or is none
         return "make", f"the {what} is not what was built"
-    if known == written["sha256"]:
+    if known == written.sha256:
         return "unchanged", f"the {what} is what it would become"
-    if known is None and (not single or stat.st_size == written["size"]):
+    if known is None and (not single or stat.st_size == written.size):
         return "hash", f"the {what} may be it already: it is hashed first"
     return "make", f"the {what} is not what was built"

@@ -14,7 +14,7 @@ from builder.base.errors import Place, Problem, UsageError, did_you_mean, neares
 from builder.base.kinds import listed
 from builder.base.toml import Keys
 from builder.recipe.language import NEW, Vocabulary
-from builder.recipe.names import SINGLE, Form
+from builder.recipe.names import SINGLE, SUFFIXES, Form
 from builder.recipe.recipe import FromBase, NewBase, Output, Pick, Recipe
 
 if TYPE_CHECKING:
@@ -265,7 +265,8 @@ def _autov3(recipe: Recipe, words: Vocabulary) -> Iterator[Problem]:
 def _output_names(recipe: Recipe, words: Vocabulary) -> Iterator[Problem]:
     first: dict[str, Place] = {}
     if isinstance(name := _said(recipe, "output", "name"), str):
-        hint = f'write `file = "{name}.safetensors"`, or `[[output]]` for the first of several'
+        file = name if name.endswith(SUFFIXES) else f"{name}.safetensors"
+        hint = f'write `file = "{file}"`, or `[[output]]` for the first of several'
         place = recipe.place("output", "name")
         yield Problem("`name` is for one of several outputs, and this is the only one", place, hint=hint)
     for output in recipe.outputs if len(recipe.outputs) > 1 else ():

@@ -32,8 +32,9 @@ from builder.base.words import SIZE, parse_size
 from builder.models.prediction import EMPTY
 from builder.operations.fixes import Fix
 from builder.operations.registry import Operation, Param
+from builder.recipe.names import ENDING, UNSEEN
 from builder.recipe.names import FORMS as OUTPUT_FORMS
-from builder.recipe.names import UNSEEN
+from builder.recipe.profiles import PROFILES
 from builder.recipe.recipe import FORMAT
 from builder.recipe.weights import BlockWeights
 
@@ -74,7 +75,6 @@ class Vocabulary:
     catalog: Catalog
     operations: Mapping[str, Operation]
     fixes: Mapping[str, Fix]
-    profiles: Mapping[str, Any]
 
     @cached_property
     def language(self) -> Struct:
@@ -104,7 +104,7 @@ NAME = Text(
         Rule(r'[/\\:*?"<>|]', '{key} holds one of / \\ : * ? " < > |, which file names cannot', forbid=True),
         Rule(r"^\.|\.$", "{key} begins or ends with a dot", forbid=True),
         Rule(
-            r"\.(safetensors|ckpt|pt)$",
+            rf"{ENDING}$",
             "{key} ends as the name of a file does",
             "leave the ending out: `file` under [output] says what is written",
             forbid=True,
@@ -576,7 +576,7 @@ def _language(words: Vocabulary) -> Struct:
                 default="error",
             ),
             "profile": Key(
-                Choice("profile", {n: str(getattr(p, "doc", p)) for n, p in words.profiles.items()}),
+                Choice("profile", {n: p.doc for n, p in PROFILES.items()}),
                 "The program it is for, whose needs it is checked against.",
                 '"a1111"',
             ),

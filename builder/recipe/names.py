@@ -25,14 +25,13 @@ FORMS: dict[str, Form] = {
     "/": "diffusers",
 }
 SINGLE: tuple[Form, ...] = ("safetensors", "torch")  # those that are one file
-WRITTEN = tuple(end for end, form in FORMS.items() if form in SINGLE)
-
-SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")  # of checkpoints; of an index below them too
+SUFFIXES = tuple(end for end, form in FORMS.items() if form in SINGLE)  # of checkpoints, read or written
 # Of a character class: what turns text around, or has no width, has a file's name read as another.
 UNSEEN = r"\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff"
 SHARD = re.compile(r".+-\d{5}-of-\d{5}\.(?:safetensors|bin)", re.IGNORECASE)
-_ENDINGS = re.compile(r"(?:\.(?:safetensors|ckpt|pt))+", re.IGNORECASE)  # within a name too
-_MODEL = re.compile(r"(.+?)(?:\.(?:safetensors|ckpt|pt|pth|bin))?(?:\.index\.json)?", re.IGNORECASE)
+ENDING = rf"(?:{'|'.join(map(re.escape, SUFFIXES))})"  # as an expression
+_ENDINGS = re.compile(rf"{ENDING}+(?![^\W_])", re.IGNORECASE)  # within a name too
+_MODEL = re.compile(rf"(.+?){ENDING}?(?:\.index\.json)?", re.IGNORECASE | re.DOTALL)
 
 
 def form_of(name: str) -> Form:
@@ -55,9 +54,14 @@ def form_of(name: str) -> Form:
     return "diffusers"
 
 
+def named(path: Path) -> Path:
+    """A path that ends in a name: for `.` and `..` the whole path of the folder."""
+    return path if path.name not in ("", "..") else path.resolve()
+
+
 def stem(path: Path) -> str:
     """A checkpoint's name without its suffix, whatever dots it has: `Anything-V3.0` of `…-V3.0.ckpt`."""
-    name = path.name or path.resolve().name
+    name = named(path).name
     match = _MODEL.fullmatch(name)
     return match[1] if match else name
 

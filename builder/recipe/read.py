@@ -20,7 +20,6 @@ from builder.operations.fixes import FIXES, Fix
 from builder.operations.registry import Operation
 from builder.recipe.check import problems_of
 from builder.recipe.language import NEW, Format, Vocabulary
-from builder.recipe.profiles import PROFILES
 from builder.recipe.recipe import Expect, FromBase, NewBase, Output, Pick, Recipe, Source, Step
 
 if TYPE_CHECKING:
@@ -36,14 +35,13 @@ def load_recipe(
     *,
     operations: Mapping[str, Operation] = OPERATIONS,
     fixes: Mapping[str, Fix] = FIXES,
-    profiles: Mapping[str, Any] = PROFILES,
     outside: bool = False,
 ) -> Recipe:
     """Read a recipe and the recipes that it includes: those in its folder, unless `outside` allows others.
 
     Raises RecipeError with every problem of all of them.
     """
-    return _Loader(Vocabulary(catalog, operations, fixes, profiles), outside).load(path)
+    return _Loader(Vocabulary(catalog, operations, fixes), outside).load(path)
 
 
 def parse_recipe(
@@ -53,13 +51,12 @@ def parse_recipe(
     *,
     operations: Mapping[str, Operation] = OPERATIONS,
     fixes: Mapping[str, Fix] = FIXES,
-    profiles: Mapping[str, Any] = PROFILES,
 ) -> Recipe:
     """Read a recipe's text; `path` is its name in messages. Recipes that it includes are not opened.
 
     Raises RecipeError with every problem.
     """
-    return _read(toml.parse(text, str(path), RecipeError), Vocabulary(catalog, operations, fixes, profiles))
+    return _read(toml.parse(text, str(path), RecipeError), Vocabulary(catalog, operations, fixes))
 
 
 class _Loader:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from builder.base.kinds import Schema
 from builder.operations import OPERATIONS
 from builder.operations.fixes import FIXES, Fix
 from builder.operations.registry import Operation
 from builder.recipe.language import Vocabulary
-from builder.recipe.profiles import PROFILES
 
 if TYPE_CHECKING:
     from builder.models.catalog import Catalog
@@ -24,14 +23,13 @@ def recipe_schema(
     *,
     operations: Mapping[str, Operation] = OPERATIONS,
     fixes: Mapping[str, Fix] = FIXES,
-    profiles: Mapping[str, Any] = PROFILES,
 ) -> Schema:
     """The JSON Schema (draft 2020-12) of the form of recipes.
 
     What holds only between values, such as that a name is that of a source, is left to the reader.
     """
     defs: Schema = {}
-    Vocabulary(catalog, operations, fixes, profiles).language.schema(defs)
+    Vocabulary(catalog, operations, fixes).language.schema(defs)
     body = defs.pop("recipe")
     described = {"title": "recipe of a model checkpoint", "description": "What `ckpt build` builds from."}
     return {"$schema": DIALECT, **described, **body, "$defs": dict(sorted(defs.items()))}

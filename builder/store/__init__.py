@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import xxhash
 
@@ -48,6 +48,8 @@ from builder.store.records import (
 from builder.store.strays import make_way, set_aside
 from builder.tensors.digests import Row, component_digest
 from builder.tensors.lazy import LazyTensor
+
+T = TypeVar("T")
 
 Warn = Callable[[Problem], object]
 
@@ -258,12 +260,21 @@ class Store:
 
     # Small facts.
 
-    def recall(self, kind: str, key: str) -> dict[str, Any] | None:
-        """The fact kept under `kind` and `key` (hex), or None; it may have been forgotten at any time."""
+    def recall(self, kind: str, key: str, parse: Callable[[dict[str, Any]], T]) -> T | None:
+        """What `parse` makes of the fact kept under `kind` and `key` (hex); None where there is none.
+
+        It may have been forgotten at any time, and one that `parse` fails on, as another version may have
+        written, is none.
+        """
         path = self._fact_path(kind, key)
-        fact = read_record(path) if self.trusted else None
-        if fact is not None:
-            _touch(path)  # a use, which keeps it from being forgotten
+        record = read_record(path) if self.trusted else None
+        if record is None:
+            return None
+        try:
+            fact = parse(record)
+        except (LookupError, TypeError, ValueError, AttributeError):
+            return None
+        _touch(path)  # a use, which keeps it from being forgotten
         return fact
 
     def note(self, kind: str, key: str, fact: dict[str, Any]) -> None:

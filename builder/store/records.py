@@ -45,6 +45,28 @@ def is_digest(text: object) -> bool:
     return isinstance(text, str) and _DIGEST.fullmatch(text) is not None
 
 
+def digest(value: object) -> str:
+    """A record's value that is a digest; raises ValueError."""
+    if not isinstance(value, str) or not is_digest(value):
+        raise ValueError("no digest")
+    return value
+
+
+def texts(value: Mapping[str, object]) -> dict[str, str]:
+    """A record's value that is an object of strings; raises TypeError, AttributeError."""
+    found = {key: said for key, said in value.items() if isinstance(said, str)}
+    if len(found) < len(value):
+        raise TypeError("not all are strings")
+    return found
+
+
+def size(value: object) -> int:
+    """A record's value that is a number of bytes or an extent; raises ValueError."""
+    if type(value) is not int or not 0 <= value < 1 << 63:
+        raise ValueError("no size")
+    return value
+
+
 def default_root(environment: Mapping[str, str] | None = None) -> Path:
     """The store's folder: `CKPT_STORE`, else `ckpt-build` in the user's cache folder."""
     said = os.environ if environment is None else environment

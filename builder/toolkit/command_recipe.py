@@ -19,7 +19,7 @@ from builder.operations.fixes import FIXES
 from builder.plan import Plan
 from builder.recipe import FromBase, NewBase, Output, Pick, Recipe, Source, parse_recipe
 from builder.recipe.language import OUTPUT_FILE, PATH
-from builder.recipe.names import WRITTEN, form_of, numbered, portable
+from builder.recipe.names import SUFFIXES, form_of, numbered, portable
 from builder.sources.opened import Sources
 from builder.store import Store
 from builder.tensors.cast import UnfitError
@@ -187,12 +187,12 @@ def vacant(path: Path, built: Built, store: Store, suffix: str | None = None) ->
 def output_path(path: Path, inputs: Iterable[Path] = ()) -> Path:
     """`path`, if a checkpoint can be written under such a name, and not over `inputs`; raises OutputError."""
     may_replace(path, inputs)
-    if path.suffix.lower() not in WRITTEN:
+    if path.suffix.lower() not in SUFFIXES:
         raise OutputError(
             Problem(
                 f"cannot write `{path}`",
                 evidence=(f"its name ends in {f'`{path.suffix}`' if path.suffix else 'nothing known'}",),
-                hint=f"the name says the format: {', '.join(f'`{s}`' for s in WRITTEN)}",
+                hint=f"the name says the format: {', '.join(f'`{s}`' for s in SUFFIXES)}",
             )
         )
     return path

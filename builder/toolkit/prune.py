@@ -23,7 +23,7 @@ from builder.models.identify import EMA, Identity, Match
 from builder.models.parts import home, usual_precision, words_for
 from builder.operations.fixes import FIXES, match_types
 from builder.recipe import Pick
-from builder.recipe.names import SHARD, SUFFIXES, free_name, recipe_name
+from builder.recipe.names import SHARD, SUFFIXES, free_name, named, recipe_name
 from builder.recipe.profiles import MAX_SIDECAR, with_profile
 from builder.reports.inspect import Report, examine
 from builder.sources.opened import Sources
@@ -272,7 +272,7 @@ def copy(path: Path, folder: Path, reporter: Reporter) -> Path | None:
 
 def _configuration_too(path: Path, target: Path, reporter: Reporter) -> None:
     """Copy the `.yaml` of a file beside what was made of it, unless there is one."""
-    config, beside = path.with_suffix(".yaml"), target.with_suffix(".yaml")
+    config, beside = named(path).with_suffix(".yaml"), target.with_suffix(".yaml")
     with suppress(OSError):
         # A link could lead to any file of the user's.
         if not os.path.lexists(beside) and not config.is_symlink():
@@ -283,7 +283,7 @@ def _configuration_too(path: Path, target: Path, reporter: Reporter) -> None:
 def _recipe(pruning: Pruning) -> CommandRecipe:
     """The recipe, with the original's metadata and its name."""
     path, said = pruning.path, pruning.report.metadata
-    origin: dict[str, Any] = {"file": path.name or path.resolve().name, "size": pruning.report.size}
+    origin: dict[str, Any] = {"file": named(path).name, "size": pruning.report.size}
     if ORIGIN in said:
         origin[ORIGIN] = _parsed(said[ORIGIN])
     kept = {k: v for k, v in said.items() if k.startswith(_TRUE)}

@@ -32,7 +32,16 @@ from builder.sources.opened import Sources
 from builder.tensors.cast import BeyondError, UnfitError
 from builder.toolkit.command_recipe import vacant
 from builder.toolkit.prune import Options, Pruning, plan_pruning, prune
-from builder.toolkit.whole_files import move, on_disk, same_content, same_file, same_inode
+from builder.toolkit.whole_files import (
+    file_identity,
+    move,
+    on_disk,
+    remove,
+    same_content,
+    same_file,
+    same_inode,
+    unchanged,
+)
 from builder.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -199,7 +208,7 @@ class Watch:
 
     def _unchanged_for(self, path: Path, status: os.stat_result) -> float | None:
         """Seconds since a file changed, as far as is known; None while it is not to be tried again."""
-        now, identity = time.monotonic(), _identity(status)
+        now, identity = time.monotonic(), file_identity(status)
         seen = self._seen.get(path)
         if seen is None or seen.identity != identity:
             seen = self._seen[path] = _Seen(identity, now)
@@ -211,9 +220,18 @@ class Watch:
     # -- one file
 
     def _handle(self, path: Path, status: os.stat_result, age: float) -> Event | None:
-        """Put a file where it belongs; None when it turns out to be unready."""
+        """What becomes of a file; None when it turns out to be unready."""
         if not os.access(path, os.R_OK):
             return Event(path, "kept", problems=(Problem("it may not be read", Place(str(path))),))
+        try:
+            return self._sort(path, status, age)
+        except OutputError as error:
+            return Event(path, "kept", problems=error.problems) if unchanged(path, status) else None
+        except OSError as error:
+            return Event(path, "kept", problems=(_system(path, error),))
+
+    def _sort(self, path: Path, status: os.stat_result, age: float) -> Event | None:
+        """Put a file where it belongs; raises OutputError, OSError for what the system prevents."""
         try:
             with self.workspace.sources() as sources:
                 try:
@@ -226,16 +244,14 @@ class Watch:
                     return Event(path, "stays", problems=(pruning.refusal,))
                 return self._place(pruning.checked, status, sources)
         except CkptError as error:
-            if not _still(path, status):
+            if not unchanged(path, status):
                 return None  # gone, or still being written after all
             if isinstance(error, BeyondError):
                 fact = "values beyond the precision: prune it with `--overflow clamp` or `--precision keep`"
                 return Event(path, "stays", problems=(Problem(fact, Place(str(path))),))
             if isinstance(error, OutputError) and not isinstance(error, UnfitError):
-                return Event(path, "kept", problems=error.problems)
-            return self._fail(path, error.problems)
-        except OSError as error:
-            return Event(path, "kept", problems=(_system(path, error),))
+                raise
+            return self._fail(path, status, error.problems)
 
     def _place(self, pruning: Pruning, status: os.stat_result, sources: Sources) -> Event | None:
         path, catalog, store = pruning.path, self.workspace.catalog, self.workspace.store
@@ -250,9 +266,9 @@ class Watch:
             target = same_file(path, folder, place.suffix)
             if target is not None:
                 state = "known"
-                path.unlink()
+                remove(path, status)
             else:
-                target = move(path, place)
+                target = move(path, place, status)
         else:
             made = prune(
                 pruning,
@@ -265,13 +281,17 @@ class Watch:
             built = made.outputs[0]
             target, state = built.path, "known" if built.state == "unchanged" else "pruned"
             verify_on_disk(target, built.sha256, pruning.identity, catalog)
-            if not _still(path, status):
+            if not unchanged(path, status):
                 return None
-            configured = target.with_suffix(".yaml").exists()
-            if state == "pruned" and not configured and (twin := same_content(target, folder)) is not None:
+            config = target.with_suffix(".yaml")
+            twins: Iterable[Path] = same_content(target, folder) if state == "pruned" else ()
+            if os.path.lexists(config):
+                twins = (t for t in twins if _same_text(config, t.with_suffix(".yaml")))
+            if (twin := next(iter(twins), None)) is not None:
                 target.unlink()  # what was pruned before from a file like this, under another name
+                config.unlink(missing_ok=True)
                 target, state = twin, "known"
-            path.unlink()
+            remove(path, status)
         sync_folder(path.parent)
         self._take_along(path, target)
         return Event(path, state, target, what=kind.text if kind is not None else "")
@@ -279,15 +299,16 @@ class Watch:
     def _take_along(self, path: Path, target: Path) -> None:
         """Move the `.yaml` of a file that is gone to where that is now, unless there is another one."""
         config, beside = path.with_suffix(".yaml"), target.with_suffix(".yaml")
-        with suppress(OSError):
-            if not stat.S_ISREG(config.lstat().st_mode):
+        with suppress(OSError, OutputError):
+            status = config.lstat()
+            if not stat.S_ISREG(status.st_mode):
                 return
             if not os.path.lexists(beside):
-                move(config, beside)
-            elif read_bounded(config, MAX_SIDECAR) == read_bounded(beside, MAX_SIDECAR):
-                config.unlink()
+                move(config, beside, status)
+            elif _same_text(config, beside):
+                remove(config, status)
 
-    def _fail(self, path: Path, problems: tuple[Problem, ...]) -> Event:
+    def _fail(self, path: Path, status: os.stat_result, problems: tuple[Problem, ...]) -> Event:
         """Move a file out of the way, and write down why."""
         folder = self.folder / FAILED
         folder.mkdir(exist_ok=True)
@@ -296,7 +317,7 @@ class Watch:
             for p in numbered(folder / path.name)
             if not os.path.lexists(p.with_suffix(".txt")) and (not os.path.lexists(p) or same_inode(p, path))
         )
-        target = move(path, next(free))
+        target = move(path, next(free), status)
         text = "\n\n".join(render(p) for p in problems) + "\n"
         with replacing(target.with_suffix(".txt")) as fd:
             write_all(fd, memoryview(text.encode("utf-8", "backslashreplace")), 0)
@@ -317,15 +338,11 @@ def verify_on_disk(path: Path, sha256: str, identity: Identity, catalog: Catalog
         )
 
 
-def _identity(status: os.stat_result) -> tuple[int, ...]:
-    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
-
-
-def _still(path: Path, status: os.stat_result) -> bool:
-    try:
-        return _identity(path.lstat()) == _identity(status)
-    except OSError:
-        return False
+def _same_text(config: Path, other: Path) -> bool:
+    """Whether two small files are alike, and `config`, which may be removed then, is no link."""
+    with suppress(OSError):
+        return read_bounded(config, MAX_SIDECAR, follow=False) == read_bounded(other, MAX_SIDECAR)
+    return False
 
 
 def _system(path: Path, error: OSError) -> Problem:

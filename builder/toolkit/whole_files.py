@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,36 @@ _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 _HEADERS = 1 << 20  # bytes by which headers of the same tensors may differ, as names in metadata do
 
 
-def move(path: Path, place: Path) -> Path:
+def file_identity(status: os.stat_result) -> tuple[int, ...]:
+    """What stays the same until a file is another or is written to, whatever names it gets."""
+    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+def unchanged(path: Path, status: os.stat_result) -> bool:
+    """Whether a name is still that of the file, no link, that had this status, and of nothing newer."""
+    try:
+        return file_identity(path.lstat()) == file_identity(status)
+    except OSError:
+        return False
+
+
+def remove(path: Path, status: os.stat_result) -> None:
+    """Remove a file, if it is still the one of this status. Raises OSError, OutputError."""
+    _insist(path, status)
+    path.unlink()
+
+
+def _insist(path: Path, status: os.stat_result) -> None:
+    if not unchanged(path, status):
+        raise OutputError(Problem("it has changed meanwhile", Place(str(path)), hint="it stays as it is"))
+
+
+def move(path: Path, place: Path, status: os.stat_result) -> Path:
     """Give a file another name: `place`, or the first of `NAME(1).EXT`, … that is free. Never replaces one.
 
     On another file system it is copied, and the copy compared with it before it is removed. A process that
-    is killed leaves the file under its old name, its new one, or both. Raises OSError, OutputError.
+    is killed leaves the file under its old name, its new one, or both. What is no longer the file of this
+    status keeps its old name. Raises OSError, OutputError.
     """
     for target in numbered(place):
         if os.path.lexists(target):
@@ -39,13 +65,14 @@ def move(path: Path, place: Path) -> Path:
             if error.errno == errno.EXDEV:
                 copy_file(path, target)
             elif error.errno in _NO_LINKS:
+                _insist(path, status)
                 path.rename(target)
                 return target
             else:
                 raise
         break
     sync_folder(target.parent)
-    path.unlink()
+    remove(path, status)
     return target
 
 
@@ -85,12 +112,12 @@ def same_file(path: Path, folder: Path, suffix: str) -> Path | None:
     return next((p for p in alike if on_disk(p) == digest), None)
 
 
-def same_content(path: Path, folder: Path) -> Path | None:
-    """A safetensors file in a folder with the same tensors, and the same metadata but for names of files."""
+def same_content(path: Path, folder: Path) -> Iterator[Path]:
+    """Safetensors files in a folder with the same tensors, and the same metadata but for names of files."""
     size = path.stat().st_size
     alike = [p for p in _others(path, folder, path.suffix) if abs(p.stat().st_size - size) <= _HEADERS]
     mine = _contents(path) if alike else None
-    return next((p for p in alike if _contents(p) == mine and _same_data(path, p)), None)
+    return (p for p in alike if _contents(p) == mine and _same_data(path, p))
 
 
 def same_inode(one: Path, other: Path) -> bool:

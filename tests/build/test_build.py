@@ -477,7 +477,7 @@ def test_model_spec(tmp_path: Path) -> None:
         "but for what is untrue now"
     )
     assert said(SOURCE_DATE_EPOCH="1700000000")["modelspec.date"] == "2023-11-14"
-    assert "modelspec.date" not in said(SOURCE_DATE_EPOCH="yesterday")
+    assert "modelspec.date" not in said(SOURCE_DATE_EPOCH="")
     assert said(SOURCE_DATE_EPOCH="253402300799")["modelspec.date"] == "9999-12-31"
 
 
@@ -507,6 +507,13 @@ def test_a_date_that_is_none_is_refused(dated: Folder, epoch: str) -> None:
     said = at(dated, epoch)("build", "m.toml")
     assert said.code == 2 and "which is beyond the year 9999" in said.err
     assert "one in milliseconds is a thousand times too large" in said.err
+    assert not (dated / "m.safetensors").exists()
+
+
+@pytest.mark.parametrize("epoch", ["-1", "1.7e9", "yesterday", " ", "١٧"])
+def test_a_date_that_is_no_number_is_refused(dated: Folder, epoch: str) -> None:
+    said = at(dated, epoch)("build", "m.toml")
+    assert said.code == 2 and f"`{epoch}`, which is no time in whole seconds since 1970" in said.err
     assert not (dated / "m.safetensors").exists()
 
 

@@ -73,7 +73,7 @@ def test_a_component_is_measured_once(folder: Folder) -> None:
     with folder.workspace() as workspace:
         lock = (folder / "tiny.lock.toml").read_text()
         digest = lock.split('class = "UNET-tiny"')[1].split('blake3 = "')[1][:64]
-        assert workspace.store.recall("metric", digest) == {"UNET-tiny": unet}
+        assert workspace.store.recall("metric", digest, dict) == {"UNET-tiny": unet}
         workspace.store.note("metric", digest, {"UNET-tiny": "1234"})
     folder.write("tiny.toml", RECIPE + 'output.metadata.author = "someone"\n')
     assert folder.build()["outputs"][0]["metric"] == f"1234/{vae}/{clip}"

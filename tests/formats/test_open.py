@@ -162,8 +162,8 @@ def test_the_suffix_decides_nothing(tmp_path: Path) -> None:
     torch.save({"x": torch.zeros(1)}, tmp_path / "c.png", _use_new_zipfile_serialization=False)
     containers = {"a.ckpt": "safetensors", "b.safetensors": "torch-zip", "c.png": "torch-legacy"}
     for name, container in containers.items():
-        with open_checkpoint(tmp_path / name, as_name="model") as found:
-            assert (found.container, list(found), found.name) == (container, ["x"], "model")
+        with open_checkpoint(tmp_path / name) as found:
+            assert (found.container, list(found), found.name) == (container, ["x"], str(tmp_path / name))
 
 
 @pytest.mark.parametrize("archive", ["zip", "tar"])

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from builder.formats import open_checkpoint
 from builder.formats.blob import BlobTensor, FileBlob
-from builder.formats.torch.files import open_torch
+from builder.formats.torch.containers import open_torch
 from builder.formats.torch.zip_directory import Inflated
 from tests.help.torch_forms import content, name, patch, pickled, records, same, save, zipped
 

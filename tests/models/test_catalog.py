@@ -17,7 +17,9 @@ from builder.base.errors import CatalogError, UsageError, render
 from builder.base.words import fits_pattern
 from builder.cli import run
 from builder.models.catalog import RANK, TensorRule, load_catalog
-from builder.models.catalog.files import (
+from builder.models.catalog.layouts import _LAYOUT, _PART, _RULES
+from builder.models.catalog.learn import compress
+from builder.models.catalog.reading import (
     _ALONE,
     _ARCHITECTURE,
     _CLASS,
@@ -27,8 +29,6 @@ from builder.models.catalog.files import (
     _SCALE,
     parse_table,
 )
-from builder.models.catalog.layouts import _LAYOUT, _PART, _RULES
-from builder.models.catalog.learn import compress
 from builder.recipe import parse_recipe
 
 # ── braces ──
@@ -330,6 +330,16 @@ PART = '[layouts.x]\nextends = "SD-v1"\n[layouts.x.parts.vae]\n'
         ("kinds.toml", '[[kind]]\nkind = "X"\ncalled = "x"\nlast = ["x"]', "`last` is not a list of sizes"),
         ("kinds.toml", '[[model]]\nname = "X"\nof = ["X"]\nsizes = { "x" = "1" }', "`x` is no size"),
         ("kinds.toml", '[[kinds]]\nkind = "X"', "unknown kind `kinds`"),
+        (
+            "kinds.toml",
+            f'[[kind]]\nkind = "X"\ncalled = "x"\nany = {[f"q*z{n}*y" for n in range(500)]}',
+            "more than 500 patterns tell kinds of files",
+        ),
+        (
+            "kinds.toml",
+            '[[model]]\nname = "x"\nof = ["X"]\nsizes = { "q*y" = 1 }\n' * 500,
+            "more than 500 patterns tell kinds of files",
+        ),
         ("diffusers.toml", "[layout.x]", "unknown field `layout`"),
         ("diffusers.toml", '[layouts.x]\nextends = "SD-v0"', "no layout `SD-v0` to extend"),
         ("diffusers.toml", '[layouts.x]\nextends = "x"', "no layout `x` to extend"),

@@ -253,13 +253,14 @@ def test_an_autoencoder_laid_out_as_diffusers_does_it(bare: bool, spelled: bool)
         held[name] = tensor
     found = identify({**({} if bare else tensors("UNET-v1-SD", "CLIP-v1-SD")), **held}, CATALOG)
     assert (found.architecture, found.intact) == ("VAE-v1" if bare else "SD-v1", True)
-    assert found.vae_attention_shape and not found.unknown
+    assert not found.unknown
     match = found.find("VAE-v1")
     assert match is not None
     assert len(match.reshaped) == 8 and len(match.renamed) == (16 if spelled else 0)
     assert match.names.keys() == CATALOG.components["VAE-v1-SD"].tensors.keys()
     assert set(match.names.values()) == held.keys()
-    assert not identify(tensors(*SD_V1), CATALOG).vae_attention_shape
+    assert match.diffusers_attention
+    assert not any(m.diffusers_attention for m in identify(tensors(*SD_V1), CATALOG).matches)
 
 
 PARTS = ["VAE-v1-SD", "CLIP-v1-SD", "CLIP-v2-SD", "LoRA-v1A-CLIP", "UNET-v1-EMA"]

@@ -125,6 +125,20 @@ def test_what_no_int64_can_hold_is_refused_with_the_fix(value: float, folder: Fo
     assert content(folder / "m.safetensors")[IDS] == EXACT
 
 
+def test_what_is_of_many_positions_is_refused_unread(folder: Folder) -> None:
+    class Unread(MemoryTensor):
+        def tobytes(self) -> bytearray:
+            raise AssertionError("read")
+
+    ids = Unread(DType.F16, (78, 2), bytes(78 * 2 * 2))
+    with pytest.raises(UnfitError, match=re.escape("`it` have the shape [78, 2]; there are 77 positions")):
+        truncated_position_ids(bare("CLIP-tiny", **{POSITION_IDS: ids}), "it")
+    save(folder / "a.safetensors", {**model(), IDS: values(np.zeros((1, 78)), "<f4")})
+    folder.write("bad.toml", RECIPE)
+    said = folder("build", "bad.toml")
+    assert said.code == 7 and "hint: the fix `clip-position-ids`" in said.err
+
+
 def test_integers_are_not_truncated() -> None:
     given = bare("CLIP-tiny")
     assert truncated_position_ids(given, "it") == Fixed(given, ())

@@ -20,7 +20,6 @@ from builder.operations.fixes import FIXES
 from builder.operations.registry import Operation, Param
 from builder.recipe import load_recipe, parse_recipe
 from builder.recipe.language import Vocabulary, step_keys
-from builder.recipe.profiles import PROFILES
 from builder.tensors.lazy import DType
 from tests.help.building import Folder
 from tests.help.recipe_words import golden
@@ -29,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 CATALOG = load_catalog(())
 SHIPPED = sorted((ROOT / "recipes").glob("*.toml"))
 REFERENCE = ROOT / "docs" / "recipes.md"
-LANGUAGE = Vocabulary(CATALOG, OPERATIONS, FIXES, PROFILES).language
+LANGUAGE = Vocabulary(CATALOG, OPERATIONS, FIXES).language
 SCHEMA = json.loads((ROOT / "recipes" / "recipe.schema.json").read_text(encoding="utf-8"))
 
 

@@ -213,18 +213,18 @@ def test_a_component_may_be_recorded_later(store: Store) -> None:
 
 
 def test_facts_are_kept_and_may_be_forgotten(store: Store) -> None:
-    assert store.recall("metric", "ab12") is None
+    assert store.recall("metric", "ab12", dict) is None
     store.note("metric", "ab12", {"UNET-v1": "0123"})
     store.note("metric", "ab12", {"UNET-v1": "0124"})
-    assert store.recall("metric", "ab12") == {"UNET-v1": "0124"}
-    assert store.recall("output", "ab12") is None
+    assert store.recall("metric", "ab12", dict) == {"UNET-v1": "0124"}
+    assert store.recall("output", "ab12", dict) is None
     [path] = files(store.root)
     rewrite(path, flip(5))
-    assert store.recall("metric", "ab12") is None
+    assert store.recall("metric", "ab12", dict) is None
     assert [p.fact for p in check(store)] == ["a record is damaged"]
     store.note("metric", "ab12", {"UNET-v1": "0124"})
     assert [i.kind for i in collect(store, 0).removed] == ["fact"]
-    assert store.recall("metric", "ab12") is None
+    assert store.recall("metric", "ab12", dict) is None
 
 
 FULL = """

@@ -302,6 +302,28 @@ def test_the_configuration_goes_with_it(folder: Folder) -> None:
     assert (folder / "a-pruned.yaml").read_text() == "model: v\n"
 
 
+@pytest.mark.parametrize(("place", "said"), [("in/m", "."), ("in/m/deep", "..")])
+def test_a_model_that_is_the_folder_one_is_in(folder: Folder, place: str, said: str) -> None:
+    (folder / "in/m/deep").mkdir(parents=True)
+    save_dirty(folder / "a.ckpt")
+    assert folder("convert", "a.ckpt", "-o", "in/m/a.safetensors.index.json").code == 0
+    folder.write("in/m.yaml", "model: v\n")
+    inside = replace(folder, path=folder / place)
+    for args in ((), ("-o", folder / "out.safetensors")):
+        assert inside("prune", said, *args).code == 0
+    assert content(folder / "in/m-pruned.safetensors") == content(folder / "out.safetensors")
+    assert (folder / "out.yaml").read_text() == "model: v\n"
+    assert "# What `m` is made of" in inside("new", said).out
+
+
+def test_names_that_end_in_sft(folder: Folder) -> None:
+    save_dirty(folder / "in/a.sft")
+    assert folder("prune", "in").code == 0
+    assert [p.name for p in sorted((folder / "in").iterdir())] == ["a-pruned.safetensors", "a.sft"]
+    said = folder("prune", "--watch", "in", "--once", "--settle", "0")
+    assert said.code == 0 and not (folder / "in/a.sft").exists()
+
+
 def broken(folder: Folder) -> dict[str, str]:
     """Files that are not to be pruned, and why."""
     whole = model("SD-tiny", DType.F32)

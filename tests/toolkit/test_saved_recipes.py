@@ -9,9 +9,9 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from builder.base.errors import OutputError
+from builder.base.errors import OutputError, RecipeError
 from builder.recipe import Pick, parse_recipe
-from builder.recipe.names import UNSEEN, recipe_name
+from builder.recipe.names import SUFFIXES, UNSEEN, recipe_name, stem
 from builder.toolkit.command_recipe import CommandRecipe
 from tests.help.building import Folder, catalog, content, files, model, save
 
@@ -50,6 +50,17 @@ def test_every_saved_recipe_is_read(source: str, target: str, place: str) -> Non
         assert re.fullmatch(rf'[^/\x00-\x1f\x7f\\:*?"<>|{UNSEEN}]+\.safetensors', written)
     else:
         assert written == below
+
+
+@pytest.mark.parametrize("end", SUFFIXES)
+def test_names_of_every_ending(end: str) -> None:
+    """Of all of them that a name has; within it where nothing of a word follows."""
+    for file in (f"a.b{end}", f"a.b{end}{end.upper()}", f"a.b{end}.index.json", f"a{end}-b.ckpt"):
+        assert recipe_name(Path(file)) in ("a.b", "a-b")
+    assert stem(Path(f"a\nb.vae{end}")) == "a\nb.vae"
+    assert recipe_name(Path(f"a{end}x.ckpt")) == f"a{end}x"
+    with pytest.raises(RecipeError, match="`name` ends as the name of a file does"):
+        parse_recipe(f'format = 1\nname = "a{end}"\nbase = "a"\nsources.a.file = "a.pt"', "r", catalog())
 
 
 def test_a_namesake_is_no_source() -> None:

@@ -20,6 +20,7 @@ import pytest
 
 from builder.base.errors import OutputError, UsageError
 from builder.cli import run
+from builder.cli.watching import _say
 from builder.formats import open_checkpoint
 from builder.formats.write_safetensors import write as write_safetensors
 from builder.tensors.lazy import DType, LazyTensor, MemoryTensor
@@ -243,6 +244,14 @@ def test_twins_are_put_there_once(folder: Folder, watch: Watch) -> None:
     folder.write("in/g.yaml", "model: its own")
     assert states(watch.poll()) == {"g.safetensors": "pruned"}
     assert (folder / "models/Stable-diffusion/g.yaml").exists()
+    for name, text, state in (("h", "model: its own", "known"), ("i", "model: another", "pruned")):
+        write_safetensors(folder / f"in/{name}.safetensors", tensors, {"author": "x"})
+        folder.write(f"in/{name}.yaml", text)
+        before = tree(folder)
+        (event,) = watch.poll()
+        assert event.state == state and not (folder / f"in/{name}.yaml").exists()
+        assert state == "pruned" or event.target == folder / "models/Stable-diffusion/g.safetensors"
+        assert len(tree(folder)) == len(before) - 2 * (state == "known")
 
 
 def test_subfolders(folder: Folder) -> None:
@@ -320,6 +329,17 @@ def test_what_is_left_alone(folder: Folder, watch: Watch, tmp_path: Path) -> Non
     assert states(watch.poll()) == {"f.ckpt": "pruned"}
 
 
+def test_what_is_taken_away_at_once_has_no_size(
+    folder: Folder, watch: Watch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(folder / "in/a.safetensors", model("SD-tiny", DType.F16))
+    (event,) = watch.poll()
+    assert event.target is not None
+    event.target.unlink()
+    assert _say(event, watch.folder) == 0
+    assert capsys.readouterr().out.startswith(f"moved    a.safetensors → {event.target}")
+
+
 def test_a_half_copied_file_waits(folder: Folder, watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
     data = save_dirty(folder / "whole.ckpt").read_bytes()
     path = folder / "in/a.ckpt"
@@ -359,6 +379,34 @@ def test_a_file_that_changes_meanwhile_is_not_removed(
     monkeypatch.undo()
     assert states(watch.poll()) == {"a.ckpt": "pruned"}
     assert len(list((folder / "models/Stable-diffusion").iterdir())) == 2
+
+
+@pytest.mark.parametrize("doing", ["same_file", "same_content", "move", "_fail"])
+def test_a_file_that_takes_its_place_meanwhile_is_not_removed(
+    folder: Folder, watch: Watch, monkeypatch: pytest.MonkeyPatch, doing: str
+) -> None:
+    """While it is compared with its twin, as it is or pruned, while it is moved, or given up."""
+    path = folder / "in/b.safetensors"
+    for name in ("a", "b") if doing.startswith("same") else ("b",):
+        if doing == "_fail":
+            path.write_bytes(b"none")
+        elif doing == "same_content":
+            save_dirty(folder / f"in/{name}.safetensors")
+        else:
+            save(folder / f"in/{name}.safetensors", model("SD-tiny", DType.F16))
+        if name == "a":
+            assert len(list(watch.poll())) == 1
+    place: object = Watch if doing == "_fail" else module
+    real = getattr(place, doing)
+
+    def slow(*args: object) -> object:
+        (folder / "new").write_bytes(b"what nobody has read")
+        (folder / "new").replace(path)
+        return real(*args)
+
+    monkeypatch.setattr(place, doing, slow)
+    assert list(watch.poll()) == [] and watch.waiting == [path]
+    assert path.read_bytes() == b"what nobody has read"
 
 
 def test_the_original_stays_unless_the_product_is_right(
@@ -429,10 +477,10 @@ def test_moving_never_replaces_and_goes_on_after_a_crash(tmp_path: Path) -> None
     place.parent.mkdir()
     one.write_text("one")
     place.write_text("two")
-    assert move(one, place) == tmp_path / "to/a(1).x" and not one.exists()
+    assert move(one, place, one.stat()) == tmp_path / "to/a(1).x" and not one.exists()
     assert (place.read_text(), (tmp_path / "to/a(1).x").read_text()) == ("two", "one")
     os.link(tmp_path / "to/a(1).x", one)  # as after a kill between the two names
-    assert move(one, place) == tmp_path / "to/a(1).x" and not one.exists()
+    assert move(one, place, one.stat()) == tmp_path / "to/a(1).x" and not one.exists()
     assert sorted(p.name for p in place.parent.iterdir()) == ["a(1).x", "a.x"]
 
 
@@ -451,7 +499,7 @@ def test_moving_without_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, e
     with monkeypatch.context() as patch:
         patch.setattr(os, "link", refuse)
         patch.setattr("builder.base.disk.NAMELESS", False)
-        assert move(one, place) == tmp_path / "to/a(1).x"
+        assert move(one, place, one.stat()) == tmp_path / "to/a(1).x"
     assert not one.exists() and (tmp_path / "to/a(1).x").read_bytes() == bytes(range(256)) * 1000
     assert place.read_text() == "two"
 

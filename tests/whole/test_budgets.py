@@ -243,6 +243,22 @@ def header_of_spaces() -> bytes:
     return header("{" + " " * (5 * MB) + "}")
 
 
+WIDE = '{"__metadata__":{"\U0001f600":""'  # a text whose every character takes four bytes
+
+
+@case("model")
+def header_of_metadata_that_are_numbers() -> bytes:
+    return header(repeated('"{}":1,', 7 * MB, WIDE + ",", '"z":""}}'))
+
+
+@case("model")
+def header_of_entries_with_objects_within() -> bytes:
+    entry = '"{}":{"x":{"y":0},"dtype":"F32","shape":[0],"data_offsets":[0,0]},'
+    return header(
+        repeated(entry, 9 * MB, WIDE + "},", '"z":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}')
+    )
+
+
 # Indices and folders.
 
 

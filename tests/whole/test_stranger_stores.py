@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import random
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from builder.store import Store
+from builder.store.records import read_record, write_record
 from builder.store.strays import FOLDERS, strays
 from builder.store.upkeep import collect
-from tests.help.building import Folder
+from tests.help.building import Folder, model, save, values
 from tests.help.special_files import pipe, socket, zeros
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="has no such files")
 
+RECIPE = """
+format = 1
+name = "m"
+base = "a"
+sources.a.file = "a.safetensors"
+output.keep = ["own"]
+"""
 SOUND = b"the user's own, and none of the store's\n"
 
 
@@ -165,3 +177,41 @@ def test_a_collection_says_what_it_cannot_remove(folder: Folder) -> None:
     held = folder.store / "quarantine"
     assert [p.read_bytes() for p in held.rglob("it")] == [SOUND], "what it held is kept until the next one"
     assert json.loads(folder("store", "gc", "--json").out)["freed"] == 0
+
+
+ODD = (None, 7, -1, 1e999, "", "zz", "\x1b[31m", "\0", "\ud800", "a/" * 3000, [], [[]], {}, {"x": 1})
+
+
+def _others(value: Any) -> Iterator[Any]:
+    """A value of JSON with each of those in it another, or gone, in turn."""
+    yield from ODD
+    for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+        left = copy.copy(value)
+        del left[key]
+        yield left
+        for other in _others(value[key]):
+            changed = copy.copy(value)
+            changed[key] = other
+            yield changed
+
+
+def test_facts_of_another_form_are_none(tmp_path: Path) -> None:
+    """Sealed, as by another version or by somebody else."""
+    folder = Folder.below(tmp_path)
+    beside = {"v_pred": values(np.ones(1), "<f2"), "own": values(np.ones(2), "<f2")}
+    save(folder / "a.safetensors", {**model(), **beside})
+    folder.write("m.toml", RECIPE)
+    folder.know("a.safetensors")
+    folder.build("m.toml")
+    facts = {path.parts[-3]: path for path in folder.store.glob("facts/*/*/*.json")}
+    assert {"beside", "metric", "output", "prediction"} <= facts.keys()
+    chance = random.Random(5)
+    for kind, path in facts.items():
+        sound = read_record(path)
+        assert sound is not None
+        others = [other for other in _others(sound) if isinstance(other, dict)]
+        for other in chance.sample(others, min(len(others), 12)):
+            write_record(path, other)
+            for words in (("plan", "m.toml"), ("build", "m.toml")):
+                said = folder(*words)
+                assert said.code == 0 and "\x1b" not in said.out + said.err, (kind, other, said)

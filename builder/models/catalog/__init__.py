@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 import components_db
 from builder.base.errors import CatalogError, Problem, did_you_mean
 from builder.base.words import spelling
-from builder.models.catalog.files import (
+from builder.models.catalog.reading import (
     MAX_BLOCKS_IN_ALL,
     Fields,
     Table,
@@ -195,7 +195,7 @@ class _Reader:
                 fields.fail(f"more than {MAX_BLOCKS_IN_ALL:,} blocks in all classes")
 
     def _kinds(self, path: Path, name: str) -> None:
-        self.kinds += read_kinds(path, name)
+        self.kinds += read_kinds(path, name, sum(k.patterns for k in self.kinds))
 
     def _known(self, path: Path, name: str) -> None:
         self.known += read_known(path, name)

@@ -12,7 +12,7 @@ from builder.base.toml import load
 from builder.formats.layouts import Layout, Part
 from builder.formats.layouts.configs import SHAPES
 from builder.formats.layouts.rules import CHANGES, Rule, Rules
-from builder.models.catalog.files import Fields
+from builder.models.catalog.reading import Fields
 
 _READ_ALSO: dict[str, type] = dict.fromkeys(CHANGES, dict)
 _RULES = {**_READ_ALSO, "read_also": dict, "without": list, "within": str}

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from builder.base.braces import escape
 from builder.base.errors import CatalogError, Problem
-from builder.models.catalog.files import parse_table
+from builder.models.catalog.reading import parse_table
 from builder.models.catalog.tables import RANK, TensorRule
 
 ROWS = 12  # keys under one heading, beyond which its parts get headings of their own

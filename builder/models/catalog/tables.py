@@ -284,8 +284,8 @@ class Patterns:
         """Whether one of the names is."""
         return any(map(self.fit, names))
 
-    def __bool__(self) -> bool:
-        return bool(self.all)
+    def __len__(self) -> int:
+        return len(self.all)
 
 
 @dataclass(frozen=True)
@@ -309,6 +309,11 @@ class KindRule:
     last: tuple[int, ...] = ()
     rows: int | None = None
 
+    @property
+    def patterns(self) -> int:
+        """How many patterns a file's names and metadata may have to be compared with."""
+        return sum(map(len, (self.any, *self.all, self.only, self.rank, *self.says.values())))
+
 
 @dataclass(frozen=True)
 class ModelRule:
@@ -323,6 +328,11 @@ class ModelRule:
     said: tuple[str, ...]
     any: Patterns
     sizes: tuple[tuple[Patterns, int], ...]
+
+    @property
+    def patterns(self) -> int:
+        """How many patterns a file's names may have to be compared with."""
+        return sum(map(len, (self.any, *(pattern for pattern, _ in self.sizes))))
 
 
 @dataclass(frozen=True)
@@ -386,7 +396,7 @@ class Known:
         return next((f for f in self.files if f.sha256 == sha256.casefold()), None)
 
     def part(self, digest: str) -> KnownPart | None:
-        """The published weights with this content digest, XXH3-128 or SHA-256, in hex."""
+        """The published weights with this content digest, BLAKE3-256, in hex."""
         return next((p for p in self.parts if digest.casefold() == p.blake3), None)
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from builder.base.errors import Problem
 from builder.base.words import EXAMPLES, counted, listed
-from builder.formats.lost import said
+from builder.formats.lost import problem_of
 from builder.models.identify import Match, Rejection
 from builder.reports.inspect.positions import Position
 
@@ -104,7 +104,7 @@ def _numbers(report: Report) -> Iterator[Problem]:
 
 
 def _lost(report: Report) -> Iterator[Problem]:
-    if (problem := said(report.lost)) is not None:
+    if (problem := problem_of(report.lost)) is not None:
         yield problem
 
 

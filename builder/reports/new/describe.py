@@ -22,6 +22,7 @@ from builder.recipe.names import SUFFIXES
 from builder.sources.find import files_below
 from builder.sources.opened import OpenSource, Sources
 from builder.store import Store
+from builder.store.records import digest
 from builder.tensors.cast import PRECISIONS, Faults, Precision, cast_all
 from builder.tensors.digests import Row, component_digest, expression_key, tensor_digest
 from builder.tensors.lazy import DType, LazyTensor, MemoryTensor
@@ -372,16 +373,16 @@ def _remembered(taken: Taken, precision: Precision, store: Store, threads: int, 
         cls=taken.cls,
         precision=precision,
     )
-    fact = store.recall("component", key)
-    if fact is not None:
-        return str(fact["blake3"])
+    known = store.recall("component", key, lambda fact: digest(fact["blake3"]))
+    if known is not None:
+        return known
     tensors = _rounded(taken.file.plain(taken.match, taken.cls), precision)
     found = scan(
         tensors, digests=True, threads=threads, reporter=reporter, task=f"reading {taken.file.path.name}"
     )
-    digest = _digest({n: s.digest for n, s in found.tensors.items()}, tensors)
-    store.note("component", key, {"blake3": digest})
-    return digest
+    read = _digest({n: s.digest for n, s in found.tensors.items()}, tensors)
+    store.note("component", key, {"blake3": read})
+    return read
 
 
 def _digest(digests: Mapping[str, str | None], tensors: Mapping[str, LazyTensor]) -> str:
@@ -509,9 +510,9 @@ def _rows(
     for cls, part in parts.items():
         prefix = "" if architecture.bare else catalog.component_for(cls, architecture).prefix
         for bare, tensor in _rounded(part.file.plain(part.match, cls), precision).items():
-            digest = scanned.tensors[f"{cls}/{bare}"].digest
-            assert digest is not None
-            rows[prefix + bare] = Row(tensor.dtype, tensor.shape, digest)
+            found = scanned.tensors[f"{cls}/{bare}"].digest
+            assert found is not None
+            rows[prefix + bare] = Row(tensor.dtype, tensor.shape, found)
         if part.file.positions(part.match, cls) is not None:
             exact = exact_position_ids()
             rows[prefix + POSITION_IDS] = Row(exact.dtype, exact.shape, tensor_digest(exact))

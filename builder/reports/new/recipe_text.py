@@ -17,7 +17,7 @@ from builder.models.catalog import Catalog
 from builder.models.metric import NOT_A_NUMBER
 from builder.models.prediction import TYPE, prediction
 from builder.recipe.language import PATH
-from builder.recipe.names import numbered, recipe_name
+from builder.recipe.names import named, numbered, recipe_name
 from builder.reports.new.describe import Draft, File, Taken
 
 # What a file's metadata says for people; all else, a build says anew.
@@ -43,7 +43,9 @@ class _Page:
         """What was recognised, as comments."""
         d = self.draft
         c = d.model.opened.checkpoint
-        yield comment(f"What `{d.model.path.name}` is made of: {d.architecture.name}, {human_bytes(c.size)}.")
+        yield comment(
+            f"What `{named(d.model.path).name}` is made of: {d.architecture.name}, {human_bytes(c.size)}."
+        )
         if d.tensor_digest is not None:
             same = ": a build makes the very same tensors" if d.faithful else ""
             yield comment(f"Every component is that of a known file{same}.")

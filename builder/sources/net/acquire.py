@@ -12,7 +12,7 @@ from builder.base.addresses import Address, LocalFile, check_address, is_pinned,
 from builder.base.errors import FetchError, Problem, SourceError
 from builder.base.progress import SILENT, Reporter
 from builder.sources.net.client import Session
-from builder.sources.net.download import Received, Wish, discard, download, settle, sole
+from builder.sources.net.download import Received, RemoteFile, discard, download, settle, sole
 from builder.sources.net.failure import Failure
 from builder.sources.net.hosts import Pin, by_hash, cached, download_url, pin_of
 from builder.sources.net.text import safe_name
@@ -197,7 +197,7 @@ class _Request:
         return None
 
     def download(self, address: Address) -> Fetched:
-        wish = Wish(download_url(address, self.session), self.size, self.name)
+        remote = RemoteFile(download_url(address, self.session), self.size, self.name)
         try:
             partial = self.store.partial_path(self.sha256 or str(address))
             with sole(partial, self.session, self.reporter, self.name) as turn:
@@ -205,7 +205,7 @@ class _Request:
                 done = replace(self, sha256=self.sha256 or turn.sha256)
                 if done.sha256 is not None and (found := done.here(address)) is not None:
                     return found
-                received = self._received(wish, turn.partial)
+                received = self._received(remote, turn.partial)
                 settle(turn.partial)
                 path = self.store.keep_download(turn.partial, received.sha256)
                 turn.tell(received.sha256)
@@ -213,9 +213,9 @@ class _Request:
             raise Failure(f"the download cannot be kept: {error.strerror}") from None
         return Fetched(path, received.sha256, received.size, str(address), received.name)
 
-    def _received(self, wish: Wish, partial: Path) -> Received:
+    def _received(self, remote: RemoteFile, partial: Path) -> Received:
         while True:
-            received = download(self.session, wish, partial, self.reporter)
+            received = download(self.session, remote, partial, self.reporter)
             try:
                 self._compare(received.sha256)
                 return received

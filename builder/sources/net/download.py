@@ -41,7 +41,7 @@ class Received(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
+class RemoteFile:
     """What is downloaded, and the size that it must have, where that is known."""
 
     url: str
@@ -49,21 +49,21 @@ class Wish:
     task: str
 
 
-def download(session: Session, wish: Wish, partial: Path, reporter: Reporter) -> Received:
+def download(session: Session, remote: RemoteFile, partial: Path, reporter: Reporter) -> Received:
     """Gather the file in `partial`, from where an earlier download of the same URL left off.
 
     Resumes only with a strong ETag; an interruption leaves what can be resumed and nothing else.
     Raises Failure.
     """
-    journal = _read_journal(partial, wish.url, session.limits.segment)
-    if journal is not None and wish.size in {None, journal.size}:
+    journal = _read_journal(partial, remote.url, session.limits.segment)
+    if journal is not None and remote.size in {None, journal.size}:
         with contextlib.suppress(StartOver):
-            received = _Segments(session, wish, partial, reporter, journal, None).run()
+            received = _Segments(session, remote, partial, reporter, journal, None).run()
             return received._replace(resumed=True)
     for ranged in (True, True, False):  # a file may change once; after that, parts are no good
         discard(partial)
         with contextlib.suppress(StartOver):
-            return _afresh(session, wish, partial, reporter, ranged=ranged)
+            return _afresh(session, remote, partial, reporter, ranged=ranged)
     raise AssertionError("a download in one piece does not start over")
 
 
@@ -186,46 +186,48 @@ def _fingerprint(url: str) -> str:
     return hashlib.sha256(url.encode()).hexdigest()
 
 
-def _afresh(session: Session, wish: Wish, partial: Path, reporter: Reporter, *, ranged: bool) -> Received:
-    response = session.retrying(lambda: _opened(session, wish, ranged=ranged))
+def _afresh(
+    session: Session, remote: RemoteFile, partial: Path, reporter: Reporter, *, ranged: bool
+) -> Received:
+    response = session.retrying(lambda: _opened(session, remote, ranged=ranged))
     try:
         span = content_range(response) if response.status == 206 else None
         etag = strong_etag(response)
         if response.status == 206 and not (span and span.first == 0 and span.total and etag):
             # Ranges that cannot be trusted to fit together: the file is asked for in one piece.
             response.close()
-            response = session.retrying(lambda: _opened(session, wish, ranged=False))
+            response = session.retrying(lambda: _opened(session, remote, ranged=False))
             span = None
         if span is None or span.total is None or etag is None:
-            return session.retrying(_Stream(session, wish, partial, reporter, response).run)
-        _check_size(session, wish, span.total, response)
-        name = file_name(response.headers, wish.url)
+            return session.retrying(_Stream(session, remote, partial, reporter, response).run)
+        _check_size(session, remote, span.total, response)
+        name = file_name(response.headers, remote.url)
         journal = _Journal(etag, span.total, session.limits.segment, name, {})
-        return _Segments(session, wish, partial, reporter, journal, response).run()
+        return _Segments(session, remote, partial, reporter, journal, response).run()
     finally:
         response.close()
 
 
-def _opened(session: Session, wish: Wish, *, ranged: bool) -> Response:
+def _opened(session: Session, remote: RemoteFile, *, ranged: bool) -> Response:
     """The first answer: a 206 for the first segment, or a 200."""
     headers = {"Range": f"bytes=0-{session.limits.segment - 1}"} if ranged else {}
-    response = session.request("GET", wish.url, headers)
+    response = session.request("GET", remote.url, headers)
     if response.status == 416 and ranged:  # a range of an empty file
         response.explanation()
         response.close()
-        return _opened(session, wish, ranged=False)
+        return _opened(session, remote, ranged=False)
     if response.status not in ({200, 206} if ranged else {200}):
         raise response.failure()
     refuse_encoded(response)
     return response
 
 
-def _check_size(session: Session, wish: Wish, size: int, response: Response) -> None:
-    if wish.size is not None and size != wish.size:
+def _check_size(session: Session, remote: RemoteFile, size: int, response: Response) -> None:
+    if remote.size is not None and size != remote.size:
         response.refuse_pages(response.read(1 << 12))
         response.close()
-        raise Failure(f"the file has {size:,} bytes, {wish.size:,} are pinned", mismatch=True)
-    if wish.size is None and size > session.limits.max_bytes:
+        raise Failure(f"the file has {size:,} bytes, {remote.size:,} are pinned", mismatch=True)
+    if remote.size is None and size > session.limits.max_bytes:
         raise Failure(f"the file has {size:,} bytes, more than the {session.limits.max_bytes:,} allowed")
 
 
@@ -243,25 +245,25 @@ class _Stream:
     """A download in one piece, which cannot be resumed; each run but the first asks anew."""
 
     def __init__(
-        self, session: Session, wish: Wish, partial: Path, reporter: Reporter, first: Response
+        self, session: Session, remote: RemoteFile, partial: Path, reporter: Reporter, first: Response
     ) -> None:
-        self.session, self.wish, self.partial, self.reporter = session, wish, partial, reporter
+        self.session, self.remote, self.partial, self.reporter = session, remote, partial, reporter
         self.first: Response | None = first
 
     def run(self) -> Received:
         response, self.first = self.first, None
         if response is None:
-            response = _opened(self.session, self.wish, ranged=False)
-        task = self.wish.task
+            response = _opened(self.session, self.remote, ranged=False)
+        task = self.remote.task
         try:
-            if not response.delimited and self.wish.size is None:
+            if not response.delimited and self.remote.size is None:
                 raise Failure("the host tells no length: a file that was cut off could not be noticed")
             start = response.read()
             response.refuse_pages(start)
             if response.length is not None:
-                _check_size(self.session, self.wish, response.length, response)
+                _check_size(self.session, self.remote, response.length, response)
                 _check_room(self.partial, response.length)
-            self.reporter.start(task, response.length or self.wish.size or 0)
+            self.reporter.start(task, response.length or self.remote.size or 0)
             try:
                 return self._receive(response, start)
             finally:
@@ -273,7 +275,7 @@ class _Stream:
             response.close()
 
     def _receive(self, response: Response, piece: bytes) -> Received:
-        most = self.session.limits.max_bytes if self.wish.size is None else self.wish.size
+        most = self.session.limits.max_bytes if self.remote.size is None else self.remote.size
         digest, size = hashlib.sha256(), 0
         try:
             with self.partial.open("wb", buffering=0) as file:
@@ -281,18 +283,18 @@ class _Stream:
                     size += len(piece)
                     if size > most:
                         raise Failure(
-                            f"the body goes on after {most:,} bytes", mismatch=self.wish.size is not None
+                            f"the body goes on after {most:,} bytes", mismatch=self.remote.size is not None
                         )
                     file.write(piece)
                     digest.update(piece)
-                    self.reporter.advance(self.wish.task, len(piece))
+                    self.reporter.advance(self.remote.task, len(piece))
                     piece = response.read()
         except OSError as error:
             raise _unwritable(error) from None
-        if self.wish.size is not None and size < self.wish.size:
-            fact = f"the body ends after {size:,} bytes, {self.wish.size:,} are pinned"
+        if self.remote.size is not None and size < self.remote.size:
+            fact = f"the body ends after {size:,} bytes, {self.remote.size:,} are pinned"
             raise Failure(fact, retry=not response.delimited, mismatch=response.delimited)
-        return Received(digest.hexdigest(), size, file_name(response.headers, self.wish.url))
+        return Received(digest.hexdigest(), size, file_name(response.headers, self.remote.url))
 
 
 class _Segments:
@@ -305,19 +307,19 @@ class _Segments:
     def __init__(
         self,
         session: Session,
-        wish: Wish,
+        remote: RemoteFile,
         partial: Path,
         reporter: Reporter,
         journal: _Journal,
         first: Response | None,
     ) -> None:
-        self.session, self.wish, self.partial, self.reporter = session, wish, partial, reporter
+        self.session, self.remote, self.partial, self.reporter = session, remote, partial, reporter
         self.journal = journal
         self.resuming = first is None
         self.first = first
-        self.remote = RangedFile(session, wish.url, journal.size, journal.etag)
+        self.ranges = RangedFile(session, remote.url, journal.size, journal.etag)
         if first is not None:
-            self.remote.near = first.url
+            self.ranges.near = first.url
         count = -(-journal.size // journal.segment)
         self.done = [min(journal.done.get(i, 0), self._length(i)) for i in range(count)]
         self.pending = deque(i for i in range(count) if self.done[i] < self._length(i))
@@ -332,7 +334,7 @@ class _Segments:
         return min(self.journal.segment, self.journal.size - index * self.journal.segment)
 
     def run(self) -> Received:
-        size, task = self.journal.size, self.wish.task
+        size, task = self.journal.size, self.remote.task
         _check_room(self.partial, size - self.there)
         if self.there:
             self.reporter.note(f"{task}: {self.there:,} of {size:,} bytes are there already")
@@ -360,7 +362,7 @@ class _Segments:
             raise
         if not self.resuming:
             about = {
-                "of": _fingerprint(self.wish.url),
+                "of": _fingerprint(self.remote.url),
                 "etag": self.journal.etag,
                 "size": self.journal.size,
                 "segment": self.journal.segment,
@@ -399,7 +401,7 @@ class _Segments:
             if error is not None:
                 raise error
             self.session.go_on()
-            self.reporter.advance(self.wish.task, received - told)
+            self.reporter.advance(self.remote.task, received - told)
             told = received
             while hashed < frontier:
                 piece = buffer[: min(len(buffer), frontier - hashed)]
@@ -464,7 +466,7 @@ class _Segments:
         start = index * self.journal.segment + self.done[index]
         end = index * self.journal.segment + self._length(index)
         noted = self.done[index]
-        response = self._first(index) or self.remote.part(start, end)
+        response = self._first(index) or self.ranges.part(start, end)
         with self.news:
             self.responses.add(response)
         try:

@@ -27,6 +27,7 @@ from builder.tensors.digests import Row, component_digest, tensor_digest
 
 HEAD = 256 << 10  # bytes fetched first: the table of contents of most checkpoints fits
 GAP = 16 << 10  # bytes between two tensors that are cheaper read along than asked for around
+CONNECTIONS = 4  # at a time, of one component
 REQUEST = 8 << 20  # bytes of one request; also what each connection holds in memory
 
 
@@ -275,7 +276,6 @@ def fetch_component(
     path: Path,
     *,
     digest: str | None = None,
-    connections: int = 4,
     reporter: Reporter = SILENT,
     task: str = "",
 ) -> Checkpoint:
@@ -311,7 +311,7 @@ def fetch_component(
         try:
             write_all(file, layout.head, 0)
             os.ftruncate(file, layout.size)
-            with ThreadPoolExecutor(connections) as pool:
+            with ThreadPoolExecutor(CONNECTIONS) as pool:
                 try:
                     for _ in pool.map(bring, coalesce(moves)):
                         pass

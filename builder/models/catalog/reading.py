@@ -46,6 +46,7 @@ MAX_DIMS = 64
 MAX_RULES = 100_000  # other names of a class's modules
 MAX_PREFIXES = 100
 MAX_BLOCKS_IN_ALL = 100_000  # of all classes
+MAX_PATTERNS = 500  # that tell kinds of files; those built in are 170
 MAX_BLOCKS = 1000  # of a class; the largest known have some dozens
 
 _COMPONENT = {
@@ -541,12 +542,30 @@ def read_known(path: Path, name: str) -> Iterator[KnownMetric | KnownFile | Know
     )
 
 
-def read_kinds(path: Path, name: str) -> Iterator[KindRule | ModelRule]:
-    """What tells the kinds of files, and which models they go with: [[kind]] and [[model]]."""
+def read_kinds(path: Path, name: str, patterns: int) -> Iterator[KindRule | ModelRule]:
+    """What tells the kinds of files, and which models they go with: [[kind]] and [[model]].
+
+    `patterns` is how many other files have: every name in a file may be compared with all of them.
+    """
+
+    def counted(make: Callable[[Fields], KindRule | ModelRule]) -> Callable[[Fields], KindRule | ModelRule]:
+        def made(fields: Fields) -> KindRule | ModelRule:
+            nonlocal patterns
+            rule = make(fields)
+            patterns += rule.patterns
+            if patterns > MAX_PATTERNS:
+                fields.fail(f"more than {MAX_PATTERNS:,} patterns tell kinds of files")
+            return rule
+
+        return made
+
     return _entries(
         path,
         name,
-        {"kind": (_kind, _KIND, ("kind", "called")), "model": (_model, _MODEL, ("name", "of"))},
+        {
+            "kind": (counted(_kind), _KIND, ("kind", "called")),
+            "model": (counted(_model), _MODEL, ("name", "of")),
+        },
     )
 
 
