@@ -207,6 +207,12 @@ def write_text(path: Path | str, text: str, *, durable: bool = True) -> bool:
     return write_bytes(path, text.encode("utf-8"), durable=durable)
 
 
+def check_place(path: Path) -> None:
+    """Raise OutputError where no file `path` could be made now; nothing is left of the attempt."""
+    with new_file(path, durable=False) as file:
+        file.path = None
+
+
 def check_room(path: Path, fd: int, size: int) -> None:
     """Raise OutputError where the file system of a descriptor has no room for `size` bytes."""
     if hasattr(os, "fstatvfs"):

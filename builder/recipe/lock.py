@@ -22,6 +22,7 @@ from builder.tensors.digests import PROFILE
 VERSION = 1
 MAX_SIZE = 4 << 20  # bytes; a source or a component takes some hundreds
 ANEW = "`ckpt lock` writes it anew"
+LOCK = ".lock.toml"  # ends the name of a lock
 _HEADING = "# What the recipe resolved to. Made by `ckpt`; to be kept beside the recipe, not edited.\n\n"
 
 
@@ -127,7 +128,7 @@ def _short(value: str) -> str:
 
 def lock_path(recipe: Path) -> Path:
     """Where a recipe's lock lies: NAME.lock.toml beside it."""
-    return recipe.with_name(f"{recipe.stem}.lock.toml")
+    return recipe.with_name(f"{recipe.stem}{LOCK}")
 
 
 def read_lock(path: Path) -> Lock | None:

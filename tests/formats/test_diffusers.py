@@ -499,7 +499,8 @@ def test_a_saved_recipe_builds_the_same(folder: Folder) -> None:
     save(folder / "mini.safetensors", model("SD-mini"))
     assert folder("convert", "mini.safetensors", "-o", "model").code == 0
     options = ("--precision", "fp16", "--save-recipe", "r.toml")
-    for source in ("model", "mini.safetensors"):
+    for source in ("mini.safetensors", "model"):
+        (folder / "r.toml").unlink(missing_ok=True)
         assert folder("convert", source, "-o", "out.pt", *options).code == 0
         before = content(folder / "out.pt")
         (folder / "out.pt").unlink()
@@ -527,6 +528,7 @@ def test_every_conversion_is_a_recipe(folder: Folder) -> None:
         ("model", "again/", ()),
     ):
         kept = files(folder.path)
+        (folder / "r.toml").unlink(missing_ok=True)
         said = folder("convert", source, "-o", target, *options, "--save-recipe", "r.toml")
         assert said.code == 0, said.err
         made = {n: (folder / n).read_bytes() for n in files(folder.path) - kept if (folder / n).is_file()}
