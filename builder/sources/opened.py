@@ -147,7 +147,8 @@ class Sources:
                 local.append(("urls", url, where.path))
         for key, said, path in local:
             if (why := leads_out(folder, path, allowed)) is not None:
-                raise RecipeError(outside(said, why, recipe.place("sources", name, key, value=True)))
+                place = recipe.place("sources", name, key, value=True)
+                raise RecipeError(outside(said, why, place, source=True))
 
     def file(self, path: Path) -> SourceJob:
         """A file of this machine as a source: the one that a recipe means which names it without a pin.
@@ -204,6 +205,7 @@ class Sources:
                         refused=self._refused,
                         environment=self._environment,
                         reporter=self._reporter,
+                        check=self._check_place(job),
                     )
                 except FetchError as error:
                     self._found[where] = error
@@ -299,7 +301,7 @@ class Sources:
 
         def check(path: Path) -> None:
             if bounds is not None and not any(is_inside(path, folder) for folder in bounds):
-                raise RecipeError(outside(path.name, "a link leads out of it", job.place))
+                raise RecipeError(outside(path.name, "a link leads out of it", job.place, source=True))
 
         return check
 

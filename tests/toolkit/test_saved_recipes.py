@@ -149,3 +149,19 @@ def test_an_output_is_named_without_what_drives_a_terminal(folder: Folder) -> No
     said = folder("convert", "vae.safetensors", "-o", "x\x1b[31m.safetensors")
     assert said.code == 0 and "\x1b" not in said.out and "x\\x1b[31m.safetensors" in said.out
     assert "made  x" in said.out
+
+
+@pytest.mark.parametrize(
+    "command", [("convert", "r.toml", "-o", "x.ckpt"), ("inspect", "r.toml"), ("new", "r.toml")]
+)
+def test_a_recipe_is_no_checkpoint_but_what_builds_one(folder: Folder, command: tuple[str, ...]) -> None:
+    folder.write("r.toml", "format = 1\n")
+    said = folder(*command)
+    assert said.code in (1, 6) and "`ckpt build RECIPE`" in said.err
+
+
+@pytest.mark.parametrize("command", [("convert",), ("extract", "VAE"), ("prune",), ("new",)])
+def test_an_empty_name_is_none(folder: Folder, command: tuple[str, ...]) -> None:
+    before = files(folder.path)
+    said = folder(command[0], "vae.safetensors", *command[1:], "-o", "")
+    assert said.code == 2 and "name one" in said.err and files(folder.path) == before

@@ -458,6 +458,17 @@ COMES = {
                     Dies()
         sys.meta_path.insert(0, Finder)
     """,
+    "an import that is broken off": """
+        class Finder:
+            @staticmethod
+            def find_spec(name, *_):
+                if name == "torch":
+                    try:
+                        kill()
+                    except BaseException:
+                        raise ImportError("cannot load module more than once per process")
+        sys.meta_path.insert(0, Finder)
+    """,
     "command line": """
         class Finder:
             @staticmethod
@@ -472,7 +483,10 @@ COMES = {
 @pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
 @pytest.mark.parametrize(
     ("number", "where"),
-    [*((signal.SIGTERM, w) for w in COMES), (signal.SIGINT, "recipe"), (signal.SIGINT, "command line")],
+    [
+        *((signal.SIGTERM, w) for w in COMES),
+        *((signal.SIGINT, w) for w in ("recipe", "command line", "an import that is broken off")),
+    ],
 )
 def test_being_terminated_is_as_clean_as_ctrl_c(folder: Folder, number: signal.Signals, where: str) -> None:
     folder.write("x.toml", HEAD + 'sources.s.file = "vae.safetensors"\n')
