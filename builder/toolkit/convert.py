@@ -113,7 +113,7 @@ def _check_model(opened: OpenSource, prediction: str | None, workspace: Workspac
 
 
 def _leaves(tokenizer: Path, source: Path) -> str | None:
-    """The first file of a source's own vocabulary that a link has lie elsewhere; None where all are its own."""
+    """The first file of a source's own vocabulary that a link has elsewhere; None where there is none."""
     files = (tokenizer / name for name in VOCABULARY)
     return next((str(f) for f in files if not is_inside(f, source)), None)
 

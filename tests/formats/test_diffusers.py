@@ -245,6 +245,22 @@ def test_a_folder_holds_the_very_same_tensors(tmp_path: Path, family: str, shard
         assert not found.others
 
 
+def test_a_vocabulary_elsewhere_is_not_copied(folder: Folder) -> None:
+    save(folder / "mini.safetensors", model("SD-mini"))
+    vocabulary(folder / "words")
+    assert folder("convert", "mini.safetensors", "-o", "model", "--tokenizer", "words").code == 0
+    own = folder.write("../own.json", "the user's own")
+    (folder / "model/tokenizer/merges.txt").unlink()
+    (folder / "model/tokenizer/merges.txt").symlink_to(own)
+    said = folder("convert", "model", "-o", "again")
+    assert (
+        said.code == 0
+        and "`model/tokenizer/merges.txt` is not copied: a link leads out of `model`" in said.err
+    )
+    assert not (folder / "again/tokenizer/merges.txt").exists()
+    assert folder("convert", "model", "-o", "asked", "--tokenizer", "model/tokenizer").code == 0
+
+
 def test_diffusers_loads_a_converted_checkpoint(folder: Folder) -> None:
     save(folder / "mini.safetensors", model("SD-mini", precision=DType.F32))
     vocabulary(folder / "words")
