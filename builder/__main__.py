@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import sys
 
-from builder.base.signals import WORDS, catch, code_of
+try:
+    from builder.base.signals import WORDS, catch, code_of
+except KeyboardInterrupt:
+    print("error: interrupted", file=sys.stderr)
+    sys.exit(130)
 
 
 def main() -> None:

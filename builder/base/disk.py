@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from builder.base.errors import OutputError, Problem
@@ -205,6 +205,12 @@ def write_bytes(
 def write_text(path: Path | str, text: str, *, durable: bool = True) -> bool:
     """Make `path` hold `text` as UTF-8; False when it already does, and is left untouched."""
     return write_bytes(path, text.encode("utf-8"), durable=durable)
+
+
+def check_place(path: Path) -> None:
+    """Raise OutputError where no file `path` could be made now; nothing is left of the attempt."""
+    with new_file(path, durable=False) as file:
+        file.path = None
 
 
 def check_room(path: Path, fd: int, size: int) -> None:
@@ -412,7 +418,7 @@ def new_folder(path: Path, *, durable: bool = True, anew: bool = True) -> Iterat
     """
     if anew:
         check_free(path)
-    with _beside(path) as temp:
+    with _beside(path, path) as temp:
         yield temp
         if durable:
             for folder, _, _ in os.walk(temp):
@@ -432,7 +438,7 @@ def new_set(index: Path, *, durable: bool = True, anew: bool = True) -> Iterator
     """
     if anew:
         check_free(index)
-    with _beside(index) as temp:
+    with _beside(index, index.parent) as temp:
         yield temp
         made = sorted(temp.iterdir(), key=lambda p: (p.name == index.name, p.name))
         moved: list[Path] = []
@@ -474,8 +480,9 @@ def sweep(folder: Path) -> int:
 
 
 @contextmanager
-def _beside(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path`."""
+def _beside(path: Path, home: Path) -> Iterator[Path]:
+    """A temporary folder beside `path`; an OutputError about a file in it names it by its folder-to-be."""
+    temp: Path | None = None
     try:
         for found in path.parent.iterdir():
             if found.name.startswith(".ckpt-") and found.suffix == ".new":
@@ -485,6 +492,10 @@ def _beside(path: Path) -> Iterator[Path]:
             yield temp
     except OSError as error:
         raise output_error(path, error) from None
+    except OutputError as error:  # of a file in the folder, whose name for now says nothing to anyone
+        now, then = f"{temp}{os.sep}", str(home / "_")[:-1]
+        error.problems = tuple(replace(p, fact=p.fact.replace(now, then)) for p in error.problems)
+        raise
 
 
 def _locked_folder(parent: Path) -> tuple[Path, int | None]:

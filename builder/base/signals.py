@@ -15,6 +15,7 @@ WORDS = {INTERRUPTED: "interrupted", TERMINATED: "terminated"}
 _AGAIN = 0.01  # seconds until what was lost is raised once more
 
 _came = threading.Event()  # whether SIGTERM came
+_interrupted = threading.Event()  # whether Ctrl-C came
 
 
 class Terminated(KeyboardInterrupt):
@@ -34,6 +35,8 @@ def catch() -> None:
     """
     with suppress(ValueError):  # of a thread that is not the first: who embeds us sees to signals
         signal.signal(signal.SIGTERM, _terminate)
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, _interrupt)
         sys.unraisablehook = _again
 
 
@@ -44,6 +47,11 @@ def go_on() -> None:
     """
     if _came.is_set() and threading.current_thread() is threading.main_thread():
         raise Terminated
+
+
+def came() -> bool:
+    """Whether Ctrl-C or SIGTERM came: an error since may be theirs, as of an import that they broke off."""
+    return _came.is_set() or _interrupted.is_set()
 
 
 def leave(code: int) -> int:
@@ -61,6 +69,11 @@ def _terminate(*_: object) -> None:
     if not _came.is_set():  # one is enough: what follows is tidying up
         _came.set()
         raise Terminated
+
+
+def _interrupt(*_: object) -> None:
+    _interrupted.set()
+    raise KeyboardInterrupt
 
 
 def _again(lost: Any) -> None:

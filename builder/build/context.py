@@ -108,7 +108,7 @@ class Context:
     def made(self, key: Key) -> Made | None:
         """What a component's node is known to make."""
         action = self.action(key)
-        return self.store.lookup(action) if action is not None else None
+        return self.store.lookup(action, self.component(key).cls) if action is not None else None
 
     def component(self, key: Key) -> ComponentJob:
         """The job of a component's node."""

@@ -367,7 +367,8 @@ class Assembly:
         if self.locked is None:
             return
         now = lock_of(self.context, {self.node.key: Product(built, dict(made))})
-        if changes := differences(self.locked.only(self.job.output.name), now):
+        others = {o.name for o in self.context.plan.recipe.outputs} - {self.job.output.name}
+        if changes := differences(self.locked.without(others), now):
             hint = "`ckpt build` without `--locked` accepts the change"
             raise LockError(Problem("the lock is stale", evidence=tuple(changes), hint=hint))
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
-from builder.base.errors import CkptError, Problem, UnreproducibleError
+from builder.base.errors import CkptError, OutputError, Problem, UnreproducibleError
 from builder.build.carry_out import Build, build
 from builder.build.outputs import Naming
 from builder.plan import Plan
@@ -126,7 +128,19 @@ def _write_lock(
     for change in differences(lock, made.lock, partial=True) if lock is not None else ():
         if "became" in change:
             workspace.reporter.note(f"the lock changes: {change}")
-    write_lock(lock_path(recipe.path), made.lock)
+    with standing(*(b.path for b in made.outputs)):
+        write_lock(lock_path(recipe.path), made.lock)
+
+
+@contextmanager
+def standing(*made: Path) -> Iterator[None]:
+    """Say of an OutputError that what was made before stands."""
+    try:
+        yield
+    except OutputError as error:
+        stands = tuple(f"`{path}` is written, and stands" for path in made)
+        error.problems = tuple(replace(p, evidence=(*p.evidence, *stands)) for p in error.problems)
+        raise
 
 
 def _is_the_recipes_own(recipe: Recipe, place: Place | None) -> bool:

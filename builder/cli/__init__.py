@@ -15,7 +15,7 @@ import click
 
 from builder import __version__
 from builder.base.errors import CkptError, ExitCode, Place, Problem, printable, render
-from builder.base.signals import WORDS, catch, code_of, leave
+from builder.base.signals import WORDS, came, catch, code_of, leave
 
 # A command's module is imported when it is asked for: starting stays fast whatever the others need.
 COMMANDS: dict[str, str] = {
@@ -114,7 +114,11 @@ def main(args: list[str] | None = None) -> None:
     catch()
     try:
         code = run(args)
-    except Exception:
+    except Exception as error:
+        if came():
+            code = code_of(error)
+            click.echo(f"error: {WORDS[code]}", err=True)
+            sys.exit(leave(code))
         # Every error that a person can cause has a message; what is left is ours, and 1 would say "no".
         traceback.print_exc()
         click.echo("error: this is a mistake in ckpt itself\nhint: report it with the lines above", err=True)

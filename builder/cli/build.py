@@ -11,7 +11,14 @@ import click
 from builder.base.errors import ExitCode, Problem, UsageError
 from builder.build import build_recipe
 from builder.cli.made import note_changes, note_left_out, note_steps, to_json, to_text
-from builder.cli.options import json_option, open_workspace, outside_option, quiet_option, recipe_argument
+from builder.cli.options import (
+    NAME,
+    json_option,
+    open_workspace,
+    outside_option,
+    quiet_option,
+    recipe_argument,
+)
 from builder.plan import Plan, explain
 from builder.recipe import Output, Recipe
 from builder.recipe.names import SINGLE, form_of
@@ -20,7 +27,7 @@ from builder.toolkit.command_recipe import output_path
 
 @click.command("build")
 @recipe_argument
-@click.option("-o", "--output", help="Where the output goes; its name says in which form.")
+@click.option("-o", "--output", type=NAME, help="Where the output goes; its name says in which form.")
 @click.option("--locked", is_flag=True, help="Fail if the lock would change, and show how.")
 @click.option("--offline", is_flag=True, help="Use no network.")
 @click.option("--frozen", is_flag=True, help="Both --locked and --offline.")

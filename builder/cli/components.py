@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from builder.base.errors import CatalogError, Problem, UsageError, nearest, printable
+from builder.cli.options import FILE
 from builder.formats import open_checkpoint
 from builder.models.catalog import Architecture, Catalog, Component, TensorRule, load_catalog
 from builder.models.catalog.learn import compress, fold
@@ -63,9 +64,7 @@ def show(name: str, full: bool, as_json: bool) -> None:
 
 @command.command()
 @click.argument("file", type=click.Path(path_type=Path), metavar="FILE")
-@click.option(
-    "-o", "--output", type=click.Path(path_type=Path), metavar="FOLDER", help="Write NAME.toml there."
-)
+@click.option("-o", "--output", type=FILE, metavar="FOLDER", help="Write NAME.toml there.")
 @click.option("--name", help="The component's name (default: the file's).")
 @click.option("--class", "cls", help="The class that it fills (default: one of its own).")
 @click.option("--prefix", default="", help="Take only the tensors under this prefix, and cut it off.")
@@ -92,7 +91,7 @@ def learn(file: Path, output: Path | None, name: str | None, cls: str | None, pr
     if output is None:
         click.echo(text, nl=False)
     else:
-        click.echo(_write(output / f"{name}.toml", text, name, catalog))
+        click.echo(printable(_write(output / f"{name}.toml", text, name, catalog)))
 
 
 def _say(answer: dict[str, Any]) -> None:

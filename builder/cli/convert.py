@@ -8,10 +8,11 @@ from typing import Any
 
 import click
 
-from builder.base.errors import ExitCode, Problem, UsageError
+from builder.base.errors import ExitCode, Problem, UsageError, printable
 from builder.base.progress import human_bytes
+from builder.base.words import counted
 from builder.cli.made import without_tokenizer
-from builder.cli.options import json_option, open_workspace, quiet_option, recipe_path, save_option
+from builder.cli.options import NAME, json_option, open_workspace, quiet_option, recipe_path, save_option
 from builder.cli.sizes import parse_size
 from builder.tensors.cast import PRECISIONS
 from builder.toolkit.convert import convert
@@ -20,7 +21,12 @@ from builder.toolkit.convert import convert
 @click.command("convert")
 @click.argument("source", metavar="FILE", type=click.Path(path_type=Path))
 @click.option(
-    "-o", "--output", required=True, metavar="FILE", help="What to write; its name says in which form."
+    "-o",
+    "--output",
+    type=NAME,
+    required=True,
+    metavar="FILE",
+    help="What to write; its name says in which form.",
 )
 @click.option(
     "--precision",
@@ -92,5 +98,6 @@ def command(
         }
         click.echo(json.dumps(result, indent=2))
     else:
-        click.echo(f"made  {made.path}  {human_bytes(made.size)}, {made.tensors:,} tensors")
+        said = f"made  {made.path}  {human_bytes(made.size)}, {counted(made.tensors, 'tensor')}"
+        click.echo(printable(said))
     return ExitCode.DONE

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 import tempfile
 from contextlib import ExitStack
@@ -13,7 +12,7 @@ import click
 
 from builder.base.errors import ExitCode
 from builder.cli.terminal import is_terminal
-from builder.toolkit.demo import write_sources
+from builder.toolkit.demo import use_other_vae, write_sources
 
 
 @click.command("demo")
@@ -53,7 +52,7 @@ def _show() -> int:
     for words, command in steps:
         if (code := _run(words, command)) != ExitCode.DONE:
             return code
-    shutil.copyfile("other.vae.safetensors", "good.vae.safetensors")
+    use_other_vae(Path())
     again = "Put another VAE in its place: only the VAE is taken anew, and the file put together again."
     for words, command in (
         (again, ["build", "demo.toml", "--explain"]),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from builder.base.errors import ExitCode, Problem, UsageError, did_you_mean
+from builder.base.errors import ExitCode, Problem, UsageError, did_you_mean, printable
 from builder.cli.options import open_workspace, outside_option, quiet_option, recipe_argument
 from builder.recipe import Recipe
 from builder.recipe.lock import Lock, differences, lock_path, write_lock
@@ -41,9 +41,9 @@ def command(recipe: Path, upgrade: str | None, outside: bool, quiet: bool) -> in
         changes = differences(old, lock) if old is not None else []
         where = lock_path(recipe)
         written = write_lock(where, lock)
-    click.echo(f"{'written' if written else 'unchanged'}  {where}")
+    click.echo(printable(f"{'written' if written else 'unchanged'}  {where}"))
     for change in changes:
-        click.echo(f"  {change}")
+        click.echo(printable(f"  {change}"))
     return ExitCode.DONE
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from builder.base.errors import printable
 from builder.base.progress import Reporter, human_bytes
+from builder.base.words import counted
 from builder.build import Build
 from builder.plan import OutputJob, Plan
 
@@ -53,7 +54,9 @@ def note_left_out(plan: Plan, reporter: Reporter) -> None:
         where = f" for `{left.output}`" if several else ""
         for reason, names in left.names.items():
             size = human_bytes(left.sizes[reason])
-            reporter.note(f"left out of `{left.base}`{where}: {reason}, {len(names):,} tensors, {size}")
+            reporter.note(
+                f"left out of `{left.base}`{where}: {reason}, {counted(len(names), 'tensor')}, {size}"
+            )
     for node in plan.outputs():
         assert isinstance(node.job, OutputJob)
         if node.state != "unchanged" and node.job.container.layout and not node.job.container.vocabulary:

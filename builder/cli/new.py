@@ -11,13 +11,14 @@ from builder.base.disk import write_bytes
 from builder.base.errors import ExitCode, Problem, UsageError
 from builder.base.progress import SILENT, Reporter
 from builder.base.toml import escaped
-from builder.cli.options import open_workspace, quiet_option
+from builder.cli.options import FILE, open_workspace, quiet_option, recipe_path
 from builder.recipe import parse_recipe
 from builder.recipe.names import SUFFIXES, recipe_name
 from builder.reports import imports
 from builder.reports.new import Draft, describe, write
 from builder.sources.find import files_below
 from builder.sources.opened import Sources
+from builder.toolkit.command_recipe import check_is_recipe
 
 MOST_NOTES = 20  # of what an imported recipe lacks
 
@@ -32,14 +33,14 @@ MOST_NOTES = 20  # of what an imported recipe lacks
     metavar="FOLDER",
     help="Find files below FOLDER that its components are equal to; may be given several times.",
 )
-@click.option("-o", "--output", type=click.Path(path_type=Path), metavar="RECIPE", help="Default: stdout.")
+@click.option("-o", "--output", type=FILE, metavar="RECIPE", help="Default: stdout.")
 @click.option(
     "--from-metadata",
     is_flag=True,
     help="How FILE was merged, from its metadata; or FILE is a .mecha, a .yaml of mergekit, a graph's .json.",
 )
 @click.option("--name", help="The model's name; default: the first file's.")
-@click.option("--force", is_flag=True, help="Overwrite RECIPE.")
+@click.option("--force", is_flag=True, help="Overwrite RECIPE, if it is one.")
 @click.option("--threads", type=click.IntRange(1, 256), default=2, help="Threads to use.")
 @quiet_option
 def command(
@@ -58,8 +59,11 @@ def command(
     is looked through like a library. What is equal to nothing known is taken from the file itself.
     With --from-metadata, the recipe is what the program that merged FILE wrote into it.
     """
-    if output is not None and os.path.lexists(output) and not force:
-        raise UsageError(Problem(f"there is a file `{output}` already", hint="`--force` overwrites it"))
+    output = recipe_path(output, "-o")
+    if output is not None and os.path.lexists(output):
+        if not force:
+            raise UsageError(Problem(f"there is a file `{output}` already", hint="`--force` overwrites it"))
+        check_is_recipe(output)
     folder = output.parent if output is not None else Path()
     with open_workspace(quiet) as workspace, workspace.sources() as sources:
         catalog = workspace.catalog

@@ -12,13 +12,25 @@ import click
 from builder.base.errors import Problem, UsageError
 from builder.cli.terminal import make_reporter
 from builder.operations.fixes import FIXES
+from builder.recipe.lock import LOCK
 from builder.recipe.profiles import PROFILES
 from builder.tensors.cast import PRECISIONS
 from builder.workspace import Workspace
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-FILE = click.Path(path_type=Path)
+
+class _Named(click.Path):
+    """A path that is not empty: that would be the folder one is in."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "":
+            self.fail("an empty name is that of no file: name one", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+FILE = _Named(path_type=Path)
+NAME = _Named(path_type=str)  # as it was given: the slash at its end counts
 
 recipe_argument = click.argument("recipe", type=FILE, metavar="RECIPE")
 outside_option = click.option(
@@ -105,9 +117,13 @@ def open_workspace(
         yield workspace
 
 
-def recipe_path(path: Path | None) -> Path | None:
-    """Where a recipe is to be saved; raises UsageError for what is no recipe's name."""
+def recipe_path(path: Path | None, option: str = "--save-recipe") -> Path | None:
+    """Where a recipe is to be written, as `option` says; raises UsageError for what is no recipe's name."""
+    if path is not None and path.name.endswith(LOCK):
+        better = path.with_name(f"{path.name.removesuffix(LOCK) or 'recipe'}.toml")
+        raise UsageError(Problem(f"`{path}` is the name of a recipe's lock", hint=f"`{option} {better}`"))
     if path is not None and path.suffix != ".toml":
+        better = path.with_suffix(".toml") if path.name else path / "recipe.toml"
         fact = f"a recipe's name ends in `.toml`, not as `{path}` does"
-        raise UsageError(Problem(fact, hint=f"`--save-recipe {path.with_suffix('.toml')}`"))
+        raise UsageError(Problem(fact, hint=f"`{option} {better}`"))
     return path

@@ -154,7 +154,7 @@ def _check(request: Request, found: list[Path]) -> None:
     folder = request.output is not None and request.output.is_dir()
     if request.single:
         if request.output is not None and not folder:
-            output_path(request.output, found)
+            output_path(request.output, found, folders=True)
         return
     if request.save is not None:
         raise UsageError(Problem("`--save-recipe` goes with one file", hint="prune them one by one"))

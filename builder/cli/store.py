@@ -58,7 +58,7 @@ def list_(as_json: bool) -> None:
             c.rjust(w) if n == 1 else c.ljust(w) for n, (c, w) in enumerate(zip(row, widths, strict=True))
         ]
         click.echo("  ".join(cells).rstrip())
-    click.echo(f"{len(found)} stored, {human_bytes(total)}, in {store.root}")
+    click.echo(f"{len(found)} stored, {human_bytes(total)}, in {printable(str(store.root))}")
 
 
 @command.command()
@@ -126,7 +126,8 @@ def check(as_json: bool) -> int:
     else:
         for problem in problems:
             click.echo(render(problem), err=True)
-        click.echo(f"checked {len(found)} of {human_bytes(sum(i.size for i in found))}: {_verdict(problems)}")
+        size = human_bytes(sum(i.size for i in found))
+        click.echo(f"checked {counted(len(found), 'item')}, {size}: {_verdict(problems)}")
     return ExitCode.NO if problems else ExitCode.DONE
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from builder.base.errors import ExitCode
+from builder.base.errors import ExitCode, printable
 from builder.build import verify
 from builder.cli.options import open_workspace, outside_option, quiet_option, recipe_argument
 from builder.workspace import find_lock
@@ -26,5 +26,5 @@ def command(recipe: Path, file: Path | None, outside: bool, quiet: bool) -> int:
         read = workspace.recipe(recipe)
         verified = verify(read, find_lock(read), file, workspace)
     for path, sha256 in verified.items():
-        click.echo(f"verified  {path}\n          sha256 {sha256}")
+        click.echo(f"verified  {printable(str(path))}\n          sha256 {sha256}")
     return ExitCode.DONE

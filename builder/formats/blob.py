@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Protocol
 
@@ -25,6 +28,19 @@ class Blob(Protocol):
         """Let go of what is open."""
 
 
+_checking: ContextVar[Callable[[Path], object] | None] = ContextVar("checking", default=None)
+
+
+@contextmanager
+def checking(check: Callable[[Path], object] | None) -> Iterator[None]:
+    """Have `check` see every file before a `FileBlob` opens it, and raise for what must not be opened."""
+    token = _checking.set(check)
+    try:
+        yield
+    finally:
+        _checking.reset(token)
+
+
 class FileBlob:
     """A local file, read with positioned reads.
 
@@ -34,6 +50,8 @@ class FileBlob:
 
     def __init__(self, path: Path | str) -> None:
         self.name = os.fspath(path)
+        if (check := _checking.get()) is not None:
+            check(Path(path))
         try:
             self._fd, self.stat = open_regular(path)
         except NotRegular as error:

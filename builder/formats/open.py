@@ -82,6 +82,8 @@ def _open(blob: FileBlob, path: Path, name: str, repair: bool) -> Checkpoint:
     if head.lstrip()[:1] == b"{" and (index := sharded.read_index(blob)) is not None:
         return sharded.from_index(index, blob, path, name, repair=repair)
     stranger = sniff.stranger(head)
+    if stranger is not None and path.suffix == ".toml":
+        stranger = stranger._replace(hint="if it is a recipe, `ckpt build RECIPE` makes its files")
     if stranger is not None:
         problem = Problem(f"this is no checkpoint but {stranger.what}", Place(blob.name), *stranger[1:])
         raise SourceError(problem)

@@ -111,11 +111,8 @@ def _text(blob: Blob) -> tuple[str, int]:
     head = bytearray(8)
     blob.read_into(0, memoryview(head))
     length = int.from_bytes(head, "little")
-    if length > MAX_HEADER:
-        raise _Bad(
-            "the safetensors header is too long",
-            f"it would be {length:,} bytes; the format allows {MAX_HEADER:,}",
-        )
+    if length > MAX_HEADER:  # most likely other bytes than a length, of a file of another kind: not shown
+        raise _Bad("the safetensors header is too long", f"the format allows {MAX_HEADER:,} bytes")
     if 8 + length > blob.size:
         raise _Bad(
             "the safetensors header reaches past the end of the file",

@@ -522,7 +522,7 @@ class Components:
         if key in self.plan.nodes:
             return key
         action = self.action(job)
-        made = self.store.lookup(action) if action is not None else None
+        made = self.store.lookup(action, job.cls) if action is not None else None
         # What is to be fetched is seen when it is here, and what is known need not be looked at.
         unseen = made is not None or self._elsewhere(job)
         specs = {} if unseen else to_read(self.plan, self.sources, job.origin)

@@ -184,7 +184,7 @@ _INSIDE = (
     *CLEAN,
     Rule(r"\\", "{key} holds a backslash, which is no separator elsewhere", "write `/`", forbid=True),
     Rule(
-        r"^/|^[A-Za-z]:|^~|(^|/)\.\.(/|$)",
+        r"^/|^[A-Za-z]:[/\\]|^~|(^|/)\.\.(/|$)",
         "{key} leaves the recipe's folder",
         "give a path inside it; `ckpt build -o FILE` writes elsewhere",
         forbid=True,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from builder.tensors.digests import PROFILE
 VERSION = 1
 MAX_SIZE = 4 << 20  # bytes; a source or a component takes some hundreds
 ANEW = "`ckpt lock` writes it anew"
+LOCK = ".lock.toml"  # ends the name of a lock
 _HEADING = "# What the recipe resolved to. Made by `ckpt`; to be kept beside the recipe, not edited.\n\n"
 
 
@@ -80,12 +82,12 @@ class Lock:
         """What fills a class of an output."""
         return next((c for c in self.components if (c.output, c.cls) == (output, cls)), None)
 
-    def only(self, output: str) -> Lock:
-        """What this says of one output, and of all sources."""
+    def without(self, outputs: Collection[str]) -> Lock:
+        """What this says of all but some outputs, and of all sources."""
         return replace(
             self,
-            components=tuple(c for c in self.components if c.output == output),
-            outputs={n: o for n, o in self.outputs.items() if n == output},
+            components=tuple(c for c in self.components if c.output not in outputs),
+            outputs={n: o for n, o in self.outputs.items() if n not in outputs},
         )
 
     def facts(self) -> Iterator[tuple[str, str]]:
@@ -95,6 +97,10 @@ class Lock:
         for name, source in sorted(self.sources.items()):
             for key, value in asdict(source).items():
                 yield f"source `{name}`: {key}", str(value or "")  # a size may not be known yet
+        said = Counter((c.output, c.cls) for c in self.components)
+        for (of, cls), count in sorted(said.items()):
+            if count > 1:
+                yield f"{cls} of `{of}`: times it is said", str(count)
         for c in sorted(self.components, key=lambda c: (c.output, c.cls)):
             for key in ("component", "source", "blake3", "tensors"):
                 yield f"{c.cls} of `{c.output}`: {key}", str(getattr(c, key))
@@ -127,7 +133,7 @@ def _short(value: str) -> str:
 
 def lock_path(recipe: Path) -> Path:
     """Where a recipe's lock lies: NAME.lock.toml beside it."""
-    return recipe.with_name(f"{recipe.stem}.lock.toml")
+    return recipe.with_name(f"{recipe.stem}{LOCK}")
 
 
 def read_lock(path: Path) -> Lock | None:
@@ -140,7 +146,9 @@ def read_lock(path: Path) -> Lock | None:
     except FileNotFoundError:
         return None
     except LockError as error:
-        raise LockError(*(replace(p, hint=p.hint or ANEW) for p in error.problems)) from None
+        regular = path.is_symlink() or path.is_file()  # a link is replaced, a folder or a pipe is not
+        hint = ANEW if regular else "remove it, and `ckpt lock` writes a lock"
+        raise LockError(*(replace(p, hint=p.hint or hint) for p in error.problems)) from None
     data = document.data
     if not data:
         raise LockError(Problem("the lock is empty", document.place(), hint=ANEW))

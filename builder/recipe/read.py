@@ -117,7 +117,8 @@ class _Loader:
         if not named.endswith(".toml"):
             return Problem(f"`{named}` is no recipe", place, hint="a recipe's name ends in `.toml`")
         why = None if self.outside else leads_out(folder, named, [self.open[0].parent])
-        return outside(named, why, place) if why is not None else None
+        problem = outside(named, why or "", place)
+        return replace(problem, hint=f"{problem.hint}, or say `--allow-outside`") if why is not None else None
 
     def _one_output(self, recipe: Recipe, source: Source, inner: Recipe) -> None:
         if inner.output(source.output) is not None:
@@ -133,9 +134,11 @@ class _Loader:
         self.problems.append(Problem(fact, place, hint=hint))
 
 
-def outside(named: str, why: str, place: Place | None) -> Problem:
-    """That a recipe names something outside its folder, which a stranger's must not."""
-    hint = "put it there, name it alone and its folder in `CKPT_MODELS`, or say `--allow-outside`"
+def outside(named: str, why: str, place: Place | None, *, source: bool = False) -> Problem:
+    """That a recipe names something outside its folder; of a `source`, with all ways to allow it."""
+    hint = "put it there"
+    if source:
+        hint = f"{hint}, name it alone and its folder in `CKPT_MODELS`, or say `--allow-outside`"
     return Problem(f"`{named}` is outside the recipe's folder", place, (why,), hint)
 
 

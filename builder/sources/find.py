@@ -17,7 +17,7 @@ from typing import Protocol
 from builder.base.errors import FetchError, Place, Problem, SourceError
 from builder.base.progress import SILENT, Reporter
 from builder.formats import sniff
-from builder.formats.blob import FileBlob
+from builder.formats.blob import FileBlob, checking
 from builder.formats.open import files_of as checkpoint_files
 from builder.store import Store
 
@@ -74,6 +74,7 @@ def find_source(
     refused: Collection[Path] = (),
     environment: Mapping[str, str] = MappingProxyType({}),
     reporter: Reporter = SILENT,
+    check: Callable[[Path], object] | None = None,
 ) -> Found:
     """The file on this machine that a source stands for; nothing is hashed.
 
@@ -81,8 +82,9 @@ def find_source(
     pinned, by size and digest; among the store's downloads and in the Hugging Face cache, by digest. What
     lies beside the recipe is taken as it is; elsewhere those of `refused` are passed over, and of a pinned
     source the first is taken that may be it, as far as digests are remembered: who reads it has the last
-    word. Raises FetchError, naming the places, when it is nowhere, and SourceError when what lies beside
-    the recipe is of another size than is pinned.
+    word. `check` sees each file beside the recipe before it is opened, and may raise. Raises FetchError,
+    naming the places, when it is nowhere, and SourceError when what lies beside the recipe is of another
+    size than is pinned.
     """
     search = _Search(wanted, store)
     search.refused |= dict.fromkeys(refused, "is not what was pinned")
@@ -90,7 +92,8 @@ def find_source(
         path = folder / wanted.file
         search.looked.append(f"beside the recipe: `{path}`")
         for _ in _stats([path], modes.S_ISREG, modes.S_ISDIR):
-            digest, size = recall_files(path, store)
+            with checking(check):
+                digest, size = recall_files(path, store)
             if wanted.size is not None and wanted.size != size:
                 raise SourceError(not_pinned(path, f"{wanted.size:,} bytes", f"{size:,} bytes"))
             return Found(path, digest, size, BESIDE)

@@ -16,7 +16,7 @@ from builder.base.errors import CkptError, FetchError, Place, Problem, RecipeErr
 from builder.base.inside import is_inside, leads_out
 from builder.base.parallel import Cancelled
 from builder.base.progress import Reporter
-from builder.formats.blob import FileBlob
+from builder.formats.blob import FileBlob, checking
 from builder.formats.checkpoint import Checkpoint
 from builder.formats.hashes import sha256_blob
 from builder.formats.open import open_checkpoint
@@ -147,7 +147,8 @@ class Sources:
                 local.append(("urls", url, where.path))
         for key, said, path in local:
             if (why := leads_out(folder, path, allowed)) is not None:
-                raise RecipeError(outside(said, why, recipe.place("sources", name, key, value=True)))
+                place = recipe.place("sources", name, key, value=True)
+                raise RecipeError(outside(said, why, place, source=True))
 
     def file(self, path: Path) -> SourceJob:
         """A file of this machine as a source: the one that a recipe means which names it without a pin.
@@ -204,6 +205,7 @@ class Sources:
                         refused=self._refused,
                         environment=self._environment,
                         reporter=self._reporter,
+                        check=self._check_place(job),
                     )
                 except FetchError as error:
                     self._found[where] = error
@@ -281,22 +283,27 @@ class Sources:
         with self._guard:
             if job not in self._open:
                 found = self.find(job)
-                checkpoint = self._open_remote(job) if found is None else self._open_file(found.path, repair)
+                beside = found is None or found.how == BESIDE
+                with checking(self._check_place(job) if beside else None):
+                    checkpoint = (
+                        self._open_remote(job) if found is None else self._open_file(found.path, repair)
+                    )
                 try:
-                    if found is None or found.how == BESIDE:
-                        self._check_files(job, checkpoint)
                     self._open[job] = OpenSource(checkpoint, identify(checkpoint, self.catalog))
                 except BaseException:
                     checkpoint.close()
                     raise
             return self._open[job]
 
-    def _check_files(self, job: SourceJob, checkpoint: Checkpoint) -> None:
-        """Raise RecipeError when a file of a sharded set or a folder is a link that leads elsewhere."""
+    def _check_place(self, job: SourceJob) -> Callable[[Path], object]:
+        """What raises RecipeError for a file, as of a set or a folder, that a link leads elsewhere from."""
         bounds = self._bounds.get((job.folder, job.file))
-        for blob in checkpoint.blobs if bounds is not None else ():
-            if isinstance(blob, FileBlob) and not any(is_inside(Path(blob.name), f) for f in bounds or ()):
-                raise RecipeError(outside(Path(blob.name).name, "a link leads out of it", job.place))
+
+        def check(path: Path) -> None:
+            if bounds is not None and not any(is_inside(path, folder) for folder in bounds):
+                raise RecipeError(outside(path.name, "a link leads out of it", job.place, source=True))
+
+        return check
 
     def _open_file(self, path: Path, repair: bool = False) -> Checkpoint:
         return open_checkpoint(path, self.catalog.layouts, repair=repair)

@@ -106,16 +106,18 @@ class Store:
 
     # What actions made.
 
-    def lookup(self, action: str) -> Made | None:
-        """What the action of this key made, whether or not its bytes are still anywhere.
+    def lookup(self, action: str, cls: str) -> Made | None:
+        """What the action of this key made of a class, whether or not its bytes are still anywhere.
 
         Counts as a use, of the component too.
         """
-        if self._overlay is not None and (made := self._overlay.lookup(action)) is not None:
+        if self._overlay is not None and (made := self._overlay.lookup(action, cls)) is not None:
             return made
         path = self.action_path(action)
         record = read_record(path) if self.trusted else None
         made = made_from_record(record) if record is not None else None
+        if made is not None and made.cls != cls:
+            return None
         if made is not None:
             for used in (path, self.entry_path(made.digest)):
                 _touch(used)

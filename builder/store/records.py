@@ -90,17 +90,19 @@ def default_root(environment: Mapping[str, str] | None = None) -> Path:
 def write_record(path: Path, data: dict[str, Any], root: Path | None = None) -> None:
     """Put a sealed record in place at once; raises OSError or OutputError.
 
-    It is not flushed to the disk: a record that a power cut empties fails its seal and is none. `root` is
-    the store's folder, in which whatever is in the way is set aside.
+    It is not flushed to the disk: a record that a power cut empties fails its seal and is none. What it is
+    of is sealed with it: under another key or kind it is none. `root` is the store's folder, in which
+    whatever is in the way is set aside.
     """
     if root is not None:
         make_way(root, path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    data = {**data, "of": _subject(path)}
     write_bytes(path, _canonical({**data, "seal": _seal(data)}), durable=False)
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
-    """The record at `path`; None when there is none, or when it is not what was written."""
+    """The record at `path`; None when there is none, or when it is not what was written there."""
     try:
         data = parse_json(read_bounded(path, MAX_RECORD, follow=False))
     except (OSError, ValueError):
@@ -108,7 +110,7 @@ def read_record(path: Path) -> dict[str, Any] | None:
     if not isinstance(data, dict):
         return None
     seal = data.pop("seal", None)
-    return data if seal == _seal(data) else None
+    return data if seal == _seal(data) and data.pop("of", None) == _subject(path) else None
 
 
 def made_to_record(made: Made) -> dict[str, Any]:
@@ -138,6 +140,11 @@ def made_from_record(record: dict[str, Any]) -> Made | None:
         )
     except (KeyError, TypeError, ValueError):
         return None
+
+
+def _subject(path: Path) -> str:
+    """What a record is of, by its place: its kind and its key."""
+    return f"{path.parent.parent.name}/{path.stem}"
 
 
 def _canonical(data: dict[str, Any]) -> bytes:

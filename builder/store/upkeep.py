@@ -16,7 +16,7 @@ from builder.base.progress import SILENT, Reporter
 from builder.formats.hashes import sha256_file
 from builder.store import DamagedEntry, Store
 from builder.store.entries import is_at
-from builder.store.records import is_digest, read_record
+from builder.store.records import read_record
 from builder.store.strays import files, kind_of, set_aside, strays
 from builder.tensors.scan import scan
 
@@ -129,14 +129,14 @@ def check(store: Store, *, threads: int = 1, reporter: Reporter = SILENT) -> lis
     """Read everything in the store and set aside what is damaged; a problem for each.
 
     Components are compared by the BLAKE3 of every tensor, downloads by their SHA-256, records by their
-    seals. What another process removes meanwhile is passed over, and so are files that were built and are
-    no longer as they were.
+    seals and places. What another process removes meanwhile is passed over, and so are files that were
+    built and are no longer as they were.
     """
     problems = [p for i in items(store) if (p := _check(store, i, threads, reporter)) is not None]
     for path in _record_files(store):
         if read_record(path) is None and path.exists():
             store.quarantine(path)
-            problems.append(Problem("a record is damaged", Place(str(path))))
+            problems.append(Problem("a record is damaged, or another's", Place(str(path))))
     for path in strays(store.root):
         problems.append(Problem(f"{kind_of(path)} stands where another thing is due", Place(str(path))))
         store.quarantine(path)
@@ -175,10 +175,12 @@ def _check_component(store: Store, item: Item, threads: int, reporter: Reporter)
 
 
 def _components(store: Store) -> Iterator[Item]:
+    known = set()
     for record in files(store.root, "components", ".json"):
         entry, stat = store.entry(record.stem), _stat(record)
         if entry is None or stat is None:
             continue
+        known.add(record.stem)
         blob = store.blob_path(record.stem)
         size = held.st_size if (held := _stat(blob)) is not None else 0
         yield Item(
@@ -195,7 +197,7 @@ def _components(store: Store) -> Iterator[Item]:
         )
     for blob in files(store.root, "blobs", ".safetensors"):
         stat = _stat(blob)
-        if stat is not None and not (is_digest(blob.stem) and store.entry_path(blob.stem).exists()):
+        if stat is not None and blob.stem not in known:
             yield Item("component", blob, blob.stem, stat.st_size, stat.st_mtime_ns)
 
 

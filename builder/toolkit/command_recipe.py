@@ -8,18 +8,22 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import tomli
 import tomli_w
 
-from builder.base.disk import may_replace, replacing, write_all
+from builder.base.disk import check_place, may_replace, write_bytes
 from builder.base.errors import OutputError, Place, Problem
+from builder.base.files import read_bounded
 from builder.base.toml import Document, escaped
 from builder.build import Build, Built, build_recipe
+from builder.build.recipes import standing
 from builder.models.catalog import Catalog
 from builder.operations.fixes import FIXES
 from builder.plan import Plan
 from builder.recipe import FromBase, NewBase, Output, Pick, Recipe, Source, parse_recipe
 from builder.recipe.language import OUTPUT_FILE, PATH
 from builder.recipe.names import SUFFIXES, form_of, numbered, portable
+from builder.recipe.read import MAX_SIZE
 from builder.sources.opened import Sources
 from builder.store import Store
 from builder.tensors.cast import UnfitError
@@ -92,11 +96,12 @@ class CommandRecipe:
     def save(self, path: Path, target: str | Path, catalog: Catalog) -> None:
         """Write the recipe to `path`, as one that makes `target` where that is below it, else a namesake.
 
-        A namesake is one that every file system can have, and no source's. Raises OutputError when it cannot
-        be written, or would take the place of a source or of `target`.
+        A namesake is one that every file system can have, and no source's. A recipe that says the same
+        stays. Raises OutputError when it cannot be written, or would take the place of anything else.
         """
-        with replacing(path, inputs=[*self.sources.values(), Path(target)]) as fd:
-            write_all(fd, memoryview(self.saved(path, target, catalog)), 0)
+        data = self.saved(path, target, catalog)
+        if not check_vacant(path, data):
+            write_bytes(path, data, inputs=[*self.sources.values(), Path(target)])
 
     def saved(self, path: Path, target: str | Path, catalog: Catalog) -> bytes:
         """What `save` writes; raises OutputError for a source or a tokenizer that no recipe can name."""
@@ -151,7 +156,9 @@ def run(
     """
     if save is not None:
         command.saved(save, target, workspace.catalog)
+        check_place(save)
         command = command.pinned(sources)
+        check_vacant(save, command.saved(save, target, workspace.catalog), named=naming is None)
     try:
         made = build_recipe(
             workspace,
@@ -167,10 +174,42 @@ def run(
         raise error.with_options() from None
     if save is not None:
         goal = target if naming is None else made.outputs[0].path
-        command.save(save, goal, workspace.catalog)
+        with standing(Path(goal)):
+            command.save(save, goal, workspace.catalog)
         if Path(named := command.written(save, goal)).name != (name := Path(goal).name):
             workspace.reporter.note(f"the recipe makes `{named}`: no recipe can call it `{name}`")
     return made
+
+
+def check_is_recipe(path: Path) -> dict[str, Any]:
+    """What a recipe says, read as TOML alone; raises OutputError for what is none, and is not overwritten."""
+    try:
+        said = tomli.loads(read_bounded(path, MAX_SIZE).decode())
+        if "format" in said:
+            return said
+        evidence = "it has no `format`"
+    except OSError as error:
+        evidence = f"it cannot be read: {(error.strerror or str(error)).lower()}"
+    except ValueError:
+        evidence = "it is not valid TOML"
+    fact = f"`{path}` is there already, and is no recipe"
+    raise OutputError(Problem(fact, evidence=(evidence,), hint="give the recipe another name, or remove it"))
+
+
+def check_vacant(path: Path, data: bytes, *, named: bool = True) -> bool:
+    """Whether the recipe `data` has its name already; raises OutputError where anything else has it.
+
+    Unless it is `named`, what that recipe calls its output is not known yet, and not compared.
+    """
+    if not os.path.lexists(path):
+        return False
+    there, new = check_is_recipe(path), tomli.loads(data.decode())
+    if not named and isinstance(there.get("output"), dict):
+        there["output"]["file"] = new["output"]["file"]
+    if there != new:
+        fact = f"another recipe `{path}` is there already"
+        raise OutputError(Problem(fact, hint="give the recipe another name, or remove that one"))
+    return True
 
 
 def vacant(path: Path, built: Built, store: Store, suffix: str | None = None) -> Path:
@@ -184,15 +223,19 @@ def vacant(path: Path, built: Built, store: Store, suffix: str | None = None) ->
     return next(p for p in numbered(path, suffix) if not os.path.lexists(p) or same(p))
 
 
-def output_path(path: Path, inputs: Iterable[Path] = ()) -> Path:
-    """`path`, if a checkpoint can be written under such a name, and not over `inputs`; raises OutputError."""
+def output_path(path: Path, inputs: Iterable[Path] = (), *, folders: bool = False) -> Path:
+    """`path`, if a checkpoint can be written under such a name, and not over `inputs`; raises OutputError.
+
+    Where the command also takes `folders`, the hint says what to do for one.
+    """
     may_replace(path, inputs)
     if path.suffix.lower() not in SUFFIXES:
         raise OutputError(
             Problem(
                 f"cannot write `{path}`",
                 evidence=(f"its name ends in {f'`{path.suffix}`' if path.suffix else 'nothing known'}",),
-                hint=f"the name says the format: {', '.join(f'`{s}`' for s in SUFFIXES)}",
+                hint=f"the name says the format: {', '.join(f'`{s}`' for s in SUFFIXES)}"
+                + "; make a folder first to have the file in it" * (folders and not path.suffix),
             )
         )
     return path

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from builder.base.errors import Problem, SourceError, UsageError
+from builder.base.inside import is_inside
 from builder.base.words import listed
 from builder.formats.checkpoint import Checkpoint
 from builder.models.catalog import Architecture
@@ -74,7 +75,12 @@ def convert(
         workspace.reporter.note(f"{match.component.name}: {count:,} tensors get their usual names")
     if form == "diffusers":
         _check_model(opened, said.get("prediction"), workspace)
-        if (tokenizer := _tokenizer(said.get("tokenizer"), source)) is not None:
+        given = said.pop("tokenizer", None)
+        tokenizer = _tokenizer(given, source)
+        if given is None and tokenizer is not None and (link := _leaves(tokenizer, source)) is not None:
+            workspace.reporter.note(f"`{link}` is not copied: a link leads out of `{source}`")
+            tokenizer = None
+        if tokenizer is not None:
             said["tokenizer"] = str(tokenizer.absolute())
     name = recipe_name(source)
     made = run(
@@ -104,6 +110,12 @@ def _check_model(opened: OpenSource, prediction: str | None, workspace: Workspac
     found = prediction or find_prediction(held.name, told, layout)
     if isinstance(found, Problem):
         raise UsageError(replace(found, hint="say `--prediction epsilon` or `--prediction v`"))
+
+
+def _leaves(tokenizer: Path, source: Path) -> str | None:
+    """The first file of a source's own vocabulary that a link has elsewhere; None where there is none."""
+    files = (tokenizer / name for name in VOCABULARY)
+    return next((str(f) for f in files if not is_inside(f, source)), None)
 
 
 def _tokenizer(given: Path | None, source: Path) -> Path | None:

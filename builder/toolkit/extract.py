@@ -23,7 +23,7 @@ def target_of(
     What has the name already stays, and serves where it is the same.
     """
     if output is not None and not output.is_dir():
-        output_path(output, [file])
+        output_path(output, [file], folders=True)
         if form is not None and output.suffix != f".{form}":
             fact = f"`--format {form}` and `{output.name}` say different formats"
             raise UsageError(Problem(fact, hint="leave one of the two out"))

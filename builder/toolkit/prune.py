@@ -6,7 +6,6 @@ import json
 import os
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -273,11 +272,22 @@ def copy(path: Path, folder: Path, reporter: Reporter) -> Path | None:
 def _configuration_too(path: Path, target: Path, reporter: Reporter) -> None:
     """Copy the `.yaml` of a file beside what was made of it, unless there is one."""
     config, beside = named(path).with_suffix(".yaml"), target.with_suffix(".yaml")
-    with suppress(OSError):
-        # A link could lead to any file of the user's.
-        if not os.path.lexists(beside) and not config.is_symlink():
-            write_bytes(beside, read_bounded(config, MAX_SIDECAR))
+    if not os.path.lexists(config):
+        return
+    try:
+        held = read_bounded(config, MAX_SIDECAR, follow=False)  # a link could lead to any file of the user's
+        if not os.path.lexists(beside):
+            write_bytes(beside, held)
             reporter.note(f"`{config.name}` goes with it, as `{beside.name}`")
+        elif read_bounded(beside, MAX_SIDECAR) != held:
+            reporter.note(left_behind(config, f"there is another `{beside.name}`"))
+    except OSError as error:
+        reporter.note(left_behind(config, error.strerror or str(error)))
+
+
+def left_behind(config: Path, why: str) -> str:
+    """That the `.yaml` of a file did not go with it."""
+    return f"`{config.name}` does not go with it: {why}"
 
 
 def _recipe(pruning: Pruning) -> CommandRecipe:

@@ -24,6 +24,7 @@ from builder.base.errors import (
     render,
 )
 from builder.base.files import read_bounded
+from builder.base.inside import is_inside
 from builder.formats import open_checkpoint
 from builder.models.identify import Identity, identify
 from builder.recipe.names import SHARD, SUFFIXES, free_name, numbered, stem
@@ -31,7 +32,7 @@ from builder.recipe.profiles import MAX_SIDECAR
 from builder.sources.opened import Sources
 from builder.tensors.cast import BeyondError, UnfitError
 from builder.toolkit.command_recipe import vacant
-from builder.toolkit.prune import Options, Pruning, plan_pruning, prune
+from builder.toolkit.prune import Options, Pruning, left_behind, plan_pruning, prune
 from builder.toolkit.whole_files import (
     file_identity,
     move,
@@ -137,6 +138,7 @@ class Watch:
             raise UsageError(Problem(fact, hint="watch another folder, or give another one with `--into`"))
         if not self.folder.is_dir():
             raise UsageError(Problem(f"cannot watch `{self.folder}`", evidence=("it is no folder",)))
+        self._check_failed()
         fd = None
         with suppress(OSError):  # not everywhere can a folder be opened, and so be held
             fd = os.open(self.folder, os.O_RDONLY)
@@ -299,18 +301,34 @@ class Watch:
     def _take_along(self, path: Path, target: Path) -> None:
         """Move the `.yaml` of a file that is gone to where that is now, unless there is another one."""
         config, beside = path.with_suffix(".yaml"), target.with_suffix(".yaml")
-        with suppress(OSError, OutputError):
+        try:
             status = config.lstat()
-            if not stat.S_ISREG(status.st_mode):
-                return
+        except OSError:
+            return  # there is none
+        try:
+            held = read_bounded(config, MAX_SIDECAR, follow=False)
             if not os.path.lexists(beside):
                 move(config, beside, status)
-            elif _same_text(config, beside):
+            elif held == read_bounded(beside, MAX_SIDECAR):
                 remove(config, status)
+            else:
+                self.workspace.reporter.note(left_behind(config, f"there is another `{beside.name}`"))
+        except OSError as error:
+            self.workspace.reporter.note(left_behind(config, error.strerror or str(error)))
+        except OutputError as error:
+            self.workspace.reporter.note(left_behind(config, error.problems[0].fact))
+
+    def _check_failed(self) -> None:
+        """Raise UsageError where what is broken would go elsewhere."""
+        folder = self.folder / FAILED
+        if os.path.lexists(folder) and not is_inside(folder, self.folder):
+            fact = f"`{folder}` is a link to elsewhere, and what is broken is to go there"
+            raise UsageError(Problem(fact, hint="remove the link: a folder is made when it is needed"))
 
     def _fail(self, path: Path, status: os.stat_result, problems: tuple[Problem, ...]) -> Event:
         """Move a file out of the way, and write down why."""
         folder = self.folder / FAILED
+        self._check_failed()
         folder.mkdir(exist_ok=True)
         free = (
             p

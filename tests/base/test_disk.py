@@ -192,3 +192,13 @@ def test_no_descriptor_is_left_open(tmp_path: Path) -> None:
         with pytest.raises(ZeroDivisionError), disk.replacing(tmp_path / "x"):
             raise ZeroDivisionError
     assert len(names(Path("/dev/fd"))) == before
+
+
+@pytest.mark.parametrize("makes", ["new_folder", "new_set"])
+def test_what_fails_in_a_folder_is_named_as_it_would_be(makes: str, tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    with pytest.raises(OutputError) as caught, getattr(disk, makes)(path) as temp:
+        disk.write_bytes(temp / "part" / "x", b"1")
+    home = path if makes == "new_folder" else tmp_path
+    assert [p.fact for p in caught.value.problems] == [f"cannot write `{home / 'part' / 'x'}`"]
+    assert list(tmp_path.iterdir()) == []

@@ -245,6 +245,22 @@ def test_a_folder_holds_the_very_same_tensors(tmp_path: Path, family: str, shard
         assert not found.others
 
 
+def test_a_vocabulary_elsewhere_is_not_copied(folder: Folder) -> None:
+    save(folder / "mini.safetensors", model("SD-mini"))
+    vocabulary(folder / "words")
+    assert folder("convert", "mini.safetensors", "-o", "model", "--tokenizer", "words").code == 0
+    own = folder.write("../own.json", "the user's own")
+    (folder / "model/tokenizer/merges.txt").unlink()
+    (folder / "model/tokenizer/merges.txt").symlink_to(own)
+    said = folder("convert", "model", "-o", "again")
+    assert (
+        said.code == 0
+        and "`model/tokenizer/merges.txt` is not copied: a link leads out of `model`" in said.err
+    )
+    assert not (folder / "again/tokenizer/merges.txt").exists()
+    assert folder("convert", "model", "-o", "asked", "--tokenizer", "model/tokenizer").code == 0
+
+
 def test_diffusers_loads_a_converted_checkpoint(folder: Folder) -> None:
     save(folder / "mini.safetensors", model("SD-mini", precision=DType.F32))
     vocabulary(folder / "words")
@@ -499,7 +515,8 @@ def test_a_saved_recipe_builds_the_same(folder: Folder) -> None:
     save(folder / "mini.safetensors", model("SD-mini"))
     assert folder("convert", "mini.safetensors", "-o", "model").code == 0
     options = ("--precision", "fp16", "--save-recipe", "r.toml")
-    for source in ("model", "mini.safetensors"):
+    for source in ("mini.safetensors", "model"):
+        (folder / "r.toml").unlink(missing_ok=True)
         assert folder("convert", source, "-o", "out.pt", *options).code == 0
         before = content(folder / "out.pt")
         (folder / "out.pt").unlink()
@@ -527,6 +544,7 @@ def test_every_conversion_is_a_recipe(folder: Folder) -> None:
         ("model", "again/", ()),
     ):
         kept = files(folder.path)
+        (folder / "r.toml").unlink(missing_ok=True)
         said = folder("convert", source, "-o", target, *options, "--save-recipe", "r.toml")
         assert said.code == 0, said.err
         made = {n: (folder / n).read_bytes() for n in files(folder.path) - kept if (folder / n).is_file()}

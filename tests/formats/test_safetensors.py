@@ -95,7 +95,7 @@ REFUSED: dict[str, tuple[bytes, str, tuple[str, ...]]] = {
     "length 2^63": (
         (1 << 63).to_bytes(8, "little") + b"{}",
         "the safetensors header is too long",
-        ("it would be 9,223,372,036,854,775,808 bytes; the format allows 100,000,000",),
+        ("the format allows 100,000,000 bytes",),
     ),
     "length past the end": (
         (100).to_bytes(8, "little") + b"{}",

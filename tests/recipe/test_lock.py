@@ -201,3 +201,38 @@ def test_another_container_does_not_change_the_lock(locked: Folder) -> None:
     before = (locked / "tiny.lock.toml").read_bytes()
     assert locked("build", "tiny.toml", "-o", "x.ckpt").code == 0
     assert (locked / "tiny.lock.toml").read_bytes() == before
+
+
+LOCKED_ZERO = """
+[[components]]
+output = "tiny"
+class = "VAE-tiny"
+component = "VAE-tiny-SD"
+source = "vae"
+blake3 = "0000000000000000000000000000000000000000000000000000000000000000"
+tensors = 1
+
+"""
+EXTRA = {
+    "an output": '\n[outputs.more]\nfile = "x.pt"\nsha256 = "{0}"\ntensor_digest = "{0}"\nsize = 1\n',
+    "a component of another output": LOCKED_ZERO.replace('"tiny"', '"more"'),
+    "a component said twice": LOCKED_ZERO,
+}
+
+
+@pytest.mark.parametrize("extra", EXTRA)
+def test_what_the_recipe_does_not_make_is_stale(locked: Folder, extra: str) -> None:
+    text, more = (locked / "tiny.lock.toml").read_text(), EXTRA[extra].replace("{0}", "0" * 64)
+    text = (
+        text.replace("[[components]]", more.lstrip() + "[[components]]", 1) if "[[" in more else text + more
+    )
+    locked.write("tiny.lock.toml", text)
+    said = locked("build", "tiny.toml", "--locked")
+    assert said.code == 4 and "the lock is stale" in said.err, said.err
+
+
+def test_the_hint_for_what_no_lock_can_replace(locked: Folder) -> None:
+    (locked / "tiny.lock.toml").unlink()
+    (locked / "tiny.lock.toml").mkdir()
+    said = locked("build", "tiny.toml", "--locked")
+    assert said.code == 4 and "hint: remove it, and `ckpt lock` writes a lock" in said.err

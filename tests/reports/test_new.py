@@ -18,7 +18,7 @@ from builder.reports.new import Draft, describe
 from builder.reports.new.recipe_text import merged, place
 from builder.tensors.cast import Faults, cast_all
 from builder.tensors.lazy import DType, LazyTensor, MemoryTensor
-from tests.help.building import CLIP, IDS, TINY, UNET, VAE, Folder, model, save, save_dirty, values
+from tests.help.building import CLIP, IDS, TINY, UNET, VAE, Folder, files, model, save, save_dirty, values
 from tests.help.recipe_words import golden
 
 GOLDEN = Path(__file__).parent / "golden" / "new"
@@ -133,10 +133,10 @@ def test_further_models_are_looked_through_like_a_library(folder: Folder) -> Non
 
 def test_nothing_is_overwritten_without_being_told_to(folder: Folder) -> None:
     save(folder / "mine.safetensors", half(model()))
-    folder.write("mine.toml", "mine")
+    folder.write("mine.toml", "format = 1 # mine")
     said = folder("new", "mine.safetensors", "-o", "mine.toml")
     assert (said.code, said.out) == (2, "") and "already" in said.err
-    assert (folder / "mine.toml").read_text() == "mine"
+    assert (folder / "mine.toml").read_text() == "format = 1 # mine"
     assert folder("new", "mine.safetensors", "-o", "mine.toml", "--force").code == 0
     assert (folder / "mine.toml").read_text() == folder("new", "-q", "mine.safetensors").out
 
@@ -149,7 +149,30 @@ def test_a_model_of_the_library_is_an_input_too(folder: Folder) -> None:
         if output == "link.toml":
             (folder / output).hardlink_to(victim)
         said = folder("new", "mine.safetensors", "-l", "library", "-o", output, "--force")
-        assert (said.code, victim.read_bytes()) == (7, before), said.err
+        assert (said.code, victim.read_bytes()) == (7 if output == "link.toml" else 2, before), said.err
+
+
+def test_only_a_recipe_is_overwritten_and_only_a_recipes_name_written(folder: Folder) -> None:
+    save(folder / "mine.safetensors", half(model()))
+    for name, code in (
+        ("other.ckpt", 2),
+        ("r.txt", 2),
+        ("mine.lock.toml", 2),
+        ("model.toml", 7),
+        ("pyproject.toml", 7),
+        ("folder.toml", 7),
+        ("", 2),
+    ):
+        if name == "folder.toml":
+            (folder / name).mkdir()
+        elif name:
+            folder.write(name, "\x80\x02}" if name == "model.toml" else "[project]")
+        before = files(folder.path)
+        said = folder("new", "mine.safetensors", "-o", name, "--force")
+        assert (said.code, files(folder.path)) == (code, before), (name, said.err)
+        assert "hint: " in said.err
+        if (folder / name).is_file():
+            assert (folder / name).read_text() in ("\x80\x02}", "[project]")
 
 
 def test_published_files_come_with_their_addresses(folder: Folder) -> None:

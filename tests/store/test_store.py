@@ -126,8 +126,8 @@ def test_a_component_comes_back(store: Store) -> None:
     made = put(store)
     assert made.component == "UNET-v1-SD"
     assert (made.tensors, made.bytes) == (4, 660)
-    assert store.lookup(A) == made
-    assert store.lookup(B) is None
+    assert store.lookup(A, "UNET-v1") == made
+    assert store.lookup(B, "UNET-v1") is None
     assert store.holds(made.digest)
     assert read(store, made.digest) == content(model())
     entry = store.entry(made.digest)
@@ -161,11 +161,11 @@ def test_actions_that_make_the_same_share_it(store: Store) -> None:
     assert put(store, A) == put(store, B)
     assert len(files(store.root, ".safetensors")) == 1
     store.record(C, put(store, A))
-    assert store.lookup(C) == store.lookup(A)
+    assert store.lookup(C, "UNET-v1") == store.lookup(A, "UNET-v1")
 
 
 def test_nothing_is_created_before_the_first_write(store: Store) -> None:
-    assert store.lookup(A) is None
+    assert store.lookup(A, "UNET-v1") is None
     for digest in ("0" * 64, "../" * 20, ""):
         assert store.open(digest) is None
         assert store.entry(digest) is None
@@ -191,7 +191,7 @@ def test_a_put_that_fails_leaves_nothing(store: Store) -> None:
     with pytest.raises(KeyboardInterrupt):
         store.save("X", "X", model() | {"z": Unreadable(DType.F16, (1,), b"xx")})
     assert files(store.root) == []
-    assert store.lookup(A) is None
+    assert store.lookup(A, "UNET-v1") is None
 
 
 def test_what_a_check_refuses_is_not_kept(store: Store) -> None:
@@ -208,7 +208,7 @@ def test_a_component_may_be_recorded_later(store: Store) -> None:
     assert len(files(store.root)) == 2
     changes = ("clip-position-ids: 3 values repaired",)
     store.record(A, replace(made, changes=changes))
-    found = store.lookup(A)
+    found = store.lookup(A, "UNET-v1")
     assert found is not None and found.changes == changes
 
 
@@ -221,7 +221,7 @@ def test_facts_are_kept_and_may_be_forgotten(store: Store) -> None:
     [path] = files(store.root)
     rewrite(path, flip(5))
     assert store.recall("metric", "ab12", dict) is None
-    assert [p.fact for p in check(store)] == ["a record is damaged"]
+    assert [p.fact for p in check(store)] == ["a record is damaged, or another's"]
     store.note("metric", "ab12", {"UNET-v1": "0124"})
     assert [i.kind for i in collect(store, 0).removed] == ["fact"]
     assert store.recall("metric", "ab12", dict) is None
@@ -245,7 +245,7 @@ except OutputError as error:
 def test_a_full_disk_leaves_nothing(store: Store, limit: int) -> None:
     assert finish(script(FULL, store.root, limit)).startswith("error: cannot write ")
     assert files(store.root) == []
-    assert store.lookup(A) is None
+    assert store.lookup(A, "UNET-v1") is None
 
 
 def test_where_it_lies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -271,7 +271,7 @@ def test_where_it_lies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_a_file_in_its_place_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "store").write_text("")
     store = Store(tmp_path / "store")
-    assert store.lookup(A) is None
+    assert store.lookup(A, "UNET-v1") is None
     with pytest.raises(OutputError, match="cannot write to the store"):
         put(store)
 
@@ -319,7 +319,7 @@ def test_a_truncated_blob_is_not_there(store: Store, length: int) -> None:
 def test_what_was_made_is_known_also_where_its_bytes_are_nowhere(store: Store) -> None:
     made = put(store)
     blob(store, made).unlink()
-    assert store.lookup(A) == made
+    assert store.lookup(A, "UNET-v1") == made
     assert store.entry(made.digest) is not None
     assert store.open(made.digest) is None
     assert not store.holds(made.digest)
@@ -328,7 +328,7 @@ def test_what_was_made_is_known_also_where_its_bytes_are_nowhere(store: Store) -
 def test_a_component_without_its_action_can_be_opened(store: Store) -> None:
     made = put(store)
     store.action_path(A).unlink()
-    assert store.lookup(A) is None
+    assert store.lookup(A, "UNET-v1") is None
     assert read(store, made.digest) == content(model())
 
 
@@ -337,7 +337,7 @@ def test_a_damaged_record_is_none(store: Store, kind: str) -> None:
     made = put(store)
 
     def recall() -> object:
-        return store.lookup(A) if kind == "action" else store.entry(made.digest)
+        return store.lookup(A, "UNET-v1") if kind == "action" else store.entry(made.digest)
 
     path = store.action_path(A) if kind == "action" else store.entry_path(made.digest)
     sound, known = path.read_bytes(), recall()
@@ -356,7 +356,7 @@ def test_a_damaged_record_is_none(store: Store, kind: str) -> None:
 
 def test_a_record_of_another_version_is_none(store: Store) -> None:
     write_record(store.action_path(A), {"component": "X"})
-    assert store.lookup(A) is None
+    assert store.lookup(A, "UNET-v1") is None
     write_record(store.entry_path(B), {"component": "X"})
     assert store.entry(B) is None
 
@@ -682,7 +682,7 @@ def test_a_store_restored_elsewhere_serves(store: Store, tmp_path: Path) -> None
     restored = Store(tmp_path / "restored")
     with tarfile.open(tmp_path / "store.tar") as archive:
         archive.extractall(restored.root, filter="data")
-    assert restored.lookup(A) == made
+    assert restored.lookup(A, "UNET-v1") == made
     assert blob(restored, made).stat().st_mtime == 1
     assert read(restored, made.digest) == content(model())
     assert check(restored) == []
@@ -722,7 +722,7 @@ while not Path(sys.argv[3]).exists():
 for _ in range(20):
     made = store.save("UNET-v1-SD", "UNET-v1", model(size=50_000), threads=2)
     store.record(A, made)
-    assert read(store, store.lookup(A).digest) == content(model(size=50_000))
+    assert read(store, store.lookup(A, "UNET-v1").digest) == content(model(size=50_000))
 print(made)
 """
 
@@ -735,7 +735,7 @@ def test_builds_that_race_on_one_entry_all_succeed(store: Store, tmp_path: Path)
         time.sleep(0.01)
     (tmp_path / "go").touch()
     outs = {finish(p) for p in racers}
-    assert outs == {f"{store.lookup(A)}\n"}
+    assert outs == {f"{store.lookup(A, 'UNET-v1')}\n"}
     assert len(files(store.root)) == 3
     assert check(store) == []
 
@@ -767,12 +767,12 @@ def test_a_killed_put_leaves_nothing_that_confuses(store: Store) -> None:
         time.sleep(moments.uniform(0, 0.05))
         process.kill()
         process.communicate()
-        made = store.lookup(A)
+        made = store.lookup(A, "UNET-v1")
         if made is not None:
             assert read(store, made.digest) == content(model(size=50_000))
         assert check(store) == []
     made = put(Store(store.root), size=50_000)
-    assert store.lookup(A) == made
+    assert store.lookup(A, "UNET-v1") == made
     assert list((store.root / "tmp").iterdir()) == []
     assert len(files(store.root)) == 3
 
@@ -847,7 +847,7 @@ with Store(Path(sys.argv[1]), reporter=listener) as store:
         pass
     else:
         sys.exit("the store can be written to")
-    made = store.lookup(A)
+    made = store.lookup(A, "UNET-v1")
     assert read(store, made.digest) == content(model())
     store.record(B, made)
     built(store, Path(os.environ["TMPDIR"], "out"), seed=3)
@@ -861,7 +861,7 @@ with Store(Path(sys.argv[1]), reporter=listener) as store:
     partial = store.partial_path("https://example.org/x")
     partial.write_bytes(b"abc")
     assert store.keep_download(partial, "d" * 64) == store.download_path("d" * 64)
-    assert store.lookup(A) == made
+    assert store.lookup(A, "UNET-v1") == made
     assert len(listener.warnings) == 1
     assert store.grown == 0, "nothing of this is in the store"
 
@@ -1012,7 +1012,7 @@ def test_the_least_recently_used_goes_first(store: Store) -> None:
     made = three(store)
     size = blob(store, made[0]).stat().st_size
     assert components(store) == [m.digest for m in reversed(made)]
-    assert store.lookup(C) is not None  # which is a use
+    assert store.lookup(C, "UNET-v1") is not None  # which is a use
     assert components(store) == [m.digest for m in (made[1], made[0], made[2])]
     limit = 2 * size + 10_000
     done = collect(store, limit)
@@ -1032,7 +1032,7 @@ def test_what_is_open_stays_readable(store: Store) -> None:
     assert "component" in [i.kind for i in collect(store, 0).removed]
     assert content(found.tensors) == content(model())
     found.close()
-    assert store.lookup(A) is None
+    assert store.lookup(A, "UNET-v1") is None
     assert put(store) == made
 
 
@@ -1108,7 +1108,7 @@ def test_a_check_sets_aside_what_is_damaged(store: Store, tmp_path: Path) -> Non
             f"the stored component `{made[1].digest[:12]}` is damaged",
             f"the stored component `{placed.digest[:12]}` is damaged",
             f"the download `{A[:12]}` is damaged",
-            "a record is damaged",
+            "a record is damaged, or another's",
         ]
     )
     assert len(files(store.root / "quarantine")) == 4

@@ -567,7 +567,7 @@ def test_a_build_names_a_component_without_a_slot(stranger: Folder) -> None:
     said = stranger("build", "r.toml")
     assert said.code == 0, said.err
     assert "left out of `a`: Side-small, 2 tensors, 16.5 kB" in said.err
-    assert "left out of `a`: unknown, 1 tensors, 4 B" in said.err
+    assert "left out of `a`: unknown, 1 tensor, 4 B" in said.err
     stranger.write("r.toml", recipe + 'output.keep = ["Side"]\n')
     said = stranger("build", "r.toml")
     assert said.code == 0 and "Side-small" not in said.err

@@ -125,3 +125,54 @@ def test_a_new_recipe_makes_the_same_tensors(folder: Folder, name: str) -> None:
     assert folder("new", "-q", f"./{name}.safetensors", "-o", "n.toml").code == 0
     assert folder("build", "n.toml", "-o", "x.safetensors").code == 0
     assert content(folder / "x.safetensors") == content(folder / f"{name}.safetensors")
+
+
+VAE_OUT = ("extract", "vae.safetensors", "VAE", "-o", "x.safetensors", "--save-recipe")
+COMMANDS = [
+    VAE_OUT,
+    ("extract", "vae.safetensors", "VAE", "--save-recipe"),
+    ("convert", "vae.safetensors", "-o", "x.ckpt", "--save-recipe"),
+    ("prune", "vae.safetensors", "-o", "x.safetensors", "--save-recipe"),
+    ("replace", "tiny.safetensors", "VAE-tiny=vae.safetensors", "-o", "x.safetensors", "--save-recipe"),
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda c: f"{c[0]}-{len(c)}")
+def test_nothing_is_replaced_by_a_recipe_but_itself(folder: Folder, command: tuple[str, ...]) -> None:
+    save(folder / "tiny.safetensors", model())
+    for name in ("demo.lock.toml", "other.toml", "text.toml", "nodir/a.toml"):
+        if "/" not in name:
+            folder.write(name, "format = 1" if name == "other.toml" else "[project]")
+        before = files(folder.path)
+        said = folder(*command, name)
+        assert said.code in (2, 7) and "hint: " in said.err, said.err
+        assert files(folder.path) == before
+    first = folder(*command, "r.toml")
+    assert first.code == 0, first.err
+    commented = "# mine\n" + (folder / "r.toml").read_text()
+    folder.write("r.toml", commented)
+    again = folder(*command, "r.toml")
+    assert again.code == 0, again.err
+    assert (folder / "r.toml").read_text() == commented
+
+
+def test_an_output_is_named_without_what_drives_a_terminal(folder: Folder) -> None:
+    said = folder("convert", "vae.safetensors", "-o", "x\x1b[31m.safetensors")
+    assert said.code == 0 and "\x1b" not in said.out and "x\\x1b[31m.safetensors" in said.out
+    assert "made  x" in said.out
+
+
+@pytest.mark.parametrize(
+    "command", [("convert", "r.toml", "-o", "x.ckpt"), ("inspect", "r.toml"), ("new", "r.toml")]
+)
+def test_a_recipe_is_no_checkpoint_but_what_builds_one(folder: Folder, command: tuple[str, ...]) -> None:
+    folder.write("r.toml", "format = 1\n")
+    said = folder(*command)
+    assert said.code in (1, 6) and "`ckpt build RECIPE`" in said.err
+
+
+@pytest.mark.parametrize("command", [("convert",), ("extract", "VAE"), ("prune",), ("new",)])
+def test_an_empty_name_is_none(folder: Folder, command: tuple[str, ...]) -> None:
+    before = files(folder.path)
+    said = folder(command[0], "vae.safetensors", *command[1:], "-o", "")
+    assert said.code == 2 and "name one" in said.err and files(folder.path) == before

@@ -472,6 +472,45 @@ def test_a_pipe_where_its_yaml_would_go_holds_nothing_up(folder: Folder, watch: 
     assert (folder / "in/a.yaml").read_text() == "model: a\n"
 
 
+def test_why_a_yaml_stays_is_said_once(folder: Folder) -> None:
+    for name, put in (
+        ("a", lambda p: p.symlink_to("x")),
+        ("b", lambda p: p.mkdir()),
+        ("c", _large),
+        ("d", _other),
+    ):
+        save(folder / f"in/{name}.safetensors", {**model("SD-tiny", DType.F16), name: like(1)})
+        save(folder / f"{name}.safetensors", {**model("SD-tiny", DType.F32), "model_ema.decay": like(1)})
+        for place in (folder / f"in/{name}.yaml", folder / f"{name}.yaml"):
+            put(place)
+    (folder / "models/Stable-diffusion").mkdir(parents=True)
+    folder.write("models/Stable-diffusion/d.yaml", "another")
+    folder.write("d-pruned.yaml", "another")
+    said = folder("prune", "--watch", "in", "--into", "models", "--once", "--settle", "0")
+    assert said.code == 0, said.err
+    for name in "abcd":
+        assert said.err.count(f"`{name}.yaml` does not go with it: ") == 1, said.err
+        told = folder("prune", f"{name}.safetensors")
+        assert told.code == 0 and told.err.count(f"`{name}.yaml` does not go with it: ") == 1, told.err
+
+
+def _large(path: Path) -> None:
+    path.write_bytes(b" " * (64 << 20))
+
+
+def _other(path: Path) -> None:
+    path.write_text("one")
+
+
+def test_a_link_where_what_is_broken_would_go(folder: Folder, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (folder / "in/Failed").symlink_to(tmp_path / "elsewhere")
+    (folder / "in/page.ckpt").write_text("<!doctype html><html></html>")
+    said = folder("prune", "--watch", "in", "--into", "models", "--once", "--settle", "0")
+    assert said.code == 2 and "Failed` is a link to elsewhere" in said.err
+    assert not list((tmp_path / "elsewhere").iterdir()) and (folder / "in/page.ckpt").exists()
+
+
 def test_moving_never_replaces_and_goes_on_after_a_crash(tmp_path: Path) -> None:
     one, place = tmp_path / "a.x", tmp_path / "to/a.x"
     place.parent.mkdir()

@@ -8,17 +8,18 @@ import random
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from builder.store import Store
+from builder.store import Made, Store
 from builder.store.records import read_record, write_record
 from builder.store.strays import FOLDERS, strays
 from builder.store.upkeep import collect
-from tests.help.building import Folder, model, save, values
+from tests.help.building import Folder, content, model, save, values
 from tests.help.special_files import pipe, socket, zeros
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="has no such files")
@@ -150,6 +151,52 @@ def test_a_link_to_a_folder_of_the_users_is_not_followed(folder: Folder, name: s
         (folder / "tiny.safetensors").unlink(missing_ok=True)
         assert folder(*words).code in (0, 1)
         _is_whole(folder)
+
+
+def _whole(folder: Folder) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
+    for made in ("tiny.safetensors", "tiny.lock.toml"):
+        (folder / made).unlink(missing_ok=True)
+    assert folder("build", "tiny.toml").code == 0
+    return content(folder / "tiny.safetensors")
+
+
+def test_a_record_under_the_key_of_another_is_none(folder: Folder) -> None:
+    """Of the same kind, of another component, or of another form: what it says is of something else."""
+    folder = replace(folder, store=folder.path.parent / "all", environment={"CKPT_STORE_KEEP": "all"})
+    save(folder / "evil.safetensors", model("VAE-tiny", seed=9))
+    folder.write("evil.toml", (folder / "tiny.toml").read_text().replace("vae.safe", "evil.safe"))
+    folder.know("dirty.ckpt", "vae.safetensors", "evil.safetensors")
+    sound = _whole(folder)
+    assert folder("build", "evil.toml").code == 0
+    sealed = {
+        p: p.read_bytes() for kind in ("actions", "facts") for p in folder.store.rglob(f"{kind}/**/*.json")
+    }
+    kinds = {p.parent.parent.name for p in sealed}
+    assert kinds >= {"actions", "output"}
+    for other in sealed.values():
+        for path, own in sealed.items():
+            path.write_bytes(other)
+            if other != own:
+                assert read_record(path) is None
+        assert _whole(folder) == sound
+        for path, own in sealed.items():
+            path.write_bytes(own)
+    [vae, *_] = [p for p in sealed if p.parent.parent.name == "actions" and b"VAE" in sealed[p]]
+    unet = next(p for p in sealed if p.parent.parent.name == "actions" and b"UNET" in sealed[p])
+    shutil.copyfile(unet, vae)
+    said = folder("store", "check")
+    assert (
+        said.code == 1
+        and "a record is damaged, or another's" in said.err
+        and str(vae) in said.err.replace("\n", "")
+    )
+
+
+def test_a_record_of_another_class_is_not_that_of_the_plan(tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    store.record("a" * 64, Made("UNET-v1-SD", "UNET-v1", "b" * 64, 1, 2))
+    assert store.lookup("a" * 64, "VAE-v1") is None
+    assert store.lookup("a" * 64, "UNET-v1") is not None
 
 
 def test_a_download_is_gathered_in_no_file_of_the_users(tmp_path: Path) -> None:

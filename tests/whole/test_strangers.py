@@ -79,6 +79,29 @@ def test_no_part_of_a_source_lies_outside(folder: Folder) -> None:
     assert folder("inspect", "m.safetensors.index.json").code == 0, "what a person names is read"
 
 
+@pytest.mark.parametrize("part", ["shard", "model_index.json", "scheduler/scheduler_config.json", "weights"])
+def test_a_part_is_not_opened_before_its_place_is_known(folder: Folder, part: str) -> None:
+    """Not even its first bytes are shown, as a number or in any other way."""
+    own = folder.path.parent / "own" / "notes.txt"
+    own.write_text("my secret is 42\n" * 9)
+    file, name = "m/", "model_index.json"
+    folder.write("m/model_index.json", json.dumps({"unet": ["a", "b"], "vae": ["a", "b"]}))
+    save(folder / "m" / "vae" / "model.safetensors", model("VAE-tiny"))
+    if part == "shard":
+        file, name = "m.safetensors.index.json", "shard.safetensors"
+        folder.write(file, json.dumps({"weight_map": {"a": name}}))
+        (folder / name).symlink_to(own)
+    else:
+        name = "unet/model.safetensors" if part == "weights" else part
+        (folder / "m" / name).parent.mkdir(exist_ok=True)
+        (folder / "m" / name).unlink(missing_ok=True)
+        (folder / "m" / name).symlink_to(own)
+    folder.write("x.toml", HEAD + f'sources.s.file = "{file}"\n')
+    said = folder("plan", "x.toml")
+    assert said.code == 3, said.err
+    assert f"`{Path(name).name}` is outside the recipe's folder" in said.err, said.err
+
+
 def test_what_is_allowed_outside(folder: Folder) -> None:
     """A folder of models is the user's own word; so is `--allow-outside`."""
     save(folder.path.parent / "models" / "v.safetensors", model("VAE-tiny", seed=2))
@@ -399,7 +422,7 @@ def test_times_are_not_believed_where_that_is_asked_for(folder: Folder) -> None:
 def test_inputs_are_never_outputs(folder: Folder) -> None:
     before = (folder / "vae.safetensors").read_bytes()
     said = folder("new", "vae.safetensors", "-o", "vae.safetensors", "--force")
-    assert said.code == 7 and (folder / "vae.safetensors").read_bytes() == before
+    assert said.code == 2 and (folder / "vae.safetensors").read_bytes() == before
 
 
 # Where a signal comes: while a recipe is read, and while torch is imported, whose compiled code drops what a
@@ -435,6 +458,17 @@ COMES = {
                     Dies()
         sys.meta_path.insert(0, Finder)
     """,
+    "an import that is broken off": """
+        class Finder:
+            @staticmethod
+            def find_spec(name, *_):
+                if name == "torch":
+                    try:
+                        kill()
+                    except BaseException:
+                        raise ImportError("cannot load module more than once per process")
+        sys.meta_path.insert(0, Finder)
+    """,
     "command line": """
         class Finder:
             @staticmethod
@@ -449,7 +483,10 @@ COMES = {
 @pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
 @pytest.mark.parametrize(
     ("number", "where"),
-    [*((signal.SIGTERM, w) for w in COMES), (signal.SIGINT, "recipe"), (signal.SIGINT, "command line")],
+    [
+        *((signal.SIGTERM, w) for w in COMES),
+        *((signal.SIGINT, w) for w in ("recipe", "command line", "an import that is broken off")),
+    ],
 )
 def test_being_terminated_is_as_clean_as_ctrl_c(folder: Folder, number: signal.Signals, where: str) -> None:
     folder.write("x.toml", HEAD + 'sources.s.file = "vae.safetensors"\n')
