@@ -17,6 +17,7 @@ from builder.models.catalog import Catalog, load_catalog
 from builder.plan import Plan, make_plan
 from builder.recipe import Recipe, load_recipe
 from builder.recipe.lock import Lock, lock_path, read_lock
+from builder.sources.have import telling_all
 from builder.sources.opened import Sources
 from builder.store import Store, default_root
 
@@ -158,7 +159,10 @@ class Workspace:
         """The plan of a recipe; `options` go to `make_plan`, and warnings are reported."""
         while True:
             try:
-                plan = make_plan(recipe, sources, lock=lock, environment=self.settings.environment, **options)
+                with telling_all(recipe, sources, lock):
+                    plan = make_plan(
+                        recipe, sources, lock=lock, environment=self.settings.environment, **options
+                    )
                 break
             except CkptError:
                 # It may be planned with another file, which only has the name of the one that is pinned.

@@ -15,6 +15,7 @@ from builder.plan import Plan
 from builder.recipe import Output, Recipe
 from builder.recipe.lock import Lock, differences, lock_path, write_lock
 from builder.recipe.names import form_of
+from builder.sources.have import telling_all
 from builder.sources.job import SourceJob
 from builder.sources.opened import NotPinned, Sources
 from builder.store import Store
@@ -83,11 +84,13 @@ def _built(
     while True:
         plan = workspace.plan(recipe, sources, lock, place=place)
         if plan.unseen:
-            _see(sources, [plan.nodes[k].job for k in plan.unseen])
+            with telling_all(recipe, sources, lock):
+                _see(sources, [plan.nodes[k].job for k in plan.unseen])
             continue
         before(plan)
         try:
-            return carry_out(plan)
+            with telling_all(recipe, sources, lock):
+                return carry_out(plan)
         except NotPinned as error:
             if not sources.another(error.job):
                 raise

@@ -11,7 +11,7 @@ from builder.base.errors import ExitCode, Problem, UsageError, did_you_mean, pri
 from builder.cli.options import open_workspace, outside_option, quiet_option, recipe_argument
 from builder.recipe import Recipe
 from builder.recipe.lock import Lock, differences, lock_path, write_lock
-from builder.sources.have import resolve_sources
+from builder.sources.have import resolve_sources, telling_all
 from builder.workspace import find_lock
 
 
@@ -31,7 +31,9 @@ def command(recipe: Path, upgrade: str | None, outside: bool, quiet: bool) -> in
     with open_workspace(quiet, outside=outside) as workspace, workspace.sources() as sources:
         read = workspace.recipe(recipe)
         old = find_lock(read, anew=True)
-        lock = Lock(read.digest, resolve_sources(read, sources, _unpinned(old, upgrade, read)))
+        pins = _unpinned(old, upgrade, read)
+        with telling_all(read, sources, pins):
+            lock = Lock(read.digest, resolve_sources(read, sources, pins))
         if old is not None and (old.recipe, old.profile, old.pins()) == (
             lock.recipe,
             lock.profile,
