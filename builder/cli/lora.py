@@ -7,14 +7,14 @@ from typing import Any
 import click
 
 from builder.cli.merge import make
-from builder.cli.options import FILE, making, save_option
+from builder.cli.options import PLACE, making, save_option
 
 
 @click.command("lora")
 @click.argument("model", metavar="FILE")
 @click.argument("loras", nargs=-1, required=True, metavar="LORA[=STRENGTH]…")
 @click.option("--ignore-unmatched", is_flag=True, help="Leave out what of a LoRA fits nothing in the model.")
-@click.option("-o", "--output", type=FILE, required=True, help="The file to write.")
+@click.option("-o", "--output", type=PLACE, required=True, help="The file to write, or its folder.")
 @making
 @save_option
 def command(model: str, loras: tuple[str, ...], ignore_unmatched: bool, **options: Any) -> int:

@@ -11,10 +11,10 @@ import click
 
 from builder.base.errors import ExitCode, Problem, UsageError
 from builder.cli.made import note_changes, note_left_out, note_steps, to_json, to_text
-from builder.cli.options import FILE, making, open_workspace, output_keys, recipe_path, save_option
+from builder.cli.options import PLACE, making, open_workspace, output_keys, recipe_path, save_option
 from builder.models.parts import usual_precision
 from builder.plan import Plan
-from builder.recipe.names import recipe_name
+from builder.recipe.names import Target, recipe_name
 from builder.toolkit.command_recipe import CommandRecipe, output_path, run
 from builder.toolkit.merge import merge_step, parse_file
 
@@ -28,7 +28,7 @@ OPTIONS = {"VAE = true": "--vae"}  # by the words that a recipe has for them
 @click.option("--beta", metavar="VALUE", help="The other weight of merges that have one.")
 @click.option("--set", "more", multiple=True, metavar="KEY=VALUE", help="Any key of the step.")
 @click.option("--vae", is_flag=True, help="Merge the VAE too.")
-@click.option("-o", "--output", type=FILE, required=True, help="The file to write.")
+@click.option("-o", "--output", type=PLACE, required=True, help="The file to write, or its folder.")
 @making
 @save_option
 def command(
@@ -64,7 +64,7 @@ def make(
     op: str | None,
     params: Mapping[str, str],
     *,
-    output: Path,
+    output: Target,
     save_recipe: Path | None,
     fixes: tuple[str, ...],
     threads: int | None,
@@ -74,7 +74,7 @@ def make(
 ) -> int:
     """Build the recipe of one step over the files, and say what was made."""
     files = [parse_file(model) for model in models]
-    save, target = recipe_path(save_recipe), output_path(output, [path for path, _ in files])
+    save = recipe_path(save_recipe)
     with open_workspace(quiet) as workspace, workspace.sources() as sources:
         for path, _ in files:
             sources.open(sources.file(path))
@@ -82,9 +82,10 @@ def make(
         step = merge_step(files, op, params, named)
         identity = sources.open(sources.file(files[0][0])).identity
         precision = usual_precision(identity.architecture or "", identity, workspace.catalog)
-        base = recipe_name(Path("merged"), named)
+        name, base = recipe_name(Path("-".join(named))), recipe_name(Path("merged"), named)
+        target = output_path(output.file(f"{name}.safetensors"), [path for path, _ in files])
         recipe = CommandRecipe(
-            recipe_name(Path("-".join(named))),
+            name,
             named,
             base,
             steps={base: step},

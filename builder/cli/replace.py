@@ -10,8 +10,8 @@ import click
 
 from builder.base.errors import ExitCode
 from builder.cli.made import note_changes, note_left_out, to_json, to_text
-from builder.cli.options import FILE, making, open_workspace, output_keys, recipe_path, save_option
-from builder.recipe.names import recipe_name
+from builder.cli.options import FILE, PLACE, making, open_workspace, output_keys, recipe_path, save_option
+from builder.recipe.names import Target, recipe_name
 from builder.toolkit.command_recipe import CommandRecipe, output_path, run
 from builder.toolkit.replace import architecture_of, check_filled, find_parts, new_architecture
 
@@ -19,13 +19,13 @@ from builder.toolkit.replace import architecture_of, check_filled, find_parts, n
 @click.command("replace")
 @click.argument("file", type=FILE, metavar="FILE|'NEW ARCHITECTURE'")
 @click.argument("parts", nargs=-1, required=True, metavar="[CLASS=]FILE[:COMPONENT]…")
-@click.option("-o", "--output", type=FILE, required=True, help="The file to write.")
+@click.option("-o", "--output", type=PLACE, required=True, help="The file to write, or its folder.")
 @making
 @save_option
 def command(
     file: Path,
     parts: tuple[str, ...],
-    output: Path,
+    output: Target,
     save_recipe: Path | None,
     fixes: tuple[str, ...],
     threads: int | None,
@@ -43,18 +43,19 @@ def command(
     A slot that FILE leaves open may be filled; NEW and an architecture have all of them open. COMPONENT
     says which one, where a file has several; a file of one component needs no CLASS.
     """
-    save, target = recipe_path(save_recipe), output_path(output, [file])
+    save = recipe_path(save_recipe)
     with open_workspace(quiet) as workspace, workspace.sources() as sources:
         catalog = workspace.catalog
         new = new_architecture(str(file), catalog)
         architecture = new or architecture_of(file, sources.open(sources.file(file)).identity, catalog)
         files = {} if new else {recipe_name(file): file}
         picks = find_parts(parts, architecture, files, sources, catalog)
-        output_path(output, files.values())
         if new:
             check_filled(new, picks)
+        name = new.name.lower() if new else recipe_name(file)
+        target = output_path(output.file(f"{name}.safetensors"), files.values())
         recipe = CommandRecipe(
-            new.name.lower() if new else recipe_name(file),
+            name,
             files,
             base="" if new else recipe_name(file),
             new=new.name if new else "",

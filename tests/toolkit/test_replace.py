@@ -109,8 +109,6 @@ def test_a_new_model_of_the_parts_of_others(folder: Folder) -> None:
 
 def test_the_saved_recipe_makes_the_same_bytes(folder: Folder) -> None:
     args = ("replace", "a.ckpt", "VAE-tiny=vae.pt", "--fix", "clip-position-ids", "--profile", "kohya")
-    assert folder(*args, "-o", "out/b.safetensors").code == 7
-    (folder / "out").mkdir()
     assert folder(*args, "-o", "out/b.safetensors", "--save-recipe", "b.toml").code == 0
     first = (folder / "out/b.safetensors").read_bytes()
     assert folder(*args, "-o", "plain.safetensors").code == 0
@@ -118,6 +116,20 @@ def test_the_saved_recipe_makes_the_same_bytes(folder: Folder) -> None:
     assert folder("build", "b.toml").code == 0
     assert (folder / "out/b.safetensors").read_bytes() == first
     assert content(folder / "plain.safetensors") == content(folder / "out/b.safetensors")
+
+
+def test_a_folder_to_write_in(folder: Folder) -> None:
+    for args, name in (
+        (("replace", "a.ckpt", "VAE-tiny=vae.pt"), "a.safetensors"),
+        (("extract", "a.ckpt", "clip"), "a-1089.clip.safetensors"),
+        (("prune", "a.ckpt"), "a-pruned.safetensors"),
+    ):
+        said = folder(*args, "-o", "new/folder/")
+        assert said.code == 0, said.err
+        assert [p.name for p in (folder / "new" / "folder").iterdir()] == [name]
+        (folder / "new" / "folder" / name).unlink()
+    assert folder("replace", "a.ckpt", "VAE-tiny=vae.pt:UNET", "-o", "none/").code == 2
+    assert not (folder / "none").exists()
 
 
 def test_saving_below_a_link(folder: Folder) -> None:
