@@ -76,15 +76,14 @@ class Listener(Reporter):
     def advance(self, task: str, count: int) -> None:
         """Tell of progress; raises Cancelled where the work is to be given up."""
         with self._lock:
-            self._go_on()
             before = self._tasks.get(task, Progress(task, 0, 0))
             now = self._tasks[task] = before._replace(done=before.done + count)
-            if self._progress is not None:
+            if self._progress is not None and self._raised is None:
                 try:
                     self._progress(now)
                 except BaseException as error:
                     self._raised = error
-                    raise Cancelled from None
+            self._go_on()
 
     def finish(self, task: str) -> None:
         """Forget a task."""
