@@ -11,11 +11,11 @@ import click
 
 from builder.base.errors import ExitCode, Problem, UsageError
 from builder.cli.made import note_changes, note_left_out, note_steps, to_json, to_text
-from builder.cli.options import PLACE, making, open_workspace, output_keys, recipe_path, save_option
+from builder.cli.options import PLACE, making, open_workspace, recipe_path, save_option
 from builder.models.parts import usual_precision
 from builder.plan import Plan
 from builder.recipe.names import Target, recipe_name
-from builder.toolkit.command_recipe import CommandRecipe, output_path, run
+from builder.toolkit.command_recipe import CommandRecipe, output_keys, output_path, run
 from builder.toolkit.merge import merge_step, parse_file
 
 OPTIONS = {"VAE = true": "--vae"}  # by the words that a recipe has for them
@@ -90,7 +90,7 @@ def make(
             base,
             steps={base: step},
             fixes=fixes,
-            output=output_keys(precision, options),
+            output=output_keys(precision, **options),
         )
 
         def before(plan: Plan) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,8 +34,7 @@ class _Place(_Named):
     """A file, or a folder: one that is there, or whose name ends in a slash."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        text = str(super().convert(value, param, ctx))
-        return Target(Path(text), text.endswith(("/", os.sep)) or os.path.isdir(text))  # noqa: PTH112
+        return Target.of(str(super().convert(value, param, ctx)))
 
 
 FILE = _Named(path_type=Path)
@@ -114,22 +112,6 @@ def _with(options: Sequence[Callable[[F], F]], command: F) -> F:
     for option in reversed(options):
         command = option(command)
     return command
-
-
-def output_keys(usual: str, options: dict[str, Any]) -> dict[str, Any]:
-    """A recipe's [output] of the options; taken out of `options`.
-
-    `usual` is the precision where none was asked for. Only what was asked for is made wider or changed
-    within 16 bits.
-    """
-    precision = options.pop("precision")
-    keys: dict[str, Any] = {"precision": precision or usual}
-    if precision is None:
-        keys["narrow"] = True
-    for name in ("profile", "overflow", "non_finite"):
-        if (value := options.pop(name)) not in (None, "error"):
-            keys[name] = value
-    return keys
 
 
 @contextmanager

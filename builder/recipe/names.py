@@ -72,6 +72,11 @@ class Target(NamedTuple):
     path: Path
     folder: bool = False
 
+    @classmethod
+    def of(cls, name: str) -> Target:
+        """What a name says: a folder is there, or the name ends in a slash."""
+        return cls(Path(name), name.endswith(("/", os.sep)) or os.path.isdir(name))  # noqa: PTH112
+
     def file(self, name: str) -> Path:
         """The file itself, or the one of this name in the folder."""
         return self.path / name if self.folder else self.path
