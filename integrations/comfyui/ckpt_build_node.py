@@ -61,7 +61,8 @@ class _Bar:
     def __call__(self, progress: Progress) -> None:
         comfy.model_management.throw_exception_if_processing_interrupted()
         self._tasks[progress.task] = progress
-        done, total = (sum(p[i] for p in self._tasks.values()) for i in (1, 2))
+        done = sum(p.done for p in self._tasks.values())
+        total = sum(p.total for p in self._tasks.values())
         self._bar.update_absolute(done, max(done, total))
 
 
