@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,16 +10,17 @@ from typing import Any
 import click
 
 from builder.base.errors import CatalogError, Problem, UsageError, nearest, printable
-from builder.cli.options import FILE
+from builder.base.page import cells, pad
+from builder.cli.options import FILE, json_option
+from builder.cli.terminal import out
 from builder.formats import open_checkpoint
 from builder.models.catalog import Architecture, Catalog, Component, TensorRule, load_catalog
 from builder.models.catalog.learn import compress, fold
 from builder.tensors.lazy import LazyTensor
 
-_json = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout (docs/catalog.md).")
-
 
 @click.group("components", invoke_without_command=True)
+@json_option
 @click.pass_context
 def command(context: click.Context) -> None:
     """The catalog: list its components (the default), show one, learn a new one.
@@ -28,38 +28,34 @@ def command(context: click.Context) -> None:
     The folders that CKPT_COMPONENTS names add to what is built in.
     """
     if context.invoked_subcommand is None:
-        context.invoke(list_components, as_json=False)
+        context.invoke(list_components)
 
 
 @command.command("list")
-@_json
-def list_components(as_json: bool) -> None:
+@json_option
+def list_components() -> None:
     """All components, under the architectures and classes that they fill."""
     catalog = load_catalog()
-    if as_json:
-        described = [_described(c, catalog) for c in catalog.components.values()]
-        architectures = [_architecture(a) for a in catalog.architectures.values()]
-        _say({"schema": 1, "components": described, "architectures": architectures})
-    else:
-        click.echo("\n".join(_listing(catalog)))
+    described = [_described(c, catalog) for c in catalog.components.values()]
+    architectures = [_architecture(a) for a in catalog.architectures.values()]
+    data = {"components": described, "architectures": architectures}
+    out().result(data, "\n".join(_listing(catalog)))
 
 
 @command.command()
 @click.argument("name", metavar="NAME")
 @click.option("--full", is_flag=True, help="Every tensor on a line of its own.")
-@_json
-def show(name: str, full: bool, as_json: bool) -> None:
+@json_option
+def show(name: str, full: bool) -> None:
     """The meaning of one component: its class, its prefix and its tensors."""
     catalog = load_catalog()
     if name in catalog.classes and name not in catalog.components:
         members = ", ".join(f"`{c.name}`" for c in catalog.classes[name])
         raise UsageError(Problem(f"`{name}` is a class, not a component", hint=f"its components: {members}"))
     component = catalog.component(name)
-    if as_json:
-        rules = {n: rule._asdict() for n, rule in component.tensors.items()}
-        _say({"schema": 1, **_described(component, catalog), "tensors": rules})
-    else:
-        click.echo("\n".join(_meaning(component, catalog, full)))
+    rules = {n: rule._asdict() for n, rule in component.tensors.items()}
+    data = {**_described(component, catalog), "tensors": rules}
+    out().result(data, "\n".join(_meaning(component, catalog, full)))
 
 
 @command.command()
@@ -68,6 +64,7 @@ def show(name: str, full: bool, as_json: bool) -> None:
 @click.option("--name", help="The component's name (default: the file's).")
 @click.option("--class", "cls", help="The class that it fills (default: one of its own).")
 @click.option("--prefix", default="", help="Take only the tensors under this prefix, and cut it off.")
+@json_option
 def learn(file: Path, output: Path | None, name: str | None, cls: str | None, prefix: str) -> None:
     """Write a component's table from a checkpoint, to stdout or to a folder of tables.
 
@@ -85,17 +82,15 @@ def learn(file: Path, output: Path | None, name: str | None, cls: str | None, pr
             raise UsageError(_nothing_under(prefix, file, checkpoint))
     same = _same(rules, catalog)
     if same is not None:
-        click.echo(f"note: this is the table of `{same}`", err=True)
+        out().note(f"this is the table of `{same}`")
     fields = {"name": name, "class": cls or name} | ({"prefix": prefix} if prefix else {})
     text = compress(rules, **fields)
-    if output is None:
-        click.echo(text, nl=False)
-    else:
-        click.echo(printable(_write(output / f"{name}.toml", text, name, catalog)))
-
-
-def _say(answer: dict[str, Any]) -> None:
-    click.echo(json.dumps(answer, indent=2))
+    path = output / f"{name}.toml" if output is not None else None
+    if path is not None:
+        _write(path, text, name, catalog)
+    out().raw({"path": path and str(path), "component": name, "table": text}, text if path is None else "")
+    if path is not None:
+        out().say(printable(f"written  {path}; CKPT_COMPONENTS={path.parent} makes it known"))
 
 
 def _listing(catalog: Catalog) -> Iterator[str]:
@@ -109,7 +104,7 @@ def _listing(catalog: Catalog) -> Iterator[str]:
     rest = [(c.cls, c) for c in catalog.components.values() if c.name not in placed]
     if rest:
         sections.append(("in no architecture", rest))
-    widths = [max(map(len, names)) for names in (catalog.classes, catalog.components)]
+    widths = [max(map(cells, names)) for names in (catalog.classes, catalog.components)]
     for number, (title, rows) in enumerate(sections):
         yield from [""] * (number > 0)
         yield title
@@ -119,7 +114,8 @@ def _listing(catalog: Catalog) -> Iterator[str]:
             before = cls
             size = f"{c.parameters:,}" if c.parameters is not None else "any rank"
             prefix = printable(c.prefix) or "–"
-            yield f"  {label:{widths[0]}}  {c.name:{widths[1]}}  {c.keys:>5,}  {size:>14}  {prefix}"
+            names = f"{pad(label, widths[0])}  {pad(c.name, widths[1])}"
+            yield f"  {names}  {c.keys:>5,}  {size:>14}  {prefix}"
     yield ""
     yield "Columns: class, component, tensors, elements, prefix in a full checkpoint."
 
@@ -150,9 +146,9 @@ def _meaning(component: Component, catalog: Catalog, full: bool) -> Iterator[str
         if component.naming:
             yield f"  the tensors of {component.base}, their names {component.naming.replace('-', ' ')}:"
             yield ""
-    width = min(72, max(len(name) for name, _ in lines))
+    width = min(72, max(cells(printable(name)) for name, _ in lines))
     for name, shape in lines:
-        yield f"  {printable(name):<{width}}  {shape}"
+        yield f"  {pad(printable(name), width)}  {shape}"
 
 
 def _shape(rule: TensorRule) -> str:
@@ -222,7 +218,7 @@ def _same(rules: Mapping[str, TensorRule], catalog: Catalog) -> str | None:
     return None
 
 
-def _write(path: Path, text: str, name: str, catalog: Catalog) -> str:
+def _write(path: Path, text: str, name: str, catalog: Catalog) -> None:
     if name in catalog.components:
         where = catalog.components[name].path
         raise CatalogError(
@@ -241,4 +237,3 @@ def _write(path: Path, text: str, name: str, catalog: Catalog) -> str:
             raise UsageError(Problem(f"`{path}` is there already", hint="give another `--name`")) from None
         reason = (wrong.strerror or str(wrong)).lower()
         raise UsageError(Problem(f"cannot write `{path}`: {reason}")) from None
-    return f"wrote {path}; CKPT_COMPONENTS={path.parent} makes it known"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import click
 from builder.base.errors import ExitCode, Problem, UsageError
 from builder.cli.made import note_changes, note_left_out, note_steps, to_json, to_text
 from builder.cli.options import PLACE, making, open_workspace, recipe_path, save_option
+from builder.cli.terminal import out
 from builder.models.parts import usual_precision
 from builder.plan import Plan
 from builder.recipe.names import Target, recipe_name
@@ -68,7 +68,6 @@ def make(
     save_recipe: Path | None,
     fixes: tuple[str, ...],
     threads: int | None,
-    as_json: bool,
     quiet: bool,
     **options: Any,
 ) -> int:
@@ -99,5 +98,5 @@ def make(
 
         made = run(recipe, target, workspace, sources, save=save, threads=threads, before=before)
         note_changes(made, workspace.reporter)
-    click.echo(json.dumps(to_json(made), indent=2) if as_json else to_text(made))
+    out().result(to_json(made), to_text(made))
     return ExitCode.DONE
