@@ -10,9 +10,8 @@ from functools import lru_cache
 LABEL = 11  # columns of the labels at the left
 
 _CODE = re.compile(r"\x1b\[[0-9;]*m")
-_WORD = re.compile(r" *[^ ]+")
+_WORD = re.compile(r"(?:\x1b\[[0-9;]*m)* *[^ ]+")
 _HEAD = re.compile(r" *(?:[=✗!≠] |-->  ?|[a-z]+: )?")  # behind which the rest of a line hangs
-_COLUMN = re.compile(r"(?<=\S)  +(?=\S)")
 _QUOTED = re.compile(r" *\d* \|")  # a line of a file, under which carets point
 _LEAST = 24  # cells of a last column that what follows can hang below
 
@@ -106,22 +105,25 @@ def fold(text: str, width: int | None) -> str:
 def _folded(line: str, width: int) -> list[str]:
     if cells(line) <= width or _QUOTED.match(line):
         return [line]
-    hang = " " * _hang(_CODE.sub("", line), width)
+    words = _WORD.findall(line)
+    hang, below = _hang(words, width)
     lines, current = [], ""
-    for word in _WORD.findall(line):
-        if current.strip() and cells(current + word) > width:
+    for number, word in enumerate(words):
+        if current.strip() and (number == below or cells(current + word) > width):
             lines.append(current)
-            word = hang + word.lstrip(" ")
-            current = ""
-        current += word
+            current = " " * hang + word.lstrip(" ")
+        else:
+            current += word
     return [*lines, current]
 
 
-def _hang(line: str, width: int) -> int:
-    """The cells before what follows a line that is broken."""
-    last = max((cells(line[: m.end()]) for m in _COLUMN.finditer(line)), default=0)
-    if last and width - last >= _LEAST:
-        return last
-    head = _HEAD.match(line)
-    lead = len(line) - len(line.lstrip(" "))
-    return min(lead + 2 if last or head is None else len(head[0]), width // 4)
+def _hang(words: list[str], width: int) -> tuple[int, int | None]:
+    """The cells before what follows a line that is broken, and the word that does so in any case."""
+    plain = _CODE.sub("", words[0])
+    lead = len(plain) - len(plain.lstrip(" "))
+    last = max((n for n, word in enumerate(words) if n and word.startswith("  ")), default=None)
+    if last is None:
+        head = _HEAD.match(_CODE.sub("", "".join(words)))
+        return min(len(head[0]) if head is not None else lead, width // 4), None
+    column = cells("".join(words[:last])) + len(words[last]) - len(words[last].lstrip(" "))
+    return (column, None) if width - column >= _LEAST else (min(lead + 2, width // 4), last)

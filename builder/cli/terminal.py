@@ -99,7 +99,7 @@ class Output:
         """What went wrong."""
         if self.as_json:
             self.errors += problems
-        else:
+        elif problems:
             width = columns_of(sys.stderr)
             self.message("\n\n".join(render(p, width=width) for p in problems))
 
