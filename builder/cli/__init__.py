@@ -52,6 +52,8 @@ COMMANDS: dict[str, str] = {name: said for topic in TOPICS.values() for name, sa
 READER_GONE = 141  # as a shell says of a process that SIGPIPE ended
 
 BROKEN = 70  # as sysexits.h calls an internal software error
+UNAVAILABLE = 69  # as it calls a library that is not there
+PACKAGES = ("torch", "numpy", "safetensors", "networkx", "blake3", "xxhash", "tomli", "tomli_w")
 
 
 class _Commands(click.Group):
@@ -166,6 +168,8 @@ def execute(words: list[str], output: Output) -> int:
     try:
         result: Any = cli.main(list(words), prog_name="ckpt", standalone_mode=False, obj=output)
     except CkptError as error:
+        if (package := _not_loaded(error)) is not None:
+            return _unavailable(*package, output)
         output.fail(*error.problems)
         return int(error.exit_code)
     except click.exceptions.NoArgsIsHelpError as error:
@@ -183,9 +187,35 @@ def execute(words: list[str], output: Output) -> int:
         code = code_of(error.__cause__ or error)
         output.fail(Problem(WORDS[code]))
         return code
-    except OSError as error:
+    except (OSError, ImportError) as error:
+        if (package := _not_loaded(error)) is not None:
+            return _unavailable(*package, output)
+        if isinstance(error, ImportError):
+            raise
         return _trouble(error, output)
     return int(result) if isinstance(result, int) else int(ExitCode.DONE)
+
+
+def _not_loaded(error: BaseException | None) -> tuple[str, str] | None:
+    """The package of others that could not be loaded, and why, where that is behind an error."""
+    while error is not None:
+        if isinstance(error, OSError | ImportError):
+            frames = [f for f, _ in traceback.walk_tb(error.__traceback__) if f.f_code.co_name == "<module>"]
+            names = [str(f.f_globals.get("__name__")) for f in frames]
+            if isinstance(error, ModuleNotFoundError):
+                names.append(error.name or "")
+            tops = (name.partition(".")[0] for name in names)
+            if (found := next((top for top in tops if top in PACKAGES), None)) is not None:
+                return found, str(error)
+        error = error.__context__
+    return None
+
+
+def _unavailable(package: str, why: str, output: Output) -> int:
+    """Tell of a package that cannot be loaded."""
+    hint = f"install it anew: `python -m pip install --force-reinstall {package}`"
+    output.fail(Problem(f"`{package}`, which ckpt needs, cannot be loaded", None, (why,), hint))
+    return UNAVAILABLE
 
 
 def _close(output: Output, code: int) -> int:

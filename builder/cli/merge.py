@@ -18,7 +18,10 @@ from builder.recipe.names import Target, recipe_name
 from builder.toolkit.command_recipe import CommandRecipe, output_keys, output_path, run
 from builder.toolkit.merge import merge_step, parse_file
 
-OPTIONS = {"VAE = true": "--vae"}  # by the words that a recipe has for them
+OPTIONS = {  # by the words that a recipe has for them
+    "VAE = true": "--vae",
+    'unmatched = "ignore"': "--set unmatched=ignore",
+}
 
 
 @click.command("merge")
@@ -69,9 +72,10 @@ def make(
     fixes: tuple[str, ...],
     threads: int | None,
     quiet: bool,
+    words: Mapping[str, str] = OPTIONS,
     **options: Any,
 ) -> int:
-    """Build the recipe of one step over the files, and say what was made."""
+    """Build the recipe of one step over the files, and say what was made; `words` of recipes are options."""
     files = [parse_file(model) for model in models]
     save = recipe_path(save_recipe)
     with open_workspace(quiet) as workspace, workspace.sources() as sources:
@@ -94,9 +98,11 @@ def make(
 
         def before(plan: Plan) -> None:
             note_left_out(plan, workspace.reporter)
-            note_steps(plan, workspace.reporter, OPTIONS)
+            note_steps(plan, workspace.reporter, words)
 
-        made = run(recipe, target, workspace, sources, save=save, threads=threads, before=before)
+        made = run(
+            recipe, target, workspace, sources, save=save, threads=threads, before=before, options=words
+        )
         note_changes(made, workspace.reporter)
     out().result(to_json(made), to_text(made))
     return ExitCode.DONE
