@@ -308,6 +308,7 @@ class _Reader:
         written = alone(fields)
         plain: Mapping[str, TensorRule] = {}
         average_of = None
+        precision = fields.precision()
         if table.extends is not None:
             chain = (*below, name)
             if table.extends in chain:
@@ -326,6 +327,7 @@ class _Reader:
             cls = base.cls if cls is None else cls
             prefix = base.prefix if prefix is None else prefix
             written = base.alone if written is None and not table.naming else written
+            precision = precision or self._traits(cls).precision or base.precision
         self.depths.setdefault(name, 0)
         component = Component(
             name=name,
@@ -340,6 +342,8 @@ class _Reader:
             extends=table.extends,
             average_of=average_of,
             mislabelled=bool(fields.get("mislabelled")),
+            models=fields.strings("models"),
+            precision=precision or self._traits(cls).precision or "keep",
             modelspec=modelspec(fields),
             alone=written or PLAIN,
             path=fields.document.path,
@@ -347,3 +351,6 @@ class _Reader:
         )
         self.components[name] = component
         return component
+
+    def _traits(self, cls: str) -> Traits:
+        return self.traits.get(cls, Traits())

@@ -39,7 +39,7 @@ from builder.tensors.lazy import BY_CODE
 Shape = tuple[int, ...]
 T = TypeVar("T")
 
-PRECISIONS = ("fp16", "bf16", "fp32")
+PRECISIONS = ("fp16", "bf16", "fp32", "keep")
 MAX_TENSORS = 100_000  # of a table; the largest known have some thousands
 MAX_LOOKS = 2_000_000  # at names, for those that a pattern with `*` means
 MAX_DIMS = 64
@@ -55,6 +55,8 @@ _COMPONENT = {
     "prefix": str,
     "alone": dict,
     "note": str,
+    "models": list,
+    "precision": str,
     "extends": str,
     "without": list,
     "naming": str,
@@ -80,7 +82,18 @@ _ARCHITECTURE = {
 _ALONE = {"prefix": str, "without": str}
 _PREFIXES = {"prefixes": list, "wrappers": list}
 _MODELSPEC = {"architecture": str, "v": str, "resolution": int, "resolution_v": int}
-_CLASS = {"metric": dict, "widens": str, "fixes": list, "blocks": dict, "constants": list, "adapters": dict}
+_CLASS = {
+    "metric": dict,
+    "precision": str,
+    "kept": list,
+    "overflows": list,
+    "unquantized": list,
+    "widens": str,
+    "fixes": list,
+    "blocks": dict,
+    "constants": list,
+    "adapters": dict,
+}
 _ADAPTERS = {"prefixes": list, "rules": str, "within": str, "names": dict, "extracted": dict}
 _EXTRACTED = {
     "modules": list,
@@ -179,6 +192,18 @@ class Fields:
             return expand(pattern)
         except BraceError as wrong:
             self.fail(str(wrong), *keys)
+
+    def patterns(self, name: str) -> tuple[str, ...]:
+        """What the field's strings stand for, their braces expanded."""
+        return tuple(p for n, word in enumerate(self.strings(name)) for p in self.expand(word, name, n)[0])
+
+    def precision(self) -> str | None:
+        """The field `precision`, or None."""
+        said: str | None = self.get("precision")
+        if said not in (None, *PRECISIONS):
+            hint = f"there are {', '.join(PRECISIONS)}"
+            self.fail(f"unknown precision `{said}`", "precision", value=True, hint=hint)
+        return said
 
     def place(self, *keys: str | int, value: bool = False) -> Place:
         """Where a field of this table stands."""
@@ -369,13 +394,27 @@ def read_classes(path: Path, name: str) -> Iterator[tuple[str, Traits, Fields]]:
     document = load(path, CatalogError, name)
     for cls in document.data:
         fields = Fields(document, (cls,), _CLASS)
-        constants = fields.strings("constants")
-        fixes, adapters = fields.strings("fixes"), _adapters(fields)
-        yield (
-            cls,
-            Traits(_scale(fields), fixes, _blocks(fields), constants, adapters, fields.get("widens"), name),
-            fields,
+        traits = Traits(
+            scale=_scale(fields),
+            fixes=fields.strings("fixes"),
+            block_of=_blocks(fields),
+            constants=fields.strings("constants"),
+            adapters=_adapters(fields),
+            widens=fields.get("widens"),
+            precision=fields.precision(),
+            kept=_several(fields, "kept"),
+            overflows=_several(fields, "overflows"),
+            unquantized=_several(fields, "unquantized"),
+            path=name,
         )
+        yield cls, traits, fields
+
+
+def _several(fields: Fields, name: str) -> Patterns:
+    found = fields.patterns(name)
+    if len(found) > MAX_PATTERNS:
+        fields.fail(f"more than {MAX_PATTERNS:,} patterns", name)
+    return Patterns(found)
 
 
 def _adapters(fields: Fields) -> Adapters | None:
@@ -409,13 +448,9 @@ def _extracted(adapters: Fields) -> Extracted | None:
     said = adapters.inner("extracted", _EXTRACTED, "modules")
     if said is None:
         return None
-
-    def patterns(key: str) -> tuple[str, ...]:
-        return tuple(p for n, word in enumerate(said.strings(key)) for p in said.expand(word, key, n)[0])
-
     own, plain = said.get("own_names") or False, said.texts("metadata")
     of_v = said.texts("metadata_v") or plain
-    return Extracted(patterns("modules"), patterns("convolutions"), own, plain, of_v)
+    return Extracted(said.patterns("modules"), said.patterns("convolutions"), own, plain, of_v)
 
 
 def _blocks(fields: Fields) -> dict[str, str]:
@@ -479,17 +514,13 @@ def read_architectures(path: Path, name: str) -> Iterator[tuple[Architecture, Fi
             fields.fail("an architecture's name is no word that files can be named by")
         if not slots or len(set(slots)) < len(slots):
             fields.fail("`slots` does not name each class once", "slots", value=True)
-        precision = fields.get("precision")
-        if precision not in (None, *PRECISIONS):
-            hint = f"there are {', '.join(PRECISIONS)}"
-            fields.fail(f"unknown precision `{precision}`", "precision", value=True, hint=hint)
         yield (
             Architecture(
                 name=key,
                 slots=slots,
                 aliases=fields.strings("aliases"),
                 only=fields.strings("only"),
-                precision=precision,
+                precision=fields.precision(),
                 modelspec=modelspec(fields),
                 diffusers=fields.get("diffusers"),
                 sidecars_v=_beside(fields, "sidecars_v", path),

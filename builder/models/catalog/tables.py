@@ -125,12 +125,43 @@ class OtherName(NamedTuple):
     swapped: bool = False
 
 
+class Patterns:
+    """Names that are spelt in one of several ways, `*` standing for anything."""
+
+    def __init__(self, patterns: Iterable[str]) -> None:
+        self.all = tuple(patterns)
+        starred = [(p, p.partition("*")) for p in self.all if "*" in p]
+        self._exact = frozenset(p for p in self.all if "*" not in p)
+        self._starts = tuple(before for _, (before, _, after) in starred if not after)
+        self._ends = tuple(after for _, (before, _, after) in starred if not before and "*" not in after)
+        self._others = [p for p, (before, _, after) in starred if after and (before or "*" in after)]
+
+    def fit(self, name: str) -> bool:
+        """Whether a name is spelt so; in time that is linear in its length."""
+        alike = name in self._exact or name.startswith(self._starts) or name.endswith(self._ends)
+        return alike or any(fits_pattern(p, name) for p in self._others)
+
+    def any(self, names: Iterable[str]) -> bool:
+        """Whether one of the names is."""
+        return any(map(self.fit, names))
+
+    def __len__(self) -> int:
+        return len(self.all)
+
+
+NONE = Patterns(())
+
+
 class Traits(NamedTuple):
     """What holds of all components of a class: its metric, the fixes that speak of it, its blocks.
 
     `block_of` leads from the prefix of tensors' names to their block. `constants` are tensors that are part
     of the architecture, not of what was learnt: no merge touches them. Without `adapters` there are none.
     One that `widens` another has its tensors, with further input channels in the first layer.
+
+    `precision` is what its components are published in, where their tables do not say otherwise. Patterns
+    over unprefixed names: tensors that are `kept` in their source's type whatever the precision, those that
+    make a model in FP16 overflow when it runs (`overflows`), and layers that stay `unquantized`.
     """
 
     scale: Scale | None = None
@@ -139,6 +170,10 @@ class Traits(NamedTuple):
     constants: tuple[str, ...] = ()
     adapters: Adapters | None = None
     widens: str | None = None
+    precision: str | None = None
+    kept: Patterns = NONE
+    overflows: Patterns = NONE
+    unquantized: Patterns = NONE
     path: str = ""
 
     @property
@@ -206,7 +241,8 @@ class Component:
     tensors, the optional ones too, or None where a rank leaves it open. With a `naming`, the tensors are
     those of the component `base` under other names, and `promote` leads from each name to that one. Those
     that are an average, kept for training beside the model, say of which class: `average_of`. `mislabelled`
-    names differ from those that loaders expect in nothing but the prefix.
+    names differ from those that loaders expect in nothing but the prefix. `models` are the published models
+    that have this very table, and `precision` is what such a component is published in.
     """
 
     name: str
@@ -221,6 +257,8 @@ class Component:
     extends: str | None = None
     average_of: str | None = None
     mislabelled: bool = False
+    models: tuple[str, ...] = ()
+    precision: str = "keep"
     modelspec: ModelSpec | None = None
     alone: Names = PLAIN
     path: str = ""
@@ -262,30 +300,6 @@ class Architecture:
     note: str | None = None
     path: str = ""
     bare: bool = False
-
-
-class Patterns:
-    """Names that are spelt in one of several ways, `*` standing for anything."""
-
-    def __init__(self, patterns: Iterable[str]) -> None:
-        self.all = tuple(patterns)
-        starred = [(p, p.partition("*")) for p in self.all if "*" in p]
-        self._exact = frozenset(p for p in self.all if "*" not in p)
-        self._starts = tuple(before for _, (before, _, after) in starred if not after)
-        self._ends = tuple(after for _, (before, _, after) in starred if not before and "*" not in after)
-        self._others = [p for p, (before, _, after) in starred if after and (before or "*" in after)]
-
-    def fit(self, name: str) -> bool:
-        """Whether a name is spelt so; in time that is linear in its length."""
-        alike = name in self._exact or name.startswith(self._starts) or name.endswith(self._ends)
-        return alike or any(fits_pattern(p, name) for p in self._others)
-
-    def any(self, names: Iterable[str]) -> bool:
-        """Whether one of the names is."""
-        return any(map(self.fit, names))
-
-    def __len__(self) -> int:
-        return len(self.all)
 
 
 @dataclass(frozen=True)
