@@ -179,7 +179,8 @@ class Identity:
 
     `architecture` is an architecture's name; a class's name for one bare component; a class's name and
     `-BROKEN` for the largest part of a checkpoint that misses others, `incomplete` then being the
-    architecture it is nearest to and `absent` the classes it misses; None: unknown. `rejected` comes
+    architecture it is nearest to; None: unknown. `absent` are the classes it misses, in a whole model those
+    that such often go without. `rejected` comes
     nearest first. `optional`, `ema`, `scales`, `junk` and `unknown` are full names of tensors, in the
     file's order: keys that a full checkpoint may also hold; every averaged weight, known component or
     not; companions of packed weights, of a component or none; what no loader reads; what nothing explains.
@@ -609,10 +610,16 @@ def _architecture(
         taken = {n for m in parts for n in m.full}
         return [*parts, *(m for m in matches if taken.isdisjoint(m.full))]
 
-    whole = [a for a in catalog.architectures.values() if len(filled(a)) == len(a.slots)]
+    def is_whole(architecture: Architecture) -> bool:
+        held = {m.component.cls for m in filled(architecture)}
+        many = len(held) == len(architecture.slots) or len(held) > 1
+        return bool(held) and many and held.issuperset(architecture.due)
+
+    whole = [a for a in catalog.architectures.values() if is_whole(a)]
     if whole:
         best = max(whole, key=explained)
-        return reclassed(best), best.name, True, None, ()
+        held = {m.component.cls for m in filled(best)}
+        return reclassed(best), best.name, True, None, tuple(s for s in best.slots if s not in held)
     if len(model) == 1 and (model[0].prefix != model[0].component.prefix or not model[0].under):
         return list(matches), model[0].component.cls, True, None, ()
     prefixed = [m for m in placed if m.under]

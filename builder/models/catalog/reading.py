@@ -73,6 +73,7 @@ _COMPONENT = {
 _ARCHITECTURE = {
     "slots": list,
     "aliases": list,
+    "may_lack": list,
     "only": list,
     "modelspec": dict,
     "diffusers": str,
@@ -538,11 +539,16 @@ def read_architectures(path: Path, name: str) -> Iterator[tuple[Architecture, Fi
             fields.fail("an architecture's name is no word that files can be named by")
         if not slots or len(set(slots)) < len(slots):
             fields.fail("`slots` does not name each class once", "slots", value=True)
+        for index, slot in enumerate(fields.strings("may_lack")):
+            if slot not in slots[1:]:
+                hint = did_you_mean(slot, slots[1:])
+                fields.fail(f"`{slot}` is none of the slots after the first", "may_lack", index, hint=hint)
         yield (
             Architecture(
                 name=key,
                 slots=slots,
                 aliases=fields.strings("aliases"),
+                may_lack=fields.strings("may_lack"),
                 only=fields.strings("only"),
                 modelspec=modelspec(fields),
                 diffusers=fields.get("diffusers"),

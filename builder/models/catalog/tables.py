@@ -300,6 +300,7 @@ class Component:
 class Architecture:
     """The classes that a full checkpoint consists of, in a description's order: its denoiser first.
 
+    Of the `slots` some may be open in a whole model: `may_lack`.
     `only` names components whose prefix is the one that their class has here, where it has others elsewhere.
     `diffusers` names its layout there. `sidecars_v` are the files, by program, that lie beside a checkpoint
     that predicts v, for programs that would take it for an ordinary one. `reads_markers` are the programs
@@ -310,6 +311,7 @@ class Architecture:
     name: str
     slots: tuple[str, ...]
     aliases: tuple[str, ...] = ()
+    may_lack: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
     modelspec: ModelSpec | None = None
     diffusers: str | None = None
@@ -319,6 +321,11 @@ class Architecture:
     note: str | None = None
     path: str = ""
     bare: bool = False
+
+    @property
+    def due(self) -> tuple[str, ...]:
+        """The slots that no whole model has open."""
+        return tuple(s for s in self.slots if s not in self.may_lack)
 
 
 @dataclass(frozen=True)
