@@ -356,6 +356,7 @@ class _Reader:
             average_of=average_of,
             mislabelled=bool(fields.get("mislabelled")),
             models=fields.strings("models"),
+            marks=fields.texts("marks"),
             precision=precision or self._traits(cls).precision or "keep",
             traits=self._traits(cls),
             modelspec=modelspec(fields),

@@ -59,6 +59,7 @@ _COMPONENT = {
     "alone": dict,
     "note": str,
     "models": list,
+    "marks": dict,
     "precision": str,
     "extends": str,
     "without": list,
@@ -366,6 +367,12 @@ def _table(document: Document) -> Table:
     for key in ("name", "class"):
         if (said := fields.get(key)) is not None and not is_plain(said):
             fields.fail(f"`{key}` is no word that files can be named by", key, value=True)
+    for marker, model in fields.texts("marks").items():
+        if not _is_name(model):
+            fields.fail(f"`{marker}` is of no model", "marks", marker, value=True)
+    for index, model in enumerate(fields.strings("models")):
+        if not _is_name(model):
+            fields.fail("`models` holds a word that cannot be shown", "models", index, value=True)
     naming = fields.get("naming")
     if naming is not None and naming not in NAMINGS:
         fields.fail(f"unknown naming `{naming}`", "naming", value=True, hint=did_you_mean(naming, NAMINGS))

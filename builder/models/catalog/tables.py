@@ -251,8 +251,8 @@ class Component:
     component `base` under other names, and `promote` leads from each name to that one. Those
     that are an average, kept for training beside the model, say of which class: `average_of`. `mislabelled`
     names differ from those that loaders expect in nothing but the prefix. `models` are the published models
-    that have this very table, and `precision` is what such a component is published in. `traits` are its
-    class's.
+    that have this very table, `marks` tensors that show which it is, and `precision` is what such a component
+    is published in. `traits` are its class's.
     """
 
     name: str
@@ -268,6 +268,7 @@ class Component:
     average_of: str | None = None
     mislabelled: bool = False
     models: tuple[str, ...] = ()
+    marks: Mapping[str, str] = field(default_factory=dict)
     precision: str = "keep"
     traits: Traits = field(default=Traits(), repr=False)
     modelspec: ModelSpec | None = None
