@@ -289,7 +289,7 @@ class Workspace:
             cls = slot_of(match, inner.catalog)
             place = Target.named(str(output)) if output is not None else None
             target, naming = target_of(file, match, cls, place, None, inner)
-            recipe = extraction(file, match, cls, sources, fixes, **options)
+            recipe = extraction(file, match, cls, fixes, **options)
             return _result(run(recipe, target, inner, sources, naming=naming, hashing=False), listener)
 
     def replace(

@@ -142,7 +142,7 @@ def replacement(
         new=new.name if new else "",
         components=picks,
         fixes=fixes,
-        output=output_keys(architecture.precision or "fp16", **output),
+        output=output_keys(**output),
     )
 
 
