@@ -205,7 +205,8 @@ _BY_DEFAULT = (
 class Recipe:
     """A valid recipe.
 
-    `included` holds the recipes that sources name, by source. `notes` are remarks that are no errors.
+    `included` holds the recipes that sources name, by source. `notes` are remarks that are no errors. `lock`
+    is where its lock lies, None where it has none.
     """
 
     name: str
@@ -217,6 +218,7 @@ class Recipe:
     steps: Mapping[str, Step]
     outputs: tuple[Output, ...]
     path: Path | None = field(default=None, compare=False)
+    lock: Path | None = field(default=None, compare=False)
     document: Document = field(default=Document("", "", {}), compare=False, repr=False)
     included: Mapping[str, Recipe] = field(default_factory=dict, repr=False)
     notes: tuple[Problem, ...] = field(default=(), compare=False)
