@@ -61,7 +61,7 @@ def command(
             new=new.name if new else "",
             components=picks,
             fixes=fixes,
-            output=output_keys(architecture.precision or "fp16", options),
+            output=output_keys(options),
         )
         made = run(
             recipe,
