@@ -512,11 +512,7 @@ def _choose(
         if rival.component is match.component:
             continue
         count, more = match.required, rival.required
-        why = (
-            f"which explains {more} tensors, not {count}"
-            if more > count
-            else "which is the more common"
-        )
+        why = f"which explains {more} tensors, not {count}" if more > count else "which is the more common"
         if cls != rival.component.cls or more > count:
             notes.append(f"`{name}` fits the tensors of `{rival.component.name}` too, {why}")
         outdone.append(
