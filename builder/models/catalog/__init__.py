@@ -81,8 +81,8 @@ def load_catalog(extra: Sequence[Path] | None = None) -> Catalog:
     """The built-in catalog, and the folders of `extra` (default: those that CKPT_COMPONENTS names).
 
     What is in a user's own folders is checked at once; a built-in table is expanded when its tensors are
-    asked for, and layouts are read when there is one to convert. Called again with the same folders, it gives
-    the same object. Raises CatalogError.
+    asked for, as are the names that adapters use, and layouts are read when there is one to convert. Called
+    again with the same folders, it gives the same object. Raises CatalogError.
     """
     if extra is None:
         extra = [Path(p) for p in os.environ.get("CKPT_COMPONENTS", "").split(os.pathsep) if p]
@@ -109,6 +109,9 @@ def _load(extra: tuple[Path, ...]) -> Catalog:
             total += len(catalog.components[name].tensors)  # expands it
             if total > MAX_TENSORS:
                 table.fields.fail(f"the tables have more than {MAX_TENSORS:,} tensors in all")
+    for traits in catalog.traits.values():
+        if _own(traits.path) and traits.adapters is not None:
+            len(traits.adapters.names)  # expands them
     if any(_own(name) for _, name in reader.layouts) or any(
         a.diffusers for a in catalog.architectures.values() if _own(a.path)
     ):
@@ -141,7 +144,7 @@ class _Reader:
         self.wrappers: dict[str, None] = {}
         self.traits: dict[str, Traits] = {}
         self.blocks_in_all = 0
-        self.blocks: dict[int, str] = {}  # by their number: the first class that has so many
+        self.lists: dict[int, str] = {}  # by their length: the first class that they weigh
         self.layouts: list[tuple[Path, str]] = []  # files, which are read when they are needed
         self.programs: dict[str, dict[str, str]] = {}
         self.depths: dict[str, int] = {}  # of each component: how many others it extends
@@ -184,10 +187,11 @@ class _Reader:
         for cls, traits, fields in read_classes(path, name):
             if cls in self.traits:
                 fields.fail(f"class `{cls}` is described already", evidence=(f"in {self.traits[cls].path}",))
-            other = self.blocks.setdefault(len(traits.blocks), cls)
+            length = len(traits.lists) + len(traits.blocks)
+            other = self.lists.setdefault(length, cls) if traits.lists else cls
             if other != cls and (their := self.traits[other]).blocks != traits.blocks:
-                fact = f"`{other}` has as many blocks under other names"
-                fields.fail(fact, "blocks", value=True, evidence=(f"in {their.path}",))
+                fact = f"lists of as many numbers weigh `{other}`, which has other blocks"
+                fields.fail(fact, "lists", value=True, evidence=(f"in {their.path}",))
             self.traits[cls] = traits
             self.described[cls] = fields
             self.blocks_in_all += len(traits.block_of)
@@ -327,7 +331,8 @@ class _Reader:
             cls = base.cls if cls is None else cls
             prefix = base.prefix if prefix is None else prefix
             written = base.alone if written is None and not table.naming else written
-            precision = precision or self._traits(cls).precision or base.precision
+            renamed = base.precision if table.naming else None
+            precision = precision or self._traits(cls).precision or renamed
         self.depths.setdefault(name, 0)
         component = Component(
             name=name,
@@ -344,6 +349,7 @@ class _Reader:
             mislabelled=bool(fields.get("mislabelled")),
             models=fields.strings("models"),
             precision=precision or self._traits(cls).precision or "keep",
+            traits=self._traits(cls),
             modelspec=modelspec(fields),
             alone=written or PLAIN,
             path=fields.document.path,

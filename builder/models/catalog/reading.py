@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
-from math import isfinite, prod
+from math import isfinite
 from pathlib import Path, PurePath
 from typing import Any, NoReturn, TypeVar
 
@@ -25,6 +26,7 @@ from builder.models.catalog.tables import (
     KnownFile,
     KnownMetric,
     KnownPart,
+    Later,
     ModelRule,
     ModelSpec,
     Names,
@@ -33,6 +35,7 @@ from builder.models.catalog.tables import (
     Scale,
     TensorRule,
     Traits,
+    elements,
 )
 from builder.tensors.lazy import BY_CODE
 
@@ -71,7 +74,6 @@ _ARCHITECTURE = {
     "slots": list,
     "aliases": list,
     "only": list,
-    "precision": str,
     "modelspec": dict,
     "diffusers": str,
     "sidecars_v": dict,
@@ -91,6 +93,7 @@ _CLASS = {
     "widens": str,
     "fixes": list,
     "blocks": dict,
+    "lists": list,
     "constants": list,
     "adapters": dict,
 }
@@ -311,12 +314,11 @@ class Table:
     def _checksums(self, rules: Mapping[str, TensorRule]) -> None:
         if self.fields.get("keys") != len(rules):
             self._mismatch("keys", len(rules), "tensors")
-        shapes = [rule.shape for rule in rules.values()]
-        if any(RANK in shape for shape in shapes):
-            if self.fields.get("parameters") is not None:
-                self.fields.fail("a table with a rank has no number of `parameters`", "parameters")
-        elif self.fields.get("parameters") != (total := sum(map(prod, shapes))):
-            self._mismatch("parameters", total, "elements")
+        said, total = self.fields.get("parameters"), elements(rules.values())
+        if total is None and said is not None:
+            self.fields.fail("a table with a rank has no number of `parameters`", "parameters")
+        elif said != total:
+            self._mismatch("parameters", total or 0, "elements")
 
     def _mismatch(self, field: str, found: int, what: str) -> NoReturn:
         said = self.fields.get(field)
@@ -398,6 +400,7 @@ def read_classes(path: Path, name: str) -> Iterator[tuple[str, Traits, Fields]]:
             scale=_scale(fields),
             fixes=fields.strings("fixes"),
             block_of=_blocks(fields),
+            lists=fields.strings("lists"),
             constants=fields.strings("constants"),
             adapters=_adapters(fields),
             widens=fields.get("widens"),
@@ -407,6 +410,8 @@ def read_classes(path: Path, name: str) -> Iterator[tuple[str, Traits, Fields]]:
             unquantized=_several(fields, "unquantized"),
             path=name,
         )
+        if traits.lists and not traits.blocks:
+            fields.fail("`lists` needs `blocks`", "lists")
         yield cls, traits, fields
 
 
@@ -421,27 +426,32 @@ def _adapters(fields: Fields) -> Adapters | None:
     said = fields.inner("adapters", _ADAPTERS, "prefixes")
     if said is None:
         return None
+    rules, within = said.get("rules"), said.get("within") or ""
+    names = Later(partial(_other_names, said))
+    return Adapters(said.strings("prefixes"), rules, within, names, _extracted(said))
+
+
+def _other_names(adapters: Fields) -> dict[str, tuple[OtherName, ...]]:
     names: dict[str, tuple[OtherName, ...]] = {}
-    for pattern, value in (said.get("names") or {}).items():
-        modules = said.expand(pattern, "names", pattern)[0]
+    for pattern, value in (adapters.get("names") or {}).items():
+        modules = adapters.expand(pattern, "names", pattern)[0]
         for word in value if isinstance(value, list) else [value]:
             found = _OTHER_NAME.fullmatch(word) if isinstance(word, str) else None
             if found is None:
                 hint = "a name, `FIRST+COUNT NAME` of rows, or `swapped NAME`"
-                said.fail(f"`{word}` is no name of a module", "names", pattern, value=True, hint=hint)
+                adapters.fail(f"`{word}` is no name of a module", "names", pattern, value=True, hint=hint)
             first, count, swapped, name = found.groups()
-            others = said.expand(name, "names", pattern)[0]
+            others = adapters.expand(name, "names", pattern)[0]
             if len(others) != len(modules):
                 fact = f"{len(others):,} names do not pair with {len(modules):,}"
-                said.fail(fact, "names", pattern, value=True)
+                adapters.fail(fact, "names", pattern, value=True)
             for module, other in zip(modules, others, strict=True):
                 start, rows = (int(first), int(count)) if first is not None else (0, None)
                 also = OtherName(other, start, rows, swapped is not None)
                 names[module] = (*names.get(module, ()), also)
             if len(names) > MAX_RULES:
-                said.fail(f"more than {MAX_RULES:,} modules", "names", pattern)
-    rules, within = said.get("rules"), said.get("within") or ""
-    return Adapters(said.strings("prefixes"), rules, within, names, _extracted(said))
+                adapters.fail(f"more than {MAX_RULES:,} modules", "names", pattern)
+    return names
 
 
 def _extracted(adapters: Fields) -> Extracted | None:
@@ -520,7 +530,6 @@ def read_architectures(path: Path, name: str) -> Iterator[tuple[Architecture, Fi
                 slots=slots,
                 aliases=fields.strings("aliases"),
                 only=fields.strings("only"),
-                precision=fields.precision(),
                 modelspec=modelspec(fields),
                 diffusers=fields.get("diffusers"),
                 sidecars_v=_beside(fields, "sidecars_v", path),
