@@ -180,6 +180,8 @@ ARCHITECTURES = {
     "SVD": ["UNET-SVD", "VAE-SVD"],
     "Chroma": ["DIT-Chroma", "VAE-FLUX", "T5-XXL-FLUX"],
     "FLUX2": ["DIT-FLUX2-dev", "VAE-FLUX2"],
+    "FLUX2-Klein-9B": ["DIT-FLUX2-Klein-9B", "VAE-FLUX2", "LLM-Qwen3-8B"],
+    "FLUX2-Klein-4B": ["DIT-FLUX2-Klein-4B", "VAE-FLUX2", "LLM-Qwen3-4B"],
     "FLUX3-Klein": ["DIT-FLUX3-Klein-base", "VAE-FLUX2"],
     "LoRA-XL": ["LoRA-XL-UNET", "LoRA-XL-CLIP"],
     "SD-mini": ["UNET-mini-SD", "VAE-mini-SD", "CLIP-mini-SD"],

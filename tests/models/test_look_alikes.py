@@ -104,6 +104,8 @@ def test_a_motion_module_without_its_positions_is_whole() -> None:
         ("FLUX", "DIT-FLUX-Control"),
         ("Chroma", "DIT-Chroma"),
         ("FLUX2", "DIT-FLUX2-dev"),
+        ("FLUX2-Klein-9B", "DIT-FLUX2-Klein-9B"),
+        ("FLUX2-Klein-4B", "DIT-FLUX2-Klein-4B"),
         ("FLUX3-Klein", "DIT-FLUX3-Klein"),
         ("FLUX3-Klein", "DIT-FLUX3-Klein-base"),
         ("SD-v3", "MMDIT-v3-SD"),
@@ -135,6 +137,8 @@ PLACES = {
     ),
     "Chroma": ("vae.decoder.", "text_encoders.t5xxl.transformer."),
     "FLUX2": ("vae.bn.",),
+    "FLUX2-Klein-9B": ("vae.encoder.quant_conv.", "text_encoders.qwen3_8b.transformer.model."),
+    "FLUX2-Klein-4B": ("vae.decoder.post_quant_conv.", "text_encoders.qwen3_4b.transformer.model."),
     "FLUX3-Klein": ("vae.bn.",),
     "SD-v3": (
         "first_stage_model.decoder.",
