@@ -192,6 +192,7 @@ def _architecture(architecture: Architecture) -> dict[str, Any]:
     return {
         "name": architecture.name,
         "slots": list(architecture.slots),
+        "may_lack": list(architecture.may_lack),
         "only": list(architecture.only),
         "aliases": list(architecture.aliases),
         "modelspec": architecture.modelspec and architecture.modelspec.architecture,

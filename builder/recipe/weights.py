@@ -204,7 +204,7 @@ class BlockWeights(Kind):
             inner = {"type": "object", "additionalProperties": number}
             part, tensors = f"{name}-of-a-part", inner | {"maxProperties": MAX_PATTERNS}
             defs[part] = {"oneOf": [*plain, inner]}
-            known = {BASE: number, TENSORS: tensors, **{p: {"$ref": f"#/$defs/{part}"} for p in self.parts}}
+            known = {p: {"$ref": f"#/$defs/{part}"} for p in self.parts} | {BASE: number, TENSORS: tensors}
             if self.strengths:
                 known |= {"strength": number, "blocks": {"oneOf": [text, numbers]}}
             table = {"type": "object", "properties": known, "additionalProperties": number}

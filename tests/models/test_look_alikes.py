@@ -6,7 +6,6 @@ import pytest
 
 from builder.models.catalog import load_catalog
 from builder.models.identify import identify
-from builder.tensors.lazy import LazyTensor
 from tests.models.test_identify import named, tensors
 
 CATALOG = load_catalog(())
@@ -159,12 +158,13 @@ def test_parts_lie_where_programs_look_for_them(architecture: str) -> None:
         assert any(name.startswith(start) for name in whole), start
 
 
-@pytest.mark.parametrize("size", ["SD-v3", "SD-v35-Large", "SD-v35-Medium"])
-def test_sd_v3_is_whole_without_its_text_encoders(size: str) -> None:
-    def held(architecture: str) -> dict[str, LazyTensor]:
-        slots = CATALOG.architecture(architecture).slots
-        return tensors(*(CATALOG.component_for(slot, architecture).name for slot in slots))
-
-    for name in (size, f"{size}-NoT5", f"{size}-NoText"):
-        found = identify(held(name), CATALOG)
-        assert (found.architecture, found.intact) == (name, True)
+@pytest.mark.parametrize(
+    "architecture", ["SD-v3", "SD-v35-Large", "SD-v35-Medium", "FLUX2-Klein-9B", "Chroma"]
+)
+def test_text_encoders_may_be_in_files_of_their_own(architecture: str) -> None:
+    slots = CATALOG.architecture(architecture).slots
+    parts = [CATALOG.component_for(slot, architecture).name for slot in slots]
+    for count in range(2, len(parts) + 1):
+        found = identify(tensors(*parts[:count]), CATALOG)
+        assert (found.architecture, found.intact) == (architecture, True)
+        assert named(found) == parts[:count] and found.absent == slots[count:]

@@ -49,6 +49,7 @@ def _file(report: Report) -> Json:
         "incomplete": {"architecture": identity.incomplete, "absent": list(identity.absent)}
         if identity.incomplete
         else None,
+        "absent": list(identity.absent),
         "components": [_part(p) for p in report.parts],
         "metric": report.metric.text if report.metric else None,
         "known": {

@@ -73,6 +73,8 @@ class _Page:
     def facts(self) -> Iterator[str]:
         """What else there is to say of the file, a labelled line each."""
         r = self.report
+        if r.identity.intact and r.identity.absent:
+            yield from self.fact("without", ", ".join(r.identity.absent))
         if r.metric is not None and any(c.isdigit() for c in r.metric.text):
             same = f", which is that of {r.model}" if r.model else ""
             yield from self.fact("metric", f"({r.metric.text}){same}")
