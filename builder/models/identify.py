@@ -21,6 +21,7 @@ Shape = tuple[int, ...]
 # What training leaves behind and no loader asks for. Whatever else matches nothing stays "unknown".
 JUNK = re.compile(
     r"(?:first_stage_model\.|vae\.)?loss\."  # perceptual loss and discriminator of the autoencoder
+    r"|(?:model\.diffusion_model\.)?repa_projectors\."  # what a denoiser's features are compared with
     r"|optimizers?[._]|lr_schedulers|callbacks\.|loops\.|(?:native_)?amp_scaling_state"
 )
 EMA = "model_ema."

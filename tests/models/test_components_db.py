@@ -110,6 +110,7 @@ PLACES = {
     "DIT-FLUX2-Klein-9B": ("DIT-FLUX2-Klein-9B", "model.diffusion_model."),
     "DIT-FLUX2-Klein-4B": ("DIT-FLUX2-Klein-4B", "model.diffusion_model."),
     "VAE-FLUX2": ("VAE-FLUX2", "vae."),
+    "VAE-FLUX2-Comfy": ("VAE-FLUX2", "vae."),
     "DIT-FLUX3-Klein": ("DIT-FLUX3-Klein", "model.diffusion_model."),
     "DIT-FLUX3-Klein-base": ("DIT-FLUX3-Klein", "model.diffusion_model."),
     "DIT-QwenImage": ("DIT-QwenImage", "model.diffusion_model."),

@@ -6,7 +6,8 @@ import pytest
 
 from builder.models.catalog import load_catalog
 from builder.models.identify import identify
-from tests.models.test_identify import named, tensors
+from builder.tensors.lazy import DType
+from tests.models.test_identify import Unread, named, tensors
 
 CATALOG = load_catalog(())
 
@@ -36,7 +37,7 @@ ALIKE = [
         "UNET-XL-Refiner",
     ),
     ("UNET-v1-SD", "UNET-v2-SD", "UNET-SVD"),
-    ("VAE-v1-SD", "VAE-v3-SD", "VAE-SVD", "VAE-FLUX2"),
+    ("VAE-v1-SD", "VAE-v3-SD", "VAE-SVD", "VAE-FLUX2", "VAE-FLUX2-Comfy"),
     ("AnimateDiff-v1", "AnimateDiff-v2", "AnimateDiff-v3", "AnimateDiff-XL-beta"),
     ("ControlNet-XL-diffusers", "ControlNet-XL-Union-diffusers", "ControlNet-XL-UnionPromax-diffusers"),
     (
@@ -168,3 +169,12 @@ def test_text_encoders_may_be_in_files_of_their_own(architecture: str) -> None:
         found = identify(tensors(*parts[:count]), CATALOG)
         assert (found.architecture, found.intact) == (architecture, True)
         assert named(found) == parts[:count] and found.absent == slots[count:]
+
+
+def test_what_training_leaves_in_flux_3_is_junk() -> None:
+    left = "model.diffusion_model.repa_projectors.0.0.weight"
+    held = tensors("DIT-FLUX3-Klein", "VAE-FLUX2") | {left: Unread(DType.BF16, (8, 8))}
+    found = identify(held, CATALOG)
+    assert found.intact and found.junk == (left,) and not found.companions
+    alone = tensors("DIT-FLUX3-Klein", bare=True) | {"repa_projectors.0.0.weight": Unread(DType.BF16, (8, 8))}
+    assert identify(alone, CATALOG).junk == ("repa_projectors.0.0.weight",)
