@@ -135,6 +135,8 @@ def _meaning(component: Component, catalog: Catalog, full: bool) -> Iterator[str
         "tensors": f"{component.keys:,}, {size}" + (f"; {optional} optional" if optional else ""),
         "extends": component.extends or "",
         "naming": component.naming or "",
+        "precision": component.precision,
+        "models": ", ".join(map(printable, component.models)),
         "declared in": component.path,
     }
     for label, value in rows.items():
@@ -177,6 +179,8 @@ def _described(component: Component, catalog: Catalog) -> dict[str, Any]:
         "prefix": component.prefix,
         "keys": component.keys,
         "parameters": component.parameters,
+        "precision": component.precision,
+        "models": list(component.models),
         "extends": component.extends,
         "naming": component.naming,
         "note": component.note,
@@ -190,7 +194,6 @@ def _architecture(architecture: Architecture) -> dict[str, Any]:
         "slots": list(architecture.slots),
         "only": list(architecture.only),
         "aliases": list(architecture.aliases),
-        "precision": architecture.precision,
         "modelspec": architecture.modelspec and architecture.modelspec.architecture,
     }
 

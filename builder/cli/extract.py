@@ -11,7 +11,7 @@ import click
 from builder.base.errors import ExitCode
 from builder.cli.made import note_changes, to_json, to_text
 from builder.cli.options import FILE, making, open_workspace, output_keys, recipe_path, save_option
-from builder.models.parts import find_part, kind, slot_of, usual_precision
+from builder.models.parts import find_part, kind, slot_of
 from builder.recipe import Pick
 from builder.recipe.names import SUFFIXES, recipe_name
 from builder.toolkit.command_recipe import CommandRecipe, run
@@ -58,7 +58,7 @@ def command(
             new=cls,
             components={cls: pick},
             fixes=fixes,
-            output=output_keys(usual_precision(cls, identity, catalog), options),
+            output=output_keys(options),
         )
         made = run(
             recipe,

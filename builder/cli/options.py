@@ -12,6 +12,7 @@ import click
 from builder.base.errors import Problem, UsageError
 from builder.cli.terminal import make_reporter
 from builder.operations.fixes import FIXES
+from builder.recipe.language import PUBLISHED
 from builder.recipe.lock import LOCK
 from builder.recipe.profiles import PROFILES
 from builder.tensors.cast import PRECISIONS
@@ -59,8 +60,8 @@ _OPTIONS = (
     click.option(
         "--precision",
         type=click.Choice(list(PRECISIONS)),
-        help="Of the weights. By default what is wider than 16 bits is rounded to FP16, or to BF16 where "
-        "models are published so, and all else stays as it is.",
+        help="Of the weights. By default what is wider than the precision that such a component is "
+        "published in is rounded to that, and all else stays as it is.",
     ),
     *_REPAIRS,
     click.option("--threads", type=click.IntRange(1, 256), help="Threads to use; the bytes are the same."),
@@ -89,14 +90,13 @@ def _with(options: Sequence[Callable[[F], F]], command: F) -> F:
     return command
 
 
-def output_keys(usual: str, options: dict[str, Any]) -> dict[str, Any]:
+def output_keys(options: dict[str, Any]) -> dict[str, Any]:
     """A recipe's [output] of the options; taken out of `options`.
 
-    `usual` is the precision where none was asked for. Only what was asked for is made wider or changed
-    within 16 bits.
+    Only what was asked for is made wider or changed within 16 bits.
     """
     precision = options.pop("precision")
-    keys: dict[str, Any] = {"precision": precision or usual}
+    keys: dict[str, Any] = {"precision": precision or PUBLISHED}
     if precision is None:
         keys["narrow"] = True
     for name in ("profile", "overflow", "non_finite"):

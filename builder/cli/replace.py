@@ -64,7 +64,7 @@ def command(
             recipe_name(file),
             components=picks,
             fixes=fixes,
-            output=output_keys(architecture.precision or "fp16", options),
+            output=output_keys(options),
         )
         made = run(
             recipe,

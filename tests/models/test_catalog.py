@@ -239,7 +239,6 @@ PART = '[layouts.x]\nextends = "SD-v1"\n[layouts.x.parts.vae]\n'
     [
         ("architectures/a.toml", '[X]\nslots = ["UNET-v9"]', "unknown class `UNET-v9`"),
         ("architectures/a.toml", '[X]\nslots = ["UNET-v1"]\nonly = ["Y"]', "unknown component `Y`"),
-        ("architectures/a.toml", '[X]\nslots = ["UNET-v1"]\nprecision = "fp17"', "unknown precision `fp17`"),
         ("architectures/a.toml", '[SD-v1]\nslots = ["UNET-v1"]', "`SD-v1` already means SD-v1"),
         (
             "architectures/a.toml",

@@ -248,10 +248,18 @@ def test_known_files() -> None:
     assert overflowing.note == "overflows in FP16 inference" and overflowing.fix in files
 
 
-def test_newer_families_are_published_in_bf16() -> None:
-    newer = {a.name for a in CATALOG.architectures.values() if a.precision == "bf16"}
-    assert newer >= {"SD-v3", "FLUX", "Qwen-Image", "Z-Image", "Lumina-2", "Anima", "Krea-2"}
-    assert not any(name.startswith(("SD-v1", "SD-v2", "SD-XL", "Wan")) for name in newer)
+def test_what_components_are_published_in() -> None:
+    said = {c.name: c.precision for c in CATALOG.components.values()}
+    assert {said[n] for n in said if "-v1-" in n or "-v2-" in n or "-XL-" in n} == {"fp16"}
+    assert said["DIT-FLUX-dev"] == said["MMDIT-v3-SD"] == "bf16"
+    assert said["VAE-FLUX"] == said["VAE-v3-SD"] == "keep"  # cast to FP16 it overflows
+
+
+def test_the_output_layers_of_t5_overflow_in_fp16() -> None:
+    for component in CATALOG.components.values():
+        if component.cls.startswith("T5"):
+            found = [n for n in component.tensors if n in component.traits.overflows]
+            assert len(found) == 24 and component.precision != "fp16", component.name
 
 
 def test_modelspec_names() -> None:

@@ -330,7 +330,8 @@ class _Reader:
             cls = base.cls if cls is None else cls
             prefix = base.prefix if prefix is None else prefix
             written = base.alone if written is None and not table.naming else written
-            precision = precision or self._traits(cls).precision or base.precision
+            renamed = base.precision if table.naming else None
+            precision = precision or self._traits(cls).precision or renamed
         self.depths.setdefault(name, 0)
         component = Component(
             name=name,
@@ -347,6 +348,7 @@ class _Reader:
             mislabelled=bool(fields.get("mislabelled")),
             models=fields.strings("models"),
             precision=precision or self._traits(cls).precision or "keep",
+            traits=self._traits(cls),
             modelspec=modelspec(fields),
             alone=written or PLAIN,
             path=fields.document.path,

@@ -147,6 +147,9 @@ class Patterns:
         alike = name in self._exact or name.startswith(self._starts) or name.endswith(self._ends)
         return alike or any(fits_pattern(p, name) for p in self._others)
 
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and self.fit(name)
+
     def any(self, names: Iterable[str]) -> bool:
         """Whether one of the names is."""
         return any(map(self.fit, names))
@@ -248,7 +251,8 @@ class Component:
     component `base` under other names, and `promote` leads from each name to that one. Those
     that are an average, kept for training beside the model, say of which class: `average_of`. `mislabelled`
     names differ from those that loaders expect in nothing but the prefix. `models` are the published models
-    that have this very table, and `precision` is what such a component is published in.
+    that have this very table, and `precision` is what such a component is published in. `traits` are its
+    class's.
     """
 
     name: str
@@ -265,6 +269,7 @@ class Component:
     mislabelled: bool = False
     models: tuple[str, ...] = ()
     precision: str = "keep"
+    traits: Traits = field(default=Traits(), repr=False)
     modelspec: ModelSpec | None = None
     alone: Names = PLAIN
     path: str = ""
@@ -286,18 +291,16 @@ class Architecture:
     """The classes that a full checkpoint consists of, in a description's order: its denoiser first.
 
     `only` names components whose prefix is the one that their class has here, where it has others elsewhere.
-    `precision` is the one that such checkpoints are published in, if not FP16. `diffusers` names its layout
-    there. `sidecars_v` are the files, by program, that lie beside a checkpoint that predicts v, for programs
-    that would take it for an ordinary one. `reads_markers` are the programs that look for markers such as
-    `v_pred` in one, `tells_v` those that tell by the weights whether it predicts v. A `bare` architecture has
-    no prefixes.
+    `diffusers` names its layout there. `sidecars_v` are the files, by program, that lie beside a checkpoint
+    that predicts v, for programs that would take it for an ordinary one. `reads_markers` are the programs
+    that look for markers such as `v_pred` in one, `tells_v` those that tell by the weights whether it
+    predicts v. A `bare` architecture has no prefixes.
     """
 
     name: str
     slots: tuple[str, ...]
     aliases: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
-    precision: str | None = None
     modelspec: ModelSpec | None = None
     diffusers: str | None = None
     sidecars_v: Mapping[str, Path] = field(default_factory=dict, hash=False)

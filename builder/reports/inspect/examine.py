@@ -70,9 +70,9 @@ class Report:
     `metric` and `scans` are None and empty where no data was read. `published` is the entry of the very
     file, by its SHA-256; `model` the name of the published model that has the same metric.
     `kind` is what the file is to programs, None where that is unknown.
-    `precision_waste` is what FP16 or BF16 would save of the components that stay, and `pruned` the size of
-    the tensors after pruning: no EMA, no junk, no wasted precision. `faults` are what a person should mend
-    or know.
+    `precision_waste` is what the precision that each is published in would save of the components that
+    stay, and `pruned` the size of the tensors after pruning: no EMA, no junk, no wasted precision. `faults`
+    are what a person should mend or know.
     """
 
     path: str
@@ -128,12 +128,12 @@ class Report:
 
     @cached_property
     def precision_waste(self) -> int:
-        """Bytes beyond 16 bits a number, in the components that pruning keeps."""
+        """Bytes beyond the precision that components are published in, of those that pruning keeps."""
         return sum(t.nbytes - size for t, size in self._finished if size < t.nbytes)
 
     @cached_property
     def pruned(self) -> int:
-        """Bytes of tensors that pruning to 16 bits leaves."""
+        """Bytes of tensors that pruning leaves."""
         kept = sum(t.nbytes for n, t in self.tensors.items() if n not in self._gone)
         return kept + sum(size - t.nbytes for t, size in self._finished)
 
@@ -150,7 +150,7 @@ class Report:
         """The tensors of the components that pruning keeps, each with the bytes that it takes afterwards."""
         found = []
         for match in self.identity.matches:
-            types = match_types(match, self.tensors, "fp16", narrow=True)
+            types = match_types(match, self.tensors, None, narrow=True)
             held = [(self.tensors[n], d) for n, d in types.items() if n not in self._gone]
             found += [(t, t.numel * d.bits // 8) for t, d in held]
         return found
