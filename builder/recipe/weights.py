@@ -190,7 +190,7 @@ class BlockWeights(Kind):
             inner = {"type": "object", "additionalProperties": number}
             part, tensors = f"{name}-of-a-part", inner | {"maxProperties": MAX_PATTERNS}
             defs[part] = {"oneOf": [*plain, inner]}
-            known = dict.fromkeys(self.parts, {"$ref": f"#/$defs/{part}"}) | {BASE: number, TENSORS: tensors}
+            known = {p: {"$ref": f"#/$defs/{part}"} for p in self.parts} | {BASE: number, TENSORS: tensors}
             if self.strengths:
                 known |= {"strength": number, "blocks": {"oneOf": [text, numbers]}}
             table = {"type": "object", "properties": known, "additionalProperties": number}

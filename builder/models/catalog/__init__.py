@@ -119,6 +119,11 @@ def _load(extra: tuple[Path, ...]) -> Catalog:
     return catalog
 
 
+def _beginnings(table: Table, base: Component | None, without: str) -> frozenset[str]:
+    """What names of a component have before their first dots, those too that it leaves out of its base."""
+    return frozenset(table.beginnings(without)) | (base.beginnings(without) if base else frozenset())
+
+
 def _own(file: str) -> bool:
     """Whether a file, as it is called in messages, is a user's own."""
     return not file.startswith(f"{BUILT_IN.name}/")
@@ -142,6 +147,7 @@ class _Reader:
         self.optional: dict[str, tuple[int, ...] | None] = {}
         self.prefixes: dict[str, None] = {}
         self.wrappers: dict[str, None] = {}
+        self.respelt: dict[str, str] = {}
         self.traits: dict[str, Traits] = {}
         self.blocks_in_all = 0
         self.blocks: dict[int, str] = {}  # by their number: the first class that has so many
@@ -207,7 +213,8 @@ class _Reader:
         self.optional |= read_optional(path, name)
 
     def _prefixes(self, path: Path, name: str) -> None:
-        prefixes, wrappers = read_prefixes(path, name)
+        prefixes, wrappers, respelt = read_prefixes(path, name)
+        self.respelt |= respelt
         self.prefixes |= dict.fromkeys(prefixes)
         self.wrappers |= dict.fromkeys(wrappers)
 
@@ -272,6 +279,7 @@ class _Reader:
             optional=self.optional,
             prefixes=tuple(self.prefixes),
             wrappers=tuple(self.wrappers),
+            respelt=self.respelt,
             known=Known(
                 tuple(k for k in self.known if isinstance(k, KnownMetric)),
                 tuple(k for k in self.known if isinstance(k, KnownFile)),
@@ -310,6 +318,7 @@ class _Reader:
         cls, prefix = fields.get("class"), fields.get("prefix")
         written = alone(fields)
         plain: Mapping[str, TensorRule] = {}
+        base: Component | None = None
         average_of = None
         precision = fields.precision()
         if table.extends is not None:
@@ -353,6 +362,7 @@ class _Reader:
             alone=written or PLAIN,
             path=fields.document.path,
             plain=plain,
+            beginnings=lru_cache(partial(_beginnings, table, base)),
         )
         self.components[name] = component
         return component

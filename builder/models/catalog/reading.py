@@ -11,7 +11,7 @@ from math import isfinite
 from pathlib import Path, PurePath
 from typing import Any, NoReturn, TypeVar
 
-from builder.base.braces import BraceError, expand
+from builder.base.braces import BraceError, beginnings, expand
 from builder.base.errors import CatalogError, Place, Problem, did_you_mean
 from builder.base.toml import Document, Keys, load, parse
 from builder.base.words import fits_pattern
@@ -82,7 +82,7 @@ _ARCHITECTURE = {
     "note": str,
 }
 _ALONE = {"prefix": str, "without": str}
-_PREFIXES = {"prefixes": list, "wrappers": list}
+_PREFIXES = {"prefixes": list, "wrappers": list, "respelt": dict}
 _MODELSPEC = {"architecture": str, "v": str, "resolution": int, "resolution_v": int}
 _CLASS = {
     "metric": dict,
@@ -129,7 +129,7 @@ _KIND = {
     "last": list,
     "rows": int,
 }
-_MODEL = {"name": str, "of": list, "said": list, "any": list, "sizes": dict}
+_MODEL = {"name": str, "of": list, "said": list, "any": list, "all": list, "sizes": dict}
 _PART = {"name": str, "class": str, "blake3": str, "note": str, "fix": str}
 _NUMBERS = ("shape", "last")  # fields that are lists of them
 _WORDS = {
@@ -236,6 +236,20 @@ class Table:
     name: str
     extends: str | None
     naming: str | None
+
+    def beginnings(self, without: str = "") -> set[str]:
+        """What the names of its own tensors, less a word that they may begin with, have before their first
+        dots; few are expanded for that."""
+        found: set[str] = set()
+        for pattern, keys, _ in _leaves(self.fields.get("tensors") or {}, "", ("tensors",)):
+            try:
+                if set("{\\") & set(pattern[: len(without)]):
+                    found |= {n.removeprefix(without).partition(".")[0] for n in expand(pattern)[0]}
+                else:
+                    found |= beginnings(pattern.removeprefix(without))
+            except BraceError as wrong:
+                self.fields.fail(str(wrong), *keys)
+        return found
 
     def expand(self, base: Mapping[str, TensorRule]) -> dict[str, TensorRule]:
         """The tensors: those of `base` without some, under the naming, then the table's own.
@@ -377,17 +391,21 @@ def alone(fields: Fields) -> Names | None:
     return Names(**said.table) if said is not None else None
 
 
-def read_prefixes(path: Path, name: str) -> tuple[list[str], list[str]]:
-    """What may stand before the names of a component, and what wrappers put behind that."""
+def read_prefixes(path: Path, name: str) -> tuple[list[str], list[str], dict[str, str]]:
+    """What may stand before the names of a component, what wrappers put behind that, and what names may
+    begin with in place of what the tables have."""
     fields = Fields(load(path, CatalogError, name), (), _PREFIXES)
     found: list[list[str]] = []
-    for key in _PREFIXES:
+    for key in ("prefixes", "wrappers"):
         found.append([])
         for index, pattern in enumerate(fields.strings(key)):
             found[-1] += fields.expand(pattern, key, index)[0]
             if len(found[-1]) > MAX_PREFIXES or "" in found[-1]:
                 fields.fail(f"`{key}` holds nothing, or more than {MAX_PREFIXES}", key, index, value=True)
-    return found[0], found[1]
+    respelt = fields.texts("respelt")
+    if len(respelt) > MAX_PREFIXES or "" in respelt:
+        fields.fail(f"`respelt` holds nothing, or more than {MAX_PREFIXES}", "respelt")
+    return found[0], found[1], respelt
 
 
 def read_classes(path: Path, name: str) -> Iterator[tuple[str, Traits, Fields]]:
@@ -654,6 +672,7 @@ def _model(fields: Fields) -> ModelRule:
         fields.strings("of"),
         fields.strings("said"),
         Patterns(fields.strings("any")),
+        tuple(Patterns([p]) for p in fields.strings("all")),
         tuple((Patterns([pattern]), size) for pattern, size in sizes.items()),
     )
 

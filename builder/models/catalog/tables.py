@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
@@ -274,6 +274,16 @@ class Component:
     alone: Names = PLAIN
     path: str = ""
     plain: Mapping[str, TensorRule] = field(default_factory=dict, repr=False)
+    beginnings: Callable[[str], frozenset[str]] = field(default=lambda _: frozenset(), repr=False)
+
+    def may_be(self, alone: Names, words: Set[str]) -> bool:
+        """Whether names whose words before their first dots are these may be some of its own, written as in
+        `alone`: what tells most tables from a file without their being expanded."""
+        if self.naming:
+            begin = tuple(self.beginnings(""))
+            return any(word.startswith(begin) for word in words)
+        first, dot, _ = alone.prefix.partition(".")
+        return first in words if dot else any(first + b in words for b in self.beginnings(alone.without))
 
     @cached_property
     def elements(self) -> int:
@@ -342,20 +352,21 @@ class KindRule:
 class ModelRule:
     """What tells the model that a file goes with, if it is of one of the kinds `of`.
 
-    Its metadata's word for the model begins as one of `said`; or a tensor's name fits `any`, or one of
-    `sizes` and its last dimension is that.
+    Its metadata's word for the model begins as one of `said`; or a tensor's name fits `any`, or some tensor's
+    each of `all`, or one fits one of `sizes` and its last dimension is that.
     """
 
     name: str
     of: tuple[str, ...]
     said: tuple[str, ...]
     any: Patterns
+    all: tuple[Patterns, ...]
     sizes: tuple[tuple[Patterns, int], ...]
 
     @property
     def patterns(self) -> int:
         """How many patterns a file's names may have to be compared with."""
-        return sum(map(len, (self.any, *(pattern for pattern, _ in self.sizes))))
+        return sum(map(len, (self.any, *self.all, *(pattern for pattern, _ in self.sizes))))
 
 
 @dataclass(frozen=True)
@@ -437,7 +448,8 @@ class Catalog:
     `classes` holds the components of each class, the standard one first; `traits` what is said of a class
     as a whole; `optional` the keys that a full checkpoint may also hold, with their shapes (None for any),
     which are kept and never required; `prefixes` what may stand before a component's names besides its own
-    prefix, and `wrappers` what may follow that; `spellings` the architectures by each of their names, as
+    prefix, `wrappers` what may follow that, and `respelt` what names may then begin with in place of what the
+    tables have; `spellings` the architectures by each of their names, as
     `spelling` makes it; `layouts` those of diffusers' folders by name, and `rules` those for its names, read
     when they are first asked for; `programs` where each keeps its models: by the kind of what a file is (the
     first word of a class, or `checkpoint`) a folder, that of `other` for the rest; `kinds` what tells files
@@ -452,6 +464,7 @@ class Catalog:
     optional: Mapping[str, tuple[int, ...] | None]
     prefixes: tuple[str, ...]
     wrappers: tuple[str, ...]
+    respelt: Mapping[str, str]
     known: Known
     layouts: Mapping[str, Layout]
     rules: Mapping[str, Rules]
