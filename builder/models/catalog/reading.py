@@ -49,7 +49,7 @@ MAX_DIMS = 64
 MAX_RULES = 100_000  # other names of a class's modules
 MAX_PREFIXES = 100
 MAX_BLOCKS_IN_ALL = 100_000  # of all classes
-MAX_PATTERNS = 500  # that tell kinds of files; those built in are 170
+MAX_PATTERNS = 500  # that tell kinds of files; those built in are about 180
 MAX_BLOCKS = 1000  # of a class; the largest known have some dozens
 
 _COMPONENT = {
