@@ -163,6 +163,68 @@ def _table_of_contents(bench: Bench) -> Contender:
     return bench.ckpt("inspect", "--no-metric", bench.checkpoint)
 
 
+def inspect_large(bench: Bench) -> Benchmark:
+    """The table of contents of FLUX.2, whose 64 GB are zeros that take no space."""
+    name = "SD-mini" if bench.family == "mini" else "FLUX2"
+    path = bench.folder / "large.safetensors"
+    if not path.exists():
+        write(make(name, precision=DType.BF16, content="sparse"), path, "safetensors")
+    return Benchmark(
+        "what is in FLUX.2 dev",
+        {
+            "python": Contender([sys.executable, "-c", "pass"]),
+            "ours": bench.ckpt("inspect", "--no-metric", path),
+        },
+        [Target("ours", at_most=0.5), Target("ours", at_most=100 * MB, unit="bytes")],
+    )
+
+
+# The parts of a model as they are published, each in a file and a type of its own.
+PARTS = {
+    "mini": {"UNET-mini": DType.F16, "CLIP-mini": DType.F32, "VAE-mini": DType.F32},
+    "v1": {
+        "DIT-FLUX": DType.F8_E4M3,
+        "T5-XXL-FLUX": DType.BF16,
+        "CLIP-L-FLUX": DType.F16,
+        "VAE-v3": DType.F32,
+    },
+}
+
+
+def all_in_one(bench: Bench) -> Benchmark:
+    """FLUX.1 put together from four files whose zeros take no space, each part in its type, digests known."""
+    parts = PARTS[bench.family]
+    files = {cls: bench.folder / f"{cls}.safetensors" for cls in parts}
+    for cls, path in files.items():
+        if not path.exists():
+            write(make(cls, precision=parts[cls], content="sparse"), path, "safetensors")
+    architecture = "SD-mini" if bench.family == "mini" else "FLUX"
+    lines = ["format = 1", 'name = "anything"', f'base = "NEW {architecture}"', 'output.precision = "keep"']
+    lines += [f'components.{cls} = "{cls}"' for cls in parts]
+    lines += [f'sources.{cls}.file = "{path.name}"' for cls, path in files.items()]
+    recipe = bench.folder / "anything.toml"
+
+    def prepare() -> None:
+        recipe.write_text("\n".join(lines) + "\n")
+        bench.start_over(*files.values())
+
+    size = sum(path.stat().st_size for path in files.values())
+    return Benchmark(
+        "four parts of FLUX.1 made one",
+        {
+            "floor": _floor("join", bench.folder / "floor.bin", *files.values()),
+            "ours": bench.build(prepare),
+        },
+        [
+            Target("ours", "floor", at_most=1.6),
+            Target("ours", at_most=1.05, unit="read", per=2 * size, called="parts and product"),
+            Target("ours", at_most=1.01, unit="written", per=size, called="product"),
+            MEMORY,
+        ],
+        list(files.values()),
+    )
+
+
 def metric(bench: Bench) -> Benchmark:
     """The definition as it stands, against `ckpt inspect` (which digests the components as well)."""
 
@@ -529,6 +591,7 @@ def _run(contender: Contender) -> None:
 
 BENCHMARKS: dict[str, Callable[[Bench], Benchmark]] = {
     "inspect": inspect,
+    "inspect-large": inspect_large,
     "metric": metric,
     "read-zip": read_zip,
     "read-safetensors": read_safetensors,
@@ -545,6 +608,7 @@ BENCHMARKS: dict[str, Callable[[Bench], Benchmark]] = {
     "merge-two": merge_two,
     "merge-nine": merge_nine,
     "apply-loras": apply_loras,
+    "all-in-one": all_in_one,
     "diff-vae": diff_vae,
     "diff-all": diff_all,
 }
