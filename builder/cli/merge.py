@@ -12,7 +12,6 @@ from builder.base.errors import ExitCode, Problem, UsageError
 from builder.cli.made import note_changes, note_left_out, note_steps, to_json, to_text
 from builder.cli.options import PLACE, making, open_workspace, recipe_path, save_option
 from builder.cli.terminal import out
-from builder.models.parts import usual_precision
 from builder.plan import Plan
 from builder.recipe.names import Target, recipe_name
 from builder.toolkit.command_recipe import CommandRecipe, output_keys, output_path, run
@@ -83,8 +82,6 @@ def make(
             sources.open(sources.file(path))
         named: dict[str, Path] = {}
         step = merge_step(files, op, params, named)
-        identity = sources.open(sources.file(files[0][0])).identity
-        precision = usual_precision(identity.architecture or "", identity, workspace.catalog)
         name, base = recipe_name(Path("-".join(named))), recipe_name(Path("merged"), named)
         target = output_path(output.file(f"{name}.safetensors"), [path for path, _ in files])
         recipe = CommandRecipe(
@@ -93,7 +90,7 @@ def make(
             base,
             steps={base: step},
             fixes=fixes,
-            output=output_keys(precision, **options),
+            output=output_keys(**options),
         )
 
         def before(plan: Plan) -> None:

@@ -34,7 +34,7 @@ class _Place(_Named):
     """A file, or a folder: one that is there, or whose name ends in a slash."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        return Target.of(str(super().convert(value, param, ctx)))
+        return Target.named(str(super().convert(value, param, ctx)))
 
 
 FILE = _Named(path_type=Path)
@@ -74,8 +74,8 @@ _OPTIONS = (
     click.option(
         "--precision",
         type=click.Choice(list(PRECISIONS)),
-        help="Of the weights. By default what is wider than 16 bits is rounded to FP16, or to BF16 where "
-        "models are published so, and all else stays as it is.",
+        help="Of the weights. By default what is wider than the precision that such a component is "
+        "published in is rounded to that, and all else stays as it is.",
     ),
     *_REPAIRS,
     click.option("--threads", type=click.IntRange(1, 256), help="Threads to use; the bytes are the same."),

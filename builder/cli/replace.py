@@ -13,7 +13,7 @@ from builder.cli.options import FILE, PLACE, making, open_workspace, recipe_path
 from builder.cli.terminal import out
 from builder.recipe.names import Target
 from builder.toolkit.command_recipe import output_path, run
-from builder.toolkit.replace import new_architecture, parse_part, replacement
+from builder.toolkit.replace import parse_part, replacement
 
 
 @click.command("replace")
@@ -44,8 +44,7 @@ def command(
     """
     save = recipe_path(save_recipe)
     with open_workspace(quiet) as workspace, workspace.sources() as sources:
-        base = new_architecture(str(file), workspace.catalog) or file
-        recipe = replacement(base, map(parse_part, parts), sources, fixes, **options)
+        recipe = replacement(file, map(parse_part, parts), sources, fixes, **options)
         target = output_path(output.file(f"{recipe.name}.safetensors"), recipe.sources.values())
         made = run(
             recipe,

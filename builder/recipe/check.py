@@ -58,7 +58,7 @@ def slot_problems(
     likely = {nearest(c, slots) for c in unclear} | {cls for c in unclear for cls in meant(kind(c), slots)}
     if output.partial:
         return
-    if left := [s for s in architecture.slots if s not in {*output.components, *held, *likely}]:
+    if left := [s for s in architecture.due if s not in {*output.components, *held, *likely}]:
         place = recipe.place(*output.base.at, value=True)
         some = "slot" if len(left) == 1 else "slots"
         yield Problem(

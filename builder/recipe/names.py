@@ -73,9 +73,9 @@ class Target(NamedTuple):
     folder: bool = False
 
     @classmethod
-    def of(cls, name: str) -> Target:
-        """What a name says: a folder is there, or the name ends in a slash."""
-        return cls(Path(name), name.endswith(("/", os.sep)) or os.path.isdir(name))  # noqa: PTH112
+    def named(cls, text: str) -> Target:
+        """A folder is one that is there, or whose name ends in a slash."""
+        return cls(Path(text), text.endswith(("/", os.sep)) or os.path.isdir(text))  # noqa: PTH112
 
     def file(self, name: str) -> Path:
         """The file itself, or the one of this name in the folder."""

@@ -41,7 +41,7 @@ def load_recipe(
 ) -> Recipe:
     """Read a recipe and the recipes that it includes: those in its folder, unless `outside` allows others.
 
-    With `text`, that is the recipe, and `path` where it would lie; it has no lock. Raises RecipeError with
+    With `text`, that is the recipe, `path` where it would lie, and it has no lock. Raises RecipeError with
     every problem of all of them.
     """
     return _Loader(Vocabulary(catalog, operations, fixes), outside, text).load(path)

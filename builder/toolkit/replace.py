@@ -16,7 +16,7 @@ from builder.recipe.names import recipe_name
 from builder.sources.opened import Sources
 from builder.toolkit.command_recipe import CommandRecipe, output_keys
 
-Part = tuple[str, Path, str | None]  # a class or kind, the file that fills it, and which component of that
+Part = tuple[str, Path, str | None]  # a class or kind, if any, the file, and which component of that
 
 
 def architecture_of(file: Path, identity: Identity, catalog: Catalog) -> Architecture:
@@ -52,8 +52,32 @@ def check_filled(architecture: Architecture, given: Collection[str]) -> None:
         raise UsageError(Problem(fact, hint=f"add {' '.join(f'`{word}=FILE`' for word in words)}"))
 
 
+def find_parts(
+    parts: Iterable[Part],
+    architecture: Architecture,
+    files: dict[str, Path],
+    sources: Sources,
+    catalog: Catalog,
+) -> dict[str, Pick]:
+    """What fills slots, by class; `files` gets the names of the files.
+
+    Raises UsageError for a slot that there is not, or is filled twice, SourceError for a file that cannot be
+    read.
+    """
+    picks: dict[str, Pick] = {}
+    for word, path, component in parts:
+        identity = sources.open(sources.file(path)).identity
+        cls = slot(word, architecture) if word else _only_slot(path, identity, architecture, catalog)
+        if cls in picks:
+            raise UsageError(Problem(f"`{cls}` is filled twice", hint="name each class once"))
+        match = find_part(component or cls, identity, path, catalog)
+        plain = match.component.cls == cls and component is None
+        picks[cls] = Pick(cls, name_of(path, files), None if plain else match.component.name)
+    return picks
+
+
 def parse_part(part: str) -> Part:
-    """The class, if any, file and component of `CLASS=FILE[:COMPONENT]`; what is a file as a whole is one."""
+    """The class, if any, the file and the component of a part; what is a file as a whole is one."""
     word, equals, rest = part.partition("=")
     if not equals or os.path.lexists(part):
         word, rest = "", part
@@ -93,46 +117,21 @@ def slot(word: str, architecture: Architecture) -> str:
     )
 
 
-def find_parts(
-    parts: Iterable[Part], architecture: Architecture, files: dict[str, Path], sources: Sources
-) -> dict[str, Pick]:
-    """What fills slots, by class; `files` gets the names of those that it is in.
-
-    Raises UsageError for a slot that there is not, or is filled twice, SourceError for a file that cannot be
-    read.
-    """
-    picks: dict[str, Pick] = {}
-    for word, path, component in parts:
-        identity = sources.open(sources.file(path)).identity
-        cls = slot(word, architecture) if word else _only_slot(path, identity, architecture, sources.catalog)
-        if cls in picks:
-            raise UsageError(Problem(f"`{cls}` is filled twice", hint="name each class once"))
-        match = find_part(component or cls, identity, path, sources.catalog)
-        plain = match.component.cls == cls and component is None
-        picks[cls] = Pick(cls, name_of(path, files), None if plain else match.component.name)
-    return picks
-
-
 def replacement(
-    file: Path | Architecture,
-    parts: Iterable[Part],
-    sources: Sources,
-    fixes: Sequence[str] = (),
-    **output: str | None,
+    file: str | Path, parts: Iterable[Part], sources: Sources, fixes: Sequence[str] = (), **output: str | None
 ) -> CommandRecipe:
-    """The recipe of a file, or a new architecture, with components of others; `output` as for `output_keys`.
+    """The recipe of a file, or of `NEW ARCHITECTURE`, with components of others.
 
-    Raises UsageError for a class that is filled twice, or by nothing, and for what a file does not have.
+    `output` is as for `output_keys`. Raises UsageError for a slot that there is not, is filled twice or
+    stays empty, SourceError for a file that cannot be read.
     """
-    new = file if isinstance(file, Architecture) else None
-    if isinstance(file, Architecture):
-        files, name, architecture = {}, file.name.lower(), file
-    else:
-        name = recipe_name(file)
-        files = {name: file}
-        architecture = architecture_of(file, sources.open(sources.file(file)).identity, sources.catalog)
-    picks = find_parts(parts, architecture, files, sources)
-    if new is not None:
+    catalog, path = sources.catalog, Path(file)
+    new = new_architecture(str(file), catalog)
+    name = new.name.lower() if new else recipe_name(path)
+    architecture = new or architecture_of(path, sources.open(sources.file(path)).identity, catalog)
+    files = {} if new else {name: path}
+    picks = find_parts(parts, architecture, files, sources, catalog)
+    if new:
         check_filled(new, picks)
     return CommandRecipe(
         name,
@@ -141,7 +140,7 @@ def replacement(
         new=new.name if new else "",
         components=picks,
         fixes=fixes,
-        output=output_keys(architecture.precision or "fp16", **output),
+        output=output_keys(**output),
     )
 
 
