@@ -199,7 +199,7 @@ class _Progress(_Messages):
         super().__init__(output)
         self._lock = lock
         self._tasks: dict[str, _Task] = {}
-        self._done = self._total = 0  # bytes of all tasks, those that are over too
+        self._done = self._started = self._expected = 0  # bytes of all tasks, those that are over too
         self._began = time.monotonic()
         self._seen: deque[tuple[float, int]] = deque([(self._began, 0)])
         self._drawn = False
@@ -209,10 +209,14 @@ class _Progress(_Messages):
         self._thread = threading.Thread(target=self._run, name="ckpt-progress", daemon=True)
         self._thread.start()
 
+    def expect(self, total: int) -> None:
+        with self._lock:
+            self._expected = self._done + total
+
     def start(self, task: str, total: int) -> None:
         with self._lock:
             self._tasks[task] = _Task(total)
-            self._total += total
+            self._started += total
 
     def advance(self, task: str, count: int) -> None:
         with self._lock:
@@ -223,7 +227,7 @@ class _Progress(_Messages):
     def finish(self, task: str) -> None:
         with self._lock:
             if (state := self._tasks.pop(task, None)) is not None:
-                self._total += state.done - state.total  # of what was given up there will be no more
+                self._started += state.done - state.total  # of what was given up there will be no more
 
     def close(self) -> None:
         """Take down what is on display."""
@@ -264,6 +268,10 @@ class _Progress(_Messages):
         self._stream.write(f"\r\x1b[K{clip(f'{numbers}  {name}', width)}")
         self._stream.flush()
         self._drawn = True
+
+    @property
+    def _total(self) -> int:
+        return max(self._started, self._expected)
 
     def _bar(self) -> str:
         full = BAR * self._done // self._total if self._total else 0

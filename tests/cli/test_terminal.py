@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 
 from builder.base.errors import Place, Problem, render
 from builder.base.page import Style, cells, clip, columns, fold, pad
+from builder.base.progress import Reporter
+from builder.build import build_recipe
 from builder.cli import terminal
 from builder.cli.terminal import has_color, make_reporter
-from tests.help.building import Folder
+from tests.help.building import RECIPE, Folder
 from tests.help.commands import WAYS, prepared
 from tests.help.screen import COLUMNS, lines, shown
-
-ONE = {"schema": "is a file", "help": "click's own"}
 
 
 @pytest.fixture(scope="module")
@@ -224,12 +224,31 @@ def test_progress_on_a_terminal_is_a_line_that_goes_away(folder: Folder) -> None
     assert [line for line in lines(text) if line] == ["note: [red]x"]
 
 
+def test_a_build_says_at_once_how_much_there_is_to_do(folder: Folder) -> None:
+    """Whole outputs that are not begun yet are part of what is left."""
+    here = folder.beside("much", store="anew")
+    outputs = "".join(f'[[output]]\nname = "{name}"\n' for name in "ab")
+    here.write("two.toml", RECIPE + outputs)
+    heard: list[tuple[str, int]] = []
+
+    class Heard(Reporter):
+        def expect(self, total: int) -> None:
+            heard.append(("expect", total))
+
+        def start(self, task: str, total: int) -> None:
+            heard.append((task, total))
+
+    with here.workspace() as workspace:
+        workspace.reporter = Heard()
+        with workspace.sources() as sources:
+            build_recipe(workspace, workspace.recipe(here / "two.toml"), sources)
+    (word, expected), *tasks = heard
+    assert word == "expect" and len(tasks) >= 3
+    assert expected == pytest.approx(sum(count for _, count in tasks), rel=0.05)
+
+
 def test_quick_work_shows_nothing(folder: Folder) -> None:
-    here = folder.beside("quick")
-    assert "[" not in CODELESS.sub("", shown(here, "store", "list")[1])
-
-
-CODELESS = re.compile(r"\x1b\[[0-9;]*m")
+    assert "\r" not in shown(folder.beside("quick"), "store", "path")[1]
 
 
 def test_progress_shows_within_a_second() -> None:

@@ -620,7 +620,7 @@ def test_an_interrupted_download_is_resumed(server: Server, store: Store, how: s
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(how)
-    assert process.wait(timeout=10) == (130 if how == signal.SIGINT else -signal.SIGKILL)
+    assert process.wait(timeout=60) == (130 if how == signal.SIGINT else -signal.SIGKILL)
     process.communicate()
     kept = set(leftovers(store))
     assert {name.rpartition(".")[2] for name in kept} >= {"journal"} and SHA256 not in kept
