@@ -399,7 +399,9 @@ def _compare(
         if piece is not None and shape == rule.shape:
             pieces[name] = piece
         elif full is not None and (
-            flat or (rank is not None and ranks.setdefault(name.partition(".")[0], rank) == rank)
+            flat
+            or (rank is not None and rule.optional)
+            or (rank is not None and ranks.setdefault(name.partition(".")[0], rank) == rank)
         ):
             names[name] = full
             if here != called:

@@ -105,6 +105,7 @@ ids = { shape = [1, 77], dtype = "I64", optional = true }
 "r.{x,y}" = { shape = [[-1, 2], [2, -1]], optional = true }
 """,
         keys=12,
+        parameters=119,
     )
     assert {n: r.shape for n, r in found.items()} == {
         "a.weight": (2, 3),

@@ -72,18 +72,30 @@ def configs(
 def _part(part: Part, tensors: Tensors) -> Config:
     try:
         derived = SHAPES[part.model][1](tensors) if part.model in SHAPES else {}
-        derived |= {key: _size(tensors, said) for key, said in part.sizes.items()}
+        for key, said in part.sizes.items():
+            if (size := _size(tensors, said)) is not None:
+                _put(derived, key, size)
     except (LookupError, ValueError, ZeroDivisionError) as error:
         fact = f"what the layout puts into `{part.folder}` is no `{part.model}`"
         raise CatalogError(Problem(fact, evidence=(f"it lacks {error}",))) from None
+    for key, value in part.config.items():
+        _put(derived, key, value)
     if part.library == "transformers":
-        return {"architectures": [part.model], **derived, **part.config}
-    return {"_class_name": part.model, "_diffusers_version": VERSION, **derived, **part.config}
+        return {"architectures": [part.model], **derived}
+    return {"_class_name": part.model, "_diffusers_version": VERSION, **derived}
+
+
+def _put(config: Config, key: str, value: Any) -> None:
+    """Set an entry, which may be inside of others."""
+    *outer, last = key.split(".")
+    for word in outer:
+        config = config.setdefault(word, {})
+    config[last] = value
 
 
 # What shapes tell: an extent, over another or a number; how many modules are numbered; and so on.
 _EXTENT = r"(\S+)\[(\d)\]"
-_SIZE = re.compile(rf"{_EXTENT}(?: / (?:{_EXTENT}|([1-9]\d{{0,5}})))?|(count|has|numbers|root) (\S+)")
+_SIZE = re.compile(rf"(if )?{_EXTENT}(?: / (?:{_EXTENT}|([1-9]\d{{0,5}})))?|(count|has|numbers|root) (\S+)")
 
 
 def is_size(said: str) -> bool:
@@ -91,14 +103,17 @@ def is_size(said: str) -> bool:
     return _SIZE.fullmatch(said) is not None
 
 
-def _size(tensors: Tensors, said: str) -> int | bool | list[int]:
-    """What words tell: `NAME[DIM]`, an extent, also `/` another or a number; `root NAME`, that of the places
-    which a table along its second dimension has; `count MODULE`, how many there are from `MODULE.0` on;
-    `numbers MODULE.*.INNER`, which of them have something inside; `has MODULE`.
+def _size(tensors: Tensors, said: str) -> int | bool | list[int] | None:
+    """What words tell: `NAME[DIM]`, an extent, also `/` another or a number; the same with `if`, None where
+    there is no such tensor; `root NAME`, that of the places which a table along its second dimension has;
+    `count MODULE`, how many there are; `numbers MODULE.*.INNER`, which of them have something inside;
+    `has MODULE`.
     """
     match = _SIZE.fullmatch(said)
     assert match is not None
-    name, dim, over, its_dim, number, word, module = match.groups()
+    maybe, name, dim, over, its_dim, number, word, module = match.groups()
+    if maybe is not None and name not in tensors:
+        return None
     if name is not None:
         below = tensors[over].shape[int(its_dim)] if over is not None else int(number or 1)
         return tensors[name].shape[int(dim)] // below

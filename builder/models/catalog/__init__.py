@@ -81,8 +81,8 @@ def load_catalog(extra: Sequence[Path] | None = None) -> Catalog:
     """The built-in catalog, and the folders of `extra` (default: those that CKPT_COMPONENTS names).
 
     What is in a user's own folders is checked at once; a built-in table is expanded when its tensors are
-    asked for, and layouts are read when there is one to convert. Called again with the same folders, it gives
-    the same object. Raises CatalogError.
+    asked for, as are the names that adapters use, and layouts are read when there is one to convert. Called
+    again with the same folders, it gives the same object. Raises CatalogError.
     """
     if extra is None:
         extra = [Path(p) for p in os.environ.get("CKPT_COMPONENTS", "").split(os.pathsep) if p]
@@ -109,6 +109,9 @@ def _load(extra: tuple[Path, ...]) -> Catalog:
             total += len(catalog.components[name].tensors)  # expands it
             if total > MAX_TENSORS:
                 table.fields.fail(f"the tables have more than {MAX_TENSORS:,} tensors in all")
+    for traits in catalog.traits.values():
+        if _own(traits.path) and traits.adapters is not None:
+            len(traits.adapters.names)  # expands them
     if any(_own(name) for _, name in reader.layouts) or any(
         a.diffusers for a in catalog.architectures.values() if _own(a.path)
     ):

@@ -5,13 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby, pairwise
-from math import prod
 from typing import Any, NamedTuple
 
 from builder.base.braces import escape
 from builder.base.errors import CatalogError, Problem
 from builder.models.catalog.reading import parse_table
-from builder.models.catalog.tables import RANK, TensorRule
+from builder.models.catalog.tables import TensorRule, elements
 
 ROWS = 12  # keys under one heading, beyond which its parts get headings of their own
 PAIRS = 4  # tensors of a module that share a line, such as a weight and its bias
@@ -53,10 +52,9 @@ def compress(tensors: Mapping[str, TensorRule], **fields: str) -> str:
         if any("\ud800" <= c <= "\udfff" for c in name):
             raise CatalogError(Problem(f"`{name}` is not Unicode text and cannot be written in TOML"))
     rows = fold(tensors)
-    shapes = [rule.shape for rule in tensors.values()]
     counts = [f"keys = {len(tensors):_}"]
-    if not any(RANK in shape for shape in shapes):
-        counts.append(f"parameters = {sum(map(prod, shapes)):_}")
+    if (total := elements(tensors.values())) is not None:
+        counts.append(f"parameters = {total:_}")
     head = [*(f"{key} = {_string(value)}" for key, value in fields.items()), *counts]
     flat = [(".".join(path), value) for path, value in rows]
     plain = [(escape(name), _value([rule])) for name, rule in tensors.items()]

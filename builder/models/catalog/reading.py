@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
-from math import isfinite, prod
+from math import isfinite
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
@@ -26,6 +27,7 @@ from builder.models.catalog.tables import (
     KnownFile,
     KnownMetric,
     KnownPart,
+    Later,
     ModelRule,
     ModelSpec,
     Names,
@@ -33,6 +35,7 @@ from builder.models.catalog.tables import (
     Scale,
     TensorRule,
     Traits,
+    elements,
 )
 from builder.tensors.lazy import BY_CODE
 
@@ -314,12 +317,11 @@ class Table:
     def _checksums(self, rules: Mapping[str, TensorRule]) -> None:
         if self.fields.get("keys") != len(rules):
             self._mismatch("keys", len(rules), "tensors")
-        shapes = [rule.shape for rule in rules.values()]
-        if any(RANK in shape for shape in shapes):
-            if self.fields.get("parameters") is not None:
-                self.fields.fail("a table with a rank has no number of `parameters`", "parameters")
-        elif self.fields.get("parameters") != (total := sum(map(prod, shapes))):
-            self._mismatch("parameters", total, "elements")
+        said, total = self.fields.get("parameters"), elements(rules.values())
+        if total is None and said is not None:
+            self.fields.fail("a table with a rank has no number of `parameters`", "parameters")
+        elif said != total:
+            self._mismatch("parameters", total or 0, "elements")
 
     def _mismatch(self, field: str, found: int, what: str) -> NoReturn:
         said = self.fields.get(field)
@@ -424,8 +426,8 @@ def _adapters(fields: Fields) -> Adapters | None:
     said = fields.inner("adapters", _ADAPTERS, "prefixes")
     if said is None:
         return None
-    names = other_names(said, "names")
     rules, within = said.get("rules"), said.get("within") or ""
+    names = Later(partial(other_names, said, "names"))
     return Adapters(said.strings("prefixes"), rules, within, names, _extracted(said))
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 V = TypeVar("V")
 
-RANK = -1  # as a dimension: the rank of a LoRA, which may be any number
+RANK = -1  # as a dimension: the rank of a LoRA, or any number in an optional tensor
 
 PARTS = ("unet", "vae", "clip")  # of a metric, in their order
 
@@ -38,6 +38,12 @@ class TensorRule(NamedTuple):
     shape: tuple[int, ...]
     dtype: str | None = None
     optional: bool = False
+
+
+def elements(rules: Iterable[TensorRule]) -> int | None:
+    """How many elements tensors have, optional ones of any size aside; None where a rank leaves it open."""
+    shapes = [r.shape for r in rules if not (r.optional and RANK in r.shape)]
+    return None if any(RANK in shape for shape in shapes) else sum(map(prod, shapes))
 
 
 class Scale(NamedTuple):
@@ -226,9 +232,9 @@ class Component:
     """One exact table of tensor names and shapes.
 
     `prefix` stands before the names in a full checkpoint, `alone` is how they are written in a file of the
-    component's own. `parameters` is the number of elements of all
-    tensors, the optional ones too, or None where a rank leaves it open. With a `naming`, the tensors are
-    those of the component `base` under other names, and `promote` leads from each name to that one. Those
+    component's own. `parameters` is the number of elements of all tensors, the optional ones too unless they
+    may be of any size, or None where a rank leaves it open. With a `naming`, the tensors are those of the
+    component `base` under other names, and `promote` leads from each name to that one. Those
     that are an average, kept for training beside the model, say of which class: `average_of`. `mislabelled`
     names differ from those that loaders expect in nothing but the prefix. `models` are the published models
     that have this very table, and `precision` is what such a component is published in.
