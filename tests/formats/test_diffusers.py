@@ -179,6 +179,7 @@ def test_every_name_leads_there_and_back(architecture: str) -> None:
     }
 
 
+@pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed:FutureWarning")
 @pytest.mark.parametrize("architecture", sorted(FAMILIES))
 def test_diffusers_own_models_have_these_names_and_shapes(architecture: str) -> None:
     family = FAMILIES[architecture]
@@ -187,6 +188,9 @@ def test_diffusers_own_models_have_these_names_and_shapes(architecture: str) -> 
     index = said["model_index.json"]
     assert issubclass(getattr(diffusers, index["_class_name"]), diffusers.DiffusionPipeline)
     for part, tensors in parts.items():
+        if not tensors:  # a text encoder that the architecture goes without
+            assert index[part] == [None, None]
+            continue
         config = said[f"{part}/config.json"]
         library, name = index[part]
         kind = getattr({"diffusers": diffusers, "transformers": transformers}[library], name)

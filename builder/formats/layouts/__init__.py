@@ -40,7 +40,8 @@ class Layout:
     those of `ranks` have as many dimensions. `pipelines` are pipelines by the channels that the first part
     takes, `pipeline` is any other. `pixels` are those it was trained on, `pixels_v` where it predicts v.
     `index` and `absent` are entries of the model's index; `scheduler` is a configuration, to which
-    `plain` adds where the noise schedule leaves some of the picture, and `zero_snr` where it does not.
+    `plain` adds where the noise schedule leaves some of the picture, `zero_snr` where it does not, and each
+    of `unless` where no `FOLDER/NAME` begins as its key.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Layout:
     scheduler: Mapping[str, Any]
     plain: Mapping[str, Any]
     zero_snr: Mapping[str, Any]
+    unless: Mapping[str, Mapping[str, Any]]
 
     def fits(self, ranks: Mapping[str, int]) -> bool:
         """Whether tensors, of so many dimensions by `FOLDER/NAME`, are a model in this layout."""

@@ -36,6 +36,9 @@ def configs(
     """
     pixels = (layout.pixels_v if prediction == "v" else None) or layout.pixels
     said = {**layout.scheduler, **(layout.zero_snr if zero_snr else layout.plain)}
+    held = [f"{folder}/{name}" for folder, tensors in parts.items() for name in tensors]
+    for start, more in layout.unless.items():
+        said |= {} if any(name.startswith(start) for name in held) else more
     scheduler: Config = {"_diffusers_version": VERSION, **said}
     if "beta_schedule" in said:  # of flow matching there is no other kind
         kind = "v_prediction" if prediction == "v" else "epsilon"
@@ -48,12 +51,12 @@ def configs(
     }
     made: dict[str, Config] = {MODEL_INDEX: index, SCHEDULER: scheduler}
     for part in layout.parts:
-        held = bool(parts[part.folder])
-        index[part.folder] = [part.library, part.model] if held else [None, None]
-        if held:
+        here = bool(parts[part.folder])
+        index[part.folder] = [part.library, part.model] if here else [None, None]
+        if here:
             made[f"{part.folder}/config.json"] = _part(part, parts[part.folder])
         if part.tokenizer is not None:
-            words = held and tokenizers
+            words = here and tokenizers
             index[part.tokenizer] = ["transformers", "CLIPTokenizer"] if words else [None, None]
             for name, config in _tokenizer(part.padding).items() if words else ():
                 made[f"{part.tokenizer}/{name}"] = config
@@ -236,6 +239,7 @@ def _depth(tensors: Tensors, module: str) -> int:
 SHAPES: dict[str, tuple[str, Callable[[Tensors], Config]]] = {
     "UNet2DConditionModel": ("diffusers", _unet),
     "AutoencoderKL": ("diffusers", _vae),
+    "AutoencoderKLFlux2": ("diffusers", _vae),
     "CLIPTextModel": ("transformers", _text_encoder),
     "CLIPTextModelWithProjection": ("transformers", _text_encoder),
 }

@@ -31,6 +31,7 @@ _LAYOUT = {
     "scheduler": dict,
     "plain": dict,
     "zero_snr": dict,
+    "unless": dict,
     "parts": dict,
 }
 _PART = {
@@ -149,13 +150,16 @@ def _layout(
         if key not in held(key).table:
             chain[0].fail(f"`{key}` is missing")
     said: dict[str, Any] = {
-        key: held(key).get(key) or {} for key in ("index", "scheduler", "plain", "zero_snr")
+        key: held(key).get(key) or {} for key in ("index", "scheduler", "plain", "zero_snr", "unless")
     }
     for key in said:
         _json(held(key), key)
     for key in ("plain", "zero_snr"):
         if "_class_name" not in said["scheduler"] | said[key]:
             held(key).fail("the scheduler has no `_class_name`", key)
+    for start, more in said["unless"].items():
+        if not isinstance(more, dict):
+            held("unless").fail(f"`{start}` is not a table", "unless", start, value=True)
     ranks = held("ranks").get("ranks") or {}
     for name, rank in ranks.items():
         if type(rank) is not int:
