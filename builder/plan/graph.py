@@ -183,7 +183,7 @@ class Container:
 
     `nesting` is where in a PyTorch file the tensors lie. `stem` begins the names of a set's files, of at most
     `shard_size` bytes of tensors. All else is for a folder in the diffusers layout of this name: what its
-    scheduler is told, and the files of its tokenizer.
+    scheduler is told, the files of its tokenizers by their path, and which tokenizers are `lacking`.
     """
 
     form: Form = "safetensors"
@@ -194,6 +194,7 @@ class Container:
     prediction: Predicted = "epsilon"
     zero_snr: bool = False
     vocabulary: Mapping[str, bytes] = field(default_factory=dict)
+    lacking: tuple[str, ...] = ()
 
     @property
     def single(self) -> bool:
@@ -203,7 +204,7 @@ class Container:
     def params(self) -> dict[str, Any]:
         """What decides the bytes, as data of a key."""
         words = {n: hashlib.sha256(data).hexdigest() for n, data in self.vocabulary.items()}
-        return {**asdict(self), "vocabulary": words}
+        return {k: v for k, v in asdict(self).items() if k != "lacking"} | {"vocabulary": words}
 
 
 @dataclass(frozen=True)

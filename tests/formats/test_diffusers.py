@@ -131,7 +131,9 @@ def vocabulary(folder: Path) -> dict[str, bytes]:
     folder.mkdir()
     for name, data in made.items():
         (folder / name).write_bytes(data)
-    return made
+    return {
+        f"{tokenizer}/{n}": data for tokenizer in ("tokenizer", "tokenizer_2") for n, data in made.items()
+    }
 
 
 @pytest.fixture
@@ -184,7 +186,7 @@ def test_every_name_leads_there_and_back(architecture: str) -> None:
 def test_diffusers_own_models_have_these_names_and_shapes(architecture: str) -> None:
     family = FAMILIES[architecture]
     parts, _ = LAYOUTS[family].to_diffusers(specs(architecture))
-    said = configs(LAYOUTS[family], parts, prediction="epsilon", tokenizers=True)
+    said = configs(LAYOUTS[family], parts, prediction="epsilon", tokenizers=["tokenizer"])
     index = said["model_index.json"]
     assert issubclass(getattr(diffusers, index["_class_name"]), diffusers.DiffusionPipeline)
     for part, tensors in parts.items():
@@ -647,11 +649,16 @@ def test_what_the_original_lacks_is_named(tmp_path: Path) -> None:
     del more[lost]
     write(path, {**more, "text_model.embeddings.position_ids": values([0, 1], "<i8")}, durable=False)
     (tmp_path / "safety_checker").mkdir()
+    shutil.copytree(tmp_path / "vae", tmp_path / "vae_2")
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    known = ["diffusers", "AutoencoderKL"]
+    (tmp_path / "model_index.json").write_text(json.dumps({**index, "vae_2": known, "..": known, ".": known}))
     with open_checkpoint(tmp_path, LAYOUTS) as found:
         assert set(found.others) == {
             "text_encoder_2/text_model.embeddings.position_ids",
             "text_encoder_2/text_model.encoder.layers.3.self_attn.q_proj.bias",
             "text_encoder_2/text_model.encoder.layers.3.self_attn.v_proj.bias",
             "safety_checker",
+            "vae_2",
         }
         assert "conditioner.embedders.1.model.transformer.resblocks.3.attn.in_proj_bias" not in found

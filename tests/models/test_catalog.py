@@ -378,6 +378,12 @@ PART = '[layouts.x]\nextends = "SD-v1"\n[layouts.x.parts.vae]\n'
             PART + 'model = "X"\nprefix = ""\nrules = "VAE-v7"',
             "unknown rules `VAE-v7`",
         ),
+        ("diffusers.toml", PART + 'tokenizer = ".."', "`..` is no folder of a model"),
+        (
+            "diffusers.toml",
+            '[layouts.x]\nextends = "SD-v1"\n[layouts.x.parts.".."]',
+            "`..` is no folder of a model",
+        ),
     ],
 )
 def test_errors_in_other_files(tmp_path: Path, file: str, text: str, fact: str) -> None:

@@ -17,8 +17,8 @@ class Part:
     """A part of a model: its folder in diffusers' layout, and its prefix in an original file.
 
     `model` is the class that loads it, of `library`; `config` what shapes do not say of it, `sizes` how they
-    say the rest. `tokenizer` is the folder of the one that the part needs, which fills up with the token
-    `padding`.
+    say the rest. `tokenizer` is the folder of the one that the part needs, of the class `tokenizer_model`:
+    CLIP's, which fills up with the token `padding`, or another.
     """
 
     folder: str
@@ -29,6 +29,7 @@ class Part:
     config: Mapping[str, Any] = field(default_factory=dict)
     sizes: Mapping[str, str] = field(default_factory=dict)
     tokenizer: str | None = None
+    tokenizer_model: str = "CLIPTokenizer"
     padding: str = ""
 
 

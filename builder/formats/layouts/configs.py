@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from math import gcd, isqrt
 from typing import Any, Literal
 
@@ -27,12 +27,12 @@ def configs(
     *,
     prediction: Prediction,
     zero_snr: bool = False,
-    tokenizers: bool = False,
+    tokenizers: Collection[str] = (),
 ) -> dict[str, Config]:
     """Every configuration file of a model, by its path in the folder.
 
     `parts` are the tensors by diffusers' folder and name; `zero_snr`: the noise schedule ends in nothing
-    but noise. Without `tokenizers` the folder says that it has none, and a loader asks for them.
+    but noise. Of other tokenizers than `tokenizers` the folder says that it has none: a loader asks for them.
     """
     pixels = (layout.pixels_v if prediction == "v" else None) or layout.pixels
     said = {**layout.scheduler, **(layout.zero_snr if zero_snr else layout.plain)}
@@ -56,9 +56,9 @@ def configs(
         if here:
             made[f"{part.folder}/config.json"] = _part(part, parts[part.folder])
         if part.tokenizer is not None:
-            words = here and tokenizers
-            index[part.tokenizer] = ["transformers", "CLIPTokenizer"] if words else [None, None]
-            for name, config in _tokenizer(part.padding).items() if words else ():
+            words = part.tokenizer in tokenizers
+            index[part.tokenizer] = ["transformers", part.tokenizer_model] if words else [None, None]
+            for name, config in _tokenizer(part.padding).items() if words and part.padding else ():
                 made[f"{part.tokenizer}/{name}"] = config
     first = made.get(f"{layout.parts[0].folder}/config.json", {})
     index["_class_name"] = layout.pipelines.get(str(first.get("in_channels")), layout.pipeline)

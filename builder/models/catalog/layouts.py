@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from builder.base.errors import CatalogError, did_you_mean
+from builder.base.inside import is_name
 from builder.base.toml import load
 from builder.formats.layouts import Layout, Part
 from builder.formats.layouts.configs import SHAPES, is_size
@@ -41,6 +42,7 @@ _PART = {
     "rules": str,
     "config": dict,
     "tokenizer": str,
+    "tokenizer_model": str,
     "padding": str,
 }
 MAX_RULES = 100_000  # of all layouts
@@ -198,7 +200,7 @@ def _part(
 ) -> Part:
     """A part of a layout: what the layout says of it, and the rest from those that it extends."""
     said = [Fields(f.document, (*f.keys, "parts", folder), _PART) for f in chain]
-    if Path(folder).name != folder:
+    if not is_name(folder):
         said[0].fail(f"`{folder}` is no folder of a model")
     for key in ("model", "prefix", "rules"):
         if key not in _held(said, key).table:
@@ -214,6 +216,9 @@ def _part(
         fact = f"which library has `{model}` is not known"
         _held(said, "model").fail(fact, "model", value=True, hint=hint)
     _json(_held(said, "config"), "config")
+    tokenizer = _held(said, "tokenizer").get("tokenizer")
+    if tokenizer is not None and not is_name(tokenizer):
+        _held(said, "tokenizer").fail(f"`{tokenizer}` is no folder of a model", "tokenizer", value=True)
     return Part(
         folder,
         _held(said, "prefix").get("prefix"),
@@ -222,6 +227,7 @@ def _part(
         library,
         {**known.config, **(_held(said, "config").get("config") or {})},
         known.sizes,
-        _held(said, "tokenizer").get("tokenizer"),
+        tokenizer,
+        _held(said, "tokenizer_model").get("tokenizer_model") or "CLIPTokenizer",
         _held(said, "padding").get("padding") or "",
     )
