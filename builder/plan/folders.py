@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 _CLIP = ("vocab.json", "merges.txt")  # the words of CLIP's tokenizer, which are in no checkpoint
 _TOKENIZER = (  # the files of any other, as they are
-    *_CLIP,
     "tokenizer.json",
+    *_CLIP,
     "tokenizer.model",
     "spiece.model",
     "tokenizer_config.json",
@@ -61,21 +61,23 @@ def find_prediction(name: str, told: Told, layout: Layout) -> Prediction | Probl
 def vocabulary_files(folder: Path, layout: Layout) -> dict[str, str]:
     """The files of a layout's tokenizers, by their path in a model's folder: their path below `folder`.
 
-    That is a model's folder, which has its tokenizers in their own, or one that holds CLIP's vocabulary
-    itself. Of that, both files are named where one is there.
+    That is a model's folder, which has its tokenizers in their own, or one that holds CLIP's vocabulary or
+    the model's only tokenizer itself. Of CLIP's, both files are named where one is there; where there is no
+    tokenizer at all, a file that is looked for.
     """
     found: dict[str, str] = {}
-    for part in layout.parts:
-        own = part.tokenizer
-        if own is None:
-            continue
-        names = _CLIP if part.padding else _TOKENIZER
-        for home in (f"{own}/", "") if part.padding else (f"{own}/",):
+    looked: list[tuple[str, str]] = []
+    parts = [(p.tokenizer, bool(p.padding)) for p in layout.parts if p.tokenizer is not None]
+    for own, clip in parts:
+        names = _CLIP if clip else _TOKENIZER
+        homes = (f"{own}/", "") if clip or len(parts) == 1 else (f"{own}/",)
+        for home in homes:
             here = [name for name in names if os.path.isfile(folder / home / name)]  # noqa: PTH113 - raises nothing
             if here:
-                found |= {f"{own}/{name}": home + name for name in (names if part.padding else here)}
+                found |= {f"{own}/{name}": home + name for name in (names if clip else here)}
                 break
-    return found
+        looked.append((f"{own}/{names[0]}", homes[-1] + names[0]))
+    return found or dict(looked[:1])
 
 
 def lacking(layout: Layout, vocabulary: Iterable[str]) -> tuple[str, ...]:
@@ -84,12 +86,16 @@ def lacking(layout: Layout, vocabulary: Iterable[str]) -> tuple[str, ...]:
     return tuple(p.tokenizer for p in layout.parts if p.tokenizer is not None and p.tokenizer not in held)
 
 
+def no_tokenizer(layout: Layout) -> Problem:
+    """That a layout has no place for a tokenizer."""
+    return Problem(f"a folder of {layout.name} is written without its tokenizer")
+
+
 def read_vocabulary(folder: Path, layout: Layout) -> dict[str, bytes]:
     """The files of a layout's tokenizers, by their path in a model's folder; raises OSError, with words to
     show and the file's name."""
-    files = vocabulary_files(folder, layout)
     found = {}
-    for path, file in (files or {_CLIP[0]: _CLIP[0]}).items():
+    for path, file in vocabulary_files(folder, layout).items():
         try:
             found[path] = read_bounded(folder / file, MAX_VOCABULARY)
         except OSError as error:

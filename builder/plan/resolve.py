@@ -21,7 +21,14 @@ from builder.operations import OPERATIONS
 from builder.operations.registry import Operation
 from builder.operations.weights import patterns
 from builder.plan.components import Components, Told
-from builder.plan.folders import find_layout, find_prediction, lacking, read_vocabulary, vocabulary_files
+from builder.plan.folders import (
+    find_layout,
+    find_prediction,
+    lacking,
+    no_tokenizer,
+    read_vocabulary,
+    vocabulary_files,
+)
 from builder.plan.graph import (
     CHECKPOINT,
     Beside,
@@ -282,6 +289,8 @@ class _Resolver(Components):
         folder = self.recipe.path.parent if self.recipe.path else Path()
         place = self.recipe.place(*output.at, "tokenizer", value=True)
         files = vocabulary_files(folder / output.tokenizer, layout).values()
+        if not files:
+            raise RecipeError(replace(no_tokenizer(layout), place=place, hint="leave `tokenizer` out"))
         for name in ("", *(f"/{file}" for file in files)) if self.recipe.path else ():
             if (why := leads_out(folder, f"{output.tokenizer}{name}")) is not None:
                 raise RecipeError(outside(output.tokenizer, why, place))

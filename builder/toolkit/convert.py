@@ -15,7 +15,7 @@ from builder.formats.checkpoint import Checkpoint
 from builder.models.catalog import Architecture
 from builder.models.cut import foreign
 from builder.models.prediction import prediction as find_told
-from builder.plan.folders import find_layout, find_prediction, lacking, vocabulary_files
+from builder.plan.folders import find_layout, find_prediction, lacking, no_tokenizer, vocabulary_files
 from builder.recipe.names import SINGLE, Form, form_of, recipe_name
 from builder.sources.opened import OpenSource, Sources
 from builder.toolkit.command_recipe import CommandRecipe, run
@@ -132,11 +132,12 @@ def _tokenizer(given: Path | None, source: Path, layout: Layout) -> tuple[Path, 
     """The folder with the files of tokenizers, the one given, else the source's own; and those files."""
     folder = given if given is not None else source
     files = vocabulary_files(folder, layout)
-    needed = files.values() or ("vocab.json",)
-    absent = [n for n in needed if not os.path.isfile(folder / n)]  # noqa: PTH113 - which raises nothing
+    if given is not None and not files:
+        raise UsageError(replace(no_tokenizer(layout), hint="leave `--tokenizer` out"))
+    absent = [n for n in files.values() if not os.path.isfile(folder / n)]  # noqa: PTH113 - which raises nothing
     if not absent or given is None:
         return folder, {} if absent else files
-    hint = "give a model's folder in diffusers' layout, or that of its CLIP tokenizer"
+    hint = "give a model's folder in diffusers' layout, or its folder `tokenizer`"
     raise UsageError(Problem(f"`{folder}` holds no `{absent[0]}`", hint=hint))
 
 

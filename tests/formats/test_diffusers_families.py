@@ -395,6 +395,11 @@ def test_a_denoiser_alone_is_known_in_diffusers_names(tmp_path: Path, family: st
 
 # ── whole pipelines ──
 
+RECIPE = (
+    'format = 1\nname = "x"\nbase = "one"\nsources.one.file = "one.safetensors"\n'
+    '[output]\nfile = "x/"\nverbatim = true\nprecision = "keep"\n'
+)
+
 
 def in_files(folder: Path) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in files(folder) if (folder / name).is_file()}
@@ -449,19 +454,38 @@ def test_a_tokenizer_that_is_not_there_is_named(tmp_path: Path) -> None:
     tokenizers(folder / "words", LAYOUTS["Chroma"])  # T5's, under the name that it has there
     said = folder("convert", "one.safetensors", "-o", "other", "--tokenizer", "words/tokenizer")
     assert said.code == 2 and "`words/tokenizer` holds no `vocab.json`" in said.err, said.err
-    recipe = (
-        'format = 1\nname = "x"\nbase = "one"\nsources.one.file = "one.safetensors"\n'
-        '[output]\nfile = "x/"\nverbatim = true\nprecision = "keep"\n'
-    )
-    folder.write("x.toml", f'{recipe}tokenizer = "words"\n')
+    folder.write("x.toml", f'{RECIPE}tokenizer = "words"\n')
     said = folder("build", "x.toml")
     assert said.code == 0 and "without `tokenizer_2`, whose" in said.err, said.err
     assert in_files(folder / "x") == in_files(folder / "clip")
     (folder / "words/tokenizer_2").symlink_to(tmp_path)
     (tmp_path / "spiece.model").write_bytes(b"the user's own")
-    folder.write("y.toml", f'{recipe.replace("x/", "y/")}tokenizer = "words"\n')
+    folder.write("y.toml", f'{RECIPE.replace("x/", "y/")}tokenizer = "words"\n')
     said = folder("build", "y.toml")
     assert said.code == 3 and "a link leads out" in said.err, said.err
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_only_tokenizer_may_be_given_by_itself(tmp_path: Path) -> None:
+    folder = published(tmp_path, "Z-Image")
+    assert folder("convert", "model", "-o", "one.safetensors").code == 0
+    tokenizers(folder / "model", LAYOUTS["Z-Image"])
+    said = folder("convert", "one.safetensors", "-o", "a", "--tokenizer", "model/tokenizer")
+    assert said.code == 0 and "tokenizer" not in said.err
+    assert in_files(folder / "a/tokenizer") == in_files(folder / "model/tokenizer")
+    said = folder("convert", "one.safetensors", "-o", "b", "--tokenizer", "model/vae")
+    assert said.code == 2 and "`model/vae` holds no `tokenizer.json`" in said.err
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_where_there_is_no_tokenizer_none_is_taken(tmp_path: Path) -> None:
+    folder = published(tmp_path, "FLUX2")
+    assert folder("convert", "model", "-o", "one.safetensors").code == 0
+    said = folder("convert", "one.safetensors", "-o", "a", "--tokenizer", "model")
+    assert said.code == 2 and "a folder of FLUX2 is written without its tokenizer" in said.err
+    folder.write("x.toml", f'{RECIPE}tokenizer = "model"\n')
+    said = folder("build", "x.toml")
+    assert said.code == 3 and "a folder of FLUX2 is written without its tokenizer" in said.err
 
 
 @pytest.mark.filterwarnings("ignore")
