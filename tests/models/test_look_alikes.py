@@ -6,8 +6,8 @@ import pytest
 
 from builder.models.catalog import load_catalog
 from builder.models.identify import identify
-from builder.tensors.lazy import LazyTensor
-from tests.models.test_identify import named, tensors
+from builder.tensors.lazy import DType
+from tests.models.test_identify import Unread, named, tensors
 
 CATALOG = load_catalog(())
 
@@ -37,7 +37,7 @@ ALIKE = [
         "UNET-XL-Refiner",
     ),
     ("UNET-v1-SD", "UNET-v2-SD", "UNET-SVD"),
-    ("VAE-v1-SD", "VAE-v3-SD", "VAE-SVD", "VAE-FLUX2"),
+    ("VAE-v1-SD", "VAE-v3-SD", "VAE-SVD", "VAE-FLUX2", "VAE-FLUX2-Comfy"),
     ("AnimateDiff-v1", "AnimateDiff-v2", "AnimateDiff-v3", "AnimateDiff-XL-beta"),
     ("ControlNet-XL-diffusers", "ControlNet-XL-Union-diffusers", "ControlNet-XL-UnionPromax-diffusers"),
     (
@@ -104,6 +104,8 @@ def test_a_motion_module_without_its_positions_is_whole() -> None:
         ("FLUX", "DIT-FLUX-Control"),
         ("Chroma", "DIT-Chroma"),
         ("FLUX2", "DIT-FLUX2-dev"),
+        ("FLUX2-Klein-9B", "DIT-FLUX2-Klein-9B"),
+        ("FLUX2-Klein-4B", "DIT-FLUX2-Klein-4B"),
         ("FLUX3-Klein", "DIT-FLUX3-Klein"),
         ("FLUX3-Klein", "DIT-FLUX3-Klein-base"),
         ("SD-v3", "MMDIT-v3-SD"),
@@ -135,6 +137,8 @@ PLACES = {
     ),
     "Chroma": ("vae.decoder.", "text_encoders.t5xxl.transformer."),
     "FLUX2": ("vae.bn.",),
+    "FLUX2-Klein-9B": ("vae.encoder.quant_conv.", "text_encoders.qwen3_8b.transformer.model."),
+    "FLUX2-Klein-4B": ("vae.decoder.post_quant_conv.", "text_encoders.qwen3_4b.transformer.model."),
     "FLUX3-Klein": ("vae.bn.",),
     "SD-v3": (
         "first_stage_model.decoder.",
@@ -155,12 +159,22 @@ def test_parts_lie_where_programs_look_for_them(architecture: str) -> None:
         assert any(name.startswith(start) for name in whole), start
 
 
-@pytest.mark.parametrize("size", ["SD-v3", "SD-v35-Large", "SD-v35-Medium"])
-def test_sd_v3_is_whole_without_its_text_encoders(size: str) -> None:
-    def held(architecture: str) -> dict[str, LazyTensor]:
-        slots = CATALOG.architecture(architecture).slots
-        return tensors(*(CATALOG.component_for(slot, architecture).name for slot in slots))
+@pytest.mark.parametrize(
+    "architecture", ["SD-v3", "SD-v35-Large", "SD-v35-Medium", "FLUX2-Klein-9B", "Chroma"]
+)
+def test_text_encoders_may_be_in_files_of_their_own(architecture: str) -> None:
+    slots = CATALOG.architecture(architecture).slots
+    parts = [CATALOG.component_for(slot, architecture).name for slot in slots]
+    for count in range(2, len(parts) + 1):
+        found = identify(tensors(*parts[:count]), CATALOG)
+        assert (found.architecture, found.intact) == (architecture, True)
+        assert named(found) == parts[:count] and found.absent == slots[count:]
 
-    for name in (size, f"{size}-NoT5", f"{size}-NoText"):
-        found = identify(held(name), CATALOG)
-        assert (found.architecture, found.intact) == (name, True)
+
+def test_what_training_leaves_in_flux_3_is_junk() -> None:
+    left = "model.diffusion_model.repa_projectors.0.0.weight"
+    held = tensors("DIT-FLUX3-Klein", "VAE-FLUX2") | {left: Unread(DType.BF16, (8, 8))}
+    found = identify(held, CATALOG)
+    assert found.intact and found.junk == (left,) and not found.companions
+    alone = tensors("DIT-FLUX3-Klein", bare=True) | {"repa_projectors.0.0.weight": Unread(DType.BF16, (8, 8))}
+    assert identify(alone, CATALOG).junk == ("repa_projectors.0.0.weight",)

@@ -58,13 +58,13 @@ parameters = 84
 [Tiny-v9]
 slots = ["DENOISER-tiny", "TEXT-tiny"]
 aliases = ["T9"]
-precision = "bf16"
 diffusers = "Tiny"
 modelspec = { architecture = "tiny-v9", resolution = 64, v = "tiny-v9-v", resolution_v = 96 }
 sidecars_v = { a1111 = "tiny-v.yaml" }
 """,
     "classes.toml": """\
 [DENOISER-tiny]
+precision = "bf16"
 metric = { part = "unet", base = 1.0, k = 100, having = ["block.0."] }
 blocks = { "block.{0..2}." = "A{0..2}" }
 [TEXT-tiny]
@@ -96,12 +96,12 @@ model = "CLIPTiny"
 library = "transformers"
 prefix = "text.model."
 rules = "TEXT-tiny"
-[rules.DENOISER-tiny.same]
+[rules.DENOISER-tiny.names]
 "block.{0,1}" = "layers.{0,1}"
 [rules.TEXT-tiny]
 without = ["embeddings.position_ids"]
-[rules.TEXT-tiny.transpose]
-"embed.weight" = "table.weight"
+[rules.TEXT-tiny.names]
+"embed.weight" = "transposed table.weight"
 """,
     "tiny-v.yaml": "parameterization: v\n",
 }

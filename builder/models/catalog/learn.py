@@ -55,7 +55,7 @@ def compress(tensors: Mapping[str, TensorRule], **fields: str) -> str:
     counts = [f"keys = {len(tensors):_}"]
     if (total := elements(tensors.values())) is not None:
         counts.append(f"parameters = {total:_}")
-    head = [*(f"{key} = {_string(value)}" for key, value in fields.items()), *counts]
+    head = [*(f"{key} = {string(value)}" for key, value in fields.items()), *counts]
     flat = [(".".join(path), value) for path, value in rows]
     plain = [(escape(name), _value([rule])) for name, rule in tensors.items()]
     # A heading may take another meaning than the name it stems from, and braces may become too many.
@@ -155,12 +155,12 @@ def _body(sections: Iterable[tuple[str, list[tuple[str, str]]]]) -> Iterator[str
     for heading, rows in sections:
         yield ""
         bare = re.fullmatch("[A-Za-z0-9_-]+", heading)
-        yield f"[tensors.{heading if bare else _string(heading)}]" if heading else "[tensors]"
+        yield f"[tensors.{heading if bare else string(heading)}]" if heading else "[tensors]"
         for key, value in rows:
-            yield f"{_string(key)} = {value}"
+            yield f"{string(key)} = {value}"
 
 
-def _string(text: str) -> str:
+def string(text: str) -> str:
     """A TOML string in which all that does not print is escaped: it may go to a terminal."""
     return '"' + "".join(_character(c) for c in text) + '"'
 

@@ -11,7 +11,7 @@ from math import isfinite
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
-from builder.base.braces import BraceError, expand
+from builder.base.braces import BraceError, beginnings, expand
 from builder.base.errors import CatalogError, Place, Problem, did_you_mean
 from builder.base.toml import Document, Keys, load, parse
 from builder.base.words import fits_pattern
@@ -52,7 +52,7 @@ MAX_DIMS = 64
 MAX_RULES = 100_000  # other names of a class's modules
 MAX_PREFIXES = 100
 MAX_BLOCKS_IN_ALL = 100_000  # of all classes
-MAX_PATTERNS = 500  # that tell kinds of files; those built in are 170
+MAX_PATTERNS = 500  # that tell kinds of files; those built in are about 180
 MAX_BLOCKS = 1000  # of a class; the largest known have some dozens
 
 _COMPONENT = {
@@ -62,6 +62,7 @@ _COMPONENT = {
     "alone": dict,
     "note": str,
     "models": list,
+    "marks": dict,
     "precision": str,
     "extends": str,
     "without": list,
@@ -76,8 +77,8 @@ _COMPONENT = {
 _ARCHITECTURE = {
     "slots": list,
     "aliases": list,
+    "may_lack": list,
     "only": list,
-    "precision": str,
     "modelspec": dict,
     "diffusers": str,
     "sidecars_v": dict,
@@ -86,7 +87,7 @@ _ARCHITECTURE = {
     "note": str,
 }
 _ALONE = {"prefix": str, "without": str}
-_PREFIXES = {"prefixes": list, "wrappers": list}
+_PREFIXES = {"prefixes": list, "wrappers": list, "respelt": dict}
 _MODELSPEC = {"architecture": str, "v": str, "resolution": int, "resolution_v": int}
 _CLASS = {
     "metric": dict,
@@ -97,6 +98,7 @@ _CLASS = {
     "widens": str,
     "fixes": list,
     "blocks": dict,
+    "lists": list,
     "constants": list,
     "adapters": dict,
 }
@@ -133,7 +135,7 @@ _KIND = {
     "last": list,
     "rows": int,
 }
-_MODEL = {"name": str, "of": list, "said": list, "any": list, "sizes": dict}
+_MODEL = {"name": str, "of": list, "said": list, "any": list, "all": list, "sizes": dict}
 _PART = {"name": str, "class": str, "blake3": str, "note": str, "fix": str}
 _NUMBERS = ("shape", "last")  # fields that are lists of them
 _WORDS = {
@@ -240,6 +242,20 @@ class Table:
     name: str
     extends: str | None
     naming: str | None
+
+    def beginnings(self, without: str = "") -> set[str]:
+        """What the names of its own tensors, less a word that they may begin with, have before their first
+        dots; few are expanded for that."""
+        found: set[str] = set()
+        for pattern, keys, _ in _leaves(self.fields.get("tensors") or {}, "", ("tensors",)):
+            try:
+                if set("{\\") & set(pattern[: len(without)]):
+                    found |= {n.removeprefix(without).partition(".")[0] for n in expand(pattern)[0]}
+                else:
+                    found |= beginnings(pattern.removeprefix(without))
+            except BraceError as wrong:
+                self.fields.fail(str(wrong), *keys)
+        return found
 
     def expand(self, base: Mapping[str, TensorRule]) -> dict[str, TensorRule]:
         """The tensors: those of `base` without some, under the naming, then the table's own.
@@ -355,6 +371,12 @@ def _table(document: Document) -> Table:
     for key in ("name", "class"):
         if (said := fields.get(key)) is not None and not is_plain(said):
             fields.fail(f"`{key}` is no word that files can be named by", key, value=True)
+    for marker, model in fields.texts("marks").items():
+        if not _is_name(model):
+            fields.fail(f"`{marker}` is of no model", "marks", marker, value=True)
+    for index, model in enumerate(fields.strings("models")):
+        if not _is_name(model):
+            fields.fail("`models` holds a word that cannot be shown", "models", index, value=True)
     naming = fields.get("naming")
     if naming is not None and naming not in NAMINGS:
         fields.fail(f"unknown naming `{naming}`", "naming", value=True, hint=did_you_mean(naming, NAMINGS))
@@ -381,17 +403,21 @@ def alone(fields: Fields) -> Names | None:
     return Names(**said.table) if said is not None else None
 
 
-def read_prefixes(path: Path, name: str) -> tuple[list[str], list[str]]:
-    """What may stand before the names of a component, and what wrappers put behind that."""
+def read_prefixes(path: Path, name: str) -> tuple[list[str], list[str], dict[str, str]]:
+    """What may stand before the names of a component, what wrappers put behind that, and what names may
+    begin with in place of what the tables have."""
     fields = Fields(load(path, CatalogError, name), (), _PREFIXES)
     found: list[list[str]] = []
-    for key in _PREFIXES:
+    for key in ("prefixes", "wrappers"):
         found.append([])
         for index, pattern in enumerate(fields.strings(key)):
             found[-1] += fields.expand(pattern, key, index)[0]
             if len(found[-1]) > MAX_PREFIXES or "" in found[-1]:
                 fields.fail(f"`{key}` holds nothing, or more than {MAX_PREFIXES}", key, index, value=True)
-    return found[0], found[1]
+    respelt = fields.texts("respelt")
+    if len(respelt) > MAX_PREFIXES or "" in respelt:
+        fields.fail(f"`respelt` holds nothing, or more than {MAX_PREFIXES}", "respelt")
+    return found[0], found[1], respelt
 
 
 def read_classes(path: Path, name: str) -> Iterator[tuple[str, Traits, Fields]]:
@@ -403,6 +429,7 @@ def read_classes(path: Path, name: str) -> Iterator[tuple[str, Traits, Fields]]:
             scale=_scale(fields),
             fixes=fields.strings("fixes"),
             block_of=_blocks(fields),
+            lists=fields.strings("lists"),
             constants=fields.strings("constants"),
             adapters=_adapters(fields),
             widens=fields.get("widens"),
@@ -412,6 +439,8 @@ def read_classes(path: Path, name: str) -> Iterator[tuple[str, Traits, Fields]]:
             unquantized=_several(fields, "unquantized"),
             path=name,
         )
+        if traits.lists and not traits.blocks:
+            fields.fail("`lists` needs `blocks`", "lists")
         yield cls, traits, fields
 
 
@@ -527,13 +556,17 @@ def read_architectures(path: Path, name: str) -> Iterator[tuple[Architecture, Fi
             fields.fail("an architecture's name is no word that files can be named by")
         if not slots or len(set(slots)) < len(slots):
             fields.fail("`slots` does not name each class once", "slots", value=True)
+        for index, slot in enumerate(fields.strings("may_lack")):
+            if slot not in slots[1:]:
+                hint = did_you_mean(slot, slots[1:])
+                fields.fail(f"`{slot}` is none of the slots after the first", "may_lack", index, hint=hint)
         yield (
             Architecture(
                 name=key,
                 slots=slots,
                 aliases=fields.strings("aliases"),
+                may_lack=fields.strings("may_lack"),
                 only=fields.strings("only"),
-                precision=fields.precision(),
                 modelspec=modelspec(fields),
                 diffusers=fields.get("diffusers"),
                 sidecars_v=_beside(fields, "sidecars_v", path),
@@ -662,6 +695,7 @@ def _model(fields: Fields) -> ModelRule:
         fields.strings("of"),
         fields.strings("said"),
         Patterns(fields.strings("any")),
+        tuple(Patterns([p]) for p in fields.strings("all")),
         tuple((Patterns([pattern]), size) for pattern, size in sizes.items()),
     )
 
