@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from builder.base.errors import Place, Problem
@@ -19,6 +20,7 @@ from builder.sources.job import SourceJob
 from builder.tensors.cast import Narrow, NonFinite, Overflow, Precision
 from builder.tensors.digests import expression_key
 from builder.tensors.lazy import DType, LazyTensor
+from builder.tensors.packed.encode import Quantize
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -130,7 +132,7 @@ class ComponentJob:
     """A finished component: where it comes from, how it is repaired and rounded.
 
     `source` is what the recipe calls the source or step. `fixes` are those that apply to the class. With
-    `store`, its bytes are kept.
+    `store`, its bytes are kept. With `quantize`, weights are packed anew.
     """
 
     cls: str
@@ -142,6 +144,12 @@ class ComponentJob:
     overflow: Overflow
     non_finite: NonFinite
     store: bool = False
+    quantize: Quantize | None = None
+
+    @property
+    def decodes(self) -> bool:
+        """Whether packed weights become numbers: all get a precision, or are packed anew."""
+        return self.quantize is not None or (self.precision != "keep" and not self.narrow)
 
     def params(self) -> dict[str, Any]:
         """What of this, beside the origin, decides the bytes."""
@@ -151,6 +159,7 @@ class ComponentJob:
             "overflow": self.overflow,
             "non_finite": self.non_finite,
             **({"narrow": self.narrow} if self.narrow else {}),
+            **({"quantize": list(self.quantize)} if self.quantize else {}),
         }
 
     @property
@@ -389,8 +398,12 @@ class Plan:
 
 
 def component_specs(
-    tensors: Mapping[str, LazyTensor], precision: Precision, narrow: Narrow = False
+    tensors: Mapping[str, LazyTensor],
+    precision: Precision,
+    narrow: Narrow = False,
+    packed: Mapping[str, LazyTensor] = MappingProxyType({}),
 ) -> dict[str, tuple[DType, tuple[int, ...]]]:
-    """Names, dtypes and shapes that tensors will have in a precision."""
+    """Names, dtypes and shapes that tensors will have in a precision; some are `packed` anew."""
     types = finished_types(tensors, precision, narrow)
-    return {n: (types[n], t.shape) for n, t in tensors.items()}
+    made = {n: (types[n], t.shape) for n, t in tensors.items()}
+    return made | {n: (t.dtype, t.shape) for n, t in packed.items()}
