@@ -303,7 +303,11 @@ def test_scaled_weights_keep_their_scales_or_are_decoded(folder: Folder) -> None
     said = folder("build", "m.toml")
     assert said.code == 0 and "UNET-tiny of a: decoded: 1 weight of scaled FP8" in said.err
     made = content(folder / "m.safetensors")
-    assert scale not in made and made[WEIGHT] == ("F16", scaled[WEIGHT].shape, bytes(2 * scaled[WEIGHT].numel))
+    assert scale not in made and made[WEIGHT] == (
+        "F16",
+        scaled[WEIGHT].shape,
+        bytes(2 * scaled[WEIGHT].numel),
+    )
     folder.write("m.toml", RECIPE + 'output.precision = "keep"\n')
     folder.build("m.toml")
     made = content(folder / "m.safetensors")

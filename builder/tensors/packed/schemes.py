@@ -210,7 +210,7 @@ def packing(tensors: Mapping[str, LazyTensor]) -> Packing:
         layer, _, own = name.rpartition(".")
         few = _is_eight(tensor) or not tensor.dtype.floating
         sides = beside.get(layer, []) if own == "weight" and few else []
-        if sides or name in marked or tensor.dtype in OPAQUE:
+        if sides or name in marked or (tensor.dtype in OPAQUE and name not in found):
             weights[name] = tuple(dict.fromkeys((*sides, *marked.get(name, ()))))
     return Packing(tensors, weights, found)
 
