@@ -96,8 +96,10 @@ def convert(
         hashing=False,
         threads=threads,
     )
-    with open_checkpoint(Path(target)) as written:  # packing and decoding change how many tensors there are
-        count = len(written)
+    count = len(opened.checkpoint)
+    if form != "diffusers":  # packing and decoding change how many there are
+        with open_checkpoint(Path(target)) as written:
+            count = len(written)
     lost = _lost(opened.checkpoint, form)
     return Converted(Path(target), form, made.outputs[0].size, count, lost, "tokenizer" in said)
 
