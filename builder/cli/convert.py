@@ -15,6 +15,7 @@ from builder.cli.made import without_tokenizer
 from builder.cli.options import NAME, json_option, open_workspace, quiet_option, recipe_path, save_option
 from builder.cli.sizes import parse_size
 from builder.tensors.cast import PRECISIONS
+from builder.tensors.packed.encode import QUANTIZE
 from builder.toolkit.convert import convert
 
 
@@ -33,6 +34,11 @@ from builder.toolkit.convert import convert
     type=click.Choice(list(PRECISIONS)),
     default="keep",
     help="Of the weights; kept by default.",
+)
+@click.option(
+    "--quantize",
+    type=click.Choice(list(QUANTIZE)),
+    help="Pack the weights of the denoiser's linear layers, as ComfyUI reads them.",
 )
 @click.option(
     "--shard-size", metavar="SIZE", callback=parse_size, help="Most bytes of tensors a file, such as 2GB."

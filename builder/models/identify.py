@@ -7,17 +7,15 @@ from collections import Counter, defaultdict
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 from builder.formats.layouts.rules import Source
 from builder.models.catalog import PLAIN, RANK, Architecture, Catalog, Component, Names
-from builder.tensors.packed import companions
+from builder.tensors.packed.decode import why_not
+from builder.tensors.packed.schemes import GENERIC, Shape, Spec, Stored, companions, stored
 
 if TYPE_CHECKING:
     from builder.models.catalog.tables import Renaming
-    from builder.tensors.lazy import DType
-
-Shape = tuple[int, ...]
 
 # What training leaves behind and no loader asks for. Whatever else matches nothing stays "unknown".
 JUNK = re.compile(
@@ -39,16 +37,6 @@ def attention_changes(renamed: int, shapes: Iterable[Shape]) -> str:
     words += [f"{kinds[4]} reshaped to [n, n, 1, 1]"] * bool(kinds[4])
     words += [f"{kinds[1]} to [n]"] * bool(kinds[1])
     return ", ".join(words)
-
-
-class Spec(Protocol):
-    """All that identification looks at; a `LazyTensor` is one."""
-
-    @property
-    def shape(self) -> Shape: ...
-
-    @property
-    def dtype(self) -> DType: ...
 
 
 @dataclass(frozen=True)
@@ -177,7 +165,8 @@ class Identity:
     not; companions of packed weights, of a component or none; what no loader reads; what nothing explains.
     `duplicates` are second matches of a class, which are junk. `astray` are the matches in a whole
     checkpoint, averages aside, that its architecture has no slot for. `notes` say how ambiguities were
-    resolved.
+    resolved. `undecoded` says of weights of no component by which schemes they are packed that nothing here
+    decodes.
     """
 
     architecture: str | None
@@ -194,6 +183,7 @@ class Identity:
     incomplete: str | None = None
     absent: tuple[str, ...] = ()
     astray: tuple[Match, ...] = ()
+    undecoded: tuple[str, ...] = ()
 
     @property
     def companions(self) -> tuple[str, ...]:
@@ -216,8 +206,9 @@ def identify(specs: Mapping[str, Spec], catalog: Catalog) -> Identity:
     A component matches when every required tensor is there in exactly its shape. Of components that fit
     the same tensors the one that explains most of them is chosen; of equals, the one whose class most
     architectures have a slot for. A class is filled by what is prefixed, then by its standard component.
-    Touches no tensor data.
+    A packed weight fits where its numbers would. Touches no tensor data.
     """
+    specs = stored(specs)
     found, rejected = _candidates(specs, catalog)
     matches, duplicates, outdone, notes = _choose(found, catalog)
     matches, architecture, intact, incomplete, absent = _architecture(matches, specs, catalog)
@@ -234,6 +225,9 @@ def identify(specs: Mapping[str, Spec], catalog: Catalog) -> Identity:
     complete = [replace(m, companions=own[i]) for i, m in enumerate([*matches, *duplicates])]
     matches, duplicates = complete[: len(matches)], complete[len(matches) :]
     rest = _sort_leftovers(specs, matches, duplicates, besides, catalog)
+    sides = companions(specs)
+    known = {full for m in (*matches, *duplicates) for full in m.companions.values()}
+    schemes = dict.fromkeys(s.name for n, s in sides.items() if n not in known and s.name != GENERIC)
     return Identity(
         architecture,
         intact,
@@ -242,13 +236,16 @@ def identify(specs: Mapping[str, Spec], catalog: Catalog) -> Identity:
         tuple(notes),
         optional=tuple(rest["optional"]),
         ema=tuple(rest["ema"]),
-        scales=tuple(companions(specs)),
+        scales=tuple(sides),
         junk=tuple(rest["junk"]),
         unknown=tuple(rest["unknown"]),
         duplicates=tuple(duplicates),
         incomplete=incomplete,
         absent=absent,
         astray=tuple(m for m in matches if intact and home and not (m.ema or m.component.cls in home.slots)),
+        undecoded=tuple(
+            f"a weight packed by {s} is not decoded: {why}" for s in schemes if (why := why_not(s))
+        ),
     )
 
 
@@ -409,7 +406,7 @@ def _compare(
     for name, rule in component.tensors.whole.items():
         called = alone.name(name)
         full = local.get(called)
-        if full is not None and specs[full].shape == rule.shape:
+        if full is not None and _fits(specs[full], rule.shape):
             names[name] = full
             continue
         here, attention = called, _ATTENTION.fullmatch(called) if ".attn_1." in called else None
@@ -453,6 +450,10 @@ def _compare(
     return Rejection(component, prefix + alone.prefix, present, total, tuple(missing), tuple(misshapen))
 
 
+def _fits(spec: Spec, shape: Shape) -> bool:
+    return spec.shape == shape or (isinstance(spec, Stored) and spec.holds(shape))
+
+
 def _extents(shape: Shape) -> Shape:
     """A shape without dimensions of 1 at its end: a linear layer's is that of a 1x1 convolution."""
     while shape and shape[-1] == 1:
@@ -465,6 +466,7 @@ def as_class(match: Match, cls: str, specs: Mapping[str, Spec], catalog: Catalog
     if match.component.cls == cls:
         return match
     candidates = [c for c in catalog.classes[cls] if c.elements == match.component.elements]
+    specs = stored(specs) if candidates else specs
     own = match.component.alone
     inside = () if match.alone == own else (match.under + own.without, match.under.removesuffix(own.prefix))
     usual = (c.prefix for c in candidates if c.prefix)

@@ -37,6 +37,7 @@ from builder.recipe.names import FORMS as OUTPUT_FORMS
 from builder.recipe.profiles import PROFILES
 from builder.recipe.recipe import FORMAT
 from builder.recipe.weights import BlockWeights
+from builder.tensors.packed.encode import QUANTIZE
 
 if TYPE_CHECKING:
     from builder.models.catalog import Catalog
@@ -567,6 +568,11 @@ def _language(words: Vocabulary) -> Struct:
                 '`"fewer"`: what has fewer keeps its type.',
                 "true",
                 default=False,
+            ),
+            "quantize": Key(
+                Choice("scheme", QUANTIZE),
+                "How the weights of its denoiser's linear layers are packed.",
+                '"fp8"',
             ),
             "overflow": Key(
                 Choice("treatment", OVERFLOW),

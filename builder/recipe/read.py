@@ -260,6 +260,7 @@ def _recipe(said: dict[str, Any], document: Document, words: Vocabulary) -> Reci
 _PLAIN = (
     "precision",
     "narrow",
+    "quantize",
     "overflow",
     "non_finite",
     "profile",
