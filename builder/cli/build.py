@@ -10,7 +10,6 @@ import click
 
 from builder.base.errors import ExitCode, Problem, UsageError
 from builder.build import build_recipe
-from builder.cli.made import note_changes, note_left_out, note_steps, to_json, to_text
 from builder.cli.options import (
     NAME,
     json_option,
@@ -23,6 +22,7 @@ from builder.plan import Plan, explain
 from builder.recipe import Output, Recipe
 from builder.recipe.names import SINGLE, form_of
 from builder.toolkit.command_recipe import output_path
+from builder.toolkit.made import note_changes, note_left_out, note_steps, to_json, to_text
 
 
 @click.command("build")

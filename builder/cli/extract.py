@@ -9,13 +9,13 @@ from typing import Any
 import click
 
 from builder.base.errors import ExitCode
-from builder.cli.made import note_changes, to_json, to_text
 from builder.cli.options import FILE, making, open_workspace, output_keys, recipe_path, save_option
 from builder.models.parts import find_part, kind, slot_of, usual_precision
 from builder.recipe import Pick
 from builder.recipe.names import SUFFIXES, recipe_name
 from builder.toolkit.command_recipe import CommandRecipe, run
 from builder.toolkit.extract import target_of
+from builder.toolkit.made import note_changes, to_json, to_text
 
 
 @click.command("extract")

@@ -20,7 +20,6 @@ from builder.base.errors import (
     did_you_mean,
     render,
 )
-from builder.cli.made import note_changes
 from builder.cli.options import (
     FILE,
     json_option,
@@ -37,6 +36,7 @@ from builder.recipe.names import free_name, named, stem
 from builder.tensors.cast import PRECISIONS
 from builder.toolkit import prune_text
 from builder.toolkit.command_recipe import output_path, vacant
+from builder.toolkit.made import note_changes
 from builder.toolkit.prune import Options, Pruning, Result, checkpoints, copy, plan_pruning, prune
 from builder.toolkit.watch import SETTLE
 from builder.workspace import Workspace

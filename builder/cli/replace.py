@@ -9,12 +9,12 @@ from typing import Any
 import click
 
 from builder.base.errors import ExitCode, Problem, UsageError
-from builder.cli.made import note_changes, note_left_out, to_json, to_text
 from builder.cli.options import FILE, making, open_workspace, output_keys, recipe_path, save_option
 from builder.models.parts import find_part
 from builder.recipe import Pick
 from builder.recipe.names import recipe_name
 from builder.toolkit.command_recipe import CommandRecipe, output_path, run
+from builder.toolkit.made import note_changes, note_left_out, to_json, to_text
 from builder.toolkit.replace import architecture_of, name_of, parse_part
 
 
