@@ -147,9 +147,9 @@ class Workspace:
                 collect(self.store, STORE_SIZE)
             self.store.grown = 0
 
-    def recipe(self, path: Path) -> Recipe:
-        """The recipe of a file; remarks on it are reported. Raises RecipeError."""
-        recipe = load_recipe(path, self.catalog, outside=self.outside)
+    def recipe(self, path: Path, text: str | None = None) -> Recipe:
+        """The recipe of a file, or of `text` in its place; remarks on it are reported. Raises RecipeError."""
+        recipe = load_recipe(path, self.catalog, outside=self.outside, text=text)
         for note in recipe.notes:
             self.reporter.note(note.fact)
         return recipe

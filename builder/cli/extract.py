@@ -9,12 +9,10 @@ from typing import Any
 import click
 
 from builder.base.errors import ExitCode
-from builder.cli.options import FILE, making, open_workspace, output_keys, recipe_path, save_option
-from builder.models.parts import find_part, kind, slot_of, usual_precision
-from builder.recipe import Pick
-from builder.recipe.names import SUFFIXES, recipe_name
-from builder.toolkit.command_recipe import CommandRecipe, run
-from builder.toolkit.extract import target_of
+from builder.cli.options import FILE, making, open_workspace, recipe_path, save_option
+from builder.recipe.names import SUFFIXES
+from builder.toolkit.command_recipe import run
+from builder.toolkit.extract import extraction, target_of
 from builder.toolkit.made import note_changes, to_json, to_text
 
 
@@ -45,21 +43,8 @@ def command(
     """
     save = recipe_path(save_recipe)
     with open_workspace(quiet) as workspace, workspace.sources() as sources:
-        catalog = workspace.catalog
-        identity = sources.open(sources.file(file)).identity
-        match = find_part(component, identity, file, catalog)
-        cls = slot_of(match, catalog)
-        target, naming = target_of(file, match, cls, output, form, workspace)
-        source = recipe_name(file)
-        pick = Pick(cls, source, None if match.component.cls == cls else match.component.name)
-        recipe = CommandRecipe(
-            f"{source}.{kind(cls).lower()}",
-            {source: file},
-            new=cls,
-            components={cls: pick},
-            fixes=fixes,
-            output=output_keys(usual_precision(cls, identity, catalog), options),
-        )
+        recipe, match = extraction(file, component, sources, fixes=fixes, options=options)
+        target, naming = target_of(file, match, recipe.new, output, form, workspace)
         made = run(
             recipe,
             target,

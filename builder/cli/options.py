@@ -89,22 +89,6 @@ def _with(options: Sequence[Callable[[F], F]], command: F) -> F:
     return command
 
 
-def output_keys(usual: str, options: dict[str, Any]) -> dict[str, Any]:
-    """A recipe's [output] of the options; taken out of `options`.
-
-    `usual` is the precision where none was asked for. Only what was asked for is made wider or changed
-    within 16 bits.
-    """
-    precision = options.pop("precision")
-    keys: dict[str, Any] = {"precision": precision or usual}
-    if precision is None:
-        keys["narrow"] = True
-    for name in ("profile", "overflow", "non_finite"):
-        if (value := options.pop(name)) not in (None, "error"):
-            keys[name] = value
-    return keys
-
-
 @contextmanager
 def open_workspace(
     quiet: bool = False, *, offline: bool = False, outside: bool = False

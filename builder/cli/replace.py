@@ -8,14 +8,11 @@ from typing import Any
 
 import click
 
-from builder.base.errors import ExitCode, Problem, UsageError
-from builder.cli.options import FILE, making, open_workspace, output_keys, recipe_path, save_option
-from builder.models.parts import find_part
-from builder.recipe import Pick
-from builder.recipe.names import recipe_name
-from builder.toolkit.command_recipe import CommandRecipe, output_path, run
+from builder.base.errors import ExitCode
+from builder.cli.options import FILE, making, open_workspace, recipe_path, save_option
+from builder.toolkit.command_recipe import output_path, run
 from builder.toolkit.made import note_changes, note_left_out, to_json, to_text
-from builder.toolkit.replace import architecture_of, name_of, parse_part
+from builder.toolkit.replace import architecture_of, parse_part, replacement
 
 
 @click.command("replace")
@@ -47,25 +44,9 @@ def command(
     with open_workspace(quiet) as workspace, workspace.sources() as sources:
         catalog = workspace.catalog
         architecture = architecture_of(file, sources.open(sources.file(file)).identity, catalog)
-        files = {recipe_name(file): file}
-        picks: dict[str, Pick] = {}
-        for part in parts:
-            cls, path, component = parse_part(part, architecture)
-            if cls in picks:
-                raise UsageError(Problem(f"`{cls}` is replaced twice", hint="name each class once"))
-            identity = sources.open(sources.file(path)).identity
-            match = find_part(component or cls, identity, path, catalog)
-            plain = match.component.cls == cls and component is None
-            picks[cls] = Pick(cls, name_of(path, files), None if plain else match.component.name)
-        output_path(output, files.values())
-        recipe = CommandRecipe(
-            recipe_name(file),
-            files,
-            recipe_name(file),
-            components=picks,
-            fixes=fixes,
-            output=output_keys(architecture.precision or "fp16", options),
-        )
+        picks = (parse_part(part, architecture) for part in parts)
+        recipe = replacement(file, picks, sources, fixes=fixes, options=options)
+        output_path(output, recipe.sources.values())
         made = run(
             recipe,
             target,

@@ -36,12 +36,14 @@ def load_recipe(
     operations: Mapping[str, Operation] = OPERATIONS,
     fixes: Mapping[str, Fix] = FIXES,
     outside: bool = False,
+    text: str | None = None,
 ) -> Recipe:
     """Read a recipe and the recipes that it includes: those in its folder, unless `outside` allows others.
 
-    Raises RecipeError with every problem of all of them.
+    With `text` that is what the recipe says, whatever the file `path` may hold. Raises RecipeError with every
+    problem of all of them.
     """
-    return _Loader(Vocabulary(catalog, operations, fixes), outside).load(path)
+    return _Loader(Vocabulary(catalog, operations, fixes), outside, text).load(path)
 
 
 def parse_recipe(
@@ -62,9 +64,10 @@ def parse_recipe(
 class _Loader:
     """Recipes and those they include, each read once."""
 
-    def __init__(self, words: Vocabulary, outside: bool) -> None:
+    def __init__(self, words: Vocabulary, outside: bool, text: str | None) -> None:
         self.words = words
         self.outside = outside
+        self.text = text
         self.problems: list[Problem] = []
         self.done: dict[Path, Recipe | None] = {}
         self.open: list[Path] = []  # from the outermost recipe to the one being read
@@ -93,7 +96,9 @@ class _Loader:
 
     def _read(self, path: Path, named: Place | None) -> Recipe | None:
         try:
-            recipe = _read(_document(path, named), self.words)
+            own = self.text if named is None else None
+            document = _document(path, named) if own is None else toml.parse(own, str(path), RecipeError)
+            recipe = _read(document, self.words)
         except RecipeError as error:
             self.problems += error.problems
             return None

@@ -37,7 +37,7 @@ class CommandRecipe:
     """What a one-line command makes. `sources` are files by name; `sha256` pins those that it holds.
 
     `base` is a source, or `new` an architecture or a class. `components` are by class. `output` holds what
-    a recipe says under [output].
+    a recipe says under [output]; `steps` what it says of each under [steps].
     """
 
     name: str
@@ -48,9 +48,15 @@ class CommandRecipe:
     fixes: Sequence[str] = ()
     output: Mapping[str, Any] = field(default_factory=dict)
     sha256: Mapping[str, str] = field(default_factory=dict)
+    steps: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def recipe(self, catalog: Catalog) -> Recipe:
-        """The recipe; raises UsageError for an architecture that the catalog does not know."""
+        """The recipe; raises UsageError for an architecture that the catalog does not know.
+
+        Of steps all that a recipe's text may be wrong in; raises RecipeError.
+        """
+        if self.steps:
+            return parse_recipe(self.text(), ORIGIN, catalog)
         base = FromBase(self.base) if self.base else NewBase(catalog.architecture(self.new).name)
         fixes = tuple(n for n in FIXES if n in self.fixes)
         said: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in self.output.items()}
@@ -74,6 +80,8 @@ class CommandRecipe:
         if self.fixes:
             said["fixes"] = list(self.fixes)
         said["sources"] = {n: self._source(n, folder) for n in self.sources}
+        if self.steps:
+            said["steps"] = {name: dict(step) for name, step in self.steps.items()}
         if self.components:
             picks = self.components.values()
             said["components"] = {p.cls: p.meaning() if p.component else p.source for p in picks}
@@ -128,6 +136,19 @@ class CommandRecipe:
         below = Path(_below(folder, Path(target)) or name)
         file = below if OUTPUT_FILE.holds(below.as_posix() + end) else Path(portable(name))
         return next(f for p in numbered(file) if (f := p.as_posix()).casefold() not in taken) + end
+
+
+def output_keys(usual: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's [output] of `precision`, `profile`, `overflow` and `non_finite` as they were asked for.
+
+    `usual` is the precision where none was. Only what was asked for is made wider or changed within 16 bits.
+    """
+    precision = options.get("precision")
+    keys: dict[str, Any] = {"precision": precision or usual}
+    if precision is None:
+        keys["narrow"] = True
+    said = {name: options.get(name) for name in ("profile", "overflow", "non_finite")}
+    return keys | {name: value for name, value in said.items() if value not in (None, "error")}
 
 
 def _below(folder: Path, path: Path) -> str | None:

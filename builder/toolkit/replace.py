@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from builder.base.errors import Place, Problem, SourceError, UsageError, did_you_mean
 from builder.base.words import spelling
 from builder.models.catalog import Architecture, Catalog
 from builder.models.identify import Identity
-from builder.models.parts import home, kind
+from builder.models.parts import find_part, home, kind
+from builder.recipe import Pick
 from builder.recipe.names import recipe_name
+from builder.sources.opened import Sources
+from builder.toolkit.command_recipe import CommandRecipe, output_keys
 
 
 def architecture_of(file: Path, identity: Identity, catalog: Catalog) -> Architecture:
@@ -54,6 +59,45 @@ def _slot(word: str, architecture: Architecture) -> str:
     hint = did_you_mean(word, architecture.slots)
     raise UsageError(
         Problem(f"{architecture.name} has no slot `{word}`", evidence=(f"it has {slots}",), hint=hint)
+    )
+
+
+def replacement(
+    base: Path | str,
+    parts: Iterable[tuple[str, Path, str | None]],
+    sources: Sources,
+    *,
+    fixes: Sequence[str] = (),
+    options: Mapping[str, Any],
+) -> CommandRecipe:
+    """The recipe of a file, or of a new architecture, with components of other files.
+
+    `base` is the file or the architecture's name, `parts` are classes, files, and which component of a file
+    where the class does not tell. `options` are as for `output_keys`. Raises CkptError.
+    """
+    catalog = sources.catalog
+    if isinstance(base, str):
+        architecture, files, name, new = catalog.architecture(base), {}, "model", base
+    else:
+        architecture = architecture_of(base, sources.open(sources.file(base)).identity, catalog)
+        name, new = recipe_name(base), ""
+        files = {name: base}
+    picks: dict[str, Pick] = {}
+    for cls, path, component in parts:
+        if cls in picks:
+            raise UsageError(Problem(f"`{cls}` is replaced twice", hint="name each class once"))
+        identity = sources.open(sources.file(path)).identity
+        match = find_part(component or cls, identity, path, catalog)
+        plain = match.component.cls == cls and component is None
+        picks[cls] = Pick(cls, name_of(path, files), None if plain else match.component.name)
+    return CommandRecipe(
+        name,
+        files,
+        "" if new else name,
+        architecture.name if new else "",
+        components=picks,
+        fixes=fixes,
+        output=output_keys(architecture.precision or "fp16", options),
     )
 
 
