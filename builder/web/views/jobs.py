@@ -1,0 +1,111 @@
+"""Work under way and done."""
+
+from __future__ import annotations
+
+from builder.base.errors import Problem, UsageError
+from builder.base.progress import human_bytes
+from builder.web.forms import button, hidden, the_same
+from builder.web.html import Content, Markup, problem, table, tag
+from builder.web.jobs import Job
+from builder.web.pages import page
+from builder.web.site import Form, Json, Response, Site, go_to
+
+WORDS = {
+    "waiting": "waits for other work",
+    "running": "under way",
+    "done": "done",
+    "failed": "failed",
+    "cancelled": "cancelled: nothing was written",
+}
+
+
+def follow(job: Job) -> Response:
+    """The page of a job that was just put into the queue."""
+    return go_to(f"job?id={job.number}")
+
+
+def show_all(site: Site, query: Form) -> Markup:
+    """Every job, the latest first."""
+    rows = [
+        (tag("a", job.title, href=f"job?id={job.number}"), WORDS[job.state], _cancel(job))
+        for job in site.jobs.all()
+    ]
+    if not rows:
+        return page("Work", tag("p", "Nothing was asked for yet."), current="work")
+    busy = any(not job.over for job in site.jobs.all())
+    shown = table(("Work", "State", "Stop"), rows, caption="What was asked for, the latest first")
+    return page("Work", shown, current="work", refresh=3 if busy else 0)
+
+
+def show(site: Site, query: Form) -> Markup:
+    """One job: how far it is, or what became of it."""
+    job = _job(site, query)
+    said = [problem(p, severity) for severity, p in job.said]
+    content: list[Content] = [
+        tag("p", tag("strong", WORDS[job.state]), role="status", class_=f"state {job.state}", id="state")
+    ]
+    if not job.over:
+        content += [
+            tag(
+                "div",
+                map(_task, *_columns(job)) if job.tasks else None,
+                id="tasks",
+                data_events=f"events?job={job.number}",
+            ),
+            tag("p", role="status", class_="unseen", id="progress"),
+            _cancel(job),
+        ]
+    content += [problem(p) for p in job.problems]
+    if job.outcome is not None:
+        content.append(job.outcome.shown)
+    if said:
+        content.append(
+            tag(
+                "details",
+                tag("summary", f"What was said on the way ({len(said)})"),
+                said,
+                open=len(said) <= 5,
+            )
+        )
+    content.append(the_same(job.command, job.recipe) if job.command else None)
+    return page(job.title, content, current="work", refresh=0 if job.over else 2)
+
+
+def data(site: Site, query: Form) -> Json:
+    """Where a job stands, with the object of `--json` as its result."""
+    return _job(site, query).to_json()
+
+
+def cancel(site: Site, form: Form) -> Response:
+    """Stop a job."""
+    job = _job(site, form)
+    job.cancel()
+    return go_to(f"job?id={job.number}")
+
+
+def _job(site: Site, form: Form) -> Job:
+    number = form.get("id")
+    job = site.jobs.get(int(number)) if number.isascii() and number.isdigit() and len(number) < 10 else None
+    if job is None:
+        raise UsageError(Problem(f"there is no work `{number}`", hint="`Work` lists what there is"))
+    return job
+
+
+def _columns(job: Job) -> tuple[list[str], list[int], list[int]]:
+    with job.changed:
+        tasks = dict(job.tasks)
+    return list(tasks), [t.done for t in tasks.values()], [t.total for t in tasks.values()]
+
+
+def _task(name: str, done: int, total: int) -> Markup:
+    of = f"{human_bytes(done)} of {human_bytes(total)}" if total else human_bytes(done)
+    bar = tag("progress", of, max=total or None, value=min(done, total) if total else None)
+    return tag("p", tag("label", tag("span", name), bar), tag("small", of), class_="task")
+
+
+def _cancel(job: Job) -> Markup | None:
+    if job.over:
+        return None
+    return tag(
+        "form", hidden(id=str(job.number)), button("Cancel", class_="danger"), method="post", action="cancel"
+    )

@@ -1,0 +1,313 @@
+"""Models merged by an operation, with a weight for each block."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from builder.base.errors import CkptError, Problem, UsageError
+from builder.operations import OPERATIONS
+from builder.operations.presets import V1_BLOCKS, presets
+from builder.operations.registry import Operation, Param
+from builder.recipe.names import free_name, recipe_name
+from builder.toolkit.command_recipe import CommandRecipe, output_keys, output_path
+from builder.toolkit.command_recipe import run as build
+from builder.toolkit.made import to_json
+from builder.web.forms import (
+    button,
+    command_line,
+    field,
+    files,
+    fixes_of,
+    hidden,
+    made_options,
+    making,
+    output,
+    save,
+    select,
+    target,
+    the_same,
+    tick,
+)
+from builder.web.html import Content, Markup, join, problem, tag
+from builder.web.jobs import Job, Outcome
+from builder.web.pages import page
+from builder.web.site import Form, Response, Site
+from builder.web.views.jobs import follow
+from builder.web.views.made import outputs
+from builder.web.views.planned import plan_of, preview
+from builder.web.views.replace import folder_of
+
+ROWS = 3  # of inputs that are a list, at least
+STEP = "merged"
+
+# Those that make a model; an adapter's file and the methods of other programs are for recipes.
+MERGES = {n: o for n, o in OPERATIONS.items() if not (o.makes_file or o.of_methods)}
+
+
+def show(site: Site, query: Form) -> Markup:
+    """Choose an operation, its inputs and weights; then see the plan."""
+    operation = _operation(query)
+    chosen = select("op", list(MERGES), operation.name)
+    inputs: list[Content] = [
+        field(name.upper() if len(name) == 1 else name, files(site, f"in.{name}", query.get(f"in.{name}")))
+        for name in operation.inputs
+    ]
+    if operation.many:
+        used = len(query.starting("many.file."))
+        inputs += [_row(site, query, operation, n) for n in range(max(ROWS, used + 1))]
+    params = [_param(site, query, operation, name, p) for name, p in operation.params.items()]
+    home = _home(site, query)
+    usual = free_name(site.path(home) / "merged.safetensors").name
+    return page(
+        "Merge",
+        tag("form", field("Operation", chosen), button("Choose", class_="quiet"), class_="inline"),
+        tag("p", operation.doc, class_="about"),
+        tag(
+            "form",
+            hidden(op=operation.name),
+            tag(
+                "fieldset",
+                tag("legend", "Models"),
+                inputs,
+                button(
+                    "Show their blocks",
+                    formmethod="get",
+                    formaction="merge",
+                    class_="quiet",
+                    formnovalidate=True,
+                ),
+            ),
+            tag("fieldset", tag("legend", "Weights"), params) if params else None,
+            tick("vae", "Merge the VAE, too", query.ticked("vae"), "Else it is that of the first model."),
+            making(query),
+            output(site, query, usual, home),
+            button(
+                "Preview",
+                formmethod="get",
+                formaction="merge",
+                name="preview",
+                value="1",
+                class_="quiet",
+                formnovalidate=True,
+            ),
+            " ",
+            button("Merge them"),
+            method="post",
+            action="merge",
+        ),
+        _preview(site, query, operation) if query.ticked("preview") else None,
+        current="merge",
+    )
+
+
+def run(site: Site, form: Form) -> Response:
+    """Write the merged model."""
+    goal, saved = target(site, form), save(site, form)
+    command = _composed(site, form, goal)
+    output_path(goal, command.sources.values())
+    plan_of(site, command, goal)  # what is wrong with it is said on this page, not later
+
+    def work(job: Job) -> Outcome:
+        with site.workspace(job) as workspace, workspace.sources() as sources:
+            made = build(command, goal, workspace, sources, save=saved)
+        return Outcome(outputs(site, made, saved), to_json(made))
+
+    line = command_line("build", saved or goal.with_suffix(".toml"))
+    return follow(site.jobs.add(f"Merge into {goal.name}", work, command=line, recipe=command.text()))
+
+
+def _operation(form: Form) -> Operation:
+    return MERGES.get(form.get("op"), MERGES["weighted-sum"])
+
+
+def _row(site: Site, query: Form, operation: Operation, number: int) -> Markup:
+    chosen = files(
+        site,
+        f"many.file.{number}",
+        query.get(f"many.file.{number}"),
+        optional=True,
+        aria_label=f"{operation.many} {number + 1}",
+    )
+    weight = tag(
+        "input",
+        type="number",
+        name=f"many.weight.{number}",
+        step="any",
+        value=query.get(f"many.weight.{number}", "1"),
+        aria_label=f"weight {number + 1}",
+    )
+    return tag(
+        "p",
+        chosen,
+        " × " if operation.weighted else None,
+        weight if operation.weighted else None,
+        class_="row",
+    )
+
+
+def _param(site: Site, query: Form, operation: Operation, name: str, param: Param) -> Markup:
+    if param.kind == "weights":
+        return _weights(site, query, operation, name, param)
+    value = query.get(f"p.{name}", _said(param.default))
+    if param.kind == "boolean":
+        # A box that is not ticked is not sent: a choice says both.
+        return field(name, select(f"p.{name}", ("true", "false"), value), param.doc)
+    if param.kind == "choice":
+        return field(name, select(f"p.{name}", param.choices, value), param.doc)
+    control = tag(
+        "input",
+        type="number",
+        name=f"p.{name}",
+        value=value,
+        min=param.minimum,
+        max=param.maximum,
+        step=1 if param.kind == "integer" else "any",
+        required=not param.optional,
+    )
+    return field(name, control, param.doc)
+
+
+def _said(default: Any) -> str:
+    if isinstance(default, float):
+        return f"{default:.6g}"
+    return "" if default is None else str(default).lower()
+
+
+def _weights(site: Site, query: Form, operation: Operation, name: str, param: Param) -> Markup:
+    """A weight for the whole, and sliders for blocks where the model's are known."""
+    cls, blocks = _blocks(site, query, operation)
+    base = query.get(f"p.{name}", f"{param.default:.6g}")
+    control = tag("input", type="number", name=f"p.{name}", value=base, step="any", required=True)
+    about = f"{param.doc} Of all that is in no block, such as the text encoder."
+    parts: list[Content] = [field(name, control, about)]
+    if blocks:
+        known = presets().get(query.get(f"preset.{name}"))
+        fresh = known is not None and query.ticked("apply")
+        weights = dict(zip(blocks, known, strict=True)) if known is not None and fresh else {}
+        sliders = [
+            _slider(
+                f"b.{name}.{block}",
+                block,
+                f"{weights[block]:g}" if block in weights else query.get(f"b.{name}.{block}", base),
+            )
+            for block in blocks
+        ]
+        choose: list[Content] = []
+        if len(blocks) == V1_BLOCKS:
+            choices = {"": "none", **{p: p for p in presets()}}
+            choose = [
+                field("Preset", select(f"preset.{name}", choices, query.get(f"preset.{name}"))),
+                button(
+                    "Set the sliders",
+                    formmethod="get",
+                    formaction="merge",
+                    name="apply",
+                    value="1",
+                    class_="quiet",
+                    formnovalidate=True,
+                ),
+            ]
+        parts.append(
+            tag(
+                "details",
+                tag("summary", f"{name} of each block of {cls}"),
+                choose,
+                tag("div", sliders, class_="sliders"),
+                open=True,
+            )
+        )
+    return tag("div", parts, class_="weights")
+
+
+def _slider(name: str, block: str, value: str) -> Markup:
+    control = tag("input", type="range", name=name, min=0, max=1, step=0.01, value=value, id=name)
+    return tag("p", tag("label", block, for_=name), control, tag("output", value, for_=name), class_="slider")
+
+
+def _blocks(site: Site, query: Form, operation: Operation) -> tuple[str, tuple[str, ...]]:
+    """The class of the first model that has blocks, and their names."""
+    for name in operation.inputs:
+        if reference := query.get(f"in.{name}"):
+            with site.workspace() as workspace:
+                line = site.shelf.line(site.path(reference), site.catalog, workspace.store)
+            for part in line.parts:
+                traits = site.catalog.traits.get(part.cls)
+                if traits is not None and traits.blocks:
+                    return part.cls, traits.blocks
+    return "", ()
+
+
+def _home(site: Site, query: Form) -> str:
+    chosen = [*query.starting("in.").values(), *query.starting("many.file.").values()]
+    return query.get("folder") or (chosen[0].rpartition("/")[0] if chosen else folder_of(site))
+
+
+def _composed(site: Site, form: Form, goal: Path) -> CommandRecipe:
+    """The recipe that the form says; raises CkptError."""
+    operation = _operation(form)
+    sources: dict[str, Path] = {}
+    step: dict[str, Any] = {"op": operation.name}
+    for name in operation.inputs:
+        if not form.get(f"in.{name}"):
+            raise UsageError(Problem(f"the model `{name}` is not chosen", hint="choose a file for each"))
+        step[name] = _source(site.path(form.get(f"in.{name}")), sources)
+    if operation.many:
+        rows = form.starting("many.file.")
+        if not rows:
+            raise UsageError(Problem(f"nothing is chosen for `{operation.many}`", hint="choose a file"))
+        weights = {
+            _source(site.path(reference), sources): _number(form.get(f"many.weight.{number}", "1"), "weight")
+            for number, reference in rows.items()
+        }
+        step[operation.many] = weights if operation.weighted else list(weights)
+    for name, param in operation.params.items():
+        if (value := form.get(f"p.{name}")) != "":
+            step[name] = _value(form, name, param, value)
+    if form.ticked("vae"):
+        step["VAE"] = True
+    return CommandRecipe(
+        recipe_name(goal, sources),
+        sources,
+        STEP if STEP not in sources else f"{STEP}-model",
+        fixes=fixes_of(form),
+        output=output_keys("fp16", made_options(form)),
+        steps={STEP if STEP not in sources else f"{STEP}-model": step},
+    )
+
+
+def _source(path: Path, sources: dict[str, Path]) -> str:
+    name = next((n for n, known in sources.items() if known == path), None) or recipe_name(path, sources)
+    sources[name] = path
+    return name
+
+
+def _value(form: Form, name: str, param: Param, said: str) -> Any:
+    if param.kind == "boolean":
+        return said == "true"
+    if param.kind in ("choice", "string"):
+        return said
+    value = _number(said, name)
+    if param.kind == "integer":
+        return int(value)
+    blocks = {b: _number(w, b) for b, w in form.starting(f"b.{name}.").items()}
+    others = {b: w for b, w in blocks.items() if w != value}
+    return {"base": value, **others} if others else value
+
+
+def _number(said: str, name: str) -> float:
+    try:
+        return float(said)
+    except ValueError:
+        raise UsageError(Problem(f"`{name}` has to be a number, not `{said}`")) from None
+
+
+def _preview(site: Site, query: Form, operation: Operation) -> Markup:
+    try:
+        goal = site.path(query.get("folder") or folder_of(site)) / (query.get("name") or "merged.safetensors")
+        command = _composed(site, query, goal)
+        plan = plan_of(site, command, goal)
+    except CkptError as error:
+        return join(map(problem, error.problems))
+    name = query.get("save") or f"{goal.stem}.toml"
+    return join(preview(plan), the_same(command_line("build", goal.with_name(name)), command.text()))
