@@ -14,7 +14,9 @@ _NUMBERS = count()
 Bar = tuple[str, Sequence[tuple[str, int, str]]]  # a label, and pieces: name, amount, class
 
 
-def drawing(title: str, description: str, width: float, height: float, *content: Markup) -> Markup:
+def drawing(
+    title: str, description: str, width: float, height: float, *content: Markup, **more: str
+) -> Markup:
     """An image with a title and a description."""
     mark = next(_NUMBERS)
     return tag(
@@ -27,46 +29,43 @@ def drawing(title: str, description: str, width: float, height: float, *content:
         height=f"{height:g}",
         role="img",
         aria_labelledby=f"t{mark} d{mark}",
+        **more,
     )
 
 
 def bars(title: str, rows: Sequence[Bar]) -> Markup:
     """Horizontal bars of bytes, each of pieces one after the other."""
     most = max((sum(n for _, n, _ in pieces) for _, pieces in rows), default=0) or 1
-    drawn: list[Markup] = []
-    for index, (label, pieces) in enumerate(rows):
-        y, x = index * 34, 70.0
-        drawn.append(tag("text", label, x=0, y=y + 20))
-        for name, amount, kind in pieces:
-            wide = 520 * amount / most
-            about = tag("title", f"{name}: {human_bytes(amount)}")
-            at = {"x": f"{x:.2f}", "y": y + 4, "width": f"{max(wide - 1, 0.5):.2f}", "height": 24}
-            drawn.append(tag("rect", about, class_=kind, **at))
-            x += wide
-    told = {label: ", ".join(f"{name} {human_bytes(n)}" for name, n, _ in pieces) for label, pieces in rows}
-    said = "; ".join(f"{label}: {words}" for label, words in told.items())
-    return tag("div", drawing(title, said, 600, 34 * len(rows), *drawn), class_="bars")
+    drawn = [
+        tag("div", tag("span", label), _bar(label, pieces, most), class_="bar") for label, pieces in rows
+    ]
+    kinds = dict.fromkeys(kind for _, pieces in rows for _, _, kind in pieces)
+    keys = (tag("span", level(1.0, kind), kind, class_="key") for kind in kinds)
+    return tag("figure", tag("figcaption", title, ": ", keys), drawn, class_="bars")
 
 
-def levels(title: str, rows: Sequence[tuple[str, float, str]], most: float) -> Markup:
-    """A bar a row: label, amount, and words at the end of it."""
+def _bar(label: str, pieces: Sequence[tuple[str, int, str]], most: int) -> Markup:
     drawn: list[Markup] = []
-    for index, (label, amount, words) in enumerate(rows):
-        y, wide = index * 22, 300 * min(1.0, amount / most)
-        drawn += [
-            tag("text", label, x=96, y=y + 15, text_anchor="end"),
-            tag("rect", x=104, y=y + 3, width=300, height=16, class_="empty"),
-            tag("rect", x=104, y=y + 3, width=f"{wide:.2f}", height=16, class_="changed"),
-            tag("text", words, x=412, y=y + 15),
-        ]
-    said = "; ".join(f"{label}: {words}" for label, _, words in rows)
+    x = 0.0
+    for name, amount, kind in pieces:
+        wide = 1000 * amount / most
+        at = {"x": f"{x:.2f}", "y": 0, "width": f"{max(wide - 1, 0.5):.2f}", "height": 24}
+        drawn.append(tag("rect", tag("title", f"{name}: {human_bytes(amount)}"), class_=kind, **at))
+        x += wide
+    said = ", ".join(f"{name} {human_bytes(n)}" for name, n, _ in pieces)
+    return drawing(label, said, 1000, 24, *drawn, preserveAspectRatio="none")
+
+
+def level(share: float, kind: str) -> Markup:
+    """A bar that is filled to a share of 1; words beside it say the same."""
     return tag(
-        "div",
-        drawing(title, said, 600, 22 * len(rows), *drawn),
-        class_="levels",
-        tabindex=0,
-        role="group",
-        aria_label=title,
+        "svg",
+        tag("rect", width=100, height=10, class_="empty"),
+        tag("rect", width=f"{100 * min(1.0, share):.2f}", height=10, class_=kind),
+        viewBox="0 0 100 10",
+        preserveAspectRatio="none",
+        aria_hidden="true",
+        class_="level",
     )
 
 
@@ -101,7 +100,14 @@ def _layers(found: Plan) -> list[list[str]]:
     import networkx as nx
 
     order = {key: index for index, key in enumerate(found.nodes)}
-    layers = [sorted(g, key=order.__getitem__) for g in nx.topological_generations(found.graph)]
+    depth = {k: d for d, generation in enumerate(nx.topological_generations(found.graph)) for k in generation}
+    for key in reversed(list(nx.topological_sort(found.graph))):
+        after = [depth[k] for k in found.graph.successors(key)]
+        if after and found.nodes[key].job.inputs:  # as near as may be to what is made of it
+            depth[key] = min(after) - 1
+    layers: list[list[str]] = [[] for _ in range(max(depth.values(), default=-1) + 1)]
+    for key in sorted(depth, key=order.__getitem__):
+        layers[depth[key]].append(key)
     for _ in range(2):
         for before, layer in pairwise(layers):
             rank = {key: index for index, key in enumerate(before)}

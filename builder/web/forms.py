@@ -7,7 +7,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from builder.base.errors import Problem, UsageError
 from builder.operations.fixes import FIXES
+from builder.recipe.lock import LOCK
 from builder.recipe.profiles import PROFILES
 from builder.tensors.cast import PRECISIONS
 from builder.web.html import Content, Markup, join, tag, verbatim
@@ -88,9 +90,18 @@ def save(site: Site, form: Form) -> Path | None:
     name = form.get("save")
     if not name:
         return None
-    name = name if name.endswith(".toml") else f"{name}.toml"
+    name = recipe_named(name)
     # What is there already is looked at when it is written: the same recipe serves.
     return site.folders.new(form.get("folder"), name, replace=True)
+
+
+def recipe_named(name: str) -> str:
+    """The name of a recipe's file; raises UsageError for that of a lock."""
+    name = name if not name or name.endswith(".toml") else f"{name}.toml"
+    if name.endswith(LOCK):
+        fact = f"`{name}` is the name of a recipe's lock"
+        raise UsageError(Problem(fact, hint="give the recipe a name that ends in `.toml` alone"))
+    return name
 
 
 def making(form: Form) -> Markup:
@@ -137,8 +148,23 @@ def option_words(form: Form) -> list[str]:
 
 
 def command_line(*words: object) -> str:
-    """A command as it is typed."""
-    return shlex.join(["ckpt", *map(str, words)])
+    """A command as it is typed in a shell; what does not print is spelt out, as `$'…'`."""
+    return " ".join(["ckpt", *(_word(str(word)) for word in words)])
+
+
+def _word(word: str) -> str:
+    if word.isprintable():
+        return shlex.quote(word)
+    return f"$'{''.join(map(_letter, word))}'"
+
+
+def _letter(letter: str) -> str:
+    number = ord(letter)
+    if letter.isprintable():
+        return f"\\{letter}" if letter in "'\\" else letter
+    if 0xDC80 <= number <= 0xDCFF:  # a byte that is no UTF-8
+        return f"\\x{number - 0xDC00:02x}"
+    return f"\\U{number:08x}"
 
 
 def the_same(command: str, recipe: str = "") -> Markup:

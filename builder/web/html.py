@@ -10,6 +10,7 @@ from builder.base.errors import Problem, clipped
 from builder.base.progress import human_bytes
 
 _VOID = {"input", "meta", "link", "br", "hr"}
+_SENT = {"value", "href"}  # attributes that are sent back, and are not shown
 _LONGEST = 4000  # characters of a text out of a file
 
 
@@ -60,7 +61,8 @@ def _attribute(key: str, value: Any) -> str:
     if value is None or value is False:
         return ""
     name = key.rstrip("_").replace("_", "-")
-    return f" {name}" if value is True else f' {name}="{html.escape(str(value))}"'
+    text = str(value) if name in _SENT else visible(str(value))
+    return f" {name}" if value is True else f' {name}="{html.escape(text)}"'
 
 
 def visible(text: str) -> str:
@@ -115,31 +117,39 @@ def problem(found: Problem, severity: str = "error") -> Markup:
 
 
 def table(
-    head: Iterable[str], rows: Iterable[Iterable[Content]], *, caption: str, numbers: Iterable[int] = ()
+    head: Iterable[str],
+    rows: Iterable[Iterable[Content]],
+    *,
+    caption: str,
+    numbers: Iterable[int] = (),
+    kind: str | None = None,
 ) -> Markup:
-    """A table whose rows become cards where it is narrow; `numbers` are columns of numbers, from 0."""
+    """A table whose rows become cards where it is narrow; `numbers` are columns of numbers, from 0.
+
+    An empty cell has a dash. Roles are said, as what is shown as cards is no table to some browsers.
+    """
     names, right = list(head), set(numbers)
 
     def cell(index: int, content: Content) -> Markup:
-        kind = "number" if index in right else None
+        empty = content is None or content == ""
+        words = " ".join(["number"] * (index in right) + ["none"] * empty) or None
+        shown = "–" if empty else content
         if index == 0:
-            return tag("th", content, scope="row", data_label=names[0])
-        return tag("td", content, data_label=names[index], class_=kind)
+            return tag("th", shown, scope="row", role="rowheader", class_=words)
+        return tag("td", shown, role="cell", data_label=names[index], class_=words)
 
+    heads = (
+        tag("th", n, scope="col", role="columnheader", class_="number" if i in right else None)
+        for i, n in enumerate(names)
+    )
+    lines = (tag("tr", (cell(i, c) for i, c in enumerate(row)), role="row") for row in rows)
     return tag(
         "table",
         tag("caption", caption),
-        tag(
-            "thead",
-            tag(
-                "tr",
-                (
-                    tag("th", n, scope="col", class_="number" if i in right else None)
-                    for i, n in enumerate(names)
-                ),
-            ),
-        ),
-        tag("tbody", (tag("tr", (cell(i, c) for i, c in enumerate(row))) for row in rows)),
+        tag("thead", tag("tr", heads, role="row"), role="rowgroup"),
+        tag("tbody", lines, role="rowgroup"),
+        role="table",
+        class_=kind,
     )
 
 

@@ -32,7 +32,7 @@ def page(title: str, *content: Content, current: str = "", refresh: int = 0) -> 
         tag("meta", name="color-scheme", content="light dark"),
         tag("title", f"{title} – ckpt"),
         tag("link", rel="stylesheet", href="static/page.css"),
-        tag("link", rel="icon", href="data:,"),
+        tag("link", rel="icon", href="static/icon.svg", type="image/svg+xml"),
         tag("script", src="static/page.js", defer=True),
         again,
     )

@@ -31,7 +31,11 @@ PATIENCE = 20.0  # seconds for a request to arrive, and for each piece of an ans
 BEAT = 10.0  # seconds after which a stream says that it is still there
 EVERY = 0.2  # seconds between events of a stream
 
-STATIC = {"page.css": "text/css; charset=utf-8", "page.js": "text/javascript; charset=utf-8"}
+STATIC = {
+    "page.css": "text/css; charset=utf-8",
+    "page.js": "text/javascript; charset=utf-8",
+    "icon.svg": "image/svg+xml",
+}
 
 HEADERS = {
     "Content-Security-Policy": "default-src 'self'; base-uri 'none'; form-action 'self'; "

@@ -77,6 +77,9 @@ def _shown(diff: Diff, site: Site, full: bool) -> Markup:
             numbers=(3, 4, 5),
         ),
         tag("h2", "Change in each block") if changes else None,
+        tag("p", "How many of a value's last bits change on average: 0 is the same, about 10 another model.")
+        if changes
+        else None,
         [_drawn(cls, [c for c in changes if c.cls == cls]) for cls in dict.fromkeys(c.cls for c in changes)],
         _tensors(diff, full),
         _alone("A", diff.only_a),
@@ -89,8 +92,8 @@ def _part(part: Part) -> tuple[Content, ...]:
     share = total.differing / total.elements if total.elements else 0.0
     return (
         part.cls or "in no component",
-        part.a.component.name if part.a else "–",
-        part.b.component.name if part.b else "–",
+        part.a.component.name if part.a else None,
+        part.b.component.name if part.b else None,
         f"{len(part.tensors):,}",
         f"{len(part.changed):,}",
         _percent(share),
@@ -102,20 +105,20 @@ def _percent(share: float) -> str:
 
 
 def _drawn(cls: str, changes: list[BlockChange]) -> Markup:
+    """The change of a class; one line where there is none."""
+    if not any(c.differing for c in changes):
+        return tag("p", tag("strong", cls), ": nothing changes but the rounding, if that.")
     rows = [
         (
             c.block or "in no block",
-            c.bits,
-            f"{c.bits:.1f} bits, {_percent(c.differing / c.elements if c.elements else 0.0)} differ",
+            drawing.level(c.bits / MOST_BITS, "changed"),
+            f"{c.bits:.1f} bits",
+            _percent(c.differing / max(1, c.elements)),
         )
         for c in changes
     ]
-    about = "How many of a value's last bits change on average: 0 is the same, about 10 another model."
-    return tag(
-        "figure",
-        tag("figcaption", tag("strong", cls), ". ", about),
-        drawing.levels(f"Change in {cls}, by block", rows, MOST_BITS),
-    )
+    head = ("Block", "Change", "On average", "Values that differ")
+    return table(head, rows, caption=cls, numbers=(2, 3), kind="levels")
 
 
 def _tensors(diff: Diff, full: bool) -> Content:
@@ -126,10 +129,10 @@ def _tensors(diff: Diff, full: bool) -> Content:
     rows = [
         (
             code(t.pair.a),
-            t.pair.cls or "–",
+            t.pair.cls or None,
             f"{t.dtypes[0].code} / {t.dtypes[1].code}",
             _percent(t.values.differing / max(1, t.values.elements)) if t.values else "other shape",
-            f"{t.values.steps:,}" if t.values and t.values.steps else "–",
+            f"{t.values.steps:,}" if t.values and t.values.steps else None,
         )
         for t in found[:MOST]
     ]

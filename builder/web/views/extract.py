@@ -115,7 +115,7 @@ def run(site: Site, form: Form) -> Response:
 
     command = _command(site, form, path, word, into, saved)
     title = f"Extract {match.component.name} from {path.name}"
-    return follow(site.jobs.add(title, work, command=command, recipe=recipe.text()))
+    return follow(site.jobs.add(title, work, command=command, recipe=recipe.text(into)))
 
 
 def _command(

@@ -117,7 +117,7 @@ def run(site: Site, form: Form) -> Response:
 
 def _shown(events: list[Event], waiting: list[str]) -> Markup:
     rows: list[tuple[Content, ...]] = [
-        (code(e.path.name), WORDS[e.state], code(str(e.target)) if e.target else "–", e.what or "–")
+        (code(e.path.name), WORDS[e.state], code(str(e.target)) if e.target else None, e.what or None)
         for e in events
     ]
     return join(

@@ -111,12 +111,12 @@ def _row(reference: str, line: Line, alike: list[tuple[str, str]]) -> tuple[Cont
     return (
         link("report", reference, file=reference),
         what,
-        line.precision or "–",
+        line.precision or None,
         size(line.size),
-        size(junk) if junk else "–",
+        size(junk) if junk else None,
         line.known or ("–" if line.read else "not read"),
-        others or "–",
-        doing if not line.problems else "–",
+        others or None,
+        doing if not line.problems else None,
     )
 
 

@@ -29,13 +29,13 @@ from builder.web.forms import (
     the_same,
     tick,
 )
-from builder.web.html import Content, Markup, join, problem, tag
+from builder.web.html import Content, Markup, join, problem, tag, ticked
 from builder.web.jobs import Job, Outcome
 from builder.web.pages import page
 from builder.web.site import Form, Response, Site
 from builder.web.views.jobs import follow
 from builder.web.views.made import outputs
-from builder.web.views.planned import plan_of, preview
+from builder.web.views.planned import plan_of, preview, recipe_text
 from builder.web.views.replace import folder_of
 
 ROWS = 3  # of inputs that are a list, at least
@@ -62,7 +62,7 @@ def show(site: Site, query: Form) -> Markup:
     return page(
         "Merge",
         tag("form", field("Operation", chosen), button("Choose", class_="quiet"), class_="inline"),
-        tag("p", operation.doc, class_="about"),
+        tag("p", ticked(operation.doc)),
         tag(
             "form",
             hidden(op=operation.name),
@@ -114,7 +114,9 @@ def run(site: Site, form: Form) -> Response:
         return Outcome(outputs(site, made, saved), to_json(made))
 
     line = command_line("build", saved or goal.with_suffix(".toml"))
-    return follow(site.jobs.add(f"Merge into {goal.name}", work, command=line, recipe=command.text()))
+    return follow(
+        site.jobs.add(f"Merge into {goal.name}", work, command=line, recipe=recipe_text(command, goal))
+    )
 
 
 def _operation(form: Form) -> Operation:
@@ -152,9 +154,9 @@ def _param(site: Site, query: Form, operation: Operation, name: str, param: Para
     value = query.get(f"p.{name}", _said(param.default))
     if param.kind == "boolean":
         # A box that is not ticked is not sent: a choice says both.
-        return field(name, select(f"p.{name}", ("true", "false"), value), param.doc)
+        return field(name, select(f"p.{name}", ("true", "false"), value), ticked(param.doc))
     if param.kind == "choice":
-        return field(name, select(f"p.{name}", param.choices, value), param.doc)
+        return field(name, select(f"p.{name}", param.choices, value), ticked(param.doc))
     control = tag(
         "input",
         type="number",
@@ -165,7 +167,7 @@ def _param(site: Site, query: Form, operation: Operation, name: str, param: Para
         step=1 if param.kind == "integer" else "any",
         required=not param.optional,
     )
-    return field(name, control, param.doc)
+    return field(name, control, ticked(param.doc))
 
 
 def _said(default: Any) -> str:
@@ -179,7 +181,7 @@ def _weights(site: Site, query: Form, operation: Operation, name: str, param: Pa
     cls, blocks = _blocks(site, query, operation)
     base = query.get(f"p.{name}", f"{param.default:.6g}")
     control = tag("input", type="number", name=f"p.{name}", value=base, step="any", required=True)
-    about = f"{param.doc} Of all that is in no block, such as the text encoder."
+    about = ticked(f"{param.doc} This one is of all that is in no block, such as the text encoder.")
     parts: list[Content] = [field(name, control, about)]
     if blocks:
         known = presets().get(query.get(f"preset.{name}"))
@@ -309,5 +311,5 @@ def _preview(site: Site, query: Form, operation: Operation) -> Markup:
         plan = plan_of(site, command, goal)
     except CkptError as error:
         return join(map(problem, error.problems))
-    name = query.get("save") or f"{goal.stem}.toml"
-    return join(preview(plan), the_same(command_line("build", goal.with_name(name)), command.text()))
+    line = command_line("build", goal.with_name(query.get("save") or f"{goal.stem}.toml"))
+    return join(preview(plan), the_same(line, recipe_text(command, goal)))

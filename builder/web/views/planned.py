@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from builder.base.words import counted
@@ -9,14 +10,24 @@ from builder.plan import ComponentJob, Node, OutputJob, Plan
 from builder.plan.explain import totals
 from builder.toolkit.command_recipe import CommandRecipe
 from builder.web import drawing
-from builder.web.html import Content, Markup, join, problem, size, table, tag
+from builder.web.html import Content, Markup, join, problem, size, table, tag, ticked
 from builder.web.site import Site
 
 
 def plan_of(site: Site, command: CommandRecipe, goal: Path) -> Plan:
     """The plan of a command's recipe, without network; raises CkptError."""
     with site.workspace() as workspace, workspace.sources() as sources:
-        return workspace.plan(command.recipe(site.catalog), sources, place=lambda _: goal)
+        recipe = _named(command, goal).recipe(site.catalog)
+        return workspace.plan(recipe, sources, place=lambda _: goal)
+
+
+def recipe_text(command: CommandRecipe, goal: Path) -> str:
+    """The recipe as it stands beside the file that it makes."""
+    return _named(command, goal).text(goal.parent)
+
+
+def _named(command: CommandRecipe, goal: Path) -> CommandRecipe:
+    return replace(command, output={"file": goal.name, **command.output})
 
 
 def preview(plan: Plan) -> Markup:
@@ -41,10 +52,10 @@ def preview(plan: Plan) -> Markup:
         tag("p", "Reads ", size(reads), ", writes ", size(writes), "."),
         drawing.plan(plan),
         table(("Step", "Kind", "State", "Size", "Why"), rows, caption="The plan, step by step", numbers=(3,)),
-        tag("ul", left, [tag("li", note) for note in plan.notes]) if left or plan.notes else None,
+        tag("ul", left, [tag("li", ticked(note)) for note in plan.notes]) if left or plan.notes else None,
     )
 
 
 def _size(node: Node) -> Content:
     count = node.writes if isinstance(node.job, (ComponentJob, OutputJob)) else node.reads
-    return size(count) if count else "–"
+    return size(count) if count else None

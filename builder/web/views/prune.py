@@ -6,7 +6,7 @@ from pathlib import Path
 
 from builder.base.errors import Problem, UsageError
 from builder.base.words import CONTAINERS, counted
-from builder.recipe.names import free_name, stem
+from builder.recipe.names import free_name, portable, stem
 from builder.toolkit import prune_text
 from builder.toolkit.prune import Options, Pruning, Result, Share, plan_pruning, prune
 from builder.web.drawing import bars
@@ -45,7 +45,7 @@ def show(site: Site, query: Form) -> Markup:
         return page("Prune", chosen, current="library")
     path = site.path(reference)
     pruning = _planned(site, path, _options(query))
-    usual = free_name(path.parent / f"{stem(path)}-pruned.safetensors").name
+    usual = free_name(path.parent / portable(f"{stem(path)}-pruned.safetensors")).name
     home = reference.rpartition("/")[0]
     asked = [
         hidden(file=reference),

@@ -11,11 +11,10 @@ from builder.base.errors import CkptError, OutputError, Place, Problem, UsageErr
 from builder.base.files import read_text
 from builder.build import build_recipe
 from builder.plan import Plan, explain
-from builder.recipe.lock import LOCK
 from builder.recipe.read import MAX_SIZE
 from builder.toolkit.command_recipe import check_is_recipe
 from builder.toolkit.made import note_changes, note_left_out, note_steps, to_json
-from builder.web.forms import button, command_line, field, folder, hidden, text, the_same, tick
+from builder.web.forms import button, command_line, field, folder, hidden, recipe_named, text, the_same, tick
 from builder.web.html import Content, Markup, join, problem, tag, verbatim
 from builder.web.jobs import Job, Outcome
 from builder.web.pages import page
@@ -133,10 +132,7 @@ def save(site: Site, form: Form) -> Response:
     if reference:
         path = _recipe(site, reference)
     else:
-        name = form.get("name")
-        path = site.folders.new(form.get("folder"), name if name.endswith(".toml") else f"{name}.toml")
-        if path.name.endswith(LOCK):
-            raise UsageError(Problem(f"`{path.name}` is the name of a recipe's lock", hint="choose another"))
+        path = site.folders.new(form.get("folder"), recipe_named(form.get("name")))
         reference = site.folders.reference(path)
     if path.exists() and (not seen or _digest(_read(site, reference)) != seen):
         fact = f"`{path.name}` was changed since it was opened here"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from builder.base.errors import CkptError, Problem, UsageError
 from builder.models.catalog import Architecture
-from builder.recipe.names import free_name, stem
+from builder.recipe.names import free_name, portable, stem
 from builder.toolkit.command_recipe import CommandRecipe, output_path
 from builder.toolkit.command_recipe import run as build
 from builder.toolkit.made import to_json
@@ -32,7 +32,7 @@ from builder.web.site import Form, Response, Site
 from builder.web.views.jobs import follow
 from builder.web.views.library import lines
 from builder.web.views.made import outputs
-from builder.web.views.planned import plan_of, preview
+from builder.web.views.planned import plan_of, preview, recipe_text
 
 NEW = "NEW "
 
@@ -66,7 +66,8 @@ def show(site: Site, query: Form) -> Markup:
             for part in line.parts:
                 if part.cls == cls or (average is not None and part.cls == average.cls):
                     words = f"{reference} · {part.name} {part.precision}"
-                    options[f"{part.name}|{reference}"] = words + (f" ({part.known})" if part.known else "")
+                    value = f"{'' if part.cls == cls else part.name}|{reference}"
+                    options[value] = words + (f" ({part.known})" if part.known else "")
         chosen = select(f"slot.{cls}", options, query.get(f"slot.{cls}"))
         slots.append(field(cls, chosen))
     home_folder = "" if base.startswith(NEW) else base.rpartition("/")[0]
@@ -105,7 +106,7 @@ def _preview(site: Site, query: Form) -> Markup:
         plan = plan_of(site, command, goal)
     except CkptError as error:
         return join(map(problem, error.problems))
-    return join(preview(plan), the_same(_command(site, query, goal), command.text()))
+    return join(preview(plan), the_same(_command(site, query, goal), recipe_text(command, goal)))
 
 
 def run(site: Site, form: Form) -> Response:
@@ -120,7 +121,7 @@ def run(site: Site, form: Form) -> Response:
         return Outcome(outputs(site, made, saved), to_json(made))
 
     line = _command(site, form, goal, saved)
-    return follow(site.jobs.add(f"Write {goal.name}", work, command=line, recipe=command.text()))
+    return follow(site.jobs.add(f"Write {goal.name}", work, command=line, recipe=recipe_text(command, goal)))
 
 
 def _composed(site: Site, form: Form) -> CommandRecipe:
@@ -151,7 +152,7 @@ def _architecture(site: Site, base: str) -> Architecture:
 
 
 def _usual(site: Site, base: str, inside: str) -> str:
-    name = "new-model" if base.startswith(NEW) else f"{stem(site.path(base))}-new"
+    name = "new-model" if base.startswith(NEW) else portable(f"{stem(site.path(base))}-new")
     return free_name(site.path(inside or folder_of(site)) / f"{name}.safetensors").name
 
 

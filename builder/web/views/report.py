@@ -124,7 +124,7 @@ def _part(part: Part) -> tuple[Content, ...]:
         types_of(part),
         f"{part.tensors:,}",
         size(part.bytes),
-        part.known or "–",
+        part.known or None,
     )
 
 

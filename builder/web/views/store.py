@@ -69,10 +69,10 @@ def _row(item: Item) -> tuple[Content, ...]:
     where = [*(["the store"] if item.size else []), *(Path(p).name for p in item.places)]
     return (
         name.get(item.kind, item.kind),
-        size(item.size) if item.size else "–",
+        size(item.size) if item.size else None,
         code(item.digest[:12]),
         datetime.fromtimestamp(item.used // 10**9).strftime("%Y-%m-%d %H:%M"),
-        item.source or "–",
+        item.source or None,
         ", ".join(where) or "nowhere",
     )
 
