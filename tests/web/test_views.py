@@ -18,6 +18,7 @@ import pytest
 
 from builder.base.errors import CkptError
 from builder.build import build_recipe
+from builder.web import server as module
 from builder.web.forms import command_line
 from builder.web.html import tag
 from builder.web.jobs import Job, Outcome
@@ -464,31 +465,47 @@ def test_progress_comes_as_events(client: Client) -> None:
     assert client.ask("GET", f"{client.server.session.path}events?job=99").status == 404
 
 
-def test_work_is_cancelled_as_ctrl_c_does(client: Client, folder: Folder) -> None:
-    """In the midst of a build: nothing of it stays."""
-    before = files(folder.path)
-    client.server.site.jobs._guard.acquire()  # the worker waits, so that the job is under way when it is told
-    try:
-        sent = client_post_in_thread(client, file="work/tiny.toml")
-    finally:
-        client.server.site.jobs._guard.release()
-    sent.join(30)
-    job = client.server.site.jobs.get(1)
-    assert job is not None
+def test_work_is_cancelled(client: Client) -> None:
+    """What is under way, when it next tells of itself; and what waits, at once."""
+    begun = threading.Event()
+
+    def work(job: Job) -> Outcome:
+        job.start("reading", 0)
+        while True:
+            job.advance("reading", 1)
+            begun.set()
+            time.sleep(0.001)
+
+    first = client.server.site.jobs.add("Endless", work)
+    second = client.server.site.jobs.add("Waiting", work)
+    assert begun.wait(30)
+    assert second.state == "waiting"
+    assert client.post("cancel", id="2").status == 303
+    assert second.state == "cancelled" and "cancelled: nothing was written" in client.get("job", id="2").read
+    assert "Cancel" in client.get("jobs").read
     client.post("cancel", id="1")
-    deadline = time.monotonic() + 60
-    while not job.over and time.monotonic() < deadline:
+    deadline = time.monotonic() + 30
+    while not first.over and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert job.over
-    if job.state == "cancelled":
-        assert files(folder.path) == before
-        assert "cancelled: nothing was written" in client.get("job", id="1").read
+    assert first.to_json()["state"] == "cancelled" and first.code == 130
+    assert "Cancel" not in client.get("jobs").text
+    assert client.job("store-check")[0]["state"] == "done", "the next is done"
 
 
-def client_post_in_thread(client: Client, **fields: str) -> threading.Thread:
-    thread = threading.Thread(target=lambda: client.post("build", **fields))
-    thread.start()
-    return thread
+def test_a_mistake_of_ours_ends_one_job_alone(folder: Folder) -> None:
+    def work(job: Job) -> Outcome:
+        raise AssertionError("a mistake")
+
+    with served(folder) as client:
+        job = client.server.site.jobs.add("Wrong", work)
+        deadline = time.monotonic() + 30
+        while not job.over and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert client.get("api/job", id="1").json["code"] == 70
+        assert "a mistake in ckpt itself" in client.get("job", id="1").read
+        assert client.job("store-check")[0]["state"] == "done"
+        assert [str(f) for f in client.faults] == ["a mistake"]
+        client.faults.clear()
 
 
 def test_what_is_stopped_while_it_reads_leaves_nothing(folder: Folder) -> None:
@@ -606,3 +623,26 @@ def test_a_command_line_can_be_pasted() -> None:
     said = subprocess.run(["bash", "-c", f"ckpt() {{ printf %s \"$2\"; }}; {hostile}"], capture_output=True,
                           check=True, env={"LC_ALL": "C.UTF-8"})  # fmt: skip
     assert said.stdout == "a\n\u202e'\\".encode() + b"\xff"
+
+
+def test_colours_can_be_told_apart() -> None:
+    """4.5 to 1 between text and what is behind it, light and dark, as WCAG has it."""
+    css = (Path(module.__file__).parent / "static" / "page.css").read_text()
+    for palette in re.findall(r":root \{(.*?)\}", css, re.DOTALL):
+        colours = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{3,6});", palette))
+        for ink in ("ink", "soft", "accent", "good", "bad", "caution"):
+            for paper in ("paper", "tint"):
+                assert _contrast(colours[ink], colours[paper]) >= 4.5, (ink, paper)
+        assert _contrast(colours["on-accent"], colours["accent"]) >= 4.5
+
+
+def _contrast(a: str, b: str) -> float:
+    light, dark = sorted(map(_luminance, (a, b)), reverse=True)
+    return (light + 0.05) / (dark + 0.05)
+
+
+def _luminance(colour: str) -> float:
+    digits = colour[1:] if len(colour) == 7 else "".join(c * 2 for c in colour[1:])
+    parts = [int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4)]
+    r, g, b = (p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts)
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b
