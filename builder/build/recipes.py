@@ -30,6 +30,7 @@ def build_recipe(
     *,
     place: Place | None = None,
     naming: Naming | None = None,
+    keeps_lock: bool = True,
     locked: bool = False,
     partial: bool = False,
     hashing: bool = True,
@@ -37,13 +38,13 @@ def build_recipe(
     threads: int | None = None,
     before: Callable[[Plan], object] = lambda plan: None,
 ) -> Build:
-    """Build a recipe, and write its lock unless `locked`.
+    """Build a recipe, and write its lock unless `locked`; without `keeps_lock` it has none.
 
     `place` says where outputs go, and in which form, if not as the recipe says; `before` sees the plan before
     anything is made; with `check` everything is built a second time without the store, and compared. All
     else is as for `build`. Raises CkptError.
     """
-    lock = need_lock(recipe) if locked else find_lock(recipe)
+    lock = need_lock(recipe) if locked else find_lock(recipe) if keeps_lock else None
     made = _built(
         workspace,
         recipe,
@@ -64,7 +65,7 @@ def build_recipe(
     )
     if check:
         _check(workspace, recipe, made, place, threads)
-    if not locked:
+    if keeps_lock and not locked:
         _write_lock(workspace, recipe, lock, made, place)
     workspace.tidy()
     return made

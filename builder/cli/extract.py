@@ -10,6 +10,7 @@ import click
 
 from builder.base.errors import ExitCode
 from builder.cli.options import FILE, making, open_workspace, recipe_path, save_option
+from builder.models.parts import find_part, slot_of
 from builder.recipe.names import SUFFIXES
 from builder.toolkit.command_recipe import run
 from builder.toolkit.extract import extraction, target_of
@@ -43,8 +44,12 @@ def command(
     """
     save = recipe_path(save_recipe)
     with open_workspace(quiet) as workspace, workspace.sources() as sources:
-        recipe, match = extraction(file, component, sources, fixes=fixes, options=options)
-        target, naming = target_of(file, match, recipe.new, output, form, workspace)
+        catalog = workspace.catalog
+        identity = sources.open(sources.file(file)).identity
+        match = find_part(component, identity, file, catalog)
+        cls = slot_of(match, catalog)
+        target, naming = target_of(file, match, cls, output, form, workspace)
+        recipe = extraction(file, match, cls, sources, fixes, **options)
         made = run(
             recipe,
             target,

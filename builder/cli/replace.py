@@ -42,10 +42,9 @@ def command(
     """
     save, target = recipe_path(save_recipe), output_path(output, [file])
     with open_workspace(quiet) as workspace, workspace.sources() as sources:
-        catalog = workspace.catalog
-        architecture = architecture_of(file, sources.open(sources.file(file)).identity, catalog)
-        picks = (parse_part(part, architecture) for part in parts)
-        recipe = replacement(file, picks, sources, fixes=fixes, options=options)
+        architecture = architecture_of(file, sources.open(sources.file(file)).identity, workspace.catalog)
+        asked = [parse_part(part, architecture) for part in parts]
+        recipe = replacement(file, architecture, asked, sources, fixes, **options)
         output_path(output, recipe.sources.values())
         made = run(
             recipe,

@@ -40,8 +40,8 @@ def load_recipe(
 ) -> Recipe:
     """Read a recipe and the recipes that it includes: those in its folder, unless `outside` allows others.
 
-    With `text` that is what the recipe says, whatever the file `path` may hold. Raises RecipeError with every
-    problem of all of them.
+    With `text`, that is the recipe, and `path` where it would lie. Raises RecipeError with every problem of
+    all of them.
     """
     return _Loader(Vocabulary(catalog, operations, fixes), outside, text).load(path)
 
@@ -64,10 +64,10 @@ def parse_recipe(
 class _Loader:
     """Recipes and those they include, each read once."""
 
-    def __init__(self, words: Vocabulary, outside: bool, text: str | None) -> None:
+    def __init__(self, words: Vocabulary, outside: bool, text: str | None = None) -> None:
         self.words = words
         self.outside = outside
-        self.text = text
+        self.text = text  # of the outermost recipe, where that is no file
         self.problems: list[Problem] = []
         self.done: dict[Path, Recipe | None] = {}
         self.open: list[Path] = []  # from the outermost recipe to the one being read
@@ -95,9 +95,9 @@ class _Loader:
         return self.done[real]
 
     def _read(self, path: Path, named: Place | None) -> Recipe | None:
+        given = self.text if named is None else None
         try:
-            own = self.text if named is None else None
-            document = _document(path, named) if own is None else toml.parse(own, str(path), RecipeError)
+            document = _document(path, named) if given is None else toml.parse(given, str(path), RecipeError)
             recipe = _read(document, self.words)
         except RecipeError as error:
             self.problems += error.problems

@@ -169,7 +169,7 @@ def _check(store: Store, item: Item, threads: int, reporter: Reporter) -> Proble
     try:
         found = sha256_file(item.path, reporter=reporter).sha256
     except SourceError as error:
-        found = str(error)
+        found = error.problems[0].fact
     if found == item.digest or not item.path.exists():
         return None
     store.quarantine(item.path)

@@ -12,7 +12,7 @@ import tomli
 import tomli_w
 
 from builder.base.disk import check_place, may_replace, write_bytes
-from builder.base.errors import OutputError, Place, Problem
+from builder.base.errors import OutputError, Place, Problem, UsageError
 from builder.base.files import read_bounded
 from builder.base.toml import Document, escaped
 from builder.build import Build, Built, build_recipe
@@ -22,7 +22,7 @@ from builder.operations.fixes import FIXES
 from builder.plan import Plan
 from builder.recipe import FromBase, NewBase, Output, Pick, Recipe, Source, parse_recipe
 from builder.recipe.language import OUTPUT_FILE, PATH
-from builder.recipe.names import SUFFIXES, form_of, numbered, portable
+from builder.recipe.names import SINGLE, SUFFIXES, form_of, numbered, portable
 from builder.recipe.read import MAX_SIZE
 from builder.sources.opened import Sources
 from builder.store import Store
@@ -138,23 +138,22 @@ class CommandRecipe:
         return next(f for p in numbered(file) if (f := p.as_posix()).casefold() not in taken) + end
 
 
-def output_keys(usual: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe's [output] of `precision`, `profile`, `overflow` and `non_finite` as they were asked for.
-
-    `usual` is the precision where none was. Only what was asked for is made wider or changed within 16 bits.
-    """
-    precision = options.get("precision")
-    keys: dict[str, Any] = {"precision": precision or usual}
-    if precision is None:
-        keys["narrow"] = True
-    said = {name: options.get(name) for name in ("profile", "overflow", "non_finite")}
-    return keys | {name: value for name, value in said.items() if value not in (None, "error")}
-
-
 def _below(folder: Path, path: Path) -> str | None:
     """A path from a folder that it lies in, after all links but its own; None where it lies elsewhere."""
     real = path.absolute().parent.resolve() / path.name
     return real.relative_to(folder).as_posix() if real.is_relative_to(folder) else None
+
+
+def output_keys(usual: str, precision: str | None = None, **said: str | None) -> dict[str, Any]:
+    """What a recipe says under [output] of these options; None, and `error`, is what it need not say.
+
+    `usual` is the precision where none was asked for. Only what was asked for is made wider or changed
+    within 16 bits.
+    """
+    keys: dict[str, Any] = {"precision": precision or usual}
+    if precision is None:
+        keys["narrow"] = True
+    return keys | {name: value for name, value in said.items() if value not in (None, "error")}
 
 
 def run(
@@ -242,6 +241,19 @@ def vacant(path: Path, built: Built, store: Store, suffix: str | None = None) ->
         return store.sha256(there) == built.sha256
 
     return next(p for p in numbered(path, suffix) if not os.path.lexists(p) or same(p))
+
+
+def place_of(recipe: Recipe, output: str | None) -> Callable[[Output], str] | None:
+    """Where a recipe's output goes by a name that is given; raises UsageError where there are several."""
+    if output is None:
+        return None
+    if len(recipe.outputs) > 1:
+        files = tuple(o.file for o in recipe.outputs)
+        fact = "one output is named, and the recipe has several"
+        raise UsageError(Problem(fact, evidence=files, hint="name the files in the recipe"))
+    if form_of(output) in SINGLE:
+        output_path(Path(output))
+    return lambda _: output
 
 
 def output_path(path: Path, inputs: Iterable[Path] = (), *, folders: bool = False) -> Path:

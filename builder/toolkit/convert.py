@@ -10,6 +10,7 @@ from typing import Any
 from builder.base.errors import Problem, SourceError, UsageError
 from builder.base.inside import is_inside
 from builder.base.words import listed
+from builder.build import Build
 from builder.formats.checkpoint import Checkpoint
 from builder.models.catalog import Architecture
 from builder.models.cut import foreign
@@ -23,17 +24,22 @@ from builder.workspace import Workspace
 
 @dataclass(frozen=True)
 class Converted:
-    """What was written: a file, an index or a folder; `size` is in bytes, of all of its files.
+    """What was written: a file, an index or a folder.
 
     `lost` says what the source has that the output cannot hold; `tokenizer`, whether a folder has one.
     """
 
     path: Path
     form: Form
-    size: int
+    build: Build
     tensors: int
     lost: tuple[str, ...]
     tokenizer: bool
+
+    @property
+    def size(self) -> int:
+        """Bytes of all of its files."""
+        return self.build.outputs[0].size
 
 
 def convert(
@@ -93,9 +99,7 @@ def convert(
         threads=threads,
     )
     held = opened.checkpoint
-    return Converted(
-        Path(target), form, made.outputs[0].size, len(held), _lost(held, form), "tokenizer" in said
-    )
+    return Converted(Path(target), form, made, len(held), _lost(held, form), "tokenizer" in said)
 
 
 def _check_model(opened: OpenSource, prediction: str | None, workspace: Workspace) -> None:

@@ -2,44 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from builder.base.errors import Problem, UsageError
 from builder.build import Built
 from builder.models.catalog import PARTS
 from builder.models.identify import Match
-from builder.models.parts import find_part, kind, slot_of, usual_precision
+from builder.models.parts import kind, usual_precision
 from builder.recipe import Pick
 from builder.recipe.names import free_name, recipe_name, stem
 from builder.sources.opened import Sources
 from builder.toolkit.command_recipe import CommandRecipe, output_keys, output_path, vacant
 from builder.workspace import Workspace
-
-
-def extraction(
-    file: Path, word: str, sources: Sources, *, fixes: Sequence[str] = (), options: Mapping[str, Any]
-) -> tuple[CommandRecipe, Match]:
-    """The recipe of a component alone, and what it is in the file that has it, by its name, class or kind.
-
-    `options` are as for `output_keys`. Raises CkptError.
-    """
-    catalog = sources.catalog
-    identity = sources.open(sources.file(file)).identity
-    match = find_part(word, identity, file, catalog)
-    cls = slot_of(match, catalog)
-    source = recipe_name(file)
-    pick = Pick(cls, source, None if match.component.cls == cls else match.component.name)
-    recipe = CommandRecipe(
-        f"{source}.{kind(cls).lower()}",
-        {source: file},
-        new=cls,
-        components={cls: pick},
-        fixes=fixes,
-        output=output_keys(usual_precision(cls, identity, catalog), options),
-    )
-    return recipe, match
 
 
 def target_of(
@@ -66,3 +41,16 @@ def target_of(
         return vacant(folder / f"{stem(file)}{average}{known}{suffix}", built, workspace.store, suffix)
 
     return free_name(folder / f"{stem(file)}{average}{suffix}", suffix), named
+
+
+def extraction(
+    file: Path, match: Match, cls: str, sources: Sources, fixes: Sequence[str] = (), **output: str | None
+) -> CommandRecipe:
+    """The recipe of a component of a file as a file of its own; `output` as for `output_keys`."""
+    identity = sources.open(sources.file(file)).identity
+    name = recipe_name(file)
+    pick = Pick(cls, name, None if match.component.cls == cls else match.component.name)
+    keys = output_keys(usual_precision(cls, identity, sources.catalog), **output)
+    return CommandRecipe(
+        f"{name}.{kind(cls).lower()}", {name: file}, new=cls, components={cls: pick}, fixes=fixes, output=keys
+    )

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from builder.base.disk import write_bytes
-from builder.base.errors import ExitCode, Place, Problem, SourceError
+from builder.base.errors import ExitCode, Place, Problem, SourceError, UsageError, did_you_mean
 from builder.base.files import parse_json, read_bounded
 from builder.base.progress import Reporter
 from builder.build import Build, Built
@@ -214,6 +214,15 @@ def _asked(word: str, tensors: Tensors, identity: Identity) -> list[str]:
     if part is not None:
         return list(part.full)
     return [n for n in tensors if n == word or fnmatchcase(n, word)]
+
+
+def unmatched(pruning: Pruning) -> UsageError:
+    """That the first pattern of `keep` which matches nothing does so."""
+    word = pruning.unmatched[0]
+    fact = f"there is no tensor or component `{word}` to keep"
+    parts = [w for m in pruning.identity.matches for w in words_for(m)]
+    hint = did_you_mean(word, (*parts, *pruning.report.tensors))
+    return UsageError(Problem(fact, Place(str(pruning.path)), hint=hint))
 
 
 def _repairs(

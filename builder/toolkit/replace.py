@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from builder.base.errors import Place, Problem, SourceError, UsageError, did_you_mean
 from builder.base.words import spelling
@@ -16,6 +15,8 @@ from builder.recipe import Pick
 from builder.recipe.names import recipe_name
 from builder.sources.opened import Sources
 from builder.toolkit.command_recipe import CommandRecipe, output_keys
+
+Part = tuple[str, Path, str | None]  # a class, the file that fills it, and which component of that
 
 
 def architecture_of(file: Path, identity: Identity, catalog: Catalog) -> Architecture:
@@ -34,20 +35,21 @@ def architecture_of(file: Path, identity: Identity, catalog: Catalog) -> Archite
     )
 
 
-def parse_part(part: str, architecture: Architecture) -> tuple[str, Path, str | None]:
+def parse_part(part: str, architecture: Architecture) -> Part:
     """The class, file and component of `CLASS=FILE[:COMPONENT]`; what is a file as a whole is one."""
     word, equals, rest = part.partition("=")
     if not (word and equals and rest):
         fact = f"`{part}` is not of the form CLASS=FILE or CLASS=FILE:COMPONENT"
         raise UsageError(Problem(fact, hint="as in `VAE-v1=nai.vae.pt`"))
-    cls = _slot(word, architecture)
+    cls = slot(word, architecture)
     path, colon, component = rest.rpartition(":")
     if not colon or os.path.lexists(rest) or not os.path.lexists(path):
         return cls, Path(rest), None
     return cls, Path(path), component
 
 
-def _slot(word: str, architecture: Architecture) -> str:
+def slot(word: str, architecture: Architecture) -> str:
+    """The slot that a word means: its class, or its kind (`VAE`); raises UsageError where there is none."""
     said = spelling(word)
     for found in (
         [s for s in architecture.slots if spelling(s) == said],
@@ -63,45 +65,34 @@ def _slot(word: str, architecture: Architecture) -> str:
 
 
 def replacement(
-    base: Path | str,
-    parts: Iterable[tuple[str, Path, str | None]],
+    file: Path | None,
+    architecture: Architecture,
+    parts: Iterable[Part],
     sources: Sources,
-    *,
     fixes: Sequence[str] = (),
-    options: Mapping[str, Any],
+    **output: str | None,
 ) -> CommandRecipe:
-    """The recipe of a file, or of a new architecture, with components of other files.
+    """The recipe of a file with components of others; `output` as for `output_keys`.
 
-    `base` is the file or the architecture's name, `parts` are classes, files, and which component of a file
-    where the class does not tell. `options` are as for `output_keys`. Raises CkptError.
+    Without a file, that of a new model of the architecture, every slot of which is to be filled. Raises
+    UsageError for a class that is replaced twice, and for what a file does not have.
     """
-    catalog = sources.catalog
-    if isinstance(base, str):
-        architecture, files, name, new = catalog.architecture(base), {}, "model", base
-    else:
-        architecture = architecture_of(base, sources.open(sources.file(base)).identity, catalog)
-        name, new = recipe_name(base), ""
-        files = {name: base}
+    name = recipe_name(file) if file is not None else "model"
+    files = {name: file} if file is not None else {}
     picks: dict[str, Pick] = {}
     for cls, path, component in parts:
         if cls in picks:
             raise UsageError(Problem(f"`{cls}` is replaced twice", hint="name each class once"))
         identity = sources.open(sources.file(path)).identity
-        match = find_part(component or cls, identity, path, catalog)
+        match = find_part(component or cls, identity, path, sources.catalog)
         plain = match.component.cls == cls and component is None
-        picks[cls] = Pick(cls, name_of(path, files), None if plain else match.component.name)
-    return CommandRecipe(
-        name,
-        files,
-        "" if new else name,
-        architecture.name if new else "",
-        components=picks,
-        fixes=fixes,
-        output=output_keys(architecture.precision or "fp16", options),
-    )
+        picks[cls] = Pick(cls, _name_of(path, files), None if plain else match.component.name)
+    keys = output_keys(architecture.precision or "fp16", **output)
+    base, new = (name, "") if file is not None else ("", architecture.name)
+    return CommandRecipe(name, files, base, new, components=picks, fixes=fixes, output=keys)
 
 
-def name_of(path: Path, sources: dict[str, Path]) -> str:
+def _name_of(path: Path, sources: dict[str, Path]) -> str:
     """What the recipe calls a file, which is added where it is a new one."""
     for name, known in sources.items():
         if path.samefile(known):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from builder.models.parts import find_part, slot_of
 from builder.recipe.names import SUFFIXES
 from builder.toolkit.command_recipe import run as build
 from builder.toolkit.extract import extraction, target_of
@@ -103,13 +104,14 @@ def run(site: Site, form: Form) -> Response:
     """Write the component."""
     path, word = site.path(form.get("file")), form.get("component")
     into, saved = site.path(form.get("folder")), save(site, form)
-    options, fixes = made_options(form), fixes_of(form)
     with site.workspace() as workspace, workspace.sources() as sources:
-        recipe, match = extraction(path, word, sources, fixes=fixes, options=options)
+        match = find_part(word, sources.open(sources.file(path)).identity, path, site.catalog)
+        cls = slot_of(match, site.catalog)
+        recipe = extraction(path, match, cls, sources, fixes_of(form), **made_options(form))
 
     def work(job: Job) -> Outcome:
         with site.workspace(job) as workspace, workspace.sources() as sources:
-            goal, naming = target_of(path, match, recipe.new, into, form.get("form") or None, workspace)
+            goal, naming = target_of(path, match, cls, into, form.get("form") or None, workspace)
             made = build(recipe, goal, workspace, sources, naming=naming, save=saved, hashing=False)
         return Outcome(outputs(site, made, saved), to_json(made))
 

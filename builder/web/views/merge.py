@@ -273,7 +273,7 @@ def _composed(site: Site, form: Form, goal: Path) -> CommandRecipe:
         sources,
         STEP if STEP not in sources else f"{STEP}-model",
         fixes=fixes_of(form),
-        output=output_keys("fp16", made_options(form)),
+        output=output_keys("fp16", **made_options(form)),
         steps={STEP if STEP not in sources else f"{STEP}-model": step},
     )
 

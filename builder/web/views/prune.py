@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from builder.base.errors import Problem, UsageError
 from builder.base.words import CONTAINERS, counted
 from builder.recipe.names import free_name, portable, stem
 from builder.toolkit import prune_text
-from builder.toolkit.prune import Options, Pruning, Result, Share, plan_pruning, prune
+from builder.toolkit.prune import Options, Pruning, Result, Share, plan_pruning, prune, unmatched
 from builder.web.drawing import bars
 from builder.web.forms import (
     button,
@@ -90,7 +89,7 @@ def run(site: Site, form: Form) -> Response:
     goal, saved = target(site, form), save(site, form)
     planned = _planned(site, path, options)
     if planned.unmatched:
-        raise UsageError(_unmatched(planned))
+        raise unmatched(planned)
     assert planned.checked
 
     def work(job: Job) -> Outcome:
@@ -121,7 +120,7 @@ def described(pruning: Pruning) -> Markup:
     if pruning.refusal is not None:
         said.append(problem(pruning.refusal, "refused"))
     if pruning.unmatched:
-        said.append(problem(_unmatched(pruning)))
+        said += map(problem, unmatched(pruning).problems)
     if pruning.tidy:
         said.append(tag("p", "There is nothing to prune: it is tidy.", class_="good"))
     staying = [(name, count, "stays") for name, count in kept.items()]
@@ -151,10 +150,6 @@ def _names(share: Share) -> Markup:
     more = len(share.names) - len(names)
     rest = tag("li", f"and {more:,} more") if more else None
     return tag("details", tag("summary", counted(len(share.names), "tensor")), tag("ul", names, rest))
-
-
-def _unmatched(pruning: Pruning) -> Problem:
-    return Problem(f"there is no tensor or component `{pruning.unmatched[0]}` to keep")
 
 
 def _planned(site: Site, path: Path, options: Options) -> Pruning:

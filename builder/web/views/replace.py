@@ -130,9 +130,10 @@ def _composed(site: Site, form: Form) -> CommandRecipe:
     parts = list(_parts(site, form))
     if not parts:
         raise UsageError(Problem("no slot is filled from another file", hint="choose a file for one"))
-    begun = base.removeprefix(NEW) if base.startswith(NEW) else site.path(base)
+    file = None if base.startswith(NEW) else site.path(base)
+    architecture = _architecture(site, base)
     with site.workspace() as workspace, workspace.sources() as sources:
-        return replacement(begun, parts, sources, fixes=fixes_of(form), options=made_options(form))
+        return replacement(file, architecture, parts, sources, fixes_of(form), **made_options(form))
 
 
 def _parts(site: Site, form: Form) -> list[tuple[str, Path, str | None]]:
