@@ -19,6 +19,7 @@ from builder.plan import Node as PlanNode
 from builder.plan import Plan as MadePlan
 from builder.recipe import load_recipe
 from builder.recipe import recipe as model
+from builder.recipe.names import Target
 from builder.reports.diff import causes as diff_causes
 from builder.reports.diff import compare
 from builder.reports.diff import render as diff_to_text
@@ -209,7 +210,7 @@ class Workspace:
         SourceError for those that are refused, FetchError for those that are nowhere to be found, LockError.
         """
         with self._work(None, None) as (inner, sources, listener):
-            lock = find_lock(recipe.inner) if recipe.file is not None else None
+            lock = find_lock(recipe.inner)
             place = place_of(recipe.inner, _name(output))
             made = inner.plan(recipe.inner, sources, lock, place=place)
             return _plan(made, sources, listener)
@@ -242,10 +243,9 @@ class Workspace:
         with self._work(progress, cancel) as (inner, sources, listener):
             made = build_recipe(
                 inner,
-                recipe.inner,
+                recipe.inner if lock else replace(recipe.inner, lock=None),
                 sources,
                 place=place_of(recipe.inner, _name(output)),
-                keeps_lock=lock and recipe.file is not None,
                 locked=locked,
                 partial=partial,
                 check=check,
@@ -259,7 +259,7 @@ class Workspace:
         Gives the SHA-256 of each. Raises OutputError where one is another, LockError where nothing is said.
         """
         with self._work(None, None) as (inner, *_):
-            lock = find_lock(recipe.inner) if recipe.file is not None else None
+            lock = find_lock(recipe.inner)
             return verify(recipe.inner, lock, Path(file) if file is not None else None, inner)
 
     # -- the model toolkit, each a recipe that is made on the spot
@@ -288,9 +288,8 @@ class Workspace:
         with self._work(progress, cancel) as (inner, sources, listener):
             match = find_part(component, sources.open(sources.file(file)).identity, file, inner.catalog)
             cls = slot_of(match, inner.catalog)
-            target, naming = target_of(
-                file, match, cls, Path(output) if output is not None else None, None, inner
-            )
+            place = Target(Path(output), Path(output).is_dir()) if output is not None else None
+            target, naming = target_of(file, match, cls, place, None, inner)
             recipe = extraction(file, match, cls, sources, fixes, **options)
             return _result(run(recipe, target, inner, sources, naming=naming, hashing=False), listener)
 
@@ -378,7 +377,9 @@ class Workspace:
         return load_catalog(self._settings.components)
 
     def _read(self, text: str, folder: Path) -> model.Recipe:
-        return load_recipe(folder / UNNAMED, self._catalog, outside=self._outside, text=text)
+        """The recipe of a text, which has no lock."""
+        read = load_recipe(folder / UNNAMED, self._catalog, outside=self._outside, text=text)
+        return replace(read, lock=None)
 
     @contextmanager
     def _work(

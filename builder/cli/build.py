@@ -7,11 +7,13 @@ from pathlib import Path
 
 import click
 
-from builder.base.errors import ExitCode
+from builder.base.errors import ExitCode, Problem, UsageError
 from builder.build import build_recipe
 from builder.cli.options import (
     NAME,
     json_option,
+    lock_place,
+    locking,
     open_workspace,
     outside_option,
     quiet_option,
@@ -32,6 +34,7 @@ from builder.toolkit.made import note_changes, note_left_out, note_steps, to_jso
 @click.option("--check", is_flag=True, help="Build everything a second time without the store, and compare.")
 @click.option("--explain", "explained", is_flag=True, help="Say why each step is done or not.")
 @click.option("--threads", type=click.IntRange(1, 256), help="Threads to use; the bytes are the same.")
+@locking
 @outside_option
 @json_option
 @quiet_option
@@ -45,11 +48,15 @@ def command(
     check: bool,
     explained: bool,
     threads: int | None,
+    lock: Path | None,
+    no_lock: bool,
     as_json: bool,
     outside: bool,
     quiet: bool,
 ) -> int:
     """Build the files of RECIPE; what is made already is reused, what is unchanged is left alone."""
+    if no_lock and (locked or frozen):
+        raise UsageError(Problem("`--locked` needs a lock, and `--no-lock` has none"))
     with (
         open_workspace(quiet, offline=offline or frozen, outside=outside) as workspace,
         workspace.sources() as sources,
@@ -61,7 +68,7 @@ def command(
             note_left_out(plan, workspace.reporter)
             note_steps(plan, workspace.reporter)
 
-        read = workspace.recipe(recipe)
+        read = workspace.recipe(recipe, lock_place(lock, no_lock))
         made = build_recipe(
             workspace,
             read,
@@ -70,6 +77,7 @@ def command(
             locked=locked or frozen,
             partial=partial,
             check=check,
+            explained=explained,
             threads=threads,
             before=before,
         )

@@ -9,9 +9,9 @@ from typing import Any
 import click
 
 from builder.base.errors import ExitCode
-from builder.cli.options import FILE, making, open_workspace, recipe_path, save_option
+from builder.cli.options import FILE, PLACE, making, open_workspace, recipe_path, save_option
 from builder.models.parts import find_part, slot_of
-from builder.recipe.names import SUFFIXES
+from builder.recipe.names import SUFFIXES, Target
 from builder.toolkit.command_recipe import run
 from builder.toolkit.extract import extraction, target_of
 from builder.toolkit.made import note_changes, to_json, to_text
@@ -20,14 +20,14 @@ from builder.toolkit.made import note_changes, to_json, to_text
 @click.command("extract")
 @click.argument("file", type=FILE)
 @click.argument("component", metavar="COMPONENT|CLASS")
-@click.option("-o", "--output", type=FILE, help="The file to write, or the folder to write it in.")
+@click.option("-o", "--output", type=PLACE, help="The file to write, or the folder to write it in.")
 @click.option("--format", "form", type=click.Choice([s[1:] for s in SUFFIXES]), help="Of the file written.")
 @making
 @save_option
 def command(
     file: Path,
     component: str,
-    output: Path | None,
+    output: Target | None,
     form: str | None,
     save_recipe: Path | None,
     fixes: tuple[str, ...],

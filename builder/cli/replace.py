@@ -9,22 +9,23 @@ from typing import Any
 import click
 
 from builder.base.errors import ExitCode
-from builder.cli.options import FILE, making, open_workspace, recipe_path, save_option
+from builder.cli.options import FILE, PLACE, making, open_workspace, recipe_path, save_option
+from builder.recipe.names import Target
 from builder.toolkit.command_recipe import output_path, run
 from builder.toolkit.made import note_changes, note_left_out, to_json, to_text
-from builder.toolkit.replace import architecture_of, parse_part, replacement
+from builder.toolkit.replace import architecture_of, new_architecture, parse_part, replacement
 
 
 @click.command("replace")
-@click.argument("file", type=FILE)
-@click.argument("parts", nargs=-1, required=True, metavar="CLASS=FILE[:COMPONENT]…")
-@click.option("-o", "--output", type=FILE, required=True, help="The file to write.")
+@click.argument("file", type=FILE, metavar="FILE|'NEW ARCHITECTURE'")
+@click.argument("parts", nargs=-1, required=True, metavar="[CLASS=]FILE[:COMPONENT]…")
+@click.option("-o", "--output", type=PLACE, required=True, help="The file to write, or its folder.")
 @making
 @save_option
 def command(
     file: Path,
     parts: tuple[str, ...],
-    output: Path,
+    output: Target,
     save_recipe: Path | None,
     fixes: tuple[str, ...],
     threads: int | None,
@@ -37,15 +38,20 @@ def command(
     \b
     ckpt replace anything.ckpt VAE-v1=nai.vae.pt -o anything-nai.safetensors
     ckpt replace anything.ckpt UNET=anything.ckpt:UNET-v1-EMA -o anything-ema.safetensors
+    ckpt replace "NEW SDv1" UNET=a.safetensors CLIP=b.safetensors VAE=c.vae.pt -o d.safetensors
 
-    A slot that FILE leaves open may be filled. COMPONENT says which one, where the file has several.
+    A slot that FILE leaves open may be filled; NEW and an architecture have all of them open. COMPONENT
+    says which one, where a file has several; a file of one component needs no CLASS.
     """
-    save, target = recipe_path(save_recipe), output_path(output, [file])
+    save = recipe_path(save_recipe)
     with open_workspace(quiet) as workspace, workspace.sources() as sources:
-        architecture = architecture_of(file, sources.open(sources.file(file)).identity, workspace.catalog)
-        asked = [parse_part(part, architecture) for part in parts]
-        recipe = replacement(file, architecture, asked, sources, fixes, **options)
-        output_path(output, recipe.sources.values())
+        new = new_architecture(str(file), workspace.catalog)
+        architecture = new or architecture_of(
+            file, sources.open(sources.file(file)).identity, workspace.catalog
+        )
+        asked = [parse_part(part, architecture, sources) for part in parts]
+        recipe = replacement(None if new else file, architecture, asked, sources, fixes, **options)
+        target = output_path(output.file(f"{recipe.name}.safetensors"), recipe.sources.values())
         made = run(
             recipe,
             target,

@@ -158,7 +158,7 @@ class Components:
             state, why = "hash", "seen for the first time"
         else:
             state, why = "known", "its digest is known"
-        reads = (self.sources.size(job) or 0) if state != "known" else 0
+        reads = self.sources.size(job) if state != "known" else 0
         self.add(job, f"source {name}", action=self.sources.sha256(job), state=state, why=why, reads=reads)
         self.plan.entries[entry] = job
         return job
@@ -524,21 +524,28 @@ class Components:
         action = self.action(job)
         made = self.store.lookup(action, job.cls) if action is not None else None
         # What is to be fetched is seen when it is here, and what is known need not be looked at.
-        unseen = made is not None or self._elsewhere(job)
-        specs = {} if unseen else to_read(self.plan, self.sources, job.origin)
-        unknown = unseen or (job.cls == CHECKPOINT and not isinstance(job.origin, Whole))
-        made_of = {} if unknown else taken(self.plan, self.sources, self._shaped_as(job.origin))
-        sizes = component_specs(made_of, job.precision, job.narrow).values()
+        reads, writes = (0, made.bytes) if made is not None else self._sizes(job)
         return self.add(
             job,
             label,
             action=action,
             state="make" if made is None else "stored",
             why=self._why(pick, action) if made is None else "made before from the same inputs",
-            reads=sum(t.nbytes for t in specs.values()),
-            writes=made.bytes if made is not None else sum(d.bits * prod(s) // 8 for d, s in sizes),
+            reads=reads,
+            writes=writes,
             made=made,
         )
+
+    def _sizes(self, job: ComponentJob) -> tuple[int | None, int | None]:
+        """The bytes that are read for a component, and those that it has; None for what is not known yet."""
+        if self._elsewhere(job):
+            return None, None
+        reads = sum(t.nbytes for t in to_read(self.plan, self.sources, job.origin).values())
+        if job.cls == CHECKPOINT and not isinstance(job.origin, Whole):
+            return reads, None  # which tensors an adapter has is known when it is begun
+        made_of = taken(self.plan, self.sources, self._shaped_as(job.origin))
+        sizes = component_specs(made_of, job.precision, job.narrow).values()
+        return reads, sum(d.bits * prod(s) // 8 for d, s in sizes)
 
     def _shaped_as(self, origin: Origin) -> Take | Whole:
         """What of a source has the names and shapes of an origin: of a step, its first input's."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -271,7 +271,8 @@ class Node:
 
     `label` is for people, `key` is the node's identity, and `action` is under which the store remembers
     what it makes: as `key`, but with every source known by its SHA-256; None while one of them is not.
-    A source's is its SHA-256. `reads` and `writes` are bytes of tensor data; `why` is the reason for
+    A source's is its SHA-256. `reads` and `writes` are bytes of tensor data, None where
+    a source that is not here has them; `why` is the reason for
     `state` in words. `made` is what a component is known to be.
     """
 
@@ -281,14 +282,20 @@ class Node:
     action: str | None
     state: State
     why: str
-    reads: int = 0
-    writes: int = 0
+    reads: int | None = 0
+    writes: int | None = 0
     made: Made | None = None
 
     @property
     def kind(self) -> str:
         """`source`, `step`, `component` or `output`."""
         return type(self.job).__name__.removesuffix("Job").lower()
+
+
+def total(sizes: Iterable[int | None]) -> int | None:
+    """The sum of sizes; None where one is not known."""
+    known = list(sizes)
+    return None if None in known else sum(size or 0 for size in known)
 
 
 @dataclass(frozen=True)

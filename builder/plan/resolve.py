@@ -34,6 +34,7 @@ from builder.plan.graph import (
     Plan,
     State,
     StepJob,
+    total,
 )
 from builder.plan.keys import assembly_key, recall_beside, recall_output
 from builder.plan.metadata import stated_metadata
@@ -154,7 +155,7 @@ class _Resolver(Components):
             )
         self.plan.warnings += warnings(output.profile, architecture, told.prediction, job.sidecar, target)
         parts = [self.plan.nodes[n] for n in nodes.values()]
-        size = sum(p.writes for p in parts)
+        size = total(p.writes for p in parts)
         key = self.add(
             job, f"output {output.file}", action=None, state="make", why="", reads=size, writes=size
         )

@@ -205,8 +205,9 @@ _BY_DEFAULT = (
 class Recipe:
     """A valid recipe.
 
-    `included` holds the recipes that sources name, by source. `notes` are remarks that are no errors. One
-    that is the user's `own`, composed by a program, may name files anywhere.
+    `included` holds the recipes that sources name, by source. `notes` are remarks that are no errors. `lock`
+    is where its lock lies, None where it has none. One that is the user's `own`, composed by a program, may
+    name files anywhere.
     """
 
     name: str
@@ -218,6 +219,7 @@ class Recipe:
     steps: Mapping[str, Step]
     outputs: tuple[Output, ...]
     path: Path | None = field(default=None, compare=False)
+    lock: Path | None = field(default=None, compare=False)
     document: Document = field(default=Document("", "", {}), compare=False, repr=False)
     included: Mapping[str, Recipe] = field(default_factory=dict, repr=False)
     notes: tuple[Problem, ...] = field(default=(), compare=False)

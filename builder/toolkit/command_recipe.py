@@ -17,10 +17,11 @@ from builder.base.files import read_bounded
 from builder.base.toml import Document, escaped
 from builder.build import Build, Built, build_recipe
 from builder.build.recipes import standing
+from builder.formats.layouts.configs import MODEL_INDEX
 from builder.models.catalog import Catalog
 from builder.operations.fixes import FIXES
 from builder.plan import Plan
-from builder.recipe import FromBase, NewBase, Output, Pick, Recipe, Source, parse_recipe
+from builder.recipe import FromBase, NewBase, Output, Pick, Recipe, Source, Step, parse_recipe
 from builder.recipe.language import OUTPUT_FILE, PATH
 from builder.recipe.names import SINGLE, SUFFIXES, form_of, numbered, portable
 from builder.recipe.read import MAX_SIZE
@@ -36,8 +37,8 @@ ORIGIN = "<command line>"
 class CommandRecipe:
     """What a one-line command makes. `sources` are files by name; `sha256` pins those that it holds.
 
-    `base` is a source, or `new` an architecture or a class. `components` are by class. `output` holds what
-    a recipe says under [output]; `steps` what it says of each under [steps].
+    `base` is a source or a step, or `new` an architecture or a class. `components` are by class. `steps` and
+    `output` hold what a recipe says under [steps] and [output].
     """
 
     name: str
@@ -45,18 +46,13 @@ class CommandRecipe:
     base: str = ""
     new: str = ""
     components: Mapping[str, Pick] = field(default_factory=dict)
+    steps: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     fixes: Sequence[str] = ()
     output: Mapping[str, Any] = field(default_factory=dict)
     sha256: Mapping[str, str] = field(default_factory=dict)
-    steps: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def recipe(self, catalog: Catalog) -> Recipe:
-        """The recipe; raises UsageError for an architecture that the catalog does not know.
-
-        Of steps all that a recipe's text may be wrong in; raises RecipeError.
-        """
-        if self.steps:
-            return parse_recipe(self.text(), ORIGIN, catalog)
+        """The recipe; raises UsageError for an unknown architecture, RecipeError for a wrong step."""
         base = FromBase(self.base) if self.base else NewBase(catalog.architecture(self.new).name)
         fixes = tuple(n for n in FIXES if n in self.fixes)
         said: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in self.output.items()}
@@ -68,10 +64,17 @@ class CommandRecipe:
             fixes=fixes,
             sources={n: Source(n, str(p.absolute()), self.sha256.get(n)) for n, p in self.sources.items()},
             components=self.components,
-            steps={},
+            steps=self._parsed_steps(catalog),
             outputs=(Output(self.name, file, base, self.components, fixes, **said),),
             document=Document(ORIGIN, "", {}),
         )
+
+    def _parsed_steps(self, catalog: Catalog) -> Mapping[str, Step]:
+        """The steps as the language has them: of files whose names a recipe can hold."""
+        if not self.steps:
+            return {}
+        plain = {name: Path(f"sources/{name}.safetensors") for name in self.sources}
+        return parse_recipe(replace(self, sources=plain, output={}).text(Path()), ORIGIN, catalog).steps
 
     def text(self, folder: Path | None = None) -> str:
         """The recipe as TOML; files are named relative to `folder`, else by their whole path."""
@@ -80,11 +83,11 @@ class CommandRecipe:
         if self.fixes:
             said["fixes"] = list(self.fixes)
         said["sources"] = {n: self._source(n, folder) for n in self.sources}
-        if self.steps:
-            said["steps"] = {name: dict(step) for name, step in self.steps.items()}
         if self.components:
             picks = self.components.values()
             said["components"] = {p.cls: p.meaning() if p.component else p.source for p in picks}
+        if self.steps:
+            said["steps"] = {name: dict(step) for name, step in self.steps.items()}
         if self.output:
             said["output"] = dict(self.output)
         return escaped(tomli_w.dumps(said))
@@ -251,8 +254,11 @@ def place_of(recipe: Recipe, output: str | None) -> Callable[[Output], str] | No
         files = tuple(o.file for o in recipe.outputs)
         fact = "one output is named, and the recipe has several"
         raise UsageError(Problem(fact, evidence=files, hint="name the files in the recipe"))
+    path = Path(output)
+    if recipe.outputs[0].form in SINGLE and path.is_dir() and not (path / MODEL_INDEX).exists():
+        output = str(path := path / Path(recipe.outputs[0].file).name)  # a folder, and no model's
     if form_of(output) in SINGLE:
-        output_path(Path(output))
+        output_path(path)
     return lambda _: output
 
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 from builder.base.errors import Place, Problem, SourceError, UsageError, did_you_mean
 from builder.base.words import spelling
 from builder.models.catalog import Architecture, Catalog
 from builder.models.identify import Identity
-from builder.models.parts import find_part, home, kind
+from builder.models.parts import find_part, home, kind, slot_of
 from builder.recipe import Pick
+from builder.recipe.language import NEW
 from builder.recipe.names import recipe_name
 from builder.sources.opened import Sources
 from builder.toolkit.command_recipe import CommandRecipe, output_keys
@@ -35,17 +36,69 @@ def architecture_of(file: Path, identity: Identity, catalog: Catalog) -> Archite
     )
 
 
-def parse_part(part: str, architecture: Architecture) -> Part:
-    """The class, file and component of `CLASS=FILE[:COMPONENT]`; what is a file as a whole is one."""
+def new_architecture(said: str, catalog: Catalog) -> Architecture | None:
+    """What `NEW ARCHITECTURE` names; None for what is a file. Raises UsageError for an unknown one."""
+    word, _, name = said.partition(" ")
+    if word != NEW or os.path.lexists(said):
+        return None
+    return catalog.architecture(name.strip())
+
+
+def check_filled(architecture: Architecture, given: Collection[str]) -> None:
+    """Raise UsageError for slots of a new model that nothing fills."""
+    if absent := [cls for cls in architecture.slots if cls not in given]:
+        kinds = [kind(cls) for cls in architecture.slots]
+        words = [kind(cls) if kinds.count(kind(cls)) == 1 else cls for cls in absent]
+        fact = f"{architecture.name} has slots that nothing fills: {', '.join(f'`{cls}`' for cls in absent)}"
+        raise UsageError(Problem(fact, hint=f"add {' '.join(f'`{word}=FILE`' for word in words)}"))
+
+
+def parse_part(part: str, architecture: Architecture, sources: Sources) -> Part:
+    """The slot, file and component of `CLASS=FILE[:COMPONENT]`, or of a file alone that fits one slot.
+
+    What is a file as a whole is one. Raises UsageError for a slot that there is not, SourceError for a file
+    that cannot be read.
+    """
     word, equals, rest = part.partition("=")
-    if not (word and equals and rest):
+    if not equals or os.path.lexists(part):
+        word, rest = "", part
+    if not rest or (equals and not word and rest != part):
         fact = f"`{part}` is not of the form CLASS=FILE or CLASS=FILE:COMPONENT"
         raise UsageError(Problem(fact, hint="as in `VAE-v1=nai.vae.pt`"))
-    cls = slot(word, architecture)
-    path, colon, component = rest.rpartition(":")
-    if not colon or os.path.lexists(rest) or not os.path.lexists(path):
-        return cls, Path(rest), None
-    return cls, Path(path), component
+    name, colon, component = rest.rpartition(":")
+    alone = not colon or os.path.lexists(rest) or not os.path.lexists(name)
+    path = Path(rest if alone else name)
+    cls = slot(word, architecture) if word else _only_slot(path, architecture, sources)
+    return cls, path, None if alone else component
+
+
+def find_parts(parts: Iterable[Part], files: dict[str, Path], sources: Sources) -> dict[str, Pick]:
+    """What fills slots, by class; `files` gets the names of theirs.
+
+    Raises UsageError for a slot that is filled twice, SourceError for a file that cannot be read.
+    """
+    picks: dict[str, Pick] = {}
+    for cls, path, component in parts:
+        identity = sources.open(sources.file(path)).identity
+        if cls in picks:
+            raise UsageError(Problem(f"`{cls}` is filled twice", hint="name each class once"))
+        match = find_part(component or cls, identity, path, sources.catalog)
+        plain = match.component.cls == cls and component is None
+        picks[cls] = Pick(cls, name_of(path, files), None if plain else match.component.name)
+    return picks
+
+
+def _only_slot(path: Path, architecture: Architecture, sources: Sources) -> str:
+    """The slot for the only component of a file."""
+    identity = sources.open(sources.file(path)).identity
+    slots = dict.fromkeys(slot_of(m, sources.catalog) for m in identity.matches)
+    found = [cls for cls in slots if cls in architecture.slots]
+    if len(found) == 1:
+        return found[0]
+    held = f"it holds {', '.join(f'`{c}`' for c in slots) or 'nothing that the catalog knows'}"
+    fact = f"`{path}` has {'several components' if found else 'no component'} for {architecture.name}"
+    hint = f"say which: `{kind(found[0])}={path}`" if found else None
+    raise UsageError(Problem(fact, evidence=(held,), hint=hint))
 
 
 def slot(word: str, architecture: Architecture) -> str:
@@ -74,25 +127,20 @@ def replacement(
 ) -> CommandRecipe:
     """The recipe of a file with components of others; `output` as for `output_keys`.
 
-    Without a file, that of a new model of the architecture, every slot of which is to be filled. Raises
-    UsageError for a class that is replaced twice, and for what a file does not have.
+    Without a file, that of a new model of the architecture. Raises UsageError for a slot that is filled
+    twice, or of a new model not at all, and for what a file does not have.
     """
-    name = recipe_name(file) if file is not None else "model"
+    name = recipe_name(file) if file is not None else architecture.name.lower()
     files = {name: file} if file is not None else {}
-    picks: dict[str, Pick] = {}
-    for cls, path, component in parts:
-        if cls in picks:
-            raise UsageError(Problem(f"`{cls}` is replaced twice", hint="name each class once"))
-        identity = sources.open(sources.file(path)).identity
-        match = find_part(component or cls, identity, path, sources.catalog)
-        plain = match.component.cls == cls and component is None
-        picks[cls] = Pick(cls, _name_of(path, files), None if plain else match.component.name)
+    picks = find_parts(parts, files, sources)
+    if file is None:
+        check_filled(architecture, picks)
     keys = output_keys(architecture.precision or "fp16", **output)
     base, new = (name, "") if file is not None else ("", architecture.name)
     return CommandRecipe(name, files, base, new, components=picks, fixes=fixes, output=keys)
 
 
-def _name_of(path: Path, sources: dict[str, Path]) -> str:
+def name_of(path: Path, sources: dict[str, Path]) -> str:
     """What the recipe calls a file, which is added where it is a new one."""
     for name, known in sources.items():
         if path.samefile(known):

@@ -73,8 +73,10 @@ def visible(text: str) -> str:
     )
 
 
-def size(count: int) -> Markup:
-    """Bytes, to the byte where one points at it."""
+def size(count: int | None) -> Markup:
+    """Bytes, to the byte where one points at it; None is unknown."""
+    if count is None:
+        return tag("span", "unknown")
     return tag("span", human_bytes(count), title=f"{count:,} bytes", class_="number")
 
 

@@ -184,7 +184,7 @@ def test_unknown_tensors_are_named(folder: Folder) -> None:
     save(folder / "a.safetensors", {**model(), "strange": values([1.0, 2.0])})
     folder.write("m.toml", WHOLE)
     said = folder("build", "m.toml")
-    assert "left out of `a`: unknown, 1 tensors, 8 B" in said.err
+    assert "left out of `a`: unknown, 1 tensor, 8 B" in said.err
     assert folder.plan("m.toml")["left_out"] == [
         {"base": "a", "output": "m.safetensors", "reasons": {"unknown": {"keys": 1, "bytes": 8}}}
     ]
@@ -376,13 +376,19 @@ def test_elsewhere_and_in_another_container(whole: Folder, suffix: str) -> None:
 def test_elsewhere_is_for_one_output(whole: Folder) -> None:
     whole.write("m.toml", WHOLE + '[[output]]\nname = "x"\n[[output]]\nname = "y"\n')
     said = whole("build", "m.toml", "-o", "z.safetensors")
-    assert said.code == 2 and "`-o` names one file" in said.err
+    assert said.code == 2 and "one output is named" in said.err
 
 
 def test_a_folder_that_is_not_there(whole: Folder) -> None:
-    said = whole("build", "m.toml", "-o", "no/m.safetensors")
-    assert said.code == 7 and "cannot write `no/m.safetensors`" in said.err
-    assert "make its folder first" in said.err
+    """It is made before anything is read, and gone again where nothing comes of it."""
+    whole.write("expect.toml", (whole / "m.toml").read_text() + '[expect]\nmetric = "0000/0000/0000"\n')
+    assert whole("build", "expect.toml", "-o", "no/where/m.safetensors").code == 7
+    assert not (whole / "no").exists()
+    assert whole("build", "m.toml", "-o", "no/where/m.safetensors").code == 0
+    assert whole("build", "m.toml", "-o", "no").code == 0 and (whole / "no" / "m.safetensors").exists()
+    whole.write("file", "")
+    said = whole("build", "m.toml", "-o", "file/m.safetensors")
+    assert said.code == 7 and "cannot write" in said.err
 
 
 # -- metadata

@@ -227,7 +227,7 @@ def test_where_an_output_goes(folder: Folder, work: Workspace) -> None:
     (node,) = [n for n in work.plan(recipe, folder / "y.sft").nodes if n.kind == "output"]
     assert node.path == folder / "y.sft"
     with pytest.raises(OutputError):
-        work.build(recipe, folder / "x.zip.safetensors" / "y.safetensors")
+        work.build(recipe, folder / "x.ckpt" / "y.safetensors")
     with pytest.raises(LockError):
         work.build(work.parse(recipe.text, folder.path), locked=True)
     several = work.parse(recipe.text + 'output = [{ name = "a" }, { name = "b" }]\n', folder.path)
@@ -286,7 +286,7 @@ def test_what_the_toolkit_refuses(folder: Folder, work: Workspace) -> None:
         work.extract(dirty, "VAE-v1", folder / "x.safetensors")
     with pytest.raises(UsageError, match="has no slot `T5`"):
         work.replace(dirty, {"T5": vae}, folder / "x.safetensors")
-    with pytest.raises(UsageError, match="is replaced twice"):
+    with pytest.raises(UsageError, match="is filled twice"):
         work.replace(dirty, {"VAE": vae, "VAE-tiny": vae}, folder / "x.safetensors")
     with pytest.raises(UsageError, match=r"there is no tensor or component `los\.`"):
         work.prune(dirty, folder / "x.safetensors", keep=["los."])

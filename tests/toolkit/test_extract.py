@@ -161,7 +161,7 @@ def test_refusals(folder: Folder) -> None:
         ["vae.safetensors", "vae", "-o", "link.safetensors"],
         ["vae.safetensors", "vae", "-o", "hard.safetensors"],
         ["vae.safetensors", "vae", "-o", "vae.onnx"],
-        ["vae.safetensors", "vae", "-o", "no/where.safetensors"],
+        ["vae.safetensors", "vae", "-o", "page.safetensors/where.safetensors"],
         ["vae.safetensors", "vae", "-o", "x.ckpt", "--format", "pt"],
         ["vae.safetensors", "vae", "--save-recipe", "vae.safetensors"],
         ["vae.safetensors"],

@@ -253,7 +253,7 @@ def test_a_new_model_of_parts(client: Client, folder: Folder) -> None:
     assert 'base = "NEW SD-tiny"' in (folder / "made.toml").read_text()
     del parts["slot.VAE-tiny"]
     empty = client.get("replace", **fields, **parts)
-    assert "nothing fills the slot" in empty.read
+    assert "has slots that nothing fills: VAE-tiny" in empty.read
     assert commands(page)[:2] == ["replace", "NEW SD-tiny"]
 
 

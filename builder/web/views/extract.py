@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from builder.models.parts import find_part, slot_of
-from builder.recipe.names import SUFFIXES
+from builder.recipe.names import SUFFIXES, Target
 from builder.toolkit.command_recipe import run as build
 from builder.toolkit.extract import extraction, target_of
 from builder.toolkit.made import to_json
@@ -111,7 +111,8 @@ def run(site: Site, form: Form) -> Response:
 
     def work(job: Job) -> Outcome:
         with site.workspace(job) as workspace, workspace.sources() as sources:
-            goal, naming = target_of(path, match, cls, into, form.get("form") or None, workspace)
+            where = Target(into, folder=True)
+            goal, naming = target_of(path, match, cls, where, form.get("form") or None, workspace)
             made = build(recipe, goal, workspace, sources, naming=naming, save=saved, hashing=False)
         return Outcome(outputs(site, made, saved), to_json(made))
 

@@ -9,10 +9,11 @@ from builder.base.errors import CkptError, Problem, UsageError
 from builder.operations import OPERATIONS
 from builder.operations.presets import V1_BLOCKS, presets
 from builder.operations.registry import Operation, Param
-from builder.recipe.names import free_name, recipe_name
-from builder.toolkit.command_recipe import CommandRecipe, output_keys, output_path
+from builder.recipe.names import free_name
+from builder.toolkit.command_recipe import CommandRecipe, output_path
 from builder.toolkit.command_recipe import run as build
 from builder.toolkit.made import to_json
+from builder.toolkit.merge import merging
 from builder.web.forms import (
     button,
     command_line,
@@ -22,6 +23,7 @@ from builder.web.forms import (
     hidden,
     made_options,
     making,
+    option_words,
     output,
     save,
     select,
@@ -39,7 +41,6 @@ from builder.web.views.planned import plan_of, preview, recipe_text
 from builder.web.views.replace import folder_of
 
 ROWS = 3  # of inputs that are a list, at least
-STEP = "merged"
 
 # Those that make a model; an adapter's file and the methods of other programs are for recipes.
 MERGES = {n: o for n, o in OPERATIONS.items() if not (o.makes_file or o.of_methods)}
@@ -96,7 +97,7 @@ def show(site: Site, query: Form) -> Markup:
             method="post",
             action="merge",
         ),
-        _preview(site, query, operation) if query.ticked("preview") else None,
+        _preview(site, query) if query.ticked("preview") else None,
         current="merge",
     )
 
@@ -104,7 +105,7 @@ def show(site: Site, query: Form) -> Markup:
 def run(site: Site, form: Form) -> Response:
     """Write the merged model."""
     goal, saved = target(site, form), save(site, form)
-    command = _composed(site, form, goal)
+    command = _composed(site, form)
     output_path(goal, command.sources.values())
     plan_of(site, command, goal)  # what is wrong with it is said on this page, not later
 
@@ -113,10 +114,8 @@ def run(site: Site, form: Form) -> Response:
             made = build(command, goal, workspace, sources, save=saved)
         return Outcome(outputs(site, made, saved), to_json(made))
 
-    line = command_line("build", saved or goal.with_suffix(".toml"))
-    return follow(
-        site.jobs.add(f"Merge into {goal.name}", work, command=line, recipe=recipe_text(command, goal))
-    )
+    title, line = f"Merge into {goal.name}", _command(site, form, _models(site, form), goal, saved)
+    return follow(site.jobs.add(title, work, command=line, recipe=recipe_text(command, goal)))
 
 
 def _operation(form: Form) -> Operation:
@@ -245,56 +244,63 @@ def _home(site: Site, query: Form) -> str:
     return query.get("folder") or (chosen[0].rpartition("/")[0] if chosen else folder_of(site))
 
 
-def _composed(site: Site, form: Form, goal: Path) -> CommandRecipe:
+def _composed(site: Site, form: Form) -> CommandRecipe:
     """The recipe that the form says; raises CkptError."""
+    operation, models = _operation(form), _models(site, form)
+    with site.workspace() as workspace, workspace.sources() as sources:
+        return merging(models, operation.name, _params(form), sources, fixes_of(form), **made_options(form))
+
+
+def _models(site: Site, form: Form) -> list[tuple[Path, float | None]]:
+    """The files, those of inputs first, and the weights of the others."""
     operation = _operation(form)
-    sources: dict[str, Path] = {}
-    step: dict[str, Any] = {"op": operation.name}
+    models: list[tuple[Path, float | None]] = []
     for name in operation.inputs:
         if not form.get(f"in.{name}"):
             raise UsageError(Problem(f"the model `{name}` is not chosen", hint="choose a file for each"))
-        step[name] = _source(site.path(form.get(f"in.{name}")), sources)
-    if operation.many:
-        rows = form.starting("many.file.")
-        if not rows:
-            raise UsageError(Problem(f"nothing is chosen for `{operation.many}`", hint="choose a file"))
-        weights = {
-            _source(site.path(reference), sources): _number(form.get(f"many.weight.{number}", "1"), "weight")
-            for number, reference in rows.items()
-        }
-        step[operation.many] = weights if operation.weighted else list(weights)
-    for name, param in operation.params.items():
-        if (value := form.get(f"p.{name}")) != "":
-            step[name] = _value(form, name, param, value)
-    if form.ticked("vae"):
-        step["VAE"] = True
-    return CommandRecipe(
-        recipe_name(goal, sources),
-        sources,
-        STEP if STEP not in sources else f"{STEP}-model",
-        fixes=fixes_of(form),
-        output=output_keys("fp16", **made_options(form)),
-        steps={STEP if STEP not in sources else f"{STEP}-model": step},
-    )
+        models.append((site.path(form.get(f"in.{name}")), None))
+    rows = form.starting("many.file.") if operation.many else {}
+    if operation.many and not rows:
+        raise UsageError(Problem(f"nothing is chosen for `{operation.many}`", hint="choose a file"))
+    for number, reference in rows.items():
+        weight = _number(form.get(f"many.weight.{number}", "1"), "weight") if operation.weighted else None
+        models.append((site.path(reference), weight))
+    return models
 
 
-def _source(path: Path, sources: dict[str, Path]) -> str:
-    name = next((n for n, known in sources.items() if known == path), None) or recipe_name(path, sources)
-    sources[name] = path
-    return name
+def _params(form: Form) -> dict[str, str]:
+    """What the form says of the operation, as `ckpt merge` takes it."""
+    operation = _operation(form)
+    said = {name: _value(form, name, p) for name, p in operation.params.items() if form.get(f"p.{name}")}
+    usual = {name: _said(param.default) for name, param in operation.params.items()}
+    params = {name: text for name, text in said.items() if text != usual[name]}
+    return params | ({"VAE": "true"} if form.ticked("vae") else {})
 
 
-def _value(form: Form, name: str, param: Param, said: str) -> Any:
-    if param.kind == "boolean":
-        return said == "true"
-    if param.kind in ("choice", "string"):
+def _value(form: Form, name: str, param: Param) -> str:
+    said = form.get(f"p.{name}")
+    if param.kind in ("boolean", "choice", "string"):
         return said
     value = _number(said, name)
-    if param.kind == "integer":
-        return int(value)
     blocks = {b: _number(w, b) for b, w in form.starting(f"b.{name}.").items()}
-    others = {b: w for b, w in blocks.items() if w != value}
-    return {"base": value, **others} if others else value
+    others = [f"{b}={_text(w)}" for b, w in blocks.items() if w != value]
+    return ",".join([f"base={_text(value)}", *others]) if others else _text(value)
+
+
+def _command(
+    site: Site, form: Form, models: list[tuple[Path, float | None]], goal: Path, saved: Path | None
+) -> str:
+    words: list[object] = [p if w is None else f"{p}={_text(w)}" for p, w in models]
+    words += ["--op", _operation(form).name]
+    for name, value in _params(form).items():
+        option = [f"--{name}", value] if name in ("alpha", "beta") else ["--set", f"{name}={value}"]
+        words += ["--vae"] if name == "VAE" else option
+    words += [*option_words(form), "-o", goal]
+    return command_line("merge", *words, *(["--save-recipe", saved] if saved is not None else []))
+
+
+def _text(value: float) -> str:
+    return repr(value).removesuffix(".0")
 
 
 def _number(said: str, name: str) -> float:
@@ -304,12 +310,13 @@ def _number(said: str, name: str) -> float:
         raise UsageError(Problem(f"`{name}` has to be a number, not `{said}`")) from None
 
 
-def _preview(site: Site, query: Form, operation: Operation) -> Markup:
+def _preview(site: Site, query: Form) -> Markup:
     try:
-        goal = site.path(query.get("folder") or folder_of(site)) / (query.get("name") or "merged.safetensors")
-        command = _composed(site, query, goal)
+        goal = site.path(_home(site, query)) / query.get("name", "merged.safetensors")
+        command = _composed(site, query)
         plan = plan_of(site, command, goal)
+        saved = goal.with_name(query.get("save")) if query.get("save") else None
+        line = _command(site, query, _models(site, query), goal, saved)
     except CkptError as error:
         return join(map(problem, error.problems))
-    line = command_line("build", goal.with_name(query.get("save") or f"{goal.stem}.toml"))
     return join(preview(plan), the_same(line, recipe_text(command, goal)))

@@ -197,7 +197,7 @@ def _plan(site: Site, path: Path | None, said: str) -> Plan:
     """The plan of a text, as if it were the recipe at `path`; without network. Raises CkptError."""
     at = path if path is not None else next(iter(site.folders.roots.values())) / "recipe.toml"
     with site.workspace() as workspace, workspace.sources() as sources:
-        recipe = workspace.recipe(at, said)
+        recipe = workspace.recipe(at, text=said)
         return workspace.plan(recipe, sources, find_lock(recipe, anew=True))
 
 
