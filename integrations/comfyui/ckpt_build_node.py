@@ -33,9 +33,9 @@ def _names() -> list[str]:
     return [n for n in folder_paths.get_filename_list(RECIPES) if not n.endswith(".lock.toml")]
 
 
-def _path(recipe: str) -> Path:
+def _path(recipe: str | None) -> Path:
     """The file of a recipe of the list: a workflow, which may be a stranger's, names no other file."""
-    path = folder_paths.get_full_path(RECIPES, recipe) if recipe in _names() else None
+    path = folder_paths.get_full_path(RECIPES, recipe) if recipe and recipe in _names() else None
     if path is None:
         hint = "put it into `models/recipes`, or beside a checkpoint"
         raise UsageError(Problem(f"ComfyUI knows no recipe `{recipe}`", hint=hint))
@@ -61,7 +61,8 @@ class _Bar:
     def __call__(self, progress: Progress) -> None:
         comfy.model_management.throw_exception_if_processing_interrupted()
         self._tasks[progress.task] = progress
-        done, total = (sum(p[i] for p in self._tasks.values()) for i in (1, 2))
+        done = sum(p.done for p in self._tasks.values())
+        total = sum(p.total for p in self._tasks.values())
         self._bar.update_absolute(done, max(done, total))
 
 
@@ -88,16 +89,19 @@ class CkptBuild:
         }
 
     @classmethod
-    def VALIDATE_INPUTS(cls, recipe: str) -> bool | str:
-        """True, or all that is wrong with the recipe, as text."""
+    def VALIDATE_INPUTS(cls, recipe: str | None = None) -> bool | str:
+        """True, or all that is wrong with the recipe, as text; None is one that another node will name."""
         try:
-            _workspace(offline=True).load(_path(recipe))
+            if recipe is not None:
+                _workspace(offline=True).load(_path(recipe))
         except CkptError as error:
             return str(error)
         return True
 
     @classmethod
-    def IS_CHANGED(cls, recipe: str, locked: bool = False, offline: bool = False, output: str = "") -> object:
+    def IS_CHANGED(
+        cls, recipe: str | None = None, locked: bool = False, offline: bool = False, output: str = ""
+    ) -> object:
         """What the checkpoint depends on: the recipe's meaning and its sources, as they are now.
 
         No number, which equals nothing, where that cannot be told: then the node runs, and says why.

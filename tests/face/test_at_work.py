@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from ckpt_build import Cancelled, CkptError, FetchError, Progress, Result, Workspace
+from ckpt_build import Cancelled, CkptError, FetchError, Progress, RecipeError, Result, Workspace
 from tests.help.building import Folder, content, files
 from tests.help.servers import Handler, Server
 
@@ -182,6 +182,35 @@ def test_a_process_is_left_as_it_was(folder: Folder, what: str, capfd: pytest.Ca
         WORK[what](workspace(folder), Folder(folder.path / "nowhere", folder.store), {})
     assert state() == before and torch.get_num_threads() == threads
     assert capfd.readouterr() == ("", "")
+
+
+def test_what_threads_may_open_is_each_ones_own(folder: Folder) -> None:
+    """A shard that is a link out is refused to recipes that are confined, while others may follow it."""
+    where, index = folder.path / "confined", "x.safetensors.index.json"
+    where.mkdir()
+    workspace(folder).convert(folder / "dirty.ckpt", where / index)
+    for shard in where.glob("*.safetensors"):
+        shard.rename(folder / shard.name)
+        shard.symlink_to(folder / shard.name)
+    text = f'format = 1\nname = "y"\nbase = "s"\nsources.s.file = "{index}"\n'
+    barrier = threading.Barrier(8)
+
+    def plan(number: int) -> str | None:
+        work = workspace(folder, outside=number % 2 == 0)
+        barrier.wait()
+        for _ in range(5):
+            try:
+                work.plan(work.parse(text, where))
+            except RecipeError as error:
+                said = str(error.problems[0].fact)
+            else:
+                said = None
+            assert (said is None) == (number % 2 == 0)
+        return said
+
+    with ThreadPoolExecutor(8) as pool:
+        said = list(pool.map(plan, range(8)))
+    assert said[1] is not None and "outside the recipe's folder" in said[1]
 
 
 def test_threads_share_a_store(folder: Folder) -> None:

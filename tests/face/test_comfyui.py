@@ -9,7 +9,7 @@ import pytest
 
 from ckpt_build import CkptError, LockError, UsageError
 from tests.help.building import ROOT, UNET, VAE, Folder, content, files, model, save, save_dirty
-from tests.help.comfyui import Comfy, InterruptProcessingException, RejectedError, start
+from tests.help.comfyui import Comfy, InterruptProcessingException, Linked, RejectedError, start
 
 NODE = ROOT / "integrations" / "comfyui" / "ckpt_build_node.py"
 RECIPE = """\
@@ -82,6 +82,15 @@ def test_what_is_wrong_is_told_before_anything_runs(comfy: tuple[Comfy, Any]) ->
     with pytest.raises(RejectedError, match=r"unknown key `bas`\n  --> .*recipes\.toml:3:1"):
         running.run(node, recipe="recipes.toml")
     assert not running.loaded and not running.bars
+
+
+def test_a_recipe_that_another_node_names(comfy: tuple[Comfy, Any]) -> None:
+    """Which it is shows when this one runs; so it runs each time."""
+    running, node = comfy
+    first = running.run(node, recipe=Linked("recipes.toml"))
+    assert running.run(node, recipe=Linked("recipes.toml")) is not first and len(running.loaded) == 2
+    with pytest.raises(UsageError, match="ComfyUI knows no recipe"):
+        running.run(node, recipe=Linked("../secret.toml"))
 
 
 @pytest.mark.parametrize("name", ["../secret.toml", "/etc/hostname", "recipes.lock.toml", "nothing.toml", ""])

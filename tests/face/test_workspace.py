@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from builder.tensors.lazy import DType, MemoryTensor
 from ckpt_build import (
     CkptError,
     LockError,
@@ -90,6 +92,26 @@ def test_tensors_of_every_type(
                     tensor.numpy()
             else:
                 assert tensor.numpy().dtype == np.dtype(array) and tensor.numpy().flags.writeable
+
+
+def test_elements_of_less_than_a_byte(tmp_path: Path, work: Workspace) -> None:
+    held = {"f4": MemoryTensor(DType.F4, (2, 4), b"\x21\x43\x65\x87")}
+    held["f6"] = MemoryTensor(DType.F6_E2M3, (4,), b"abc")
+    with work.open(save(tmp_path / "x.safetensors", held)) as checkpoint:
+        packed = checkpoint["f4"]
+        assert (packed.shape, packed.numel, packed.nbytes) == ((2, 4), 8, 4)
+        if hasattr(torch, "float4_e2m1fn_x2"):
+            found = packed.torch()
+            assert (
+                found.shape == (2, 2)
+                and bytes(found.view(torch.uint8).flatten().tolist()) == b"\x21\x43\x65\x87"
+            )
+        for tensor in checkpoint.values():
+            with pytest.raises(TypeError):
+                tensor.numpy()
+        with pytest.raises(TypeError, match=r"has no F6_E2M3: `tobytes\(\)`"):
+            checkpoint["f6"].torch()
+        assert checkpoint["f6"].tobytes() == b"abc"
 
 
 def test_an_inspection_says_what_the_command_does(folder: Folder, work: Workspace) -> None:
@@ -304,6 +326,39 @@ def test_a_recipe_for_a_file_that_exists(folder: Folder, work: Workspace) -> Non
     recipe = work.new(folder / "dirty.ckpt", folder / "vae.safetensors", folder=folder.path, name="n")
     assert folder("new", "dirty.ckpt", "vae.safetensors", "--name", "n").out == recipe.text
     assert work.build(recipe).output.path == folder / "n.safetensors"
+
+
+@pytest.mark.parametrize("what", ["nothing", "folder", "garbage", "empty", "pipe"])
+def test_whatever_is_named_the_error_is_one_for_people(folder: Folder, work: Workspace, what: str) -> None:
+    """Nothing but a CkptError, which says something, comes of a file that is none of what is wanted."""
+    path, new = folder / f"{what}.safetensors", folder / "new.safetensors"
+    if what == "folder":
+        path.mkdir()
+    elif what == "pipe":
+        os.mkfifo(path)
+    elif what != "nothing":
+        path.write_bytes(b"\x80garbage\xff" * (what == "garbage"))
+    recipe = work.load(folder / "tiny.toml")
+    calls: list[Callable[[], object]] = [
+        lambda: work.open(path),
+        lambda: work.inspect(path),
+        lambda: work.diff(folder / "dirty.ckpt", path),
+        lambda: work.load(path),
+        lambda: work.new(path),
+        lambda: work.verify(recipe, path),
+        lambda: work.extract(path, "VAE"),
+        lambda: work.replace(path, {}, new),
+        lambda: work.replace(folder / "dirty.ckpt", {"VAE": path}, new),
+        lambda: work.prune(path, new),
+        lambda: work.convert(path, new),
+        lambda: work.build(work.compose(name="x", base="s", sources={"s": path}), new),
+        lambda: recipe.save(path / "no" / "recipe.toml"),
+    ]
+    for call in calls:
+        with pytest.raises(CkptError) as caught:
+            call()
+        assert caught.value.problems and str(caught.value).strip() and caught.value.exit_code
+    assert not new.exists()
 
 
 # -- the store

@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 PREFIXES = ("model.diffusion_model.", "cond_stage_model.", "first_stage_model.")
 
@@ -22,6 +23,13 @@ class InterruptProcessingException(Exception):
 
 class RejectedError(Exception):
     """What is shown of a workflow that is not run."""
+
+
+@dataclass(frozen=True)
+class Linked:
+    """What another node gives: it is not known before that one has run."""
+
+    value: object
 
 
 @dataclass
@@ -93,20 +101,23 @@ class Comfy:
         """What a node gives: as a workflow of this one node is checked, remembered and run."""
         types = node.INPUT_TYPES()
         asked = inspect.signature(node.VALIDATE_INPUTS).parameters
+        constant = {n: v for n, v in inputs.items() if not isinstance(v, Linked)}
+        inputs = {n: v.value if isinstance(v, Linked) else v for n, v in inputs.items()}
         for name, (kind, *_) in types["required"].items():
             if name not in inputs:
                 raise RejectedError(f"Required input is missing: {name}")
             if isinstance(kind, list) and name not in asked and inputs[name] not in kind:
                 raise RejectedError(f"Value not in list: {name}")
-        valid = node.VALIDATE_INPUTS(**{n: v for n, v in inputs.items() if n in asked})
+        valid = node.VALIDATE_INPUTS(**{n: v for n, v in constant.items() if n in asked})
         if valid is not True:
             raise RejectedError(valid)
-        key, changed = repr(sorted(inputs.items())), node.IS_CHANGED(**inputs)
-        if key not in self._cached or self._cached[key][1] != changed:
-            given = getattr(node(), node.FUNCTION)(**self._defaults(types) | inputs)
-            assert isinstance(given, tuple) and len(given) == len(node.RETURN_TYPES)
-            self._cached[key] = (node, changed, given)
-        return self._cached[key][2]
+        with torch.inference_mode():
+            key, changed = repr(sorted(inputs.items())), node.IS_CHANGED(**dict.fromkeys(inputs) | constant)
+            if key not in self._cached or self._cached[key][1] != changed:
+                given = getattr(node(), node.FUNCTION)(**self._defaults(types) | inputs)
+                assert isinstance(given, tuple) and len(given) == len(node.RETURN_TYPES)
+                self._cached[key] = (node, changed, given)
+            return self._cached[key][2]
 
     @staticmethod
     def _defaults(types: Mapping[str, Any]) -> dict[str, Any]:

@@ -45,10 +45,14 @@ def session(text: str, names: dict[str, Any]) -> str:
 def cell(source: str, names: dict[str, Any]) -> list[dict[str, Any]]:
     """The outputs of a notebook's cell: what it prints, and the value of an expression at its end."""
     tree, out = ast.parse(source), io.StringIO()
-    last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
+    last = tree.body[-1] if tree.body else None
+    if isinstance(last, ast.Expr):
+        tree.body.pop()
     with contextlib.redirect_stdout(out):
         exec(compile(tree, "<cell>", "exec"), names)
-        value = eval(compile(ast.Expression(last.value), "<cell>", "eval"), names) if last else None
+        value = None
+        if isinstance(last, ast.Expr):
+            value = eval(compile(ast.Expression(last.value), "<cell>", "eval"), names)
     found: list[dict[str, Any]] = []
     if out.getvalue():
         found.append({"name": "stdout", "output_type": "stream", "text": _lines(out.getvalue())})
