@@ -76,13 +76,14 @@ BOX, HIGH, GAP, ROW = 210, 46, 70, 62  # of nodes, in pixels: width, height, and
 
 def plan(found: Plan) -> Markup:
     """The plan as a graph, in layers from sources to outputs."""
-    layers = _layers(found)
+    layers, before = _layers(found)
     at = {
         key: (x * (BOX + GAP), y * ROW + (max(map(len, layers)) - len(layer)) * ROW / 2)
         for x, layer in enumerate(layers)
         for y, key in enumerate(layer)
     }
-    lines = [_edge(at[i.key], at[node.key]) for node in found for i in found.inputs(node.key)]
+    lines = [_edge(at[a], at[b]) for b, inputs in before.items() for a in inputs]
+    lines += [_through(at[key]) for key in at if key not in found.nodes]
     boxes = [_box(node, *at[node.key]) for node in found]
     width = len(layers) * (BOX + GAP) - GAP if layers else 0
     height = max(map(len, layers), default=0) * ROW
@@ -95,8 +96,11 @@ def plan(found: Plan) -> Markup:
     return tag("div", drawn, class_="graph", tabindex=0, role="group", aria_label="The plan, drawn")
 
 
-def _layers(found: Plan) -> list[list[str]]:
-    """The nodes by how far they are from sources; those of a layer near what they are made of."""
+def _layers(found: Plan) -> tuple[list[list[str]], dict[str, dict[str, None]]]:
+    """The nodes by how far they are from sources, near what they are made of; and the inputs of each.
+
+    What is used further on has a place of its own in each layer between, so that no line runs behind a box.
+    """
     import networkx as nx
 
     order = {key: index for index, key in enumerate(found.nodes)}
@@ -106,24 +110,36 @@ def _layers(found: Plan) -> list[list[str]]:
         if after and found.nodes[key].job.inputs:  # as near as may be to what is made of it
             depth[key] = min(after) - 1
     layers: list[list[str]] = [[] for _ in range(max(depth.values(), default=-1) + 1)]
+    before: dict[str, dict[str, None]] = {}
     for key in sorted(depth, key=order.__getitem__):
         layers[depth[key]].append(key)
+        for start in found.nodes[key].job.inputs:
+            between = [f"{start} in {d}" for d in range(depth[start] + 1, depth[key])]
+            for a, b in pairwise([start, *between, key]):
+                before.setdefault(b, {})[a] = None
+    for passing in (key for key in before if key not in depth):
+        layers[int(passing.rpartition(" ")[2])].append(passing)
     for _ in range(2):
-        for before, layer in pairwise(layers):
-            rank = {key: index for index, key in enumerate(before)}
+        for left, layer in pairwise(layers):
+            rank = {key: index for index, key in enumerate(left)}
 
             def middle(key: str, rank: dict[str, int] = rank) -> float:
-                near = [rank[i] for i in found.nodes[key].job.inputs if i in rank]
+                near = [rank[i] for i in before.get(key, ()) if i in rank]
                 return sum(near) / len(near) if near else 0.0
 
             layer.sort(key=middle)
-    return layers
+    return layers, before
 
 
 def _edge(start: tuple[float, float], end: tuple[float, float]) -> Markup:
     x, y, u, v = start[0] + BOX, start[1] + HIGH / 2, end[0], end[1] + HIGH / 2
     bend = (u - x) / 2
     return tag("path", d=f"M{x:g} {y:g}C{x + bend:g} {y:g} {u - bend:g} {v:g} {u:g} {v:g}", class_="edge")
+
+
+def _through(start: tuple[float, float]) -> Markup:
+    x, y = start[0], start[1] + HIGH / 2
+    return tag("path", d=f"M{x:g} {y:g}H{x + BOX:g}", class_="edge")
 
 
 def _box(node: Node, x: float, y: float) -> Markup:

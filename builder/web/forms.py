@@ -167,8 +167,8 @@ def _letter(letter: str) -> str:
     return f"\\U{number:08x}"
 
 
-def the_same(command: str, recipe: str = "") -> Markup:
-    """How to do the same in a terminal, and the recipe that it stands for."""
+def the_same(command: str, recipe: str = "", data: str = "") -> Markup:
+    """How to do the same in a terminal, the recipe that it stands for, and the address of its `--json`."""
     return tag(
         "section",
         tag("h2", "The same elsewhere"),
@@ -177,5 +177,6 @@ def the_same(command: str, recipe: str = "") -> Markup:
         tag("details", tag("summary", "As a recipe"), tag("pre", verbatim(recipe), tabindex=0))
         if recipe
         else None,
+        tag("p", tag("a", "As JSON", href=data)) if data else None,
         class_="same",
     )

@@ -94,9 +94,9 @@ def _part(part: Part) -> tuple[Content, ...]:
         part.cls or "in no component",
         part.a.component.name if part.a else None,
         part.b.component.name if part.b else None,
-        f"{len(part.tensors):,}",
-        f"{len(part.changed):,}",
-        _percent(share),
+        f"{len(part.tensors):,}" if part.tensors else None,
+        f"{len(part.changed):,}" if part.tensors else None,
+        _percent(share) if part.tensors else None,
     )
 
 
@@ -110,7 +110,7 @@ def _drawn(cls: str, changes: list[BlockChange]) -> Markup:
         return tag("p", tag("strong", cls), ": nothing changes but the rounding, if that.")
     rows = [
         (
-            c.block or "in no block",
+            c.block or ("outside of blocks" if len(changes) > 1 else "all of it"),
             drawing.level(c.bits / MOST_BITS, "changed"),
             f"{c.bits:.1f} bits",
             _percent(c.differing / max(1, c.elements)),

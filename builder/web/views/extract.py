@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from builder.models.identify import Match
 from builder.models.parts import find_part, slot_of
 from builder.recipe.names import SUFFIXES, Target
+from builder.toolkit.command_recipe import CommandRecipe
 from builder.toolkit.command_recipe import run as build
 from builder.toolkit.extract import extraction, target_of
 from builder.toolkit.made import to_json
@@ -46,6 +48,7 @@ def show(site: Site, query: Form) -> Markup:
         nothing = tag("p", "The catalog knows no component of this file.")
         return page(f"Extract from {path.name}", nothing, current="library")
     first = query.get("component", parts[0].match.component.name)
+    recipe = _composed(site, query, path, first)[-1]
     radios = (
         tag(
             "p",
@@ -91,11 +94,13 @@ def show(site: Site, query: Form) -> Markup:
                 ),
                 class_="write",
             ),
+            button("Preview", formmethod="get", formaction="extract", class_="quiet", formnovalidate=True),
+            " ",
             button("Extract it"),
             method="post",
             action="extract",
         ),
-        the_same(_command(site, query, path, first)),
+        the_same(_command(site, query, path, first), recipe.text(path.parent)),
         current="library",
     )
 
@@ -104,10 +109,7 @@ def run(site: Site, form: Form) -> Response:
     """Write the component."""
     path, word = site.path(form.get("file")), form.get("component")
     into, saved = site.path(form.get("folder")), save(site, form)
-    with site.workspace() as workspace, workspace.sources() as sources:
-        match = find_part(word, sources.open(sources.file(path)).identity, path, site.catalog)
-        cls = slot_of(match, site.catalog)
-        recipe = extraction(path, match, cls, sources, fixes_of(form), **made_options(form))
+    match, cls, recipe = _composed(site, form, path, word)
 
     def work(job: Job) -> Outcome:
         with site.workspace(job) as workspace, workspace.sources() as sources:
@@ -119,6 +121,14 @@ def run(site: Site, form: Form) -> Response:
     command = _command(site, form, path, word, into, saved)
     title = f"Extract {match.component.name} from {path.name}"
     return follow(site.jobs.add(title, work, command=command, recipe=recipe.text(into)))
+
+
+def _composed(site: Site, form: Form, path: Path, word: str) -> tuple[Match, str, CommandRecipe]:
+    """The component of a name, the class that it is written as, and the recipe; raises CkptError."""
+    with site.workspace() as workspace, workspace.sources() as sources:
+        match = find_part(word, sources.open(sources.file(path)).identity, path, site.catalog)
+        cls = slot_of(match, site.catalog)
+        return match, cls, extraction(path, match, cls, sources, fixes_of(form), **made_options(form))
 
 
 def _command(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from builder.base.errors import ExitCode
 from builder.base.words import counted
 from builder.recipe.names import SHARD, SUFFIXES
@@ -17,6 +19,7 @@ from builder.web.forms import (
     making,
     option_words,
     select,
+    the_same,
     tick,
 )
 from builder.web.html import Content, Markup, code, join, problem, table, tag
@@ -32,10 +35,10 @@ ABOUT = (
 )
 
 WORDS = {
-    "pruned": "pruned, and moved to",
-    "moved": "moved to",
-    "known": "was there already, at",
-    "failed": "broken: moved to",
+    "pruned": "pruned, and moved",
+    "moved": "moved",
+    "known": "was there already",
+    "failed": "broken: moved",
     "stays": "stays: nothing it could be put with",
     "kept": "stays for now",
 }
@@ -79,6 +82,7 @@ def show(site: Site, query: Form) -> Markup:
             method="post",
             action="inbox",
         ),
+        the_same(_command(site, query, path, site.path(query.get("into", inbox)))),
         current="inbox",
     )
 
@@ -95,7 +99,7 @@ def run(site: Site, form: Form) -> Response:
         overflow=said["overflow"] or "error",
         non_finite=said["non_finite"] or "error",
     )
-    layout = form.get("layout") or layout_of(into, site.catalog)
+    layout = _layout(site, form, into)
 
     def work(job: Job) -> Outcome:
         with site.workspace(job) as workspace:
@@ -109,10 +113,19 @@ def run(site: Site, form: Form) -> Response:
         data = {"schema": 1, "events": [_json(e) for e in events], "waiting": waiting}
         return Outcome(_shown(events, waiting), data, int(ExitCode.SOURCE) if bad else 0)
 
+    command = _command(site, form, inbox, into)
+    return follow(site.jobs.add(f"Sort {inbox.name}", work, command=command))
+
+
+def _layout(site: Site, form: Form, into: Path) -> str:
+    return form.get("layout") or layout_of(into, site.catalog)
+
+
+def _command(site: Site, form: Form, inbox: Path, into: Path) -> str:
     words: list[object] = ["prune", "--watch", inbox, *(["--into", into] if into != inbox else [])]
-    words += ["--layout", layout, "--once", *["--recursive"] * recursive, *option_words(form)]
-    words += ["--keep-ema"] * options.keep_ema
-    return follow(site.jobs.add(f"Sort {inbox.name}", work, command=command_line(*words)))
+    words += ["--layout", _layout(site, form, into), "--once", *option_words(form)]
+    words += ["--recursive"] * form.ticked("recursive") + ["--keep-ema"] * form.ticked("keep_ema")
+    return command_line(*words)
 
 
 def _shown(events: list[Event], waiting: list[str]) -> Markup:
@@ -121,11 +134,11 @@ def _shown(events: list[Event], waiting: list[str]) -> Markup:
         for e in events
     ]
     return join(
-        table(("File", "What became of it", "Where", "What it is"), rows, caption="Done")
+        table(("File", "What became of it", "Where", "What it is"), rows, caption="What was done")
         if rows
         else tag("p", "There was nothing to do."),
         [problem(p) for e in events for p in e.problems],
-        tag("h2", "Not at rest, or not whole yet") if waiting else None,
+        tag("h2", "Changed a moment ago, or not whole yet: left for the next time") if waiting else None,
         tag("ul", (tag("li", code(p)) for p in waiting)) if waiting else None,
     )
 

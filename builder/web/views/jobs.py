@@ -67,7 +67,7 @@ def show(site: Site, query: Form) -> Markup:
                 open=len(said) <= 5,
             )
         )
-    content.append(the_same(job.command, job.recipe) if job.command else None)
+    content.append(the_same(job.command, job.recipe, f"api/job?id={job.number}"))
     return page(job.title, content, current="work", refresh=0 if job.over else 2)
 
 

@@ -8,7 +8,7 @@ from urllib.parse import quote
 
 from builder.base.words import counted
 from builder.reports.inspect import to_json
-from builder.web.forms import button, command_line, field, text
+from builder.web.forms import button, command_line, field, text, the_same
 from builder.web.html import Content, Markup, code, join, problem, size, table, tag
 from builder.web.jobs import Job, Outcome
 from builder.web.pages import page
@@ -20,10 +20,15 @@ BUDGET = 2.0  # seconds that a page waits for tables of contents; the rest is th
 SHOWN = 200  # files on a page
 
 
+def address(view: str, **fields: str) -> str:
+    """The address of a view with fields."""
+    query = "&".join(f"{name}={quote(value, safe='')}" for name, value in fields.items())
+    return f"{view}?{query}" if query else view
+
+
 def link(view: str, label: Content, **fields: str) -> Markup:
     """A link to a view with fields."""
-    query = "&".join(f"{name}={quote(value, safe='')}" for name, value in fields.items())
-    return tag("a", label, href=f"{view}?{query}" if query else view)
+    return tag("a", label, href=address(view, **fields))
 
 
 def lines(site: Site, budget: float | None = BUDGET) -> tuple[dict[str, Line], list[str]]:
@@ -88,6 +93,7 @@ def show(site: Site, query: Form) -> Markup:
         table(head, rows, caption="Checkpoints", numbers=(3, 4)) if rows else empty,
         notes,
         reading if unread else None,
+        the_same("", data="api/library") if found else None,
         current="library",
         refresh=2 if left else 0,
     )
@@ -114,8 +120,8 @@ def _row(reference: str, line: Line, alike: list[tuple[str, str]]) -> tuple[Cont
         line.precision or None,
         size(line.size),
         size(junk) if junk else None,
-        line.known or ("–" if line.read else "not read"),
-        others or None,
+        line.known or (None if line.read or line.problems else "not read"),
+        others if len(others) < 2 else tag("details", tag("summary", f"{len(others)} files"), others),
         doing if not line.problems else None,
     )
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from builder.base.words import CONTAINERS, counted
 from builder.recipe.names import free_name, portable, stem
 from builder.toolkit import prune_text
-from builder.toolkit.prune import Options, Pruning, Result, Share, plan_pruning, prune, unmatched
+from builder.toolkit.prune import Options, Pruning, Result, Share, plan_pruning, prune, recipe_of, unmatched
 from builder.web.drawing import bars
 from builder.web.forms import (
     button,
@@ -31,7 +31,9 @@ from builder.web.jobs import Job, Outcome
 from builder.web.pages import page
 from builder.web.site import Form, Json, Response, Site
 from builder.web.views.jobs import follow
+from builder.web.views.library import address
 from builder.web.views.made import outputs
+from builder.web.views.planned import recipe_text
 
 NAMES = 200  # of tensors that go, in a list
 
@@ -45,6 +47,9 @@ def show(site: Site, query: Form) -> Markup:
     path = site.path(reference)
     pruning = _planned(site, path, _options(query))
     usual = free_name(path.parent / portable(f"{stem(path)}-pruned.safetensors")).name
+    able = pruning.refusal is None and not pruning.unmatched
+    goal = path.parent / query.get("name", usual)
+    recipe = recipe_text(recipe_of(pruning), goal) if able else ""
     home = reference.rpartition("/")[0]
     asked = [
         hidden(file=reference),
@@ -65,11 +70,11 @@ def show(site: Site, query: Form) -> Markup:
         tag(
             "form",
             tag("fieldset", tag("legend", "How"), asked),
-            doing if pruning.refusal is None and not pruning.unmatched else None,
+            doing if able else None,
             method="post",
             action="prune",
         ),
-        the_same(_command(site, path, query)),
+        the_same(_command(site, path, query), recipe, address("api/prune", file=reference)),
         current="library",
     )
 
@@ -90,7 +95,7 @@ def run(site: Site, form: Form) -> Response:
     planned = _planned(site, path, options)
     if planned.unmatched:
         raise unmatched(planned)
-    assert planned.checked
+    recipe = recipe_text(recipe_of(planned.checked), goal)
 
     def work(job: Job) -> Outcome:
         with site.workspace(job) as workspace, workspace.sources() as sources:
@@ -101,7 +106,7 @@ def run(site: Site, form: Form) -> Response:
         return Outcome(shown, {"schema": 1, "files": [prune_text.to_json(result)]})
 
     command = _command(site, path, form, goal, saved)
-    return follow(site.jobs.add(f"Prune {path.name}", work, command=command))
+    return follow(site.jobs.add(f"Prune {path.name}", work, command=command, recipe=recipe))
 
 
 def described(pruning: Pruning) -> Markup:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from urllib.parse import quote
 
 from builder.base.disk import write_bytes
 from builder.base.errors import CkptError, OutputError, Place, Problem, UsageError
@@ -13,14 +12,14 @@ from builder.build import build_recipe
 from builder.plan import Plan, explain
 from builder.recipe.read import MAX_SIZE
 from builder.toolkit.command_recipe import check_is_recipe
-from builder.toolkit.made import note_changes, note_left_out, note_steps, to_json
+from builder.toolkit.made import note_left_out, note_steps, to_json
 from builder.web.forms import button, command_line, field, folder, hidden, recipe_named, text, the_same, tick
 from builder.web.html import Content, Markup, join, problem, tag, verbatim
 from builder.web.jobs import Job, Outcome
 from builder.web.pages import page
 from builder.web.site import Form, Json, Response, Site, go_to
 from builder.web.views.jobs import follow
-from builder.web.views.library import link
+from builder.web.views.library import address, link
 from builder.web.views.made import outputs
 from builder.web.views.planned import preview
 from builder.workspace import find_lock
@@ -94,7 +93,9 @@ def _editor(site: Site, reference: str, said: str, seen: str, query: Form) -> Ma
         ),
         tag("section", _checked(site, path, said), id="problems", aria_live="polite"),
         _building(reference) if reference else None,
-        the_same(command_line("build", path)) if path is not None else None,
+        the_same(command_line("build", path), data=address("api/plan", recipe=reference))
+        if path is not None
+        else None,
         current="recipes",
     )
 
@@ -138,7 +139,7 @@ def save(site: Site, form: Form) -> Response:
         fact = f"`{path.name}` was changed since it was opened here"
         raise OutputError(Problem(fact, Place(str(path)), hint="copy your text, and open the recipe anew"))
     write_bytes(path, said.encode())
-    return go_to(f"recipe?saved=1&file={quote(reference, safe='')}")
+    return go_to(address("recipe", saved="1", file=reference))
 
 
 def build(site: Site, form: Form) -> Response:
@@ -155,7 +156,6 @@ def build(site: Site, form: Form) -> Response:
 
             read = workspace.recipe(path)
             made = build_recipe(workspace, read, sources, locked=locked, check=again, before=before)
-            note_changes(made, job)
         return Outcome(outputs(site, made), to_json(made))
 
     words = ["--offline"] * offline + ["--locked"] * locked + ["--check"] * again
@@ -171,7 +171,9 @@ def data(site: Site, query: Form) -> Json:
 def _checked(site: Site, path: Path | None, said: str) -> Markup:
     """Problems with their lines, or the plan."""
     try:
-        return join(tag("p", "Nothing is wrong with it.", class_="good"), preview(_plan(site, path, said)))
+        plan = _plan(site, path, said)
+        notes = [problem(note, "note") for note in plan.recipe.notes]
+        return join(tag("p", "Nothing is wrong with it.", class_="good"), notes, preview(plan))
     except CkptError as error:
         count = len(error.problems)
         head = "What is wrong" if count == 1 else f"{count} things are wrong"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from builder.base.errors import CkptError, Problem, UsageError
+from builder.base.words import counted
 from builder.models.catalog import Architecture
 from builder.recipe.names import free_name, portable, stem
 from builder.toolkit.command_recipe import CommandRecipe, output_path
@@ -57,7 +58,7 @@ def show(site: Site, query: Form) -> Markup:
         )
         return page("Slots", about, first, current="slots")
     architecture = _architecture(site, base)
-    found = lines(site)[0]
+    found, left = lines(site)
     slots: list[Content] = []
     for cls in architecture.slots:
         average = site.catalog.averages.get(cls)
@@ -70,17 +71,18 @@ def show(site: Site, query: Form) -> Markup:
                     options[value] = words + (f" ({part.known})" if part.known else "")
         chosen = select(f"slot.{cls}", options, query.get(f"slot.{cls}"))
         slots.append(field(cls, chosen))
+    more = tag("p", f"{counted(len(left), 'file')} not looked at yet: load the page again.") if left else None
     home_folder = "" if base.startswith(NEW) else base.rpartition("/")[0]
     usual = _usual(site, base, query.get("folder", home_folder))
     parts = query.starting("slot.")
-    seen = _preview(site, query) if parts else None
+    seen = _preview(site, query, usual) if parts else None
     return page(
         "Slots",
         first,
         tag(
             "form",
             tag("input", type="hidden", name="base", value=base),
-            tag("fieldset", tag("legend", f"Slots of {architecture.name}"), slots),
+            tag("fieldset", tag("legend", f"Slots of {architecture.name}"), slots, more),
             making(query),
             output(site, query, usual, home_folder or folder_of(site)),
             button("Preview", formmethod="get", formaction="replace", class_="quiet", formnovalidate=True),
@@ -99,10 +101,10 @@ def folder_of(site: Site) -> str:
     return next(iter(site.folders.roots))
 
 
-def _preview(site: Site, query: Form) -> Markup:
+def _preview(site: Site, query: Form, usual: str) -> Markup:
     try:
         command = _composed(site, query)
-        goal = site.path(query.get("folder") or folder_of(site)) / (query.get("name") or "new.safetensors")
+        goal = site.path(query.get("folder") or folder_of(site)) / query.get("name", usual)
         plan = plan_of(site, command, goal)
     except CkptError as error:
         return join(map(problem, error.problems))

@@ -14,7 +14,7 @@ from builder.web.pages import page
 from builder.web.shelf import twins
 from builder.web.site import Form, Json, Response, Site
 from builder.web.views.jobs import follow
-from builder.web.views.library import lines, link
+from builder.web.views.library import address, lines, link
 
 MOST = 2000  # names of tensors in a list
 
@@ -54,7 +54,7 @@ def show(site: Site, query: Form) -> Markup:
             method="post",
             action="report",
         ),
-        the_same(command_line("inspect", path)),
+        the_same(command_line("inspect", path), data=address("api/inspect", file=reference)),
         current="library",
     )
 

@@ -59,19 +59,20 @@ def show(site: Site, query: Form) -> Markup:
             method="post",
             action="store-check",
         ),
-        the_same(command_line("store", "list")),
+        the_same(command_line("store", "list"), data="api/store"),
         current="store",
     )
 
 
 def _row(item: Item) -> tuple[Content, ...]:
     name = {"component": item.component or "?", "download": "(download)", "partial": "(unfinished download)"}
+    used = datetime.fromtimestamp(item.used // 10**9)
     where = [*(["the store"] if item.size else []), *(Path(p).name for p in item.places)]
     return (
         name.get(item.kind, item.kind),
         size(item.size) if item.size else None,
-        code(item.digest[:12]),
-        datetime.fromtimestamp(item.used // 10**9).strftime("%Y-%m-%d %H:%M"),
+        tag("code", item.digest[:12], class_="number"),
+        tag("span", used.strftime("%Y-%m-%d %H:%M"), class_="number"),
         item.source or None,
         ", ".join(where) or "nowhere",
     )
