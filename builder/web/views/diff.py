@@ -72,7 +72,7 @@ def _shown(diff: Diff, site: Site, full: bool) -> Markup:
         tag("ul", (tag("li", cause) for cause in said)) if said else None,
         table(
             ("Class", "In A", "In B", "Tensors of both", "Changed", "Values that differ"),
-            [_part(p) for p in diff.parts],
+            [_part(p) for p in diff.parts if p.a or p.b or p.tensors],
             caption="Components",
             numbers=(3, 4, 5),
         ),

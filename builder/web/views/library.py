@@ -8,7 +8,7 @@ from urllib.parse import quote
 
 from builder.base.words import counted
 from builder.reports.inspect import to_json
-from builder.web.forms import button, command_line, field, text, the_same
+from builder.web.forms import button, command_line, field, text
 from builder.web.html import Content, Markup, code, join, problem, size, table, tag
 from builder.web.jobs import Job, Outcome
 from builder.web.pages import page
@@ -93,7 +93,7 @@ def show(site: Site, query: Form) -> Markup:
         table(head, rows, caption="Checkpoints", numbers=(3, 4)) if rows else empty,
         notes,
         reading if unread else None,
-        the_same("", data="api/library") if found else None,
+        tag("p", tag("a", "As JSON", href="api/library")) if found else None,
         current="library",
         refresh=2 if left else 0,
     )
@@ -121,8 +121,8 @@ def _row(reference: str, line: Line, alike: list[tuple[str, str]]) -> tuple[Cont
         size(line.size),
         size(junk) if junk else None,
         line.known or (None if line.read or line.problems else "not read"),
-        others if len(others) < 2 else tag("details", tag("summary", f"{len(others)} files"), others),
-        doing if not line.problems else None,
+        tag("details", tag("summary", f"{len(others)} files"), others) if len(others) > 1 else others or None,
+        tag("span", doing, class_="together") if not line.problems else None,
     )
 
 

@@ -58,6 +58,7 @@ def show(site: Site, query: Form) -> Markup:
         used = len(query.starting("many.file."))
         inputs += [_row(site, query, operation, n) for n in range(max(ROWS, used + 1))]
     params = [_param(site, query, operation, name, p) for name, p in operation.params.items()]
+    weighed = any(p.kind == "weights" for p in operation.params.values())
     home = _home(site, query)
     usual = free_name(site.path(home) / "merged.safetensors").name
     return page(
@@ -72,7 +73,7 @@ def show(site: Site, query: Form) -> Markup:
                 tag("legend", "Models"),
                 inputs,
                 button(
-                    "Show their blocks",
+                    "Show their blocks" if weighed else "Choose more",
                     formmethod="get",
                     formaction="merge",
                     class_="quiet",
@@ -97,7 +98,7 @@ def show(site: Site, query: Form) -> Markup:
             method="post",
             action="merge",
         ),
-        _preview(site, query) if query.ticked("preview") else None,
+        _preview(site, query, usual) if query.ticked("preview") else None,
         current="merge",
     )
 
@@ -310,12 +311,12 @@ def _number(said: str, name: str) -> float:
         raise UsageError(Problem(f"`{name}` has to be a number, not `{said}`")) from None
 
 
-def _preview(site: Site, query: Form) -> Markup:
+def _preview(site: Site, query: Form, usual: str) -> Markup:
     try:
-        goal = site.path(_home(site, query)) / query.get("name", "merged.safetensors")
+        goal = site.path(_home(site, query)) / query.get("name", usual)
         command = _composed(site, query)
         plan = plan_of(site, command, goal)
-        saved = goal.with_name(query.get("save")) if query.get("save") else None
+        saved = save(site, query)
         line = _command(site, query, _models(site, query), goal, saved)
     except CkptError as error:
         return join(map(problem, error.problems))

@@ -71,7 +71,7 @@ def _row(item: Item) -> tuple[Content, ...]:
     return (
         name.get(item.kind, item.kind),
         size(item.size) if item.size else None,
-        tag("code", item.digest[:12], class_="number"),
+        tag("code", item.digest[:12], class_="together"),
         tag("span", used.strftime("%Y-%m-%d %H:%M"), class_="number"),
         item.source or None,
         ", ".join(where) or "nowhere",
