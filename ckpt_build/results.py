@@ -123,8 +123,8 @@ class Node:
     `key` is its identity: the digest, in hex, of what it is made of and how. `label` is for people. `state`
     says what happens (`fetch`, `hash`, `make`, or nothing: `known`, `stored`, `stream`, `unchanged`), `why`
     is the reason in words. `inputs` are the keys of what it is made of. `reads` and `writes` are bytes of
-    tensor data, None while they are not known. `path` is where a source lies, None while it is elsewhere, or
-    where an output goes. `sha256` is that of a source, None while it is not known.
+    tensor data, None where a source that is not here has them. `path` is where a source lies, None while it
+    is elsewhere, or where an output goes. `sha256` is that of a source, None while it is not known.
     """
 
     key: str
@@ -144,7 +144,7 @@ class Plan:
     """What a build would do, and why; `str()` is the page that `ckpt plan` shows.
 
     `nodes` are in an order in which they can be done. `reads` and `writes` are bytes, of the whole build,
-    None while they are not known. `notes` are what steps leave alone, `warnings` what a person should know.
+    None where they are not known. `notes` are what steps leave alone, `warnings` what a person should know.
     `json` is the object that `ckpt plan --json` prints.
     """
 

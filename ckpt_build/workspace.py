@@ -35,7 +35,7 @@ from builder.toolkit.convert import convert
 from builder.toolkit.extract import extraction, target_of
 from builder.toolkit.prune import Options as PruneOptions
 from builder.toolkit.prune import plan_pruning, prune, unmatched
-from builder.toolkit.replace import architecture_of, replacement, slot
+from builder.toolkit.replace import replacement
 from builder.workspace import Settings, find_lock
 from builder.workspace import Workspace as Inner
 from ckpt_build.checkpoint import Checkpoint
@@ -210,9 +210,8 @@ class Workspace:
         SourceError for those that are refused, FetchError for those that are nowhere to be found, LockError.
         """
         with self._work(None, None) as (inner, sources, listener):
-            lock = find_lock(recipe.inner)
             place = place_of(recipe.inner, _name(output))
-            made = inner.plan(recipe.inner, sources, lock, place=place)
+            made = inner.plan(recipe.inner, sources, find_lock(recipe.inner), place=place)
             return _plan(made, sources, listener)
 
     def build(
@@ -259,8 +258,8 @@ class Workspace:
         Gives the SHA-256 of each. Raises OutputError where one is another, LockError where nothing is said.
         """
         with self._work(None, None) as (inner, *_):
-            lock = find_lock(recipe.inner)
-            return verify(recipe.inner, lock, Path(file) if file is not None else None, inner)
+            there = Path(file) if file is not None else None
+            return verify(recipe.inner, find_lock(recipe.inner), there, inner)
 
     # -- the model toolkit, each a recipe that is made on the spot
 
@@ -288,9 +287,9 @@ class Workspace:
         with self._work(progress, cancel) as (inner, sources, listener):
             match = find_part(component, sources.open(sources.file(file)).identity, file, inner.catalog)
             cls = slot_of(match, inner.catalog)
-            place = Target(Path(output), Path(output).is_dir()) if output is not None else None
+            place = Target.named(str(output)) if output is not None else None
             target, naming = target_of(file, match, cls, place, None, inner)
-            recipe = extraction(file, match, cls, sources, fixes, **options)
+            recipe = extraction(file, match, cls, fixes, **options)
             return _result(run(recipe, target, inner, sources, naming=naming, hashing=False), listener)
 
     def replace(
@@ -307,17 +306,18 @@ class Workspace:
     ) -> Result:
         """Write a file with components of others: by class (or kind), the file that has it.
 
-        `(file, component)` says which one, where that file has several. All else as for `extract`.
+        `file` may also be `NEW` and an architecture, all of whose slots are then filled. `(file, component)`
+        says which one, where that file has several; in a folder, `output` is named after `file`. All else
+        as for `extract`.
         """
-        file, options = Path(file), {"precision": precision, **options}
+        parts = []
+        for word, said in components.items():
+            source, component = said if isinstance(said, tuple) else (said, None)
+            parts.append((word, Path(source), component))
         with self._work(progress, cancel) as (inner, sources, listener):
-            architecture = architecture_of(file, sources.open(sources.file(file)).identity, inner.catalog)
-            parts = []
-            for word, said in components.items():
-                source, component = said if isinstance(said, tuple) else (said, None)
-                parts.append((slot(word, architecture), Path(source), component))
-            recipe = replacement(file, architecture, parts, sources, fixes, **options)
-            target = output_path(Path(output), recipe.sources.values())
+            recipe = replacement(file, parts, sources, fixes, precision=precision, **options)
+            place = Target.named(str(output)).file(f"{recipe.name}.safetensors")
+            target = output_path(place, recipe.sources.values())
             return _result(run(recipe, target, inner, sources), listener)
 
     def prune(
@@ -377,9 +377,7 @@ class Workspace:
         return load_catalog(self._settings.components)
 
     def _read(self, text: str, folder: Path) -> model.Recipe:
-        """The recipe of a text, which has no lock."""
-        read = load_recipe(folder / UNNAMED, self._catalog, outside=self._outside, text=text)
-        return replace(read, lock=None)
+        return load_recipe(folder / UNNAMED, self._catalog, outside=self._outside, text=text)
 
     @contextmanager
     def _work(

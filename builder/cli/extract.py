@@ -49,7 +49,7 @@ def command(
         match = find_part(component, identity, file, catalog)
         cls = slot_of(match, catalog)
         target, naming = target_of(file, match, cls, output, form, workspace)
-        recipe = extraction(file, match, cls, sources, fixes, **options)
+        recipe = extraction(file, match, cls, fixes, **options)
         made = run(
             recipe,
             target,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,8 +34,7 @@ class _Place(_Named):
     """A file, or a folder: one that is there, or whose name ends in a slash."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        text = str(super().convert(value, param, ctx))
-        return Target(Path(text), text.endswith(("/", os.sep)) or os.path.isdir(text))  # noqa: PTH112
+        return Target.named(str(super().convert(value, param, ctx)))
 
 
 FILE = _Named(path_type=Path)
@@ -74,8 +72,8 @@ _OPTIONS = (
     click.option(
         "--precision",
         type=click.Choice(list(PRECISIONS)),
-        help="Of the weights. By default what is wider than 16 bits is rounded to FP16, or to BF16 where "
-        "models are published so, and all else stays as it is.",
+        help="Of the weights. By default what is wider than the precision that such a component is "
+        "published in is rounded to that, and all else stays as it is.",
     ),
     *_REPAIRS,
     click.option("--threads", type=click.IntRange(1, 256), help="Threads to use; the bytes are the same."),

@@ -13,7 +13,7 @@ from builder.cli.options import FILE, PLACE, making, open_workspace, recipe_path
 from builder.recipe.names import Target
 from builder.toolkit.command_recipe import output_path, run
 from builder.toolkit.made import note_changes, note_left_out, to_json, to_text
-from builder.toolkit.replace import architecture_of, new_architecture, parse_part, replacement
+from builder.toolkit.replace import parse_part, replacement
 
 
 @click.command("replace")
@@ -45,12 +45,7 @@ def command(
     """
     save = recipe_path(save_recipe)
     with open_workspace(quiet) as workspace, workspace.sources() as sources:
-        new = new_architecture(str(file), workspace.catalog)
-        architecture = new or architecture_of(
-            file, sources.open(sources.file(file)).identity, workspace.catalog
-        )
-        asked = [parse_part(part, architecture, sources) for part in parts]
-        recipe = replacement(None if new else file, architecture, asked, sources, fixes, **options)
+        recipe = replacement(file, map(parse_part, parts), sources, fixes, **options)
         target = output_path(output.file(f"{recipe.name}.safetensors"), recipe.sources.values())
         made = run(
             recipe,

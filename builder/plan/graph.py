@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from builder.base.errors import Place, Problem
 from builder.formats.layouts.configs import Prediction as Predicted
+from builder.models.catalog.tables import NONE, Patterns
 from builder.models.prediction import Marker, Prediction
 from builder.operations.fixes import FIXES, finished_types
 from builder.recipe.names import SINGLE, Form
@@ -92,7 +93,7 @@ class StepJob:
     """One class of a step's model: an operation over one component of each input.
 
     `params` are what the recipe says as far as it concerns the class. With a `precision` what is made is
-    rounded. `first` is the input whose component this is one of.
+    rounded, but for tensors that fit patterns of `kept`. `first` is the input whose component this is one of.
     """
 
     step: str = field(compare=False)
@@ -103,13 +104,14 @@ class StepJob:
     params: Mapping[str, Any]
     arithmetic: Literal["exact", "file"] = "exact"
     precision: Precision | None = None
+    kept: tuple[str, ...] = ()
     first: str = field(default="", compare=False)
 
     def expression(self, names: Mapping[Key, str] | None = None) -> str:
         """The key of what is made, with the inputs known by their keys or by `names`."""
         inputs = {p: origin_data(o, names) for p, o in self.inputs_by_name.items()}
-        said = {"arithmetic": self.arithmetic, "precision": self.precision}
-        how = {k: v for k, v in said.items() if v not in (None, "exact")}
+        said = {"arithmetic": self.arithmetic, "precision": self.precision, "kept": list(self.kept)}
+        how = {k: v for k, v in said.items() if v not in (None, "exact", [])}
         return expression_key(
             self.op, self.version, cls=self.cls, params=dict(self.params), inputs=inputs, **how
         )
@@ -129,8 +131,8 @@ class StepJob:
 class ComponentJob:
     """A finished component: where it comes from, how it is repaired and rounded.
 
-    `source` is what the recipe calls the source or step. `fixes` are those that apply to the class. With
-    `store`, its bytes are kept.
+    `source` is what the recipe calls the source or step. `fixes` are those that apply to the class, and
+    `kept` patterns of tensors that no precision is for. With `store`, its bytes are kept.
     """
 
     cls: str
@@ -141,6 +143,7 @@ class ComponentJob:
     narrow: Narrow
     overflow: Overflow
     non_finite: NonFinite
+    kept: tuple[str, ...] = ()
     store: bool = False
 
     def params(self) -> dict[str, Any]:
@@ -151,6 +154,7 @@ class ComponentJob:
             "overflow": self.overflow,
             "non_finite": self.non_finite,
             **({"narrow": self.narrow} if self.narrow else {}),
+            **({"kept": list(self.kept)} if self.kept else {}),
         }
 
     @property
@@ -396,8 +400,11 @@ class Plan:
 
 
 def component_specs(
-    tensors: Mapping[str, LazyTensor], precision: Precision, narrow: Narrow = False
+    tensors: Mapping[str, LazyTensor],
+    precision: Precision,
+    narrow: Narrow = False,
+    kept: Patterns = NONE,
 ) -> dict[str, tuple[DType, tuple[int, ...]]]:
     """Names, dtypes and shapes that tensors will have in a precision."""
-    types = finished_types(tensors, precision, narrow)
+    types = finished_types(tensors, precision, narrow, kept)
     return {n: (types[n], t.shape) for n, t in tensors.items()}

@@ -41,8 +41,8 @@ def load_recipe(
 ) -> Recipe:
     """Read a recipe and the recipes that it includes: those in its folder, unless `outside` allows others.
 
-    With `text`, that is the recipe, and `path` where it would lie. Raises RecipeError with every problem of
-    all of them.
+    With `text`, that is the recipe, `path` where it would lie, and it has no lock. Raises RecipeError with
+    every problem of all of them.
     """
     return _Loader(Vocabulary(catalog, operations, fixes), outside, text).load(path)
 
@@ -103,7 +103,8 @@ class _Loader:
         except RecipeError as error:
             self.problems += error.problems
             return None
-        return replace(recipe, path=path, lock=lock_path(path), included=dict(self._included(recipe, path)))
+        lock = lock_path(path) if given is None else None
+        return replace(recipe, path=path, lock=lock, included=dict(self._included(recipe, path)))
 
     def _included(self, recipe: Recipe, path: Path) -> Iterator[tuple[str, Recipe]]:
         for name, source in recipe.sources.items():

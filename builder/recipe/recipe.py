@@ -125,7 +125,8 @@ class Output:
     """A file to write, with everything that holds for it: the recipe's own words or the output's.
 
     `file` is relative to the recipe's folder and stays inside it. `fixes` are in the order of the registry,
-    in which they are applied. With `narrow`, only what is wider than `precision` is rounded. `keep` names
+    in which they are applied. `precision` is one for all, or `published`: for each component the catalog's,
+    and nothing made wider. With `narrow`, only what is wider than `precision` is rounded. `keep` names
     tensors that are carried over from the base beside its components; None: all optional ones it has. With
     `unknown` as `keep`, all else is carried over too but averages and junk. `markers` are tensors that tell
     programs what the model predicts; None: those that its UNET comes with. `config` is a file beside the
@@ -140,7 +141,7 @@ class Output:
     base: NewBase | FromBase
     components: Mapping[str, Pick]
     fixes: tuple[str, ...] = ()
-    precision: str = "fp16"
+    precision: str = "published"
     narrow: bool | str = False
     overflow: str = "error"
     non_finite: str = "error"

@@ -181,16 +181,21 @@ class BlockWeights(Kind):
 
     def schema(self, defs: Schema) -> Schema:
         number = self.weight.schema(defs)
-        text = {"type": "string", "minLength": 1}
-        numbers = {"type": "array", "items": number, "minItems": 2}
-        plain = [number, text, numbers]
-        inner = {"type": "object", "additionalProperties": number}
-        tensors = {"type": "object", "additionalProperties": number, "maxProperties": MAX_PATTERNS}
-        known = {BASE: number, TENSORS: tensors, **{part: {"oneOf": [*plain, inner]} for part in self.parts}}
-        if self.strengths:
-            known |= {"strength": number, "blocks": {"oneOf": [text, numbers]}}
-        table = {"type": "object", "properties": known, "additionalProperties": number}
-        return {"oneOf": [*plain, table]}
+        bounds = [str(n) for n in (self.weight.minimum, self.weight.maximum) if n is not None]
+        name = "-".join(["strengths" if self.strengths else "weights", *bounds])
+        if name not in defs:
+            text = {"type": "string", "minLength": 1}
+            numbers = {"type": "array", "items": number, "minItems": 2}
+            plain = [number, text, numbers]
+            inner = {"type": "object", "additionalProperties": number}
+            part, tensors = f"{name}-of-a-part", inner | {"maxProperties": MAX_PATTERNS}
+            defs[part] = {"oneOf": [*plain, inner]}
+            known = {p: {"$ref": f"#/$defs/{part}"} for p in self.parts} | {BASE: number, TENSORS: tensors}
+            if self.strengths:
+                known |= {"strength": number, "blocks": {"oneOf": [text, numbers]}}
+            table = {"type": "object", "properties": known, "additionalProperties": number}
+            defs[name] = {"oneOf": [*plain, table]}
+        return {"$ref": f"#/$defs/{name}"}
 
 
 _ENCODERS = ("CLIP", "T5")

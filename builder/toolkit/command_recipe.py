@@ -22,7 +22,7 @@ from builder.models.catalog import Catalog
 from builder.operations.fixes import FIXES
 from builder.plan import Plan
 from builder.recipe import FromBase, NewBase, Output, Pick, Recipe, Source, Step, parse_recipe
-from builder.recipe.language import OUTPUT_FILE, PATH
+from builder.recipe.language import OUTPUT_FILE, PATH, PUBLISHED
 from builder.recipe.names import SINGLE, SUFFIXES, form_of, numbered, portable
 from builder.recipe.read import MAX_SIZE
 from builder.sources.opened import Sources
@@ -147,13 +147,12 @@ def _below(folder: Path, path: Path) -> str | None:
     return real.relative_to(folder).as_posix() if real.is_relative_to(folder) else None
 
 
-def output_keys(usual: str, precision: str | None = None, **said: str | None) -> dict[str, Any]:
+def output_keys(precision: str | None = None, **said: str | None) -> dict[str, Any]:
     """What a recipe says under [output] of these options; None, and `error`, is what it need not say.
 
-    `usual` is the precision where none was asked for. Only what was asked for is made wider or changed
-    within 16 bits.
+    Only what was asked for is made wider or changed within 16 bits.
     """
-    keys: dict[str, Any] = {"precision": precision or usual}
+    keys: dict[str, Any] = {"precision": precision or PUBLISHED}
     if precision is None:
         keys["narrow"] = True
     return keys | {name: value for name, value in said.items() if value not in (None, "error")}
@@ -254,9 +253,9 @@ def place_of(recipe: Recipe, output: str | None) -> Callable[[Output], str] | No
         files = tuple(o.file for o in recipe.outputs)
         fact = "one output is named, and the recipe has several"
         raise UsageError(Problem(fact, evidence=files, hint="name the files in the recipe"))
-    path = Path(output)
-    if recipe.outputs[0].form in SINGLE and path.is_dir() and not (path / MODEL_INDEX).exists():
-        output = str(path := path / Path(recipe.outputs[0].file).name)  # a folder, and no model's
+    path, (only,) = Path(output), recipe.outputs
+    if only.form in SINGLE and path.is_dir() and not (path / MODEL_INDEX).exists():
+        output = str(path := path / Path(only.file).name)  # no model's folder, but one to have the file in
     if form_of(output) in SINGLE:
         output_path(path)
     return lambda _: output

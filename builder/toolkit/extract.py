@@ -9,10 +9,9 @@ from builder.base.errors import Problem, UsageError
 from builder.build import Built
 from builder.models.catalog import PARTS
 from builder.models.identify import Match
-from builder.models.parts import kind, usual_precision
+from builder.models.parts import kind
 from builder.recipe import Pick
 from builder.recipe.names import Target, free_name, recipe_name, stem
-from builder.sources.opened import Sources
 from builder.toolkit.command_recipe import CommandRecipe, output_keys, output_path, vacant
 from builder.workspace import Workspace
 
@@ -44,13 +43,12 @@ def target_of(
 
 
 def extraction(
-    file: Path, match: Match, cls: str, sources: Sources, fixes: Sequence[str] = (), **output: str | None
+    file: Path, match: Match, cls: str, fixes: Sequence[str] = (), **output: str | None
 ) -> CommandRecipe:
     """The recipe of a component of a file as a file of its own; `output` as for `output_keys`."""
-    identity = sources.open(sources.file(file)).identity
     name = recipe_name(file)
     pick = Pick(cls, name, None if match.component.cls == cls else match.component.name)
-    keys = output_keys(usual_precision(cls, identity, sources.catalog), **output)
+    keys = output_keys(**output)
     return CommandRecipe(
         f"{name}.{kind(cls).lower()}", {name: file}, new=cls, components={cls: pick}, fixes=fixes, output=keys
     )

@@ -12,7 +12,6 @@ import tomli
 
 from builder.base.errors import Problem, UsageError, did_you_mean
 from builder.base.words import counted
-from builder.models.parts import usual_precision
 from builder.operations import OPERATIONS
 from builder.recipe.names import recipe_name
 from builder.sources.opened import Sources
@@ -34,13 +33,13 @@ def merging(
 
     Raises UsageError, and SourceError for a file that cannot be read.
     """
-    identities = [sources.open(sources.file(path)).identity for path, _ in files]
+    for path, _ in files:
+        sources.open(sources.file(path))
     named: dict[str, Path] = {}
     step = merge_step(files, op, params, named)
-    precision = usual_precision(identities[0].architecture or "", identities[0], sources.catalog)
     name, base = recipe_name(Path("-".join(named))), recipe_name(Path("merged"), named)
-    keys = output_keys(precision, **output)
-    return CommandRecipe(name, named, base, steps={base: step}, fixes=fixes, output=keys)
+    steps, keys = {base: step}, output_keys(**output)
+    return CommandRecipe(name, named, base, steps=steps, fixes=fixes, output=keys)
 
 
 def parse_value(text: str) -> Any:

@@ -17,7 +17,7 @@ from builder.recipe.names import recipe_name
 from builder.sources.opened import Sources
 from builder.toolkit.command_recipe import CommandRecipe, output_keys
 
-Part = tuple[str, Path, str | None]  # a class, the file that fills it, and which component of that
+Part = tuple[str, Path, str | None]  # a class or kind, if any, the file, and which component of that
 
 
 def architecture_of(file: Path, identity: Identity, catalog: Catalog) -> Architecture:
@@ -53,45 +53,47 @@ def check_filled(architecture: Architecture, given: Collection[str]) -> None:
         raise UsageError(Problem(fact, hint=f"add {' '.join(f'`{word}=FILE`' for word in words)}"))
 
 
-def parse_part(part: str, architecture: Architecture, sources: Sources) -> Part:
-    """The slot, file and component of `CLASS=FILE[:COMPONENT]`, or of a file alone that fits one slot.
+def find_parts(
+    parts: Iterable[Part],
+    architecture: Architecture,
+    files: dict[str, Path],
+    sources: Sources,
+    catalog: Catalog,
+) -> dict[str, Pick]:
+    """What fills slots, by class; `files` gets the names of the files.
 
-    What is a file as a whole is one. Raises UsageError for a slot that there is not, SourceError for a file
-    that cannot be read.
+    Raises UsageError for a slot that there is not, or is filled twice, SourceError for a file that cannot be
+    read.
     """
+    picks: dict[str, Pick] = {}
+    for word, path, component in parts:
+        identity = sources.open(sources.file(path)).identity
+        cls = slot(word, architecture) if word else _only_slot(path, identity, architecture, catalog)
+        if cls in picks:
+            raise UsageError(Problem(f"`{cls}` is filled twice", hint="name each class once"))
+        match = find_part(component or cls, identity, path, catalog)
+        plain = match.component.cls == cls and component is None
+        picks[cls] = Pick(cls, name_of(path, files), None if plain else match.component.name)
+    return picks
+
+
+def parse_part(part: str) -> Part:
+    """The class, if any, the file and the component of a part; what is a file as a whole is one."""
     word, equals, rest = part.partition("=")
     if not equals or os.path.lexists(part):
         word, rest = "", part
     if not rest or (equals and not word and rest != part):
         fact = f"`{part}` is not of the form CLASS=FILE or CLASS=FILE:COMPONENT"
         raise UsageError(Problem(fact, hint="as in `VAE-v1=nai.vae.pt`"))
-    name, colon, component = rest.rpartition(":")
-    alone = not colon or os.path.lexists(rest) or not os.path.lexists(name)
-    path = Path(rest if alone else name)
-    cls = slot(word, architecture) if word else _only_slot(path, architecture, sources)
-    return cls, path, None if alone else component
+    path, colon, component = rest.rpartition(":")
+    if not colon or os.path.lexists(rest) or not os.path.lexists(path):
+        return word, Path(rest), None
+    return word, Path(path), component
 
 
-def find_parts(parts: Iterable[Part], files: dict[str, Path], sources: Sources) -> dict[str, Pick]:
-    """What fills slots, by class; `files` gets the names of theirs.
-
-    Raises UsageError for a slot that is filled twice, SourceError for a file that cannot be read.
-    """
-    picks: dict[str, Pick] = {}
-    for cls, path, component in parts:
-        identity = sources.open(sources.file(path)).identity
-        if cls in picks:
-            raise UsageError(Problem(f"`{cls}` is filled twice", hint="name each class once"))
-        match = find_part(component or cls, identity, path, sources.catalog)
-        plain = match.component.cls == cls and component is None
-        picks[cls] = Pick(cls, name_of(path, files), None if plain else match.component.name)
-    return picks
-
-
-def _only_slot(path: Path, architecture: Architecture, sources: Sources) -> str:
+def _only_slot(path: Path, identity: Identity, architecture: Architecture, catalog: Catalog) -> str:
     """The slot for the only component of a file."""
-    identity = sources.open(sources.file(path)).identity
-    slots = dict.fromkeys(slot_of(m, sources.catalog) for m in identity.matches)
+    slots = dict.fromkeys(slot_of(m, catalog) for m in identity.matches)
     found = [cls for cls in slots if cls in architecture.slots]
     if len(found) == 1:
         return found[0]
@@ -118,26 +120,30 @@ def slot(word: str, architecture: Architecture) -> str:
 
 
 def replacement(
-    file: Path | None,
-    architecture: Architecture,
-    parts: Iterable[Part],
-    sources: Sources,
-    fixes: Sequence[str] = (),
-    **output: str | None,
+    file: str | Path, parts: Iterable[Part], sources: Sources, fixes: Sequence[str] = (), **output: str | None
 ) -> CommandRecipe:
-    """The recipe of a file with components of others; `output` as for `output_keys`.
+    """The recipe of a file, or of `NEW ARCHITECTURE`, with components of others.
 
-    Without a file, that of a new model of the architecture. Raises UsageError for a slot that is filled
-    twice, or of a new model not at all, and for what a file does not have.
+    `output` is as for `output_keys`. Raises UsageError for a slot that there is not, is filled twice or
+    stays empty, SourceError for a file that cannot be read.
     """
-    name = recipe_name(file) if file is not None else architecture.name.lower()
-    files = {name: file} if file is not None else {}
-    picks = find_parts(parts, files, sources)
-    if file is None:
-        check_filled(architecture, picks)
-    keys = output_keys(architecture.precision or "fp16", **output)
-    base, new = (name, "") if file is not None else ("", architecture.name)
-    return CommandRecipe(name, files, base, new, components=picks, fixes=fixes, output=keys)
+    catalog, path = sources.catalog, Path(file)
+    new = new_architecture(str(file), catalog)
+    name = new.name.lower() if new else recipe_name(path)
+    architecture = new or architecture_of(path, sources.open(sources.file(path)).identity, catalog)
+    files = {} if new else {name: path}
+    picks = find_parts(parts, architecture, files, sources, catalog)
+    if new:
+        check_filled(new, picks)
+    return CommandRecipe(
+        name,
+        files,
+        base="" if new else name,
+        new=new.name if new else "",
+        components=picks,
+        fixes=fixes,
+        output=output_keys(**output),
+    )
 
 
 def name_of(path: Path, sources: dict[str, Path]) -> str:

@@ -249,7 +249,7 @@ def test_where_an_output_goes(folder: Folder, work: Workspace) -> None:
     (node,) = [n for n in work.plan(recipe, folder / "y.sft").nodes if n.kind == "output"]
     assert node.path == folder / "y.sft"
     with pytest.raises(OutputError):
-        work.build(recipe, folder / "x.ckpt" / "y.safetensors")
+        work.build(recipe, folder / "tiny.toml" / "y.safetensors")
     with pytest.raises(LockError):
         work.build(work.parse(recipe.text, folder.path), locked=True)
     several = work.parse(recipe.text + 'output = [{ name = "a" }, { name = "b" }]\n', folder.path)
@@ -299,6 +299,17 @@ def test_the_toolkit_makes_what_the_commands_make(folder: Folder, work: Workspac
     assert made.output.path.read_bytes() == (folder / "theirs.safetensors").read_bytes()
     if command == "convert":
         assert any(note.startswith("not carried over: ") for note in made.notes)
+
+
+def test_a_new_model_of_parts_in_a_folder(folder: Folder, work: Workspace) -> None:
+    """Folders are made where they are missing, and what goes into one is named after the model."""
+    dirty = folder / "dirty.ckpt"
+    parts = {"UNET": dirty, "CLIP": dirty, "VAE": folder / "vae.safetensors"}
+    made = work.replace("NEW SD-tiny", parts, f"{folder.path}/new/").output
+    assert made.path == folder / "new" / "sd-tiny.safetensors"
+    assert work.inspect(made.path).architecture == "SD-tiny"
+    with pytest.raises(UsageError, match="has slots that nothing fills: `CLIP-tiny`"):
+        work.replace("NEW SD-tiny", {n: p for n, p in parts.items() if n != "CLIP"}, folder / "x.safetensors")
 
 
 def test_what_the_toolkit_refuses(folder: Folder, work: Workspace) -> None:

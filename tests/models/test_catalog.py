@@ -105,6 +105,7 @@ ids = { shape = [1, 77], dtype = "I64", optional = true }
 "r.{x,y}" = { shape = [[-1, 2], [2, -1]], optional = true }
 """,
         keys=12,
+        parameters=119,
     )
     assert {n: r.shape for n, r in found.items()} == {
         "a.weight": (2, 3),
@@ -238,7 +239,6 @@ PART = '[layouts.x]\nextends = "SD-v1"\n[layouts.x.parts.vae]\n'
     [
         ("architectures/a.toml", '[X]\nslots = ["UNET-v9"]', "unknown class `UNET-v9`"),
         ("architectures/a.toml", '[X]\nslots = ["UNET-v1"]\nonly = ["Y"]', "unknown component `Y`"),
-        ("architectures/a.toml", '[X]\nslots = ["UNET-v1"]\nprecision = "fp17"', "unknown precision `fp17`"),
         ("architectures/a.toml", '[SD-v1]\nslots = ["UNET-v1"]', "`SD-v1` already means SD-v1"),
         (
             "architectures/a.toml",
@@ -287,6 +287,9 @@ PART = '[layouts.x]\nextends = "SD-v1"\n[layouts.x.parts.vae]\n'
         ("classes.toml", '["VAE-v9"]\nfixes = []', "unknown class `VAE-v9`"),
         ("classes.toml", '["VAE-v1"]\nfixes = []', "class `VAE-v1` is described already"),
         ("classes.toml", '["VAE-v3"]\nfixs = []', "unknown field `fixs`"),
+        ("classes.toml", '["VAE-v3"]\nprecision = "fp17"', "unknown precision `fp17`"),
+        ("classes.toml", '["VAE-v3"]\nkept = ["{a"]', "`{` without its `}`"),
+        ("mine.toml", _table("a = [6]", **GOOD, precision='"fp17"'), "unknown precision `fp17`"),
         ("classes.toml", '["VAE-v3"]\nmetric = { base = 1.0, k = 1 }', "`part` is missing"),
         (
             "classes.toml",
@@ -437,6 +440,31 @@ def test_a_component_of_ones_own_fills_a_slot_by_its_prefix(tmp_path: Path) -> N
         "CLIP-XL-Refiner",
         "elsewhere",
     ]
+
+
+def test_precisions_and_exceptions_are_of_components_and_classes(tmp_path: Path) -> None:
+    (tmp_path / "t.toml").write_text(_table("a = [6]", **GOOD, models='["One", "Two"]'))
+    (tmp_path / "u.toml").write_text(_table("a = [6]", **GOOD | {"name": '"U"'}, precision='"fp32"'))
+    tops = {"name": '"Plain"', "class": '"D"'}
+    (tmp_path / "v.toml").write_text(_table("a = [6]", **GOOD | tops))
+    (tmp_path / "w.toml").write_text(
+        'name = "W"\nclass = "E"\nextends = "T"\nnaming = "without-dots"\nkeys = 1\nparameters = 6\n'
+    )
+    (tmp_path / "classes.toml").write_text(
+        '[C]\nprecision = "bf16"\nkept = ["bn.{mean,var}"]\noverflows = ["*"]\n'
+        'unquantized = ["x_in", "*.norm"]\n'
+    )
+    catalog = load_catalog([tmp_path])
+    assert {n: catalog.components[n].precision for n in ("T", "U", "Plain", "W")} == {
+        "T": "bf16",
+        "U": "fp32",
+        "Plain": "keep",
+        "W": "bf16",  # it is published as what it extends
+    }
+    assert catalog.components["T"].models == ("One", "Two") and catalog.components["W"].models == ()
+    traits = catalog.traits["C"]
+    assert traits.kept.fit("bn.var") and not traits.kept.fit("bn.weight")
+    assert traits.overflows.fit("a") and traits.unquantized.fit("a.b.norm")
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:

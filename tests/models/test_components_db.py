@@ -73,6 +73,28 @@ PLACES = {
     "VAE-FLUX": ("VAE-v3", "vae."),
     "CLIP-L-FLUX": ("CLIP-L-FLUX", "text_encoders.clip_l.transformer.text_model."),
     "T5-XXL-FLUX": ("T5-XXL-FLUX", "text_encoders.t5xxl.transformer."),
+    "DIT-QwenImage": ("DIT-QwenImage", "model.diffusion_model."),
+    "DIT-QwenImage-Layered": ("DIT-QwenImage", "model.diffusion_model."),
+    "DIT-QwenImage21": ("DIT-QwenImage21", "model.diffusion_model."),
+    "DIT-QwenImage21-diffusers": ("DIT-QwenImage21-diffusers", "model.diffusion_model."),
+    "DIT-ZImage": ("DIT-ZImage", "model.diffusion_model."),
+    "DIT-Lumina2": ("DIT-Lumina2", "model.diffusion_model."),
+    "DIT-Anima": ("DIT-Anima", "model.diffusion_model."),
+    "DIT-Krea2": ("DIT-Krea2", "model.diffusion_model."),
+    "DIT-Wan21-T2V-14B": ("DIT-Wan-14B", "model.diffusion_model."),
+    "DIT-Wan22-I2V-A14B": ("DIT-Wan-14B", "model.diffusion_model."),
+    "DIT-Wan21-I2V-14B": ("DIT-Wan-14B", "model.diffusion_model."),
+    "DIT-Wan21-T2V-1.3B": ("DIT-Wan-1B", "model.diffusion_model."),
+    "DIT-Wan22-TI2V-5B": ("DIT-Wan-5B", "model.diffusion_model."),
+    "VAE-Wan21": ("VAE-Wan21", "vae."),
+    "VAE-Wan22": ("VAE-Wan22", "vae."),
+    "T5-UMT5-XXL": ("T5-UMT5-XXL", "text_encoders."),
+    "LLM-Gemma2-2B": ("LLM-Gemma2-2B", "text_encoders."),
+    "LLM-Gemma3-4B": ("LLM-Gemma3-4B", "text_encoders.gemma3_4b."),
+    "LLM-Qwen25VL-7B": ("LLM-Qwen25VL-7B", "text_encoders.qwen25_7b."),
+    "LLM-Qwen3-06B": ("LLM-Qwen3-06B", "text_encoders.qwen3_06b."),
+    "LLM-Qwen3-4B": ("LLM-Qwen3-4B", "text_encoders.qwen3_4b."),
+    "LLM-Qwen3-8B": ("LLM-Qwen3-8B", "text_encoders.qwen3_8b."),
     "UNET-mini-SD": ("UNET-mini", "model.diffusion_model."),
     "UNET-mini-EMA": ("EMA-UNET-mini", "model_ema.diffusion_model"),
     "VAE-mini-SD": ("VAE-mini", "first_stage_model."),
@@ -92,6 +114,15 @@ ARCHITECTURES = {
     "SD-XL-Refiner": ["UNET-XL-Refiner", "VAE-v1-SD", "CLIP-XL-Refiner"],
     "SD-v3": ["MMDIT-v3-SD", "VAE-v3-SD", "CLIP-L-v3", "CLIP-G-v3", "T5-XXL-v3"],
     "FLUX": ["DIT-FLUX-dev", "VAE-FLUX", "CLIP-L-FLUX", "T5-XXL-FLUX"],
+    "Qwen-Image": ["DIT-QwenImage", "VAE-Wan21", "LLM-Qwen25VL-7B"],
+    "Qwen-Image-2.1": ["DIT-QwenImage21"],
+    "Z-Image": ["DIT-ZImage", "VAE-FLUX", "LLM-Qwen3-4B"],
+    "Lumina-2": ["DIT-Lumina2", "VAE-FLUX", "LLM-Gemma2-2B"],
+    "Anima": ["DIT-Anima", "VAE-Wan21", "LLM-Qwen3-06B"],
+    "Krea-2": ["DIT-Krea2", "VAE-Wan21"],
+    "Wan-14B": ["DIT-Wan21-T2V-14B", "VAE-Wan21", "T5-UMT5-XXL"],
+    "Wan-1.3B": ["DIT-Wan21-T2V-1.3B", "VAE-Wan21", "T5-UMT5-XXL"],
+    "Wan-5B": ["DIT-Wan22-TI2V-5B", "VAE-Wan22", "T5-UMT5-XXL"],
     "EMA-v1": ["UNET-v1-EMA"],
     "EMA-v1-Pix2Pix": ["UNET-v1-Pix2Pix-EMA"],
     "LoRA-v1": ["LoRA-v1-UNET", "LoRA-v1-CLIP"],
@@ -217,8 +248,18 @@ def test_known_files() -> None:
     assert overflowing.note == "overflows in FP16 inference" and overflowing.fix in files
 
 
-def test_newer_families_are_published_in_bf16() -> None:
-    assert {a.name for a in CATALOG.architectures.values() if a.precision == "bf16"} == {"SD-v3", "FLUX"}
+def test_what_components_are_published_in() -> None:
+    said = {c.name: c.precision for c in CATALOG.components.values()}
+    assert {said[n] for n in said if "-v1-" in n or "-v2-" in n or "-XL-" in n} == {"fp16"}
+    assert said["DIT-FLUX-dev"] == said["MMDIT-v3-SD"] == "bf16"
+    assert said["VAE-FLUX"] == said["VAE-v3-SD"] == "keep"  # cast to FP16 it overflows
+
+
+def test_the_output_layers_of_t5_overflow_in_fp16() -> None:
+    for component in CATALOG.components.values():
+        if component.cls.startswith("T5"):
+            found = [n for n in component.tensors if n in component.traits.overflows]
+            assert len(found) == 24 and component.precision != "fp16", component.name
 
 
 def test_modelspec_names() -> None:

@@ -82,8 +82,9 @@ def load_catalog(extra: Sequence[Path] | None = None) -> Catalog:
     """The built-in catalog, and the folders of `extra` (default: those that CKPT_COMPONENTS names).
 
     What is in a user's own folders is checked at once; a built-in table is expanded when its tensors are
-    asked for, and layouts are read when there is one to convert. Called again with the same folders, it gives
-    the same object for as long as nothing in them has changed. Raises CatalogError.
+    asked for, as are the names that adapters use, and layouts are read when there is one to convert. Called
+    again with the same folders, it gives the same object for as long as nothing in them has changed. Raises
+    CatalogError.
     """
     if extra is None:
         extra = [Path(p) for p in os.environ.get("CKPT_COMPONENTS", "").split(os.pathsep) if p]
@@ -121,11 +122,19 @@ def _load(extra: tuple[Path, ...], _: tuple[object, ...]) -> Catalog:
             total += len(catalog.components[name].tensors)  # expands it
             if total > MAX_TENSORS:
                 table.fields.fail(f"the tables have more than {MAX_TENSORS:,} tensors in all")
+    for traits in catalog.traits.values():
+        if _own(traits.path) and traits.adapters is not None:
+            len(traits.adapters.names)  # expands them
     if any(_own(name) for _, name in reader.layouts) or any(
         a.diffusers for a in catalog.architectures.values() if _own(a.path)
     ):
         len(catalog.layouts)  # reads them
     return catalog
+
+
+def _beginnings(table: Table, base: Component | None, without: str) -> frozenset[str]:
+    """What names of a component have before their first dots, those too that it leaves out of its base."""
+    return frozenset(table.beginnings(without)) | (base.beginnings(without) if base else frozenset())
 
 
 def _own(file: str) -> bool:
@@ -151,6 +160,7 @@ class _Reader:
         self.optional: dict[str, tuple[int, ...] | None] = {}
         self.prefixes: dict[str, None] = {}
         self.wrappers: dict[str, None] = {}
+        self.respelt: dict[str, str] = {}
         self.traits: dict[str, Traits] = {}
         self.blocks_in_all = 0
         self.blocks: dict[int, str] = {}  # by their number: the first class that has so many
@@ -216,7 +226,8 @@ class _Reader:
         self.optional |= read_optional(path, name)
 
     def _prefixes(self, path: Path, name: str) -> None:
-        prefixes, wrappers = read_prefixes(path, name)
+        prefixes, wrappers, respelt = read_prefixes(path, name)
+        self.respelt |= respelt
         self.prefixes |= dict.fromkeys(prefixes)
         self.wrappers |= dict.fromkeys(wrappers)
 
@@ -281,6 +292,7 @@ class _Reader:
             optional=self.optional,
             prefixes=tuple(self.prefixes),
             wrappers=tuple(self.wrappers),
+            respelt=self.respelt,
             known=Known(
                 tuple(k for k in self.known if isinstance(k, KnownMetric)),
                 tuple(k for k in self.known if isinstance(k, KnownFile)),
@@ -319,7 +331,9 @@ class _Reader:
         cls, prefix = fields.get("class"), fields.get("prefix")
         written = alone(fields)
         plain: Mapping[str, TensorRule] = {}
+        base: Component | None = None
         average_of = None
+        precision = fields.precision()
         if table.extends is not None:
             chain = (*below, name)
             if table.extends in chain:
@@ -338,6 +352,8 @@ class _Reader:
             cls = base.cls if cls is None else cls
             prefix = base.prefix if prefix is None else prefix
             written = base.alone if written is None and not table.naming else written
+            renamed = base.precision if table.naming else None
+            precision = precision or self._traits(cls).precision or renamed
         self.depths.setdefault(name, 0)
         component = Component(
             name=name,
@@ -352,10 +368,18 @@ class _Reader:
             extends=table.extends,
             average_of=average_of,
             mislabelled=bool(fields.get("mislabelled")),
+            models=fields.strings("models"),
+            marks=fields.texts("marks"),
+            precision=precision or self._traits(cls).precision or "keep",
+            traits=self._traits(cls),
             modelspec=modelspec(fields),
             alone=written or PLAIN,
             path=fields.document.path,
             plain=plain,
+            beginnings=lru_cache(partial(_beginnings, table, base)),
         )
         self.components[name] = component
         return component
+
+    def _traits(self, cls: str) -> Traits:
+        return self.traits.get(cls, Traits())

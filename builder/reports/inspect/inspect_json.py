@@ -49,6 +49,8 @@ def _file(report: Report) -> Json:
         "incomplete": {"architecture": identity.incomplete, "absent": list(identity.absent)}
         if identity.incomplete
         else None,
+        "absent": list(identity.absent),
+        "lineage": report.lineage and report.lineage._asdict(),
         "components": [_part(p) for p in report.parts],
         "metric": report.metric.text if report.metric else None,
         "known": {

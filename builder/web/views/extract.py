@@ -128,7 +128,7 @@ def _composed(site: Site, form: Form, path: Path, word: str) -> tuple[Match, str
     with site.workspace() as workspace, workspace.sources() as sources:
         match = find_part(word, sources.open(sources.file(path)).identity, path, site.catalog)
         cls = slot_of(match, site.catalog)
-        return match, cls, extraction(path, match, cls, sources, fixes_of(form), **made_options(form))
+        return match, cls, extraction(path, match, cls, fixes_of(form), **made_options(form))
 
 
 def _command(

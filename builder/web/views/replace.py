@@ -132,10 +132,9 @@ def _composed(site: Site, form: Form) -> CommandRecipe:
     parts = list(_parts(site, form))
     if not parts:
         raise UsageError(Problem("no slot is filled from another file", hint="choose a file for one"))
-    file = None if base.startswith(NEW) else site.path(base)
-    architecture = _architecture(site, base)
+    file = base if base.startswith(NEW) else site.path(base)
     with site.workspace() as workspace, workspace.sources() as sources:
-        return replacement(file, architecture, parts, sources, fixes_of(form), **made_options(form))
+        return replacement(file, parts, sources, fixes_of(form), **made_options(form))
 
 
 def _parts(site: Site, form: Form) -> list[tuple[str, Path, str | None]]:
