@@ -34,7 +34,7 @@ def command(folders: tuple[Path, ...], port: int, no_browser: bool) -> int:
             click.echo(server.address)
             click.echo("Ctrl-C ends it.", err=True)
             if not no_browser:
-                threading.Thread(target=webbrowser.open, args=(server.address,), daemon=True).start()
+                threading.Thread(target=webbrowser.open, args=(server.address_once,), daemon=True).start()
             server.serve_forever(poll_interval=0.2)
         except KeyboardInterrupt:
             click.echo("stopped", err=True)

@@ -11,13 +11,14 @@ from typing import Any, Literal
 
 from builder.base.errors import CkptError, ExitCode, Problem
 from builder.base.parallel import Cancelled
-from builder.base.progress import Reporter
+from builder.base.progress import Reporter, human_bytes
 from builder.base.signals import INTERRUPTED
 from builder.web.html import Markup
 
 State = Literal["waiting", "running", "done", "failed", "cancelled"]
 KEPT = 100  # jobs that are over, and still shown
 MOST_SAID = 500  # notes and warnings of a job
+FIRST_RATE = 1.0  # seconds after which a rate means something
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,17 @@ class Task:
     total: int
     began: float
     done: int = 0
+
+    def told(self) -> str:
+        """How much of it is done, how fast, and how long the rest takes at that rate."""
+        seconds = max(time.monotonic() - self.began, 1e-3)
+        said = human_bytes(self.done) + (f" of {human_bytes(self.total)}" if self.total else "")
+        if seconds < FIRST_RATE or not self.done:
+            return said
+        rate = self.done / seconds
+        left = max(0, self.total - self.done) / rate
+        minutes = f"{left / 60:.0f} min" if left >= 90 else f"{left:.0f} s"
+        return f"{said}, {human_bytes(rate)}/s" + (f", {minutes} left" if self.total else "")
 
 
 @dataclass(eq=False)
@@ -135,7 +147,10 @@ class Job(Reporter):
                 "command": self.command,
                 "state": self.state,
                 "code": self.code,
-                "tasks": [{"task": n, "done": t.done, "total": t.total} for n, t in self.tasks.items()],
+                "tasks": [
+                    {"task": n, "done": t.done, "total": t.total, "told": t.told()}
+                    for n, t in self.tasks.items()
+                ],
                 "said": [{"severity": s, "fact": p.fact} for s, p in self.said],
                 "error": [
                     {"fact": p.fact, "evidence": list(p.evidence), "hint": p.hint} for p in self.problems

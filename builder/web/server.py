@@ -72,7 +72,15 @@ class Server(ThreadingHTTPServer):
     @property
     def address(self) -> str:
         """The address to open, with the token."""
-        return f"http://{HOST}:{self.port}{self.session.path}?{TOKEN}={self.session.token}"
+        return self._with(self.session.token)
+
+    @property
+    def address_once(self) -> str:
+        """The same, with the ticket."""
+        return self._with(self.session.ticket)
+
+    def _with(self, token: str) -> str:
+        return f"http://{HOST}:{self.port}{self.session.path}?{TOKEN}={token}"
 
     def server_bind(self) -> None:
         TCPServer.server_bind(self)  # that of HTTPServer asks the network for the host's name

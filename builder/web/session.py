@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 import secrets
+import threading
 from collections.abc import Mapping
 from http.cookies import CookieError, SimpleCookie
 
@@ -14,12 +15,16 @@ TOKEN = "token"
 class Session:
     """The secrets of one run: `path` begins every address, `token` is in the first and then in a cookie.
 
+    `ticket` stands for the token once: what starts a browser is in the list of processes, for all to see.
+
     A browser sends cookies of 127.0.0.1 to every port there; by their path they go to none but ours.
     """
 
     def __init__(self) -> None:
         self.path = f"/{secrets.token_urlsafe(9)}/"
         self.token = secrets.token_urlsafe(32)
+        self.ticket = secrets.token_urlsafe(32)
+        self._guard = threading.Lock()
 
     @property
     def cookie(self) -> str:
@@ -27,8 +32,13 @@ class Session:
         return f"{COOKIE}={self.token}; Path={self.path}; HttpOnly; SameSite=Strict"
 
     def opens(self, token: str) -> bool:
-        """Whether this is the token, compared in constant time."""
-        return hmac.compare_digest(token.encode(), self.token.encode())
+        """Whether this is the token, or the ticket for the first time."""
+        if _same(token, self.token):
+            return True
+        with self._guard:
+            taken = bool(self.ticket) and _same(token, self.ticket)
+            self.ticket = "" if taken else self.ticket
+        return taken
 
     def knows(self, cookies: str) -> bool:
         """Whether a `Cookie` header holds the token."""
@@ -36,7 +46,12 @@ class Session:
             found = SimpleCookie(cookies).get(COOKIE)
         except CookieError:
             return False
-        return found is not None and self.opens(found.value)
+        return found is not None and _same(found.value, self.token)
+
+
+def _same(a: str, b: str) -> bool:
+    """Whether they are equal, compared in constant time."""
+    return hmac.compare_digest(a.encode(), b.encode())
 
 
 def refused(method: str, headers: Mapping[str, str], port: int) -> str | None:

@@ -76,6 +76,17 @@ def test_the_token_opens_the_page_once_it_is_a_cookie(client: Client) -> None:
     assert client.ask("GET", path, headers={"Cookie": cookie.partition(";")[0]}).status == 200
 
 
+def test_the_ticket_of_a_browser_that_is_started_opens_once(client: Client) -> None:
+    """Whoever reads it later from the list of processes comes too late."""
+    bare: dict[str, str | None] = {"Cookie": None, "Sec-Fetch-Site": "none"}
+    address = client.server.address_once.partition(f":{client.server.port}")[2]
+    assert client.server.session.token not in address
+    opened = client.ask("GET", address, headers=bare)
+    assert opened.status == 303 and client.server.session.token in opened.headers["Set-Cookie"]
+    assert client.ask("GET", address, headers=bare).status == 403
+    assert client.ask("GET", f"{client.server.session.path}?token=", headers=bare).status == 403
+
+
 @pytest.mark.parametrize("cookie", [None, "", "ckpt=", "ckpt=x", "ckpt", "other=1", 'ckpt="\\', "ckpt=é"])
 def test_without_the_cookie_there_is_nothing(client: Client, folder: Folder, cookie: str | None) -> None:
     before = files(folder.path)

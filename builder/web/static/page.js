@@ -38,16 +38,10 @@ addEventListener("pageshow", (event) => {
 const tasks = document.getElementById("tasks");
 if (tasks) {
   const state = document.getElementById("state");
-  const told = document.getElementById("progress");
-  const units = ["B", "kB", "MB", "GB", "TB"];
-  const bytes = (count) => {
-    let unit = 0;
-    while (count >= 999.5 && unit < 4) { count /= 1000; unit += 1; }
-    return `${unit && count < 99.95 ? count.toFixed(1) : count.toFixed(0)} ${units[unit]}`;
-  };
+  const heard = document.getElementById("progress");
   let spoken = -1;
   const show = (data) => {
-    const rows = data.tasks.map(({ task, done, total }) => {
+    const rows = data.tasks.map(({ task, done, total, told }) => {
       const row = document.createElement("p");
       const label = document.createElement("label");
       const name = document.createElement("span");
@@ -56,7 +50,7 @@ if (tasks) {
       row.className = "task";
       name.textContent = task;
       if (total) { bar.max = total; bar.value = Math.min(done, total); }
-      of.textContent = total ? `${bytes(done)} of ${bytes(total)}` : bytes(done);
+      of.textContent = told;
       label.append(name, bar);
       row.append(label, of);
       return row;
@@ -68,7 +62,7 @@ if (tasks) {
     const tenth = sum("total") ? Math.floor(10 * sum("done") / sum("total")) : 0;
     if (tenth !== spoken && data.tasks.length) {
       spoken = tenth;
-      told.textContent = `${data.tasks[0].task}, ${10 * tenth} percent`;
+      heard.textContent = `${data.tasks[0].task}, ${10 * tenth} percent`;
     }
   };
   const events = new EventSource(tasks.dataset.events);

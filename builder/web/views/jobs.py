@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from builder.base.errors import Problem, UsageError
-from builder.base.progress import human_bytes
 from builder.web.forms import button, hidden, the_same
 from builder.web.html import Content, Markup, problem, table, tag
 from builder.web.jobs import Job
@@ -48,7 +49,7 @@ def show(site: Site, query: Form) -> Markup:
         content += [
             tag(
                 "div",
-                map(_task, *_columns(job)) if job.tasks else None,
+                map(_task, job.to_json()["tasks"]),
                 id="tasks",
                 data_events=f"events?job={job.number}",
             ),
@@ -91,16 +92,11 @@ def _job(site: Site, form: Form) -> Job:
     return job
 
 
-def _columns(job: Job) -> tuple[list[str], list[int], list[int]]:
-    with job.changed:
-        tasks = dict(job.tasks)
-    return list(tasks), [t.done for t in tasks.values()], [t.total for t in tasks.values()]
-
-
-def _task(name: str, done: int, total: int) -> Markup:
-    of = f"{human_bytes(done)} of {human_bytes(total)}" if total else human_bytes(done)
-    bar = tag("progress", of, max=total or None, value=min(done, total) if total else None)
-    return tag("p", tag("label", tag("span", name), bar), tag("small", of), class_="task")
+def _task(task: dict[str, Any]) -> Markup:
+    done, total = task["done"], task["total"]
+    bar = tag("progress", max=total or None, value=min(done, total) if total else None)
+    said = tag("label", tag("span", task["task"]), bar)
+    return tag("p", said, tag("small", task["told"]), class_="task")
 
 
 def _cancel(job: Job) -> Markup | None:

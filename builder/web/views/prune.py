@@ -144,7 +144,7 @@ def described(pruning: Pruning) -> Markup:
 
 def _reason(share: Share, pruning: Pruning) -> str:
     words = {
-        "precision": f"rounded to {str(pruning.output['precision']).upper()}",
+        "precision": f"rounded to {prune_text.rounded_to(pruning)}",
         "positions": "positions made int64",
     }
     return words.get(share.reason, share.reason)
