@@ -21,6 +21,7 @@ Shape = tuple[int, ...]
 # What training leaves behind and no loader asks for. Whatever else matches nothing stays "unknown".
 JUNK = re.compile(
     r"(?:first_stage_model\.|vae\.)?loss\."  # perceptual loss and discriminator of the autoencoder
+    r"|(?:model\.diffusion_model\.)?repa_projectors\."  # what a denoiser's features are compared with
     r"|optimizers?[._]|lr_schedulers|callbacks\.|loops\.|(?:native_)?amp_scaling_state"
 )
 EMA = "model_ema."
@@ -541,11 +542,7 @@ def _choose(
         if rival.component is match.component:
             continue
         count, more = match.required, rival.required
-        why = (
-            f"which explains {more} tensors, not {count}"
-            if more > count
-            else "whose class is the more common"
-        )
+        why = f"which explains {more} tensors, not {count}" if more > count else "which is the more common"
         if cls != rival.component.cls or more > count:
             notes.append(f"`{name}` fits the tensors of `{rival.component.name}` too, {why}")
         outdone.append(
@@ -561,11 +558,13 @@ def _choose(
     return chosen, duplicates, outdone, notes
 
 
-def _order(catalog: Catalog) -> dict[str, tuple[int, str, int]]:
-    """Where a component stands among equals: most shared class first, then its class's standard one."""
+def _order(catalog: Catalog) -> dict[str, tuple[int, int, str, int]]:
+    """Where a component stands among equals: first what others are made from, then the most shared class,
+    then its class's standard one."""
     slots = Counter(slot for a in catalog.architectures.values() for slot in a.slots)
+    heirs = Counter(component.extends for component in catalog.components.values())
     return {
-        component.name: (-slots[cls], cls, index)
+        component.name: (-heirs[component.name], -slots[cls], cls, index)
         for cls, members in catalog.classes.items()
         for index, component in enumerate(members)
     }

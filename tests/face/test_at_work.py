@@ -132,12 +132,17 @@ def test_ctrl_c_leaves_everything_as_it_was(folder: Folder) -> None:
     main = threading.main_thread().ident
     assert main is not None
     before, handler = files(folder.path), signal.signal(signal.SIGINT, signal.default_int_handler)
+    pressed = threading.Event()
+
+    def press(_: Progress) -> None:
+        if not pressed.is_set():
+            pressed.set()
+            signal.pthread_kill(main, signal.SIGINT)
+
     try:
         work = workspace(folder)
         with pytest.raises(KeyboardInterrupt):
-            work.build(
-                work.load(folder / "tiny.toml"), progress=lambda _: signal.pthread_kill(main, signal.SIGINT)
-            )
+            work.build(work.load(folder / "tiny.toml"), progress=press)
     finally:
         signal.signal(signal.SIGINT, handler)
     assert files(folder.path) == before and not ours()

@@ -318,9 +318,10 @@ PART = '[layouts.x]\nextends = "SD-v1"\n[layouts.x.parts.vae]\n'
         ),
         (
             "classes.toml",
-            '["VAE-v3".blocks]\n"a{0..18}." = "A{0..18}"',
-            "`UNET-XL` has as many blocks under other names",
+            '["VAE-v3"]\nlists = ["base"]\nblocks = { "a{0..18}." = "A{0..18}" }',
+            "lists of as many numbers weigh `UNET-XL`, which has other blocks",
         ),
+        ("classes.toml", '["VAE-v3"]\nlists = ["base"]', "`lists` needs `blocks`"),
         ("prefixes.toml", 'prefixes = ["a.", ""]', "`prefixes` holds nothing, or more than 100"),
         ("prefixes.toml", 'prefixes = ["a{0..100}."]', "`prefixes` holds nothing, or more than 100"),
         ("mine.toml", 'name = "x"\nclass = "x"\nkeys = 1\nalone = { prefx = "a." }', "unknown field `prefx`"),

@@ -50,6 +50,7 @@ VAE-Wan22                   196 7f0a33aa2bd549ebc4c92900a81a7ec9d651d9f8c106b716
 BESIDES = {
     "DIT-Anima": ["pos_embedder.seq", "pos_embedder.dim_spatial_range", "pos_embedder.dim_temporal_range"],
     "DIT-Lumina2": ["norm_final.weight"],
+    "DIT-Wan21-I2V-14B": ["img_emb.emb_pos"],
     "LLM-Gemma2-2B": ["lm_head.weight", "spiece_model", "gemma2_2b.logit_scale"],
     "LLM-Gemma3-4B": ["lm_head.weight", "spiece_model", "logit_scale"],
     "LLM-Qwen25VL-7B": ["lm_head.weight", "logit_scale"],
@@ -172,6 +173,14 @@ def test_tokenizers_and_positions_are_of_any_size() -> None:
         assert match.names["pos_embedder.seq"] == "net.pos_embedder.seq" and match.rank is None
     flat = {**published(CATALOG.components["T5-UMT5-XXL"]), "spiece_model": (2, 3)}
     assert "spiece_model" in identify(unread(flat), CATALOG).companions
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_markers_belong_to_what_they_are_of(prefix: str) -> None:
+    for name, marker in (("DIT-QwenImage", "__index_timestep_zero__"), ("DIT-ZImage", "scaled_fp8")):
+        held = unread({**published(CATALOG.components[name]), marker: (0,)}, prefix)
+        (match,) = identify(held, CATALOG).matches
+        assert match.component.name == name and match.companions == {marker: prefix + marker}
 
 
 CLASSES = sorted({CATALOG.components[name].cls for name in PUBLISHED})

@@ -163,7 +163,7 @@ class _Reader:
         self.respelt: dict[str, str] = {}
         self.traits: dict[str, Traits] = {}
         self.blocks_in_all = 0
-        self.blocks: dict[int, str] = {}  # by their number: the first class that has so many
+        self.lists: dict[int, str] = {}  # by their length: the first class that they weigh
         self.layouts: list[tuple[Path, str]] = []  # files, which are read when they are needed
         self.programs: dict[str, dict[str, str]] = {}
         self.depths: dict[str, int] = {}  # of each component: how many others it extends
@@ -206,10 +206,11 @@ class _Reader:
         for cls, traits, fields in read_classes(path, name):
             if cls in self.traits:
                 fields.fail(f"class `{cls}` is described already", evidence=(f"in {self.traits[cls].path}",))
-            other = self.blocks.setdefault(len(traits.blocks), cls)
+            length = len(traits.lists) + len(traits.blocks)
+            other = self.lists.setdefault(length, cls) if traits.lists else cls
             if other != cls and (their := self.traits[other]).blocks != traits.blocks:
-                fact = f"`{other}` has as many blocks under other names"
-                fields.fail(fact, "blocks", value=True, evidence=(f"in {their.path}",))
+                fact = f"lists of as many numbers weigh `{other}`, which has other blocks"
+                fields.fail(fact, "lists", value=True, evidence=(f"in {their.path}",))
             self.traits[cls] = traits
             self.described[cls] = fields
             self.blocks_in_all += len(traits.block_of)

@@ -49,7 +49,7 @@ MAX_DIMS = 64
 MAX_RULES = 100_000  # other names of a class's modules
 MAX_PREFIXES = 100
 MAX_BLOCKS_IN_ALL = 100_000  # of all classes
-MAX_PATTERNS = 500  # that tell kinds of files; those built in are 170
+MAX_PATTERNS = 500  # that tell kinds of files; those built in are about 180
 MAX_BLOCKS = 1000  # of a class; the largest known have some dozens
 
 _COMPONENT = {
@@ -95,6 +95,7 @@ _CLASS = {
     "widens": str,
     "fixes": list,
     "blocks": dict,
+    "lists": list,
     "constants": list,
     "adapters": dict,
 }
@@ -425,6 +426,7 @@ def read_classes(path: Path, name: str) -> Iterator[tuple[str, Traits, Fields]]:
             scale=_scale(fields),
             fixes=fields.strings("fixes"),
             block_of=_blocks(fields),
+            lists=fields.strings("lists"),
             constants=fields.strings("constants"),
             adapters=_adapters(fields),
             widens=fields.get("widens"),
@@ -434,6 +436,8 @@ def read_classes(path: Path, name: str) -> Iterator[tuple[str, Traits, Fields]]:
             unquantized=_several(fields, "unquantized"),
             path=name,
         )
+        if traits.lists and not traits.blocks:
+            fields.fail("`lists` needs `blocks`", "lists")
         yield cls, traits, fields
 
 

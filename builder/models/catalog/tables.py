@@ -166,7 +166,8 @@ class Traits(NamedTuple):
 
     `block_of` leads from the prefix of tensors' names to their block. `constants` are tensors that are part
     of the architecture, not of what was learnt: no merge touches them. Without `adapters` there are none.
-    One that `widens` another has its tensors, with further input channels in the first layer.
+    `lists` is what the first numbers are of in lists that weigh it, before those of the blocks, if there are
+    such lists. One that `widens` another has its tensors, with further input channels in the first layer.
 
     `precision` is what its components are published in, where their tables do not say otherwise. Patterns
     over unprefixed names: tensors that are `kept` in their source's type whatever the precision, those that
@@ -176,6 +177,7 @@ class Traits(NamedTuple):
     scale: Scale | None = None
     fixes: tuple[str, ...] = ()
     block_of: Mapping[str, str] = MappingProxyType({})
+    lists: tuple[str, ...] = ()
     constants: tuple[str, ...] = ()
     adapters: Adapters | None = None
     widens: str | None = None
@@ -486,9 +488,10 @@ class Catalog:
         return {cls: t.scale for cls, t in self.traits.items() if t.scale is not None}
 
     @cached_property
-    def blocks(self) -> Mapping[int, tuple[str, ...]]:
-        """The names of the blocks that a class may have, by their number; the longest list first."""
-        found = {len(t.blocks): t.blocks for t in self.traits.values() if t.blocks}
+    def lists(self) -> Mapping[int, tuple[tuple[str, ...], tuple[str, ...]]]:
+        """By their length, the longest first, the lists of numbers that weigh models: what those at their
+        beginning are of, and the blocks of the others."""
+        found = {len(t.lists) + len(t.blocks): (t.lists, t.blocks) for t in self.traits.values() if t.lists}
         return dict(sorted(found.items(), reverse=True))
 
     @cached_property
