@@ -38,15 +38,15 @@ class Task:
     began: float
     done: int = 0
 
-    def told(self) -> str:
+    def told(self, now: float) -> str:
         """How much of it is done, how fast, and how long the rest takes at that rate."""
-        seconds = max(time.monotonic() - self.began, 1e-3)
+        seconds = now - self.began
         said = human_bytes(self.done) + (f" of {human_bytes(self.total)}" if self.total else "")
         if seconds < FIRST_RATE or not self.done:
             return said
         rate = self.done / seconds
         left = max(0, self.total - self.done) / rate
-        minutes = f"{left / 60:.0f} min" if left >= 90 else f"{left:.0f} s"
+        minutes = f"{left / 60:.0f} min" if left > 100 else f"{left:.0f} s"
         return f"{said}, {human_bytes(rate)}/s" + (f", {minutes} left" if self.total else "")
 
 
@@ -139,6 +139,7 @@ class Job(Reporter):
 
     def to_json(self) -> dict[str, Any]:
         """Where it stands, as plain values."""
+        now = time.monotonic()
         with self.changed:
             return {
                 "schema": 1,
@@ -148,7 +149,7 @@ class Job(Reporter):
                 "state": self.state,
                 "code": self.code,
                 "tasks": [
-                    {"task": n, "done": t.done, "total": t.total, "told": t.told()}
+                    {"task": n, "done": t.done, "total": t.total, "told": t.told(now)}
                     for n, t in self.tasks.items()
                 ],
                 "said": [{"severity": s, "fact": p.fact} for s, p in self.said],

@@ -21,7 +21,7 @@ from builder.build import build_recipe
 from builder.web import server as module
 from builder.web.forms import command_line
 from builder.web.html import tag
-from builder.web.jobs import Job, Outcome
+from builder.web.jobs import Job, Outcome, Task
 from builder.web.server import HOST
 from builder.web.views.merge import MERGES
 from builder.workspace import Settings, Workspace
@@ -470,6 +470,7 @@ def test_progress_comes_as_events(client: Client) -> None:
     assert stream.headers["Content-Type"] == "text/event-stream"
     assert stream.readline() == b"event: progress\n"
     data = json.loads(stream.readline().removeprefix(b"data: "))
+    assert data["tasks"][0].pop("told").startswith("40 B of 100 B")
     assert data == {"state": "running", "tasks": [{"task": "reading <x>", "done": 40, "total": 100}]}
     page = client.get("job", id=str(job.number))
     assert "reading &lt;x&gt;" in page.text and 'http-equiv="refresh"' in page.text, "without script, too"
@@ -479,6 +480,13 @@ def test_progress_comes_as_events(client: Client) -> None:
     assert b"event: over" in rest
     connection.close()
     assert client.ask("GET", f"{client.server.session.path}events?job=99").status == 404
+
+
+def test_progress_has_a_rate_and_the_time_left() -> None:
+    assert Task(100, 5.0, 40).told(5.5) == "40 B of 100 B", "no rate of a moment"
+    assert Task(10**9, 5.0, 10**8).told(15.0) == "100 MB of 1.0 GB, 10.0 MB/s, 90 s left"
+    assert Task(10**9, 5.0, 2 * 10**7).told(15.0) == "20.0 MB of 1.0 GB, 2.0 MB/s, 8 min left"
+    assert Task(0, 5.0, 10**7).told(15.0) == "10.0 MB, 1.0 MB/s"
 
 
 def test_work_is_cancelled(client: Client) -> None:
