@@ -17,7 +17,10 @@ from pathlib import Path
 import pytest
 
 from builder.base.errors import CkptError
+from builder.base.parallel import Cancelled
 from builder.build import build_recipe
+from builder.toolkit.prune import Options
+from builder.toolkit.watch import Watch
 from builder.web import server as module
 from builder.web.forms import command_line
 from builder.web.html import tag
@@ -505,7 +508,7 @@ def test_work_is_cancelled(client: Client) -> None:
     assert begun.wait(30)
     assert second.state == "waiting"
     assert client.post("cancel", id="2").status == 303
-    assert second.state == "cancelled" and "cancelled: nothing was written" in client.get("job", id="2").read
+    assert second.state == "cancelled" and "nothing half made is left" in client.get("job", id="2").read
     assert "Cancel" in client.get("jobs").read
     client.post("cancel", id="1")
     deadline = time.monotonic() + 30
@@ -598,6 +601,26 @@ def test_the_inbox_is_sorted(folder: Folder) -> None:
         words = commands(page)
         assert words[:3] == ["prune", "--watch", str(inbox)] and "--once" in words
         assert folder(*words, "--settle", "0").code in (0, 6, 7)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_an_inbox_that_is_stopped_stays_as_it_is(folder: Folder, count: int) -> None:
+    """Nothing is wrong with its files: none of them goes to Failed."""
+    inbox = folder / "inbox"
+    inbox.mkdir()
+    for name in ("one.ckpt", "two.ckpt"):
+        save_dirty(inbox / name)
+        os.utime(inbox / name, (1, 1))
+    job = _Stopping(1, "Sort", lambda job: Outcome(tag("p"), {}))
+    job.left = count
+    with (
+        Workspace(Settings.from_environment(folder.variables), offline=True, reporter=job) as workspace,
+        pytest.raises(Cancelled),
+    ):
+        found = list(Watch(inbox, inbox, "a1111", Options(), workspace, settle=0).poll())
+        assert not found, found
+    assert sorted(p.name for p in inbox.rglob("*") if p.is_file()) == ["one.ckpt", "two.ckpt"]
+    assert not (inbox / "Failed").exists()
 
 
 def test_the_store_is_shown_trimmed_and_checked(client: Client, folder: Folder) -> None:

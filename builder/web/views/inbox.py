@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from builder.base.errors import ExitCode
+from builder.base.errors import CkptError, ExitCode
 from builder.base.words import counted
 from builder.recipe.names import SHARD, SUFFIXES
 from builder.toolkit.prune import Options
@@ -104,10 +104,16 @@ def run(site: Site, form: Form) -> Response:
     def work(job: Job) -> Outcome:
         with site.workspace(job) as workspace:
             watch = Watch(inbox, into, layout, options, workspace, recursive=recursive)
-            with watch.alone():
-                events = list(watch.poll())
-                if watch.waiting and not job.stop.wait(SETTLE):
-                    events += watch.poll()
+            events: list[Event] = []
+            try:
+                with watch.alone():
+                    events.extend(watch.poll())
+                    if watch.waiting and not job.stop.wait(SETTLE):
+                        events.extend(watch.poll())
+            except CkptError:
+                for event in events:  # which stands, whatever stopped the rest
+                    job.note(f"`{event.path.name}`: {WORDS[event.state]}")
+                raise
         bad = any(e.state in ("failed", "kept") for e in events)
         waiting = [str(p) for p in watch.waiting]
         data = {"schema": 1, "events": [_json(e) for e in events], "waiting": waiting}

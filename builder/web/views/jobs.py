@@ -16,7 +16,7 @@ WORDS = {
     "running": "under way",
     "done": "done",
     "failed": "failed",
-    "cancelled": "cancelled: nothing was written",
+    "cancelled": "cancelled: nothing half made is left",
 }
 
 
