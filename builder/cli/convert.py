@@ -11,12 +11,12 @@ import click
 from builder.base.errors import ExitCode, Problem, UsageError, printable
 from builder.base.progress import human_bytes
 from builder.base.words import counted
-from builder.cli.made import without_tokenizer
 from builder.cli.options import NAME, json_option, open_workspace, quiet_option, recipe_path, save_option
 from builder.cli.sizes import parse_size
 from builder.tensors.cast import PRECISIONS
 from builder.tensors.packed.encode import QUANTIZE
 from builder.toolkit.convert import convert
+from builder.toolkit.made import without_tokenizer
 
 
 @click.command("convert")
