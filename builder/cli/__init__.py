@@ -42,6 +42,7 @@ TOPICS: dict[str, dict[str, str]] = {
     },
     "All else": {
         "components": "The catalog: list its components, show one, learn a new one.",
+        "ui": "A page for the browser: see, click, prune, merge, build.",
         "store": "The cache of made components: list it, make room, check it.",
         "demo": "Build a miniature model step by step, and show how.",
         "help": "Say how a command is used.",

@@ -8,7 +8,6 @@ import click
 
 from builder.base.errors import ExitCode, Problem, UsageError
 from builder.build import build_recipe
-from builder.cli.made import note_changes, note_left_out, note_steps, to_json, to_text
 from builder.cli.options import (
     NAME,
     json_option,
@@ -22,6 +21,7 @@ from builder.cli.options import (
 from builder.cli.terminal import out
 from builder.plan import Plan, explain
 from builder.toolkit.command_recipe import place_of
+from builder.toolkit.made import note_changes, note_left_out, note_steps, to_json, to_text
 
 
 @click.command("build")

@@ -10,12 +10,13 @@ import click
 from builder.base.errors import ExitCode, Problem, UsageError, printable
 from builder.base.progress import human_bytes
 from builder.base.words import counted
-from builder.cli.made import without_tokenizer
 from builder.cli.options import NAME, json_option, open_workspace, quiet_option, recipe_path, save_option
 from builder.cli.sizes import parse_size
 from builder.cli.terminal import out
 from builder.tensors.cast import PRECISIONS
+from builder.tensors.packed.encode import QUANTIZE
 from builder.toolkit.convert import convert
+from builder.toolkit.made import without_tokenizer
 
 
 @click.command("convert")
@@ -33,6 +34,11 @@ from builder.toolkit.convert import convert
     type=click.Choice(list(PRECISIONS)),
     default="keep",
     help="Of the weights; kept by default.",
+)
+@click.option(
+    "--quantize",
+    type=click.Choice(list(QUANTIZE)),
+    help="Pack the weights of the denoiser's linear layers, as ComfyUI reads them.",
 )
 @click.option(
     "--shard-size", metavar="SIZE", callback=parse_size, help="Most bytes of tensors a file, such as 2GB."
@@ -58,7 +64,7 @@ from builder.toolkit.convert import convert
     "--tokenizer",
     type=click.Path(path_type=Path),
     metavar="FOLDER",
-    help="Holds CLIP's vocab.json and merges.txt; for a diffusers folder.",
+    help="With CLIP's vocab.json and merges.txt, or a model's tokenizers; for a diffusers folder.",
 )
 @click.option(
     "--repair", is_flag=True, help="Of a broken safetensors file, take what no tensor suffers from as it is."
@@ -83,8 +89,9 @@ def command(source: Path, output: str, save_recipe: Path | None, quiet: bool, **
         made = convert(source, output, workspace, sources, save=save, **options)
         for lost in made.lost:
             workspace.reporter.note(f"not carried over: {lost}")
-        if made.form == "diffusers" and not made.tokenizer:
-            workspace.reporter.note(without_tokenizer("`--tokenizer FOLDER` adds it"))
+        if made.lacking:
+            way = "`--tokenizer FOLDER` adds it"
+            workspace.reporter.note(without_tokenizer(made.lacking if made.tokenizer else (), way))
     data = {
         "path": str(made.path),
         "form": made.form,

@@ -8,13 +8,13 @@ from typing import Any
 import click
 
 from builder.base.errors import ExitCode
-from builder.cli.made import note_changes, to_json, to_text
 from builder.cli.options import FILE, PLACE, making, open_workspace, recipe_path, save_option
 from builder.cli.terminal import out
 from builder.models.parts import find_part, slot_of
 from builder.recipe.names import SUFFIXES, Target
 from builder.toolkit.command_recipe import run
 from builder.toolkit.extract import extraction, target_of
+from builder.toolkit.made import note_changes, to_json, to_text
 
 
 @click.command("extract")

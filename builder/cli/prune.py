@@ -11,7 +11,6 @@ import click
 
 from builder.base.disk import making_folders
 from builder.base.errors import CkptError, ExitCode, Problem, SourceError, UsageError
-from builder.cli.made import note_changes
 from builder.cli.options import (
     FILE,
     PLACE,
@@ -29,6 +28,7 @@ from builder.recipe.names import Target, free_name, named, stem
 from builder.tensors.cast import PRECISIONS
 from builder.toolkit import prune_text
 from builder.toolkit.command_recipe import output_path, vacant
+from builder.toolkit.made import note_changes
 from builder.toolkit.prune import Options, Result, checkpoints, copy, plan_pruning, prune, unmatched
 from builder.toolkit.watch import SETTLE
 from builder.workspace import Workspace

@@ -8,11 +8,11 @@ from typing import Any
 import click
 
 from builder.base.errors import ExitCode
-from builder.cli.made import note_changes, note_left_out, to_json, to_text
 from builder.cli.options import FILE, PLACE, making, open_workspace, recipe_path, save_option
 from builder.cli.terminal import out
 from builder.recipe.names import Target
 from builder.toolkit.command_recipe import output_path, run
+from builder.toolkit.made import note_changes, note_left_out, to_json, to_text
 from builder.toolkit.replace import parse_part, replacement
 
 

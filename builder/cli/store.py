@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -41,7 +40,7 @@ def path() -> None:
 @json_option
 def list_() -> None:
     """List what is stored, the most recently used first."""
-    from builder.store.upkeep import items
+    from builder.store.upkeep import items, to_json
 
     store = Store(Settings.from_environment().store)
     found = [i for i in reversed(items(store)) if i.kind != "fact"]
@@ -49,8 +48,7 @@ def list_() -> None:
     head = ["COMPONENT", "SIZE", "DIGEST", "LAST USED", "MADE OF", "LIES IN"]
     lines = columns([head, *map(_row, found)], {1}) if found else []
     lines.append(f"{len(found)} stored, {human_bytes(total)}, in {printable(str(store.root))}")
-    data = {"root": str(store.root), "bytes": total, "items": [_as_json(i) for i in found]}
-    out().result(data, "\n".join(lines))
+    out().result(to_json(store, found), "\n".join(lines))
 
 
 @command.command()
@@ -66,7 +64,7 @@ def gc(max_size: int | None) -> None:
 
     A running build goes on: what it has open stays readable to it, and what is gone it makes again.
     """
-    from builder.store.upkeep import collect
+    from builder.store.upkeep import collect, item_json
 
     store = Store(Settings.from_environment().store)
     done = collect(store, max_size)
@@ -84,7 +82,7 @@ def gc(max_size: int | None) -> None:
     said.append(f"freed {human_bytes(freed)}, kept {human_bytes(kept)}")
     data = {
         "root": str(store.root),
-        "removed": [_as_json(i) for i in done.removed],
+        "removed": [item_json(i) for i in done.removed],
         "freed": freed,
         "kept": kept,
     }
@@ -134,15 +132,6 @@ def _row(item: Item) -> list[str]:
     where = ", ".join([*(["the store"] * bool(item.size)), *places]) or "nowhere"
     made_of = printable(item.source) or "-"
     return [_name(item), size, printable(item.digest[:12]), _ago(item.used), made_of, printable(where)]
-
-
-def _as_json(item: Item) -> dict[str, Any]:
-    used = datetime.fromtimestamp(item.used // 10**9, timezone.utc).isoformat()
-    row = {"kind": item.kind, "digest": item.digest, "size": item.size, "used": used}
-    if item.kind != "component":
-        return row
-    more = {"component": item.component, "class": item.cls, "source": item.source}
-    return row | more | {"places": list(item.places)}
 
 
 def _ago(used: int) -> str:

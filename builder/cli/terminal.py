@@ -119,6 +119,12 @@ class Output:
         if self.as_json:
             click.echo(json.dumps(self.object(code), indent=2))
 
+    def now(self) -> None:
+        """Print the object at once, for a command that goes on; what comes is for people."""
+        self.close(0)
+        self.as_json = False
+        sys.stdout.flush()
+
     def width(self) -> int | None:
         """The columns of a page on stdout, None for as many as it takes."""
         return columns_of(sys.stdout)

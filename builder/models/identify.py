@@ -7,16 +7,15 @@ from collections import Counter, defaultdict
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
+from builder.formats.layouts.rules import Source
 from builder.models.catalog import PLAIN, RANK, Architecture, Catalog, Component, Names
-from builder.tensors.packed import companions
+from builder.tensors.packed.decode import why_not
+from builder.tensors.packed.schemes import GENERIC, Shape, Spec, Stored, companions, stored
 
 if TYPE_CHECKING:
     from builder.models.catalog.tables import Renaming
-    from builder.tensors.lazy import DType
-
-Shape = tuple[int, ...]
 
 # What training leaves behind and no loader asks for. Whatever else matches nothing stays "unknown".
 JUNK = re.compile(
@@ -40,28 +39,6 @@ def attention_changes(renamed: int, shapes: Iterable[Shape]) -> str:
     return ", ".join(words)
 
 
-class Spec(Protocol):
-    """All that identification looks at; a `LazyTensor` is one."""
-
-    @property
-    def shape(self) -> Shape: ...
-
-    @property
-    def dtype(self) -> DType: ...
-
-
-class Made(NamedTuple):
-    """A tensor of the catalog's table that a file has in another way.
-
-    `names` are the full names of the tensors whose rows make it, one after the other; or of the one matrix
-    that it is, transposed.
-    """
-
-    names: tuple[str, ...]
-    transposed: bool
-    shape: Shape
-
-
 @dataclass(frozen=True)
 class Match:
     """A component found whole.
@@ -69,7 +46,8 @@ class Match:
     It lies `under` a prefix: the component's own inside a full checkpoint, another that programs write, or
     none. There it has the names of the catalog's table, or those of a file of its own (`alone`), or those
     that diffusers gives it (`diffusers`). `names` gives, for each tensor of the table that is present, its
-    full name in the file, but for those of `made`. `companions` are tensors that belong to it beyond the
+    full name in the file, but for those of `made`: those that are not one tensor there with its elements in
+    that order, whose sources have full names. `companions` are tensors that belong to it beyond the
     table, such as scales: they lie under its prefix, and are known by the table's name for their layer.
     `renamed` holds the few tables' names that the file spells otherwise, with the file's spelling less the
     prefix; `reshaped` those whose shape differs in dimensions of 1, as a linear layer's does from a 1x1
@@ -86,7 +64,7 @@ class Match:
     rank: tuple[int, int] | None = None
     usual_prefix: str | None = None
     broken: bool = False
-    made: Mapping[str, Made] = field(default_factory=dict)
+    made: Mapping[str, Source] = field(default_factory=dict)
     companions: Mapping[str, str] = field(default_factory=dict)
     alone: Names = PLAIN
     diffusers: bool = False
@@ -187,7 +165,8 @@ class Identity:
     not; companions of packed weights, of a component or none; what no loader reads; what nothing explains.
     `duplicates` are second matches of a class, which are junk. `astray` are the matches in a whole
     checkpoint, averages aside, that its architecture has no slot for. `notes` say how ambiguities were
-    resolved.
+    resolved. `undecoded` says of weights of no component by which schemes they are packed that nothing here
+    decodes.
     """
 
     architecture: str | None
@@ -204,6 +183,7 @@ class Identity:
     incomplete: str | None = None
     absent: tuple[str, ...] = ()
     astray: tuple[Match, ...] = ()
+    undecoded: tuple[str, ...] = ()
 
     @property
     def companions(self) -> tuple[str, ...]:
@@ -226,8 +206,9 @@ def identify(specs: Mapping[str, Spec], catalog: Catalog) -> Identity:
     A component matches when every required tensor is there in exactly its shape. Of components that fit
     the same tensors the one that explains most of them is chosen; of equals, the one whose class most
     architectures have a slot for. A class is filled by what is prefixed, then by its standard component.
-    Touches no tensor data.
+    A packed weight fits where its numbers would. Touches no tensor data.
     """
+    specs = stored(specs)
     found, rejected = _candidates(specs, catalog)
     matches, duplicates, outdone, notes = _choose(found, catalog)
     matches, architecture, intact, incomplete, absent = _architecture(matches, specs, catalog)
@@ -244,6 +225,9 @@ def identify(specs: Mapping[str, Spec], catalog: Catalog) -> Identity:
     complete = [replace(m, companions=own[i]) for i, m in enumerate([*matches, *duplicates])]
     matches, duplicates = complete[: len(matches)], complete[len(matches) :]
     rest = _sort_leftovers(specs, matches, duplicates, besides, catalog)
+    sides = companions(specs)
+    known = {full for m in (*matches, *duplicates) for full in m.companions.values()}
+    schemes = dict.fromkeys(s.name for n, s in sides.items() if n not in known and s.name != GENERIC)
     return Identity(
         architecture,
         intact,
@@ -252,13 +236,16 @@ def identify(specs: Mapping[str, Spec], catalog: Catalog) -> Identity:
         tuple(notes),
         optional=tuple(rest["optional"]),
         ema=tuple(rest["ema"]),
-        scales=tuple(companions(specs)),
+        scales=tuple(sides),
         junk=tuple(rest["junk"]),
         unknown=tuple(rest["unknown"]),
         duplicates=tuple(duplicates),
         incomplete=incomplete,
         absent=absent,
         astray=tuple(m for m in matches if intact and home and not (m.ema or m.component.cls in home.slots)),
+        undecoded=tuple(
+            f"a weight packed by {s} is not decoded: {why}" for s in schemes if (why := why_not(s))
+        ),
     )
 
 
@@ -376,36 +363,22 @@ def _spellings(
 
 def _renamed(
     names: Mapping[str, str], renaming: Renaming, specs: Mapping[str, Spec]
-) -> tuple[dict[str, str], set[str], dict[str, Made]]:
+) -> tuple[dict[str, str], set[str], dict[str, Source]]:
     """The full names by those of the table that diffusers' rules lead to; which of them are linear layers
-    where the table has convolutions; and those that several tensors make, or a transposed one."""
+    where the table has convolutions; and those that are not one tensor with its elements in that order."""
     held: dict[str, str] = {}
     linear: set[str] = set()
-    made: dict[str, Made] = {}
-    split: dict[str, dict[int, str]] = defaultdict(dict)
-    for name, full in names.items():
-        place = renaming.rules.original(name)
-        if place is None or not place.module.startswith(renaming.within):
+    made: dict[str, Source] = {}
+    sources, _, _ = renaming.rules.sources({name: specs[full] for name, full in names.items()})
+    for module, source in sources.items():
+        bare = module.removeprefix(renaming.within)
+        if not module.startswith(renaming.within):
             continue
-        bare, shape = place.module[len(renaming.within) :], specs[full].shape
-        if place.change == "qkv":
-            split[bare].setdefault(place.part, full)
-        elif place.change == "transpose":
-            made[bare] = Made((full,), True, shape[::-1])
+        if source.plain:
+            held[bare] = names[source.names[0]]
+            linear |= {bare} if source.change == "linear" else set()
         else:
-            held.setdefault(bare, full)
-            linear |= {bare} if place.change == "linear" else set()
-    for bare, parts in split.items():
-        full_names = tuple(parts[part] for part in sorted(parts))
-        shapes = {specs[n].shape for n in full_names}
-        shape = next(iter(shapes))
-        if (
-            len(full_names) == 3
-            and len(shapes) == 1
-            and shape
-            and len({specs[n].dtype for n in full_names}) == 1
-        ):
-            made[bare] = Made(full_names, False, (3 * shape[0], *shape[1:]))
+            made[bare] = source._replace(names=tuple(names[name] for name in source.names))
     return held, linear, made
 
 
@@ -417,13 +390,13 @@ def _compare(
     *,
     alone: Names = PLAIN,
     linear: Container[str] = (),
-    made: Mapping[str, Made] | None = None,
+    made: Mapping[str, Source] | None = None,
 ) -> Match | Rejection | None:
     """The component against the names under a prefix; None when nothing of it is there."""
     if not local and not made:
         return None
     names: dict[str, str] = {}
-    pieces: dict[str, Made] = {}
+    pieces: dict[str, Source] = {}
     renamed: dict[str, str] = {}
     reshaped: list[str] = []
     missing: list[str] = []
@@ -433,7 +406,7 @@ def _compare(
     for name, rule in component.tensors.whole.items():
         called = alone.name(name)
         full = local.get(called)
-        if full is not None and specs[full].shape == rule.shape:
+        if full is not None and _fits(specs[full], rule.shape):
             names[name] = full
             continue
         here, attention = called, _ATTENTION.fullmatch(called) if ".attn_1." in called else None
@@ -477,6 +450,10 @@ def _compare(
     return Rejection(component, prefix + alone.prefix, present, total, tuple(missing), tuple(misshapen))
 
 
+def _fits(spec: Spec, shape: Shape) -> bool:
+    return spec.shape == shape or (isinstance(spec, Stored) and spec.holds(shape))
+
+
 def _extents(shape: Shape) -> Shape:
     """A shape without dimensions of 1 at its end: a linear layer's is that of a 1x1 convolution."""
     while shape and shape[-1] == 1:
@@ -489,6 +466,7 @@ def as_class(match: Match, cls: str, specs: Mapping[str, Spec], catalog: Catalog
     if match.component.cls == cls:
         return match
     candidates = [c for c in catalog.classes[cls] if c.elements == match.component.elements]
+    specs = stored(specs) if candidates else specs
     own = match.component.alone
     inside = () if match.alone == own else (match.under + own.without, match.under.removesuffix(own.prefix))
     usual = (c.prefix for c in candidates if c.prefix)
@@ -527,7 +505,7 @@ def _choose(
             -m.required,
             -len(m.full)
             * (m.prefix == m.component.prefix),  # in a full checkpoint, the one that is all of it
-            m.alone != PLAIN,
+            m.alone != PLAIN or m.diffusers,
             order[m.component.name],
             -len(m.full),
             m.under == "",

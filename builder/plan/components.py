@@ -12,7 +12,7 @@ from builder.base.errors import Problem, RecipeError
 from builder.base.words import counted
 from builder.models.catalog import Architecture
 from builder.models.catalog.tables import Patterns, Traits
-from builder.models.cut import foreign
+from builder.models.cut import foreign, numbers, packed_anew
 from builder.models.parts import kind
 from builder.models.prediction import ARCHITECTURE, Prediction, prediction, read_markers
 from builder.operations.registry import Operation
@@ -36,12 +36,14 @@ from builder.plan.graph import (
 )
 from builder.plan.keys import action_key, recall_prediction, tables
 from builder.plan.metadata import carried_metadata
-from builder.plan.taken import component_name, quoted, taken, to_read
+from builder.plan.taken import component_name, place_of, quoted, taken, to_read
 from builder.recipe import FromBase, NewBase, Output, Pick, Recipe, Step, slot_problems
 from builder.recipe.check import MAX_STEPS, with_classes
 from builder.recipe.language import EMA, PUBLISHED
 from builder.sources.job import SourceJob, entry_name
 from builder.tensors.lazy import DType, LazyTensor
+from builder.tensors.packed.decode import WIDER
+from builder.tensors.packed.encode import Quantize
 
 if TYPE_CHECKING:
     from builder.models.catalog import Catalog
@@ -446,9 +448,11 @@ class Components:
             self.plan.say(f"the VAE is that of `{whose.name}`, as merged ones break colours; {hint}")
             return False
         if absent := [step.inputs[p] for p in models if self._held(models[p], cls) is None]:
-            if given:
+            why = self._undecoded(absent[0])
+            if given or why:
                 place = self.recipe.place("steps", step.name)
-                raise RecipeError(Problem(f"`{absent[0]}` has no {cls} to be merged", place))
+                fact = f"`{absent[0]}` has no {cls} to be merged"
+                raise RecipeError(Problem(fact, place, why, WIDER if why else None))
             self.plan.say(f"{cls} of `{step.name}` is that of `{whose.name}`, as `{absent[0]}` has none")
             return False
         return True
@@ -474,9 +478,16 @@ class Components:
             return
         place = self.recipe.place("steps", step.name)
         fact = f"the step `{step.name}` has nothing to work on: its inputs are not of one kind"
-        raise RecipeError(
-            Problem(fact, place, tuple(f"`{n}` holds {quoted(classes)}" for n, classes in held.items()))
-        )
+        nothing = "nothing that the catalog knows"
+        evidence = [f"`{n}` holds {quoted(classes) or nothing}" for n, classes in held.items()]
+        why = [word for name in held for word in self._undecoded(name)]
+        raise RecipeError(Problem(fact, place, (*evidence, *why), WIDER if why else None))
+
+    def _undecoded(self, name: str) -> tuple[str, ...]:
+        """What a source has of packed weights that nothing decodes; nothing of what is not seen here."""
+        if not self._is_file(FromBase(name)) or not self.sources.seen(job := self.source(name)):
+            return ()
+        return self.sources.open(job).identity.undecoded
 
     def _check_component(self, pick: Pick, origin: Origin, held: Any) -> None:
         """Raise RecipeError when what another model makes is not the component that is asked for."""
@@ -514,7 +525,8 @@ class Components:
             narrow,  # type: ignore[arg-type]
             output.overflow,  # type: ignore[arg-type]
             output.non_finite,  # type: ignore[arg-type]
-            self._kept(pick.cls, precision),
+            kept=self._kept(pick.cls, precision),
+            quantize=self._quantize(output, pick.cls),
         )
         if isinstance(origin, Finished) and origin.promote is None:
             inner = self.plan.nodes[origin.node].job
@@ -523,7 +535,7 @@ class Components:
                 return origin.node  # finished in the same way already: it is the component
         if output.precision == "fp16" and pick.cls != CHECKPOINT:
             seen = not self._elsewhere(job)
-            held = taken(self.plan, self.sources, self._shaped_as(origin)) if seen else None
+            held = self._made_of(job) if seen else None
             self._warn_of_fp16(output, self.catalog.classes[pick.cls][0].traits, pick, held)
         named = f" ({pick.component})" if pick.component else ""
         return self._component(job, f"{pick.cls} of {pick.source}{named}", pick)
@@ -594,6 +606,7 @@ class Components:
             output.narrow,  # type: ignore[arg-type]
             output.overflow,  # type: ignore[arg-type]
             output.non_finite,  # type: ignore[arg-type]
+            quantize=self._quantize(output, *self.catalog.denoisers),
         )
         return self._component(job, f"{CHECKPOINT} {base.name}", Pick(CHECKPOINT, base.name))
 
@@ -603,6 +616,17 @@ class Components:
         for match in matches:
             kept = match.component.traits.kept
             yield from (full for bare, full in match.whole.items() if bare in kept)
+
+    def _quantize(self, output: Output, *classes: str) -> Quantize | None:
+        """How an output packs the weights of those of these classes that denoise.
+
+        None of a class of which the catalog says nothing, nor of adapters.
+        """
+        if output.quantize is None:
+            return None
+        traits, denoisers = self.catalog.traits, self.catalog.denoisers
+        near = {c: traits[c].unquantized.all for c in sorted(classes) if c in denoisers and c in traits}
+        return Quantize(output.quantize, near) if near else None
 
     def _component(self, job: ComponentJob, label: str, pick: Pick) -> Key:
         key = job.key
@@ -630,17 +654,28 @@ class Components:
         reads = sum(t.nbytes for t in to_read(self.plan, self.sources, job.origin).values())
         if job.cls == CHECKPOINT and not isinstance(job.origin, Whole):
             return reads, None  # which tensors an adapter has is known when it is begun
-        made_of = taken(self.plan, self.sources, self._shaped_as(job.origin))
-        sizes = component_specs(made_of, job.precision, job.narrow, Patterns(job.kept)).values()
+        made_of = self._made_of(job)
+        packed = packed_anew(made_of, None if job.cls == CHECKPOINT else job.cls, job.quantize, self.catalog)
+        sizes = component_specs(made_of, job.precision, job.narrow, Patterns(job.kept), packed).values()
         return reads, sum(d.bits * prod(s) // 8 for d, s in sizes)
 
-    def _shaped_as(self, origin: Origin) -> Take | Whole:
-        """What of a source has the names and shapes of an origin: of a step, its first input's."""
+    def _made_of(self, job: ComponentJob) -> Mapping[str, LazyTensor]:
+        """What of a source has the names and shapes of a component: of a step, its first input's.
+
+        What is packed is as numbers, where these are wanted.
+        """
+        origin, decoded, hint = job.origin, job.decodes, job.hint
         while not isinstance(origin, Take | Whole):
-            job = self.plan.nodes[origin.node].job
-            assert isinstance(job, StepJob | ComponentJob)
-            origin = job.inputs_by_name[job.first] if isinstance(job, StepJob) else job.origin
-        return origin
+            near = self.plan.nodes[origin.node].job
+            assert isinstance(near, StepJob | ComponentJob)
+            decoded, hint = (True, WIDER) if isinstance(near, StepJob) else (decoded or near.decodes, hint)
+            origin = near.inputs_by_name[near.first] if isinstance(near, StepJob) else near.origin
+        held = taken(self.plan, self.sources, origin)
+        if not decoded:
+            return held
+        named = component_name(self.plan, self.sources, origin)
+        whole_ = None if named == CHECKPOINT else named
+        return numbers(held, whole_, self.catalog, hint, place_of(self.plan, self.sources, origin)).tensors
 
     def _why(self, pick: Pick, action: str | None) -> str:
         if pick.source not in self.recipe.sources or self.recipe.sources[pick.source].recipe is not None:
@@ -719,8 +754,8 @@ class Components:
             return Architecture("unknown", ())
         evidence: tuple[str, ...] = ()
         if self._is_file(base):
-            rejected = self.sources.open(self.source(base.name)).identity.rejected
-            evidence = tuple(r.describe() for r in rejected[:3])
+            identity = self.sources.open(self.source(base.name)).identity
+            evidence = (*(r.describe() for r in identity.rejected[:3]), *identity.undecoded)
         raise RecipeError(
             Problem(
                 f"`{base.name}` is no architecture that the catalog knows",

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from builder.base.errors import Place, Problem
@@ -20,6 +21,7 @@ from builder.sources.job import SourceJob
 from builder.tensors.cast import Narrow, NonFinite, Overflow, Precision
 from builder.tensors.digests import expression_key
 from builder.tensors.lazy import DType, LazyTensor
+from builder.tensors.packed.encode import Quantize
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -132,7 +134,8 @@ class ComponentJob:
     """A finished component: where it comes from, how it is repaired and rounded.
 
     `source` is what the recipe calls the source or step. `fixes` are those that apply to the class, and
-    `kept` patterns of tensors that no precision is for. With `store`, its bytes are kept.
+    `kept` patterns of tensors that no precision is for. With `store`, its bytes are kept. With `quantize`,
+    weights are packed anew.
     """
 
     cls: str
@@ -145,6 +148,17 @@ class ComponentJob:
     non_finite: NonFinite
     kept: tuple[str, ...] = ()
     store: bool = False
+    quantize: Quantize | None = None
+
+    @property
+    def decodes(self) -> bool:
+        """Whether packed weights become numbers: all get a precision, or are packed anew."""
+        return self.quantize is not None or (self.precision != "keep" and not self.narrow)
+
+    @property
+    def hint(self) -> str:
+        """What to do with packed weights that cannot be decoded."""
+        return "leave `quantize` out: " * bool(self.quantize) + "the precision `keep` leaves them as they are"
 
     def params(self) -> dict[str, Any]:
         """What of this, beside the origin, decides the bytes."""
@@ -155,6 +169,7 @@ class ComponentJob:
             "non_finite": self.non_finite,
             **({"narrow": self.narrow} if self.narrow else {}),
             **({"kept": list(self.kept)} if self.kept else {}),
+            **({"quantize": list(self.quantize)} if self.quantize else {}),
         }
 
     @property
@@ -187,7 +202,7 @@ class Container:
 
     `nesting` is where in a PyTorch file the tensors lie. `stem` begins the names of a set's files, of at most
     `shard_size` bytes of tensors. All else is for a folder in the diffusers layout of this name: what its
-    scheduler is told, and the files of its tokenizer.
+    scheduler is told, the files of its tokenizers by their path, and which tokenizers are `lacking`.
     """
 
     form: Form = "safetensors"
@@ -198,6 +213,7 @@ class Container:
     prediction: Predicted = "epsilon"
     zero_snr: bool = False
     vocabulary: Mapping[str, bytes] = field(default_factory=dict)
+    lacking: tuple[str, ...] = ()
 
     @property
     def single(self) -> bool:
@@ -207,7 +223,7 @@ class Container:
     def params(self) -> dict[str, Any]:
         """What decides the bytes, as data of a key."""
         words = {n: hashlib.sha256(data).hexdigest() for n, data in self.vocabulary.items()}
-        return {**asdict(self), "vocabulary": words}
+        return {k: v for k, v in asdict(self).items() if k != "lacking"} | {"vocabulary": words}
 
 
 @dataclass(frozen=True)
@@ -404,7 +420,9 @@ def component_specs(
     precision: Precision,
     narrow: Narrow = False,
     kept: Patterns = NONE,
+    packed: Mapping[str, LazyTensor] = MappingProxyType({}),
 ) -> dict[str, tuple[DType, tuple[int, ...]]]:
-    """Names, dtypes and shapes that tensors will have in a precision."""
+    """Names, dtypes and shapes that tensors will have in a precision; some are `packed` anew."""
     types = finished_types(tensors, precision, narrow, kept)
-    return {n: (types[n], t.shape) for n, t in tensors.items()}
+    made = {n: (types[n], t.shape) for n, t in tensors.items()}
+    return made | {n: (t.dtype, t.shape) for n, t in packed.items()}

@@ -21,7 +21,14 @@ from builder.operations import OPERATIONS
 from builder.operations.registry import Operation
 from builder.operations.weights import patterns
 from builder.plan.components import Components, Told
-from builder.plan.folders import VOCABULARY, find_layout, find_prediction, read_vocabulary
+from builder.plan.folders import (
+    find_layout,
+    find_prediction,
+    lacking,
+    no_tokenizer,
+    read_vocabulary,
+    vocabulary_files,
+)
 from builder.plan.graph import (
     CHECKPOINT,
     Beside,
@@ -47,6 +54,7 @@ from builder.sources.find import recall_files
 from builder.sources.job import SourceJob
 
 if TYPE_CHECKING:
+    from builder.formats.layouts import Layout
     from builder.models.catalog import Catalog
     from builder.recipe.lock import Lock
     from builder.sources.opened import Sources
@@ -129,6 +137,10 @@ class _Resolver(Components):
             if form in SINGLE:
                 usual_ = self._is_usual(called, architecture)
                 sidecar_ = self._sidecar(output, architecture, told.prediction, usual_)
+        if output.quantize is not None and not any(self._quantizes(node) for node in nodes.values()):
+            at, evidence = self.recipe.place(*output.at, "quantize"), f"it has {quoted(nodes) or 'nothing'}"
+            hint = "remove `quantize`: it is for the weights of what predicts the noise"
+            raise RecipeError(Problem("there is nothing to quantize", at, (evidence,), hint))
         job = OutputJob(
             self.recipe,
             output,
@@ -161,6 +173,10 @@ class _Resolver(Components):
         )
         node = self._state(self.plan.nodes[key], job, parts, base)
         self.plan.nodes[key] = node
+
+    def _quantizes(self, key: Key) -> bool:
+        job = self.plan.nodes[key].job
+        return isinstance(job, ComponentJob) and job.quantize is not None
 
     def _name(self, key: Key, told: Told) -> str | None:
         """The catalog's name of a denoiser; None where what it comes from cannot be seen from here."""
@@ -264,26 +280,31 @@ class _Resolver(Components):
                     "programs that read the scheduler heed the first; read back here, it is the second",
                 )
             )
+        vocabulary = self._vocabulary(output, layout)
         return Container(
             form,
             shard_size=output.shard_size,
             layout=layout.name,
             prediction="v" if found == "v" else "epsilon",
             zero_snr=told.zero_snr,
-            vocabulary=self._vocabulary(output),
+            vocabulary=vocabulary,
+            lacking=lacking(layout, vocabulary),
         )
 
-    def _vocabulary(self, output: Output) -> dict[str, bytes]:
-        """The files of an output's tokenizer; raises RecipeError when they cannot be read."""
+    def _vocabulary(self, output: Output, layout: Layout) -> dict[str, bytes]:
+        """The files of an output's tokenizers; raises RecipeError when they cannot be read."""
         if output.tokenizer is None:
             return {}
         folder = self.recipe.path.parent if self.recipe.path else Path()
         place = self.recipe.place(*output.at, "tokenizer", value=True)
-        for name in VOCABULARY if self.recipe.path else ():
-            if (why := leads_out(folder, f"{output.tokenizer}/{name}")) is not None:
+        files = vocabulary_files(folder / output.tokenizer, layout).values()
+        if not files:
+            raise RecipeError(replace(no_tokenizer(layout), place=place, hint="leave `tokenizer` out"))
+        for name in ("", *(f"/{file}" for file in files)) if self.recipe.path else ():
+            if (why := leads_out(folder, f"{output.tokenizer}{name}")) is not None:
                 raise RecipeError(outside(output.tokenizer, why, place))
         try:
-            return read_vocabulary(folder / output.tokenizer)
+            return read_vocabulary(folder / output.tokenizer, layout)
         except OSError as error:
             fact = f"cannot read `{Path(error.filename).name}` of `{output.tokenizer}`"
             raise RecipeError(Problem(fact, place, (str(error.strerror),))) from None

@@ -346,6 +346,7 @@ _FOR: dict[str, tuple[Form, ...]] = {  # keys that make sense for some forms of 
     "shard_size": ("sharded", "diffusers"),
     "prediction": ("diffusers",),
     "tokenizer": ("diffusers",),
+    "quantize": (*SINGLE, "sharded"),
     "config": SINGLE,
     "profile": SINGLE,
     "partial": (*SINGLE, "sharded"),

@@ -39,6 +39,7 @@ from builder.recipe.names import FORMS as OUTPUT_FORMS
 from builder.recipe.profiles import PROFILES
 from builder.recipe.recipe import FORMAT
 from builder.recipe.weights import BlockWeights
+from builder.tensors.packed.encode import QUANTIZE
 
 if TYPE_CHECKING:
     from builder.models.catalog import Catalog
@@ -611,6 +612,11 @@ def _language(words: Vocabulary) -> Struct:
                 "true",
                 default=False,
             ),
+            "quantize": Key(
+                Choice("scheme", QUANTIZE),
+                "How the weights of its denoiser's linear layers are packed.",
+                '"fp8"',
+            ),
             "overflow": Key(
                 Choice("treatment", OVERFLOW),
                 "What to do with a finite value too large for the precision.",
@@ -679,7 +685,8 @@ def _language(words: Vocabulary) -> Struct:
             ),
             "tokenizer": Key(
                 INSIDE,
-                "A folder inside the recipe's, whose `vocab.json` and `merges.txt` go into a folder.",
+                "A folder inside the recipe's with CLIP's `vocab.json` and `merges.txt`, or a model's "
+                "tokenizers.",
                 '"tokenizer"',
             ),
             "metadata": Key(

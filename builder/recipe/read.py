@@ -277,6 +277,7 @@ def _with_classes(output: Output, catalog: Catalog) -> Output:
 _PLAIN = (
     "precision",
     "narrow",
+    "quantize",
     "overflow",
     "non_finite",
     "profile",

@@ -126,8 +126,9 @@ class Output:
 
     `file` is relative to the recipe's folder and stays inside it. `fixes` are in the order of the registry,
     in which they are applied. `precision` is one for all, or `published`: for each component the catalog's,
-    and nothing made wider. With `narrow`, only what is wider than `precision` is rounded. `keep` names
-    tensors that are carried over from the base beside its components; None: all optional ones it has. With
+    and nothing made wider. With `narrow`, only what is wider than `precision` is rounded. `quantize` says
+    how the denoiser's weights are packed; None: they are not. `keep` names tensors that are carried over
+    from the base beside its components; None: all optional ones it has. With
     `unknown` as `keep`, all else is carried over too but averages and junk. `markers` are tensors that tell
     programs what the model predicts; None: those that its UNET comes with. `config` is a file beside the
     recipe to copy beside the output, under the output's stem. A `partial` one may leave slots of its
@@ -143,6 +144,7 @@ class Output:
     fixes: tuple[str, ...] = ()
     precision: str = "published"
     narrow: bool | str = False
+    quantize: str | None = None
     overflow: str = "error"
     non_finite: str = "error"
     metadata: Mapping[str, str] = field(default_factory=dict)
@@ -187,6 +189,7 @@ class Output:
 _BY_DEFAULT = (
     "precision",
     "narrow",
+    "quantize",
     "overflow",
     "non_finite",
     "profile",

@@ -3,30 +3,35 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from builder.base.errors import Problem, SourceError, UsageError
 from builder.base.inside import is_inside
 from builder.base.words import listed
 from builder.build import Build
+from builder.formats import open_checkpoint
 from builder.formats.checkpoint import Checkpoint
 from builder.models.catalog import Architecture
 from builder.models.cut import foreign
 from builder.models.prediction import prediction as find_told
-from builder.plan.folders import VOCABULARY, find_layout, find_prediction
+from builder.plan.folders import find_layout, find_prediction, lacking, no_tokenizer, vocabulary_files
 from builder.recipe.names import SINGLE, Form, form_of, recipe_name
 from builder.sources.opened import OpenSource, Sources
 from builder.toolkit.command_recipe import CommandRecipe, run
 from builder.workspace import Workspace
+
+if TYPE_CHECKING:
+    from builder.formats.layouts import Layout
 
 
 @dataclass(frozen=True)
 class Converted:
     """What was written: a file, an index or a folder.
 
-    `lost` says what the source has that the output cannot hold; `tokenizer`, whether a folder has one.
+    `lost` says what the source has that the output cannot hold; `lacking`, which tokenizers a folder lacks.
     """
 
     path: Path
@@ -34,6 +39,7 @@ class Converted:
     build: Build
     tensors: int
     lost: tuple[str, ...]
+    lacking: tuple[str, ...]
     tokenizer: bool
 
     @property
@@ -60,6 +66,7 @@ def convert(
     `target` is as it was.
     """
     form = form_of(target)
+    absent: tuple[str, ...] = ()
     said = {
         "verbatim": True,
         "precision": "keep",
@@ -72,6 +79,9 @@ def convert(
         if key in said:
             fact = f"`--{key}` is for a diffusers folder, and `{target}` is none"
             raise UsageError(Problem(fact, hint="name a folder, or leave the option out"))
+    if form == "diffusers" and "quantize" in said:
+        fact = f"diffusers' layout has no place for packed weights, and `{target}` is a folder"
+        raise UsageError(Problem(fact, hint="name a file, or leave `--quantize` out"))
     opened = sources.open(sources.file(source), repair=repair)
     for mended in opened.checkpoint.mended or ("nothing was wrong with the file",) * repair:
         workspace.reporter.note(f"repair: {mended}")
@@ -80,14 +90,15 @@ def convert(
         count = len(match.whole) + len(match.made)
         workspace.reporter.note(f"{match.component.name}: {count:,} tensors get their usual names")
     if form == "diffusers":
-        _check_model(opened, said.get("prediction"), workspace)
+        layout = _check_model(opened, said.get("prediction"), workspace)
         given = said.pop("tokenizer", None)
-        tokenizer = _tokenizer(given, source)
-        if given is None and tokenizer is not None and (link := _leaves(tokenizer, source)) is not None:
+        tokenizer, files = _tokenizer(given, source, layout)
+        if given is None and (link := _leaves(tokenizer, files, source)) is not None:
             workspace.reporter.note(f"`{link}` is not copied: a link leads out of `{source}`")
-            tokenizer = None
-        if tokenizer is not None:
+            files = {}
+        if files:
             said["tokenizer"] = str(tokenizer.absolute())
+        absent = lacking(layout, files)
     name = recipe_name(source)
     made = run(
         CommandRecipe(name, {name: source}, name, output=said),
@@ -98,12 +109,19 @@ def convert(
         hashing=False,
         threads=threads,
     )
-    held = opened.checkpoint
-    return Converted(Path(target), form, made, len(held), _lost(held, form), "tokenizer" in said)
+    count = len(opened.checkpoint)
+    if form != "diffusers":  # packing and decoding change how many there are
+        with open_checkpoint(Path(target)) as written:
+            count = len(written)
+    lost = _lost(opened.checkpoint, form)
+    return Converted(Path(target), form, made, count, lost, absent, "tokenizer" in said)
 
 
-def _check_model(opened: OpenSource, prediction: str | None, workspace: Workspace) -> None:
-    """Raise SourceError for what is no model in diffusers' layout, UsageError where it must be said what."""
+def _check_model(opened: OpenSource, prediction: str | None, workspace: Workspace) -> Layout:
+    """A model's layout in diffusers' folders.
+
+    Raises SourceError for what has none, UsageError where it has to be said what the model predicts.
+    """
     held, identity, catalog = opened.checkpoint, opened.identity, workspace.catalog
     known = catalog.architectures.get(identity.architecture or "") if identity.intact else None
     architecture = known or Architecture(identity.architecture or "unknown", ())
@@ -114,23 +132,24 @@ def _check_model(opened: OpenSource, prediction: str | None, workspace: Workspac
     found = prediction or find_prediction(held.name, told, layout)
     if isinstance(found, Problem):
         raise UsageError(replace(found, hint="say `--prediction epsilon` or `--prediction v`"))
+    return layout
 
 
-def _leaves(tokenizer: Path, source: Path) -> str | None:
+def _leaves(folder: Path, files: Mapping[str, str], source: Path) -> str | None:
     """The first file of a source's own vocabulary that a link has elsewhere; None where there is none."""
-    files = (tokenizer / name for name in VOCABULARY)
-    return next((str(f) for f in files if not is_inside(f, source)), None)
+    return next((str(folder / f) for f in files.values() if not is_inside(folder / f, source)), None)
 
 
-def _tokenizer(given: Path | None, source: Path) -> Path | None:
-    """The folder with a tokenizer's vocabulary: the one given, else the source's own."""
-    folder = given if given is not None else source / "tokenizer"
-    absent = [n for n in VOCABULARY if not os.path.isfile(folder / n)]  # noqa: PTH113 - which raises nothing
-    if not absent:
-        return folder
-    if given is None:
-        return None
-    hint = "give the folder `tokenizer` of a model in diffusers' layout"
+def _tokenizer(given: Path | None, source: Path, layout: Layout) -> tuple[Path, dict[str, str]]:
+    """The folder with the files of tokenizers, the one given, else the source's own; and those files."""
+    folder = given if given is not None else source
+    files = vocabulary_files(folder, layout)
+    if given is not None and not files:
+        raise UsageError(replace(no_tokenizer(layout), hint="leave `--tokenizer` out"))
+    absent = [n for n in files.values() if not os.path.isfile(folder / n)]  # noqa: PTH113 - which raises nothing
+    if not absent or given is None:
+        return folder, {} if absent else files
+    hint = "give a model's folder in diffusers' layout, or its folder `tokenizer`"
     raise UsageError(Problem(f"`{folder}` holds no `{absent[0]}`", hint=hint))
 
 

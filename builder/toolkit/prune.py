@@ -259,7 +259,7 @@ def prune(
     beside it, unless there is one. With `save`, the recipe is written there. Raises CkptError.
     """
     made = run(
-        _recipe(pruning.checked), target, workspace, sources, naming=naming, save=save, threads=threads
+        recipe_of(pruning.checked), target, workspace, sources, naming=naming, save=save, threads=threads
     )
     _configuration_too(pruning.path, made.outputs[0].path, workspace.reporter)
     return made
@@ -302,8 +302,8 @@ def left_behind(config: Path, why: str) -> str:
     return f"`{config.name}` does not go with it: {why}"
 
 
-def _recipe(pruning: Pruning) -> CommandRecipe:
-    """The recipe, with the original's metadata and its name."""
+def recipe_of(pruning: Pruning) -> CommandRecipe:
+    """The recipe of the pruned file, with the original's metadata and its name."""
     path, said = pruning.path, pruning.report.metadata
     origin: dict[str, Any] = {"file": named(path).name, "size": pruning.report.size}
     if ORIGIN in said:

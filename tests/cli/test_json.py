@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from builder.base.errors import Place, Problem, problem_data
-from tests.help.building import Folder, Said
-from tests.help.commands import WAYS, commands, prepared
+from tests.help.building import ROOT, Folder, Said
+from tests.help.commands import ENDING, WAYS, commands, prepared
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +37,7 @@ def test_every_command_is_tried() -> None:
     assert dict(commands()).keys() == WAYS.keys()
 
 
-@pytest.mark.parametrize("name", WAYS)
+@pytest.mark.parametrize("name", ENDING)
 def test_what_is_done_is_one_object(name: str, folder: Folder, tmp_path: Path) -> None:
     here = folder.beside(f"good {name}")
     said = here(*name.split(), *WAYS[name].good.split(), "--json")
@@ -101,6 +105,23 @@ def test_files_that_a_watched_folder_held_are_data(folder: Folder) -> None:
     assert error["hint"] == "add `--once`"
     (file,) = answer(here(*watch, "--once"))["files"]
     assert file["state"] == "pruned" and file["target"].endswith("dirty.safetensors")
+
+
+def test_a_page_says_where_it_is_and_goes_on(folder: Folder) -> None:
+    command = [sys.executable, "-m", "builder", "ui", "--no-browser", "--json"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **folder.variables}
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        command, cwd=folder.path, env=environment, stdout=pipe, stderr=pipe, text=True
+    ) as page:
+        assert page.stdout is not None
+        lines = [page.stdout.readline()]
+        while lines[-1] not in ("}\n", ""):
+            lines.append(page.stdout.readline())
+        page.send_signal(signal.SIGINT)
+        rest, _ = page.communicate(timeout=60)
+    assert json.loads("".join(lines))["address"].startswith("http://127.0.0.1:")
+    assert (page.returncode, rest) == (0, "")
 
 
 def test_a_full_disk_below_stdout_is_told(folder: Folder) -> None:

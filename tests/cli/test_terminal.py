@@ -17,7 +17,7 @@ from builder.build import build_recipe
 from builder.cli import terminal
 from builder.cli.terminal import has_color, make_reporter
 from tests.help.building import RECIPE, Folder
-from tests.help.commands import WAYS, prepared
+from tests.help.commands import ENDING, WAYS, prepared
 from tests.help.screen import COLUMNS, lines, shown
 
 
@@ -77,8 +77,9 @@ def test_of_a_quoted_line_the_place_is_shown() -> None:
 # -- every command
 
 
-@pytest.mark.parametrize("name", WAYS)
-@pytest.mark.parametrize("way", ["good", "bad"])
+@pytest.mark.parametrize(
+    ("name", "way"), [*((name, "good") for name in ENDING), *((name, "bad") for name in WAYS)]
+)
 def test_nothing_is_broken_at_80_columns(name: str, way: str, folder: Folder) -> None:
     here = folder.beside(f"{way} {name}")
     words = WAYS[name].good if way == "good" else WAYS[name].bad

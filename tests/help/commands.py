@@ -55,8 +55,11 @@ WAYS: dict[str, Way] = {
     "store gc": Way("--max-size 1MB", "--max-size much", 2),
     "store list": Way("", "more", 2),
     "store path": Way("", "more", 2),
+    "ui": Way("", "--port 70000", 2),
     "verify": Way("tiny.toml", "tiny.toml vae.safetensors", 7),
 }
+
+ENDING = [name for name in WAYS if name != "ui"]  # by themselves
 
 
 def commands() -> Iterator[tuple[str, click.Command]]:

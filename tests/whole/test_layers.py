@@ -13,6 +13,7 @@ ROOMS = [
     *("base", "tensors", "formats", "models", "operations"),
     *("store", "recipe", "sources", "plan", "workspace", "build"),
     *("reports", "toolkit"),
+    "web",
     "cli",
 ]
 

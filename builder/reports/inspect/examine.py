@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +25,7 @@ from builder.reports.inspect.positions import PositionIds, read_position_ids
 from builder.tensors.digests import Row, component_digest
 from builder.tensors.lazy import LazyTensor
 from builder.tensors.packed import Packing, packing
+from builder.tensors.packed.decode import HALVES, why_not
 
 if TYPE_CHECKING:
     from builder.models.catalog import Catalog, Known, KnownFile, KnownPart
@@ -64,11 +66,24 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Quantized:
+    """Packed weights of a component (None: of nothing known), of so many weights, by scheme how many.
+
+    `bits` are those that each number of them takes, with all that lies beside it; None where it is not
+    known how many numbers they are.
+    """
+
+    component: str | None
+    weights: int
+    schemes: Mapping[str, int]
+    bits: float | None
+
+
+@dataclass(frozen=True)
 class Report:
     """All that was found. Sizes are in bytes; names of tensors are the file's own.
 
-    `packed` are packed weights, and `schemes` what they are packed by, in words.
-    `lineage` is which published model its main component may be, or is.
+    `packed` are packed weights. `lineage` is which published model its main component may be, or is.
     `metric` and `scans` are None and empty where no data was read. `published` is the entry of the very
     file, by its SHA-256; `model` the name of the published model that has the same metric.
     `kind` is what the file is to programs, None where that is unknown.
@@ -90,7 +105,6 @@ class Report:
     others: Mapping[str, str]
     nesting: str
     packed: Packing
-    schemes: tuple[str, ...]
     metric: Metric | None = None
     scans: Mapping[str, TensorScan] = field(default_factory=dict, repr=False)
     hashes: Mapping[str, str | None] = field(default_factory=dict)
@@ -103,6 +117,33 @@ class Report:
         """Names together with their size."""
         kept = tuple(names)
         return Share(kept, sum(self.tensors[n].nbytes for n in kept))
+
+    @cached_property
+    def quantized(self) -> tuple[Quantized, ...]:
+        """What is packed, component by component."""
+        by_scheme = self.packed.by_scheme
+        found, rest = [], {n for names in by_scheme.values() for n in names}
+        for match in self.identity.matches:
+            rules = match.component.tensors
+            numbers = {f: math.prod(rules[n].shape) for n, f in match.names.items() if f in rest}
+            if numbers:
+                all_ = sum(n.endswith("weight") and len(rules[n].shape) > 1 for n in match.names)
+                found.append(self._quantized(match.component.name, numbers, all_))
+                rest -= numbers.keys()
+        halves = {n for scheme in HALVES for n in by_scheme.get(scheme, ())}
+        numbers = {n: self.tensors[n].numel * (1 + (n in halves)) for n in rest}
+        if rest:
+            found.append(self._quantized(None, numbers, len(rest)))
+        return tuple(found)
+
+    def _quantized(self, component: str | None, numbers: Mapping[str, int], weights: int) -> Quantized:
+        beside = {b for n in numbers for b in self.packed.weights[n]}
+        size = sum(self.tensors[n].nbytes for n in (*numbers, *beside))
+        schemes = {s: sum(n in numbers for n in names) for s, names in self.packed.by_scheme.items()}
+        held = {s: n for s, n in schemes.items() if n}
+        if component is None and any(map(why_not, held)):
+            return Quantized(component, weights, held, None)
+        return Quantized(component, weights, held, 8 * size / max(1, sum(numbers.values())))
 
     @cached_property
     def ema(self) -> Share:
@@ -226,12 +267,15 @@ def examine(
     """Inspect an open checkpoint, wherever it lies; as `build_report`. `identity` is what it is, if known."""
     identity = identity or identify(checkpoint, catalog)
     packed = packing(checkpoint)
+    _ = packed.by_scheme  # read as long as the file is open
     scans: Mapping[str, TensorScan] = {}
     label = None
     digits: Mapping[str, str] = {}
     if metric and len(checkpoint):
         scans, label, digits = _scan(identity, checkpoint, full, threads, catalog, reporter)
-    parts = tuple(_part(m, checkpoint.tensors, scans, digits, catalog.known) for m in identity.matches)
+    parts = tuple(
+        _part(m, checkpoint.tensors, scans, digits, catalog.known, packed.weights) for m in identity.matches
+    )
     main = main_part(identity, catalog)
     published = next((p.published for p in parts if p.match is main), None)
     return Report(
@@ -248,7 +292,6 @@ def examine(
         others=checkpoint.others,
         nesting=checkpoint.nesting,
         packed=packed,
-        schemes=packed.schemes,
         metric=label,
         scans=scans,
         model=catalog.known.model(label.text) if label else None,
@@ -291,8 +334,10 @@ def _part(
     scans: Mapping[str, TensorScan],
     digits: Mapping[str, str],
     known: Known,
+    packed: Container[str],
 ) -> Part:
     held = {full: tensors[full] for full in match.full}
+    whole = {full: math.prod(match.component.tensors[n].shape) for n, full in match.names.items()}
     rows = {
         bare: Row(held[full].dtype, held[full].shape, scanned.digest)
         for bare, full in match.whole.items()
@@ -303,7 +348,7 @@ def _part(
     return Part(
         match,
         tensors=len(held),
-        parameters=sum(t.numel for t in held.values()),
+        parameters=sum(whole[n] if n in packed else t.numel for n, t in held.items()),
         bytes=sum(t.nbytes for t in held.values()),
         dtypes=dict(Counter(t.dtype.code for t in held.values()).most_common()),
         digest=digest,

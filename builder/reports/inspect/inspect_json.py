@@ -52,6 +52,15 @@ def _file(report: Report) -> Json:
         "absent": list(identity.absent),
         "lineage": report.lineage and report.lineage._asdict(),
         "components": [_part(p) for p in report.parts],
+        "packed": [
+            {
+                "component": q.component,
+                "weights": q.weights,
+                "schemes": dict(q.schemes),
+                "bits_per_weight": round(q.bits, 3) if q.bits is not None else None,
+            }
+            for q in report.quantized
+        ],
         "metric": report.metric.text if report.metric else None,
         "known": {
             "file": report.published and report.published.name,

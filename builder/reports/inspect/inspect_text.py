@@ -9,7 +9,7 @@ from builder.base.page import LABEL, Style, columns, fold
 from builder.base.progress import human_bytes
 from builder.base.words import CONTAINERS, TYPES, counted, either, examples, grouped
 from builder.models.prediction import KINDS, Prediction
-from builder.reports.inspect.examine import Part, Report, Share
+from builder.reports.inspect.examine import Part, Quantized, Report, Share
 from builder.reports.inspect.faults import describe
 
 Row = Sequence[str]
@@ -59,7 +59,7 @@ class _Page:
         return (
             component.cls,
             component.name,
-            _types(part),
+            types_of(part),
             f"{part.tensors:,}",
             human_bytes(part.bytes),
             ", ".join(_remarks(part)),
@@ -79,6 +79,8 @@ class _Page:
         if r.metric is not None and any(c.isdigit() for c in r.metric.text):
             same = f", which is that of {r.model}" if r.model else ""
             yield from self.fact("metric", f"({r.metric.text}){same}")
+        for packed in r.quantized:
+            yield from self.fact("packed", _packed(packed))
         if r.prediction.signs:
             yield from self.fact("predicts", _predicts(r.prediction))
         if r.published:
@@ -190,7 +192,14 @@ def _predicts(told: Prediction) -> str:
     return f"{kind}, says {told.signs[0].what}"
 
 
-def _types(part: Part) -> str:
+def _packed(packed: Quantized) -> str:
+    """What of a component is packed, how, and what a number of it takes."""
+    schemes = ", ".join(f"{count:,} {scheme}" for scheme, count in packed.schemes.items())
+    whose = f" of {packed.weights:,} weights of {packed.component}" if packed.component else ""
+    return f"{schemes}{whose}" + (f", {packed.bits:.2f} bits a number" if packed.bits is not None else "")
+
+
+def types_of(part: Part) -> str:
     """The number types of a component, without the integers of its tables."""
     floating = [TYPES.get(code, code.lower()) for code in part.dtypes if code[0] in "FB"]
     return "+".join(floating or [c.lower() for c in part.dtypes])
