@@ -189,15 +189,15 @@ import time
 import builder.cli.terminal as t
 t.SHOW_AFTER = t.LINE_EVERY = t.DRAW_EVERY = 0.02
 with t.make_reporter() as r:
-    time.sleep(0.5)
+    time.sleep(1)
     r.start('reading [b]', 4_000_000)
     r.advance('reading [b]', 1_000_000)
     r.start('another \\x1b[2J', 4_000_000)
     r.advance('another \\x1b[2J', 2_000_000)
-    time.sleep(0.5)
+    time.sleep(1)
     r.note('[red]x')
     r.finish('reading [b]')
-    time.sleep(0.5)
+    time.sleep(1)
 """
 
 
@@ -205,9 +205,9 @@ def test_slow_work_in_a_log_tells_where_it_is(folder: Folder) -> None:
     done = subprocess.run([sys.executable, "-c", WORK], capture_output=True, text=True, check=True)
     found = done.stderr.splitlines()
     assert done.stdout == "" and "\x1b" not in done.stderr
-    assert re.fullmatch(r"working: 0 B, 0:0\d", found[0])
+    assert re.fullmatch(r"working: 0 B, \d:\d\d", found[0])
     assert any(
-        re.fullmatch(r"another \\x1b\[2J: 3\.0 MB of 8\.0 MB \(38%\), \S+ MB/s, 0:\d\d left", x)
+        re.fullmatch(r"another \\x1b\[2J: 3\.0 MB of 8\.0 MB \(38%\), \S+ MB/s, \d+:\d\d left", x)
         for x in found
     )
     assert "note: [red]x" in found
@@ -219,8 +219,8 @@ def test_progress_on_a_terminal_is_a_line_that_goes_away(folder: Folder) -> None
     assert code == 0
     drawn = [part for part in re.split(r"[\r\n]", re.sub(r"\x1b\[K", "", text)) if part]
     assert all(cells(part) < COLUMNS for part in drawn)
-    assert re.fullmatch(r"\[> {19}\]  0 B  0:0\d  working", drawn[0])
-    bar = r"\[=======> {12}\]  3\.0 MB of 8\.0 MB  \S+ MB/s  0:\d\d left  another \\x1b\[2J"
+    assert re.fullmatch(r"\[> {19}\]  0 B  \d:\d\d  working", drawn[0])
+    bar = r"\[=======> {12}\]  3\.0 MB of 8\.0 MB  \S+ MB/s  \d+:\d\d left  another \\x1b\[2J"
     assert any(re.fullmatch(bar, part) for part in drawn), drawn
     assert [line for line in lines(text) if line] == ["note: [red]x"]
 
