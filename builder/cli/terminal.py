@@ -115,14 +115,14 @@ class Output:
         }
 
     def close(self, code: int) -> None:
-        """Print the object, if it is to be one."""
+        """Print the object, if it is to be one and is not printed yet."""
         if self.as_json:
+            self.as_json = False  # first: Ctrl-C may come while it is printed
             click.echo(json.dumps(self.object(code), indent=2))
 
     def now(self) -> None:
         """Print the object at once, for a command that goes on; what comes is for people."""
         self.close(0)
-        self.as_json = False
         sys.stdout.flush()
 
     def width(self) -> int | None:
