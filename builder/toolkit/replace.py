@@ -125,8 +125,9 @@ def replacement(
     `output` is as for `output_keys`. Raises UsageError for a slot that there is not, is filled twice or
     stays empty, SourceError for a file that cannot be read.
     """
-    catalog, path = sources.catalog, Path(file)
+    catalog, path, parts = sources.catalog, Path(file), list(parts)
     new = new_architecture(str(file), catalog)
+    sources.check_there([*([] if new else [path]), *(part for _, part, _ in parts)])
     name = new.name.lower() if new else recipe_name(path)
     architecture = new or architecture_of(path, sources.open(sources.file(path)).identity, catalog)
     files = {} if new else {name: path}
