@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from builder.base.errors import CatalogError, Problem, UsageError, nearest, printable
-from builder.base.page import cells, pad
+from builder.base.page import cells, columns, pad
 from builder.cli.options import FILE, json_option
 from builder.cli.terminal import make_reporter, out
 from builder.formats import open_checkpoint
@@ -150,21 +150,18 @@ def _listing(catalog: Catalog) -> Iterator[str]:
         placed |= {c.name for _, c in rows}
         also = f" (also {', '.join(architecture.aliases)})" if architecture.aliases else ""
         sections.append((architecture.name + also, rows))
-    rest = [(c.cls, c) for c in catalog.components.values() if c.name not in placed]
+    rest = sorted((c.cls, c.name) for c in catalog.components.values() if c.name not in placed)
     if rest:
-        sections.append(("in no architecture", rest))
-    widths = [max(map(cells, names)) for names in (catalog.classes, catalog.components)]
+        sections.append(("in no architecture", [(cls, catalog.components[name]) for cls, name in rest]))
     for number, (title, rows) in enumerate(sections):
         yield from [""] * (number > 0)
         yield title
-        before = None
-        for cls, c in rows:
-            label = "" if cls == before else cls
-            before = cls
+        lines = []
+        for n, (cls, c) in enumerate(rows):
+            label = "" if n and rows[n - 1][0] == cls else cls
             size = f"{c.parameters:,}" if c.parameters is not None else "any rank"
-            prefix = printable(c.prefix) or "–"
-            names = f"{pad(label, widths[0])}  {pad(c.name, widths[1])}"
-            yield f"  {names}  {c.keys:>5,}  {size:>14}  {prefix}"
+            lines.append((label, c.name, f"{c.keys:,}", size, printable(c.prefix)))
+        yield from columns(lines, {2, 3}, indent=2)
     yield ""
     yield "Columns: class, component, tensors, elements, prefix in a full checkpoint."
 
