@@ -11,11 +11,13 @@ import click
 
 from builder.base.errors import CatalogError, Problem, UsageError, nearest, printable
 from builder.base.page import cells, columns, pad
+from builder.base.words import spelling
 from builder.cli.options import FILE, json_option
 from builder.cli.terminal import make_reporter, out
 from builder.formats import open_checkpoint
 from builder.models.catalog import Architecture, Catalog, Component, TensorRule, load_catalog
 from builder.models.catalog.learn import compress, fold, string
+from builder.models.parts import meant
 from builder.tensors.lazy import LazyTensor
 
 
@@ -49,10 +51,7 @@ def list_components() -> None:
 def show(name: str, full: bool) -> None:
     """The meaning of one component: its class, its prefix and its tensors."""
     catalog = load_catalog()
-    if name in catalog.classes and name not in catalog.components:
-        members = ", ".join(f"`{c.name}`" for c in catalog.classes[name])
-        raise UsageError(Problem(f"`{name}` is a class, not a component", hint=f"its components: {members}"))
-    component = catalog.component(name)
+    component = _component(name, catalog)
     rules = {n: rule._asdict() for n, rule in component.tensors.items()}
     data = {**_described(component, catalog), "tensors": rules}
     out().result(data, "\n".join(_meaning(component, catalog, full)))
@@ -99,6 +98,18 @@ def learn(
     if path is not None:
         _write(path, text, name, catalog)
     _tell(name, text, path, path and path.parent)
+
+
+def _component(word: str, catalog: Catalog) -> Component:
+    """The component of a name, whatever its case; raises UsageError, of a wider word with what it means."""
+    names = {spelling(name): name for name in catalog.components}
+    architecture = catalog.spellings.get(spelling(word))
+    classes = architecture.slots if architecture is not None else meant(word, catalog.classes)
+    if (name := names.get(spelling(word))) is None and classes:
+        what = "an architecture" if architecture is not None else "a class" if len(classes) == 1 else "a kind"
+        members = ", ".join(f"`{c.name}`" for cls in classes for c in catalog.classes[cls])
+        raise UsageError(Problem(f"`{word}` is {what}, not a component", hint=f"its components: {members}"))
+    return catalog.component(name or word)
 
 
 def _tell(name: str, text: str, path: Path | None, folder: Path | None) -> None:

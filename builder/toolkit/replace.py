@@ -38,8 +38,10 @@ def architecture_of(file: Path, identity: Identity, catalog: Catalog) -> Archite
 def new_architecture(said: str, catalog: Catalog) -> Architecture | None:
     """What `NEW ARCHITECTURE` names; None for what is a file. Raises UsageError for an unknown one."""
     word, _, name = said.partition(" ")
-    if word != NEW or os.path.lexists(said):
+    if word.upper() != NEW or os.path.lexists(said):
         return None
+    if not name.strip():
+        raise UsageError(Problem(f"`{said}` names no architecture", hint=f'as in `"{NEW} SD-v1"`'))
     return catalog.architecture(name.strip())
 
 

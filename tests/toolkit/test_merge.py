@@ -150,7 +150,7 @@ def test_hints_are_in_the_words_of_the_command_line(folder: Folder, words: str, 
         ("lora", "aa.safetensors", "x.ckpt=0.5"),
         ("replace", "aa.safetensors", "VAE=x.ckpt"),
         ("replace", "NEW SD-tiny", "UNET=aa.safetensors", "VAE=x.ckpt"),
-        ("new", "NEW SD-tiny", "UNET=aa.safetensors", "VAE=x.ckpt"),
+        ("new", "new sd-tiny", "UNET=aa.safetensors", "VAE=x.ckpt"),
         ("new", "aa.safetensors", "x.ckpt"),
     ],
 )
