@@ -45,7 +45,7 @@ def list_components() -> None:
 
 
 @command.command()
-@click.argument("name", metavar="NAME")
+@click.argument("name", metavar="NAME", shell_complete=lambda _, __, begun: _names(begun))
 @click.option("--full", is_flag=True, help="Every tensor on a line of its own.")
 @json_option
 def show(name: str, full: bool) -> None:
@@ -98,6 +98,11 @@ def learn(
     if path is not None:
         _write(path, text, name, catalog)
     _tell(name, text, path, path and path.parent)
+
+
+def _names(begun: str) -> list[str]:
+    """The components whose names begin so."""
+    return [name for name in load_catalog().components if spelling(name).startswith(spelling(begun))]
 
 
 def _component(word: str, catalog: Catalog) -> Component:
