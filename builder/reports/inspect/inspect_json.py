@@ -50,6 +50,7 @@ def _file(report: Report) -> Json:
         if identity.incomplete
         else None,
         "components": [_part(p) for p in report.parts],
+        "types": {t: {"tensors": n, "bytes": size} for t, (n, size) in report.types.items()},
         "metric": report.metric.text if report.metric else None,
         "known": {
             "file": report.published and report.published.name,
