@@ -12,7 +12,15 @@ from builder.base.errors import ExitCode, Problem, UsageError, printable
 from builder.base.progress import human_bytes
 from builder.base.words import counted
 from builder.cli.made import without_tokenizer
-from builder.cli.options import NAME, json_option, open_workspace, quiet_option, recipe_path, save_option
+from builder.cli.options import (
+    NAME,
+    json_option,
+    open_workspace,
+    quantize_option,
+    quiet_option,
+    recipe_path,
+    save_option,
+)
 from builder.cli.sizes import parse_size
 from builder.tensors.cast import PRECISIONS
 from builder.toolkit.convert import convert
@@ -31,9 +39,9 @@ from builder.toolkit.convert import convert
 @click.option(
     "--precision",
     type=click.Choice(list(PRECISIONS)),
-    default="keep",
-    help="Of the weights; kept by default.",
+    help="Of the weights; kept by default, or FP16 where others are packed.",
 )
+@quantize_option
 @click.option(
     "--shard-size", metavar="SIZE", callback=parse_size, help="Most bytes of tensors a file, such as 2GB."
 )
@@ -74,9 +82,10 @@ def command(
 ) -> int:
     """Write every tensor of FILE in another container, precision or layout.
 
-    FILE is a safetensors or PyTorch file, a sharded set's index, or a model's folder in the diffusers
+    FILE is a safetensors, PyTorch or GGUF file, a sharded set's index, or a model's folder in the diffusers
     layout. The output's name says what is made: NAME.safetensors; NAME.ckpt, .pt, .pth or .bin, a plain
-    dict of tensors; NAME.safetensors.index.json, a sharded set; a name without suffix, a diffusers folder.
+    dict of tensors; NAME.gguf, of a diffusion model alone; NAME.safetensors.index.json, a sharded set; a name
+    without suffix, a diffusers folder.
     """
     save = recipe_path(save_recipe)
     if save is not None and options["repair"]:

@@ -9,8 +9,16 @@ from typing import Any
 import click
 
 from builder.base.errors import ExitCode
-from builder.cli.made import note_changes, to_json, to_text
-from builder.cli.options import FILE, making, open_workspace, output_keys, recipe_path, save_option
+from builder.cli.made import note_changes, note_steps, to_json, to_text
+from builder.cli.options import (
+    FILE,
+    making,
+    open_workspace,
+    output_keys,
+    quantize_option,
+    recipe_path,
+    save_option,
+)
 from builder.models.parts import find_part, kind, slot_of, usual_precision
 from builder.recipe import Pick
 from builder.recipe.names import SUFFIXES, recipe_name
@@ -24,6 +32,7 @@ from builder.toolkit.extract import target_of
 @click.option("-o", "--output", type=FILE, help="The file to write, or the folder to write it in.")
 @click.option("--format", "form", type=click.Choice([s[1:] for s in SUFFIXES]), help="Of the file written.")
 @making
+@quantize_option
 @save_option
 def command(
     file: Path,
@@ -32,6 +41,7 @@ def command(
     form: str | None,
     save_recipe: Path | None,
     fixes: tuple[str, ...],
+    quantize: str | None,
     threads: int | None,
     as_json: bool,
     quiet: bool,
@@ -51,6 +61,7 @@ def command(
         cls = slot_of(match, catalog)
         target, naming = target_of(file, match, cls, output, form, workspace)
         source = recipe_name(file)
+        packed = {"quantize": quantize} if quantize is not None else {}
         pick = Pick(cls, source, None if match.component.cls == cls else match.component.name)
         recipe = CommandRecipe(
             f"{source}.{kind(cls).lower()}",
@@ -58,7 +69,7 @@ def command(
             new=cls,
             components={cls: pick},
             fixes=fixes,
-            output=output_keys(usual_precision(cls, identity, catalog), options),
+            output=output_keys(usual_precision(cls, identity, catalog), options) | packed,
         )
         made = run(
             recipe,
@@ -69,6 +80,7 @@ def command(
             save=save,
             hashing=False,
             threads=threads,
+            before=lambda plan: note_steps(plan, workspace.reporter),
         )
         note_changes(made, workspace.reporter)
     click.echo(json.dumps(to_json(made), indent=2) if as_json else to_text(made))

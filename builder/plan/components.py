@@ -42,6 +42,7 @@ from builder.sources.job import SourceJob, entry_name
 if TYPE_CHECKING:
     from builder.models.catalog import Catalog
     from builder.sources.opened import Sources
+    from builder.tensors.lazy import LazyTensor
 
 
 def _weights(step: Step, operation: Operation) -> list[Weights]:
@@ -529,6 +530,11 @@ class Components:
         unknown = unseen or (job.cls == CHECKPOINT and not isinstance(job.origin, Whole))
         made_of = {} if unknown else taken(self.plan, self.sources, self._shaped_as(job.origin))
         sizes = component_specs(made_of, job.precision, job.narrow).values()
+        if job.precision == "keep" and (blocks := {b for t in made_of.values() if (b := _blocks(t))}):
+            held = " and ".join(sorted(blocks))
+            self.plan.say(
+                f"`{job.source}` is in blocks of {held}: they become the FP32 numbers that they are"
+            )
         return self.add(
             job,
             label,
@@ -632,3 +638,9 @@ class Components:
             and base.name in self.recipe.sources
             and self.recipe.sources[base.name].recipe is None
         )
+
+
+def _blocks(tensor: LazyTensor) -> str:
+    """The type of the blocks that a tensor lies in; empty where it is as it is read."""
+    stored = tensor.stored[0]
+    return stored if stored != tensor.dtype.code else ""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from builder.base.errors import Place, Problem
 from builder.formats.layouts.configs import Prediction as Predicted
+from builder.formats.write_gguf import Packing
 from builder.models.prediction import Marker, Prediction
 from builder.operations.fixes import FIXES, finished_types
 from builder.recipe.names import SINGLE, Form
@@ -183,7 +184,7 @@ class Container:
 
     `nesting` is where in a PyTorch file the tensors lie. `stem` begins the names of a set's files, of at most
     `shard_size` bytes of tensors. All else is for a folder in the diffusers layout of this name: what its
-    scheduler is told, and the files of its tokenizer.
+    scheduler is told, and the files of its tokenizer. `packing` is of a GGUF file.
     """
 
     form: Form = "safetensors"
@@ -194,6 +195,7 @@ class Container:
     prediction: Predicted = "epsilon"
     zero_snr: bool = False
     vocabulary: Mapping[str, bytes] = field(default_factory=dict)
+    packing: Packing | None = None
 
     @property
     def single(self) -> bool:
@@ -203,7 +205,8 @@ class Container:
     def params(self) -> dict[str, Any]:
         """What decides the bytes, as data of a key."""
         words = {n: hashlib.sha256(data).hexdigest() for n, data in self.vocabulary.items()}
-        return {**asdict(self), "vocabulary": words}
+        said = {k: v for k, v in asdict(self).items() if k != "packing" or v is not None}
+        return {**said, "vocabulary": words}
 
 
 @dataclass(frozen=True)

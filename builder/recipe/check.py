@@ -14,7 +14,7 @@ from builder.base.errors import Place, Problem, UsageError, did_you_mean, neares
 from builder.base.kinds import listed
 from builder.base.toml import Keys
 from builder.recipe.language import NEW, Vocabulary
-from builder.recipe.names import SINGLE, SUFFIXES, Form
+from builder.recipe.names import SUFFIXES, Form
 from builder.recipe.recipe import FromBase, NewBase, Output, Pick, Recipe
 
 if TYPE_CHECKING:
@@ -318,6 +318,7 @@ def _path(written: str) -> str:
 _WORDS: dict[Form, str] = {
     "safetensors": "one file",
     "torch": "one file",
+    "gguf": "a GGUF file",
     "sharded": "a sharded set",
     "diffusers": "a diffusers folder",
 }
@@ -325,9 +326,10 @@ _FOR: dict[str, tuple[Form, ...]] = {  # keys that make sense for some forms of 
     "shard_size": ("sharded", "diffusers"),
     "prediction": ("diffusers",),
     "tokenizer": ("diffusers",),
-    "config": SINGLE,
-    "profile": SINGLE,
-    "partial": (*SINGLE, "sharded"),
+    "verbatim": ("safetensors", "torch", "sharded", "diffusers"),
+    "config": ("safetensors", "torch"),
+    "profile": ("safetensors", "torch"),
+    "partial": ("safetensors", "torch", "sharded"),
 }
 
 

@@ -50,6 +50,7 @@ PRECISIONS = {
     "fp32": "single precision",
     "keep": "each tensor as its source has it",
 }
+GGUF = {"q8_0": "blocks of 32 numbers of 8 bits and their scale, in a GGUF file"}
 NARROW = {"fewer": "what has fewer bits keeps its type"}
 OVERFLOW = {
     "error": "the build fails and names the tensor",
@@ -546,6 +547,7 @@ def _language(words: Vocabulary) -> Struct:
                 OUTPUT_FILE,
                 "Path inside the recipe's folder. Its ending says what is written. `.safetensors`, `.sft`: "
                 "one file; `.ckpt`, `.pt`, `.pth`, `.bin`: a PyTorch file of tensors alone; "
+                "`.gguf`: a diffusion model for programs that read GGUF; "
                 "`.safetensors.index.json`: a sharded set, by its index; `/`: a folder in diffusers' layout.",
                 '"anything-v3.safetensors"',
                 otherwise="NAME.safetensors; of one with a `name`, RECIPE-NAME.safetensors",
@@ -555,6 +557,12 @@ def _language(words: Vocabulary) -> Struct:
                 "Type of its floating-point tensors.",
                 '"bf16"',
                 default="fp16",
+            ),
+            "quantize": Key(
+                Choice("way to pack weights", GGUF),
+                "How the weights of layers are packed; all else has the precision.",
+                '"q8_0"',
+                otherwise="not at all",
             ),
             "narrow": Key(
                 Either((Boolean(), Choice("way to round", NARROW))),

@@ -253,6 +253,7 @@ def _recipe(said: dict[str, Any], document: Document, words: Vocabulary) -> Reci
 
 _PLAIN = (
     "precision",
+    "quantize",
     "narrow",
     "overflow",
     "non_finite",

@@ -22,6 +22,11 @@ class Reshaped(LazyTensor):
         """As the source."""
         return self.source.computed
 
+    @property
+    def stored(self) -> tuple[str, int]:
+        """As the source."""
+        return self.source.stored
+
     def read_into(self, start: int, out: memoryview) -> None:
         """Read from the source: the order of elements is the same."""
         self.source.read_into(start, out)

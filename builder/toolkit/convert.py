@@ -14,6 +14,7 @@ from builder.formats.checkpoint import Checkpoint
 from builder.models.catalog import Architecture
 from builder.models.cut import foreign
 from builder.models.prediction import prediction as find_told
+from builder.plan import Plan
 from builder.plan.folders import VOCABULARY, find_layout, find_prediction
 from builder.recipe.names import SINGLE, Form, form_of, recipe_name
 from builder.sources.opened import OpenSource, Sources
@@ -55,8 +56,8 @@ def convert(
     """
     form = form_of(target)
     said = {
-        "verbatim": True,
-        "precision": "keep",
+        "verbatim": form != "gguf",
+        "precision": "fp16" if output.get("quantize") else "keep",
         **{k: v for k, v in output.items() if v not in (None, "error")},
     }
     if form in SINGLE and "shard_size" in said:
@@ -82,6 +83,11 @@ def convert(
             tokenizer = None
         if tokenizer is not None:
             said["tokenizer"] = str(tokenizer.absolute())
+
+    def say(plan: Plan) -> None:
+        for note in plan.notes:
+            workspace.reporter.note(note)
+
     name = recipe_name(source)
     made = run(
         CommandRecipe(name, {name: source}, name, output=said),
@@ -91,6 +97,7 @@ def convert(
         save=save,
         hashing=False,
         threads=threads,
+        before=say,
     )
     held = opened.checkpoint
     return Converted(
@@ -133,8 +140,9 @@ def _tokenizer(given: Path | None, source: Path) -> Path | None:
 def _lost(checkpoint: Checkpoint, form: Form) -> tuple[str, ...]:
     """What a checkpoint has that a form cannot hold, in words."""
     found = []
-    if checkpoint.others:
-        found.append(f"entries that are no tensors of the model: {listed(tuple(checkpoint.others))}")
+    # What a GGUF file says of itself under `general.` is of its form.
+    if others := tuple(n for n in checkpoint.others if not n.startswith("general.")):
+        found.append(f"entries that are no tensors of the model: {listed(others)}")
     if form == "torch" and checkpoint.metadata.keys() - {"format"}:
         found.append("metadata, which a dict of tensors cannot hold")
     return tuple(found)
