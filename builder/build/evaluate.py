@@ -10,8 +10,9 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from builder.base.errors import CkptError
+from builder.base.words import counted
 from builder.build.context import Context
-from builder.models.cut import Cut, cut
+from builder.models.cut import Cut, cut, numbers, packed_anew
 from builder.operations.fixes import FIXES, truncated_position_ids
 from builder.operations.lora.names import Shaped, Target, extracted, targets
 from builder.operations.registry import Setting
@@ -32,6 +33,10 @@ from builder.tensors.cast import PRECISIONS, Faults, cast_all
 from builder.tensors.lazy import LazyTensor
 from builder.tensors.merged import Shared
 
+# What to do with weights that cannot be decoded.
+_KEEP = "the precision `keep` leaves them as they are"
+_TAKE = "take a model with weights of 16 bits or more"
+
 
 @dataclass
 class Composer:
@@ -44,6 +49,7 @@ class Composer:
     opened: ExitStack
     faults: list[tuple[Key, str, Faults]] = field(default_factory=list)
     _found: dict[str, Cut] = field(default_factory=dict)
+    _operands: dict[str, Cut] = field(default_factory=dict)
 
     def error(self) -> CkptError | None:
         """The error that names every faulty tensor that was read, or None."""
@@ -70,10 +76,13 @@ class Composer:
         Reading stored components that it is made of, or this, may raise DamagedEntry.
         """
         job = self.context.component(key)
-        component, tensors, changes = self.origin(job.origin)
+        component, tensors, changes = (
+            self._operand(job.origin, _KEEP) if job.decodes else self.origin(job.origin)
+        )
         if isinstance(job.origin, Whole):
             kept = job.precision == "keep"  # nothing is looked at
-            return Cut(component, tensors if kept else self._cast(key, tensors, job.origin.exempt), changes)
+            whole_ = tensors if kept else self._cast(key, tensors, job.origin.exempt)
+            return self._packed(key, Cut(component, whole_, changes), tensors)
         done = [*changes]
         fixed = {c.partition(":")[0] for c in changes}
         made: Mapping[str, LazyTensor] = tensors
@@ -81,7 +90,30 @@ class Composer:
             made, words = FIXES[name].apply(made)
             done += [f"{name}: {word}" for word in words] or [f"{name}: nothing to change"]
         made, words = truncated_position_ids(made, self.context.node(key).label)
-        return Cut(component, self._cast(key, made), (*done, *words))
+        return self._packed(key, Cut(component, self._cast(key, made), (*done, *words)), made)
+
+    def _packed(self, key: Key, cut: Cut, exact: Mapping[str, LazyTensor]) -> Cut:
+        """The same, some weights packed anew, of what they were before they were rounded."""
+        job = self.context.component(key)
+        cls = None if job.cls == CHECKPOINT else job.cls
+        packed = packed_anew(exact, cls, job.quantize, self.context.sources.catalog)
+        if job.quantize is None or not packed:
+            return cut
+        count = sum(name in exact for name in packed)
+        word = f"quantized: {counted(count, 'weight')} to {job.quantize.scheme}"
+        return cut._replace(tensors={**cut.tensors, **packed}, changes=(*cut.changes, word))
+
+    def _operand(self, origin: Origin, hint: str = _TAKE) -> Cut:
+        """What an origin gives, packed weights decoded: each once, however many steps use it."""
+        said = json.dumps(origin_data(origin))
+        if said not in self._operands:
+            cut = self.origin(origin)
+            named = None if cut.component == CHECKPOINT else cut.component
+            tensors, words = numbers(cut.tensors, named, self.context.sources.catalog, hint)
+            if words and self._uses[said] > 1:
+                tensors = {n: Shared(t) if t is not cut.tensors[n] else t for n, t in tensors.items()}
+            self._operands[said] = cut._replace(tensors=tensors, changes=(*cut.changes, *words))
+        return self._operands[said]
 
     def _cast(
         self, key: Key, tensors: Mapping[str, LazyTensor], exempt: Sequence[str] = ()
@@ -155,7 +187,7 @@ class Composer:
         """What a step makes of a class."""
         catalog = self.context.sources.catalog
         operation = self.context.operations[job.op]
-        inputs = {p: self.origin(o) for p, o in job.inputs_by_name.items()}
+        inputs = {p: self._operand(o) for p, o in job.inputs_by_name.items()}
         traits = catalog.traits.get(job.cls)
         setting = Setting(
             job.cls,

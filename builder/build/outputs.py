@@ -405,7 +405,7 @@ class Assembly:
                 store.record(action, made)
             kept = store.blob_path(made.digest).exists()
             wanted = (store.keep_all and not kept) or (part.computed and self.parts_of.fetched(part.key))
-            if wanted and job.container.packing is None:  # in blocks, other numbers are in the file
+            if wanted and job.container.encoding is None:  # in blocks, other numbers are in the file
                 self._keep(made, source, part.names)
         sha256 = self._base_sha256()
         rows = {n: Row(t.dtype, t.shape, written.digests[n]) for n, t in beside.items()}

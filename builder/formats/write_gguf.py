@@ -23,6 +23,7 @@ from builder.tensors.cast import PRECISIONS, Cast, Fault, Faults, Narrow, NonFin
 from builder.tensors.ggml_blocks import BLOCKS, LARGE, SMALL, encode_q8_0
 from builder.tensors.lazy import WINDOW, DType, LazyTensor, MemoryTensor
 from builder.tensors.moves import Reshaped
+from builder.tensors.packed import packing
 from builder.tensors.scan import Span, run_pass
 
 VERSION = 3
@@ -42,7 +43,7 @@ _LARGEST = 65504.0 * 127  # that a block of Q8_0 holds
 
 
 @dataclass(frozen=True)
-class Packing:
+class Encoding:
     """How a diffusion model is written as GGUF, by what programs know it by there.
 
     `precision` is that of matrices, and with `quantize` they are in blocks of that. Vectors, what is small or
@@ -83,7 +84,7 @@ class Layout(NamedTuple):
 Specs = Mapping[str, tuple[DType, tuple[int, ...]]]
 
 
-def plan_layout(specs: Specs, packing: Packing, metadata: Mapping[str, str]) -> Layout:
+def plan_layout(specs: Specs, encoding: Encoding, metadata: Mapping[str, str]) -> Layout:
     """The layout of a GGUF file of tensors of these dtypes and shapes, without touching any data.
 
     Tensors are in the order of their names, texts of the metadata in that of their keys. Raises OutputError
@@ -92,15 +93,15 @@ def plan_layout(specs: Specs, packing: Packing, metadata: Mapping[str, str]) -> 
     shapes: dict[str, tuple[int, ...]] = {}
     types: dict[str, Type] = {}
     for name, (dtype, shape) in sorted(specs.items()):
-        shapes[name] = _stored(shape) if packing.reshaped else shape
-        types[name] = _type(name, dtype, shape, shapes[name], packing)
+        shapes[name] = _stored(shape) if encoding.reshaped else shape
+        types[name] = _type(name, dtype, shape, shapes[name], encoding)
         if len(name.encode("utf-8", "surrogatepass")) > MAX_NAME or not name or "\0" in name:
             evidence = f"programs have room for {MAX_NAME} bytes"
             raise OutputError(
                 Problem(f"a tensor cannot be named `{name}` in a GGUF file", evidence=(evidence,))
             )
     keys = [
-        _key(ARCHITECTURE, _STRING, _text(packing.architecture)),
+        _key(ARCHITECTURE, _STRING, _text(encoding.architecture)),
         _key("general.quantization_version", _UINT32, struct.pack("<I", BLOCKS_VERSION)),
         _key("general.file_type", _UINT32, struct.pack("<I", _file_type(types, shapes))),
     ]
@@ -122,24 +123,30 @@ def plan_layout(specs: Specs, packing: Packing, metadata: Mapping[str, str]) -> 
     return Layout(head, [i._replace(start=i.start + len(head)) for i in items], len(head) + at)
 
 
-def _type(name: str, dtype: DType, shape: tuple[int, ...], stored: tuple[int, ...], packing: Packing) -> Type:
-    wanted = PRECISIONS[packing.precision]
+def _type(
+    name: str, dtype: DType, shape: tuple[int, ...], stored: tuple[int, ...], encoding: Encoding
+) -> Type:
+    wanted = PRECISIONS[encoding.precision]
     if wanted is None or not dtype.floating:
         if dtype not in _CODES:
             hint = "give a precision: `fp16`, `bf16` or `fp32`" if dtype.floating else None
             evidence = (f"tensor `{name}`, {dtype.code} {list(shape)}",)
             raise OutputError(Problem(f"GGUF has no type for {dtype.code}", evidence=evidence, hint=hint))
         return dtype
-    if len(shape) < 2 or len(shape) > 4 or prod(shape) <= FEW or _fits(packing.full, name):
+    if len(shape) < 2 or len(shape) > 4 or prod(shape) <= FEW or _fits(encoding.full, name):
         return DType.F32
-    if packing.quantize is None or _fits(packing.whole, name) or stored[-1] % SMALL:
-        kept = dtype.bits < wanted.bits if packing.narrow == "fewer" else packing.narrow
+    if (
+        encoding.quantize is None
+        or _fits(encoding.whole, name, name.rpartition(".")[0])
+        or stored[-1] % SMALL
+    ):
+        kept = dtype.bits < wanted.bits if encoding.narrow == "fewer" else encoding.narrow
         return dtype if kept and dtype.bits <= wanted.bits and dtype in _CODES else wanted
     return _Q8
 
 
-def _fits(patterns: Iterable[str], name: str) -> bool:
-    return any(fits_pattern(p, name) if "*" in p else p == name for p in patterns)
+def _fits(patterns: Iterable[str], *names: str) -> bool:
+    return any(fits_pattern(p, n) if "*" in p else p == n for p in patterns for n in names)
 
 
 def _stored(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -184,7 +191,7 @@ def _key(name: str, kind: int, value: bytes) -> bytes:
 def write_gguf(
     path: Path | str,
     tensors: Mapping[str, LazyTensor],
-    packing: Packing,
+    encoding: Encoding,
     metadata: Mapping[str, str] | None = None,
     *,
     sha256: bool = True,
@@ -207,7 +214,11 @@ def write_gguf(
     are none always one.
     """
     path, metadata = Path(path), metadata or {}
-    layout = plan_layout({n: (t.dtype, t.shape) for n, t in tensors.items()}, packing, metadata)
+    if packed := packing(tensors):
+        raise packed.refused(
+            "have no place in a GGUF file", "a precision makes them numbers: `fp16` or `bf16`"
+        )
+    layout = plan_layout({n: (t.dtype, t.shape) for n, t in tensors.items()}, encoding, metadata)
     spans, at = [], 0
     for item in layout.items:
         tensor = tensors[item.name]
@@ -219,7 +230,7 @@ def write_gguf(
         with new_file(path, durable=durable, inputs=inputs) as file:
             check_room(path, file.fd, layout.size)
             write_all(file.fd, memoryview(layout.head), 0)
-            packer = _Packer(file.fd, layout.items, spans, packing, durable)
+            packer = _Packer(file.fd, layout.items, spans, encoding, durable)
             found = run_pass(
                 spans,
                 write=packer.write,
@@ -264,11 +275,11 @@ class _Packer:
     """Writes windows of tensors, in any order, as what they are in the file; holds that until it is taken."""
 
     def __init__(
-        self, fd: int, items: list[Item], spans: list[Span], packing: Packing, durable: bool
+        self, fd: int, items: list[Item], spans: list[Span], encoding: Encoding, durable: bool
     ) -> None:
         self._rounded, self._unfit = Faults(), Faults()
         self._write = write_through if durable else write_all
-        self._fd, self._items, self._spans, self._packing = fd, items, spans, packing
+        self._fd, self._items, self._spans, self._packing = fd, items, spans, encoding
         self._starts = [s.offset for s in spans]
         self._made: dict[tuple[int, int], bytes | memoryview] = {}  # by tensor and the window's first byte
 
@@ -305,14 +316,14 @@ class _Packer:
             return bytes(window)
         if isinstance(item.type, DType):
             values = MemoryTensor(dtype, (len(window) // dtype.itemsize,), bytes(window))
-            packing = self._packing
+            encoding = self._packing
             cast = Cast(
                 values,
                 item.type,
                 name=item.name,
                 faults=self._rounded,
-                overflow=packing.overflow,
-                non_finite=packing.non_finite,
+                overflow=encoding.overflow,
+                non_finite=encoding.non_finite,
             )
             return bytes(cast.tobytes())
         return self._blocks(item.name, dtype, window)

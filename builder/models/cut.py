@@ -7,11 +7,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from builder.base.errors import Problem, SourceError
-from builder.models.catalog import Names
-from builder.models.catalog.tables import NAMINGS
-from builder.models.identify import Identity, Match, as_class, attention_changes, layers_of
+from builder.models.catalog import RANK, Names
+from builder.models.catalog.tables import NAMINGS, Patterns
+from builder.models.identify import Identity, Match, as_class, attention_changes, identify, layers_of
 from builder.tensors.lazy import LazyTensor
 from builder.tensors.moves import Joined, Reshaped, Transposed
+from builder.tensors.packed.decode import Numbers, decoded
+from builder.tensors.packed.encode import Quantize, encoded
+from builder.tensors.packed.schemes import packing
 
 if TYPE_CHECKING:
     from builder.models.catalog import Catalog
@@ -76,6 +79,39 @@ def _promoted(identity: Identity, match: Match) -> dict[str, str]:
     if model is None or component.naming is None:
         return component.promote
     return component.promote | {NAMINGS[component.naming](name): name for name in model.companions}
+
+
+def numbers(tensors: Mapping[str, LazyTensor], component: str | None, catalog: Catalog, hint: str) -> Numbers:
+    """The tensors of a component (None: of a whole file), with what is packed decoded in the table's shapes.
+
+    Raises SourceError for what cannot be decoded; `hint` says what to do.
+    """
+    if not packing(tensors):
+        return Numbers(dict(tensors))
+    if component is not None:
+        rules = {name: rule.shape for name, rule in catalog.component(component).tensors.items()}
+    else:
+        matches = identify(tensors, catalog).matches
+        rules = {full: m.component.tensors[bare].shape for m in matches for bare, full in m.names.items()}
+    return decoded(tensors, {n: shape for n, shape in rules.items() if RANK not in shape}, hint)
+
+
+def packed_anew(
+    tensors: Mapping[str, LazyTensor], cls: str | None, quantize: Quantize | None, catalog: Catalog
+) -> dict[str, LazyTensor]:
+    """What becomes of those tensors of a class (None: of a whole file) that are packed; nothing is read."""
+    if quantize is None:
+        return {}
+    stays = {c: Patterns(patterns) for c, patterns in quantize.unquantized.items()}
+    if cls is not None:
+        return encoded(tensors, quantize.scheme, stays[cls].fit)
+    made: dict[str, LazyTensor] = {}
+    for match in (m for m in identify(tensors, catalog).matches if m.component.cls in stays):
+        layers = {full.rpartition(".")[0]: bare.rpartition(".")[0] for bare, full in match.names.items()}
+        staying = {full for full, own in layers.items() if stays[match.component.cls].fit(own)}
+        held = {full: tensors[full] for full in match.names.values()}
+        made |= encoded(held, quantize.scheme, staying.__contains__)
+    return made
 
 
 def joined(tensors: Mapping[str, LazyTensor], identity: Identity) -> tuple[dict[str, LazyTensor], Identity]:

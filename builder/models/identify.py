@@ -7,16 +7,13 @@ from collections import Counter, defaultdict
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 from builder.models.catalog import PLAIN, RANK, Architecture, Catalog, Component, Names
-from builder.tensors.packed import companions
+from builder.tensors.packed.schemes import Shape, Spec, Stored, companions, stored
 
 if TYPE_CHECKING:
     from builder.models.catalog.tables import Renaming
-    from builder.tensors.lazy import DType
-
-Shape = tuple[int, ...]
 
 # What training leaves behind and no loader asks for. Whatever else matches nothing stays "unknown".
 JUNK = re.compile(
@@ -37,16 +34,6 @@ def attention_changes(renamed: int, shapes: Iterable[Shape]) -> str:
     words += [f"{kinds[4]} reshaped to [n, n, 1, 1]"] * bool(kinds[4])
     words += [f"{kinds[1]} to [n]"] * bool(kinds[1])
     return ", ".join(words)
-
-
-class Spec(Protocol):
-    """All that identification looks at; a `LazyTensor` is one."""
-
-    @property
-    def shape(self) -> Shape: ...
-
-    @property
-    def dtype(self) -> DType: ...
 
 
 class Made(NamedTuple):
@@ -224,8 +211,9 @@ def identify(specs: Mapping[str, Spec], catalog: Catalog) -> Identity:
     A component matches when every required tensor is there in exactly its shape. Of components that fit
     the same tensors the one that explains most of them is chosen; of equals, the one whose class most
     architectures have a slot for. A class is filled by what is prefixed, then by its standard component.
-    Touches no tensor data.
+    A packed weight fits where its numbers would. Touches no tensor data.
     """
+    specs = stored(specs)
     found, rejected = _candidates(specs, catalog)
     matches, duplicates, outdone, notes = _choose(found, catalog)
     matches, architecture, intact, incomplete, absent = _architecture(matches, specs, catalog)
@@ -405,7 +393,7 @@ def _compare(
     for name, rule in component.tensors.whole.items():
         called = alone.name(name)
         full = local.get(called)
-        if full is not None and specs[full].shape == rule.shape:
+        if full is not None and _fits(specs[full], rule.shape):
             names[name] = full
             continue
         here, attention = called, _ATTENTION.fullmatch(called) if ".attn_1." in called else None
@@ -447,6 +435,10 @@ def _compare(
     return Rejection(component, prefix + alone.prefix, present, total, tuple(missing), tuple(misshapen))
 
 
+def _fits(spec: Spec, shape: Shape) -> bool:
+    return spec.shape == shape or (isinstance(spec, Stored) and spec.holds(shape))
+
+
 def _extents(shape: Shape) -> Shape:
     """A shape without dimensions of 1 at its end: a linear layer's is that of a 1x1 convolution."""
     while shape and shape[-1] == 1:
@@ -459,6 +451,7 @@ def as_class(match: Match, cls: str, specs: Mapping[str, Spec], catalog: Catalog
     if match.component.cls == cls:
         return match
     candidates = [c for c in catalog.classes[cls] if c.elements == match.component.elements]
+    specs = stored(specs) if candidates else specs
     own = match.component.alone
     inside = () if match.alone == own else (match.under + own.without, match.under.removesuffix(own.prefix))
     usual = (c.prefix for c in candidates if c.prefix)

@@ -7,8 +7,9 @@ from math import prod
 from typing import NamedTuple
 
 from builder.models.catalog import Catalog, KindRule, ModelRule
-from builder.models.identify import Identity, Spec
+from builder.models.identify import Identity
 from builder.models.parts import kind
+from builder.tensors.packed.schemes import Spec
 
 MANY = 20_000  # tensors; the largest files known have some thousands
 

@@ -13,7 +13,7 @@ from builder.operations.weights import by_tensor
 from builder.tensors.lazy import DType, LazyTensor
 from builder.tensors.merged import Elementwise
 from builder.tensors.moves import Columns, SideBySide
-from builder.tensors.packed import OPAQUE, packing
+from builder.tensors.packed import OPAQUE
 
 if TYPE_CHECKING:
     import torch
@@ -94,9 +94,6 @@ class Merge:
 
     def _apply(self, inputs: Mapping[str, Tensors], params: Mapping[str, Any], setting: Setting) -> Applied:
         order = [*self.inputs, *(k for k in inputs if k not in self.inputs and "@" not in k)]
-        for tensors in inputs.values():
-            if packed := packing(tensors):
-                raise packed.refused("cannot be merged", "merge models with weights of 16 bits or more")
         first = inputs[order[0]]
         names = [n for n, t in first.items() if takes_part(n, t, setting)]
         _check_alike(self.name, {k: inputs[k] for k in order}, names, setting.cls)

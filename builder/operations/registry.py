@@ -66,7 +66,8 @@ class Operation:
     `inputs` and `optional_inputs` are the keys that name a source or a step; `many` is one that holds a
     list of them, or where they are `weighted` a table, each with a weight of its own. `apply` gets the
     inputs' components of one class by key (those of a list or table by `KEY.NAME`), each a mapping of
-    unprefixed names, and the canonical parameters; it computes nothing yet. With `whole_models`, it gets
+    unprefixed names to numbers (what is packed is decoded), and the canonical parameters; it computes
+    nothing yet. With `whole_models`, it gets
     their other classes too, by `KEY@CLASS`. Of the inputs whose keys are `files`, it gets all that each
     holds, and the model's `classes` as a parameter. `version` is part of every key: a change of the result
     must change it.

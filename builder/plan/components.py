@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 from builder.base.errors import Problem, RecipeError
 from builder.models.catalog import Architecture
-from builder.models.cut import foreign
+from builder.models.cut import foreign, numbers, packed_anew
 from builder.models.parts import kind
 from builder.models.prediction import ARCHITECTURE, Prediction, prediction, read_markers
 from builder.operations.registry import Operation
@@ -38,6 +38,8 @@ from builder.plan.taken import component_name, quoted, taken, to_read
 from builder.recipe import FromBase, NewBase, Output, Pick, Recipe, Step, slot_problems
 from builder.recipe.check import MAX_STEPS
 from builder.sources.job import SourceJob, entry_name
+from builder.tensors.lazy import LazyTensor
+from builder.tensors.packed.encode import Quantize
 
 if TYPE_CHECKING:
     from builder.models.catalog import Catalog
@@ -486,6 +488,7 @@ class Components:
             output.narrow,  # type: ignore[arg-type]
             output.overflow,  # type: ignore[arg-type]
             output.non_finite,  # type: ignore[arg-type]
+            quantize=self._quantize(output, pick.cls),
         )
         if isinstance(origin, Finished) and origin.promote is None:
             inner = self.plan.nodes[origin.node].job
@@ -515,8 +518,20 @@ class Components:
             output.narrow,  # type: ignore[arg-type]
             output.overflow,  # type: ignore[arg-type]
             output.non_finite,  # type: ignore[arg-type]
+            quantize=self._quantize(output, *self.catalog.denoisers),
         )
         return self._component(job, f"{CHECKPOINT} {base.name}", Pick(CHECKPOINT, base.name))
+
+    def _quantize(self, output: Output, *classes: str) -> Quantize | None:
+        """How an output packs the weights of those of these classes that denoise.
+
+        None of a class of which the catalog says nothing, nor of adapters.
+        """
+        if output.quantize is None:
+            return None
+        traits, denoisers = self.catalog.traits, self.catalog.denoisers
+        near = {c: traits[c].unquantized.all for c in sorted(classes) if c in denoisers and c in traits}
+        return Quantize(output.quantize, near) if near else None
 
     def _component(self, job: ComponentJob, label: str, pick: Pick) -> Key:
         key = job.key
@@ -528,8 +543,9 @@ class Components:
         unseen = made is not None or self._elsewhere(job)
         specs = {} if unseen else to_read(self.plan, self.sources, job.origin)
         unknown = unseen or (job.cls == CHECKPOINT and not isinstance(job.origin, Whole))
-        made_of = {} if unknown else taken(self.plan, self.sources, self._shaped_as(job.origin))
-        sizes = component_specs(made_of, job.precision, job.narrow).values()
+        made_of = {} if unknown else self._made_of(job)
+        packed = packed_anew(made_of, None if job.cls == CHECKPOINT else job.cls, job.quantize, self.catalog)
+        sizes = component_specs(made_of, job.precision, job.narrow, packed).values()
         if job.precision == "keep" and (blocks := {b for t in made_of.values() if (b := _blocks(t))}):
             held = " and ".join(sorted(blocks))
             self.plan.say(
@@ -546,13 +562,23 @@ class Components:
             made=made,
         )
 
-    def _shaped_as(self, origin: Origin) -> Take | Whole:
-        """What of a source has the names and shapes of an origin: of a step, its first input's."""
+    def _made_of(self, job: ComponentJob) -> Mapping[str, LazyTensor]:
+        """What of a source has the names and shapes of a component: of a step, its first input's.
+
+        What is packed is as numbers, where these are wanted.
+        """
+        origin, decoded = job.origin, job.decodes
         while not isinstance(origin, Take | Whole):
-            job = self.plan.nodes[origin.node].job
-            assert isinstance(job, StepJob | ComponentJob)
-            origin = job.inputs_by_name[job.first] if isinstance(job, StepJob) else job.origin
-        return origin
+            near = self.plan.nodes[origin.node].job
+            assert isinstance(near, StepJob | ComponentJob)
+            decoded |= isinstance(near, StepJob) or near.decodes
+            origin = near.inputs_by_name[near.first] if isinstance(near, StepJob) else near.origin
+        held = taken(self.plan, self.sources, origin)
+        if not decoded:
+            return held
+        named = component_name(self.plan, self.sources, origin)
+        hint = "the precision `keep` leaves them as they are"
+        return numbers(held, None if named == CHECKPOINT else named, self.catalog, hint).tensors
 
     def _why(self, pick: Pick, action: str | None) -> str:
         if pick.source not in self.recipe.sources or self.recipe.sources[pick.source].recipe is not None:

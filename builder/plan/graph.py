@@ -8,11 +8,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from builder.base.errors import Place, Problem
 from builder.formats.layouts.configs import Prediction as Predicted
-from builder.formats.write_gguf import Packing
+from builder.formats.write_gguf import Encoding
 from builder.models.prediction import Marker, Prediction
 from builder.operations.fixes import FIXES, finished_types
 from builder.recipe.names import SINGLE, Form
@@ -20,6 +21,7 @@ from builder.sources.job import SourceJob
 from builder.tensors.cast import Narrow, NonFinite, Overflow, Precision
 from builder.tensors.digests import expression_key
 from builder.tensors.lazy import DType, LazyTensor
+from builder.tensors.packed.encode import Quantize
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -131,7 +133,7 @@ class ComponentJob:
     """A finished component: where it comes from, how it is repaired and rounded.
 
     `source` is what the recipe calls the source or step. `fixes` are those that apply to the class. With
-    `store`, its bytes are kept.
+    `store`, its bytes are kept. With `quantize`, weights are packed anew.
     """
 
     cls: str
@@ -143,6 +145,12 @@ class ComponentJob:
     overflow: Overflow
     non_finite: NonFinite
     store: bool = False
+    quantize: Quantize | None = None
+
+    @property
+    def decodes(self) -> bool:
+        """Whether packed weights become numbers: all get a precision, or are packed anew."""
+        return self.quantize is not None or (self.precision != "keep" and not self.narrow)
 
     def params(self) -> dict[str, Any]:
         """What of this, beside the origin, decides the bytes."""
@@ -152,6 +160,7 @@ class ComponentJob:
             "overflow": self.overflow,
             "non_finite": self.non_finite,
             **({"narrow": self.narrow} if self.narrow else {}),
+            **({"quantize": list(self.quantize)} if self.quantize else {}),
         }
 
     @property
@@ -184,7 +193,7 @@ class Container:
 
     `nesting` is where in a PyTorch file the tensors lie. `stem` begins the names of a set's files, of at most
     `shard_size` bytes of tensors. All else is for a folder in the diffusers layout of this name: what its
-    scheduler is told, and the files of its tokenizer. `packing` is of a GGUF file.
+    scheduler is told, and the files of its tokenizer. `encoding` is of a GGUF file.
     """
 
     form: Form = "safetensors"
@@ -195,7 +204,7 @@ class Container:
     prediction: Predicted = "epsilon"
     zero_snr: bool = False
     vocabulary: Mapping[str, bytes] = field(default_factory=dict)
-    packing: Packing | None = None
+    encoding: Encoding | None = None
 
     @property
     def single(self) -> bool:
@@ -205,7 +214,7 @@ class Container:
     def params(self) -> dict[str, Any]:
         """What decides the bytes, as data of a key."""
         words = {n: hashlib.sha256(data).hexdigest() for n, data in self.vocabulary.items()}
-        said = {k: v for k, v in asdict(self).items() if k != "packing" or v is not None}
+        said = {k: v for k, v in asdict(self).items() if k != "encoding" or v is not None}
         return {**said, "vocabulary": words}
 
 
@@ -392,8 +401,12 @@ class Plan:
 
 
 def component_specs(
-    tensors: Mapping[str, LazyTensor], precision: Precision, narrow: Narrow = False
+    tensors: Mapping[str, LazyTensor],
+    precision: Precision,
+    narrow: Narrow = False,
+    packed: Mapping[str, LazyTensor] = MappingProxyType({}),
 ) -> dict[str, tuple[DType, tuple[int, ...]]]:
-    """Names, dtypes and shapes that tensors will have in a precision."""
+    """Names, dtypes and shapes that tensors will have in a precision; some are `packed` anew."""
     types = finished_types(tensors, precision, narrow)
-    return {n: (types[n], t.shape) for n, t in tensors.items()}
+    made = {n: (types[n], t.shape) for n, t in tensors.items()}
+    return made | {n: (t.dtype, t.shape) for n, t in packed.items()}

@@ -13,7 +13,7 @@ from builder.base.errors import Problem, RecipeError, SourceError, did_you_mean
 from builder.base.files import read_bounded
 from builder.base.inside import is_inside, leads_out
 from builder.base.words import listed
-from builder.formats.write_gguf import Packing
+from builder.formats.write_gguf import Encoding
 from builder.formats.write_sharded import SHARD_SIZE, SUFFIX
 from builder.models.catalog import PLAIN, Architecture, Names
 from builder.models.identify import EMA, Identity
@@ -94,6 +94,7 @@ class _Resolver(Components):
         output = replace(output, fixes=with_profile(output.fixes, output.profile))
         name = str(place(output)) if place is not None else output.file
         target, form = (Path(name) if place is not None else self._target(output)), form_of(name)
+        self._check_blocks(output, target, form)
         base = self.source(output.base.name) if self._is_file(output.base) else None
         adapter = self.adapter(output)
         carried = self._carried(base)
@@ -114,7 +115,7 @@ class _Resolver(Components):
             nodes = {CHECKPOINT: self.component(output, Pick(CHECKPOINT, adapter.name, None, output.base.at))}
         else:
             architecture, picks = self.filled(output)
-            finished = self._before_packing(output, form)
+            finished = self._before_encoding(output, form)
             nodes = {cls: self.component(finished, pick) for cls, pick in picks.items()}
             told = self.told(output, picks, carried)
             denoiser = self._denoiser(picks)
@@ -142,7 +143,7 @@ class _Resolver(Components):
             target,
             architecture,
             {
-                cls: (self._written(cls, architecture) if container.packing is None else PLAIN, node)
+                cls: (self._written(cls, architecture) if container.encoding is None else PLAIN, node)
                 for cls, node in nodes.items()
             },
             base.key if base is not None else None,
@@ -245,12 +246,8 @@ class _Resolver(Components):
         classes: tuple[str, ...] = (),
     ) -> Container:
         """How an output is written; raises RecipeError, or SourceError for a base that cannot be so."""
-        if output.quantize in GGUF and form != "gguf":
-            fact = f"`{output.quantize}` is a type of GGUF, and `{target.name}` is no such file"
-            place = self.recipe.place(*output.at, "quantize", value=True)
-            raise RecipeError(Problem(fact, place, hint="end the name of the output in `.gguf`"))
         if form == "gguf":
-            return Container(form, packing=self._packing(output, target, classes))
+            return Container(form, encoding=self._encoding(output, target, classes))
         if form == "sharded":
             stem = target.name[: -len(SUFFIX)]
             return Container(form, stem=stem, shard_size=output.shard_size or SHARD_SIZE)
@@ -290,7 +287,22 @@ class _Resolver(Components):
             vocabulary=self._vocabulary(output),
         )
 
-    def _packing(self, output: Output, target: Path, classes: tuple[str, ...]) -> Packing:
+    def _check_blocks(self, output: Output, target: Path, form: Form) -> None:
+        """Raise RecipeError for blocks in what is no GGUF file, and for what GGUF does not have."""
+        if output.quantize is None or (output.quantize not in GGUF and form != "gguf"):
+            return
+        place = self.recipe.place(*output.at, "quantize", value=True)
+        if form != "gguf":
+            fact = f"`{output.quantize}` is a type of GGUF, and `{target.name}` is no such file"
+            raise RecipeError(Problem(fact, place, hint="end the name of the output in `.gguf`"))
+        if output.quantize not in GGUF:
+            fact = f"`{output.quantize}` is no type of GGUF"
+            raise RecipeError(Problem(fact, place, hint=f"there is {quoted(GGUF)}"))
+        if output.precision == "keep":
+            hint = "give the precision of what is not packed: `fp16`, `bf16` or `fp32`"
+            raise RecipeError(Problem("nothing is packed where all is kept as it is", place, hint=hint))
+
+    def _encoding(self, output: Output, target: Path, classes: tuple[str, ...]) -> Encoding:
         """How an output of these classes is written as GGUF; raises RecipeError for all but one."""
         traits = self.catalog.traits.get(classes[0]) if len(classes) == 1 else None
         if traits is None or traits.gguf is None:
@@ -304,16 +316,8 @@ class _Resolver(Components):
                     'make an output of it alone: `base = "NEW CLASS"`, or `ckpt extract FILE CLASS`',
                 )
             )
-        if output.quantize is not None and output.precision == "keep":
-            place = self.recipe.place(*output.at, "quantize", value=True)
-            hint = "give the precision of what is not packed: `fp16`, `bf16` or `fp32`"
-            raise RecipeError(Problem("nothing is packed where all is kept as it is", place, hint=hint))
-        if output.quantize not in (None, *GGUF):
-            place = self.recipe.place(*output.at, "quantize", value=True)
-            fact = f"`{output.quantize}` is no type of GGUF"
-            raise RecipeError(Problem(fact, place, hint=f"there is {quoted(GGUF)}"))
         said = traits.gguf
-        return Packing(
+        return Encoding(
             said.architecture,
             output.precision,  # type: ignore[arg-type]
             output.narrow,  # type: ignore[arg-type]
@@ -325,7 +329,7 @@ class _Resolver(Components):
             output.non_finite,  # type: ignore[arg-type]
         )
 
-    def _before_packing(self, output: Output, form: Form) -> Output:
+    def _before_encoding(self, output: Output, form: Form) -> Output:
         """The output as its components are finished: for GGUF in FP32, as each tensor is rounded once."""
         if form != "gguf" or output.precision == "keep":
             return output  # of which nothing is rounded or packed

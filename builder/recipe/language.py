@@ -37,6 +37,7 @@ from builder.recipe.names import FORMS as OUTPUT_FORMS
 from builder.recipe.profiles import PROFILES
 from builder.recipe.recipe import FORMAT
 from builder.recipe.weights import BlockWeights
+from builder.tensors.packed.encode import QUANTIZE
 
 if TYPE_CHECKING:
     from builder.models.catalog import Catalog
@@ -558,18 +559,18 @@ def _language(words: Vocabulary) -> Struct:
                 '"bf16"',
                 default="fp16",
             ),
-            "quantize": Key(
-                Choice("way to pack weights", GGUF),
-                "How the weights of layers are packed; all else has the precision.",
-                '"q8_0"',
-                otherwise="not at all",
-            ),
             "narrow": Key(
                 Either((Boolean(), Choice("way to round", NARROW))),
                 "Whether only what has more bits than the precision is rounded, and nothing is made wider; "
                 '`"fewer"`: what has fewer keeps its type.',
                 "true",
                 default=False,
+            ),
+            "quantize": Key(
+                Choice("scheme", {**QUANTIZE, **GGUF}),
+                "How the weights of its denoiser's linear layers are packed; in a GGUF file, those of all "
+                "layers.",
+                '"fp8"',
             ),
             "overflow": Key(
                 Choice("treatment", OVERFLOW),

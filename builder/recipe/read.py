@@ -253,8 +253,8 @@ def _recipe(said: dict[str, Any], document: Document, words: Vocabulary) -> Reci
 
 _PLAIN = (
     "precision",
-    "quantize",
     "narrow",
+    "quantize",
     "overflow",
     "non_finite",
     "profile",

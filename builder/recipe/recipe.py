@@ -125,14 +125,15 @@ class Output:
     """A file to write, with everything that holds for it: the recipe's own words or the output's.
 
     `file` is relative to the recipe's folder and stays inside it. `fixes` are in the order of the registry,
-    in which they are applied. `quantize` says how layers are packed beside that. With `narrow`, only what is
-    wider than `precision` is rounded. `keep` names tensors that are carried over from the base beside its
-    components; None: all optional ones it has. With `unknown` as `keep`, all else is carried over too but
-    averages and junk. `markers` are tensors that tell programs what the model predicts; None: those that its
-    UNET comes with. `config` is a file beside the recipe to copy beside the output, under the output's stem.
-    A `partial` one may leave slots of its architecture open. A `verbatim` one has every tensor of its base,
-    under the name it has there. `shard_size` is in bytes of tensors; `prediction` (`epsilon` or `v`) and
-    `tokenizer`, a folder with CLIP's vocabulary, are for diffusers' layout.
+    in which they are applied. With `narrow`, only what is wider than `precision` is rounded. `quantize` says
+    how the denoiser's weights are packed; None: they are not. `keep` names tensors that are carried over
+    from the base beside its components; None: all optional ones it has. With
+    `unknown` as `keep`, all else is carried over too but averages and junk. `markers` are tensors that tell
+    programs what the model predicts; None: those that its UNET comes with. `config` is a file beside the
+    recipe to copy beside the output, under the output's stem. A `partial` one may leave slots of its
+    architecture open. A `verbatim` one has every tensor of its base, under the name it has there.
+    `shard_size` is in bytes of tensors; `prediction` (`epsilon` or `v`) and `tokenizer`, a folder with CLIP's
+    vocabulary, are for diffusers' layout.
     """
 
     name: str
@@ -141,8 +142,8 @@ class Output:
     components: Mapping[str, Pick]
     fixes: tuple[str, ...] = ()
     precision: str = "fp16"
-    quantize: str | None = None
     narrow: bool | str = False
+    quantize: str | None = None
     overflow: str = "error"
     non_finite: str = "error"
     metadata: Mapping[str, str] = field(default_factory=dict)
@@ -186,8 +187,8 @@ class Output:
 
 _BY_DEFAULT = (
     "precision",
-    "quantize",
     "narrow",
+    "quantize",
     "overflow",
     "non_finite",
     "profile",

@@ -184,7 +184,7 @@ def test_unknown_tensors_are_named(folder: Folder) -> None:
     save(folder / "a.safetensors", {**model(), "strange": values([1.0, 2.0])})
     folder.write("m.toml", WHOLE)
     said = folder("build", "m.toml")
-    assert "left out of `a`: unknown, 1 tensors, 8 B" in said.err
+    assert "left out of `a`: unknown, 1 tensor, 8 B" in said.err
     assert folder.plan("m.toml")["left_out"] == [
         {"base": "a", "output": "m.safetensors", "reasons": {"unknown": {"keys": 1, "bytes": 8}}}
     ]

@@ -190,6 +190,12 @@ WRONG = {
         GGUF + 'quantize = "q8_0"\nprecision = "keep"\n',
         "nothing is packed where all is kept",
     ),
+    "another scheme": (
+        "numbers",
+        'base = "numbers"',
+        GGUF + 'quantize = "fp8"\n',
+        "`fp8` is no type of GGUF",
+    ),
     "all that a file has": (
         "numbers",
         'base = "numbers"',
@@ -200,7 +206,7 @@ WRONG = {
         "numbers",
         'base = "numbers"',
         GGUF + 'quantize = "q4_k"\n',
-        "unknown way to pack weights `q4_k`",
+        "unknown scheme `q4_k`",
     ),
 }
 

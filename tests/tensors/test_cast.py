@@ -294,15 +294,20 @@ def test_precisions(folder: Folder, precision: str, source: DType) -> None:
         assert made[name] == (dtype.code, tensor.shape, raw(plain(tensor, dtype)))
 
 
-def test_scaled_weights_keep_their_scales_or_are_refused(folder: Folder) -> None:
+def test_scaled_weights_keep_their_scales_or_are_decoded(folder: Folder) -> None:
     """No component's table has scales, and without them the weights would mean something else."""
     scaled = {n: _to_fp8(t) if n == WEIGHT else t for n, t in model().items()}
     scale = WEIGHT.replace(".weight", ".scale_weight")
     write(folder / "a.safetensors", {**scaled, scale: values([0.5])})
     folder.write("m.toml", RECIPE)
     said = folder("build", "m.toml")
-    assert said.code == 6
-    assert "scaled FP8" in said.err and "out.2.scale_weight" in said.err
+    assert said.code == 0 and "UNET-tiny of a: decoded: 1 weight of scaled FP8" in said.err
+    made = content(folder / "m.safetensors")
+    assert scale not in made and made[WEIGHT] == (
+        "F16",
+        scaled[WEIGHT].shape,
+        bytes(2 * scaled[WEIGHT].numel),
+    )
     folder.write("m.toml", RECIPE + 'output.precision = "keep"\n')
     folder.build("m.toml")
     made = content(folder / "m.safetensors")

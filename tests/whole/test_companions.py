@@ -148,15 +148,22 @@ def test_the_one_that_is_replaced_takes_its_own_along(folder: Folder, unet: dict
         assert not content(folder / "r.safetensors").keys() & {UNET + n for n in unet.keys() - {WEIGHT}}
 
 
-@pytest.mark.parametrize("unet", PACKED, indirect=True)
 @pytest.mark.parametrize(
-    "command",
+    ("command", "unet"),
     [
-        ("build", "m.toml"),
-        ("convert", "a.safetensors", "-o", "c.safetensors", "--precision", "fp16"),
-        ("convert", "mini.safetensors", "-o", "folder/"),
-        ("extract", "a.safetensors", "unet", "-o", "x.safetensors", "--precision", "bf16"),
+        *((("convert", "mini.safetensors", "-o", "folder/"), scheme) for scheme in PACKED),
+        *(
+            (command, scheme)
+            for command in (
+                ("build", "m.toml"),
+                ("plan", "m.toml"),
+                ("convert", "a.safetensors", "-o", "c.safetensors", "--precision", "fp16"),
+                ("extract", "a.safetensors", "unet", "-o", "x.safetensors", "--precision", "bf16"),
+            )
+            for scheme in ("scaled I8", "block FP8")  # without a description, or of no matrix
+        ),
     ],
+    indirect=["unet"],
 )
 def test_what_would_lose_its_meaning_is_refused_by_name(
     folder: Folder, unet: dict[str, LazyTensor], command: tuple[str, ...], request: pytest.FixtureRequest
@@ -288,7 +295,7 @@ def test_tables_of_bitsandbytes_are_not_rounded(folder: Folder) -> None:
     }
     save(folder / "a.safetensors", {**model(), **nf4})
     said = folder("convert", "a.safetensors", "-o", "c.safetensors", "--precision", "fp16")
-    assert said.code == 6 and "bitsandbytes NF4 weights cannot be cast" in said.err
+    assert said.code == 6 and "bitsandbytes NF4 weights cannot be decoded" in said.err
     assert folder("prune", "a.safetensors", "--force", "-o", "p.safetensors").code == 0
     held(content(folder / "p.safetensors"), nf4)
 

@@ -15,7 +15,6 @@ from builder.operations.registry import Applied, Operation, Param, Setting, Tens
 from builder.operations.weights import by_tensor
 from builder.tensors.lazy import DType, LazyTensor
 from builder.tensors.merged import Computed, Values, Whole, part, whole
-from builder.tensors.packed import packing
 
 if TYPE_CHECKING:
     import torch
@@ -55,8 +54,6 @@ class Use(NamedTuple):
 
 def _apply(inputs: Mapping[str, Tensors], params: Mapping[str, Any], setting: Setting) -> Applied:
     base = inputs["a"]
-    if packed := packing(base):
-        raise packed.refused("take no LoRA", "take a model with weights of 16 bits or more")
     own = setting.modules(setting.cls, base)
     weights: dict[str, list[Use]] = defaultdict(list)
     biases: dict[str, list[Use]] = defaultdict(list)

@@ -21,7 +21,6 @@ from builder.operations.registry import Applied, Operation, Param, Setting, Tens
 from builder.tensors.lazy import DType, LazyTensor, MemoryTensor
 from builder.tensors.merged import Computed, Elementwise, Values, whole, windows
 from builder.tensors.moves import Rows
-from builder.tensors.packed import packing
 from builder.tensors.scan import exact_torch, lone_torch
 
 if TYPE_CHECKING:
@@ -207,9 +206,6 @@ def _extract(inputs: Mapping[str, Tensors], params: Mapping[str, Any], setting: 
     words: list[str] = []
     for cls in dict.fromkeys(key.partition("@")[2] for key in inputs):
         tuned, base = (inputs[f"{key}@{cls}"] for key in ("a", "base"))
-        for tensors in (tuned, base):
-            if packed := packing(tensors):
-                raise packed.refused("give no LoRA", "take models with weights of 16 bits or more")
         targets = setting.extracted(cls, base, params.get("conv_rank") is not None)
         pairs = {module: _pair(tuned, base, target, cls) for module, target in targets.items()}
         least = params["min_difference"]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
-from typing import NamedTuple
+from math import prod
+from typing import Any, NamedTuple, Protocol
 
 from builder.base.errors import Problem, SourceError, clipped
 from builder.base.files import parse_json
@@ -28,6 +29,7 @@ class Scheme(NamedTuple):
     beside: tuple[str, ...] = ()
 
 
+_TABLES = tuple(f"weight.{n}" for n in ("absmax", "quant_map", "nested_absmax", "nested_quant_map"))
 GENERIC = "scaled"  # whose name the type of the weight completes
 # The first of them that is told is meant: several share names.
 SCHEMES = (
@@ -44,13 +46,9 @@ SCHEMES = (
         ("qweight", "smooth_factor", "smooth_factor_orig", "proj_down", "proj_up"),
     ),
     Scheme("GPTQ or AWQ", ("qweight", "qzeros"), ("scales", "g_idx")),
-    Scheme("bitsandbytes NF4", ("weight.quant_state.bitsandbytes__nf4",)),
-    Scheme("bitsandbytes FP4", ("weight.quant_state.bitsandbytes__fp4",)),
-    Scheme(
-        "bitsandbytes",
-        ("weight.absmax", "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map", "SCB"),
-        ("weight_format",),
-    ),
+    Scheme("bitsandbytes NF4", ("weight.quant_state.bitsandbytes__nf4",), _TABLES),
+    Scheme("bitsandbytes FP4", ("weight.quant_state.bitsandbytes__fp4",), _TABLES),
+    Scheme("bitsandbytes", (*_TABLES, "SCB"), ("weight_format",)),
     Scheme("block FP8", ("weight_scale_inv",), ("input_scale",)),
     Scheme("scaled FP8", ("scaled_fp8", "scale_weight", "scale_input")),
     Scheme(GENERIC, ("comfy_quant", "weight_scale", "input_scale", "pre_quant_scale")),
@@ -63,6 +61,82 @@ IN_HEADER = "_quantization_metadata"  # metadata that hold the descriptions of a
 # Every such name by its last part.
 _SIDES = {side.rpartition(".")[2]: side for s in SCHEMES for side in (*s.told_by, *s.beside)}
 _MAX_DESCRIPTION = 1 << 12  # bytes
+
+Shape = tuple[int, ...]
+Alike = Callable[[Shape, Shape], bool]
+
+
+class Spec(Protocol):
+    """What is known of a tensor before it is read; a `LazyTensor` is one."""
+
+    @property
+    def shape(self) -> Shape: ...
+
+    @property
+    def dtype(self) -> DType: ...
+
+
+class Stored(NamedTuple):
+    """A packed weight as a spec: `shape` is that of what is stored, not that of the numbers.
+
+    `alike` says whether numbers of another shape may be stored so.
+    """
+
+    shape: Shape
+    dtype: DType
+    alike: Alike
+
+    def holds(self, shape: Shape) -> bool:
+        """Whether numbers of this shape may be stored so."""
+        return self.alike(self.shape, shape)
+
+
+def up(size: int, step: int) -> int:
+    """A size with what is padded to a multiple of `step`."""
+    return -(-size // step) * step
+
+
+def _padded(step: int, a_byte: int = 1) -> Alike:
+    """Matrices with both sides padded to `step`, so many numbers a byte."""
+
+    def alike(stored: Shape, shape: Shape) -> bool:
+        rows, columns = shape if len(shape) == 2 else (0, 0)
+        return rows > 0 and stored in (
+            (rows, columns // a_byte),
+            (up(rows, step), up(columns, step) // a_byte),
+        )
+
+    return alike
+
+
+def _halves(stored: Shape, shape: Shape) -> bool:
+    """As many bytes as two numbers each take, in any shape."""
+    return prod(stored) == -(-prod(shape) // 2) > 0
+
+
+def stored(specs: Mapping[str, Spec]) -> Mapping[str, Spec]:
+    """The same, packed weights that have not the shape of their numbers as `Stored`; nothing is read."""
+    layers: dict[str, set[str]] = defaultdict(set)
+    for name in companions(specs):
+        layer, side = split(name)
+        layers[layer].add(side)
+    found: dict[str, Spec] = {}
+    for layer, sides in layers.items():
+        spec = specs.get(name := f"{layer}.weight" if layer else "weight")
+        if spec is None:
+            continue
+        alike: Alike | None = None
+        if any(side.startswith("weight.quant_state.") for side in sides):
+            alike = _halves
+        elif spec.dtype is DType.U8 and "weight_scale_2" in sides:
+            alike = _padded(16, 2)
+        elif spec.dtype is DType.I8 and "weight_scale" in sides:
+            alike = _padded(1, 2)
+        elif spec.dtype is DType.F8_E4M3 and "weight_scale" in sides:
+            alike = _padded(32)
+        if alike is not None:
+            found[name] = Stored(spec.shape, spec.dtype, alike)
+    return {**specs, **found} if found else specs
 
 
 @dataclass(frozen=True)
@@ -93,6 +167,11 @@ class Packing:
         return tuple(dict.fromkeys(told or [scheme.name for scheme in self.companions.values()]))
 
     @property
+    def named(self) -> str:
+        """The schemes as words."""
+        return " and ".join(self.schemes)
+
+    @property
     def evidence(self) -> str:
         """How many weights there are, and one of them, or of the companions."""
         for name, beside in self.weights.items():
@@ -101,16 +180,20 @@ class Packing:
             return f"{many}`{name}` ({self.tensors[name].dtype.code}){with_}"
         return f"`{next(iter(self.companions))}` is no weight, but says what others are worth"
 
+    def scheme(self, name: str) -> str:
+        """What a weight is packed by, in words; its description, which is small, is read."""
+        return self._scheme(name, self.weights[name])
+
     def refused(self, what: str, hint: str) -> SourceError:
         """The error that these weights, by the name of their scheme, `what` cannot be done with."""
-        schemes = " and ".join(self.schemes)
-        return SourceError(Problem(f"{schemes} weights {what}", evidence=(self.evidence,), hint=hint))
+        return SourceError(Problem(f"{self.named} weights {what}", evidence=(self.evidence,), hint=hint))
 
     def _scheme(self, name: str, beside: tuple[str, ...]) -> str:
         code = self.tensors[name].dtype.code
         for side in beside:
-            if side.endswith(DESCRIPTION) and (said := _format(self.tensors[side])) is not None:
-                return said
+            said = description(self.tensors[side]) if side.endswith(DESCRIPTION) else None
+            if said is not None and isinstance(called := said.get("format"), str):
+                return clipped(called, 40)
         scheme = next((self.companions[side].name for side in beside if side in self.companions), code)
         return f"scaled {code.partition('_')[0]}" if scheme == GENERIC else scheme
 
@@ -120,14 +203,14 @@ def packing(tensors: Mapping[str, LazyTensor]) -> Packing:
     found = companions(tensors)
     beside: dict[str, list[str]] = defaultdict(list)
     for name in found:
-        beside[_split(name)[0]].append(name)
+        beside[split(name)[0]].append(name)
     marked = _marked(found, (n for n, t in tensors.items() if _is_eight(t) and n not in found))
     weights = {}
     for name, tensor in tensors.items():
         layer, _, own = name.rpartition(".")
         few = _is_eight(tensor) or not tensor.dtype.floating
         sides = beside.get(layer, []) if own == "weight" and few else []
-        if sides or name in marked or tensor.dtype in OPAQUE:
+        if sides or name in marked or (tensor.dtype in OPAQUE and name not in found):
             weights[name] = tuple(dict.fromkeys((*sides, *marked.get(name, ()))))
     return Packing(tensors, weights, found)
 
@@ -138,7 +221,7 @@ def _is_eight(tensor: LazyTensor) -> bool:
 
 def _marked(companions: Iterable[str], names: Iterable[str]) -> dict[str, tuple[str]]:
     """Of names those that lie under a marker, each with the nearest."""
-    markers = [(n.removesuffix(MARKER), n) for n in companions if _split(n)[1] == MARKER]
+    markers = [(n.removesuffix(MARKER), n) for n in companions if split(n)[1] == MARKER]
     if not markers:
         return {}
     found: dict[str, tuple[str]] = {}
@@ -157,34 +240,33 @@ def _marked(companions: Iterable[str], names: Iterable[str]) -> dict[str, tuple[
 def companions(names: Iterable[str]) -> dict[str, Scheme]:
     """Of all names those of companions of packed weights, each with its scheme, in the order of the names."""
     sides: dict[str, set[str]] = defaultdict(set)
-    split = {name: at for name in names if (at := _split(name))[1]}
-    for layer, side in split.values():
+    places = {name: at for name in names if (at := split(name))[1]}
+    for layer, side in places.values():
         sides[layer].add(side)
     told = {at: next((s for s in SCHEMES if held & {*s.told_by}), None) for at, held in sides.items()}
     return {
         name: scheme
-        for name, (layer, side) in split.items()
+        for name, (layer, side) in places.items()
         if (scheme := told[layer]) is not None and side in (*scheme.told_by, *scheme.beside)
     }
 
 
-def _split(name: str) -> tuple[str, str]:
+def split(name: str) -> tuple[str, str]:
     """The layer that a companion is of, and what it is; of any other tensor, nothing."""
     side = _SIDES.get(name.rpartition(".")[2], "")
     layer = name.removesuffix(side)
     return (layer.removesuffix("."), side) if side and layer != name and layer[-1:] in ("", ".") else ("", "")
 
 
-def _format(description: LazyTensor) -> str | None:
-    """The name of a scheme by what describes a layer."""
-    if description.nbytes > _MAX_DESCRIPTION:
+def description(tensor: LazyTensor) -> dict[str, Any] | None:
+    """What a tensor of JSON says of a layer; None where it says nothing that can be read."""
+    if tensor.nbytes > _MAX_DESCRIPTION:
         return None
     try:
-        said = parse_json(bytes(description.tobytes()))
+        said = parse_json(bytes(tensor.tobytes()))
     except ValueError:
         return None
-    name = said.get("format") if isinstance(said, dict) else None
-    return clipped(name, 40) if isinstance(name, str) else None
+    return said if isinstance(said, dict) else None
 
 
 def described(tensors: Mapping[str, LazyTensor], text: str) -> dict[str, LazyTensor] | None:

@@ -1,0 +1,293 @@
+"""Packed weights are decoded bit for bit as the programs that pack them do; damaged ones are refused.
+
+What is expected was computed by comfy-kitchen, bitsandbytes and torchao, and lies in `packed.safetensors`,
+which `tests/help/packed_vectors.py` makes; where they are installed, they are asked again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import tracemalloc
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from math import prod
+
+import numpy as np
+import pytest
+import torch
+
+from builder.base.errors import SourceError
+from builder.formats import open_checkpoint
+from builder.models.samples import Repeated
+from builder.tensors.lazy import BY_TORCH_NAME, DType, LazyTensor, MemoryTensor
+from builder.tensors.merged import ELEMENTS
+from builder.tensors.packed.decode import decoded
+from tests.help.packed_vectors import PATH, REFERENCES
+
+Case = Mapping[str, LazyTensor]
+
+
+def _cases() -> dict[str, dict[str, LazyTensor]]:
+    found: dict[str, dict[str, LazyTensor]] = {}
+    with open_checkpoint(PATH) as held:
+        for name, tensor in held.items():
+            case, _, rest = name.partition("/")
+            copy = MemoryTensor(tensor.dtype, tensor.shape, bytes(tensor.tobytes()))
+            found.setdefault(case, {})[rest] = copy
+    return found
+
+
+CASES = _cases()
+
+
+def _decoded(case: Case, shape: tuple[int, ...]) -> LazyTensor:
+    """The weight of a case as numbers, beside which nothing is left."""
+    tensors = {f"x.{n}": t for n, t in case.items() if n not in ("shape", "sha256")}
+    made, words = decoded(tensors, {"x.weight": shape}, "")
+    assert made.keys() == {"x.weight"} and len(words) == 1
+    return made["x.weight"]
+
+
+def _shape(case: Case) -> tuple[int, ...]:
+    return tuple(np.frombuffer(case["shape"].tobytes(), "<i8").tolist())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_it_is_what_other_programs_make_of_it(name: str) -> None:
+    case = CASES[name]
+    made = _decoded(case, _shape(case))
+    assert (made.dtype, made.shape) == (DType.F32, _shape(case)) and made.computed
+    assert hashlib.sha256(made.tobytes()).digest() == case["sha256"].tobytes()
+
+
+@pytest.mark.parametrize("package", REFERENCES)
+@pytest.mark.filterwarnings("ignore")
+def test_the_programs_still_say_so(package: str) -> None:
+    pytest.importorskip(package)
+    for name, tensors in REFERENCES[package]().items():
+        worth = tensors.pop("worth").float()
+        made = _decoded({n: _lazy(t) for n, t in tensors.items()}, tuple(worth.shape))
+        found = torch.frombuffer(made.tobytes(), dtype=torch.float32).view(worth.shape)
+        assert torch.equal(found.view(torch.int32), worth.contiguous().view(torch.int32)), name
+
+
+def _lazy(tensor: torch.Tensor) -> LazyTensor:
+    dtype = BY_TORCH_NAME[str(tensor.dtype).removeprefix("torch.")]
+    data = tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    return MemoryTensor(dtype, tuple(tensor.shape), data)
+
+
+# -- windows
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_any_range_may_be_read_from_any_thread(name: str) -> None:
+    made = _decoded(CASES[name], _shape(CASES[name]))
+    whole = made.tobytes()
+    draw = random.Random(name)
+
+    def read(_: int) -> bool:
+        first = draw.randrange(made.numel)
+        count = draw.randrange(1, min(1000, made.numel - first) + 1)
+        out = bytearray(4 * count)
+        made.read_into(4 * first, memoryview(out))
+        return out == whole[4 * first : 4 * (first + count)]
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(read, range(100)))
+
+
+def _long(kind: str, rows: int, columns: int) -> dict[str, LazyTensor]:
+    """A weight whose every row is longer than a window, of bytes that repeat."""
+    block = memoryview(bytes(random.Random(kind).randrange(100) for _ in range(4096)))
+    ones = MemoryTensor(DType.F32, (), np.float32(0.5).tobytes())
+    tiles = (-(-rows // 128) * 128, columns // (16 if kind == "nvfp4" else 32))
+    said = {"format": kind, "convrot": True} if kind == "int8_tensorwise" else {"format": kind}
+    return {
+        "weight": Repeated(
+            {"nvfp4": DType.U8, "int8_tensorwise": DType.I8}.get(kind, DType.F8_E4M3),
+            (rows, columns // 2 if kind == "nvfp4" else columns),
+            block,
+        ),
+        "weight_scale": Repeated(DType.U8, tiles, block) if kind in ("nvfp4", "mxfp8") else ones,
+        "comfy_quant": _text(said),
+        **({"weight_scale_2": ones} if kind == "nvfp4" else {}),
+    }
+
+
+def _text(said: object) -> LazyTensor:
+    data = json.dumps(said).encode()
+    return MemoryTensor(DType.U8, (len(data),), data)
+
+
+@pytest.mark.parametrize("kind", ["float8_e4m3fn", "nvfp4", "mxfp8", "int8_tensorwise"])
+def test_a_row_may_be_longer_than_a_window(kind: str) -> None:
+    columns = 2 * ELEMENTS + 1024
+    made = _decoded(_long(kind, 2, columns), (2, columns))
+    parts = [bytes(w) for w in made.windows(1 << 12)]
+    assert b"".join(parts) == made.tobytes()
+
+
+@pytest.mark.parametrize("kind", ["float8_e4m3fn", "nvfp4", "mxfp8", "int8_tensorwise"])
+def test_memory_is_that_of_a_few_windows(kind: str) -> None:
+    made = _decoded(_long(kind, 3, 1 << 28), (3, 1 << 28))  # 3 GB as FP32
+    out = bytearray(1 << 20)
+    made.read_into(4 << 28, memoryview(out))
+    tracemalloc.start()
+    made.read_into(8 << 28, memoryview(out))
+    made.read_into((4 << 28) + 4096, memoryview(out))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 << 20  # torch's own are not counted: each is one window's
+
+
+# -- damage
+
+
+def test_every_damage_is_a_message() -> None:
+    draw = random.Random(0)
+    for name, case in CASES.items():
+        shape = _shape(case)
+        held = {n: t for n, t in case.items() if n not in ("shape", "sha256")}
+        for part in held:
+            for _ in range(12):
+                tensors = dict(held)
+                if (other := _damaged(held[part], draw)) is None:
+                    del tensors[part]
+                else:
+                    tensors[part] = other
+                try:
+                    made, _words = decoded({f"x.{n}": t for n, t in tensors.items()}, {"x.weight": shape}, "")
+                except SourceError as error:
+                    (problem,) = error.problems
+                    assert "weights cannot be decoded" in problem.fact and problem.evidence, (name, part)
+                else:
+                    for tensor in made.values():
+                        assert len(tensor.tobytes()) == tensor.nbytes
+
+
+def _damaged(tensor: LazyTensor, draw: random.Random) -> LazyTensor | None:
+    """The same with another type, shape or content, or none."""
+    data = bytes(tensor.tobytes())
+    way = draw.randrange(6)
+    if way == 0:
+        return None
+    if way == 1:
+        return MemoryTensor(DType.U8, (len(data),), data)
+    if way == 2:
+        return MemoryTensor(DType.F32, (len(data),), 4 * data)
+    if way == 3:
+        return MemoryTensor(tensor.dtype, (2, *tensor.shape), 2 * data)
+    if way == 4:
+        return MemoryTensor(tensor.dtype, tensor.shape, draw.randbytes(len(data)))
+    return MemoryTensor(tensor.dtype, (0, *tensor.shape), b"")
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "",
+        "[]",
+        "[" * 4000,
+        '{"shape": [7, 300]}',
+        '{"shape": [7, 300], "blocksize": 0}',
+        '{"shape": [7, 300], "blocksize": -64}',
+        '{"shape": [7, 300], "blocksize": true}',
+        '{"shape": [7, 300], "blocksize": 1e300}',
+        '{"shape": [7, 301], "blocksize": 64}',
+        '{"shape": [true, 2100], "blocksize": 64}',
+        '{"shape": [-7, -300], "blocksize": 64}',
+        '{"shape": [99999999999999999999999, 0], "blocksize": 64}',
+        '{"shape": {"0": 7}, "blocksize": 64}',
+        '{"shape": [], "blocksize": 64}',
+        '{"shape": null, "blocksize": 64}',
+        '{"shape": [7, 300], "blocksize": NaN}',
+    ],
+)
+def test_a_quant_state_is_a_strangers(said: str) -> None:
+    case = dict(CASES["bitsandbytes nf4"])
+    case["weight.quant_state.bitsandbytes__nf4"] = MemoryTensor(DType.U8, (len(said),), said.encode())
+    with pytest.raises(SourceError, match="bitsandbytes NF4 weights cannot be decoded"):
+        _decoded(case, (7, 300))
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"format": "float8_of_tomorrow"},
+        {"format": "asym_w4a8_int8"},
+        {"format": 7},
+        {"convrot": True, "per_row": True},  # what came before formats had names
+        {"format": "int8_tensorwise", "convrot": 1},
+        {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 3},
+        {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 4**30},
+        {"format": "int8_tensorwise", "params": {"convrot": True, "convrot_groupsize": "256"}},
+        {"format": "convrot_w4a4"},  # twice as many columns as the model has
+        {"format": "nvfp4"},
+    ],
+)
+def test_a_description_that_is_not_understood_is_refused(said: object) -> None:
+    case = {**CASES["int8_tensorwise rotated by 256"], "comfy_quant": _text(said)}
+    with pytest.raises(SourceError, match="weights cannot be decoded"):
+        _decoded(case, (5, 512))
+
+
+def test_what_is_nested_in_a_description_counts() -> None:
+    case = CASES["int8_tensorwise rotated by 16"]
+    said = {"format": "int8_tensorwise", "params": {"convrot": True, "convrot_groupsize": 16}}
+    made = _decoded({**case, "comfy_quant": _text(said)}, (5, 512))
+    assert hashlib.sha256(made.tobytes()).digest() == case["sha256"].tobytes()
+
+
+def _empty(dtype: DType, *shape: int) -> LazyTensor:
+    return MemoryTensor(dtype, shape, bytes(prod(shape) * dtype.bits // 8))
+
+
+@pytest.mark.parametrize(
+    ("scheme", "tensors"),
+    [
+        ("NVFP4", {"weight": _empty(DType.U8, 16, 8), "weight_scale_2": _empty(DType.F32)}),
+        ("scaled I8", {"weight": _empty(DType.I8, 4, 4), "weight_scale": _empty(DType.F32)}),
+        ("SVDQuant", {"qweight": _empty(DType.I8, 4, 4), "wscales": _empty(DType.F16, 4)}),
+        ("GPTQ or AWQ", {"qweight": _empty(DType.I32, 4, 4), "qzeros": _empty(DType.I32, 4)}),
+        (
+            "MLX",
+            {
+                "weight": _empty(DType.U32, 4, 4),
+                "scales": _empty(DType.F16, 4),
+                "biases": _empty(DType.F16, 4),
+            },
+        ),
+        ("compressed-tensors", {"weight_packed": _empty(DType.U8, 4, 4), "weight_scale": _empty(DType.F32)}),
+        ("W4A8", {"weight": _empty(DType.I8, 4, 4), "weight_s_rel": _empty(DType.F32)}),
+        ("bitsandbytes", {"weight": _empty(DType.I8, 4, 4), "SCB": _empty(DType.F32, 4)}),
+        ("F8_E8M0", {"weight": _empty(DType.F8_E8M0, 4, 4)}),
+        ("scaled", {"weight": _empty(DType.F16, 4, 4), "weight_scale": _empty(DType.F32)}),
+        (
+            "scaled F8",  # a scale of the input's channels, before it is multiplied
+            {
+                "weight": _empty(DType.F8_E4M3, 4, 4),
+                "weight_scale": _empty(DType.F32),
+                "pre_quant_scale": _empty(DType.F32, 4),
+            },
+        ),
+    ],
+)
+def test_what_nothing_is_known_of_is_refused_by_name(scheme: str, tensors: Case) -> None:
+    with pytest.raises(SourceError, match=f"^{scheme} weights cannot be decoded"):
+        decoded({f"x.{n}": t for n, t in tensors.items()}, {}, "")
+
+
+def test_a_scale_of_one_beside_a_plain_weight_says_nothing() -> None:
+    plain = {"x.weight": _empty(DType.BF16, 4, 4), "y.weight": _empty(DType.F8_E4M3, 4, 4)}
+    idle = {"x.scale_weight": MemoryTensor(DType.F32, (1,), np.float32(1).tobytes())}
+    marker = {"scaled_fp8": _empty(DType.F8_E4M3, 0)}
+    made, words = decoded({**plain, **idle, **marker}, {}, "")
+    assert made == plain and words == ("decoded: 1 weight of scaled FP8",)
+
+
+def test_what_is_not_packed_is_what_it_was() -> None:
+    plain = {"x.weight": _empty(DType.BF16, 4, 4), "x.input_scale": _empty(DType.F32)}
+    assert decoded(plain, {}, "") == (plain, ())
