@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from builder.base.progress import SILENT, Reporter
 from builder.models.catalog import Catalog, Scale
 from builder.tensors.lazy import LazyTensor
+from builder.tensors.packed.schemes import OF_INPUT, companions, split
 from builder.tensors.scan import BINS, scan
 
 if TYPE_CHECKING:
@@ -45,14 +46,17 @@ def counted(components: Mapping[str, Mapping[str, str]], catalog: Catalog) -> di
     """The tensors that the metric counts, each with its class: what `scan` takes as `groups`.
 
     `components` is, by class, unprefixed name to full name. Names of the class's tables count, companions
-    do not: what is no weight says nothing of the weights.
+    do not: what is no weight says nothing of the weights. Nothing of a class counts where weights that would
+    are packed: what is stored of them are not the numbers that the metric is of.
     """
     found: dict[str, str] = {}
     for cls, names in components.items():
         if (scale := catalog.scales.get(cls)) is not None:
             tables = [c.tensors for c in catalog.classes[cls]]
-            held = (b for b in names if scale.counts(b) and any(b in table for table in tables))
-            found |= {names[bare]: cls for bare in held}
+            held = [b for b in names if scale.counts(b) and any(b in table for table in tables)]
+            packed = {layer for layer, side in map(split, companions(names)) if side not in OF_INPUT}
+            if packed.isdisjoint(bare.rpartition(".")[0] for bare in held):
+                found |= {names[bare]: cls for bare in held}
     return found
 
 

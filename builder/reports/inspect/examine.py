@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +24,7 @@ from builder.reports.inspect.positions import PositionIds, read_position_ids
 from builder.tensors.digests import Row, component_digest
 from builder.tensors.lazy import LazyTensor
 from builder.tensors.packed import Packing, packing
+from builder.tensors.packed.decode import HALVES
 
 if TYPE_CHECKING:
     from builder.models.catalog import Catalog, Known, KnownFile, KnownPart
@@ -64,10 +66,23 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Quantized:
+    """Packed weights of a component (None: of nothing known), of so many weights, by scheme how many.
+
+    `bits` are those that each number of them takes, with all that lies beside it.
+    """
+
+    component: str | None
+    weights: int
+    schemes: Mapping[str, int]
+    bits: float
+
+
+@dataclass(frozen=True)
 class Report:
     """All that was found. Sizes are in bytes; names of tensors are the file's own.
 
-    `packed` are packed weights, and `schemes` what they are packed by, in words.
+    `packed` are packed weights.
     `metric` and `scans` are None and empty where no data was read. `published` is the entry of the very
     file, by its SHA-256; `model` the name of the published model that has the same metric.
     `kind` is what the file is to programs, None where that is unknown.
@@ -89,7 +104,6 @@ class Report:
     others: Mapping[str, str]
     nesting: str
     packed: Packing
-    schemes: tuple[str, ...]
     metric: Metric | None = None
     scans: Mapping[str, TensorScan] = field(default_factory=dict, repr=False)
     hashes: Mapping[str, str | None] = field(default_factory=dict)
@@ -110,6 +124,29 @@ class Report:
             count, total = found.get(name, (0, 0))
             found[name] = count + 1, total + size
         return dict(sorted(found.items(), key=lambda item: -item[1][1]))
+
+    @cached_property
+    def quantized(self) -> tuple[Quantized, ...]:
+        """What is packed, component by component."""
+        by_scheme = self.packed.by_scheme
+        found, rest = [], {n for names in by_scheme.values() for n in names}
+        for match in self.identity.matches:
+            rules = match.component.tensors
+            numbers = {f: math.prod(rules[n].shape) for n, f in match.names.items() if f in rest}
+            if numbers:
+                all_ = sum(n.endswith("weight") and len(rules[n].shape) > 1 for n in match.names)
+                found.append(self._quantized(match.component.name, numbers, all_))
+                rest -= numbers.keys()
+        halves = {n for scheme in HALVES for n in by_scheme.get(scheme, ())}
+        numbers = {n: self.tensors[n].numel * (1 + (n in halves)) for n in rest}
+        return (*found, self._quantized(None, numbers, len(rest))) if rest else tuple(found)
+
+    def _quantized(self, component: str | None, numbers: Mapping[str, int], weights: int) -> Quantized:
+        beside = {b for n in numbers for b in self.packed.weights[n]}
+        size = sum(self.tensors[n].nbytes for n in (*numbers, *beside))
+        schemes = {s: sum(n in numbers for n in names) for s, names in self.packed.by_scheme.items()}
+        bits = 8 * size / max(1, sum(numbers.values()))
+        return Quantized(component, weights, {s: n for s, n in schemes.items() if n}, bits)
 
     @cached_property
     def ema(self) -> Share:
@@ -233,6 +270,7 @@ def examine(
     """Inspect an open checkpoint, wherever it lies; as `build_report`. `identity` is what it is, if known."""
     identity = identity or identify(checkpoint, catalog)
     packed = packing(checkpoint)
+    _ = packed.by_scheme  # read as long as the file is open
     scans: Mapping[str, TensorScan] = {}
     label = None
     digits: Mapping[str, str] = {}
@@ -244,7 +282,10 @@ def examine(
         size=checkpoint.size,
         identity=identity,
         tensors=checkpoint.tensors,
-        parts=tuple(_part(m, checkpoint.tensors, scans, digits, catalog.known) for m in identity.matches),
+        parts=tuple(
+            _part(m, checkpoint.tensors, scans, digits, catalog.known, packed.weights)
+            for m in identity.matches
+        ),
         positions=read_position_ids(checkpoint),
         prediction=prediction(checkpoint, checkpoint.metadata, catalog),
         metadata=checkpoint.metadata,
@@ -252,7 +293,6 @@ def examine(
         others=checkpoint.others,
         nesting=checkpoint.nesting,
         packed=packed,
-        schemes=packed.schemes,
         metric=label,
         scans=scans,
         model=catalog.known.model(label.text) if label else None,
@@ -292,8 +332,10 @@ def _part(
     scans: Mapping[str, TensorScan],
     digits: Mapping[str, str],
     known: Known,
+    packed: Container[str],
 ) -> Part:
     held = {full: tensors[full] for full in match.full}
+    whole = {full: math.prod(match.component.tensors[n].shape) for n, full in match.names.items()}
     rows = {
         bare: Row(held[full].dtype, held[full].shape, scanned.digest)
         for bare, full in match.whole.items()
@@ -304,7 +346,7 @@ def _part(
     return Part(
         match,
         tensors=len(held),
-        parameters=sum(t.numel for t in held.values()),
+        parameters=sum(whole[n] if n in packed else t.numel for n, t in held.items()),
         bytes=sum(t.stored[1] for t in held.values()),
         dtypes=dict(Counter(t.stored[0] for t in held.values()).most_common()),
         digest=digest,

@@ -10,6 +10,7 @@ from builder.base.words import EXAMPLES, counted, listed
 from builder.formats.lost import problem_of
 from builder.models.identify import Match, Rejection
 from builder.reports.inspect.positions import Position
+from builder.tensors.packed.decode import why_not
 
 if TYPE_CHECKING:
     from builder.reports.inspect.examine import Report
@@ -191,13 +192,19 @@ def _where(match: Match) -> str:
 
 
 def _scales(report: Report) -> Iterator[Problem]:
-    if packed := report.packed:
-        schemes, beside = " and ".join(report.schemes), counted(len(packed.companions), "companion")
-        yield Problem(
-            f"{schemes} weights: {counted(len(packed.weights), 'tensor')} with {beside}",
-            evidence=(packed.evidence,),
-            hint="no cast can read them: keep their precision, or take the source they were made from",
-        )
+    """Weights, or companions without any, that nothing can decode."""
+    packed = report.packed
+    for scheme in packed.schemes if packed else ():
+        weights = packed.by_scheme.get(scheme, ())
+        if weights and (why := why_not(scheme)) is not None:
+            yield Problem(
+                f"{scheme} weights: {counted(len(weights), 'tensor')} that nothing here decodes",
+                evidence=(f"`{weights[0]}` ({report.tensors[weights[0]].dtype.code}): {why}",),
+                hint="keep their precision, or take the source they were made from",
+            )
+        elif not weights:
+            beside = counted(len(packed.companions), "companion")
+            yield Problem(f"{scheme} weights: 0 tensors with {beside}", evidence=(packed.evidence,))
 
 
 def _integers(report: Report) -> Iterator[Problem]:
@@ -210,7 +217,8 @@ def _integers(report: Report) -> Iterator[Problem]:
         odd = [
             f
             for n, f in match.names.items()
-            if not rules[n].dtype and not report.tensors[f].dtype.floating and report.tensors[f].numel > 1
+            if not (rules[n].dtype or report.tensors[f].dtype.floating or f in report.packed.weights)
+            and report.tensors[f].numel > 1
         ]
         if odd:
             kinds = sorted({report.tensors[name].dtype.code for name in odd})

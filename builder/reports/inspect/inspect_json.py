@@ -51,6 +51,15 @@ def _file(report: Report) -> Json:
         else None,
         "components": [_part(p) for p in report.parts],
         "types": {t: {"tensors": n, "bytes": size} for t, (n, size) in report.types.items()},
+        "packed": [
+            {
+                "component": q.component,
+                "weights": q.weights,
+                "schemes": dict(q.schemes),
+                "bits_per_weight": round(q.bits, 3),
+            }
+            for q in report.quantized
+        ],
         "metric": report.metric.text if report.metric else None,
         "known": {
             "file": report.published and report.published.name,

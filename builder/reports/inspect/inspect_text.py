@@ -10,7 +10,7 @@ from builder.base.page import LABEL, Style
 from builder.base.progress import human_bytes
 from builder.base.words import CONTAINERS, TYPES, counted, examples, grouped
 from builder.models.prediction import KINDS, Prediction
-from builder.reports.inspect.examine import Part, Report, Share
+from builder.reports.inspect.examine import Part, Quantized, Report, Share
 from builder.reports.inspect.faults import describe
 
 Row = Sequence[str]
@@ -79,6 +79,8 @@ class _Page:
         if r.metric is not None and any(c.isdigit() for c in r.metric.text):
             same = f", which is that of {r.model}" if r.model else ""
             yield from self.fact("metric", f"({r.metric.text}){same}")
+        for packed in r.quantized:
+            yield from self.fact("packed", _packed(packed))
         if r.prediction.signs:
             yield from self.fact("predicts", _predicts(r.prediction))
         if r.container == "gguf":
@@ -205,6 +207,13 @@ def _predicts(told: Prediction) -> str:
     """What is predicted, and what says so."""
     kind = KINDS[told.signs[0].kind] + (", to zero terminal SNR" if told.zero_snr else "")
     return f"{kind}, says {told.signs[0].what}"
+
+
+def _packed(packed: Quantized) -> str:
+    """What of a component is packed, how, and what a number of it takes."""
+    schemes = ", ".join(f"{count:,} {scheme}" for scheme, count in packed.schemes.items())
+    whose = f" of {packed.weights:,} weights of {packed.component}" if packed.component else ""
+    return f"{schemes}{whose}, {packed.bits:.2f} bits a number"
 
 
 def _types(part: Part) -> str:

@@ -13,6 +13,7 @@ from builder.tensors.merged import ELEMENTS
 from builder.tensors.packed.schemes import (
     DESCRIPTION,
     MARKER,
+    OF_INPUT,
     Packing,
     Shape,
     description,
@@ -126,7 +127,6 @@ class _Layer(NamedTuple):
 
 # What a decoder gives for a layer; what else may lie beside it says nothing of its value.
 _Decoder = Callable[[_Layer], LazyTensor]
-_OF_INPUT = {"input_scale", "scale_input", DESCRIPTION, MARKER}
 _SCALES = {"weight_scale", "scale_weight", "weight_scale_2", "weight_scale_inv"}
 _FLOATS = (DType.F32, DType.F16, DType.BF16, DType.F64)
 _F8 = (DType.F8_E4M3, DType.F8_E5M2, DType.F8_E4M3FNUZ, DType.F8_E5M2FNUZ)
@@ -146,11 +146,11 @@ def _decoder(packed: Packing, name: str, shape: Shape | None) -> LazyTensor:
             raise _OddError("its description has no `format`")
         kind = said["format"]
     if kind not in _KINDS:
-        raise _OddError(_WHY_NOT.get(kind, "nothing is known of such"))
+        raise _OddError(_WHY_NOT.get(kind, _UNKNOWN))
     types, sides, make = _KINDS[kind]
     if weight.dtype not in types:
         raise _OddError(f"it is {weight.dtype.code}")
-    if odd := sorted(beside.keys() - sides - _OF_INPUT):
+    if odd := sorted(beside.keys() - sides - OF_INPUT):
         raise _OddError(f"it has a `{odd[0]}`, and nothing is known of such")
     made = make(_Layer(weight, beside, said, shape))
     if shape is not None and made.shape != shape:
@@ -343,13 +343,13 @@ def _in_blocks(
 
 def _nvfp4(layer: _Layer) -> LazyTensor:
     """Two E2M1 a byte, the higher half first, times an E4M3 for 16 and an FP32 for all."""
-    import torch
-
     all_ = layer.side("weight_scale_2", *_FLOATS)
     if all_.numel != 1:
         raise _OddError(f"its `weight_scale_2` is {list(all_.shape)}, not one number")
 
     def value(held: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        import torch
+
         table = torch.tensor([*_E2M1, *(-n for n in _E2M1)], dtype=torch.float64)
         numbers = table[torch.stack((held >> 4, held & 15), -1).flatten(1).int()]
         of_block = scales.contiguous().view(torch.float8_e4m3fn).double()
@@ -360,9 +360,10 @@ def _nvfp4(layer: _Layer) -> LazyTensor:
 
 def _mxfp8(layer: _Layer) -> LazyTensor:
     """FP8 times a power of two for 32."""
-    import torch
 
     def value(held: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        import torch
+
         powers = torch.tensor([*(2.0 ** (e - 127) for e in range(255)), math.nan], dtype=torch.float64)
         return held.view(layer.weight.dtype.torch).double().mul_(powers[scales.int()])
 
@@ -493,6 +494,15 @@ _KINDS: Mapping[str, tuple[tuple[DType, ...], set[str], _Decoder]] = {
         for kind in ("nf4", "fp4")
     },
 }
+HALVES = {"nvfp4", "convrot_w4a4", "bitsandbytes NF4", "bitsandbytes FP4"}  # two numbers a byte
+_UNKNOWN = "nothing is known of such"
+
+
+def why_not(scheme: str) -> str | None:
+    """Why a scheme is not decoded; None where it is, for all that its name says."""
+    return None if scheme in _KINDS else _WHY_NOT.get(scheme, _UNKNOWN)
+
+
 # Schemes that nothing here reads, and why.
 _WHY_NOT = {
     "NVFP4": "no description says in which order its scales lie",

@@ -6,7 +6,7 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from itertools import islice
+from functools import cached_property
 from math import prod
 from typing import Any, NamedTuple, Protocol
 
@@ -57,6 +57,8 @@ SCHEMES = (
 MARKER = "scaled_fp8"  # speaks of all that lies under its prefix
 DESCRIPTION = "comfy_quant"  # of a layer, as JSON
 IN_HEADER = "_quantization_metadata"  # metadata that hold the descriptions of all layers
+
+OF_INPUT = {MARKER, DESCRIPTION, "input_scale", "scale_input"}  # say nothing of what a weight is worth
 
 # Every such name by its last part.
 _SIDES = {side.rpartition(".")[2]: side for s in SCHEMES for side in (*s.told_by, *s.beside)}
@@ -159,12 +161,26 @@ class Packing:
         """All of them: no cast may touch any."""
         return {*self.weights, *self.companions}
 
+    @cached_property
+    def by_scheme(self) -> Mapping[str, tuple[str, ...]]:
+        """The weights by what they are packed by, in words.
+
+        Of weights that look alike one description is read, which is small.
+        """
+        said: dict[object, str] = {}
+        found: dict[str, list[str]] = defaultdict(list)
+        for name, beside in self.weights.items():
+            sides = [(split(b)[1], self.tensors[b].nbytes * b.endswith(DESCRIPTION)) for b in beside]
+            alike = self.tensors[name].dtype, tuple(sides)
+            if alike not in said:
+                said[alike] = self._scheme(name, beside)
+            found[said[alike]].append(name)
+        return {scheme: tuple(names) for scheme, names in found.items()}
+
     @property
     def schemes(self) -> tuple[str, ...]:
-        """What the weights are packed by, in words; a few descriptions, which are small, are read."""
-        few = islice(self.weights.items(), 8)
-        told = [self._scheme(name, beside) for name, beside in few]
-        return tuple(dict.fromkeys(told or [scheme.name for scheme in self.companions.values()]))
+        """What the weights are packed by, in words, or what companions without weights are of."""
+        return tuple(self.by_scheme or dict.fromkeys(scheme.name for scheme in self.companions.values()))
 
     @property
     def named(self) -> str:
