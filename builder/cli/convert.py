@@ -39,7 +39,7 @@ from builder.toolkit.convert import convert
 @click.option(
     "--precision",
     type=click.Choice(list(PRECISIONS)),
-    help="Of the weights; kept by default, or FP16 where others are packed.",
+    help="Of the weights; kept by default, but FP16 of what is in no blocks of a GGUF file.",
 )
 @quantize_option
 @click.option(

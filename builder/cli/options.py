@@ -12,7 +12,7 @@ import click
 from builder.base.errors import Problem, UsageError
 from builder.cli.terminal import make_reporter
 from builder.operations.fixes import FIXES
-from builder.recipe.language import GGUF
+from builder.recipe.language import QUANTIZE
 from builder.recipe.lock import LOCK
 from builder.recipe.profiles import PROFILES
 from builder.tensors.cast import PRECISIONS
@@ -71,8 +71,8 @@ _OPTIONS = (
 
 quantize_option = click.option(
     "--quantize",
-    type=click.Choice(list(GGUF)),
-    help="Pack the weights of layers so; q8_0 is for a GGUF file.",
+    type=click.Choice(list(QUANTIZE)),
+    help="Pack the weights of the denoiser's layers; q8_0 is for a GGUF file, all else for others.",
 )
 
 save_option = click.option(

@@ -41,7 +41,8 @@ from builder.plan.keys import assembly_key, recall_beside, recall_output
 from builder.plan.metadata import stated_metadata
 from builder.plan.taken import component_name, quoted, to_read
 from builder.recipe import FromBase, Output, Pick, Recipe
-from builder.recipe.language import GGUF
+from builder.recipe.check import form_problem
+from builder.recipe.language import QUANTIZE
 from builder.recipe.names import SINGLE, Form, form_of
 from builder.recipe.profiles import MAX_SIDECAR, sidecar, warnings, with_profile
 from builder.recipe.read import outside
@@ -94,7 +95,7 @@ class _Resolver(Components):
         output = replace(output, fixes=with_profile(output.fixes, output.profile))
         name = str(place(output)) if place is not None else output.file
         target, form = (Path(name) if place is not None else self._target(output)), form_of(name)
-        self._check_blocks(output, target, form)
+        self._check_quantize(output, target, form)
         base = self.source(output.base.name) if self._is_file(output.base) else None
         adapter = self.adapter(output)
         carried = self._carried(base)
@@ -287,18 +288,14 @@ class _Resolver(Components):
             vocabulary=self._vocabulary(output),
         )
 
-    def _check_blocks(self, output: Output, target: Path, form: Form) -> None:
-        """Raise RecipeError for blocks in what is no GGUF file, and for what GGUF does not have."""
-        if output.quantize is None or (output.quantize not in GGUF and form != "gguf"):
+    def _check_quantize(self, output: Output, target: Path, form: Form) -> None:
+        """Raise RecipeError for weights packed in a way that the form does not hold, or of no precision."""
+        if output.quantize is None:
             return
         place = self.recipe.place(*output.at, "quantize", value=True)
-        if form != "gguf":
-            fact = f"`{output.quantize}` is a type of GGUF, and `{target.name}` is no such file"
-            raise RecipeError(Problem(fact, place, hint="end the name of the output in `.gguf`"))
-        if output.quantize not in GGUF:
-            fact = f"`{output.quantize}` is no type of GGUF"
-            raise RecipeError(Problem(fact, place, hint=f"there is {quoted(GGUF)}"))
-        if output.precision == "keep":
+        if form not in (forms := QUANTIZE[output.quantize].forms):
+            raise RecipeError(form_problem(output.quantize, forms, target.name, form, place))
+        if form == "gguf" and output.precision == "keep":
             hint = "give the precision of what is not packed: `fp16`, `bf16` or `fp32`"
             raise RecipeError(Problem("nothing is packed where all is kept as it is", place, hint=hint))
 

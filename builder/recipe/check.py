@@ -5,7 +5,7 @@ from __future__ import annotations
 import posixpath
 import re
 from bisect import bisect
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from typing import TYPE_CHECKING, Any
@@ -338,10 +338,14 @@ def _forms(recipe: Recipe, words: Vocabulary) -> Iterator[Problem]:
         for key, forms in _FOR.items():
             if not getattr(output, key) or output.form in forms:
                 continue
-            meant = " or ".join(dict.fromkeys(_WORDS[form] for form in forms))
-            fact = f"`{key}` is for {meant}, and `{output.file}` is {_WORDS[output.form]}"
-            hint = "remove it, or give the output another `file`: its ending says what is written"
-            yield Problem(fact, recipe.place(*output.at, key), hint=hint)
+            yield form_problem(key, forms, output.file, output.form, recipe.place(*output.at, key))
+
+
+def form_problem(word: str, forms: Iterable[Form], file: str, form: Form, place: Place | None) -> Problem:
+    """That a word of an output is for some forms, and its file has another."""
+    meant = " or ".join(dict.fromkeys(_WORDS[form] for form in forms))
+    hint = "remove it, or give the output another `file`: its ending says what is written"
+    return Problem(f"`{word}` is for {meant}, and `{file}` is {_WORDS[form]}", place, hint=hint)
 
 
 def _adapters(recipe: Recipe, words: Vocabulary) -> Iterator[Problem]:

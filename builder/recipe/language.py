@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from builder.base.addresses import FORMS, check_address
 from builder.base.errors import CatalogError, Place, Problem, did_you_mean
@@ -32,12 +32,11 @@ from builder.base.words import SIZE, parse_size
 from builder.models.prediction import EMPTY
 from builder.operations.fixes import Fix
 from builder.operations.registry import Operation, Param
-from builder.recipe.names import ENDING, UNSEEN
+from builder.recipe.names import ENDING, UNSEEN, Form
 from builder.recipe.names import FORMS as OUTPUT_FORMS
 from builder.recipe.profiles import PROFILES
 from builder.recipe.recipe import FORMAT
 from builder.recipe.weights import BlockWeights
-from builder.tensors.packed.encode import QUANTIZE
 
 if TYPE_CHECKING:
     from builder.models.catalog import Catalog
@@ -51,7 +50,20 @@ PRECISIONS = {
     "fp32": "single precision",
     "keep": "each tensor as its source has it",
 }
-GGUF = {"q8_0": "blocks of 32 numbers of 8 bits and their scale, in a GGUF file"}
+
+
+class Quantization(NamedTuple):
+    """A way to pack weights: what it is, and the forms of outputs that hold it."""
+
+    doc: str
+    forms: tuple[Form, ...] = ("safetensors", "torch", "sharded")
+
+
+QUANTIZE = {
+    "fp8": Quantization("FP8 (E4M3) with an FP32 scale for each weight, ComfyUI's `float8_e4m3fn`"),
+    "int8": Quantization("integers of 8 bits with an FP32 scale for each row, ComfyUI's `int8_tensorwise`"),
+    "q8_0": Quantization("blocks of 32 numbers of 8 bits and their scale, in a GGUF file", ("gguf",)),
+}
 NARROW = {"fewer": "what has fewer bits keeps its type"}
 OVERFLOW = {
     "error": "the build fails and names the tensor",
@@ -567,7 +579,7 @@ def _language(words: Vocabulary) -> Struct:
                 default=False,
             ),
             "quantize": Key(
-                Choice("scheme", {**QUANTIZE, **GGUF}),
+                Choice("scheme", {word: q.doc for word, q in QUANTIZE.items()}),
                 "How the weights of its denoiser's linear layers are packed; in a GGUF file, those of all "
                 "layers.",
                 '"fp8"',

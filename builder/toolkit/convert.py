@@ -57,7 +57,7 @@ def convert(
     form = form_of(target)
     said = {
         "verbatim": form != "gguf",
-        "precision": "fp16" if output.get("quantize") else "keep",
+        "precision": "fp16" if output.get("quantize") and form == "gguf" else "keep",
         **{k: v for k, v in output.items() if v not in (None, "error")},
     }
     if form in SINGLE and "shard_size" in said:

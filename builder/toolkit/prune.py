@@ -320,7 +320,7 @@ def _refusal(path: Path, report: Report) -> Problem | None:
         hint = "`--force` drops EMA and junk all the same, and keeps the rest" if report.tensors else None
         return Problem(f"not pruned: {what}", place, fault.evidence, hint)
     lost = report.junk.bytes + report.astray.bytes
-    if any(t.stored[0] != t.dtype.code for t in report.tensors.values()):
+    if report.blocks:
         hint = "`ckpt convert` or `ckpt extract` writes it in a precision; `--force` prunes it all the same"
         return Problem(
             "not pruned: its weights are in blocks, and would take more room as 16 bits", place, hint=hint

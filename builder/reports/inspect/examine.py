@@ -125,6 +125,11 @@ class Report:
             found[name] = count + 1, total + size
         return dict(sorted(found.items(), key=lambda item: -item[1][1]))
 
+    @property
+    def blocks(self) -> bool:
+        """Whether numbers lie in blocks, which 16 bits each would outgrow."""
+        return any(t.stored[0] != t.dtype.code for t in self.tensors.values())
+
     @cached_property
     def quantized(self) -> tuple[Quantized, ...]:
         """What is packed, component by component."""

@@ -98,11 +98,11 @@ class _Page:
         if r.optional.names:
             by_size = sorted(r.optional.names, key=lambda n: r.tensors[n].nbytes)
             yield from self.fact("extra", examples(by_size, 4))
-        if r.parts and r.precision_waste * 1000 > (0 if self.full else r.pruned):
+        if r.parts and not r.blocks and r.precision_waste * 1000 > (0 if self.full else r.pruned):
             wasted = self.size(r.precision_waste)
             yield from self.fact("precision", f"{wasted} wasted: 16 bits a number would do")
         saved = r.ema.bytes + r.junk.bytes + r.astray.bytes + r.precision_waste
-        if r.identity.intact and saved * 100 > r.pruned:
+        if r.identity.intact and not r.blocks and saved * 100 > r.pruned:
             yield from self.fact("pruned", f"{human_bytes(r.size)} → {self.size(r.pruned)}")
         if r.metadata and not self.full:
             keys = counted(len(r.metadata), "key")

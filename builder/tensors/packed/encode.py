@@ -17,11 +17,6 @@ from builder.tensors.packed.schemes import DESCRIPTION, OPAQUE
 if TYPE_CHECKING:
     import torch
 
-QUANTIZE = {
-    "fp8": "FP8 (E4M3) with an FP32 scale for each weight, ComfyUI's `float8_e4m3fn`",
-    "int8": "integers of 8 bits with an FP32 scale for each row, ComfyUI's `int8_tensorwise`",
-}
-
 LEAST = 1 << 10  # numbers of a weight: what has no more is not packed, nor
 STEP = 16  # what kernels cannot multiply: sides that are no multiples of this
 _PLAIN = re.compile(r"norm|embed")  # in the name of a layer: none that multiplies activations
