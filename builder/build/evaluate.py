@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from builder.base.errors import CkptError
+from builder.base.errors import CkptError, OutputError, Problem
 from builder.base.words import counted
 from builder.build.context import Context
 from builder.models.cut import Cut, cut, numbers, packed_anew
@@ -97,8 +97,12 @@ class Composer:
         job = self.context.component(key)
         cls = None if job.cls == CHECKPOINT else job.cls
         packed = packed_anew(exact, cls, job.quantize, self.context.sources.catalog)
-        if job.quantize is None or not packed:
+        if job.quantize is None:
             return cut
+        if not packed:
+            fact = f"there is nothing to quantize in `{self.context.node(key).label}`"
+            evidence = "no linear layer of a denoiser that the catalog knows is large enough"
+            raise OutputError(Problem(fact, evidence=(evidence,), hint="leave `quantize` out"))
         count = sum(name in exact for name in packed)
         word = f"quantized: {counted(count, 'weight')} to {job.quantize.scheme}"
         return cut._replace(tensors={**cut.tensors, **packed}, changes=(*cut.changes, word))

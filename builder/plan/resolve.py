@@ -138,6 +138,10 @@ class _Resolver(Components):
             if form in SINGLE:
                 usual_ = self._is_usual(called, architecture)
                 sidecar_ = self._sidecar(output, architecture, told.prediction, usual_)
+        if form != "gguf" and output.quantize and not any(map(self._quantizes, nodes.values())):
+            at, evidence = self.recipe.place(*output.at, "quantize"), f"it has {quoted(nodes) or 'nothing'}"
+            hint = "remove `quantize`: it is for the weights of what predicts the noise"
+            raise RecipeError(Problem("there is nothing to quantize", at, (evidence,), hint))
         job = OutputJob(
             self.recipe,
             output,
@@ -173,6 +177,10 @@ class _Resolver(Components):
         )
         node = self._state(self.plan.nodes[key], job, parts, base)
         self.plan.nodes[key] = node
+
+    def _quantizes(self, key: Key) -> bool:
+        job = self.plan.nodes[key].job
+        return isinstance(job, ComponentJob) and job.quantize is not None
 
     def _name(self, key: Key, told: Told) -> str | None:
         """The catalog's name of a denoiser; None where what it comes from cannot be seen from here."""

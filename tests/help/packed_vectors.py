@@ -145,6 +145,19 @@ def torchao() -> dict[str, dict[str, Any]]:
     return made
 
 
+def encoded() -> dict[str, dict[str, Any]]:
+    """What comfy-kitchen makes of a weight, its `source`, where ours is to be the same."""
+    import torch
+    from comfy_kitchen.backends.eager import quantization
+
+    weight = _weight(64, 48, seed=8)
+    scale = weight.abs().amax() / 448
+    held = quantization.quantize_per_tensor_fp8(weight, scale, torch.float8_e4m3fn)
+    made = {"fp8": {"source": weight, "weight": held, "weight_scale": scale}}
+    held, scale = quantization.quantize_int8_rowwise(weight)
+    return made | {"int8": {"source": weight.clone(), "weight": held, "weight_scale": scale}}
+
+
 REFERENCES = {"comfy_kitchen": comfy_kitchen, "bitsandbytes": bitsandbytes, "torchao": torchao}
 
 
@@ -166,6 +179,7 @@ def write() -> None:
         flat |= {f"{case}/{n}": t.contiguous() for n, t in held.items()}
         flat[f"{case}/shape"] = torch.tensor(worth.shape)
         flat[f"{case}/sha256"] = torch.tensor(list(digest(worth)), dtype=torch.uint8)
+    flat |= {f"{case}/{n}": t.contiguous() for case, held in encoded().items() for n, t in held.items()}
     save_file(flat, PATH)
 
 

@@ -17,14 +17,20 @@ from math import prod
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
 from builder.base.errors import SourceError
 from builder.formats import open_checkpoint
 from builder.models.samples import Repeated
+from builder.tensors.cast import UnfitError
 from builder.tensors.lazy import BY_TORCH_NAME, DType, LazyTensor, MemoryTensor
 from builder.tensors.merged import ELEMENTS
 from builder.tensors.packed.decode import decoded
+from builder.tensors.packed.encode import FORMS, encoded
 from tests.help.packed_vectors import PATH, REFERENCES
+from tests.help.packed_vectors import encoded as by_others
 
 Case = Mapping[str, LazyTensor]
 
@@ -40,6 +46,7 @@ def _cases() -> dict[str, dict[str, LazyTensor]]:
 
 
 CASES = _cases()
+ENCODED = {name: CASES.pop(name) for name in ("fp8", "int8")}
 
 
 def _decoded(case: Case, shape: tuple[int, ...]) -> LazyTensor:
@@ -291,3 +298,97 @@ def test_a_scale_of_one_beside_a_plain_weight_says_nothing() -> None:
 def test_what_is_not_packed_is_what_it_was() -> None:
     plain = {"x.weight": _empty(DType.BF16, 4, 4), "x.input_scale": _empty(DType.F32)}
     assert decoded(plain, {}, "") == (plain, ())
+
+
+# -- packing
+
+
+def _encoded(tensor: LazyTensor, scheme: str) -> dict[str, LazyTensor]:
+    return encoded({"x.weight": tensor}, scheme, lambda layer: False)
+
+
+@pytest.mark.parametrize("scheme", ENCODED)
+def test_it_is_packed_as_other_programs_do(scheme: str) -> None:
+    case = ENCODED[scheme]
+    made = _encoded(case["source"], scheme)
+    assert made.keys() == {"x.weight", "x.weight_scale", "x.comfy_quant"}
+    for name in ("weight", "weight_scale"):
+        ours, theirs = made[f"x.{name}"], case[name]
+        assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
+        assert ours.tobytes() == theirs.tobytes()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_they_still_do_so() -> None:
+    pytest.importorskip("comfy_kitchen")
+    for scheme, case in by_others().items():
+        made = _encoded(_lazy(case["source"]), scheme)
+        assert made["x.weight"].tobytes() == _lazy(case["weight"]).tobytes()
+        assert made["x.weight_scale"].tobytes() == _lazy(case["weight_scale"]).tobytes()
+
+
+_NUMBERS = st.floats(-60000, 60000, width=32) | st.floats(-(2**-10), 2**-10, width=32) | st.just(0.0)
+
+
+@given(arrays(np.float32, (48, 32), elements=_NUMBERS))
+@settings(max_examples=60, deadline=None)
+def test_what_is_packed_is_near_what_it_was(weight: np.ndarray) -> None:
+    tensor = MemoryTensor(DType.F32, weight.shape, weight.tobytes())
+    for scheme in FORMS:
+        made = _encoded(tensor, scheme)
+        scale = np.frombuffer(made["x.weight_scale"].tobytes(), "<f4").astype(float)
+        again = decoded(made, {}, "").tensors["x.weight"]
+        found = np.frombuffer(again.tobytes(), "<f4").reshape(weight.shape).astype(float)
+        if scheme == "int8":
+            bound = 0.5001 * scale[:, None] + np.zeros_like(found)
+        else:  # three bits of fraction, and below 2^-6 steps of 2^-9
+            bound = np.maximum(np.abs(weight.astype(float)) * 2**-4, scale * 2**-10) * 1.001
+        assert (np.abs(found - weight) <= bound).all()
+        assert (np.sign(found) * np.sign(weight) >= 0).all()
+
+
+def test_threads_do_not_matter_to_what_is_packed() -> None:
+    draw = np.random.default_rng(0)
+    weight = draw.standard_normal((1040, 528), "f4")  # several windows, whose ends lie within rows
+    tensor = MemoryTensor(DType.F32, weight.shape, weight.tobytes())
+    for scheme in FORMS:
+        made = _encoded(tensor, scheme)["x.weight"]
+        whole = _encoded(tensor, scheme)["x.weight"].tobytes()
+
+        def read(first: int, made: LazyTensor = made) -> bytes:
+            out = bytearray(min(5000, made.nbytes - first))
+            made.read_into(first, memoryview(out))
+            return bytes(out)
+
+        with ThreadPoolExecutor(4) as pool:
+            assert b"".join(pool.map(read, range(0, made.nbytes, 5000))) == whole
+
+
+def test_what_is_packed_and_what_is_not() -> None:
+    large = _empty(DType.F16, 64, 32)
+    tensors = {
+        **dict.fromkeys(
+            ("a.weight", "b.c.weight", "stays.weight", "x_embedder.weight", "norm1.linear.weight"), large
+        ),
+        "a.bias": _empty(DType.F16, 64),
+        "small.weight": _empty(DType.F16, 32, 32),
+        "odd.weight": _empty(DType.F16, 64, 40),
+        "conv.weight": _empty(DType.F16, 64, 32, 1, 1),
+        "ids.weight": _empty(DType.I64, 64, 32),
+        "table": large,
+    }
+    made = encoded(tensors, "fp8", lambda layer: layer == "stays")
+    assert made.keys() == {
+        f"{n}.{s}" for n in ("a", "b.c") for s in ("weight", "weight_scale", "comfy_quant")
+    }
+
+
+@pytest.mark.parametrize("odd", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("scheme", FORMS)
+def test_what_is_no_number_is_not_packed(scheme: str, odd: float) -> None:
+    weight = np.ones((64, 32), "f4")
+    weight[3, 4] = odd
+    made = _encoded(MemoryTensor(DType.F32, weight.shape, weight.tobytes()), scheme)
+    for tensor in (made["x.weight"], made["x.weight_scale"]):
+        with pytest.raises(UnfitError, match="has values that are no numbers"):
+            tensor.tobytes()

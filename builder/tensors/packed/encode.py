@@ -40,7 +40,7 @@ class _Form(NamedTuple):
     by_row: bool
 
 
-_FORMS = {
+FORMS = {
     "fp8": _Form(DType.F8_E4M3, "float8_e4m3fn", 448.0, False),
     "int8": _Form(DType.I8, "int8_tensorwise", 127.0, True),
 }
@@ -55,7 +55,7 @@ def encoded(
     of. Scales are found in a pass of their own over each weight. What is no number raises UnfitError when it
     is read: no scheme has it.
     """
-    form = _FORMS[scheme]
+    form = FORMS[scheme]
     text = json.dumps({"format": form.called}).encode()
     made: dict[str, LazyTensor] = {}
     for name, tensor in tensors.items():
