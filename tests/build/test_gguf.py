@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 
 from builder.formats import open_checkpoint
+from builder.recipe.language import QUANTIZE
 from builder.recipe.lock import read_lock
+from builder.tensors.ggml_blocks import BLOCKS
+from builder.tensors.packed.encode import FORMS
 from tests.help.building import UNET, Folder, content, model, save, save_dirty, values
 from tests.help.gguf_files import packed, write
 
@@ -231,3 +234,8 @@ def test_what_has_no_place_is_told(folder: Folder) -> None:
     assert said.code == 0
     assert "a GGUF file has no place for `v_pred`" in said.err
     assert "v_pred" not in stored(folder / "a.gguf")
+
+
+def test_every_way_to_pack_is_one_that_is_made() -> None:
+    assert {w for w, q in QUANTIZE.items() if "gguf" not in q.forms} == set(FORMS)
+    assert {w for w, q in QUANTIZE.items() if "gguf" in q.forms} <= {name.lower() for name in BLOCKS}

@@ -13,6 +13,7 @@ import pytest
 from builder.base.errors import SourceError
 from builder.formats import open_checkpoint
 from builder.tensors.lazy import DType
+from tests.help.building import Folder
 from tests.help.gguf_files import PACKED, Types, info, key, random_blocks, raw, text, write
 
 
@@ -263,3 +264,15 @@ def test_types_that_are_not_read_are_named(tmp_path: Path) -> None:
         "1 tensor as `c`: MXFP4 / take the model as one of Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, "
         "Q5_K, Q6_K, or as F16 or BF16"
     )
+
+
+def test_commands_say_of_each_what_is_wrong(tmp_path: Path) -> None:
+    folder = Folder.below(tmp_path)
+    for name, (data, fact) in REFUSED.items():
+        (folder / "a.gguf").write_bytes(data)
+        for words in (("inspect", "a.gguf"), ("convert", "a.gguf", "-o", "a.safetensors")):
+            said = folder(*words)
+            assert said.code == 6, name
+            assert fact in " ".join((said.out + said.err).split()), name
+            assert "Traceback" not in said.out + said.err, name
+    assert not (folder / "a.safetensors").exists()
