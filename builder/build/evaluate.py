@@ -27,15 +27,12 @@ from builder.plan.graph import (
     Whole,
     origin_data,
 )
-from builder.plan.taken import match_of, whole
+from builder.plan.taken import match_of, place_of, whole
 from builder.sources.job import SourceJob
 from builder.tensors.cast import PRECISIONS, Faults, cast_all
 from builder.tensors.lazy import LazyTensor
 from builder.tensors.merged import Shared
-
-# What to do with weights that cannot be decoded.
-_KEEP = "the precision `keep` leaves them as they are"
-_TAKE = "take a model with weights of 16 bits or more"
+from builder.tensors.packed.decode import WIDER
 
 
 @dataclass
@@ -77,7 +74,7 @@ class Composer:
         """
         job = self.context.component(key)
         component, tensors, changes = (
-            self._operand(job.origin, _KEEP) if job.decodes else self.origin(job.origin)
+            self._operand(job.origin, job.hint) if job.decodes else self.origin(job.origin)
         )
         if isinstance(job.origin, Whole):
             kept = job.precision == "keep"  # nothing is looked at
@@ -107,13 +104,15 @@ class Composer:
         word = f"quantized: {counted(count, 'weight')} to {job.quantize.scheme}"
         return cut._replace(tensors={**cut.tensors, **packed}, changes=(*cut.changes, word))
 
-    def _operand(self, origin: Origin, hint: str = _TAKE) -> Cut:
+    def _operand(self, origin: Origin, hint: str = WIDER) -> Cut:
         """What an origin gives, packed weights decoded: each once, however many steps use it."""
         said = json.dumps(origin_data(origin))
         if said not in self._operands:
             cut = self.origin(origin)
             named = None if cut.component == CHECKPOINT else cut.component
-            tensors, words = numbers(cut.tensors, named, self.context.sources.catalog, hint)
+            sources = self.context.sources
+            place = place_of(self.context.plan, sources, origin)
+            tensors, words = numbers(cut.tensors, named, sources.catalog, hint, place)
             if words and self._uses[said] > 1:
                 tensors = {n: Shared(t) if t is not cut.tensors[n] else t for n, t in tensors.items()}
             self._operands[said] = cut._replace(tensors=tensors, changes=(*cut.changes, *words))

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
-from builder.base.errors import Problem, SourceError
+from builder.base.errors import Place, Problem, SourceError
 from builder.models.catalog import RANK, Names
 from builder.models.catalog.tables import NAMINGS, Patterns
 from builder.models.identify import Identity, Match, as_class, attention_changes, identify, layers_of
@@ -81,10 +81,16 @@ def _promoted(identity: Identity, match: Match) -> dict[str, str]:
     return component.promote | {NAMINGS[component.naming](name): name for name in model.companions}
 
 
-def numbers(tensors: Mapping[str, LazyTensor], component: str | None, catalog: Catalog, hint: str) -> Numbers:
+def numbers(
+    tensors: Mapping[str, LazyTensor],
+    component: str | None,
+    catalog: Catalog,
+    hint: str,
+    place: Place | None = None,
+) -> Numbers:
     """The tensors of a component (None: of a whole file), with what is packed decoded in the table's shapes.
 
-    Raises SourceError for what cannot be decoded; `hint` says what to do.
+    Raises SourceError for what cannot be decoded; `hint` says what to do, `place` where they are.
     """
     if not packing(tensors):
         return Numbers(dict(tensors))
@@ -93,7 +99,7 @@ def numbers(tensors: Mapping[str, LazyTensor], component: str | None, catalog: C
     else:
         matches = identify(tensors, catalog).matches
         rules = {full: m.component.tensors[bare].shape for m in matches for bare, full in m.names.items()}
-    return decoded(tensors, {n: shape for n, shape in rules.items() if RANK not in shape}, hint)
+    return decoded(tensors, {n: shape for n, shape in rules.items() if RANK not in shape}, hint, place)
 
 
 def packed_anew(

@@ -10,7 +10,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 from builder.models.catalog import PLAIN, RANK, Architecture, Catalog, Component, Names
-from builder.tensors.packed.schemes import Shape, Spec, Stored, companions, stored
+from builder.tensors.packed.decode import why_not
+from builder.tensors.packed.schemes import GENERIC, Shape, Spec, Stored, companions, stored
 
 if TYPE_CHECKING:
     from builder.models.catalog.tables import Renaming
@@ -172,7 +173,8 @@ class Identity:
     not; companions of packed weights, of a component or none; what no loader reads; what nothing explains.
     `duplicates` are second matches of a class, which are junk. `astray` are the matches in a whole
     checkpoint, averages aside, that its architecture has no slot for. `notes` say how ambiguities were
-    resolved.
+    resolved. `undecoded` says of weights of no component by which schemes they are packed that nothing here
+    decodes.
     """
 
     architecture: str | None
@@ -189,6 +191,7 @@ class Identity:
     incomplete: str | None = None
     absent: tuple[str, ...] = ()
     astray: tuple[Match, ...] = ()
+    undecoded: tuple[str, ...] = ()
 
     @property
     def companions(self) -> tuple[str, ...]:
@@ -230,6 +233,9 @@ def identify(specs: Mapping[str, Spec], catalog: Catalog) -> Identity:
     complete = [replace(m, companions=own[i]) for i, m in enumerate([*matches, *duplicates])]
     matches, duplicates = complete[: len(matches)], complete[len(matches) :]
     rest = _sort_leftovers(specs, matches, duplicates, besides, catalog)
+    sides = companions(specs)
+    known = {full for m in (*matches, *duplicates) for full in m.companions.values()}
+    schemes = dict.fromkeys(s.name for n, s in sides.items() if n not in known and s.name != GENERIC)
     return Identity(
         architecture,
         intact,
@@ -238,13 +244,16 @@ def identify(specs: Mapping[str, Spec], catalog: Catalog) -> Identity:
         tuple(notes),
         optional=tuple(rest["optional"]),
         ema=tuple(rest["ema"]),
-        scales=tuple(companions(specs)),
+        scales=tuple(sides),
         junk=tuple(rest["junk"]),
         unknown=tuple(rest["unknown"]),
         duplicates=tuple(duplicates),
         incomplete=incomplete,
         absent=absent,
         astray=tuple(m for m in matches if intact and home and not (m.ema or m.component.cls in home.slots)),
+        undecoded=tuple(
+            f"a weight packed by {s} is not decoded: {why}" for s in schemes if (why := why_not(s))
+        ),
     )
 
 

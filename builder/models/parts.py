@@ -8,6 +8,7 @@ from builder.base.errors import Place, Problem, UsageError, did_you_mean
 from builder.base.words import spelling
 from builder.models.catalog import Architecture, Catalog
 from builder.models.identify import Identity, Match
+from builder.tensors.packed.decode import WIDER
 
 
 def find_part(word: str, identity: Identity, path: Path, catalog: Catalog) -> Match:
@@ -78,5 +79,7 @@ def _absent(word: str, alike: list[Match], identity: Identity, path: Path, catal
     near = [r.describe() for r in rejected]
     twin = next((c for c in held if c.base and known in (c.base, catalog.component(c.base).cls)), None)
     hint = rejected[0].hint if rejected else None
+    hint = WIDER if identity.undecoded else hint
     hint = f"`{twin.name}` is an average that can take its place" if twin is not None else hint
-    return Problem(f"there is no `{known}` in this file", place, (*near[:2], holds), hint)
+    evidence = (*near[:2], holds, *identity.undecoded)
+    return Problem(f"there is no `{known}` in this file", place, evidence, hint)

@@ -34,11 +34,12 @@ from builder.plan.graph import (
 )
 from builder.plan.keys import action_key, recall_prediction, tables
 from builder.plan.metadata import carried_metadata
-from builder.plan.taken import component_name, quoted, taken, to_read
+from builder.plan.taken import component_name, place_of, quoted, taken, to_read
 from builder.recipe import FromBase, NewBase, Output, Pick, Recipe, Step, slot_problems
 from builder.recipe.check import MAX_STEPS
 from builder.sources.job import SourceJob, entry_name
 from builder.tensors.lazy import LazyTensor
+from builder.tensors.packed.decode import WIDER
 from builder.tensors.packed.encode import Quantize
 
 if TYPE_CHECKING:
@@ -425,9 +426,11 @@ class Components:
             self.plan.say(f"the VAE is that of `{whose.name}`, as merged ones break colours; {hint}")
             return False
         if absent := [step.inputs[p] for p in models if self._held(models[p], cls) is None]:
-            if given:
+            why = self._undecoded(absent[0])
+            if given or why:
                 place = self.recipe.place("steps", step.name)
-                raise RecipeError(Problem(f"`{absent[0]}` has no {cls} to be merged", place))
+                fact = f"`{absent[0]}` has no {cls} to be merged"
+                raise RecipeError(Problem(fact, place, why, WIDER if why else None))
             self.plan.say(f"{cls} of `{step.name}` is that of `{whose.name}`, as `{absent[0]}` has none")
             return False
         return True
@@ -453,9 +456,16 @@ class Components:
             return
         place = self.recipe.place("steps", step.name)
         fact = f"the step `{step.name}` has nothing to work on: its inputs are not of one kind"
-        raise RecipeError(
-            Problem(fact, place, tuple(f"`{n}` holds {quoted(classes)}" for n, classes in held.items()))
-        )
+        nothing = "nothing that the catalog knows"
+        evidence = [f"`{n}` holds {quoted(classes) or nothing}" for n, classes in held.items()]
+        why = [word for name in held for word in self._undecoded(name)]
+        raise RecipeError(Problem(fact, place, (*evidence, *why), WIDER if why else None))
+
+    def _undecoded(self, name: str) -> tuple[str, ...]:
+        """What a source has of packed weights that nothing decodes; nothing of what is not seen here."""
+        if not self._is_file(FromBase(name)) or not self.sources.seen(job := self.source(name)):
+            return ()
+        return self.sources.open(job).identity.undecoded
 
     def _check_component(self, pick: Pick, origin: Origin, held: Any) -> None:
         """Raise RecipeError when what another model makes is not the component that is asked for."""
@@ -567,18 +577,18 @@ class Components:
 
         What is packed is as numbers, where these are wanted.
         """
-        origin, decoded = job.origin, job.decodes
+        origin, decoded, hint = job.origin, job.decodes, job.hint
         while not isinstance(origin, Take | Whole):
             near = self.plan.nodes[origin.node].job
             assert isinstance(near, StepJob | ComponentJob)
-            decoded |= isinstance(near, StepJob) or near.decodes
+            decoded, hint = (True, WIDER) if isinstance(near, StepJob) else (decoded or near.decodes, hint)
             origin = near.inputs_by_name[near.first] if isinstance(near, StepJob) else near.origin
         held = taken(self.plan, self.sources, origin)
         if not decoded:
             return held
         named = component_name(self.plan, self.sources, origin)
-        hint = "the precision `keep` leaves them as they are"
-        return numbers(held, None if named == CHECKPOINT else named, self.catalog, hint).tensors
+        whole_ = None if named == CHECKPOINT else named
+        return numbers(held, whole_, self.catalog, hint, place_of(self.plan, self.sources, origin)).tensors
 
     def _why(self, pick: Pick, action: str | None) -> str:
         if pick.source not in self.recipe.sources or self.recipe.sources[pick.source].recipe is not None:
@@ -628,8 +638,8 @@ class Components:
             return Architecture("unknown", ())
         evidence: tuple[str, ...] = ()
         if self._is_file(base):
-            rejected = self.sources.open(self.source(base.name)).identity.rejected
-            evidence = tuple(r.describe() for r in rejected[:3])
+            identity = self.sources.open(self.source(base.name)).identity
+            evidence = (*(r.describe() for r in identity.rejected[:3]), *identity.undecoded)
         raise RecipeError(
             Problem(
                 f"`{base.name}` is no architecture that the catalog knows",

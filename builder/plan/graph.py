@@ -152,6 +152,11 @@ class ComponentJob:
         """Whether packed weights become numbers: all get a precision, or are packed anew."""
         return self.quantize is not None or (self.precision != "keep" and not self.narrow)
 
+    @property
+    def hint(self) -> str:
+        """What to do with packed weights that cannot be decoded."""
+        return "leave `quantize` out: " * bool(self.quantize) + "the precision `keep` leaves them as they are"
+
     def params(self) -> dict[str, Any]:
         """What of this, beside the origin, decides the bytes."""
         return {

@@ -302,7 +302,9 @@ class _Resolver(Components):
             return
         place = self.recipe.place(*output.at, "quantize", value=True)
         if form not in (forms := QUANTIZE[output.quantize].forms):
-            raise RecipeError(form_problem(output.quantize, forms, target.name, form, place))
+            raise RecipeError(
+                form_problem(f'quantize = "{output.quantize}"', forms, target.name, form, place)
+            )
         if form == "gguf" and output.precision == "keep":
             hint = "give the precision of what is not packed: `fp16`, `bf16` or `fp32`"
             raise RecipeError(Problem("nothing is packed where all is kept as it is", place, hint=hint))

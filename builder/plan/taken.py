@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from builder.base.errors import Problem, RecipeError
+from builder.base.errors import Place, Problem, RecipeError
 from builder.models.cut import choose, cut, usual
-from builder.models.identify import Match, as_class
+from builder.models.identify import Identity, Match, as_class
 from builder.plan.graph import (
     CHECKPOINT,
     ComponentJob,
@@ -19,6 +19,7 @@ from builder.plan.graph import (
 )
 from builder.sources.job import SourceJob
 from builder.tensors.lazy import LazyTensor
+from builder.tensors.packed.decode import WIDER
 
 if TYPE_CHECKING:
     from builder.sources.opened import Sources
@@ -39,6 +40,12 @@ def taken(plan: Plan, sources: Sources, origin: Take | Whole) -> Mapping[str, La
         return whole(job, origin, sources)
     opened = sources.open(job)
     return cut(opened.checkpoint, opened.identity, match_of(job, origin, sources), origin.cls).tensors
+
+
+def place_of(plan: Plan, sources: Sources, origin: Origin) -> Place | None:
+    """The file that an origin is of; None where it is made of several."""
+    job = plan.nodes[origin.node].job
+    return Place(sources.open(job).checkpoint.name) if isinstance(job, SourceJob) else None
 
 
 def component_name(plan: Plan, sources: Sources, origin: Origin) -> str | None:
@@ -80,15 +87,20 @@ def match_of(job: SourceJob, take: Take, sources: Sources) -> Match:
         several = quoted(f"{m.component.name} under {m.prefix}" for m in alike)
         evidence.append(f"it may be either of {several}")
         hint = "`ckpt extract` writes the one that you mean as a file of its own"
-    held = sorted({m.component.name for m in opened.identity.matches})
     raise RecipeError(
         Problem(
             f"`{job.name}` has no {wanted}",
             take.place,
-            (*evidence, f"it holds {quoted(held) or 'nothing that the catalog knows'}"),
-            hint,
+            (*evidence, *holds(opened.identity)),
+            WIDER if opened.identity.undecoded else hint,
         )
     )
+
+
+def holds(identity: Identity) -> tuple[str, ...]:
+    """What a file holds, as evidence that something else is not there."""
+    held = sorted({m.component.name for m in identity.matches})
+    return f"it holds {quoted(held) or 'nothing that the catalog knows'}", *identity.undecoded
 
 
 def quoted(names: Any) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 from builder.base.errors import Problem, SourceError, UsageError
 from builder.base.inside import is_inside
 from builder.base.words import listed
+from builder.formats import open_checkpoint
 from builder.formats.checkpoint import Checkpoint
 from builder.models.catalog import Architecture
 from builder.models.cut import foreign
@@ -67,6 +68,9 @@ def convert(
         if key in said:
             fact = f"`--{key}` is for a diffusers folder, and `{target}` is none"
             raise UsageError(Problem(fact, hint="name a folder, or leave the option out"))
+    if form == "diffusers" and "quantize" in said:
+        fact = f"diffusers' layout has no place for packed weights, and `{target}` is a folder"
+        raise UsageError(Problem(fact, hint="name a file, or leave `--quantize` out"))
     opened = sources.open(sources.file(source), repair=repair)
     for mended in opened.checkpoint.mended or ("nothing was wrong with the file",) * repair:
         workspace.reporter.note(f"repair: {mended}")
@@ -99,10 +103,10 @@ def convert(
         threads=threads,
         before=say,
     )
-    held = opened.checkpoint
-    return Converted(
-        Path(target), form, made.outputs[0].size, len(held), _lost(held, form), "tokenizer" in said
-    )
+    with open_checkpoint(Path(target), workspace.catalog.layouts) as written:  # packing changes how many
+        count = len(written)
+    lost = _lost(opened.checkpoint, form)
+    return Converted(Path(target), form, made.outputs[0].size, count, lost, "tokenizer" in said)
 
 
 def _check_model(opened: OpenSource, prediction: str | None, workspace: Workspace) -> None:

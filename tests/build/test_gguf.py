@@ -186,7 +186,7 @@ WRONG = {
         "numbers",
         'base = "numbers"',
         '[output]\nquantize = "q8_0"\n',
-        "`q8_0` is for a GGUF file, and `m.safetensors` is one file",
+        '`quantize = "q8_0"` is for a GGUF file, and `m.safetensors` is one file',
     ),
     "blocks of what is kept": (
         "numbers",
@@ -198,7 +198,7 @@ WRONG = {
         "numbers",
         'base = "numbers"',
         GGUF + 'quantize = "fp8"\n',
-        "`fp8` is for one file or a sharded set, and `m.gguf` is a GGUF file",
+        '`quantize = "fp8"` is for one file or a sharded set, and `m.gguf` is a GGUF file',
     ),
     "all that a file has": (
         "numbers",

@@ -182,7 +182,7 @@ def test_the_reference_lists_every_key_and_fix() -> None:
     made["operations"] = "".join(map(_operation, OPERATIONS.values()))
     made["fixes"] = _words({n: f.doc for n, f in FIXES.items()})
     output = _structs(LANGUAGE)["output"].keys
-    for key in ("precision", "overflow", "non_finite", "unknown", "profile"):
+    for key in ("precision", "quantize", "overflow", "non_finite", "unknown", "profile"):
         kind = output[key].kind
         assert isinstance(kind, Choice)
         made[key] = _words(dict(kind.words))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import random
 import tracemalloc
 from collections.abc import Mapping
@@ -84,6 +85,44 @@ def _lazy(tensor: torch.Tensor) -> LazyTensor:
     dtype = BY_TORCH_NAME[str(tensor.dtype).removeprefix("torch.")]
     data = tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
     return MemoryTensor(dtype, tuple(tensor.shape), data)
+
+
+def _eight_bits(byte: int, fraction: int, bias: int, *, finite: bool) -> float:
+    """What a byte of FP8 is worth: with `finite`, without infinities and a negative zero, that being NaN."""
+    size, low = byte & 127, byte & ((1 << fraction) - 1)
+    high = size >> fraction
+    if (finite and byte == 128) or (not finite and fraction == 3 and size == 127):
+        return math.nan
+    if not finite and fraction == 2 and high == 31:
+        return math.nan if low else math.copysign(math.inf, 128 - byte - 0.5)
+    worth = (
+        low * 2.0 ** (1 - bias - fraction) if high == 0 else (low / 2**fraction + 1) * 2.0 ** (high - bias)
+    )
+    return math.copysign(worth, 128 - byte - 0.5)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "fraction", "bias", "finite"),
+    [
+        (DType.F8_E4M3, 3, 7, False),
+        (DType.F8_E5M2, 2, 15, False),
+        (DType.F8_E4M3FNUZ, 3, 8, True),
+        (DType.F8_E5M2FNUZ, 2, 16, True),
+    ],
+)
+def test_eight_bits_are_worth_what_their_definition_says(
+    dtype: DType, fraction: int, bias: int, finite: bool
+) -> None:
+    weight = MemoryTensor(dtype, (16, 16), bytes(range(256)))
+    scale = MemoryTensor(DType.F32, (), np.float32(0.75).tobytes())
+    made = _decoded({"weight": weight, "scale_weight": scale}, (16, 16))
+    found = np.frombuffer(made.tobytes(), "<f4")
+    with np.errstate(invalid="ignore"):
+        worth = [0.75 * _eight_bits(b, fraction, bias, finite=finite) for b in range(256)]
+        expected = np.array(worth).astype("f4")
+    assert np.array_equal(np.isnan(found), np.isnan(expected))
+    rest = ~np.isnan(found)
+    assert found[rest].tobytes() == expected[rest].tobytes()
 
 
 # -- windows

@@ -51,7 +51,7 @@ TABLE = (
 COMMANDS: tuple[tuple[str, ...], ...] = (
     *(("plan", r) for r in ("tiny.toml", "outer.toml")),
     *(("build", r) for r in ("tiny.toml", "outer.toml", "inner.toml")),
-    ("build", "tiny.toml", "--locked"),
+    *(("build", r, "--locked") for r in ("tiny.toml", "outer.toml")),
     ("build", "outer.toml", "--explain", "--json"),
     ("lock", "outer.toml"),
     ("verify", "tiny.toml"),

@@ -15,6 +15,7 @@ from builder.formats.write_safetensors import write
 from builder.models.identify import identify
 from builder.tensors.lazy import DType, LazyTensor, MemoryTensor
 from builder.tensors.packed.decode import decoded
+from builder.tensors.packed.encode import FORMS, encoded
 from tests.help.building import UNET, Folder, catalog, content, model, save, values
 
 FAMILY = "SD-mini"
@@ -332,3 +333,158 @@ def test_damage_is_a_message(folder: Folder, change: dict[str, LazyTensor | None
         assert said.code == 6 and "weights cannot be decoded" in said.err and hint in said.err
         assert f"`{CONTEXT}.weight`: {why}" in said.err.replace(UNET, "")
     assert {p.name for p in folder.path.iterdir()} == {"p.safetensors", "b.safetensors", "m.toml"}
+
+
+# -- what nothing here decodes
+
+
+def undecoded(scheme: str, rows: int, columns: int) -> Tensors:
+    """A layer as other programs pack it, in a layout that its file does not say."""
+    return {
+        "SVDQuant": {
+            "qweight": drawn(DType.I8, rows, columns // 2),
+            "wscales": number(1.0, columns // 8, rows),
+            "smooth_factor": number(1.0, columns),
+            "proj_down": number(1.0, columns, 4),
+            "proj_up": number(1.0, rows, 4),
+        },
+        "compressed-tensors": {
+            "weight_packed": drawn(DType.I32, rows, columns // 8),
+            "weight_scale": number(1.0, rows, 1),
+            "weight_shape": drawn(DType.I64, 2),
+        },
+        "MLX": {
+            "weight": drawn(DType.U32, rows, columns // 8),
+            "scales": number(1.0, rows, 1),
+            "biases": number(0.0, rows, 1),
+        },
+        "GPTQ or AWQ": {
+            "qweight": drawn(DType.I32, columns // 8, rows),
+            "qzeros": drawn(DType.I32, 1, rows // 8),
+            "scales": number(1.0, 1, rows),
+        },
+    }[scheme]
+
+
+@pytest.mark.parametrize("scheme", ["SVDQuant", "compressed-tensors", "MLX", "GPTQ or AWQ"])
+def test_what_nothing_decodes_is_refused_by_name(folder: Folder, scheme: str) -> None:
+    tensors = dict(model(FAMILY))
+    for layer, shape in SHAPES.items():
+        del tensors[f"{UNET}{layer}.weight"]
+        tensors |= {f"{UNET}{layer}.{n}": t for n, t in undecoded(scheme, *shape).items()}
+    save(folder / "a.safetensors", tensors)
+    save(folder / "b.safetensors", model(FAMILY, seed=3))
+    sources = 'sources.a.file = "a.safetensors"\nsources.b.file = "b.safetensors"\n'
+    folder.write(
+        "m.toml",
+        f'format = 1\nname = "m"\nbase = "s"\n{sources}'
+        'steps.s = { op = "weighted-sum", a = "b", b = "a", alpha = 0.3 }\n',
+    )
+    folder.write("n.toml", f'format = 1\nname = "n"\nbase = "b"\n{sources}components.UNET-mini = "a"\n')
+    before = {p.name for p in folder.path.iterdir()}
+    wider, keep = "hint: take a model with weights of 16 bits", "hint: the precision `keep` leaves them"
+    for args, code, hint in (
+        (("build", "m.toml"), 3, wider),
+        (("build", "n.toml"), 3, wider),
+        (("extract", "a.safetensors", "unet", "-o", "x.safetensors"), 2, wider),
+        (("replace", "b.safetensors", "UNET=a.safetensors", "-o", "x.safetensors"), 2, wider),
+        (("convert", "a.safetensors", "-o", "x.safetensors", "--precision", "fp16"), 6, keep),
+        (("convert", "a.safetensors", "-o", "x.safetensors", "--quantize", "fp8"), 6, "leave `quantize` out"),
+    ):
+        said = folder(*args)
+        assert said.code == code and scheme in said.err and hint in said.err, said.err
+        assert {p.name for p in folder.path.iterdir()} - {"m.lock.toml"} == before
+    (fault,) = (line for line in folder("inspect", "a.safetensors").out.splitlines() if "! " in line)
+    assert f"{scheme} weights: 3 tensors that nothing here decodes" in fault
+    (found,) = json.loads(folder("inspect", "a.safetensors", "--json").out)["files"][0]["packed"]
+    assert (found["schemes"], found["bits_per_weight"]) == ({scheme: 3}, None)
+    assert folder("convert", "a.safetensors", "-o", "x.safetensors").code == 0  # the hint can be followed
+    assert content(folder / "x.safetensors") == content(folder / "a.safetensors")
+
+
+# -- packing
+
+
+@pytest.mark.parametrize("quantize", FORMS)
+def test_a_denoiser_is_packed(folder: Folder, quantize: str) -> None:
+    """The rest has its precision, and what is packed is what its exact weights are."""
+    save(folder / "p.safetensors", held := model(FAMILY))
+    said = f'\n[output]\nprecision = "fp16"\nquantize = "{quantize}"\n'
+    made = built(folder, "m", 'base = "p"' + said)
+    plain_ = built(folder, "n", 'base = "p"')
+    weights = {n for n in plain_ if made[n] != plain_[n]}
+    layers = {n.removesuffix(".weight") for n in weights}
+    assert f"{UNET}{WIDE}" in layers and all(n.startswith(UNET) and ".ff.net." in n for n in layers)
+    assert made.keys() == plain_.keys() | {
+        f"{n}.{s}" for n in layers for s in ("weight_scale", "comfy_quant")
+    }
+    exact = encoded({n: held[n] for n in weights}, quantize, lambda layer: False)
+    assert {n: made[n] for n in exact} == {
+        n: (t.dtype.code, t.shape, bytes(t.tobytes())) for n, t in exact.items()
+    }
+    assert folder("verify", "m.toml").code == 0
+    again = folder.build("m.toml", "--threads", "1")["outputs"][0]
+    assert again["state"] == "unchanged"
+    (part,) = folder("inspect", "m.safetensors", "--json").json["files"][0]["packed"]
+    assert part["component"] == "UNET-mini-SD" and sum(part["schemes"].values()) == len(layers)
+    with open_checkpoint(folder / "m.safetensors") as checkpoint:
+        assert identify(checkpoint, catalog()).architecture == FAMILY
+    (unet_,) = (n for n in folder.plan("m.toml")["steps"] if n["label"].startswith("UNET"))
+    assert unet_["writes"] == sum(len(t[2]) for n, t in made.items() if n.startswith(UNET))
+
+
+@pytest.mark.parametrize("quantize", FORMS)
+def test_a_file_is_packed_as_it_is(folder: Folder, quantize: str) -> None:
+    """By `convert`, whose recipe does the same; what is packed is packed anew once it is decoded."""
+    save(folder / "p.safetensors", model(FAMILY))
+    args = ("convert", "p.safetensors", "--quantize", quantize, "-o")
+    said = folder(*args, "c.safetensors", "--save-recipe", "c.toml", "--json")
+    made = content(folder / "c.safetensors")
+    assert said.code == 0 and said.json["tensors"] == len(made) > len(model(FAMILY))
+    (folder / "c.safetensors").unlink()
+    folder.build("c.toml")
+    assert content(folder / "c.safetensors") == made
+    assert made == built(folder, "k", f'base = "p"\n[output]\nprecision = "keep"\nquantize = "{quantize}"\n')
+    other = next(q for q in FORMS if q != quantize)
+    assert folder("convert", "c.safetensors", "--quantize", other, "-o", "o.safetensors").code == 0
+    anew = content(folder / "o.safetensors")
+    assert anew.keys() == made.keys()
+    assert {t[0] for n, t in anew.items() if made[n] != t} >= {{"fp8": "F8_E4M3", "int8": "I8"}[other]}
+
+
+def test_a_merge_is_packed(folder: Folder) -> None:
+    """Of what it is before any rounding."""
+    save(folder / "p.safetensors", packed("nvfp4"))
+    save(folder / "b.safetensors", model(FAMILY, seed=3))
+    step = '\nsteps.s = { op = "weighted-sum", a = "p", b = "b", alpha = 0.3 }\n'
+    merged = built(folder, "f", f'base = "s"{step}\n[output]\nprecision = "fp32"\n')
+    made = built(folder, "q", f'base = "s"{step}\n[output]\nprecision = "fp16"\nquantize = "int8"\n')
+    name = f"{UNET}{WIDE}.weight"
+    exact = MemoryTensor(DType.F32, merged[name][1], merged[name][2])
+    tensors = encoded({name: exact}, "int8", lambda layer: False)
+    assert {n: made[n] for n in tensors} == {
+        n: (t.dtype.code, t.shape, bytes(t.tobytes())) for n, t in tensors.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("recipe", "said"),
+    [
+        ('base = "p"\noutput.quantize = "fp4"\n', "`fp4`"),
+        ('base = "p"\noutput = { quantize = "fp8", file = "folder/" }\n', "`quantize = "),
+        (
+            'base = "NEW VAE-mini"\ncomponents.VAE-mini = "p"\noutput.quantize = "fp8"\n',
+            "there is nothing to quantize",
+        ),
+    ],
+)
+def test_where_nothing_is_packed_it_is_refused(folder: Folder, recipe: str, said: str) -> None:
+    save(folder / "p.safetensors", model(FAMILY))
+    folder.write("m.toml", f'format = 1\nname = "m"\nsources.p.file = "p.safetensors"\n{recipe}')
+    found = folder("build", "m.toml")
+    assert found.code == 3 and said in found.err and "hint: " in found.err
+    assert folder("extract", "p.safetensors", "vae", "-o", "v.safetensors").code == 0
+    for target, code in (("x.safetensors", 7), ("folder/", 2)):
+        found = folder("convert", "v.safetensors", "-o", target, "--quantize", "fp8")
+        assert found.code == code and "leave `" in found.err
+    assert not {"x.safetensors", "folder", "m.safetensors"} & {p.name for p in folder.path.iterdir()}

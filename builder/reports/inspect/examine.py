@@ -24,7 +24,7 @@ from builder.reports.inspect.positions import PositionIds, read_position_ids
 from builder.tensors.digests import Row, component_digest
 from builder.tensors.lazy import LazyTensor
 from builder.tensors.packed import Packing, packing
-from builder.tensors.packed.decode import HALVES
+from builder.tensors.packed.decode import HALVES, why_not
 
 if TYPE_CHECKING:
     from builder.models.catalog import Catalog, Known, KnownFile, KnownPart
@@ -69,13 +69,14 @@ class Part:
 class Quantized:
     """Packed weights of a component (None: of nothing known), of so many weights, by scheme how many.
 
-    `bits` are those that each number of them takes, with all that lies beside it.
+    `bits` are those that each number of them takes, with all that lies beside it; None where it is not
+    known how many numbers they are.
     """
 
     component: str | None
     weights: int
     schemes: Mapping[str, int]
-    bits: float
+    bits: float | None
 
 
 @dataclass(frozen=True)
@@ -144,14 +145,18 @@ class Report:
                 rest -= numbers.keys()
         halves = {n for scheme in HALVES for n in by_scheme.get(scheme, ())}
         numbers = {n: self.tensors[n].numel * (1 + (n in halves)) for n in rest}
-        return (*found, self._quantized(None, numbers, len(rest))) if rest else tuple(found)
+        if rest:
+            found.append(self._quantized(None, numbers, len(rest)))
+        return tuple(found)
 
     def _quantized(self, component: str | None, numbers: Mapping[str, int], weights: int) -> Quantized:
         beside = {b for n in numbers for b in self.packed.weights[n]}
         size = sum(self.tensors[n].nbytes for n in (*numbers, *beside))
         schemes = {s: sum(n in numbers for n in names) for s, names in self.packed.by_scheme.items()}
-        bits = 8 * size / max(1, sum(numbers.values()))
-        return Quantized(component, weights, {s: n for s, n in schemes.items() if n}, bits)
+        held = {s: n for s, n in schemes.items() if n}
+        if component is None and any(map(why_not, held)):
+            return Quantized(component, weights, held, None)
+        return Quantized(component, weights, held, 8 * size / max(1, sum(numbers.values())))
 
     @cached_property
     def ema(self) -> Share:

@@ -56,7 +56,7 @@ def _file(report: Report) -> Json:
                 "component": q.component,
                 "weights": q.weights,
                 "schemes": dict(q.schemes),
-                "bits_per_weight": round(q.bits, 3),
+                "bits_per_weight": round(q.bits, 3) if q.bits is not None else None,
             }
             for q in report.quantized
         ],

@@ -213,7 +213,7 @@ def _packed(packed: Quantized) -> str:
     """What of a component is packed, how, and what a number of it takes."""
     schemes = ", ".join(f"{count:,} {scheme}" for scheme, count in packed.schemes.items())
     whose = f" of {packed.weights:,} weights of {packed.component}" if packed.component else ""
-    return f"{schemes}{whose}, {packed.bits:.2f} bits a number"
+    return f"{schemes}{whose}" + (f", {packed.bits:.2f} bits a number" if packed.bits is not None else "")
 
 
 def _types(part: Part) -> str:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from builder.base.errors import Problem, SourceError
+from builder.base.errors import Place, Problem, SourceError
 from builder.base.words import counted
 from builder.tensors.lazy import DType, LazyTensor
 from builder.tensors.merged import ELEMENTS
@@ -73,11 +73,13 @@ class Numbers(NamedTuple):
     words: tuple[str, ...] = ()
 
 
-def decoded(tensors: Mapping[str, LazyTensor], shapes: Mapping[str, Shape], hint: str) -> Numbers:
+def decoded(
+    tensors: Mapping[str, LazyTensor], shapes: Mapping[str, Shape], hint: str, place: Place | None = None
+) -> Numbers:
     """The tensors with every packed weight as numbers, its companions gone; nothing but they are read.
 
     `shapes` are those of the weights where they are known: what is padded does not say it. Raises SourceError
-    for what cannot be decoded, by the name of its scheme; `hint` says what can be done.
+    for what cannot be decoded, by the name of its scheme; `hint` says what can be done, `place` is the file.
     """
     packed = packing(tensors)
     if not packed:
@@ -93,7 +95,7 @@ def decoded(tensors: Mapping[str, LazyTensor], shapes: Mapping[str, Shape], hint
         except _OddError as odd:
             scheme = packed.scheme(name) if name in packed.weights else packed.companions[name].name
             fact = f"{scheme} weights cannot be decoded"
-            raise SourceError(Problem(fact, evidence=(f"`{name}`: {odd}",), hint=hint)) from None
+            raise SourceError(Problem(fact, place, (f"`{name}`: {odd}",), hint)) from None
     if not packed.weights:
         return Numbers(made)
     return Numbers(made, (f"decoded: {counted(len(packed.weights), 'weight')} of {packed.named}",))
@@ -495,6 +497,7 @@ _KINDS: Mapping[str, tuple[tuple[DType, ...], set[str], _Decoder]] = {
     },
 }
 HALVES = {"nvfp4", "convrot_w4a4", "bitsandbytes NF4", "bitsandbytes FP4"}  # two numbers a byte
+WIDER = "take a model with weights of 16 bits or more"  # a hint
 _UNKNOWN = "nothing is known of such"
 
 

@@ -21,12 +21,14 @@ OPAQUE = {DType.F4, DType.F6_E2M3, DType.F6_E3M2, DType.F8_E8M0}
 class Scheme(NamedTuple):
     """A way to pack a layer's weight: by names, after the layer's own, of tensors that lie beside it.
 
-    One of `told_by` tells the scheme; `beside` are what else belongs to it and means nothing alone.
+    One of `told_by` tells the scheme; `beside` are what else belongs to it and means nothing alone. The
+    numbers lie in `weight`.
     """
 
     name: str
     told_by: tuple[str, ...]
     beside: tuple[str, ...] = ()
+    weight: str = "weight"
 
 
 _TABLES = tuple(f"weight.{n}" for n in ("absmax", "quant_map", "nested_absmax", "nested_quant_map"))
@@ -38,14 +40,16 @@ SCHEMES = (
         "compressed-tensors",
         ("weight_packed", "weight_global_scale"),
         ("weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx", "input_global_scale"),
+        "weight_packed",
     ),
     Scheme("W4A8", ("weight_s_rel", "weight_s_channel", "weight_codebook"), ("comfy_quant",)),
     Scheme(
         "SVDQuant",
         ("wscales", "wtscale", "wcscales"),
         ("qweight", "smooth_factor", "smooth_factor_orig", "proj_down", "proj_up"),
+        "qweight",
     ),
-    Scheme("GPTQ or AWQ", ("qweight", "qzeros"), ("scales", "g_idx")),
+    Scheme("GPTQ or AWQ", ("qweight", "qzeros"), ("scales", "g_idx"), "qweight"),
     Scheme("bitsandbytes NF4", ("weight.quant_state.bitsandbytes__nf4",), _TABLES),
     Scheme("bitsandbytes FP4", ("weight.quant_state.bitsandbytes__fp4",), _TABLES),
     Scheme("bitsandbytes", (*_TABLES, "SCB"), ("weight_format",)),
@@ -210,7 +214,8 @@ class Packing:
             said = description(self.tensors[side]) if side.endswith(DESCRIPTION) else None
             if said is not None and isinstance(called := said.get("format"), str):
                 return clipped(called, 40)
-        scheme = next((self.companions[side].name for side in beside if side in self.companions), code)
+        told = (self.companions[n].name for n in (name, *beside) if n in self.companions)
+        scheme = next(told, code)
         return f"scaled {code.partition('_')[0]}" if scheme == GENERIC else scheme
 
 
@@ -226,6 +231,8 @@ def packing(tensors: Mapping[str, LazyTensor]) -> Packing:
         layer, _, own = name.rpartition(".")
         few = _is_eight(tensor) or not tensor.dtype.floating
         sides = beside.get(layer, []) if own == "weight" and few else []
+        if name in found and own == found[name].weight:
+            sides = [side for side in beside[layer] if side != name]
         if sides or name in marked or (tensor.dtype in OPAQUE and name not in found):
             weights[name] = tuple(dict.fromkeys((*sides, *marked.get(name, ()))))
     return Packing(tensors, weights, found)
