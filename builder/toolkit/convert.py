@@ -103,8 +103,10 @@ def convert(
         threads=threads,
         before=say,
     )
-    with open_checkpoint(Path(target), workspace.catalog.layouts) as written:  # packing changes how many
-        count = len(written)
+    count = len(opened.checkpoint)
+    if form != "diffusers":  # packing and decoding change how many there are
+        with open_checkpoint(Path(target)) as written:
+            count = len(written)
     lost = _lost(opened.checkpoint, form)
     return Converted(Path(target), form, made.outputs[0].size, count, lost, "tokenizer" in said)
 

@@ -170,7 +170,10 @@ def test_mixed_types_and_packed_weights(folder: Folder) -> None:
     alone = folder("extract", "a.safetensors", "unet", "-o", "unet.safetensors")
     assert alone.code == 0 and "out.2.scale_weight" in content(folder / "unet.safetensors")
     cast = folder("extract", "a.safetensors", "unet", "-o", "wide.safetensors", "--precision", "fp16")
-    assert cast.code == 6 and "scaled FP8" in cast.err
+    assert cast.code == 0 and "decoded: 1 weight of scaled FP8" in cast.err
+    wide_ = content(folder / "wide.safetensors")
+    assert wide_["out.2.weight"] == ("F16", tensors[name].shape, b"\0\x3c" * numel)  # ones
+    assert "out.2.scale_weight" not in wide_
 
 
 def test_what_nothing_explains_stays_as_it_is(folder: Folder) -> None:
