@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 
 from benchmarks.contenders import CLIP, UNET, VAE
-from benchmarks.generate import DIRTY, Model, make, write
+from benchmarks.generate import DIRTY, Model, make, write, write_lora
 from benchmarks.harness import Benchmark, Contender, Target
 from builder.formats import open_checkpoint
 from builder.formats.blob import BlobTensor
@@ -84,6 +84,22 @@ class Bench:
             write(make(f"SD-{self.family}", seed=seed), path, "safetensors")
         return path
 
+    @cached_property
+    def whole_xl(self) -> Path:
+        """A whole SD XL in FP16; in small runs, a model of the family that stands for it."""
+        name = "SD-XL" if self.family == "v1" else f"SD-{self.family}"
+        path = self.folder / "whole.safetensors"
+        if not path.exists():
+            write(make(name), path, "safetensors")
+        return path
+
+    def lora_xl(self, seed: int) -> Path:
+        """A LoRA of rank 32 for all matrices of that model's UNET."""
+        path = self.folder / f"lora-{seed}.safetensors"
+        if not path.exists():
+            write_lora(self.whole_xl, path, seed=seed)
+        return path
+
     def recipe(self, vae: Path) -> Path:
         """The standard recipe: UNET and CLIP of the checkpoint, the VAE of another file."""
         sources = {"model": self.checkpoint, "vae": vae}
@@ -145,6 +161,68 @@ def inspect(bench: Bench) -> Benchmark:
 
 def _table_of_contents(bench: Bench) -> Contender:
     return bench.ckpt("inspect", "--no-metric", bench.checkpoint)
+
+
+def inspect_large(bench: Bench) -> Benchmark:
+    """The table of contents of FLUX.2, whose 64 GB are zeros that take no space."""
+    name = "SD-mini" if bench.family == "mini" else "FLUX2"
+    path = bench.folder / "large.safetensors"
+    if not path.exists():
+        write(make(name, precision=DType.BF16, content="sparse"), path, "safetensors")
+    return Benchmark(
+        "what is in FLUX.2 dev",
+        {
+            "python": Contender([sys.executable, "-c", "pass"]),
+            "ours": bench.ckpt("inspect", "--no-metric", path),
+        },
+        [Target("ours", at_most=0.5), Target("ours", at_most=100 * MB, unit="bytes")],
+    )
+
+
+# The parts of a model as they are published, each in a file and a type of its own.
+PARTS = {
+    "mini": {"UNET-mini": DType.F16, "CLIP-mini": DType.F32, "VAE-mini": DType.F32},
+    "v1": {
+        "DIT-FLUX": DType.F8_E4M3,
+        "T5-XXL-FLUX": DType.BF16,
+        "CLIP-L-FLUX": DType.F16,
+        "VAE-v3": DType.F32,
+    },
+}
+
+
+def all_in_one(bench: Bench) -> Benchmark:
+    """FLUX.1 put together from four files whose zeros take no space, each part in its type, digests known."""
+    parts = PARTS[bench.family]
+    files = {cls: bench.folder / f"{cls}.safetensors" for cls in parts}
+    for cls, path in files.items():
+        if not path.exists():
+            write(make(cls, precision=parts[cls], content="sparse"), path, "safetensors")
+    architecture = "SD-mini" if bench.family == "mini" else "FLUX"
+    lines = ["format = 1", 'name = "anything"', f'base = "NEW {architecture}"', 'output.precision = "keep"']
+    lines += [f'components.{cls} = "{cls}"' for cls in parts]
+    lines += [f'sources.{cls}.file = "{path.name}"' for cls, path in files.items()]
+    recipe = bench.folder / "anything.toml"
+
+    def prepare() -> None:
+        recipe.write_text("\n".join(lines) + "\n")
+        bench.start_over(*files.values())
+
+    size = sum(path.stat().st_size for path in files.values())
+    return Benchmark(
+        "four parts of FLUX.1 made one",
+        {
+            "floor": _floor("join", bench.folder / "floor.bin", *files.values()),
+            "ours": bench.build(prepare),
+        },
+        [
+            Target("ours", "floor", at_most=1.6),
+            Target("ours", at_most=1.05, unit="read", per=2 * size, called="parts and product"),
+            Target("ours", at_most=1.01, unit="written", per=size, called="product"),
+            MEMORY,
+        ],
+        list(files.values()),
+    )
 
 
 def metric(bench: Bench) -> Benchmark:
@@ -298,8 +376,12 @@ def _compared(bench: Bench, title: str, other: Callable[[str], bool]) -> Benchma
     )
 
 
+# Programs that merge: what names an interpreter that has one, and how it is run.
+PEERS = {"mecha": ("SD_MECHA_PYTHON", "mecha.py"), "mergekit": ("MERGEKIT_PYTHON", "linear.py")}
+
+
 def _merge(bench: Bench, title: str, count: int) -> Benchmark:
-    """Weighted sums of `count` FP16 models in a row; sd-mecha is run where SD_MECHA_PYTHON has it."""
+    """Weighted sums of `count` FP16 models in a row; the peers are run by interpreters that have them."""
     models = [bench.half(seed) for seed in range(count)]
     names = [f"m{seed}" for seed in range(count)]
     steps, last = [], names[0]
@@ -324,11 +406,12 @@ def _merge(bench: Bench, title: str, count: int) -> Benchmark:
         Target("ours", at_most=1.05, unit="read", per=(count + 1) * size, called="sources and product"),
         Target("ours", at_most=1.01, unit="written", per=size, called="product"),
     ]
-    if (python := os.environ.get("SD_MECHA_PYTHON")) is not None:
-        script = Path(__file__).parent / "contenders" / "mecha.py"
-        words = [python, str(script), str(bench.folder / "mecha.safetensors"), "0.3", *map(str, models)]
-        contenders["mecha"] = Contender(words)
-        targets.insert(0, Target("mecha", "ours", at_least=8))
+    for peer, (variable, file) in PEERS.items():
+        if (python := os.environ.get(variable)) is not None:
+            script = Path(__file__).parent / "contenders" / file
+            words = [python, str(script), str(bench.folder / f"{peer}.safetensors"), "0.3", *map(str, models)]
+            contenders[peer] = Contender(words)
+            targets.insert(0, Target(peer, "ours", at_least=8))
     return Benchmark(f"merge, {title}", contenders, targets, models)
 
 
@@ -340,6 +423,25 @@ def merge_two(bench: Bench) -> Benchmark:
 def merge_nine(bench: Bench) -> Benchmark:
     """A chain of eight weighted sums of nine models."""
     return _merge(bench, "nine models in a chain", 9)
+
+
+def apply_loras(bench: Bench) -> Benchmark:
+    """Four LoRAs of rank 32 baked into SD XL, digests known."""
+    model = bench.whole_xl
+    loras = [bench.lora_xl(seed) for seed in range(4)]
+    recipe = bench.folder / "anything.toml"
+    lines = ["format = 1", 'name = "anything"', 'base = "baked"', f'sources.model.file = "{model.name}"']
+    lines += [f'sources.l{n}.file = "{p.name}"' for n, p in enumerate(loras)]
+    shares = ", ".join(f"l{n} = 0.5" for n in range(len(loras)))
+    lines += ["[steps]", f'baked = {{ op = "apply-lora", a = "model", loras = {{ {shares} }} }}']
+
+    def prepare() -> None:
+        recipe.write_text("\n".join(lines) + "\n")
+        bench.start_over(model, *loras)
+
+    contenders = {"copy": _floor("copy", model, bench.folder / "floor.bin"), "ours": bench.build(prepare)}
+    targets = [Target("ours", "copy", at_most=3), MEMORY]
+    return Benchmark("four LoRAs into SD XL", contenders, targets, [model, *loras])
 
 
 def diff_vae(bench: Bench) -> Benchmark:
@@ -489,6 +591,7 @@ def _run(contender: Contender) -> None:
 
 BENCHMARKS: dict[str, Callable[[Bench], Benchmark]] = {
     "inspect": inspect,
+    "inspect-large": inspect_large,
     "metric": metric,
     "read-zip": read_zip,
     "read-safetensors": read_safetensors,
@@ -504,6 +607,8 @@ BENCHMARKS: dict[str, Callable[[Bench], Benchmark]] = {
     "watch": watch,
     "merge-two": merge_two,
     "merge-nine": merge_nine,
+    "apply-loras": apply_loras,
+    "all-in-one": all_in_one,
     "diff-vae": diff_vae,
     "diff-all": diff_all,
 }

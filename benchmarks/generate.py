@@ -10,11 +10,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+
+from builder.formats import open_checkpoint
 from builder.formats.write_torch import write_torch
-from builder.models.samples import CLEAN, DIRTY, Content, Dirt, Model, make
+from builder.models.samples import CLEAN, DIRTY, Content, Dirt, Model, Repeated, make
 from builder.tensors.lazy import DType, LazyTensor
 
-__all__ = ["CLEAN", "DIRTY", "Content", "Dirt", "Model", "main", "make", "write"]
+__all__ = ["CLEAN", "DIRTY", "Content", "Dirt", "Model", "main", "make", "write", "write_lora"]
 
 Format = Literal["ckpt", "safetensors"]
 ORDER = {dtype: index for index, dtype in enumerate(DType)}
@@ -26,6 +29,26 @@ def write(model: Model, path: Path | str, form: Format) -> None:
         write_torch(path, model.tensors, nesting=model.nesting, extras=model.extras, durable=False)
     else:
         _write_safetensors(Path(path), model.tensors)
+
+
+def write_lora(model: Path, path: Path, *, seed: int, rank: int = 32) -> None:
+    """Write a LoRA in kohya's names, FP16, for all matrices of the transformer blocks of a model's UNET."""
+    prefix, end = "model.diffusion_model.", ".weight"
+    with open_checkpoint(model) as checkpoint:
+        matrices = {
+            n.removeprefix(prefix).removesuffix(end).replace(".", "_"): t.shape
+            for n, t in checkpoint.items()
+            if n.startswith(prefix) and ".transformer_blocks." in n and n.endswith(end) and len(t.shape) == 2
+        }
+    values = np.random.default_rng(seed).standard_normal(1 << 20, np.float32) * 0.01
+    block = memoryview(values.astype(np.float16).tobytes())
+    tensors: dict[str, LazyTensor] = {}
+    for number, (name, (rows, columns)) in enumerate(matrices.items()):
+        tensors[f"lora_unet_{name}.lora_up.weight"] = Repeated(DType.F16, (rows, rank), block, 14 * number)
+        tensors[f"lora_unet_{name}.lora_down.weight"] = Repeated(
+            DType.F16, (rank, columns), block, 22 * number
+        )
+    _write_safetensors(path, tensors)
 
 
 def _write_safetensors(path: Path, tensors: Mapping[str, LazyTensor]) -> None:

@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,8 @@ from builder.base.progress import SILENT, Reporter
 from builder.models.catalog import Catalog, load_catalog
 from builder.plan import Plan, make_plan
 from builder.recipe import Recipe, load_recipe
-from builder.recipe.lock import Lock, lock_path, read_lock
+from builder.recipe.lock import Lock, read_lock
+from builder.sources.have import telling_all
 from builder.sources.opened import Sources
 from builder.store import Store, default_root
 
@@ -147,9 +148,14 @@ class Workspace:
                 collect(self.store, STORE_SIZE)
             self.store.grown = 0
 
-    def recipe(self, path: Path) -> Recipe:
-        """The recipe of a file; remarks on it are reported. Raises RecipeError."""
+    def recipe(self, path: Path, lock: Path | bool = True) -> Recipe:
+        """The recipe of a file; remarks on it are reported. Raises RecipeError.
+
+        `lock` is where its lock lies, True for beside it, False for none.
+        """
         recipe = load_recipe(path, self.catalog, outside=self.outside)
+        if lock is not True:
+            recipe = replace(recipe, lock=lock or None)
         for note in recipe.notes:
             self.reporter.note(note.fact)
         return recipe
@@ -158,7 +164,10 @@ class Workspace:
         """The plan of a recipe; `options` go to `make_plan`, and warnings are reported."""
         while True:
             try:
-                plan = make_plan(recipe, sources, lock=lock, environment=self.settings.environment, **options)
+                with telling_all(recipe, sources, lock):
+                    plan = make_plan(
+                        recipe, sources, lock=lock, environment=self.settings.environment, **options
+                    )
                 break
             except CkptError:
                 # It may be planned with another file, which only has the name of the one that is pinned.
@@ -171,10 +180,10 @@ class Workspace:
 
 def find_lock(recipe: Recipe, *, anew: bool = False) -> Lock | None:
     """The lock beside a recipe, None where there is none; with `anew`, one that cannot be read is none."""
-    if recipe.path is None:
+    if recipe.lock is None:
         return None
     try:
-        return read_lock(lock_path(recipe.path))
+        return read_lock(recipe.lock)
     except LockError:
         if not anew:
             raise
@@ -185,6 +194,6 @@ def need_lock(recipe: Recipe) -> Lock:
     """The lock beside a recipe; raises LockError when there is none."""
     lock = find_lock(recipe)
     if lock is None:
-        where = lock_path(recipe.path) if recipe.path is not None else recipe.name
+        where = recipe.lock or recipe.name
         raise LockError(Problem(f"there is no lock `{where}`", hint="`ckpt build` or `ckpt lock` makes it"))
     return lock

@@ -122,13 +122,19 @@ def merge(output: str, share: str, *sources: str) -> None:
 
 def copy(source: str, output: str) -> None:
     """Copy a file through memory, fsync."""
-    fd = os.open(source, os.O_RDONLY)
+    join(output, source)
+
+
+def join(output: str, *sources: str) -> None:
+    """Copy files through memory, one behind the other into one, fsync."""
     target = os.open(output, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
     buffer = memoryview(bytearray(WINDOW))
-    offset = 0
-    while count := os.preadv(fd, [buffer], offset):
-        os.pwrite(target, buffer[:count], offset)
-        offset += count
+    end = 0
+    for source in sources:
+        fd, start = os.open(source, os.O_RDONLY), end
+        while count := os.preadv(fd, [buffer], end - start):
+            os.pwrite(target, buffer[:count], end)
+            end += count
     os.fsync(target)
 
 
@@ -146,6 +152,7 @@ if __name__ == "__main__":
         "ranges": read_ranges,
         "cast": cast,
         "copy": copy,
+        "join": join,
         "merge": merge,
         "sha256": sha256,
     }

@@ -30,6 +30,18 @@ def expand(pattern: str) -> tuple[list[str], int]:
     return _joined(parts), len(parts[braces[-1]]) if braces else 1
 
 
+def beginnings(pattern: str) -> set[str]:
+    """What the names that a pattern stands for have before their first dots. Raises BraceError."""
+    depth = at = 0
+    for token in _TOKEN.findall(pattern):
+        depth += (token == "{") - (token == "}")
+        if not depth and "." in token:
+            pattern = pattern[: at + token.index(".")]
+            break
+        at += len(token)
+    return {name.partition(".")[0] for name in expand(pattern)[0]}
+
+
 def escape(name: str) -> str:
     """The pattern that stands for exactly this name."""
     return re.sub(r"[{},\\]", r"\\\g<0>", name)

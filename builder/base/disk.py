@@ -213,6 +213,33 @@ def check_place(path: Path) -> None:
         file.path = None
 
 
+@contextmanager
+def making_folders(folders: Iterable[Path]) -> Iterator[None]:
+    """With folders that files can be made in; those made here are gone again where the block fails.
+
+    What is written there by then stays, and its folder. Raises OutputError.
+    """
+    made: list[Path] = []
+    try:
+        for folder in folders:
+            missing = [p for p in (folder, *folder.parents) if not os.path.lexists(p)]
+            for path in reversed(missing):
+                try:
+                    path.mkdir()
+                except FileExistsError:  # by another build
+                    continue
+                except OSError as error:
+                    raise output_error(path, error) from None
+                made.append(path)
+            check_place(folder / _temp_name("place"))
+        yield
+    except BaseException:
+        for path in reversed(made):
+            with suppress(OSError):
+                path.rmdir()
+        raise
+
+
 def check_room(path: Path, fd: int, size: int) -> None:
     """Raise OutputError where the file system of a descriptor has no room for `size` bytes."""
     if hasattr(os, "fstatvfs"):
@@ -244,6 +271,8 @@ def may_replace(path: Path, inputs: Iterable[os.stat_result | Path | str]) -> No
         found = path.stat()
     except FileNotFoundError:
         return
+    except OSError as error:
+        raise output_error(path, error) from None
     if not stat.S_ISREG(found.st_mode):
         what = "a folder" if stat.S_ISDIR(found.st_mode) else "no regular file"
         raise OutputError(

@@ -94,6 +94,10 @@ class FetchError(CkptError):
     exit_code = ExitCode.FETCH
 
 
+class MissingError(FetchError):
+    """A source is not on this machine, and there is no address to have it from."""
+
+
 class SourceError(CkptError):
     """A file is refused, is unreadable or is not what was pinned."""
 

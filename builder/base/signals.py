@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import _thread
 import signal
 import sys
 import threading
+import time
 from contextlib import suppress
 from typing import Any
 
@@ -81,13 +83,13 @@ def _again(lost: Any) -> None:
         sys.__unraisablehook__(lost)
         return
     number = signal.SIGTERM if isinstance(lost.exc_value, Terminated) else signal.SIGINT
-    timer = threading.Timer(_AGAIN, _raise, [number])
-    timer.daemon = True
     with suppress(RuntimeError):  # the process is about to end
-        timer.start()
+        # Unlike threading's, it is not waited for, so that what it raises cannot come while we are here.
+        _thread.start_new_thread(_raise, (number,))
 
 
 def _raise(number: signal.Signals) -> None:
+    time.sleep(_AGAIN)
     if number == signal.SIGTERM:
         _came.clear()
     if hasattr(signal, "pthread_kill"):  # which wakes the first thread where it waits

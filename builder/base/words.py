@@ -59,6 +59,11 @@ def listed(names: tuple[str, ...], limit: int = EXAMPLES) -> str:
     return shown + (f" and {len(names) - limit:,} more" if len(names) > limit else "")
 
 
+def either(names: Sequence[str]) -> str:
+    """Names of which one is meant, as in `a, b or c`."""
+    return " or ".join([*[", ".join(names[:-1])] * (len(names) > 1), *names[-1:]])
+
+
 def examples(names: Sequence[str], limit: int) -> str:
     more = len(names) - limit
     return ", ".join(clipped(n, 80) for n in names[:limit]) + (f" and {more:,} more" if more > 0 else "")

@@ -12,6 +12,7 @@ from functools import cached_property
 from builder.base.errors import CkptError, OutputError, Problem
 from builder.base.words import counted
 from builder.build.context import Context
+from builder.models.catalog.tables import Patterns
 from builder.models.cut import Cut, cut, numbers, packed_anew
 from builder.operations.fixes import FIXES, truncated_position_ids
 from builder.operations.lora.names import Shaped, Target, extracted, targets
@@ -131,6 +132,7 @@ class Composer:
             overflow=job.overflow,
             non_finite=job.non_finite,
             narrow=job.narrow,
+            kept=Patterns(job.kept),
         )
         return {n: cast.get(n, t) for n, t in tensors.items()}
 
@@ -211,7 +213,7 @@ class Composer:
         if job.precision is not None:
             faults = Faults()
             self.faults.append((key, job.precision, faults))
-            made = cast_all(made, job.precision, faults=faults)
+            made = cast_all(made, job.precision, faults=faults, kept=Patterns(job.kept))
         if job.cls == CHECKPOINT:
             return Cut(CHECKPOINT, dict(made), tuple(words))
         first = inputs[job.first or operation.inputs[0]]

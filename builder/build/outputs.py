@@ -39,7 +39,7 @@ from builder.plan.keys import (
 )
 from builder.plan.metadata import DATE
 from builder.plan.resolve import output_state
-from builder.recipe.lock import Lock, LockedComponent, LockedOutput, differences, lock_path
+from builder.recipe.lock import Lock, LockedComponent, LockedOutput, differences
 from builder.recipe.profiles import MAX_SIDECAR
 from builder.recipe.recipe import Recipe
 from builder.sources.find import hash_files
@@ -459,7 +459,7 @@ class Assembly:
         """Every file that this build reads: none of them may be overwritten."""
         plan, sources = self.context.plan, self.context.sources
         recipes = [r.path for r in _recipes(self.job) if r.path is not None]
-        inputs = [*recipes, *map(lock_path, recipes)]
+        inputs = [*recipes, *(r.lock for r in _recipes(self.job) if r.lock is not None)]
         for job in (n.job for n in plan if isinstance(n.job, SourceJob)):
             if (found := sources.find(job)) is not None:
                 inputs.append(found.path)

@@ -8,13 +8,15 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from builder.base.disk import check_place, making_folders
 from builder.base.errors import CkptError, OutputError, Problem, UnreproducibleError
 from builder.build.carry_out import Build, build
 from builder.build.outputs import Naming
-from builder.plan import Plan
+from builder.plan import OutputJob, Plan
 from builder.recipe import Output, Recipe
-from builder.recipe.lock import Lock, differences, lock_path, write_lock
+from builder.recipe.lock import Lock, differences, write_lock
 from builder.recipe.names import form_of
+from builder.sources.have import telling_all
 from builder.sources.job import SourceJob
 from builder.sources.opened import NotPinned, Sources
 from builder.store import Store
@@ -34,16 +36,20 @@ def build_recipe(
     partial: bool = False,
     hashing: bool = True,
     check: bool = False,
+    explained: bool = False,
     threads: int | None = None,
     before: Callable[[Plan], object] = lambda plan: None,
 ) -> Build:
     """Build a recipe, and write its lock unless `locked`.
 
-    `place` says where outputs go, and in which form, if not as the recipe says; `before` sees the plan before
-    anything is made; with `check` everything is built a second time without the store, and compared. All
-    else is as for `build`. Raises CkptError.
+    What changes in the lock is said, all of it if `explained`. `place` says where outputs go, and in which
+    form, if not as the recipe says; `before` sees the plan before anything is made; with `check` everything
+    is built a second time without the store, and compared. All else is as for `build`. Raises CkptError.
     """
     lock = need_lock(recipe) if locked else find_lock(recipe)
+    if not locked and recipe.lock is not None and (lock is None or lock.recipe != recipe.digest):
+        with _elsewhere():
+            check_place(recipe.lock)
     made = _built(
         workspace,
         recipe,
@@ -65,7 +71,7 @@ def build_recipe(
     if check:
         _check(workspace, recipe, made, place, threads)
     if not locked:
-        _write_lock(workspace, recipe, lock, made, place)
+        _write_lock(workspace, recipe, lock, made, place, explained)
     workspace.tidy()
     return made
 
@@ -83,14 +89,27 @@ def _built(
     while True:
         plan = workspace.plan(recipe, sources, lock, place=place)
         if plan.unseen:
-            _see(sources, [plan.nodes[k].job for k in plan.unseen])
+            with telling_all(recipe, sources, lock):
+                _see(sources, [plan.nodes[k].job for k in plan.unseen])
             continue
         before(plan)
         try:
-            return carry_out(plan)
+            with telling_all(recipe, sources, lock), _folders(plan):
+                return carry_out(plan)
         except NotPinned as error:
             if not sources.another(error.job):
                 raise
+
+
+@contextmanager
+def _folders(plan: Plan) -> Iterator[None]:
+    """With the folders of what is to be written; those that were missing are gone where nothing came of it.
+
+    Raises OutputError where nothing could be written.
+    """
+    pending = [n.job for n in plan.outputs() if n.state != "unchanged"]
+    with making_folders(job.target.parent for job in pending if isinstance(job, OutputJob)):
+        yield
 
 
 def _see(sources: Sources, jobs: list[object]) -> None:
@@ -119,17 +138,35 @@ def _is_shown(sources: Sources, job: SourceJob) -> bool:
         return False  # why not is said when it is fetched
 
 
+@contextmanager
+def _elsewhere() -> Iterator[None]:
+    """Say of an OutputError that the lock may lie elsewhere."""
+    try:
+        yield
+    except OutputError as error:
+        hint = "`--lock FILE` writes the lock elsewhere, `--no-lock` does without one"
+        error.problems = tuple(replace(p, hint=hint) for p in error.problems)
+        raise
+
+
 def _write_lock(
-    workspace: Workspace, recipe: Recipe, lock: Lock | None, made: Build, place: Place | None
+    workspace: Workspace,
+    recipe: Recipe,
+    lock: Lock | None,
+    made: Build,
+    place: Place | None,
+    explained: bool,
 ) -> None:
-    """Write the lock beside a recipe, if what was made is the recipe's own; what changes is said."""
-    if made.lock is None or recipe.path is None or not _is_the_recipes_own(recipe, place):
+    """Write the lock of a recipe, if what was made is the recipe's own; what changes is said."""
+    if made.lock is None or recipe.lock is None or not _is_the_recipes_own(recipe, place):
         return
-    for change in differences(lock, made.lock, partial=True) if lock is not None else ():
-        if "became" in change:
+    changes = differences(lock, made.lock, partial=True) if lock is not None else ()
+    if moved := [change for change in changes if "became" in change]:
+        more = f", and {len(moved) - 1} more; `--explain` lists them" if len(moved) > 1 else ""
+        for change in moved if explained else [f"{moved[0]}{more}"]:
             workspace.reporter.note(f"the lock changes: {change}")
-    with standing(*(b.path for b in made.outputs)):
-        write_lock(lock_path(recipe.path), made.lock)
+    with standing(*(b.path for b in made.outputs)), _elsewhere():
+        write_lock(recipe.lock, made.lock)
 
 
 @contextmanager

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from builder.base.errors import LockError, OutputError, Place, Problem, UsageError
+from builder.base.errors import LockError, OutputError, Place, Problem, SourceError, UsageError
 from builder.base.progress import Reporter
 from builder.build.expect import Built, missed
 from builder.formats import open_checkpoint
@@ -44,6 +45,10 @@ def verify(recipe: Recipe, lock: Lock | None, file: Path | None, workspace: Work
                 )
             )
         path = file or (recipe.path.parent if recipe.path else Path()) / output.file
+        if not os.path.lexists(path):
+            which = f"`ckpt build {recipe.path}`" if file is None and recipe.path is not None else ""
+            hint = f"{which} makes it" if which else None
+            raise SourceError(Problem(f"there is no `{path}`", hint=hint))
         several = path.is_dir() or path.name.endswith(SUFFIX)
         digests = {
             str(f): sha256_file(f, reporter=workspace.reporter).sha256

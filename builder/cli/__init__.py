@@ -27,6 +27,8 @@ COMMANDS: dict[str, str] = {
     "convert": "Write a checkpoint in another container, precision or layout.",
     "extract": "Write a component of a checkpoint as a file of its own.",
     "diff": "Say what tells two checkpoints apart, and why.",
+    "lora": "Bake LoRAs into a checkpoint.",
+    "merge": "Merge checkpoints into one.",
     "inspect": "Say what is in a checkpoint, without running or loading it.",
     "prune": "Write checkpoints without EMA, junk and wasted precision.",
     "replace": "Write a checkpoint with components of other files.",

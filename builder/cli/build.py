@@ -14,11 +14,14 @@ from builder.cli.made import note_changes, note_left_out, note_steps, to_json, t
 from builder.cli.options import (
     NAME,
     json_option,
+    lock_place,
+    locking,
     open_workspace,
     outside_option,
     quiet_option,
     recipe_argument,
 )
+from builder.formats.layouts.configs import MODEL_INDEX
 from builder.plan import Plan, explain
 from builder.recipe import Output, Recipe
 from builder.recipe.names import SINGLE, form_of
@@ -35,6 +38,7 @@ from builder.toolkit.command_recipe import output_path
 @click.option("--check", is_flag=True, help="Build everything a second time without the store, and compare.")
 @click.option("--explain", "explained", is_flag=True, help="Say why each step is done or not.")
 @click.option("--threads", type=click.IntRange(1, 256), help="Threads to use; the bytes are the same.")
+@locking
 @outside_option
 @json_option
 @quiet_option
@@ -48,11 +52,15 @@ def command(
     check: bool,
     explained: bool,
     threads: int | None,
+    lock: Path | None,
+    no_lock: bool,
     as_json: bool,
     outside: bool,
     quiet: bool,
 ) -> int:
     """Build the files of RECIPE; what is made already is reused, what is unchanged is left alone."""
+    if no_lock and (locked or frozen):
+        raise UsageError(Problem("`--locked` needs a lock, and `--no-lock` has none"))
     with (
         open_workspace(quiet, offline=offline or frozen, outside=outside) as workspace,
         workspace.sources() as sources,
@@ -64,7 +72,7 @@ def command(
             note_left_out(plan, workspace.reporter)
             note_steps(plan, workspace.reporter)
 
-        read = workspace.recipe(recipe)
+        read = workspace.recipe(recipe, lock_place(lock, no_lock))
         made = build_recipe(
             workspace,
             read,
@@ -73,6 +81,7 @@ def command(
             locked=locked or frozen,
             partial=partial,
             check=check,
+            explained=explained,
             threads=threads,
             before=before,
         )
@@ -92,6 +101,10 @@ def _place(recipe: Recipe, output: str | None) -> Callable[[Output], str] | None
                 hint="name the files in the recipe",
             )
         )
+    path = Path(output)
+    name = Path(recipe.outputs[0].file).name
+    if recipe.outputs[0].form in SINGLE and path.is_dir() and not (path / MODEL_INDEX).exists():
+        output = str(path := path / name)  # no model's folder, but one to have the file in
     if form_of(output) in SINGLE:
-        output_path(Path(output))
+        output_path(path)
     return lambda _: output

@@ -12,9 +12,10 @@ import click
 
 from builder.base.errors import CatalogError, Problem, UsageError, nearest, printable
 from builder.cli.options import FILE
+from builder.cli.terminal import make_reporter
 from builder.formats import open_checkpoint
 from builder.models.catalog import Architecture, Catalog, Component, TensorRule, load_catalog
-from builder.models.catalog.learn import compress, fold
+from builder.models.catalog.learn import compress, fold, string
 from builder.tensors.lazy import LazyTensor
 
 _json = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout (docs/catalog.md).")
@@ -68,12 +69,22 @@ def show(name: str, full: bool, as_json: bool) -> None:
 @click.option("--name", help="The component's name (default: the file's).")
 @click.option("--class", "cls", help="The class that it fills (default: one of its own).")
 @click.option("--prefix", default="", help="Take only the tensors under this prefix, and cut it off.")
-def learn(file: Path, output: Path | None, name: str | None, cls: str | None, prefix: str) -> None:
+@click.option("--weights", is_flag=True, help="Write whose weights its known components have, not a table.")
+def learn(
+    file: Path, output: Path | None, name: str | None, cls: str | None, prefix: str, weights: bool
+) -> None:
     """Write a component's table from a checkpoint, to stdout or to a folder of tables.
 
-    Such a folder, named in CKPT_COMPONENTS, makes the component known to every command.
+    Such a folder, named in CKPT_COMPONENTS, makes the component known to every command. With --weights,
+    the digests of FILE's components are written, by which they are known under the name in any file.
     """
     catalog = load_catalog()
+    if weights:
+        if cls is not None or prefix:
+            option = "--class" if cls is not None else "--prefix"
+            raise UsageError(Problem(f"`{option}` cannot go with `--weights`", hint="leave it out"))
+        _learn_weights(file, output, name or file.stem, catalog)
+        return
     name = name or re.sub(r"[^\w.+-]+", "-", file.stem).strip("-.")[:100] or "component"
     for word, what in ((name, "component"), (cls or name, "class")):
         if not re.fullmatch(r"\w[\w.+-]{0,99}", word):
@@ -92,6 +103,40 @@ def learn(file: Path, output: Path | None, name: str | None, cls: str | None, pr
         click.echo(text, nl=False)
     else:
         click.echo(printable(_write(output / f"{name}.toml", text, name, catalog)))
+
+
+def _learn_weights(file: Path, output: Path | None, name: str, catalog: Catalog) -> None:
+    """Write the digests of a file's components as those of well-known weights."""
+    from builder.reports.inspect import build_report
+
+    if not 0 < len(name) <= 100 or not name.isprintable() or not name.strip():
+        raise UsageError(Problem(f"`{printable(name)}` is no name", hint="give one with `--name`"))
+    with make_reporter() as reporter:
+        report = build_report(file, catalog=catalog, reporter=reporter)
+    parts = [p for p in report.parts if not p.match.ema or len(report.parts) == 1]
+    if not parts:
+        hint = "`ckpt inspect` says what is in it"
+        raise UsageError(Problem(f"`{file}` has no component that the catalog knows", hint=hint))
+    entries = []
+    for part in parts:
+        if part.digest is None:
+            what = f"{part.match.component.name} is in parts, as diffusers has it: its weights have no digest"
+            click.echo(f"note: {printable(what)}", err=True)
+            continue
+        if part.published is not None:
+            known = printable(part.published.name)
+            click.echo(f"note: the weights of {part.match.component.name} are known as `{known}`", err=True)
+            continue
+        fields = {"name": name, "class": part.match.component.cls, "blake3": part.digest}
+        entries.append("\n".join(["[[component]]", *(f"{k} = {string(v)}" for k, v in fields.items())]))
+    text = "\n\n".join(entries) + "\n" if entries else ""
+    if output is None or not entries:
+        click.echo(text, nl=False)
+        return
+    stem = re.sub(r"[^\w.+-]+", "-", name).strip("-.") or "weights"
+    path = output / "known" / f"{stem}.toml"
+    _create(path, text)
+    click.echo(printable(f"wrote {path}; CKPT_COMPONENTS={output} makes them known"))
 
 
 def _say(answer: dict[str, Any]) -> None:
@@ -135,6 +180,8 @@ def _meaning(component: Component, catalog: Catalog, full: bool) -> Iterator[str
         "tensors": f"{component.keys:,}, {size}" + (f"; {optional} optional" if optional else ""),
         "extends": component.extends or "",
         "naming": component.naming or "",
+        "precision": component.precision,
+        "models": ", ".join(map(printable, component.models)),
         "declared in": component.path,
     }
     for label, value in rows.items():
@@ -177,6 +224,8 @@ def _described(component: Component, catalog: Catalog) -> dict[str, Any]:
         "prefix": component.prefix,
         "keys": component.keys,
         "parameters": component.parameters,
+        "precision": component.precision,
+        "models": list(component.models),
         "extends": component.extends,
         "naming": component.naming,
         "note": component.note,
@@ -188,9 +237,9 @@ def _architecture(architecture: Architecture) -> dict[str, Any]:
     return {
         "name": architecture.name,
         "slots": list(architecture.slots),
+        "may_lack": list(architecture.may_lack),
         "only": list(architecture.only),
         "aliases": list(architecture.aliases),
-        "precision": architecture.precision,
         "modelspec": architecture.modelspec and architecture.modelspec.architecture,
     }
 
@@ -232,6 +281,12 @@ def _write(path: Path, text: str, name: str, catalog: Catalog) -> str:
                 hint="give another `--name`",
             )
         )
+    _create(path, text)
+    return f"wrote {path}; CKPT_COMPONENTS={path.parent} makes it known"
+
+
+def _create(path: Path, text: str) -> None:
+    """Write a new file of a catalog; raises UsageError where there is one already, or none can be."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("x", encoding="utf-8", newline="\n") as file:
@@ -241,4 +296,3 @@ def _write(path: Path, text: str, name: str, catalog: Catalog) -> str:
             raise UsageError(Problem(f"`{path}` is there already", hint="give another `--name`")) from None
         reason = (wrong.strerror or str(wrong)).lower()
         raise UsageError(Problem(f"cannot write `{path}`: {reason}")) from None
-    return f"wrote {path}; CKPT_COMPONENTS={path.parent} makes it known"

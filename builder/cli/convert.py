@@ -39,7 +39,7 @@ from builder.toolkit.convert import convert
 @click.option(
     "--precision",
     type=click.Choice(list(PRECISIONS)),
-    help="Of the weights; kept by default, but FP16 of what is in no blocks of a GGUF file.",
+    help="Of the weights; kept by default, but beside blocks of GGUF as such models are published.",
 )
 @quantize_option
 @click.option(

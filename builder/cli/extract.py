@@ -12,6 +12,7 @@ from builder.base.errors import ExitCode
 from builder.cli.made import note_changes, note_steps, to_json, to_text
 from builder.cli.options import (
     FILE,
+    PLACE,
     making,
     open_workspace,
     output_keys,
@@ -19,9 +20,9 @@ from builder.cli.options import (
     recipe_path,
     save_option,
 )
-from builder.models.parts import find_part, kind, slot_of, usual_precision
+from builder.models.parts import find_part, kind, slot_of
 from builder.recipe import Pick
-from builder.recipe.names import SUFFIXES, recipe_name
+from builder.recipe.names import SUFFIXES, Target, recipe_name
 from builder.toolkit.command_recipe import CommandRecipe, run
 from builder.toolkit.extract import target_of
 
@@ -29,7 +30,7 @@ from builder.toolkit.extract import target_of
 @click.command("extract")
 @click.argument("file", type=FILE)
 @click.argument("component", metavar="COMPONENT|CLASS")
-@click.option("-o", "--output", type=FILE, help="The file to write, or the folder to write it in.")
+@click.option("-o", "--output", type=PLACE, help="The file to write, or the folder to write it in.")
 @click.option("--format", "form", type=click.Choice([s[1:] for s in SUFFIXES]), help="Of the file written.")
 @making
 @quantize_option
@@ -37,7 +38,7 @@ from builder.toolkit.extract import target_of
 def command(
     file: Path,
     component: str,
-    output: Path | None,
+    output: Target | None,
     form: str | None,
     save_recipe: Path | None,
     fixes: tuple[str, ...],
@@ -69,7 +70,7 @@ def command(
             new=cls,
             components={cls: pick},
             fixes=fixes,
-            output=output_keys(usual_precision(cls, identity, catalog), options) | packed,
+            output=output_keys(options) | packed,
         )
         made = run(
             recipe,

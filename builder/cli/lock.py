@@ -8,10 +8,10 @@ from pathlib import Path
 import click
 
 from builder.base.errors import ExitCode, Problem, UsageError, did_you_mean, printable
-from builder.cli.options import open_workspace, outside_option, quiet_option, recipe_argument
+from builder.cli.options import FILE, open_workspace, outside_option, quiet_option, recipe_argument
 from builder.recipe import Recipe
 from builder.recipe.lock import Lock, differences, lock_path, write_lock
-from builder.sources.have import resolve_sources
+from builder.sources.have import resolve_sources, telling_all
 from builder.workspace import find_lock
 
 
@@ -20,27 +20,26 @@ from builder.workspace import find_lock
 @click.option(
     "--upgrade", is_flag=False, flag_value="*", metavar="[SOURCE]", help="Let the pins move: all, or one's."
 )
+@click.option("--lock", "lock", type=FILE, help="Where the lock lies; default: beside RECIPE.")
 @outside_option
 @quiet_option
-def command(recipe: Path, upgrade: str | None, outside: bool, quiet: bool) -> int:
+def command(recipe: Path, upgrade: str | None, lock: Path | None, outside: bool, quiet: bool) -> int:
     """Pin every source of RECIPE by digest in its lock.
 
     A source that is elsewhere is not downloaded where its host states the digest. Components and outputs
     are pinned by the first build; they stay as they are while no source changes.
     """
     with open_workspace(quiet, outside=outside) as workspace, workspace.sources() as sources:
-        read = workspace.recipe(recipe)
+        read = workspace.recipe(recipe, lock or True)
         old = find_lock(read, anew=True)
-        lock = Lock(read.digest, resolve_sources(read, sources, _unpinned(old, upgrade, read)))
-        if old is not None and (old.recipe, old.profile, old.pins()) == (
-            lock.recipe,
-            lock.profile,
-            lock.pins(),
-        ):
-            lock = replace(lock, components=old.components, outputs=old.outputs)
-        changes = differences(old, lock) if old is not None else []
-        where = lock_path(recipe)
-        written = write_lock(where, lock)
+        pins = _unpinned(old, upgrade, read)
+        with telling_all(read, sources, pins):
+            new = Lock(read.digest, resolve_sources(read, sources, pins))
+        if old is not None and (old.recipe, old.profile, old.pins()) == (new.recipe, new.profile, new.pins()):
+            new = replace(new, components=old.components, outputs=old.outputs)
+        changes = differences(old, new) if old is not None else []
+        where = lock or lock_path(recipe)
+        written = write_lock(where, new)
     click.echo(printable(f"{'written' if written else 'unchanged'}  {where}"))
     for change in changes:
         click.echo(printable(f"  {change}"))

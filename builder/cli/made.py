@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from builder.base.errors import printable
@@ -68,10 +70,15 @@ def without_tokenizer(way: str) -> str:
     return f"without a tokenizer, whose vocabulary no checkpoint holds: {way}"
 
 
-def note_steps(plan: Plan, reporter: Reporter) -> None:
-    """Say what steps leave alone, a note each, unless nothing is to be written."""
+def note_steps(plan: Plan, reporter: Reporter, options: Mapping[str, str] = MappingProxyType({})) -> None:
+    """Say what steps leave alone, a note each, unless nothing is to be written.
+
+    `options` are the words of the command line for those of a recipe.
+    """
     if any(n.state != "unchanged" for n in plan.outputs()):
         for note in plan.notes:
+            for key, option in options.items():
+                note = note.replace(f"`{key}`", f"`{option}`")
             reporter.note(note)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -12,13 +13,15 @@ from builder.base.errors import ExitCode, Problem, UsageError
 from builder.base.progress import SILENT, Reporter
 from builder.base.toml import escaped
 from builder.cli.options import FILE, open_workspace, quiet_option, recipe_path
+from builder.models.catalog import Architecture
 from builder.recipe import parse_recipe
 from builder.recipe.names import SUFFIXES, recipe_name
 from builder.reports import imports
 from builder.reports.new import Draft, describe, write
 from builder.sources.find import files_below
 from builder.sources.opened import Sources
-from builder.toolkit.command_recipe import check_is_recipe
+from builder.toolkit.command_recipe import CommandRecipe, check_is_recipe
+from builder.toolkit.replace import check_filled, find_parts, new_architecture
 
 MOST_NOTES = 20  # of what an imported recipe lacks
 
@@ -57,7 +60,9 @@ def command(
 
     A further FILE that is a component alone takes the place of the model's own; one that is a whole model
     is looked through like a library. What is equal to nothing known is taken from the file itself.
-    With --from-metadata, the recipe is what the program that merged FILE wrote into it.
+    With --from-metadata, the recipe is what the program that merged FILE wrote into it. With NEW and an
+    architecture first, as in `ckpt new "NEW SDv1" UNET=a.ckpt clip.safetensors VAE=b.ckpt`, it is that of a
+    new model whose slots these files fill.
     """
     output = recipe_path(output, "-o")
     if output is not None and os.path.lexists(output):
@@ -67,7 +72,9 @@ def command(
     folder = output.parent if output is not None else Path()
     with open_workspace(quiet) as workspace, workspace.sources() as sources:
         catalog = workspace.catalog
-        if from_metadata:
+        if (new := new_architecture(str(files[0]), catalog)) is not None and not library:
+            text = _composed(new, files[1:], output, name, sources)
+        elif from_metadata:
             text = _imported(files, library, folder, name, sources, workspace.reporter)
         else:
             draft = describe(files, library, sources, threads=threads, reporter=workspace.reporter)
@@ -80,6 +87,18 @@ def command(
         models = [stat for path, stat in files_below(library, SILENT) if path.suffix.lower() in SUFFIXES]
         write_bytes(output, text.encode(), durable=False, inputs=[*files, *models])
     return ExitCode.DONE
+
+
+def _composed(
+    new: Architecture, parts: Sequence[Path], output: Path | None, name: str | None, sources: Sources
+) -> str:
+    """The recipe of a new model of these parts, as text."""
+    files: dict[str, Path] = {}
+    picks = find_parts(map(str, parts), new, files, sources, sources.catalog)
+    check_filled(new, picks)
+    name = name or recipe_name(Path(output.stem if output is not None else new.name.lower()))
+    recipe = CommandRecipe(name, files, new=new.name, components=picks).pinned(sources)
+    return recipe.text(output.parent if output is not None else Path())
 
 
 def _imported(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,8 +13,9 @@ import click
 from builder.base.errors import Problem, UsageError
 from builder.cli.terminal import make_reporter
 from builder.operations.fixes import FIXES
-from builder.recipe.language import QUANTIZE
+from builder.recipe.language import PUBLISHED, QUANTIZE
 from builder.recipe.lock import LOCK
+from builder.recipe.names import Target
 from builder.recipe.profiles import PROFILES
 from builder.tensors.cast import PRECISIONS
 from builder.workspace import Workspace
@@ -30,12 +32,25 @@ class _Named(click.Path):
         return super().convert(value, param, ctx)
 
 
+class _Place(_Named):
+    """A file, or a folder: one that is there, or whose name ends in a slash."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        text = str(super().convert(value, param, ctx))
+        return Target(Path(text), text.endswith(("/", os.sep)) or os.path.isdir(text))  # noqa: PTH112
+
+
 FILE = _Named(path_type=Path)
+PLACE = _Place(path_type=str)
 NAME = _Named(path_type=str)  # as it was given: the slash at its end counts
 
 recipe_argument = click.argument("recipe", type=FILE, metavar="RECIPE")
 outside_option = click.option(
     "--allow-outside", "outside", is_flag=True, help="Let RECIPE name files outside its folder."
+)
+_LOCK_OPTIONS = (
+    click.option("--lock", "lock", type=FILE, help="Where the lock lies; default: beside RECIPE."),
+    click.option("--no-lock", is_flag=True, help="Neither read nor write a lock."),
 )
 quiet_option = click.option("--quiet", "-q", is_flag=True, help="No progress, no notes.")
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
@@ -60,8 +75,8 @@ _OPTIONS = (
     click.option(
         "--precision",
         type=click.Choice(list(PRECISIONS)),
-        help="Of the weights. By default what is wider than 16 bits is rounded to FP16, or to BF16 where "
-        "models are published so, and all else stays as it is.",
+        help="Of the weights. By default what is wider than the precision that such a component is "
+        "published in is rounded to that, and all else stays as it is.",
     ),
     *_REPAIRS,
     click.option("--threads", type=click.IntRange(1, 256), help="Threads to use; the bytes are the same."),
@@ -85,6 +100,18 @@ def making(command: F) -> F:
     return _with(_OPTIONS, command)
 
 
+def locking(command: F) -> F:
+    """Add the options about where the lock lies."""
+    return _with(_LOCK_OPTIONS, command)
+
+
+def lock_place(lock: Path | None, no_lock: bool) -> Path | bool:
+    """Where a lock lies, as `Workspace.recipe` takes it; raises UsageError for both options."""
+    if lock is not None and no_lock:
+        raise UsageError(Problem("`--lock` and `--no-lock` exclude each other"))
+    return False if no_lock else lock or True
+
+
 def repairing(command: F) -> F:
     """Add the options about repairs, the program it is for, and numbers that do not fit."""
     return _with(_REPAIRS, command)
@@ -96,14 +123,13 @@ def _with(options: Sequence[Callable[[F], F]], command: F) -> F:
     return command
 
 
-def output_keys(usual: str, options: dict[str, Any]) -> dict[str, Any]:
+def output_keys(options: dict[str, Any]) -> dict[str, Any]:
     """A recipe's [output] of the options; taken out of `options`.
 
-    `usual` is the precision where none was asked for. Only what was asked for is made wider or changed
-    within 16 bits.
+    Only what was asked for is made wider or changed within 16 bits.
     """
     precision = options.pop("precision")
-    keys: dict[str, Any] = {"precision": precision or usual}
+    keys: dict[str, Any] = {"precision": precision or PUBLISHED}
     if precision is None:
         keys["narrow"] = True
     for name in ("profile", "overflow", "non_finite"):

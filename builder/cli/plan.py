@@ -8,7 +8,14 @@ from pathlib import Path
 import click
 
 from builder.base.errors import ExitCode
-from builder.cli.options import open_workspace, outside_option, quiet_option, recipe_argument
+from builder.cli.options import (
+    lock_place,
+    locking,
+    open_workspace,
+    outside_option,
+    quiet_option,
+    recipe_argument,
+)
 from builder.plan import explain
 from builder.workspace import find_lock
 
@@ -19,15 +26,24 @@ from builder.workspace import find_lock
 @click.option("--dot", "form", flag_value="dot", help="A drawing for Graphviz.")
 @click.option("--mermaid", "form", flag_value="mermaid", help="A drawing for Markdown.")
 @click.option("--offline", is_flag=True, help="Use no network.")
+@locking
 @outside_option
 @quiet_option
-def command(recipe: Path, form: str | None, offline: bool, outside: bool, quiet: bool) -> int:
+def command(
+    recipe: Path,
+    form: str | None,
+    offline: bool,
+    lock: Path | None,
+    no_lock: bool,
+    outside: bool,
+    quiet: bool,
+) -> int:
     """Say what building RECIPE would do: each step, its inputs, and why it is made or not.
 
     Reads tables of contents only, never tensor data; downloads nothing.
     """
     with open_workspace(quiet, offline=offline, outside=outside) as workspace, workspace.sources() as sources:
-        read = workspace.recipe(recipe)
+        read = workspace.recipe(recipe, lock_place(lock, no_lock))
         plan = workspace.plan(read, sources, find_lock(read))
     if form == "json":
         click.echo(json.dumps(explain.to_json(plan), indent=2))

@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from builder.base.disk import making_folders
 from builder.base.errors import (
     CkptError,
     ExitCode,
@@ -23,6 +24,7 @@ from builder.base.errors import (
 from builder.cli.made import note_changes
 from builder.cli.options import (
     FILE,
+    PLACE,
     json_option,
     open_workspace,
     quiet_option,
@@ -33,7 +35,7 @@ from builder.cli.options import (
 from builder.cli.watching import Where, watch
 from builder.models.parts import words_for
 from builder.operations.fixes import FIXES
-from builder.recipe.names import free_name, named, stem
+from builder.recipe.names import Target, free_name, named, stem
 from builder.tensors.cast import PRECISIONS
 from builder.toolkit import prune_text
 from builder.toolkit.command_recipe import output_path, vacant
@@ -47,7 +49,7 @@ class Request:
     """How to prune, where to, and what to say of it."""
 
     options: Options
-    output: Path | None
+    output: Target | None
     save: Path | None
     dry_run: bool
     names: bool
@@ -57,7 +59,7 @@ class Request:
 
 @click.command("prune")
 @click.argument("files", nargs=-1, type=FILE, metavar="FILE|FOLDER…")
-@click.option("-o", "--output", type=FILE, help="The file to write, or the folder to write in.")
+@click.option("-o", "--output", type=PLACE, help="The file to write, or the folder to write in.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
 @click.option("--keep-ema", is_flag=True, help="Keep averaged weights.")
 @click.option(
@@ -94,7 +96,7 @@ class Request:
 @quiet_option
 def command(
     files: tuple[Path, ...],
-    output: Path | None,
+    output: Target | None,
     dry_run: bool,
     recursive: bool,
     names: bool,
@@ -151,16 +153,16 @@ def command(
 
 def _check(request: Request, found: list[Path]) -> None:
     """Raise UsageError or OutputError for what cannot be done with these files."""
-    folder = request.output is not None and request.output.is_dir()
+    output = request.output
     if request.single:
-        if request.output is not None and not folder:
-            output_path(request.output, found, folders=True)
+        if output is not None and not output.folder:
+            output_path(output.path, found, folders=True)
         return
     if request.save is not None:
         raise UsageError(Problem("`--save-recipe` goes with one file", hint="prune them one by one"))
-    if request.output is not None and not folder:
-        fact = f"`{request.output}` is no folder, and there may be several files to write"
-        raise UsageError(Problem(fact, hint="make the folder first"))
+    if output is not None and not output.folder:
+        fact = f"`{output.path}` is no folder, and there may be several files to write"
+        raise UsageError(Problem(fact, hint=f"`-o {output.path}/` makes one"))
 
 
 def _silent(text: str) -> None:
@@ -176,16 +178,18 @@ def _prune(path: Path, request: Request, workspace: Workspace, say: Callable[[st
             if request.single and pruning.unmatched:
                 raise _unmatched(pruning)
             say("\n".join(prune_text.describe(pruning, request.names)))
-            folder = request.output if request.output is not None and request.output.is_dir() else None
-            target = request.output if folder is None else None
+            output = request.output
+            folder = output.path if output is not None and output.folder else None
+            target = output.path if output is not None and not output.folder else None
             if pruning.checked.tidy and target is None and (folder is None or path.is_file()):
                 if folder is None or request.dry_run:
                     return Result(path, "tidy" if folder is None else "to do", pruning)
-                copied = copy(path, folder, workspace.reporter)
+                with making_folders([folder]):
+                    copied = copy(path, folder, workspace.reporter)
                 return Result(path, "copied" if copied else "tidy", pruning, copy=copied)
             if request.dry_run:
                 return Result(path, "to do", pruning)
-            usual = (request.output or named(path).parent) / f"{stem(path)}-pruned.safetensors"
+            usual = (folder or named(path).parent) / f"{stem(path)}-pruned.safetensors"
             made = prune(
                 pruning,
                 target or free_name(usual),

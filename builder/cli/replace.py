@@ -8,26 +8,24 @@ from typing import Any
 
 import click
 
-from builder.base.errors import ExitCode, Problem, UsageError
+from builder.base.errors import ExitCode
 from builder.cli.made import note_changes, note_left_out, to_json, to_text
-from builder.cli.options import FILE, making, open_workspace, output_keys, recipe_path, save_option
-from builder.models.parts import find_part
-from builder.recipe import Pick
-from builder.recipe.names import recipe_name
+from builder.cli.options import FILE, PLACE, making, open_workspace, output_keys, recipe_path, save_option
+from builder.recipe.names import Target, recipe_name
 from builder.toolkit.command_recipe import CommandRecipe, output_path, run
-from builder.toolkit.replace import architecture_of, name_of, parse_part
+from builder.toolkit.replace import architecture_of, check_filled, find_parts, new_architecture
 
 
 @click.command("replace")
-@click.argument("file", type=FILE)
-@click.argument("parts", nargs=-1, required=True, metavar="CLASS=FILE[:COMPONENT]…")
-@click.option("-o", "--output", type=FILE, required=True, help="The file to write.")
+@click.argument("file", type=FILE, metavar="FILE|'NEW ARCHITECTURE'")
+@click.argument("parts", nargs=-1, required=True, metavar="[CLASS=]FILE[:COMPONENT]…")
+@click.option("-o", "--output", type=PLACE, required=True, help="The file to write, or its folder.")
 @making
 @save_option
 def command(
     file: Path,
     parts: tuple[str, ...],
-    output: Path,
+    output: Target,
     save_recipe: Path | None,
     fixes: tuple[str, ...],
     threads: int | None,
@@ -40,31 +38,30 @@ def command(
     \b
     ckpt replace anything.ckpt VAE-v1=nai.vae.pt -o anything-nai.safetensors
     ckpt replace anything.ckpt UNET=anything.ckpt:UNET-v1-EMA -o anything-ema.safetensors
+    ckpt replace "NEW SDv1" UNET=a.safetensors CLIP=b.safetensors VAE=c.vae.pt -o d.safetensors
 
-    A slot that FILE leaves open may be filled. COMPONENT says which one, where the file has several.
+    A slot that FILE leaves open may be filled; NEW and an architecture have all of them open. COMPONENT
+    says which one, where a file has several; a file of one component needs no CLASS.
     """
-    save, target = recipe_path(save_recipe), output_path(output, [file])
+    save = recipe_path(save_recipe)
     with open_workspace(quiet) as workspace, workspace.sources() as sources:
         catalog = workspace.catalog
-        architecture = architecture_of(file, sources.open(sources.file(file)).identity, catalog)
-        files = {recipe_name(file): file}
-        picks: dict[str, Pick] = {}
-        for part in parts:
-            cls, path, component = parse_part(part, architecture)
-            if cls in picks:
-                raise UsageError(Problem(f"`{cls}` is replaced twice", hint="name each class once"))
-            identity = sources.open(sources.file(path)).identity
-            match = find_part(component or cls, identity, path, catalog)
-            plain = match.component.cls == cls and component is None
-            picks[cls] = Pick(cls, name_of(path, files), None if plain else match.component.name)
-        output_path(output, files.values())
+        new = new_architecture(str(file), catalog)
+        architecture = new or architecture_of(file, sources.open(sources.file(file)).identity, catalog)
+        files = {} if new else {recipe_name(file): file}
+        picks = find_parts(parts, architecture, files, sources, catalog)
+        if new:
+            check_filled(new, picks)
+        name = new.name.lower() if new else recipe_name(file)
+        target = output_path(output.file(f"{name}.safetensors"), files.values())
         recipe = CommandRecipe(
-            recipe_name(file),
+            name,
             files,
-            recipe_name(file),
+            base="" if new else recipe_name(file),
+            new=new.name if new else "",
             components=picks,
             fixes=fixes,
-            output=output_keys(architecture.precision or "fp16", options),
+            output=output_keys(options),
         )
         made = run(
             recipe,

@@ -8,22 +8,32 @@ import click
 
 from builder.base.errors import ExitCode, printable
 from builder.build import verify
-from builder.cli.options import open_workspace, outside_option, quiet_option, recipe_argument
+from builder.cli.options import (
+    lock_place,
+    locking,
+    open_workspace,
+    outside_option,
+    quiet_option,
+    recipe_argument,
+)
 from builder.workspace import find_lock
 
 
 @click.command("verify")
 @recipe_argument
 @click.argument("file", required=False, type=click.Path(path_type=Path), metavar="[FILE]")
+@locking
 @outside_option
 @quiet_option
-def command(recipe: Path, file: Path | None, outside: bool, quiet: bool) -> int:
+def command(
+    recipe: Path, file: Path | None, lock: Path | None, no_lock: bool, outside: bool, quiet: bool
+) -> int:
     """Compare FILE (or the files that RECIPE makes) with the lock and with what the recipe expects.
 
     Builds nothing. Exit code 7: a file is not what it should be, with the components that differ.
     """
     with open_workspace(quiet, outside=outside) as workspace:
-        read = workspace.recipe(recipe)
+        read = workspace.recipe(recipe, lock_place(lock, no_lock))
         verified = verify(read, find_lock(read), file, workspace)
     for path, sha256 in verified.items():
         click.echo(f"verified  {printable(str(path))}\n          sha256 {sha256}")

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 # What training leaves behind and no loader asks for. Whatever else matches nothing stays "unknown".
 JUNK = re.compile(
     r"(?:first_stage_model\.|vae\.)?loss\."  # perceptual loss and discriminator of the autoencoder
+    r"|(?:model\.diffusion_model\.)?repa_projectors\."  # what a denoiser's features are compared with
     r"|optimizers?[._]|lr_schedulers|callbacks\.|loops\.|(?:native_)?amp_scaling_state"
 )
 EMA = "model_ema."
@@ -167,7 +168,8 @@ class Identity:
 
     `architecture` is an architecture's name; a class's name for one bare component; a class's name and
     `-BROKEN` for the largest part of a checkpoint that misses others, `incomplete` then being the
-    architecture it is nearest to and `absent` the classes it misses; None: unknown. `rejected` comes
+    architecture it is nearest to; None: unknown. `absent` are the classes it misses, in a whole model those
+    that such often go without. `rejected` comes
     nearest first. `optional`, `ema`, `scales`, `junk` and `unknown` are full names of tensors, in the
     file's order: keys that a full checkpoint may also hold; every averaged weight, known component or
     not; companions of packed weights, of a component or none; what no loader reads; what nothing explains.
@@ -267,10 +269,12 @@ def _candidates(specs: Mapping[str, Spec], catalog: Catalog) -> tuple[list[Match
     local[""] = {name: name for name in specs} if bare else {}
 
     found = _Found()
+    begin = {prefix: _beginnings(names) for prefix, names in local.items()}
     for component in catalog.components.values():
         for prefix in dict.fromkeys((component.prefix, "")):
-            found.add(_compare(component, prefix, local.get(prefix, {}), specs))
-        if component.alone != PLAIN:
+            if component.may_be(PLAIN, begin.get(prefix, set())):
+                found.add(_compare(component, prefix, local[prefix], specs))
+        if component.alone != PLAIN and component.may_be(component.alone, begin[""]):
             found.add(_compare(component, "", local[""], specs, alone=component.alone))
     whole = {full for match in found.matches for full in match.full}
     extra = {*catalog.optional, *companions(specs), *(n for n in specs if n.startswith(EMA))}
@@ -280,7 +284,24 @@ def _candidates(specs: Mapping[str, Spec], catalog: Catalog) -> tuple[list[Match
         for prefix, names in {"": {n: n for n in left}, **_under(left, catalog.containers)}.items():
             for match in _spellings(catalog.components.values(), prefix, names, specs, catalog):
                 found.add(match, again=True)
+            if usual := _respelt(names, catalog):
+                for match in _spellings(catalog.components.values(), prefix, usual, specs, catalog):
+                    found.add(
+                        replace(match, diffusers=True) if isinstance(match, Match) else match, again=True
+                    )
     return found.matches, found.rejections
+
+
+def _respelt(names: Mapping[str, str], catalog: Catalog) -> dict[str, str]:
+    """Names as the tables have them where others begin otherwise, all else as it is; none: there are none."""
+    begin = tuple(catalog.respelt)
+    if not any(name.startswith(begin) for name in names):
+        return {}
+    found: dict[str, str] = {}
+    for name, full in names.items():
+        old = next((b for b in begin if name.startswith(b)), "")
+        found.setdefault(catalog.respelt.get(old, "") + name[len(old) :], full)
+    return found
 
 
 def _under(names: Iterable[str], prefixes: Iterable[str]) -> dict[str, dict[str, str]]:
@@ -294,6 +315,11 @@ def _under(names: Iterable[str], prefixes: Iterable[str]) -> dict[str, dict[str,
             if name.startswith(prefix):
                 found.setdefault(prefix, {})[name[len(prefix) :]] = name
     return found
+
+
+def _beginnings(names: Iterable[str]) -> set[str]:
+    """What names have before their first dots."""
+    return {name.partition(".")[0] for name in names}
 
 
 class _Found:
@@ -326,15 +352,17 @@ def _spellings(
 ) -> Iterator[Match | Rejection]:
     """Components against the names under a prefix, in each of the ways that they may be spelled."""
     wanted = {c.name: c for c in components}
+    begin = _beginnings(names)
     for component in wanted.values():
-        for alone in dict.fromkeys((PLAIN, component.alone)):
+        for alone in (a for a in dict.fromkeys((PLAIN, component.alone)) if component.may_be(a, begin)):
             if (result := _compare(component, prefix, names, specs, alone=alone)) is not None:
                 yield result
     for renaming in catalog.renamings:
         if any(c.name in wanted for c in renaming.components) and renaming.rules.known_in(names):
             held, linear, made = _renamed(names, renaming, specs)
+            called = _beginnings((*held, *made))
             for component in renaming.components:
-                if component.name not in wanted or not (held or made):
+                if component.name not in wanted or not component.may_be(PLAIN, called):
                     continue
                 result = _compare(component, prefix, held, specs, linear=linear, made=made)
                 if isinstance(result, Match):
@@ -420,7 +448,9 @@ def _compare(
         if piece is not None and shape == rule.shape:
             pieces[name] = piece
         elif full is not None and (
-            flat or (rank is not None and ranks.setdefault(name.partition(".")[0], rank) == rank)
+            flat
+            or (rank is not None and rule.optional)
+            or (rank is not None and ranks.setdefault(name.partition(".")[0], rank) == rank)
         ):
             names[name] = full
             if here != called:
@@ -514,11 +544,7 @@ def _choose(
         if rival.component is match.component:
             continue
         count, more = match.required, rival.required
-        why = (
-            f"which explains {more} tensors, not {count}"
-            if more > count
-            else "whose class is the more common"
-        )
+        why = f"which explains {more} tensors, not {count}" if more > count else "which is the more common"
         if cls != rival.component.cls or more > count:
             notes.append(f"`{name}` fits the tensors of `{rival.component.name}` too, {why}")
         outdone.append(
@@ -534,11 +560,13 @@ def _choose(
     return chosen, duplicates, outdone, notes
 
 
-def _order(catalog: Catalog) -> dict[str, tuple[int, str, int]]:
-    """Where a component stands among equals: most shared class first, then its class's standard one."""
+def _order(catalog: Catalog) -> dict[str, tuple[int, int, str, int]]:
+    """Where a component stands among equals: first what others are made from, then the most shared class,
+    then its class's standard one."""
     slots = Counter(slot for a in catalog.architectures.values() for slot in a.slots)
+    heirs = Counter(component.extends for component in catalog.components.values())
     return {
-        component.name: (-slots[cls], cls, index)
+        component.name: (-heirs[component.name], -slots[cls], cls, index)
         for cls, members in catalog.classes.items()
         for index, component in enumerate(members)
     }
@@ -583,10 +611,16 @@ def _architecture(
         taken = {n for m in parts for n in m.full}
         return [*parts, *(m for m in matches if taken.isdisjoint(m.full))]
 
-    whole = [a for a in catalog.architectures.values() if len(filled(a)) == len(a.slots)]
+    def is_whole(architecture: Architecture) -> bool:
+        held = {m.component.cls for m in filled(architecture)}
+        many = len(held) == len(architecture.slots) or len(held) > 1
+        return bool(held) and many and held.issuperset(architecture.due)
+
+    whole = [a for a in catalog.architectures.values() if is_whole(a)]
     if whole:
         best = max(whole, key=explained)
-        return reclassed(best), best.name, True, None, ()
+        held = {m.component.cls for m in filled(best)}
+        return reclassed(best), best.name, True, None, tuple(s for s in best.slots if s not in held)
     if len(model) == 1 and (model[0].prefix != model[0].component.prefix or not model[0].under):
         return list(matches), model[0].component.cls, True, None, ()
     prefixed = [m for m in placed if m.under]

@@ -88,5 +88,6 @@ def _goes_with(rule: ModelRule, specs: Mapping[str, Spec], said: list[str]) -> b
     return (
         any(value.startswith(rule.said) for value in said)
         or rule.any.any(specs)
+        or (bool(rule.all) and all(patterns.any(specs) for patterns in rule.all))
         or any(s.shape[-1:] == (size,) and p.fit(n) for p, size in rule.sizes for n, s in specs.items())
     )

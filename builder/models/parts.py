@@ -50,15 +50,6 @@ def home(identity: Identity, catalog: Catalog) -> Architecture | None:
     return catalog.architectures.get(name or "")
 
 
-def usual_precision(cls: str, identity: Identity, catalog: Catalog) -> str:
-    """The precision that a class is published in: that of the file's architecture, or of all that have it."""
-    at = home(identity, catalog)
-    if at is not None:
-        return at.precision or "fp16"
-    found = {a.precision or "fp16" for a in catalog.architectures.values() if cls in a.slots}
-    return found.pop() if len(found) == 1 else "fp16"
-
-
 def _absent(word: str, alike: list[Match], identity: Identity, path: Path, catalog: Catalog) -> Problem:
     held = [m.component for m in identity.matches]
     names = [w for c in held for w in (c.cls, c.name, kind(c.cls))]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -179,18 +179,22 @@ def _numbers(held: LazyTensor) -> list[float] | None:
     return [float(v) for v in found.double().tolist()]
 
 
-def finished_types(tensors: Tensors, precision: Precision, narrow: Narrow = False) -> dict[str, DType]:
+def finished_types(
+    tensors: Tensors, precision: Precision, narrow: Narrow = False, kept: Container[str] = ()
+) -> dict[str, DType]:
     """The type that each tensor of a component has once it is finished: rounded, and positions whole."""
-    types = cast_types(tensors, precision, narrow)
+    types = cast_types(tensors, precision, narrow, kept)
     if POSITION_IDS in types and types[POSITION_IDS].floating:
         types[POSITION_IDS] = DType.I64
     return types
 
 
 def match_types(
-    match: Match, tensors: Tensors, precision: Precision, narrow: Narrow = False
+    match: Match, tensors: Tensors, precision: Precision | None, narrow: Narrow = False
 ) -> dict[str, DType]:
-    """The type that each tensor of a match gets, by its full name in the file."""
+    """The type that each tensor of a match gets, by its full name in the file; None: as it is published."""
+    said: Precision = precision or match.component.precision  # type: ignore[assignment]
+    kept = match.component.traits.kept
     called = {full: bare for bare, full in match.whole.items()}
-    types = finished_types({called.get(n, n): tensors[n] for n in match.full}, precision, narrow)
+    types = finished_types({called.get(n, n): tensors[n] for n in match.full}, said, narrow, kept)
     return {n: types[called.get(n, n)] for n in match.full}

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 from builder.base.errors import Problem, RecipeError
+from builder.base.words import counted
 from builder.models.catalog import Architecture
+from builder.models.catalog.tables import Patterns, Traits
 from builder.models.cut import foreign, numbers, packed_anew
 from builder.models.parts import kind
 from builder.models.prediction import ARCHITECTURE, Prediction, prediction, read_markers
@@ -37,8 +39,9 @@ from builder.plan.metadata import carried_metadata
 from builder.plan.taken import component_name, place_of, quoted, taken, to_read
 from builder.recipe import FromBase, NewBase, Output, Pick, Recipe, Step, slot_problems
 from builder.recipe.check import MAX_STEPS
+from builder.recipe.language import PUBLISHED
 from builder.sources.job import SourceJob, entry_name
-from builder.tensors.lazy import LazyTensor
+from builder.tensors.lazy import DType, LazyTensor
 from builder.tensors.packed.decode import WIDER
 from builder.tensors.packed.encode import Quantize
 
@@ -93,7 +96,7 @@ class Model:
     """A source, step or sub-recipe as a set of components, each of which becomes a node when it is taken.
 
     `told` says what its denoiser predicts. One with `metadata`, which a file of it says of itself, is no
-    model but an adapter: all of it is one component.
+    model but an adapter: all of it is one component, and `published` is the precision of such a file.
     """
 
     name: str
@@ -103,6 +106,7 @@ class Model:
     told: Callable[[], Told]
     first: Model | None = None  # of a step, the one whose classes it changes
     metadata: Callable[[], Mapping[str, str]] | None = None
+    published: Callable[[], str] = lambda: "fp16"
 
 
 class Components:
@@ -162,7 +166,7 @@ class Components:
             state, why = "hash", "seen for the first time"
         else:
             state, why = "known", "its digest is known"
-        reads = (self.sources.size(job) or 0) if state != "known" else 0
+        reads = self.sources.size(job) if state != "known" else 0
         self.add(job, f"source {name}", action=self.sources.sha256(job), state=state, why=why, reads=reads)
         self.plan.entries[entry] = job
         return job
@@ -282,6 +286,7 @@ class Components:
                 | ({"classes": list(first.classes())} if files else {}),
                 step.arithmetic,  # type: ignore[arg-type]
                 step.precision,  # type: ignore[arg-type]
+                self._kept(pick.cls, step.precision),
                 leader,
             )
             return self._applied(step, job, pick, f"step {name} {pick.cls}", "computed as it is needed")
@@ -344,8 +349,20 @@ class Components:
                 said = self._family(first)
             return operation.metadata(step.params, said)
 
-        told = Told(Prediction())
-        return Model(step.name, lambda: (CHECKPOINT,), lambda: None, origin, lambda: told, metadata=metadata)
+        def published() -> str:
+            found = [c for c in classes() if c in self.catalog.denoisers]
+            precision = self._published(found[0]) if found else "fp16"
+            return "fp16" if precision == "keep" else precision
+
+        return Model(
+            step.name,
+            lambda: (CHECKPOINT,),
+            lambda: None,
+            origin,
+            lambda: Told(Prediction()),
+            metadata=metadata,
+            published=published,
+        )
 
     def _is_extracted(self, step: Step, cls: str) -> bool:
         traits = self.catalog.traits.get(cls)
@@ -488,16 +505,22 @@ class Components:
 
     def component(self, output: Output, pick: Pick) -> Key:
         """The node of what fills a slot."""
-        origin = self.model(pick.source).origin(pick)
+        model = self.model(pick.source)
+        origin = model.origin(pick)
+        precision, narrow = output.precision, output.narrow
+        if precision == PUBLISHED:
+            of_class = model.published() if pick.cls == CHECKPOINT else self._published(pick.cls, origin)
+            precision, narrow = of_class, narrow or "fewer"
         job = ComponentJob(
             pick.cls,
             pick.source,
             origin,
             tuple(n for n in output.fixes if self.catalog.applies(n, pick.cls)),
-            output.precision,  # type: ignore[arg-type]
-            output.narrow,  # type: ignore[arg-type]
+            precision,  # type: ignore[arg-type]
+            narrow,  # type: ignore[arg-type]
             output.overflow,  # type: ignore[arg-type]
             output.non_finite,  # type: ignore[arg-type]
+            self._kept(pick.cls, precision),
             quantize=self._quantize(output, pick.cls),
         )
         if isinstance(origin, Finished) and origin.promote is None:
@@ -505,26 +528,76 @@ class Components:
             assert isinstance(inner, ComponentJob)
             if inner.params() == job.params():
                 return origin.node  # finished in the same way already: it is the component
+        if output.precision == "fp16" and pick.cls != CHECKPOINT:
+            seen = not self._elsewhere(job)
+            held = self._made_of(job) if seen else None
+            self._warn_of_fp16(output, self.catalog.classes[pick.cls][0].traits, pick, held)
         named = f" ({pick.component})" if pick.component else ""
         return self._component(job, f"{pick.cls} of {pick.source}{named}", pick)
+
+    def _published(self, cls: str, origin: Origin | None = None) -> str:
+        """What the components of a class are published in; `origin` decides where that is not the same."""
+        members = self.catalog.classes[cls]
+        several = origin is not None and len({c.precision for c in members}) > 1
+        name = component_name(self.plan, self.sources, origin) if origin is not None and several else None
+        return (self.catalog.components[name] if name is not None else members[0]).precision
+
+    def _kept(self, cls: str, precision: str | None) -> tuple[str, ...]:
+        """Patterns of the tensors of a class that a precision is not for."""
+        if precision in (None, "keep") or cls == CHECKPOINT:
+            return ()
+        return self.catalog.classes[cls][0].traits.kept.all
+
+    def _warn_of_fp16(
+        self, output: Output, traits: Traits, pick: Pick, held: Mapping[str, LazyTensor] | None
+    ) -> None:
+        """Warn where programs cannot run in FP16 what is cast to it; `held` is what is cast, where seen."""
+        names = self.catalog.classes[pick.cls][0].tensors if held is None else held
+        found = [
+            n
+            for n in names
+            if n in traits.overflows
+            and n not in traits.kept
+            and (held is None or (held[n].dtype.floating and held[n].dtype is not DType.F16))
+        ]
+        if not found:
+            return
+        whole = "*" in traits.overflows.all
+        evidence = () if whole else (f"{counted(len(found), 'tensor')}, as `{found[0]}`, make it overflow",)
+        self.plan.warnings.append(
+            Problem(
+                f"{pick.cls} of `{pick.source}` is cast to FP16, in which programs "
+                + ("do not run it" if whole else "get infinities of it"),
+                self.recipe.place(*output.at, "precision", value=True),
+                evidence,
+                "BF16 has the range for it",
+            )
+        )
 
     def _whole(
         self, output: Output, base: SourceJob | None, container: Container, architecture: Architecture
     ) -> Key:
         """The node of all that a base holds."""
         assert base is not None
-        exempt = () if output.precision == "keep" else tuple(sorted(self.catalog.optional))
+        precision = "keep" if output.precision == PUBLISHED else output.precision
+        exempt = () if precision == "keep" else tuple(sorted({*self.catalog.optional, *self._kept_of(base)}))
         spelt = architecture.slots
         if not container.layout:
             spelt = foreign(self.sources.open(base).identity, self.catalog) if self.sources.seen(base) else ()
         digests = tuple(t for cls in spelt for t in tables(self.catalog, cls, None))
         origin = Whole(base.key, exempt, spelt, digests)
+        if precision == "fp16" and self.sources.seen(base):
+            opened = self.sources.open(base)
+            for match in opened.identity.matches:
+                pick = Pick(match.component.cls, base.name)
+                held = {bare: opened.checkpoint[full] for bare, full in match.whole.items()}
+                self._warn_of_fp16(output, match.component.traits, pick, held)
         job = ComponentJob(
             CHECKPOINT,
             base.name,
             origin,
             (),
-            output.precision,  # type: ignore[arg-type]
+            precision,  # type: ignore[arg-type]
             output.narrow,  # type: ignore[arg-type]
             output.overflow,  # type: ignore[arg-type]
             output.non_finite,  # type: ignore[arg-type]
@@ -543,6 +616,13 @@ class Components:
         near = {c: traits[c].unquantized.all for c in sorted(classes) if c in denoisers and c in traits}
         return Quantize(output.quantize, near) if near else None
 
+    def _kept_of(self, base: SourceJob) -> Iterator[str]:
+        """The full names of tensors of a source that no cast touches."""
+        matches = self.sources.open(base).identity.matches if self.sources.seen(base) else ()
+        for match in matches:
+            kept = match.component.traits.kept
+            yield from (full for bare, full in match.whole.items() if bare in kept)
+
     def _component(self, job: ComponentJob, label: str, pick: Pick) -> Key:
         key = job.key
         if key in self.plan.nodes:
@@ -550,27 +630,34 @@ class Components:
         action = self.action(job)
         made = self.store.lookup(action, job.cls) if action is not None else None
         # What is to be fetched is seen when it is here, and what is known need not be looked at.
-        unseen = made is not None or self._elsewhere(job)
-        specs = {} if unseen else to_read(self.plan, self.sources, job.origin)
-        unknown = unseen or (job.cls == CHECKPOINT and not isinstance(job.origin, Whole))
-        made_of = {} if unknown else self._made_of(job)
-        packed = packed_anew(made_of, None if job.cls == CHECKPOINT else job.cls, job.quantize, self.catalog)
-        sizes = component_specs(made_of, job.precision, job.narrow, packed).values()
-        if job.precision == "keep" and (blocks := {b for t in made_of.values() if (b := _blocks(t))}):
-            held = " and ".join(sorted(blocks))
-            self.plan.say(
-                f"`{job.source}` is in blocks of {held}: they become the FP32 numbers that they are"
-            )
+        reads, writes = (0, made.bytes) if made is not None else self._sizes(job)
         return self.add(
             job,
             label,
             action=action,
             state="make" if made is None else "stored",
             why=self._why(pick, action) if made is None else "made before from the same inputs",
-            reads=sum(t.nbytes for t in specs.values()),
-            writes=made.bytes if made is not None else sum(d.bits * prod(s) // 8 for d, s in sizes),
+            reads=reads,
+            writes=writes,
             made=made,
         )
+
+    def _sizes(self, job: ComponentJob) -> tuple[int | None, int | None]:
+        """The bytes that are read for a component, and those that it has; None for what is not known yet."""
+        if self._elsewhere(job):
+            return None, None
+        reads = sum(t.nbytes for t in to_read(self.plan, self.sources, job.origin).values())
+        if job.cls == CHECKPOINT and not isinstance(job.origin, Whole):
+            return reads, None  # which tensors an adapter has is known when it is begun
+        made_of = self._made_of(job)
+        if job.precision == "keep" and (blocks := {b for t in made_of.values() if (b := _blocks(t))}):
+            held = " and ".join(sorted(blocks))
+            self.plan.say(
+                f"`{job.source}` is in blocks of {held}: they become the FP32 numbers that they are"
+            )
+        packed = packed_anew(made_of, None if job.cls == CHECKPOINT else job.cls, job.quantize, self.catalog)
+        specs = component_specs(made_of, job.precision, job.narrow, Patterns(job.kept), packed)
+        return reads, sum(d.bits * prod(s) // 8 for d, s in specs.values())
 
     def _made_of(self, job: ComponentJob) -> Mapping[str, LazyTensor]:
         """What of a source has the names and shapes of a component: of a step, its first input's.

@@ -7,6 +7,7 @@ from typing import Any
 from builder.base.errors import printable
 from builder.base.progress import human_bytes
 from builder.plan import ComponentJob, Node, OutputJob, Plan, StepJob
+from builder.plan.graph import total
 from builder.sources.job import SourceJob
 
 
@@ -22,24 +23,26 @@ def to_text(plan: Plan) -> str:
     if not any(n.state in ("make", "hash", "fetch") for n in plan):
         lines.append("nothing to do")
     else:
-        lines.append(f"reads {human_bytes(reads)}, writes {human_bytes(writes)}")
-        if any(n.state == "make" and not n.writes for n in plan.outputs()):
-            lines.append("the size of LoRAs is known when they are begun")
+        lines.append(f"reads {_bytes(reads)}, writes {_bytes(writes)}")
     return "\n".join(lines)
 
 
-def totals(plan: Plan) -> tuple[int, int]:
-    """Bytes to be read and to be written by the whole plan.
+def _bytes(count: int | None) -> str:
+    return "unknown" if count is None else human_bytes(count)
+
+
+def totals(plan: Plan) -> tuple[int | None, int | None]:
+    """Bytes to be read and to be written by the whole plan, None where some are not known yet.
 
     A component that is made goes straight into its output; what is stored is read from where it lies.
     """
     pending = [n for n in plan.outputs() if n.state != "unchanged"]
     used = [plan.nodes[k] for k in dict.fromkeys(i for n in pending for i in n.job.inputs)]
     parts = [n for n in used if isinstance(n.job, ComponentJob)]
-    reads = sum(n.reads for n in plan if isinstance(n.job, SourceJob) and n.state in ("hash", "fetch"))
-    reads += sum(n.reads if n.state == "make" else n.writes for n in parts)
+    read = [n.reads for n in plan if isinstance(n.job, SourceJob) and n.state in ("hash", "fetch")]
+    read += [n.reads if n.state == "make" else n.writes for n in parts]
     kept = [n for n in plan if isinstance(n.job, ComponentJob) and n.job.store and n.state == "make"]
-    return reads, sum(n.writes for n in [*pending, *kept])
+    return total(read), total(n.writes for n in [*pending, *kept])
 
 
 def _row(plan: Plan, node: Node) -> tuple[str, str, str, str]:
@@ -49,7 +52,7 @@ def _row(plan: Plan, node: Node) -> tuple[str, str, str, str]:
     return (
         node.state,
         printable(node.label),
-        human_bytes(size) if size else "",
+        _bytes(size) if size != 0 else "",
         printable(f"{made_of}{node.why}"),
     )
 

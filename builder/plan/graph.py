@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from builder.base.errors import Place, Problem
 from builder.formats.layouts.configs import Prediction as Predicted
 from builder.formats.write_gguf import Encoding
+from builder.models.catalog.tables import NONE, Patterns
 from builder.models.prediction import Marker, Prediction
 from builder.operations.fixes import FIXES, finished_types
 from builder.recipe.names import SINGLE, Form
@@ -95,7 +96,7 @@ class StepJob:
     """One class of a step's model: an operation over one component of each input.
 
     `params` are what the recipe says as far as it concerns the class. With a `precision` what is made is
-    rounded. `first` is the input whose component this is one of.
+    rounded, but for tensors that fit patterns of `kept`. `first` is the input whose component this is one of.
     """
 
     step: str = field(compare=False)
@@ -106,13 +107,14 @@ class StepJob:
     params: Mapping[str, Any]
     arithmetic: Literal["exact", "file"] = "exact"
     precision: Precision | None = None
+    kept: tuple[str, ...] = ()
     first: str = field(default="", compare=False)
 
     def expression(self, names: Mapping[Key, str] | None = None) -> str:
         """The key of what is made, with the inputs known by their keys or by `names`."""
         inputs = {p: origin_data(o, names) for p, o in self.inputs_by_name.items()}
-        said = {"arithmetic": self.arithmetic, "precision": self.precision}
-        how = {k: v for k, v in said.items() if v not in (None, "exact")}
+        said = {"arithmetic": self.arithmetic, "precision": self.precision, "kept": list(self.kept)}
+        how = {k: v for k, v in said.items() if v not in (None, "exact", [])}
         return expression_key(
             self.op, self.version, cls=self.cls, params=dict(self.params), inputs=inputs, **how
         )
@@ -132,8 +134,9 @@ class StepJob:
 class ComponentJob:
     """A finished component: where it comes from, how it is repaired and rounded.
 
-    `source` is what the recipe calls the source or step. `fixes` are those that apply to the class. With
-    `store`, its bytes are kept. With `quantize`, weights are packed anew.
+    `source` is what the recipe calls the source or step. `fixes` are those that apply to the class, and
+    `kept` patterns of tensors that no precision is for. With `store`, its bytes are kept. With `quantize`,
+    weights are packed anew.
     """
 
     cls: str
@@ -144,6 +147,7 @@ class ComponentJob:
     narrow: Narrow
     overflow: Overflow
     non_finite: NonFinite
+    kept: tuple[str, ...] = ()
     store: bool = False
     quantize: Quantize | None = None
 
@@ -166,6 +170,7 @@ class ComponentJob:
             "non_finite": self.non_finite,
             **({"narrow": self.narrow} if self.narrow else {}),
             **({"quantize": list(self.quantize)} if self.quantize else {}),
+            **({"kept": list(self.kept)} if self.kept else {}),
         }
 
     @property
@@ -288,7 +293,8 @@ class Node:
 
     `label` is for people, `key` is the node's identity, and `action` is under which the store remembers
     what it makes: as `key`, but with every source known by its SHA-256; None while one of them is not.
-    A source's is its SHA-256. `reads` and `writes` are bytes of tensor data; `why` is the reason for
+    A source's is its SHA-256. `reads` and `writes` are bytes of tensor data, None where
+    a source that is not here has them; `why` is the reason for
     `state` in words. `made` is what a component is known to be.
     """
 
@@ -298,14 +304,20 @@ class Node:
     action: str | None
     state: State
     why: str
-    reads: int = 0
-    writes: int = 0
+    reads: int | None = 0
+    writes: int | None = 0
     made: Made | None = None
 
     @property
     def kind(self) -> str:
         """`source`, `step`, `component` or `output`."""
         return type(self.job).__name__.removesuffix("Job").lower()
+
+
+def total(sizes: Iterable[int | None]) -> int | None:
+    """The sum of sizes; None where one is not known."""
+    known = list(sizes)
+    return None if None in known else sum(size or 0 for size in known)
 
 
 @dataclass(frozen=True)
@@ -409,9 +421,10 @@ def component_specs(
     tensors: Mapping[str, LazyTensor],
     precision: Precision,
     narrow: Narrow = False,
+    kept: Patterns = NONE,
     packed: Mapping[str, LazyTensor] = MappingProxyType({}),
 ) -> dict[str, tuple[DType, tuple[int, ...]]]:
     """Names, dtypes and shapes that tensors will have in a precision; some are `packed` anew."""
-    types = finished_types(tensors, precision, narrow)
+    types = finished_types(tensors, precision, narrow, kept)
     made = {n: (types[n], t.shape) for n, t in tensors.items()}
     return made | {n: (t.dtype, t.shape) for n, t in packed.items()}

@@ -36,13 +36,14 @@ from builder.plan.graph import (
     Plan,
     State,
     StepJob,
+    total,
 )
 from builder.plan.keys import assembly_key, recall_beside, recall_output
 from builder.plan.metadata import stated_metadata
 from builder.plan.taken import component_name, quoted, to_read
 from builder.recipe import FromBase, Output, Pick, Recipe
 from builder.recipe.check import form_problem
-from builder.recipe.language import QUANTIZE
+from builder.recipe.language import PUBLISHED, QUANTIZE
 from builder.recipe.names import SINGLE, Form, form_of
 from builder.recipe.profiles import MAX_SIDECAR, sidecar, warnings, with_profile
 from builder.recipe.read import outside
@@ -171,7 +172,7 @@ class _Resolver(Components):
             )
         self.plan.warnings += warnings(output.profile, architecture, told.prediction, job.sidecar, target)
         parts = [self.plan.nodes[n] for n in nodes.values()]
-        size = sum(p.writes for p in parts)
+        size = total(p.writes for p in parts)
         key = self.add(
             job, f"output {output.file}", action=None, state="make", why="", reads=size, writes=size
         )
@@ -324,9 +325,10 @@ class _Resolver(Components):
                 )
             )
         said = traits.gguf
+        published = output.precision == PUBLISHED
         return Encoding(
             said.architecture,
-            output.precision,  # type: ignore[arg-type]
+            self._published(classes[0]) if published else output.precision,  # type: ignore[arg-type]
             output.narrow,  # type: ignore[arg-type]
             output.quantize,  # type: ignore[arg-type]
             said.reshaped,

@@ -48,7 +48,7 @@ def slot_problems(
     meant = {nearest(c, slots) for c in (*wrong, *_unread(recipe, output))}
     if output.partial:
         return
-    if left := [s for s in architecture.slots if s not in {*output.components, *held, *meant}]:
+    if left := [s for s in architecture.due if s not in {*output.components, *held, *meant}]:
         place = recipe.place(*output.base.at, value=True)
         some = "slot" if len(left) == 1 else "slots"
         yield Problem(

@@ -50,6 +50,11 @@ PRECISIONS = {
     "fp32": "single precision",
     "keep": "each tensor as its source has it",
 }
+PUBLISHED = "published"
+OUTPUT_PRECISIONS = {
+    PUBLISHED: "each component as the catalog says that it is published, nothing made wider",
+    **PRECISIONS,
+}
 
 
 class Quantization(NamedTuple):
@@ -566,10 +571,10 @@ def _language(words: Vocabulary) -> Struct:
                 otherwise="NAME.safetensors; of one with a `name`, RECIPE-NAME.safetensors",
             ),
             "precision": Key(
-                Choice("precision", PRECISIONS),
-                "Type of its floating-point tensors.",
+                Choice("precision", OUTPUT_PRECISIONS),
+                "Type of its floating-point tensors, but of those that the catalog has kept in any.",
                 '"bf16"',
-                default="fp16",
+                default=PUBLISHED,
             ),
             "narrow": Key(
                 Either((Boolean(), Choice("way to round", NARROW))),

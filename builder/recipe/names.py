@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Iterator
 from itertools import count
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from builder.base.errors import Problem, UsageError
 
@@ -67,6 +67,17 @@ def stem(path: Path) -> str:
     name = named(path).name
     match = _MODEL.fullmatch(name)
     return match[1] if match else name
+
+
+class Target(NamedTuple):
+    """Where something goes: a file, or a `folder` in which it gets a name of its own."""
+
+    path: Path
+    folder: bool = False
+
+    def file(self, name: str) -> Path:
+        """The file itself, or the one of this name in the folder."""
+        return self.path / name if self.folder else self.path
 
 
 def recipe_name(path: Path, taken: Iterable[str] = ()) -> str:

@@ -20,6 +20,7 @@ from builder.operations.fixes import FIXES, Fix
 from builder.operations.registry import Operation
 from builder.recipe.check import problems_of
 from builder.recipe.language import NEW, Format, Vocabulary
+from builder.recipe.lock import LOCK, lock_path
 from builder.recipe.recipe import Expect, FromBase, NewBase, Output, Pick, Recipe, Source, Step
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ class _Loader:
         except RecipeError as error:
             self.problems += error.problems
             return None
-        return replace(recipe, path=path, included=dict(self._included(recipe, path)))
+        return replace(recipe, path=path, lock=lock_path(path), included=dict(self._included(recipe, path)))
 
     def _included(self, recipe: Recipe, path: Path) -> Iterator[tuple[str, Recipe]]:
         for name, source in recipe.sources.items():
@@ -180,6 +181,11 @@ def _read(document: Document, words: Vocabulary) -> Recipe:
     """The recipe in a document; raises RecipeError with every problem, in the order of the text."""
     problems: list[Problem] = []
     root = At(document, problems)
+    if "format" not in document.data and {"version", "recipe", "tool"} <= document.data.keys():
+        name = Path(document.path).name
+        of = f"`{name.removesuffix(LOCK)}.toml`" if name.endswith(LOCK) else "a recipe"
+        hint = f"name the recipe: it is the lock of {of}"
+        raise RecipeError(Problem("this is a lock, not a recipe", Place(document.path), hint=hint))
     if not document.data:
         hint = "`ckpt new FILE… -o RECIPE` writes one to begin with"
         raise RecipeError(Problem("the recipe is empty", Place(document.path), hint=hint))

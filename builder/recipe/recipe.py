@@ -125,7 +125,8 @@ class Output:
     """A file to write, with everything that holds for it: the recipe's own words or the output's.
 
     `file` is relative to the recipe's folder and stays inside it. `fixes` are in the order of the registry,
-    in which they are applied. With `narrow`, only what is wider than `precision` is rounded. `quantize` says
+    in which they are applied. `precision` is one for all, or `published`: for each component the catalog's,
+    and nothing made wider. With `narrow`, only what is wider than `precision` is rounded. `quantize` says
     how the denoiser's weights are packed; None: they are not. `keep` names tensors that are carried over
     from the base beside its components; None: all optional ones it has. With
     `unknown` as `keep`, all else is carried over too but averages and junk. `markers` are tensors that tell
@@ -141,7 +142,7 @@ class Output:
     base: NewBase | FromBase
     components: Mapping[str, Pick]
     fixes: tuple[str, ...] = ()
-    precision: str = "fp16"
+    precision: str = "published"
     narrow: bool | str = False
     quantize: str | None = None
     overflow: str = "error"
@@ -208,7 +209,8 @@ _BY_DEFAULT = (
 class Recipe:
     """A valid recipe.
 
-    `included` holds the recipes that sources name, by source. `notes` are remarks that are no errors.
+    `included` holds the recipes that sources name, by source. `notes` are remarks that are no errors. `lock`
+    is where its lock lies, None where it has none.
     """
 
     name: str
@@ -220,6 +222,7 @@ class Recipe:
     steps: Mapping[str, Step]
     outputs: tuple[Output, ...]
     path: Path | None = field(default=None, compare=False)
+    lock: Path | None = field(default=None, compare=False)
     document: Document = field(default=Document("", "", {}), compare=False, repr=False)
     included: Mapping[str, Recipe] = field(default_factory=dict, repr=False)
     notes: tuple[Problem, ...] = field(default=(), compare=False)

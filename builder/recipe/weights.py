@@ -28,14 +28,14 @@ MAX_PATTERNS = 200  # over tensors' names; each is tried on every name
 class BlockWeights(Kind):
     """Weights; gives them in the canonical form of `builder.operations.weights`.
 
-    `blocks` are the lists of blocks that classes have, by their length, `parts` the classes and their first
-    words. A list begins with the bases: of all that is in no block, or of each text encoder where the
-    catalog's class has several.
+    `lists` are those that weigh whole models, by their length: what their first numbers are of, which is all
+    that is in no block, or each text encoder, and the blocks. `parts` are the classes and their first words,
+    with the blocks of each that has some.
     """
 
     weight: Number
-    blocks: Mapping[int, tuple[str, ...]]
-    parts: tuple[str, ...]
+    lists: Mapping[int, tuple[tuple[str, ...], tuple[str, ...]]]
+    parts: Mapping[str, tuple[tuple[str, ...], ...]]
     strengths: bool = False
     noun: str = "a number, the name of a preset, an array of numbers or a table"
     label: str = "number, name of a preset, array or string of a number for the base and each block, or table"
@@ -44,12 +44,17 @@ class BlockWeights(Kind):
     @classmethod
     def of(cls, catalog: Catalog, weight: Number, *, strengths: bool = False) -> BlockWeights:
         """The weights that a catalog has words for."""
-        words = dict.fromkeys([*catalog.classes, *(c.partition("-")[0] for c in catalog.classes)])
-        return cls(weight, catalog.blocks, tuple(words), strengths)
+        parts: dict[str, dict[tuple[str, ...], None]] = {c: {} for c in catalog.classes}
+        for word in catalog.classes:
+            traits = catalog.traits.get(word)
+            blocks = {traits.blocks: None} if traits is not None and traits.blocks else {}
+            parts[word] |= blocks
+            parts.setdefault(word.partition("-")[0], {}).update(blocks)
+        return cls(weight, catalog.lists, {word: tuple(found) for word, found in parts.items()}, strengths)
 
     def check(self, value: Any, at: At) -> Any:
         if not isinstance(value, dict):
-            return self._plain(value, at, alone=True)
+            return self._plain(value, at)
         if self.strengths and value.keys() & _STRENGTH:
             return self._strength(value, at)
         return self._table(value, at, inner=False)
@@ -72,59 +77,68 @@ class BlockWeights(Kind):
         ):
             return below.wrong(f"{below.name} must be a preset's name or numbers")
         if len(numbers) not in LORA_BLOCKS:
-            plain = self._list(numbers, below, alone=True)
+            plain = self._list(numbers, below)
             return WRONG if WRONG in (plain, strength) else _scaled(plain, strength)
         if strength is WRONG:
             return WRONG
         named = dict(zip(LORA_BLOCKS[len(numbers)], numbers[1:], strict=True))
-        every = {b: strength * named.get(b, 0.0) for b in self.blocks[V1_BLOCKS]}
+        every = {b: strength * named.get(b, 0.0) for b in self._v1}
         return _canonical(strength * numbers[0], every)
 
     # -- numbers, presets, lists
 
-    def _plain(self, value: Any, at: At, *, alone: bool) -> Any:
-        """What is no table; `alone`: it weighs whole models, so a list must begin with the base."""
+    def _plain(self, value: Any, at: At, part: str | None = None) -> Any:
+        """What is no table: of whole models, where a list must begin with the base, or of a part."""
         if isinstance(value, str):
             if re.fullmatch(_NUMBERS, value):
                 value = [float(word) for word in value.split(",")]
             elif (known := presets().get(value)) is not None:
                 base = 1.0 if value == "ALL_B" else 0.0
-                return _canonical(base, dict(zip(self.blocks[V1_BLOCKS], known, strict=True)))
+                return _canonical(base, dict(zip(self._v1, known, strict=True)))
             else:
                 hint = did_you_mean(value, presets()) or "write numbers with commas between, the base first"
                 return at.wrong(f"unknown preset `{value}`", hint=hint)
         if not isinstance(value, list):
             return self.weight.read(value, at)
         numbers = [self.weight.read(item, at.down(index)) for index, item in enumerate(value)]
-        return WRONG if WRONG in numbers else self._list(numbers, at, alone=alone)
+        return WRONG if WRONG in numbers else self._list(numbers, at, part)
 
-    def _list(self, numbers: list[float], at: At, *, alone: bool) -> Any:
+    def _list(self, numbers: list[float], at: At, part: str | None = None) -> Any:
+        """A list of numbers for whole models; or of a `part`, for the blocks that it has, the base before."""
         count = len(numbers)
-        bases = next((n for n in (0, 1, 2) if count - n in self.blocks and self._bases(count - n, n)), None)
-        if bases is None:
-            due = ", ".join(str(n + self._most(n)) for n in self.blocks)
-            return at.wrong(f"{at.name} has {count} numbers, and lists have {due}")
-        if alone and bases == 0:
+        own = {b for b in self.parts.get(part or "", ()) if count - len(b) in (0, 1)}
+        bare = [b for _, b in self.lists.values() if len(b) == count]
+        if len(own) > 1:
+            fact = f"{at.name} has {count} numbers, and classes of that name have other blocks"
+            return at.wrong(fact, hint="name the class in full")
+        bases: tuple[str, ...] = (BASE,)
+        if own:
+            blocks = own.pop()
+        elif count in self.lists:
+            bases, blocks = self.lists[count]
+        elif bare and part is not None:
+            blocks = bare[0]
+        elif bare:
             hint = "put the base first: the weight of all that is in no block"
             return at.wrong(f"{at.name} has {count} numbers, of blocks alone", hint=hint)
-        found = dict(zip(self.blocks[count - bases], numbers[bases:], strict=True))
-        if bases == 2:
-            parts = dict(zip(_ENCODERS, numbers, strict=False))
-            return _canonical(0.0, found, parts)
-        return _canonical(numbers[0] if bases else 0.0, found)
+        else:
+            due = ", ".join(map(str, self.lists))
+            return at.wrong(f"{at.name} has {count} numbers, and lists have {due}")
+        first = numbers[: count - len(blocks)]
+        found = dict(zip(blocks, numbers[len(first) :], strict=True))
+        if bases == (BASE,):
+            return _canonical(first[0] if first else 0.0, found)
+        return _canonical(0.0, found, dict(zip(bases, first, strict=True)))
 
-    def _bases(self, blocks: int, count: int) -> bool:
-        return count in (0, self._most(blocks))
-
-    def _most(self, blocks: int) -> int:
-        """How many bases stand before so many blocks: FLUX's list has one for each of its text encoders."""
-        return 2 if "D00" in self.blocks[blocks] else 1
+    @property
+    def _v1(self) -> tuple[str, ...]:
+        return self.lists[V1_BLOCKS + 1][1]
 
     # -- tables
 
     @cached_property
     def _names(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(b for blocks in self.blocks.values() for b in blocks))
+        return tuple(dict.fromkeys(b for held in self.parts.values() for blocks in held for b in blocks))
 
     def _table(self, value: dict[str, Any], at: At, *, inner: bool) -> Any:
         base, parts, tensors = 0.0, {}, {}
@@ -140,7 +154,7 @@ class BlockWeights(Kind):
                 read = (
                     self._table(item, below, inner=True)
                     if isinstance(item, dict)
-                    else self._plain(item, below, alone=False)
+                    else self._plain(item, below, key)
                 )
                 parts[key] = read
             elif key == BASE:
@@ -181,19 +195,21 @@ class BlockWeights(Kind):
 
     def schema(self, defs: Schema) -> Schema:
         number = self.weight.schema(defs)
-        text = {"type": "string", "minLength": 1}
-        numbers = {"type": "array", "items": number, "minItems": 2}
-        plain = [number, text, numbers]
-        inner = {"type": "object", "additionalProperties": number}
-        tensors = {"type": "object", "additionalProperties": number, "maxProperties": MAX_PATTERNS}
-        known = {BASE: number, TENSORS: tensors, **{part: {"oneOf": [*plain, inner]} for part in self.parts}}
-        if self.strengths:
-            known |= {"strength": number, "blocks": {"oneOf": [text, numbers]}}
-        table = {"type": "object", "properties": known, "additionalProperties": number}
-        return {"oneOf": [*plain, table]}
-
-
-_ENCODERS = ("CLIP", "T5")
+        bounds = [str(n) for n in (self.weight.minimum, self.weight.maximum) if n is not None]
+        name = "-".join(["strengths" if self.strengths else "weights", *bounds])
+        if name not in defs:
+            text = {"type": "string", "minLength": 1}
+            numbers = {"type": "array", "items": number, "minItems": 2}
+            plain = [number, text, numbers]
+            inner = {"type": "object", "additionalProperties": number}
+            part, tensors = f"{name}-of-a-part", inner | {"maxProperties": MAX_PATTERNS}
+            defs[part] = {"oneOf": [*plain, inner]}
+            known = {p: {"$ref": f"#/$defs/{part}"} for p in self.parts} | {BASE: number, TENSORS: tensors}
+            if self.strengths:
+                known |= {"strength": number, "blocks": {"oneOf": [text, numbers]}}
+            table = {"type": "object", "properties": known, "additionalProperties": number}
+            defs[name] = {"oneOf": [*plain, table]}
+        return {"$ref": f"#/$defs/{name}"}
 
 
 def _scaled(weights: Any, factor: float) -> Any:

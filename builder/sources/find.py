@@ -14,7 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Protocol
 
-from builder.base.errors import FetchError, Place, Problem, SourceError
+from builder.base.errors import FetchError, MissingError, Place, Problem, SourceError, nearest
 from builder.base.progress import SILENT, Reporter
 from builder.formats import sniff
 from builder.formats.blob import FileBlob, checking
@@ -110,6 +110,10 @@ def find_source(
         blobs = sorted(cache.glob(f"*/blobs/{wanted.sha256}"))
         found = search.choose(blobs, "Hugging Face cache")
     if found is None:
+        if wanted.file is not None:
+            search.names += [
+                p.name for p, _ in _stats(_entries((folder / wanted.file).parent), modes.S_ISREG)
+            ]
         raise search.failure()
     return found
 
@@ -139,6 +143,7 @@ class _Search:
     wanted: Wanted
     store: Store
     looked: list[str] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)  # of files in those places
     refused: dict[Path, str] = field(default_factory=dict)
 
     def choose(self, candidates: Iterable[Path], how: str) -> Found | None:
@@ -167,14 +172,17 @@ class _Search:
         """That it is nowhere, and what was found instead."""
         wanted = self.wanted
         refused = [f"not `{path}`: it {why}" for path, why in self.refused.items()]
+        name = Path(wanted.file).name if wanted.file is not None else None
         if wanted.urls:
             hint = f"it can be had from {wanted.urls[0]}"
+        elif name and (near := nearest(name, self.names)) not in {None, name}:
+            hint = f"did you mean `{near}`?"
         elif wanted.file is not None:
             hint = "put the file there, or set `CKPT_MODELS` to the folder that holds it"
         else:
             hint = "set `CKPT_MODELS` to the folder that holds it"
         pin = [f"wanted: SHA-256 {wanted.sha256}"] if wanted.sha256 else []
-        return FetchError(
+        return (FetchError if wanted.urls else MissingError)(
             Problem(
                 f"the source `{wanted.name}` is nowhere to be found",
                 evidence=(*pin, *self.looked, *refused),
@@ -232,7 +240,10 @@ def _in_models(search: _Search, folders: Sequence[Path], reporter: Reporter) -> 
     if not folders:
         search.looked.append("in no folder of models: `CKPT_MODELS` is not set")
         return None
-    search.looked += [f"in the folder of models `{folder}`" for folder in folders]
+    there = [folder for folder in folders if folder.is_dir()]
+    search.looked += [f"in the folder of models `{folder}`" for folder in there]
+    if not there:
+        search.looked.append("in no folder of models: `CKPT_MODELS` names none that is there")
     by_name = "folder of models, by name"
     name = None
     if wanted.file is not None:
@@ -246,6 +257,7 @@ def _in_models(search: _Search, folders: Sequence[Path], reporter: Reporter) -> 
     elif wanted.sha256 is None:
         return None
     files = files_below(folders, reporter)
+    search.names += [path.name for path, _ in files]
     found = search.choose((path for path, _ in files if path.name == name), by_name)
     if found is not None or wanted.sha256 is None:
         return found
@@ -273,17 +285,24 @@ def files_below(folders: Sequence[Path], reporter: Reporter) -> list[tuple[Path,
     return files
 
 
+def _entries(folder: Path) -> list[Path]:
+    """What is in a folder, in the order of names; of one that cannot be read, nothing."""
+    try:
+        return sorted(islice(folder.iterdir(), MAX_FILES))
+    except (OSError, ValueError):
+        return []
+
+
 def _walk(folder: Path, seen: set[tuple[int, int]], depth: int) -> Iterator[tuple[Path, os.stat_result]]:
     """Regular files below a folder, hidden ones left out; links are followed, each folder is met once."""
     try:
         here = folder.stat()
-        entries = sorted(folder.iterdir())
     except OSError:
         return
     if depth == 0 or (here.st_dev, here.st_ino) in seen:
         return
     seen.add((here.st_dev, here.st_ino))
-    for path, stat in _stats(entries, modes.S_ISREG, modes.S_ISDIR):
+    for path, stat in _stats(_entries(folder), modes.S_ISREG, modes.S_ISDIR):
         if path.name.startswith("."):
             continue
         if modes.S_ISDIR(stat.st_mode):

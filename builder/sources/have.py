@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from builder.base.errors import FetchError
+from builder.base.errors import FetchError, MissingError, Problem
 from builder.recipe.lock import Lock, LockedSource
 from builder.sources.job import SourceJob, entry_name
 from builder.sources.opened import Sources
@@ -15,6 +15,32 @@ from builder.sources.opened import Sources
 if TYPE_CHECKING:
     from builder.recipe.recipe import Recipe
     from builder.sources.net.hosts import Pin
+
+
+@contextmanager
+def telling_all(recipe: Recipe, sources: Sources, lock: Lock | None) -> Iterator[None]:
+    """Have a source that is nowhere told of together with all others that are."""
+    try:
+        yield
+    except MissingError as error:
+        told = dict.fromkeys((*_missing(recipe, sources, lock), *error.problems))
+        raise MissingError(*told) from None
+
+
+def _missing(
+    recipe: Recipe, sources: Sources, lock: Lock | None, scope: tuple[str, ...] = (), root: Path | None = None
+) -> Iterator[Problem]:
+    """Why each source of a recipe, and of those that it includes, is nowhere, if it is."""
+    root = root or recipe.path
+    for name, spec in recipe.sources.items():
+        if spec.recipe is not None:
+            yield from _missing(recipe.included[name], sources, lock, (*scope, name), root)
+            continue
+        entry = entry_name((*scope, name))
+        locked = lock.sources.get(entry) if lock is not None else None
+        job = sources.job(recipe, name, entry, locked, root)
+        if sources.find(job) is None and not sources.remote(job):
+            yield from sources.missing(job).problems
 
 
 def resolve_sources(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -215,19 +215,20 @@ def cast_all(
     overflow: Overflow = "error",
     non_finite: NonFinite = "error",
     narrow: Narrow = False,
+    kept: Container[str] = (),
 ) -> dict[str, LazyTensor]:
     """Each floating tensor as a `Cast` to `precision`; integers, booleans and empty tensors as they are.
 
     With `narrow`, what takes no more bits than `precision` keeps its type (with `fewer`, what takes fewer),
-    and so do packed weights. Their companions always do. Raises SourceError where a plain cast would
-    misread packed weights.
+    and so do packed weights. Their companions always do, and the tensors whose names are `kept`. Raises
+    SourceError where a plain cast would misread packed weights.
     """
     if PRECISIONS[precision] is not None and not narrow and (packed := packing(tensors)).weights:
         raise packed.refused(
             "cannot be cast as if they were numbers", "the precision `keep` leaves them as they are"
         )
     made: dict[str, LazyTensor] = {}
-    for name, dtype in cast_types(tensors, precision, narrow).items():
+    for name, dtype in cast_types(tensors, precision, narrow, kept).items():
         tensor = tensors[name]
         if not tensor.dtype.floating or tensor.numel == 0 or dtype is tensor.dtype in OPAQUE:
             made[name] = tensor
@@ -239,16 +240,19 @@ def cast_all(
 
 
 def cast_types(
-    tensors: Mapping[str, LazyTensor], precision: Precision, narrow: Narrow = False
+    tensors: Mapping[str, LazyTensor],
+    precision: Precision,
+    narrow: Narrow = False,
+    kept: Container[str] = (),
 ) -> dict[str, DType]:
     """The type that each tensor has in a precision, as `cast_all` makes it."""
     wanted = PRECISIONS[precision]
     packed = packing(tensors).names if wanted is not None else set()
 
     def made(name: str, dtype: DType) -> DType:
-        if wanted is None or not dtype.floating or name in packed:
+        if wanted is None or not dtype.floating or name in packed or name in kept:
             return dtype
-        kept = dtype.bits < wanted.bits if narrow == "fewer" else narrow and dtype.bits <= wanted.bits
-        return dtype if kept else wanted
+        stays = dtype.bits < wanted.bits if narrow == "fewer" else narrow and dtype.bits <= wanted.bits
+        return dtype if stays else wanted
 
     return {name: made(name, tensor.dtype) for name, tensor in tensors.items()}

@@ -20,7 +20,7 @@ from builder.build.recipes import standing
 from builder.models.catalog import Catalog
 from builder.operations.fixes import FIXES
 from builder.plan import Plan
-from builder.recipe import FromBase, NewBase, Output, Pick, Recipe, Source, parse_recipe
+from builder.recipe import FromBase, NewBase, Output, Pick, Recipe, Source, Step, parse_recipe
 from builder.recipe.language import OUTPUT_FILE, PATH
 from builder.recipe.names import SUFFIXES, form_of, numbered, portable
 from builder.recipe.read import MAX_SIZE
@@ -36,8 +36,8 @@ ORIGIN = "<command line>"
 class CommandRecipe:
     """What a one-line command makes. `sources` are files by name; `sha256` pins those that it holds.
 
-    `base` is a source, or `new` an architecture or a class. `components` are by class. `output` holds what
-    a recipe says under [output].
+    `base` is a source or a step, or `new` an architecture or a class. `components` are by class. `steps` and
+    `output` hold what a recipe says under [steps] and [output].
     """
 
     name: str
@@ -45,12 +45,13 @@ class CommandRecipe:
     base: str = ""
     new: str = ""
     components: Mapping[str, Pick] = field(default_factory=dict)
+    steps: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     fixes: Sequence[str] = ()
     output: Mapping[str, Any] = field(default_factory=dict)
     sha256: Mapping[str, str] = field(default_factory=dict)
 
     def recipe(self, catalog: Catalog) -> Recipe:
-        """The recipe; raises UsageError for an architecture that the catalog does not know."""
+        """The recipe; raises UsageError for an unknown architecture, RecipeError for a wrong step."""
         base = FromBase(self.base) if self.base else NewBase(catalog.architecture(self.new).name)
         fixes = tuple(n for n in FIXES if n in self.fixes)
         said: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in self.output.items()}
@@ -62,10 +63,17 @@ class CommandRecipe:
             fixes=fixes,
             sources={n: Source(n, str(p.absolute()), self.sha256.get(n)) for n, p in self.sources.items()},
             components=self.components,
-            steps={},
+            steps=self._parsed_steps(catalog),
             outputs=(Output(self.name, file, base, self.components, fixes, **said),),
             document=Document(ORIGIN, "", {}),
         )
+
+    def _parsed_steps(self, catalog: Catalog) -> Mapping[str, Step]:
+        """The steps as the language has them: of files whose names a recipe can hold."""
+        if not self.steps:
+            return {}
+        plain = {name: Path(f"sources/{name}.safetensors") for name in self.sources}
+        return parse_recipe(replace(self, sources=plain, output={}).text(Path()), ORIGIN, catalog).steps
 
     def text(self, folder: Path | None = None) -> str:
         """The recipe as TOML; files are named relative to `folder`, else by their whole path."""
@@ -77,6 +85,8 @@ class CommandRecipe:
         if self.components:
             picks = self.components.values()
             said["components"] = {p.cls: p.meaning() if p.component else p.source for p in picks}
+        if self.steps:
+            said["steps"] = {name: dict(step) for name, step in self.steps.items()}
         if self.output:
             said["output"] = dict(self.output)
         return escaped(tomli_w.dumps(said))

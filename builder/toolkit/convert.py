@@ -17,6 +17,7 @@ from builder.models.cut import foreign
 from builder.models.prediction import prediction as find_told
 from builder.plan import Plan
 from builder.plan.folders import VOCABULARY, find_layout, find_prediction
+from builder.recipe.language import PUBLISHED
 from builder.recipe.names import SINGLE, Form, form_of, recipe_name
 from builder.sources.opened import OpenSource, Sources
 from builder.toolkit.command_recipe import CommandRecipe, run
@@ -58,7 +59,7 @@ def convert(
     form = form_of(target)
     said = {
         "verbatim": form != "gguf",
-        "precision": "fp16" if output.get("quantize") and form == "gguf" else "keep",
+        "precision": PUBLISHED if output.get("quantize") and form == "gguf" else "keep",
         **{k: v for k, v in output.items() if v not in (None, "error")},
     }
     if form in SINGLE and "shard_size" in said:

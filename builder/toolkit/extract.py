@@ -10,25 +10,25 @@ from builder.build import Built
 from builder.models.catalog import PARTS
 from builder.models.identify import Match
 from builder.models.parts import kind
-from builder.recipe.names import free_name, stem
+from builder.recipe.names import Target, free_name, stem
 from builder.toolkit.command_recipe import output_path, vacant
 from builder.workspace import Workspace
 
 
 def target_of(
-    file: Path, match: Match, cls: str, output: Path | None, form: str | None, workspace: Workspace
+    file: Path, match: Match, cls: str, output: Target | None, form: str | None, workspace: Workspace
 ) -> tuple[Path, Callable[[Built], Path] | None]:
     """The file to write, and how it is named once its metric is known, if it is named by that.
 
     What has the name already stays, and serves where it is the same.
     """
-    if output is not None and not output.is_dir():
-        output_path(output, [file], folders=True)
-        if form is not None and output.suffix != f".{form}":
-            fact = f"`--format {form}` and `{output.name}` say different formats"
+    if output is not None and not output.folder:
+        path = output_path(output.path, [file], folders=True)
+        if form is not None and path.suffix != f".{form}":
+            fact = f"`--format {form}` and `{path.name}` say different formats"
             raise UsageError(Problem(fact, hint="leave one of the two out"))
-        return output, None
-    folder = output if output is not None else file.parent
+        return path, None
+    folder = output.path if output is not None else file.parent
     average = "-ema" if match.component.cls != cls else ""
     scale = workspace.catalog.scales.get(cls)
     suffix = f".{kind(cls) if scale else cls}.{form or 'safetensors'}".lower()

@@ -19,9 +19,10 @@ from builder.build import Build, Built
 from builder.formats.open import is_model
 from builder.models.cut import cut
 from builder.models.identify import EMA, Identity, Match
-from builder.models.parts import home, usual_precision, words_for
+from builder.models.parts import home, words_for
 from builder.operations.fixes import FIXES, match_types
 from builder.recipe import Pick
+from builder.recipe.language import PUBLISHED
 from builder.recipe.names import PRUNED, SHARD, free_name, named, recipe_name
 from builder.recipe.profiles import MAX_SIDECAR, with_profile
 from builder.reports.inspect import Report, examine
@@ -47,10 +48,10 @@ Tensors = Mapping[str, LazyTensor]
 
 @dataclass(frozen=True)
 class Options:
-    """How to prune. `precision`: None is 16 bits, as such models are published; any other is what becomes of
-    all that takes no fewer bits. `keep` are names of tensors, or patterns of them as a shell has, or classes,
-    that stay whatever they are. `force`: what is broken or unknown, too. `fixes`, `profile`, `overflow` and
-    `non_finite` are as in a recipe.
+    """How to prune. `precision`: None is that in which each component is published, for what is wider; any
+    other is what becomes of all that takes no fewer bits. `keep` are names of tensors, or patterns of them as
+    a shell has, or classes, that stay whatever they are. `force`: what is broken or unknown, too. `fixes`,
+    `profile`, `overflow` and `non_finite` are as in a recipe.
     """
 
     precision: str | None = None
@@ -88,7 +89,7 @@ class Pruning:
 
     `parts` are the components that stay, at their size after rounding, and `rest` what stays beside them;
     `averages` are classes of averages that are components of the pruned file; `repairs` what fixes change, in
-    words, by component.
+    words, by component. `rounded` are the types, as safetensors writes them, that what is rounded gets.
     `refusal` says why nothing should be done, `unmatched` which patterns of `keep` match nothing.
     `output` is the recipe's table.
     """
@@ -103,6 +104,7 @@ class Pruning:
     repairs: tuple[tuple[str, str], ...]
     fixes: tuple[str, ...]
     output: dict[str, Any]
+    rounded: tuple[str, ...]
     refusal: Problem | None
     unmatched: tuple[str, ...]
 
@@ -143,7 +145,7 @@ def plan_pruning(path: Path, sources: Sources, options: Options) -> Pruning:
     report = replace(report, path=str(path))
     identity, tensors = report.identity, report.tensors
     at = home(identity, catalog)
-    precision = options.precision or usual_precision(identity.architecture or "", identity, catalog)
+    precision = options.precision or PUBLISHED
     asked = {p: _asked(p, tensors, identity) for p in options.keep}
     kept = {n for names in asked.values() for n in names}
     averages = {m.component.cls: m for m in identity.matches if m.ema}
@@ -166,7 +168,7 @@ def plan_pruning(path: Path, sources: Sources, options: Options) -> Pruning:
     narrow: Narrow = "fewer" if options.precision else True
     types: dict[str, DType] = {}
     for match in parts:
-        types |= match_types(match, tensors, precision, narrow)  # type: ignore[arg-type]
+        types |= match_types(match, tensors, options.precision, narrow)  # type: ignore[arg-type]
     saved = {full: tensors[full].stored[1] - tensors[full].numel * d.bits // 8 for full, d in types.items()}
     changed = {full: d for full, d in types.items() if d is not tensors[full].dtype}
     rounded = [full for full, d in changed.items() if d.floating]
@@ -203,6 +205,7 @@ def plan_pruning(path: Path, sources: Sources, options: Options) -> Pruning:
         tuple(_repairs(parts, report, options, catalog)),
         options.fixes,
         output,
+        tuple(sorted({changed[n].code for n in rounded})),
         None if options.force and tensors else _refusal(path, report),
         tuple(p for p, names in asked.items() if not names),
     )

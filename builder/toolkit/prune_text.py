@@ -7,7 +7,7 @@ from typing import Any
 
 from builder.base.errors import ExitCode, printable
 from builder.base.progress import human_bytes
-from builder.base.words import CONTAINERS
+from builder.base.words import CONTAINERS, TYPES
 from builder.toolkit.prune import Pruning, Result, Share
 
 EXAMPLES = 3
@@ -49,7 +49,8 @@ def _gone(share: Share, pruning: Pruning) -> str:
         return f"{_counted(share)}: {slots}; `--keep {astray.component.cls}` keeps it"
     types = " and ".join(sorted({pruning.report.tensors[n].dtype.code for n in share.names}))
     if share.reason == "precision":
-        return f"{_counted(share)} of {types} rounded to {pruning.output['precision'].upper()}"
+        made = " and ".join(TYPES[code].upper() for code in pruning.rounded)
+        return f"{_counted(share)} of {types} rounded to {made}"
     if share.reason == "positions":
         return f"{_counted(share)} of {types} made int64"
     return f"{_counted(share)}: {_grouped(share, pruning)}"
@@ -127,6 +128,7 @@ def to_json(result: Result) -> dict[str, Any]:
             "left": pruning.left,
             "described": (pruning.report.kind and pruning.report.kind.text) or None,
             "precision": pruning.output["precision"],
+            "rounded_to": list(pruning.rounded),
             "fixed": [{"what": name, "change": change} for name, change in pruning.repairs],
             "goes": [_share_json(s) for s in pruning.goes],
             "stays": [_share_json(s) for s in (*pruning.parts, *pruning.rest)],

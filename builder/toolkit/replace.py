@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from builder.base.errors import Place, Problem, SourceError, UsageError, did_you_mean
 from builder.base.words import spelling
 from builder.models.catalog import Architecture, Catalog
 from builder.models.identify import Identity
-from builder.models.parts import home, kind
+from builder.models.parts import find_part, home, kind, slot_of
+from builder.recipe import Pick
+from builder.recipe.language import NEW
 from builder.recipe.names import recipe_name
+from builder.sources.opened import Sources
 
 
 def architecture_of(file: Path, identity: Identity, catalog: Catalog) -> Architecture:
@@ -29,17 +33,72 @@ def architecture_of(file: Path, identity: Identity, catalog: Catalog) -> Archite
     )
 
 
-def parse_part(part: str, architecture: Architecture) -> tuple[str, Path, str | None]:
-    """The class, file and component of `CLASS=FILE[:COMPONENT]`; what is a file as a whole is one."""
+def new_architecture(said: str, catalog: Catalog) -> Architecture | None:
+    """What `NEW ARCHITECTURE` names; None for what is a file. Raises UsageError for an unknown one."""
+    word, _, name = said.partition(" ")
+    if word != NEW or os.path.lexists(said):
+        return None
+    return catalog.architecture(name.strip())
+
+
+def check_filled(architecture: Architecture, given: Collection[str]) -> None:
+    """Raise UsageError for slots of a new model that nothing fills."""
+    if absent := [cls for cls in architecture.slots if cls not in given]:
+        kinds = [kind(cls) for cls in architecture.slots]
+        words = [kind(cls) if kinds.count(kind(cls)) == 1 else cls for cls in absent]
+        fact = f"{architecture.name} has slots that nothing fills: {', '.join(f'`{cls}`' for cls in absent)}"
+        raise UsageError(Problem(fact, hint=f"add {' '.join(f'`{word}=FILE`' for word in words)}"))
+
+
+def find_parts(
+    parts: Iterable[str],
+    architecture: Architecture,
+    files: dict[str, Path],
+    sources: Sources,
+    catalog: Catalog,
+) -> dict[str, Pick]:
+    """What fills slots, by class, of `CLASS=FILE[:COMPONENT]` or a file alone; `files` gets their names.
+
+    Raises UsageError for a slot that there is not, or is filled twice, SourceError for a file that cannot be
+    read.
+    """
+    picks: dict[str, Pick] = {}
+    for part in parts:
+        word, path, component = _parsed(part)
+        identity = sources.open(sources.file(path)).identity
+        cls = _slot(word, architecture) if word else _only_slot(path, identity, architecture, catalog)
+        if cls in picks:
+            raise UsageError(Problem(f"`{cls}` is filled twice", hint="name each class once"))
+        match = find_part(component or cls, identity, path, catalog)
+        plain = match.component.cls == cls and component is None
+        picks[cls] = Pick(cls, name_of(path, files), None if plain else match.component.name)
+    return picks
+
+
+def _parsed(part: str) -> tuple[str, Path, str | None]:
+    """The class, if any, the file and the component of a part; what is a file as a whole is one."""
     word, equals, rest = part.partition("=")
-    if not (word and equals and rest):
+    if not equals or os.path.lexists(part):
+        word, rest = "", part
+    if not rest or (equals and not word and rest != part):
         fact = f"`{part}` is not of the form CLASS=FILE or CLASS=FILE:COMPONENT"
         raise UsageError(Problem(fact, hint="as in `VAE-v1=nai.vae.pt`"))
-    cls = _slot(word, architecture)
     path, colon, component = rest.rpartition(":")
     if not colon or os.path.lexists(rest) or not os.path.lexists(path):
-        return cls, Path(rest), None
-    return cls, Path(path), component
+        return word, Path(rest), None
+    return word, Path(path), component
+
+
+def _only_slot(path: Path, identity: Identity, architecture: Architecture, catalog: Catalog) -> str:
+    """The slot for the only component of a file."""
+    slots = dict.fromkeys(slot_of(m, catalog) for m in identity.matches)
+    found = [cls for cls in slots if cls in architecture.slots]
+    if len(found) == 1:
+        return found[0]
+    held = f"it holds {', '.join(f'`{c}`' for c in slots) or 'nothing that the catalog knows'}"
+    fact = f"`{path}` has {'several components' if found else 'no component'} for {architecture.name}"
+    hint = f"say which: `{kind(found[0])}={path}`" if found else None
+    raise UsageError(Problem(fact, evidence=(held,), hint=hint))
 
 
 def _slot(word: str, architecture: Architecture) -> str:

@@ -380,9 +380,15 @@ def test_elsewhere_is_for_one_output(whole: Folder) -> None:
 
 
 def test_a_folder_that_is_not_there(whole: Folder) -> None:
-    said = whole("build", "m.toml", "-o", "no/m.safetensors")
-    assert said.code == 7 and "cannot write `no/m.safetensors`" in said.err
-    assert "make its folder first" in said.err
+    """It is made before anything is read, and gone again where nothing comes of it."""
+    whole.write("expect.toml", (whole / "m.toml").read_text() + '[expect]\nmetric = "0000/0000/0000"\n')
+    assert whole("build", "expect.toml", "-o", "no/where/m.safetensors").code == 7
+    assert not (whole / "no").exists()
+    assert whole("build", "m.toml", "-o", "no/where/m.safetensors").code == 0
+    assert whole("build", "m.toml", "-o", "no").code == 0 and (whole / "no" / "m.safetensors").exists()
+    whole.write("file", "")
+    said = whole("build", "m.toml", "-o", "file/m.safetensors")
+    assert said.code == 7 and "cannot write" in said.err
 
 
 # -- metadata

@@ -213,6 +213,9 @@ def test_verbatim_casts_weights_alone(folder: Folder) -> None:
     save_dirty(folder / "m.safetensors", "mini")
     folder.write("v.toml", VERBATIM.format("m.safetensors", "v.safetensors"))
     folder.build("v.toml")
+    assert content(folder / "v.safetensors") == content(folder / "m.safetensors")  # it is asked for
+    folder.write("v.toml", VERBATIM.format("m.safetensors", "v.safetensors") + 'precision = "fp16"\n')
+    folder.build("v.toml")
     before, after = content(folder / "m.safetensors"), content(folder / "v.safetensors")
     assert before.keys() == after.keys()
     assert after["alphas_cumprod"] == before["alphas_cumprod"]  # a noise schedule is no weight

@@ -105,6 +105,7 @@ ids = { shape = [1, 77], dtype = "I64", optional = true }
 "r.{x,y}" = { shape = [[-1, 2], [2, -1]], optional = true }
 """,
         keys=12,
+        parameters=119,
     )
     assert {n: r.shape for n, r in found.items()} == {
         "a.weight": (2, 3),
@@ -238,7 +239,6 @@ PART = '[layouts.x]\nextends = "SD-v1"\n[layouts.x.parts.vae]\n'
     [
         ("architectures/a.toml", '[X]\nslots = ["UNET-v9"]', "unknown class `UNET-v9`"),
         ("architectures/a.toml", '[X]\nslots = ["UNET-v1"]\nonly = ["Y"]', "unknown component `Y`"),
-        ("architectures/a.toml", '[X]\nslots = ["UNET-v1"]\nprecision = "fp17"', "unknown precision `fp17`"),
         ("architectures/a.toml", '[SD-v1]\nslots = ["UNET-v1"]', "`SD-v1` already means SD-v1"),
         (
             "architectures/a.toml",
@@ -318,9 +318,10 @@ PART = '[layouts.x]\nextends = "SD-v1"\n[layouts.x.parts.vae]\n'
         ),
         (
             "classes.toml",
-            '["VAE-v3".blocks]\n"a{0..18}." = "A{0..18}"',
-            "`UNET-XL` has as many blocks under other names",
+            '["VAE-v3"]\nlists = ["base"]\nblocks = { "a{0..18}." = "A{0..18}" }',
+            "lists of as many numbers weigh `UNET-XL`, which has other blocks",
         ),
+        ("classes.toml", '["VAE-v3"]\nlists = ["base"]', "`lists` needs `blocks`"),
         ("prefixes.toml", 'prefixes = ["a.", ""]', "`prefixes` holds nothing, or more than 100"),
         ("prefixes.toml", 'prefixes = ["a{0..100}."]', "`prefixes` holds nothing, or more than 100"),
         ("mine.toml", 'name = "x"\nclass = "x"\nkeys = 1\nalone = { prefx = "a." }', "unknown field `prefx`"),

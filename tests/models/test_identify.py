@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from builder.models.catalog import RANK, load_catalog
+from builder.models.catalog import RANK, _load, load_catalog
 from builder.models.identify import Identity, Misshapen, identify
 from builder.tensors.lazy import DType, LazyTensor
 
@@ -305,3 +305,46 @@ def test_a_component_of_no_slot_is_astray(other: str) -> None:
     assert not (found.unknown or found.junk)
     broken = identify(tensors("UNET-v1-SD", "CLIP-v2-SD"), CATALOG)
     assert not broken.intact and broken.astray == ()
+
+
+@pytest.mark.parametrize(
+    ("parts", "architecture", "absent"),
+    [
+        (("MMDIT-v3-SD", "VAE-v3-SD"), "SD-v3", ("CLIP-L-v3", "CLIP-G-v3", "T5-XXL")),
+        (("MMDIT-v3-SD", "VAE-v3-SD", "CLIP-L-v3", "CLIP-G-v3"), "SD-v3", ("T5-XXL",)),
+        (("DIT-FLUX-dev", "VAE-FLUX"), "FLUX", ("CLIP-L-FLUX", "T5-XXL-FLUX")),
+        (("DIT-FLUX-dev", "T5-XXL-FLUX"), "FLUX", ("VAE-v3", "CLIP-L-FLUX")),
+    ],
+)
+def test_what_models_often_come_without_does_not_break_them(
+    parts: tuple[str, ...], architecture: str, absent: tuple[str, ...]
+) -> None:
+    found = identify(tensors(*parts), CATALOG)
+    assert (found.architecture, found.intact, found.absent) == (architecture, True, absent)
+    denoiser = identify(tensors(parts[0]), CATALOG)  # prefixed, with nothing beside it, it is none
+    assert denoiser.architecture is not None and denoiser.architecture.endswith("-BROKEN")
+    rest = identify(tensors(*parts[1:]), CATALOG)
+    assert not rest.intact or rest.architecture != architecture
+
+
+def test_names_as_newer_libraries_begin_them() -> None:
+    held = {n: r for n, r in CATALOG.components["LLM-Qwen25VL-7B"].tensors.items() if not r.optional}
+    bare = {n.removeprefix("transformer."): Unread(DType.BF16, r.shape) for n, r in held.items()}
+    new = {
+        ("model.language_model." + n.removeprefix("model.") if n.startswith("model.") else f"model.{n}"): t
+        for n, t in bare.items()
+    }
+    assert new.keys() != bare.keys()
+    for names in (bare, new):
+        found = identify(names, CATALOG)
+        assert (found.architecture, found.intact, found.unknown) == ("LLM-Qwen25VL-7B", True, ())
+
+
+def test_few_tables_are_expanded_for_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What most names begin with tells most tables apart."""
+    specs = {n: Unread(DType.BF16, r.shape) for n, r in CATALOG.components["DIT-FLUX-dev"].tensors.items()}
+    monkeypatch.setattr("builder.models.catalog._load", _load.__wrapped__)  # not what other tests expanded
+    catalog = load_catalog([])
+    assert identify(specs, catalog).architecture == "DIT-FLUX"
+    expanded = [c.name for c in catalog.components.values() if "whole" in vars(c.tensors)]
+    assert len(expanded) * 3 < len(catalog.components), expanded

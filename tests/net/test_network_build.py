@@ -558,7 +558,7 @@ def test_a_plan_downloads_nothing(net: Net) -> None:
     )
     steps = {s["label"]: s for s in net.folder.plan()["steps"]}
     assert steps["source dirty"]["state"] == steps["source vae"]["state"] == "fetch"
-    assert steps["source vae"]["reads"] == len(vae()) and steps["source dirty"]["reads"] == 0
+    assert steps["source vae"]["reads"] == len(vae()) and steps["source dirty"]["reads"] is None
     said = net.folder("plan", "tiny.toml").out
     assert net.storage.url("/vae") in said and "41.5 kB" in said
     assert net.storage.sent == 0 and not net.folder.store.exists()

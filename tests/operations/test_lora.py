@@ -224,6 +224,28 @@ def test_baked_into_a_model(folder: Folder, strength: str, unet: float, clip: fl
     assert torch.equal(made(folder, other), weight(other).half())
 
 
+def test_in_one_line(folder: Folder) -> None:
+    lora(folder)
+    folder.write("baked.toml", LORA + "loras = { l = { UNET = 0.5, CLIP = 0 } }\n")
+    folder.build("baked.toml")
+    line = (
+        "lora",
+        "m.safetensors",
+        "l.safetensors=UNET=0.5,CLIP=0",
+        "-o",
+        "o.safetensors",
+        "--save-recipe",
+        "o.toml",
+    )
+    assert folder(*line).code == 0
+    assert content(folder / "o.safetensors") == content(folder / "baked.safetensors")
+    assert folder("build", "o.toml", "--check").code == 0
+    assert folder("lora", "m.safetensors", "l.safetensors", "-o", "one.safetensors").code == 0
+    assert content(folder / "one.safetensors") != content(folder / "o.safetensors")
+    said = folder("lora", "m.safetensors", "m.safetensors=0.5", "-o", "p.safetensors")
+    assert said.code == 6 and not (folder / "p.safetensors").exists()
+
+
 def test_two_at_once_are_added_before_they_are_rounded(folder: Folder) -> None:
     added, _ = lora(folder)
     (folder / "k.safetensors").write_bytes((folder / "l.safetensors").read_bytes())

@@ -228,6 +228,29 @@ def test_an_unknown_base_that_is_nowhere(folder: Folder) -> None:
     assert "beside the recipe" in said.err
 
 
+def test_all_sources_that_are_nowhere_are_told_of_at_once(folder: Folder) -> None:
+    (folder / "vae.safetensors").rename(folder / "VAE.safetensors")
+    (folder / "dirty.ckpt").rename(folder / "trian.ckpt")
+    folder.write("tiny.toml", (folder / "tiny.toml").read_text().replace("dirty.ckpt", "train.ckpt"))
+    for command in ("build", "plan", "lock"):
+        said = folder(command, "tiny.toml")
+        assert said.code == 5, said.err
+        assert said.err.count("is nowhere to be found") == 2
+        assert "did you mean `trian.ckpt`?" in said.err and "did you mean `VAE.safetensors`?" in said.err
+
+
+def test_what_is_not_here_has_unknown_sizes(folder: Folder) -> None:
+    new = RECIPE.replace('base = "dirty"', 'base = "NEW SD-tiny"')
+    new += 'components.UNET-tiny = "dirty"\ncomponents.CLIP-tiny = "dirty"\n'
+    for name in ("dirty.ckpt", "vae.safetensors"):
+        (folder / name).unlink()
+    folder.write("new.toml", new)
+    said = folder("plan", "new.toml")
+    assert said.code == 0 and said.out.endswith("reads unknown, writes unknown\n")
+    plan = folder("plan", "new.toml", "--json").json
+    assert plan["reads"] is None and plan["writes"] is None
+
+
 def test_explain_says_what_the_plan_says(folder: Folder) -> None:
     planned = folder("plan", "tiny.toml").out
     said = folder("build", "tiny.toml", "--explain")

@@ -236,3 +236,26 @@ def test_the_hint_for_what_no_lock_can_replace(locked: Folder) -> None:
     (locked / "tiny.lock.toml").mkdir()
     said = locked("build", "tiny.toml", "--locked")
     assert said.code == 4 and "hint: remove it, and `ckpt lock` writes a lock" in said.err
+
+
+def test_where_the_lock_lies(folder: Folder) -> None:
+    folder.tiny()
+    assert folder("build", "tiny.toml", "--no-lock").code == 0
+    assert not (folder / "tiny.lock.toml").exists()
+    assert folder("build", "tiny.toml", "--lock", "other.toml").code == 0
+    assert not (folder / "tiny.lock.toml").exists() and (folder / "other.toml").exists()
+    assert folder("build", "tiny.toml", "--locked").code == 4
+    for command in ("build", "verify", "plan", "lock"):
+        locked = ["--locked"] if command == "build" else []
+        assert folder(command, "tiny.toml", "--lock", "other.toml", *locked).code == 0
+    assert folder("build", "tiny.toml", "--lock", "tiny.toml").code != 0
+    assert folder("build", "tiny.toml", "--no-lock", "--locked").code == 2
+    assert folder("build", "tiny.toml", "--no-lock", "--lock", "x.toml").code == 2
+    said = folder("build", "other.toml")
+    assert said.code == 3 and "this is a lock, not a recipe" in said.err and said.err.count("error") == 1
+
+
+def test_a_lock_that_could_not_be_written_is_said_first(folder: Folder) -> None:
+    said = folder("build", "tiny.toml", "--lock", "none/tiny.lock.toml")
+    assert said.code == 7 and "`--lock FILE` writes the lock elsewhere" in said.err, said.err
+    assert not (folder / "tiny.safetensors").exists()

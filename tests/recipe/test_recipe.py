@@ -67,7 +67,7 @@ base = "NEW sdv1"
 name = "mix"
 description = ""
 format = 1
-output = { precision = "fp16", file = "elsewhere/other.safetensors" }
+output = { precision = "published", file = "elsewhere/other.safetensors" }
 expect.size = 3
 [sources]
 a.sha256 = "8712E20A5D65B6ACAA743E8A74961EADFDF846A2C9A32160D80A80CBA13AD475"
@@ -140,7 +140,7 @@ def test_outputs_hold_what_the_recipe_says_or_their_own() -> None:
 def test_the_defaults_of_one_output() -> None:
     recipe = read((GOLDEN / "valid" / "minimal.toml").read_text(encoding="utf-8"))
     (output,) = recipe.outputs
-    assert (output.name, output.file, output.precision) == ("mix", "mix.safetensors", "fp16")
+    assert (output.name, output.file, output.precision) == ("mix", "mix.safetensors", "published")
     assert recipe.output() is output
 
 

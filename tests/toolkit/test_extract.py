@@ -106,10 +106,10 @@ def test_precision(folder: Folder) -> None:
     assert types == {case: {code} for case, code in expected.items()}
 
 
-def test_where_models_are_published_in_bf16(folder: Folder) -> None:
+def test_a_vae_outside_sd_keeps_its_type(folder: Folder) -> None:
     save(folder / "flux.safetensors", model("VAE-FLUX", DType.F32))
     assert folder("extract", "flux.safetensors", "vae", "-o", "out.safetensors").code == 0
-    assert {t for t, _, _ in content(folder / "out.safetensors").values()} == {"BF16"}
+    assert {t for t, _, _ in content(folder / "out.safetensors").values()} == {"F32"}
 
 
 def test_pytorch_loads_what_is_written(folder: Folder) -> None:
@@ -161,7 +161,7 @@ def test_refusals(folder: Folder) -> None:
         ["vae.safetensors", "vae", "-o", "link.safetensors"],
         ["vae.safetensors", "vae", "-o", "hard.safetensors"],
         ["vae.safetensors", "vae", "-o", "vae.onnx"],
-        ["vae.safetensors", "vae", "-o", "no/where.safetensors"],
+        ["vae.safetensors", "vae", "-o", "page.safetensors/where.safetensors"],
         ["vae.safetensors", "vae", "-o", "x.ckpt", "--format", "pt"],
         ["vae.safetensors", "vae", "--save-recipe", "vae.safetensors"],
         ["vae.safetensors"],

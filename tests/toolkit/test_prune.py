@@ -233,10 +233,10 @@ def test_parts_alone_are_pruned_too(folder: Folder) -> None:
     assert names["VAE-tiny-SD"] == "VAE-tiny" and names["LoRA-v1-CLIP"] == "LoRA-v1-CLIP"
 
 
-def test_where_models_are_published_in_bf16(folder: Folder) -> None:
-    save(folder / "vae.safetensors", model("VAE-FLUX", DType.F32))
+def test_a_vae_outside_sd_keeps_its_type(folder: Folder) -> None:
+    save(folder / "vae.safetensors", {**model("VAE-FLUX", DType.F32), "loss.logvar": values([1.0])})
     assert folder("prune", "vae.safetensors").code == 0
-    assert types(folder / "vae-pruned.safetensors") == {"BF16"}
+    assert types(folder / "vae-pruned.safetensors") == {"F32"}
 
 
 def test_metadata_stay_and_the_original_is_named(folder: Folder) -> None:

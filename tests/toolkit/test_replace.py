@@ -93,10 +93,22 @@ def test_an_open_slot_is_filled(folder: Folder) -> None:
     assert missing.code == 3 and "nothing fills the slot `VAE-tiny`" in missing.err
 
 
+def test_a_new_model_of_the_parts_of_others(folder: Folder) -> None:
+    line = ("NEW SDtiny", "UNET=a.ckpt", "clip=a.ckpt", "vae.pt")
+    said = folder("replace", *line, "-o", "b.safetensors", "--save-recipe", "b.toml")
+    assert said.code == 0, said.err
+    assert part(folder / "b.safetensors", VAE) == content(folder / "vae.pt")
+    assert folder("inspect", "b.safetensors", "--json").json["files"][0]["architecture"] == "SD-tiny"
+    assert folder("new", *line, "-o", "c.toml").code == 0
+    assert folder("build", "c.toml").code == 0
+    assert content(folder / "c.safetensors") == content(folder / "b.safetensors")
+    made = (folder / "b.safetensors").read_bytes()
+    assert folder("build", "b.toml", "-o", "again.safetensors").code == 0
+    assert (folder / "again.safetensors").read_bytes() == made
+
+
 def test_the_saved_recipe_makes_the_same_bytes(folder: Folder) -> None:
     args = ("replace", "a.ckpt", "VAE-tiny=vae.pt", "--fix", "clip-position-ids", "--profile", "kohya")
-    assert folder(*args, "-o", "out/b.safetensors").code == 7
-    (folder / "out").mkdir()
     assert folder(*args, "-o", "out/b.safetensors", "--save-recipe", "b.toml").code == 0
     first = (folder / "out/b.safetensors").read_bytes()
     assert folder(*args, "-o", "plain.safetensors").code == 0
@@ -104,6 +116,20 @@ def test_the_saved_recipe_makes_the_same_bytes(folder: Folder) -> None:
     assert folder("build", "b.toml").code == 0
     assert (folder / "out/b.safetensors").read_bytes() == first
     assert content(folder / "plain.safetensors") == content(folder / "out/b.safetensors")
+
+
+def test_a_folder_to_write_in(folder: Folder) -> None:
+    for args, name in (
+        (("replace", "a.ckpt", "VAE-tiny=vae.pt"), "a.safetensors"),
+        (("extract", "a.ckpt", "clip"), "a-1089.clip.safetensors"),
+        (("prune", "a.ckpt"), "a-pruned.safetensors"),
+    ):
+        said = folder(*args, "-o", "new/folder/")
+        assert said.code == 0, said.err
+        assert [p.name for p in (folder / "new" / "folder").iterdir()] == [name]
+        (folder / "new" / "folder" / name).unlink()
+    assert folder("replace", "a.ckpt", "VAE-tiny=vae.pt:UNET", "-o", "none/").code == 2
+    assert not (folder / "none").exists()
 
 
 def test_saving_below_a_link(folder: Folder) -> None:
@@ -126,7 +152,10 @@ def test_refusals(folder: Folder) -> None:
     for args in (
         ["a.ckpt", "VAE=vae.pt"],
         ["a.ckpt", "-o", "b.safetensors"],
-        ["a.ckpt", "vae.pt", "-o", "b.safetensors"],
+        ["a.ckpt", "a.ckpt", "-o", "b.safetensors"],
+        ["a.ckpt", "=vae.pt", "-o", "b.safetensors"],
+        ["NEW SD-tiny", "VAE=vae.pt", "-o", "b.safetensors"],
+        ["NEW SD-tny", "VAE=vae.pt", "-o", "b.safetensors"],
         ["a.ckpt", "VAE=", "-o", "b.safetensors"],
         ["a.ckpt", "VAE-tny=vae.pt", "-o", "b.safetensors"],
         ["a.ckpt", "VAE=missing.pt", "-o", "b.safetensors"],

@@ -58,13 +58,13 @@ parameters = 84
 [Tiny-v9]
 slots = ["DENOISER-tiny", "TEXT-tiny"]
 aliases = ["T9"]
-precision = "bf16"
 diffusers = "Tiny"
 modelspec = { architecture = "tiny-v9", resolution = 64, v = "tiny-v9-v", resolution_v = 96 }
 sidecars_v = { a1111 = "tiny-v.yaml" }
 """,
     "classes.toml": """\
 [DENOISER-tiny]
+precision = "bf16"
 metric = { part = "unet", base = 1.0, k = 100, having = ["block.0."] }
 blocks = { "block.{0..2}." = "A{0..2}" }
 [TEXT-tiny]

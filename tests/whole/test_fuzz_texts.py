@@ -190,11 +190,12 @@ TABLES = {
     "b.toml": 'name = "B"\nextends = "A"\nkeys = 13\nparameters = 18\nwithout = ["out.*"]\n[tensors]\n'
     '"{a,b}.{0..3}" = { shape = [1], dtype = "F32", optional = true }\n"c{1,2}" = [[1], [2, 3]]\n',
     "optional.toml": 'a = [1, 2]\nb = "any"\n',
-    "architectures/a.toml": '[Own]\nslots = ["VAE-v1"]\naliases = ["own"]\nonly = []\nprecision = "fp32"\n',
+    "architectures/a.toml": '[Own]\nslots = ["VAE-v1"]\naliases = ["own"]\nonly = []\nmay_lack = []\n',
     "known/a.toml": f'[[file]]\nname = "a"\nsha256 = "{"0" * 64}"\ncivitai_version = 3\n'
     '[[metric]]\nname = "b"\nvalue = "2020/2982/0130"\n[[component]]\nname = "c"\nclass = "d"\n'
     f'blake3 = "{"1" * 64}"\n',
-    "classes.toml": '[C]\nfixes = ["a"]\nblocks = { "a{0..3}." = "IN{0..3}", "m." = "M" }\n'
+    "classes.toml": '[C]\nprecision = "fp32"\nfixes = ["a"]\n'
+    'blocks = { "a{0..3}." = "IN{0..3}", "m." = "M" }\n'
     '[C.metric]\npart = "unet"\nbase = 0.5\nk = 12\nhaving = ["a"]\n',
     "kinds.toml": '[[kind]]\nkind = "a"\ncalled = "an é"\nany = ["*.x", "y"]\nlast = [7, 8]\nrows = 75\n'
     '[[model]]\nname = "b"\nof = ["a"]\nsaid = ["c"]\nsizes = { "*d*" = 768 }\n',

@@ -431,9 +431,9 @@ COMES = {
     "recipe": """
         from builder.workspace import Workspace
         old = Workspace.recipe
-        def recipe(self, path):
+        def recipe(self, *asked):
             kill()
-            return old(self, path)
+            return old(self, *asked)
         Workspace.recipe = recipe
     """,
     "compiled code": """

@@ -81,8 +81,8 @@ def load_catalog(extra: Sequence[Path] | None = None) -> Catalog:
     """The built-in catalog, and the folders of `extra` (default: those that CKPT_COMPONENTS names).
 
     What is in a user's own folders is checked at once; a built-in table is expanded when its tensors are
-    asked for, and layouts are read when there is one to convert. Called again with the same folders, it gives
-    the same object. Raises CatalogError.
+    asked for, as are the names that adapters use, and layouts are read when there is one to convert. Called
+    again with the same folders, it gives the same object. Raises CatalogError.
     """
     if extra is None:
         extra = [Path(p) for p in os.environ.get("CKPT_COMPONENTS", "").split(os.pathsep) if p]
@@ -109,11 +109,19 @@ def _load(extra: tuple[Path, ...]) -> Catalog:
             total += len(catalog.components[name].tensors)  # expands it
             if total > MAX_TENSORS:
                 table.fields.fail(f"the tables have more than {MAX_TENSORS:,} tensors in all")
+    for traits in catalog.traits.values():
+        if _own(traits.path) and traits.adapters is not None:
+            len(traits.adapters.names)  # expands them
     if any(_own(name) for _, name in reader.layouts) or any(
         a.diffusers for a in catalog.architectures.values() if _own(a.path)
     ):
         len(catalog.layouts)  # reads them
     return catalog
+
+
+def _beginnings(table: Table, base: Component | None, without: str) -> frozenset[str]:
+    """What names of a component have before their first dots, those too that it leaves out of its base."""
+    return frozenset(table.beginnings(without)) | (base.beginnings(without) if base else frozenset())
 
 
 def _own(file: str) -> bool:
@@ -139,9 +147,10 @@ class _Reader:
         self.optional: dict[str, tuple[int, ...] | None] = {}
         self.prefixes: dict[str, None] = {}
         self.wrappers: dict[str, None] = {}
+        self.respelt: dict[str, str] = {}
         self.traits: dict[str, Traits] = {}
         self.blocks_in_all = 0
-        self.blocks: dict[int, str] = {}  # by their number: the first class that has so many
+        self.lists: dict[int, str] = {}  # by their length: the first class that they weigh
         self.layouts: list[tuple[Path, str]] = []  # files, which are read when they are needed
         self.programs: dict[str, dict[str, str]] = {}
         self.depths: dict[str, int] = {}  # of each component: how many others it extends
@@ -184,10 +193,11 @@ class _Reader:
         for cls, traits, fields in read_classes(path, name):
             if cls in self.traits:
                 fields.fail(f"class `{cls}` is described already", evidence=(f"in {self.traits[cls].path}",))
-            other = self.blocks.setdefault(len(traits.blocks), cls)
+            length = len(traits.lists) + len(traits.blocks)
+            other = self.lists.setdefault(length, cls) if traits.lists else cls
             if other != cls and (their := self.traits[other]).blocks != traits.blocks:
-                fact = f"`{other}` has as many blocks under other names"
-                fields.fail(fact, "blocks", value=True, evidence=(f"in {their.path}",))
+                fact = f"lists of as many numbers weigh `{other}`, which has other blocks"
+                fields.fail(fact, "lists", value=True, evidence=(f"in {their.path}",))
             self.traits[cls] = traits
             self.described[cls] = fields
             self.blocks_in_all += len(traits.block_of)
@@ -204,7 +214,8 @@ class _Reader:
         self.optional |= read_optional(path, name)
 
     def _prefixes(self, path: Path, name: str) -> None:
-        prefixes, wrappers = read_prefixes(path, name)
+        prefixes, wrappers, respelt = read_prefixes(path, name)
+        self.respelt |= respelt
         self.prefixes |= dict.fromkeys(prefixes)
         self.wrappers |= dict.fromkeys(wrappers)
 
@@ -269,6 +280,7 @@ class _Reader:
             optional=self.optional,
             prefixes=tuple(self.prefixes),
             wrappers=tuple(self.wrappers),
+            respelt=self.respelt,
             known=Known(
                 tuple(k for k in self.known if isinstance(k, KnownMetric)),
                 tuple(k for k in self.known if isinstance(k, KnownFile)),
@@ -307,6 +319,7 @@ class _Reader:
         cls, prefix = fields.get("class"), fields.get("prefix")
         written = alone(fields)
         plain: Mapping[str, TensorRule] = {}
+        base: Component | None = None
         average_of = None
         precision = fields.precision()
         if table.extends is not None:
@@ -327,7 +340,8 @@ class _Reader:
             cls = base.cls if cls is None else cls
             prefix = base.prefix if prefix is None else prefix
             written = base.alone if written is None and not table.naming else written
-            precision = precision or self._traits(cls).precision or base.precision
+            renamed = base.precision if table.naming else None
+            precision = precision or self._traits(cls).precision or renamed
         self.depths.setdefault(name, 0)
         component = Component(
             name=name,
@@ -343,11 +357,14 @@ class _Reader:
             average_of=average_of,
             mislabelled=bool(fields.get("mislabelled")),
             models=fields.strings("models"),
+            marks=fields.texts("marks"),
             precision=precision or self._traits(cls).precision or "keep",
+            traits=self._traits(cls),
             modelspec=modelspec(fields),
             alone=written or PLAIN,
             path=fields.document.path,
             plain=plain,
+            beginnings=lru_cache(partial(_beginnings, table, base)),
         )
         self.components[name] = component
         return component

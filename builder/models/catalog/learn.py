@@ -5,13 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby, pairwise
-from math import prod
 from typing import Any, NamedTuple
 
 from builder.base.braces import escape
 from builder.base.errors import CatalogError, Problem
 from builder.models.catalog.reading import parse_table
-from builder.models.catalog.tables import RANK, TensorRule
+from builder.models.catalog.tables import TensorRule, elements
 
 ROWS = 12  # keys under one heading, beyond which its parts get headings of their own
 PAIRS = 4  # tensors of a module that share a line, such as a weight and its bias
@@ -53,11 +52,10 @@ def compress(tensors: Mapping[str, TensorRule], **fields: str) -> str:
         if any("\ud800" <= c <= "\udfff" for c in name):
             raise CatalogError(Problem(f"`{name}` is not Unicode text and cannot be written in TOML"))
     rows = fold(tensors)
-    shapes = [rule.shape for rule in tensors.values()]
     counts = [f"keys = {len(tensors):_}"]
-    if not any(RANK in shape for shape in shapes):
-        counts.append(f"parameters = {sum(map(prod, shapes)):_}")
-    head = [*(f"{key} = {_string(value)}" for key, value in fields.items()), *counts]
+    if (total := elements(tensors.values())) is not None:
+        counts.append(f"parameters = {total:_}")
+    head = [*(f"{key} = {string(value)}" for key, value in fields.items()), *counts]
     flat = [(".".join(path), value) for path, value in rows]
     plain = [(escape(name), _value([rule])) for name, rule in tensors.items()]
     # A heading may take another meaning than the name it stems from, and braces may become too many.
@@ -157,12 +155,12 @@ def _body(sections: Iterable[tuple[str, list[tuple[str, str]]]]) -> Iterator[str
     for heading, rows in sections:
         yield ""
         bare = re.fullmatch("[A-Za-z0-9_-]+", heading)
-        yield f"[tensors.{heading if bare else _string(heading)}]" if heading else "[tensors]"
+        yield f"[tensors.{heading if bare else string(heading)}]" if heading else "[tensors]"
         for key, value in rows:
-            yield f"{_string(key)} = {value}"
+            yield f"{string(key)} = {value}"
 
 
-def _string(text: str) -> str:
+def string(text: str) -> str:
     """A TOML string in which all that does not print is escaped: it may go to a terminal."""
     return '"' + "".join(_character(c) for c in text) + '"'
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
-from math import isfinite, prod
+from math import isfinite
 from pathlib import Path, PurePath
 from typing import Any, NoReturn, TypeVar
 
-from builder.base.braces import BraceError, expand
+from builder.base.braces import BraceError, beginnings, expand
 from builder.base.errors import CatalogError, Place, Problem, did_you_mean
 from builder.base.toml import Document, Keys, load, parse
 from builder.base.words import fits_pattern
@@ -26,6 +27,7 @@ from builder.models.catalog.tables import (
     KnownFile,
     KnownMetric,
     KnownPart,
+    Later,
     ModelRule,
     ModelSpec,
     Names,
@@ -34,6 +36,7 @@ from builder.models.catalog.tables import (
     Scale,
     TensorRule,
     Traits,
+    elements,
 )
 from builder.tensors.lazy import BY_CODE
 
@@ -47,7 +50,7 @@ MAX_DIMS = 64
 MAX_RULES = 100_000  # other names of a class's modules
 MAX_PREFIXES = 100
 MAX_BLOCKS_IN_ALL = 100_000  # of all classes
-MAX_PATTERNS = 500  # that tell kinds of files; those built in are 170
+MAX_PATTERNS = 500  # that tell kinds of files; those built in are about 180
 MAX_BLOCKS = 1000  # of a class; the largest known have some dozens
 
 _COMPONENT = {
@@ -57,6 +60,7 @@ _COMPONENT = {
     "alone": dict,
     "note": str,
     "models": list,
+    "marks": dict,
     "precision": str,
     "extends": str,
     "without": list,
@@ -71,8 +75,8 @@ _COMPONENT = {
 _ARCHITECTURE = {
     "slots": list,
     "aliases": list,
+    "may_lack": list,
     "only": list,
-    "precision": str,
     "modelspec": dict,
     "diffusers": str,
     "sidecars_v": dict,
@@ -81,7 +85,7 @@ _ARCHITECTURE = {
     "note": str,
 }
 _ALONE = {"prefix": str, "without": str}
-_PREFIXES = {"prefixes": list, "wrappers": list}
+_PREFIXES = {"prefixes": list, "wrappers": list, "respelt": dict}
 _MODELSPEC = {"architecture": str, "v": str, "resolution": int, "resolution_v": int}
 _CLASS = {
     "metric": dict,
@@ -92,6 +96,7 @@ _CLASS = {
     "widens": str,
     "fixes": list,
     "blocks": dict,
+    "lists": list,
     "constants": list,
     "adapters": dict,
     "gguf": dict,
@@ -130,7 +135,7 @@ _KIND = {
     "last": list,
     "rows": int,
 }
-_MODEL = {"name": str, "of": list, "said": list, "any": list, "sizes": dict}
+_MODEL = {"name": str, "of": list, "said": list, "any": list, "all": list, "sizes": dict}
 _PART = {"name": str, "class": str, "blake3": str, "note": str, "fix": str}
 _NUMBERS = ("shape", "last")  # fields that are lists of them
 _WORDS = {
@@ -238,6 +243,20 @@ class Table:
     extends: str | None
     naming: str | None
 
+    def beginnings(self, without: str = "") -> set[str]:
+        """What the names of its own tensors, less a word that they may begin with, have before their first
+        dots; few are expanded for that."""
+        found: set[str] = set()
+        for pattern, keys, _ in _leaves(self.fields.get("tensors") or {}, "", ("tensors",)):
+            try:
+                if set("{\\") & set(pattern[: len(without)]):
+                    found |= {n.removeprefix(without).partition(".")[0] for n in expand(pattern)[0]}
+                else:
+                    found |= beginnings(pattern.removeprefix(without))
+            except BraceError as wrong:
+                self.fields.fail(str(wrong), *keys)
+        return found
+
     def expand(self, base: Mapping[str, TensorRule]) -> dict[str, TensorRule]:
         """The tensors: those of `base` without some, under the naming, then the table's own.
 
@@ -314,12 +333,11 @@ class Table:
     def _checksums(self, rules: Mapping[str, TensorRule]) -> None:
         if self.fields.get("keys") != len(rules):
             self._mismatch("keys", len(rules), "tensors")
-        shapes = [rule.shape for rule in rules.values()]
-        if any(RANK in shape for shape in shapes):
-            if self.fields.get("parameters") is not None:
-                self.fields.fail("a table with a rank has no number of `parameters`", "parameters")
-        elif self.fields.get("parameters") != (total := sum(map(prod, shapes))):
-            self._mismatch("parameters", total, "elements")
+        said, total = self.fields.get("parameters"), elements(rules.values())
+        if total is None and said is not None:
+            self.fields.fail("a table with a rank has no number of `parameters`", "parameters")
+        elif said != total:
+            self._mismatch("parameters", total or 0, "elements")
 
     def _mismatch(self, field: str, found: int, what: str) -> NoReturn:
         said = self.fields.get(field)
@@ -353,6 +371,12 @@ def _table(document: Document) -> Table:
     for key in ("name", "class"):
         if (said := fields.get(key)) is not None and not is_plain(said):
             fields.fail(f"`{key}` is no word that files can be named by", key, value=True)
+    for marker, model in fields.texts("marks").items():
+        if not _is_name(model):
+            fields.fail(f"`{marker}` is of no model", "marks", marker, value=True)
+    for index, model in enumerate(fields.strings("models")):
+        if not _is_name(model):
+            fields.fail("`models` holds a word that cannot be shown", "models", index, value=True)
     naming = fields.get("naming")
     if naming is not None and naming not in NAMINGS:
         fields.fail(f"unknown naming `{naming}`", "naming", value=True, hint=did_you_mean(naming, NAMINGS))
@@ -379,17 +403,21 @@ def alone(fields: Fields) -> Names | None:
     return Names(**said.table) if said is not None else None
 
 
-def read_prefixes(path: Path, name: str) -> tuple[list[str], list[str]]:
-    """What may stand before the names of a component, and what wrappers put behind that."""
+def read_prefixes(path: Path, name: str) -> tuple[list[str], list[str], dict[str, str]]:
+    """What may stand before the names of a component, what wrappers put behind that, and what names may
+    begin with in place of what the tables have."""
     fields = Fields(load(path, CatalogError, name), (), _PREFIXES)
     found: list[list[str]] = []
-    for key in _PREFIXES:
+    for key in ("prefixes", "wrappers"):
         found.append([])
         for index, pattern in enumerate(fields.strings(key)):
             found[-1] += fields.expand(pattern, key, index)[0]
             if len(found[-1]) > MAX_PREFIXES or "" in found[-1]:
                 fields.fail(f"`{key}` holds nothing, or more than {MAX_PREFIXES}", key, index, value=True)
-    return found[0], found[1]
+    respelt = fields.texts("respelt")
+    if len(respelt) > MAX_PREFIXES or "" in respelt:
+        fields.fail(f"`respelt` holds nothing, or more than {MAX_PREFIXES}", "respelt")
+    return found[0], found[1], respelt
 
 
 def read_classes(path: Path, name: str) -> Iterator[tuple[str, Traits, Fields]]:
@@ -401,6 +429,7 @@ def read_classes(path: Path, name: str) -> Iterator[tuple[str, Traits, Fields]]:
             scale=_scale(fields),
             fixes=fields.strings("fixes"),
             block_of=_blocks(fields),
+            lists=fields.strings("lists"),
             constants=fields.strings("constants"),
             adapters=_adapters(fields),
             gguf=_gguf(fields),
@@ -411,6 +440,8 @@ def read_classes(path: Path, name: str) -> Iterator[tuple[str, Traits, Fields]]:
             unquantized=_several(fields, "unquantized"),
             path=name,
         )
+        if traits.lists and not traits.blocks:
+            fields.fail("`lists` needs `blocks`", "lists")
         yield cls, traits, fields
 
 
@@ -433,27 +464,32 @@ def _adapters(fields: Fields) -> Adapters | None:
     said = fields.inner("adapters", _ADAPTERS, "prefixes")
     if said is None:
         return None
+    rules, within = said.get("rules"), said.get("within") or ""
+    names = Later(partial(_other_names, said))
+    return Adapters(said.strings("prefixes"), rules, within, names, _extracted(said))
+
+
+def _other_names(adapters: Fields) -> dict[str, tuple[OtherName, ...]]:
     names: dict[str, tuple[OtherName, ...]] = {}
-    for pattern, value in (said.get("names") or {}).items():
-        modules = said.expand(pattern, "names", pattern)[0]
+    for pattern, value in (adapters.get("names") or {}).items():
+        modules = adapters.expand(pattern, "names", pattern)[0]
         for word in value if isinstance(value, list) else [value]:
             found = _OTHER_NAME.fullmatch(word) if isinstance(word, str) else None
             if found is None:
                 hint = "a name, `FIRST+COUNT NAME` of rows, or `swapped NAME`"
-                said.fail(f"`{word}` is no name of a module", "names", pattern, value=True, hint=hint)
+                adapters.fail(f"`{word}` is no name of a module", "names", pattern, value=True, hint=hint)
             first, count, swapped, name = found.groups()
-            others = said.expand(name, "names", pattern)[0]
+            others = adapters.expand(name, "names", pattern)[0]
             if len(others) != len(modules):
                 fact = f"{len(others):,} names do not pair with {len(modules):,}"
-                said.fail(fact, "names", pattern, value=True)
+                adapters.fail(fact, "names", pattern, value=True)
             for module, other in zip(modules, others, strict=True):
                 start, rows = (int(first), int(count)) if first is not None else (0, None)
                 also = OtherName(other, start, rows, swapped is not None)
                 names[module] = (*names.get(module, ()), also)
             if len(names) > MAX_RULES:
-                said.fail(f"more than {MAX_RULES:,} modules", "names", pattern)
-    rules, within = said.get("rules"), said.get("within") or ""
-    return Adapters(said.strings("prefixes"), rules, within, names, _extracted(said))
+                adapters.fail(f"more than {MAX_RULES:,} modules", "names", pattern)
+    return names
 
 
 def _extracted(adapters: Fields) -> Extracted | None:
@@ -526,13 +562,17 @@ def read_architectures(path: Path, name: str) -> Iterator[tuple[Architecture, Fi
             fields.fail("an architecture's name is no word that files can be named by")
         if not slots or len(set(slots)) < len(slots):
             fields.fail("`slots` does not name each class once", "slots", value=True)
+        for index, slot in enumerate(fields.strings("may_lack")):
+            if slot not in slots[1:]:
+                hint = did_you_mean(slot, slots[1:])
+                fields.fail(f"`{slot}` is none of the slots after the first", "may_lack", index, hint=hint)
         yield (
             Architecture(
                 name=key,
                 slots=slots,
                 aliases=fields.strings("aliases"),
+                may_lack=fields.strings("may_lack"),
                 only=fields.strings("only"),
-                precision=fields.precision(),
                 modelspec=modelspec(fields),
                 diffusers=fields.get("diffusers"),
                 sidecars_v=_beside(fields, "sidecars_v", path),
@@ -661,6 +701,7 @@ def _model(fields: Fields) -> ModelRule:
         fields.strings("of"),
         fields.strings("said"),
         Patterns(fields.strings("any")),
+        tuple(Patterns([p]) for p in fields.strings("all")),
         tuple((Patterns([pattern]), size) for pattern, size in sizes.items()),
     )
 

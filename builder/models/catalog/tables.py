@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 V = TypeVar("V")
 
-RANK = -1  # as a dimension: the rank of a LoRA, which may be any number
+RANK = -1  # as a dimension: the rank of a LoRA, or any number in an optional tensor
 
 PARTS = ("unet", "vae", "clip")  # of a metric, in their order
 
@@ -37,6 +37,12 @@ class TensorRule(NamedTuple):
     shape: tuple[int, ...]
     dtype: str | None = None
     optional: bool = False
+
+
+def elements(rules: Iterable[TensorRule]) -> int | None:
+    """How many elements tensors have, optional ones of any size aside; None where a rank leaves it open."""
+    shapes = [r.shape for r in rules if not (r.optional and RANK in r.shape)]
+    return None if any(RANK in shape for shape in shapes) else sum(map(prod, shapes))
 
 
 class Scale(NamedTuple):
@@ -154,6 +160,9 @@ class Patterns:
         alike = name in self._exact or name.startswith(self._starts) or name.endswith(self._ends)
         return alike or any(fits_pattern(p, name) for p in self._others)
 
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and self.fit(name)
+
     def any(self, names: Iterable[str]) -> bool:
         """Whether one of the names is."""
         return any(map(self.fit, names))
@@ -170,7 +179,8 @@ class Traits(NamedTuple):
 
     `block_of` leads from the prefix of tensors' names to their block. `constants` are tensors that are part
     of the architecture, not of what was learnt: no merge touches them. Without `adapters` there are none.
-    One that `widens` another has its tensors, with further input channels in the first layer.
+    `lists` is what the first numbers are of in lists that weigh it, before those of the blocks, if there are
+    such lists. One that `widens` another has its tensors, with further input channels in the first layer.
 
     `precision` is what its components are published in, where their tables do not say otherwise. Patterns
     over unprefixed names: tensors that are `kept` in their source's type whatever the precision, those that
@@ -180,6 +190,7 @@ class Traits(NamedTuple):
     scale: Scale | None = None
     fixes: tuple[str, ...] = ()
     block_of: Mapping[str, str] = MappingProxyType({})
+    lists: tuple[str, ...] = ()
     constants: tuple[str, ...] = ()
     adapters: Adapters | None = None
     gguf: Gguf | None = None
@@ -251,12 +262,13 @@ class Component:
     """One exact table of tensor names and shapes.
 
     `prefix` stands before the names in a full checkpoint, `alone` is how they are written in a file of the
-    component's own. `parameters` is the number of elements of all
-    tensors, the optional ones too, or None where a rank leaves it open. With a `naming`, the tensors are
-    those of the component `base` under other names, and `promote` leads from each name to that one. Those
+    component's own. `parameters` is the number of elements of all tensors, the optional ones too unless they
+    may be of any size, or None where a rank leaves it open. With a `naming`, the tensors are those of the
+    component `base` under other names, and `promote` leads from each name to that one. Those
     that are an average, kept for training beside the model, say of which class: `average_of`. `mislabelled`
     names differ from those that loaders expect in nothing but the prefix. `models` are the published models
-    that have this very table, and `precision` is what such a component is published in.
+    that have this very table, `marks` tensors that show which it is, and `precision` is what such a component
+    is published in. `traits` are its class's.
     """
 
     name: str
@@ -272,11 +284,23 @@ class Component:
     average_of: str | None = None
     mislabelled: bool = False
     models: tuple[str, ...] = ()
+    marks: Mapping[str, str] = field(default_factory=dict)
     precision: str = "keep"
+    traits: Traits = field(default=Traits(), repr=False)
     modelspec: ModelSpec | None = None
     alone: Names = PLAIN
     path: str = ""
     plain: Mapping[str, TensorRule] = field(default_factory=dict, repr=False)
+    beginnings: Callable[[str], frozenset[str]] = field(default=lambda _: frozenset(), repr=False)
+
+    def may_be(self, alone: Names, words: Set[str]) -> bool:
+        """Whether names whose words before their first dots are these may be some of its own, written as in
+        `alone`: what tells most tables from a file without their being expanded."""
+        if self.naming:
+            begin = tuple(self.beginnings(""))
+            return any(word.startswith(begin) for word in words)
+        first, dot, _ = alone.prefix.partition(".")
+        return first in words if dot else any(first + b in words for b in self.beginnings(alone.without))
 
     @cached_property
     def elements(self) -> int:
@@ -293,19 +317,19 @@ class Component:
 class Architecture:
     """The classes that a full checkpoint consists of, in a description's order: its denoiser first.
 
+    Of the `slots` some may be open in a whole model: `may_lack`.
     `only` names components whose prefix is the one that their class has here, where it has others elsewhere.
-    `precision` is the one that such checkpoints are published in, if not FP16. `diffusers` names its layout
-    there. `sidecars_v` are the files, by program, that lie beside a checkpoint that predicts v, for programs
-    that would take it for an ordinary one. `reads_markers` are the programs that look for markers such as
-    `v_pred` in one, `tells_v` those that tell by the weights whether it predicts v. A `bare` architecture has
-    no prefixes.
+    `diffusers` names its layout there. `sidecars_v` are the files, by program, that lie beside a checkpoint
+    that predicts v, for programs that would take it for an ordinary one. `reads_markers` are the programs
+    that look for markers such as `v_pred` in one, `tells_v` those that tell by the weights whether it
+    predicts v. A `bare` architecture has no prefixes.
     """
 
     name: str
     slots: tuple[str, ...]
     aliases: tuple[str, ...] = ()
+    may_lack: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
-    precision: str | None = None
     modelspec: ModelSpec | None = None
     diffusers: str | None = None
     sidecars_v: Mapping[str, Path] = field(default_factory=dict, hash=False)
@@ -314,6 +338,11 @@ class Architecture:
     note: str | None = None
     path: str = ""
     bare: bool = False
+
+    @property
+    def due(self) -> tuple[str, ...]:
+        """The slots that no whole model has open."""
+        return tuple(s for s in self.slots if s not in self.may_lack)
 
 
 @dataclass(frozen=True)
@@ -347,20 +376,21 @@ class KindRule:
 class ModelRule:
     """What tells the model that a file goes with, if it is of one of the kinds `of`.
 
-    Its metadata's word for the model begins as one of `said`; or a tensor's name fits `any`, or one of
-    `sizes` and its last dimension is that.
+    Its metadata's word for the model begins as one of `said`; or a tensor's name fits `any`, or some tensor's
+    each of `all`, or one fits one of `sizes` and its last dimension is that.
     """
 
     name: str
     of: tuple[str, ...]
     said: tuple[str, ...]
     any: Patterns
+    all: tuple[Patterns, ...]
     sizes: tuple[tuple[Patterns, int], ...]
 
     @property
     def patterns(self) -> int:
         """How many patterns a file's names may have to be compared with."""
-        return sum(map(len, (self.any, *(pattern for pattern, _ in self.sizes))))
+        return sum(map(len, (self.any, *self.all, *(pattern for pattern, _ in self.sizes))))
 
 
 @dataclass(frozen=True)
@@ -442,7 +472,8 @@ class Catalog:
     `classes` holds the components of each class, the standard one first; `traits` what is said of a class
     as a whole; `optional` the keys that a full checkpoint may also hold, with their shapes (None for any),
     which are kept and never required; `prefixes` what may stand before a component's names besides its own
-    prefix, and `wrappers` what may follow that; `spellings` the architectures by each of their names, as
+    prefix, `wrappers` what may follow that, and `respelt` what names may then begin with in place of what the
+    tables have; `spellings` the architectures by each of their names, as
     `spelling` makes it; `layouts` those of diffusers' folders by name, and `rules` those for its names, read
     when they are first asked for; `programs` where each keeps its models: by the kind of what a file is (the
     first word of a class, or `checkpoint`) a folder, that of `other` for the rest; `kinds` what tells files
@@ -457,6 +488,7 @@ class Catalog:
     optional: Mapping[str, tuple[int, ...] | None]
     prefixes: tuple[str, ...]
     wrappers: tuple[str, ...]
+    respelt: Mapping[str, str]
     known: Known
     layouts: Mapping[str, Layout]
     rules: Mapping[str, Rules]
@@ -470,9 +502,10 @@ class Catalog:
         return {cls: t.scale for cls, t in self.traits.items() if t.scale is not None}
 
     @cached_property
-    def blocks(self) -> Mapping[int, tuple[str, ...]]:
-        """The names of the blocks that a class may have, by their number; the longest list first."""
-        found = {len(t.blocks): t.blocks for t in self.traits.values() if t.blocks}
+    def lists(self) -> Mapping[int, tuple[tuple[str, ...], tuple[str, ...]]]:
+        """By their length, the longest first, the lists of numbers that weigh models: what those at their
+        beginning are of, and the blocks of the others."""
+        found = {len(t.lists) + len(t.blocks): (t.lists, t.blocks) for t in self.traits.values() if t.lists}
         return dict(sorted(found.items(), reverse=True))
 
     @cached_property

@@ -18,6 +18,7 @@ from builder.formats.checkpoint import Checkpoint
 from builder.formats.lost import Lost, find_lost
 from builder.models.identify import EMA, Identity, Match, identify
 from builder.models.kinds_of_file import FileKind, kind_of_file
+from builder.models.lineage import Lineage, lineage, main_part
 from builder.models.prediction import Prediction, prediction
 from builder.operations.fixes import match_types
 from builder.reports.inspect.positions import PositionIds, read_position_ids
@@ -84,12 +85,13 @@ class Report:
     """All that was found. Sizes are in bytes; names of tensors are the file's own.
 
     `packed` are packed weights.
+    `lineage` is which published model its main component may be, or is.
     `metric` and `scans` are None and empty where no data was read. `published` is the entry of the very
     file, by its SHA-256; `model` the name of the published model that has the same metric.
     `kind` is what the file is to programs, None where that is unknown.
-    `precision_waste` is what FP16 or BF16 would save of the components that stay, and `pruned` the size of
-    the tensors after pruning: no EMA, no junk, no wasted precision. `faults` are what a person should mend
-    or know.
+    `precision_waste` is what the precision that each is published in would save of the components that
+    stay, and `pruned` the size of the tensors after pruning: no EMA, no junk, no wasted precision. `faults`
+    are what a person should mend or know.
     """
 
     path: str
@@ -111,6 +113,7 @@ class Report:
     published: KnownFile | None = None
     model: str | None = None
     kind: FileKind | None = None
+    lineage: Lineage | None = None
 
     def share(self, names: Iterable[str]) -> Share:
         """Names together with their size."""
@@ -185,12 +188,12 @@ class Report:
 
     @cached_property
     def precision_waste(self) -> int:
-        """Bytes beyond 16 bits a number, in the components that pruning keeps."""
+        """Bytes beyond the precision that components are published in, of those that pruning keeps."""
         return sum(held - size for t, size in self._finished if size < (held := t.stored[1]))
 
     @cached_property
     def pruned(self) -> int:
-        """Bytes of tensors that pruning to 16 bits leaves."""
+        """Bytes of tensors that pruning leaves."""
         kept = sum(t.stored[1] for n, t in self.tensors.items() if n not in self._gone)
         return kept + sum(size - t.stored[1] for t, size in self._finished)
 
@@ -207,7 +210,7 @@ class Report:
         """The tensors of the components that pruning keeps, each with the bytes that it takes afterwards."""
         found = []
         for match in self.identity.matches:
-            types = match_types(match, self.tensors, "fp16", narrow=True)
+            types = match_types(match, self.tensors, None, narrow=True)
             held = [(self.tensors[n], d) for n, d in types.items() if n not in self._gone]
             found += [(t, t.numel * d.bits // 8) for t, d in held]
         return found
@@ -286,16 +289,18 @@ def examine(
     digits: Mapping[str, str] = {}
     if metric and len(checkpoint):
         scans, label, digits = _scan(identity, checkpoint, full, threads, catalog, reporter)
+    parts = tuple(
+        _part(m, checkpoint.tensors, scans, digits, catalog.known, packed.weights) for m in identity.matches
+    )
+    main = main_part(identity, catalog)
+    published = next((p.published for p in parts if p.match is main), None)
     return Report(
         path=checkpoint.name,
         container=checkpoint.container,
         size=checkpoint.size,
         identity=identity,
         tensors=checkpoint.tensors,
-        parts=tuple(
-            _part(m, checkpoint.tensors, scans, digits, catalog.known, packed.weights)
-            for m in identity.matches
-        ),
+        parts=parts,
         positions=read_position_ids(checkpoint),
         prediction=prediction(checkpoint, checkpoint.metadata, catalog),
         metadata=checkpoint.metadata,
@@ -307,6 +312,9 @@ def examine(
         scans=scans,
         model=catalog.known.model(label.text) if label else None,
         kind=kind_of_file(checkpoint, checkpoint.metadata, identity, catalog),
+        lineage=lineage(main, checkpoint, checkpoint.metadata, catalog, published)
+        if main is not None
+        else None,
     )
 
 

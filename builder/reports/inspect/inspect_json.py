@@ -49,6 +49,8 @@ def _file(report: Report) -> Json:
         "incomplete": {"architecture": identity.incomplete, "absent": list(identity.absent)}
         if identity.incomplete
         else None,
+        "absent": list(identity.absent),
+        "lineage": report.lineage and report.lineage._asdict(),
         "components": [_part(p) for p in report.parts],
         "types": {t: {"tensors": n, "bytes": size} for t, (n, size) in report.types.items()},
         "packed": [

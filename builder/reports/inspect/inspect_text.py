@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from builder.base.errors import Problem, clipped, shown
 from builder.base.page import LABEL, Style
 from builder.base.progress import human_bytes
-from builder.base.words import CONTAINERS, TYPES, counted, examples, grouped
+from builder.base.words import CONTAINERS, TYPES, counted, either, examples, grouped
 from builder.models.prediction import KINDS, Prediction
 from builder.reports.inspect.examine import Part, Quantized, Report, Share
 from builder.reports.inspect.faults import describe
@@ -76,6 +76,14 @@ class _Page:
     def facts(self) -> Iterator[str]:
         """What else there is to say of the file, a labelled line each."""
         r = self.report
+        if (line := r.lineage) is not None:
+            shown_by = f"{line.model}, by {line.by}" if line.model else ""
+            alike = f"could be {either(line.models)}" if line.models and not line.model else ""
+            yield from self.fact("model", shown_by or alike)
+            if self.full and line.model and line.models:
+                yield from self.fact("same table", ", ".join(line.models))
+        if r.identity.intact and r.identity.absent:
+            yield from self.fact("without", ", ".join(r.identity.absent))
         if r.metric is not None and any(c.isdigit() for c in r.metric.text):
             same = f", which is that of {r.model}" if r.model else ""
             yield from self.fact("metric", f"({r.metric.text}){same}")

@@ -426,7 +426,7 @@ def _base(
     catalog: Catalog,
 ) -> tuple[File | None, tuple[str, ...] | None, Mapping[str, LazyTensor]]:
     """The source to start from, when one has all or brings the extras; what to keep of its extras; those."""
-    if len(taken) < len(architecture.slots):  # a base would fill the slots that are to stay open
+    if not taken.keys() >= {*architecture.due}:  # a base would fill the slots that are to stay open
         return None, None, {}
     files = list(dict.fromkeys(t.file for t in taken.values()))
     whole = [f for f in files if f.opened.identity.intact and _is(f, architecture, catalog)]

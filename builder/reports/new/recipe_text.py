@@ -68,7 +68,7 @@ class _Page:
             yield "#"
             yield comment("Not brought back:")
             yield from (comment(f"- {line}") for line in d.left)
-        absent = [s for s in d.architecture.slots if s not in d.taken]
+        absent = [s for s in d.architecture.due if s not in d.taken]
         if absent:
             yield comment(
                 f"Not whole: {' and '.join(absent)} missing; what fills them goes under [components]."
@@ -174,7 +174,7 @@ class _Page:
         if d.strange:
             yield aligned([('non_finite = "keep"', "it holds NaN or infinity")])[0]
             yield 'overflow = "keep"'
-        if len(d.taken) < len(d.architecture.slots):
+        if not d.taken.keys() >= {*d.architecture.due}:
             yield "partial = true"
         metadata = {} if d.base is d.model else spoken(d.model.opened.checkpoint, self.catalog)
         if metadata:
