@@ -20,6 +20,11 @@ def leads_out(folder: Path, name: str, allowed: Iterable[Path] = ()) -> str | No
     return "`..` leads out of it" if ".." in posix.parts else "a link leads out of it"
 
 
+def is_name(word: str) -> bool:
+    """Whether a word names something in a folder, and is no path to anything else."""
+    return word not in ("", ".", "..") and not set(word) & {"/", "\\", "\0"}
+
+
 def is_inside(path: Path, folder: Path) -> bool:
     """Whether a path really lies in a folder, after all links."""
     real, root = os.path.realpath(path), os.path.realpath(folder)

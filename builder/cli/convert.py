@@ -66,7 +66,7 @@ from builder.toolkit.convert import convert
     "--tokenizer",
     type=click.Path(path_type=Path),
     metavar="FOLDER",
-    help="Holds CLIP's vocab.json and merges.txt; for a diffusers folder.",
+    help="With CLIP's vocab.json and merges.txt, or a model's tokenizers; for a diffusers folder.",
 )
 @click.option(
     "--repair", is_flag=True, help="Of a broken safetensors file, take what no tensor suffers from as it is."
@@ -94,8 +94,9 @@ def command(
         made = convert(source, output, workspace, sources, save=save, **options)
         for lost in made.lost:
             workspace.reporter.note(f"not carried over: {lost}")
-        if made.form == "diffusers" and not made.tokenizer:
-            workspace.reporter.note(without_tokenizer("`--tokenizer FOLDER` adds it"))
+        if made.lacking:
+            way = "`--tokenizer FOLDER` adds it"
+            workspace.reporter.note(without_tokenizer(made.lacking if made.tokenizer else (), way))
     if as_json:
         result = {
             "schema": 1,

@@ -8,7 +8,7 @@ from typing import Any
 
 from builder.base.errors import printable
 from builder.base.progress import Reporter, human_bytes
-from builder.base.words import counted
+from builder.base.words import counted, listed
 from builder.build import Build
 from builder.plan import OutputJob, Plan
 
@@ -61,13 +61,15 @@ def note_left_out(plan: Plan, reporter: Reporter) -> None:
             )
     for node in plan.outputs():
         assert isinstance(node.job, OutputJob)
-        if node.state != "unchanged" and node.job.container.layout and not node.job.container.vocabulary:
-            reporter.note(without_tokenizer("`tokenizer` under [output] names a folder that has it"))
+        if node.state != "unchanged" and (lacking := node.job.container.lacking):
+            way = "`tokenizer` under [output] names a folder that has it"
+            reporter.note(without_tokenizer(lacking if node.job.container.vocabulary else (), way))
 
 
-def without_tokenizer(way: str) -> str:
-    """That a folder has no tokenizer, and the way to one."""
-    return f"without a tokenizer, whose vocabulary no checkpoint holds: {way}"
+def without_tokenizer(lacking: tuple[str, ...], way: str) -> str:
+    """That a folder has none of its tokenizers, or lacks these, and the way to one."""
+    named = listed(lacking) if lacking else "a tokenizer"
+    return f"without {named}, whose vocabulary no checkpoint holds: {way}"
 
 
 def note_steps(plan: Plan, reporter: Reporter, options: Mapping[str, str] = MappingProxyType({})) -> None:

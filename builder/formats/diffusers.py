@@ -10,6 +10,7 @@ from typing import Any
 
 from builder.base.errors import Place, Problem, SourceError
 from builder.base.files import parse_json
+from builder.base.inside import is_name
 from builder.formats.blob import FileBlob
 from builder.formats.checkpoint import Checkpoint
 from builder.formats.layouts import Layout, layout_of
@@ -64,7 +65,7 @@ def _open_parts(
     opened: dict[str, Checkpoint] = {}
     for part, said in index.items():
         held = isinstance(said, list) and any(said) and not part.startswith(_WITHOUT)
-        if held and Path(part).name == part and (folder / part).is_dir():
+        if held and is_name(part) and (folder / part).is_dir():
             path = weights_in(folder / part)
             opened[part] = stack.enter_context(open_file(path, str(path)))
     if (folder / REMAINDER).is_file():
@@ -111,7 +112,10 @@ def _join(
     others = {
         f"{part}/{n}": "a tensor that the original layout lacks" for part in strange for n in strange[part]
     }
-    others |= {p: "a part of the pipeline, not of the model" for p in _SAFETY if (folder / p).is_dir()}
+    known = {"", *(part.folder for part in layout.parts)}
+    besides = [part for part in opened if part not in known]
+    besides += [part for part in _SAFETY if (folder / part).is_dir()]
+    others |= dict.fromkeys(besides, "a part of the pipeline, not of the model")
     return Checkpoint(
         name,
         "diffusers",

@@ -50,8 +50,8 @@ def write_folder(
     """Write a full checkpoint's tensors, under their original names, into a folder in diffusers' layout.
 
     What the layout has no place for goes to `REMAINDER`, so that nothing is lost: tensors of the model,
-    `others`, which are none of its, and metadata. `vocabulary` are the files of CLIP's tokenizer by name;
-    without it, loaders have to be given a tokenizer, or they would make up an empty one. Parts of more than
+    `others`, which are none of its, and metadata. `vocabulary` are the files of tokenizers by their path;
+    without them, loaders have to be given a tokenizer, or they would make up an empty one. Parts of more than
     `shard_size` bytes become sharded sets. All else is as for `write` of `write_safetensors`. Make the folder
     with `builder.base.disk`.
     Raises OutputError, and what the tensors' `read_into` raises.
@@ -69,17 +69,18 @@ def write_folder(
             if not all(t is tensor or isinstance(t, Reshaped) for t in found.values()):
                 moved.add(name)
     durable = options.get("durable", True)
-    said = configs(layout, parts, prediction=prediction, zero_snr=zero_snr, tokenizers=bool(vocabulary))
+    tokenizers = {path.partition("/")[0] for path in vocabulary or ()}
+    said = configs(layout, parts, prediction=prediction, zero_snr=zero_snr, tokenizers=tokenizers)
     for path, config in said.items():
         (folder / path).parent.mkdir(exist_ok=True)
         write_text(folder / path, json.dumps(config, indent=2, sort_keys=True) + "\n", durable=durable)
-    for tokenizer in (p.tokenizer for p in layout.parts if p.tokenizer is not None):
-        for file, data in (vocabulary or {}).items():
-            write_bytes(folder / tokenizer / file, data, durable=durable)
+    for path, data in (vocabulary or {}).items():
+        (folder / path).parent.mkdir(exist_ok=True)
+        write_bytes(folder / path, data, durable=durable)
     options["digests"] = digests
     files: list[Written] = []
     known: dict[str, str] = {}
-    for library, part in ((p.library, p.folder) for p in layout.parts):
+    for library, part in ((p.library, p.folder) for p in layout.parts if parts[p.folder]):
         stem, home, found = "model" if library == "transformers" else STEM, homes[part], parts[part]
         counted = {n: groups[home[n]] for n in found if home[n] in groups} if groups else None
         if shard_size is not None and len(plan_shards(found, stem, shard_size)) > 1:

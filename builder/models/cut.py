@@ -11,7 +11,7 @@ from builder.models.catalog import RANK, Names
 from builder.models.catalog.tables import NAMINGS, Patterns
 from builder.models.identify import Identity, Match, as_class, attention_changes, identify, layers_of
 from builder.tensors.lazy import LazyTensor
-from builder.tensors.moves import Joined, Reshaped, Transposed
+from builder.tensors.moves import Reshaped
 from builder.tensors.packed.decode import Numbers, decoded
 from builder.tensors.packed.encode import Quantize, encoded
 from builder.tensors.packed.schemes import packing
@@ -58,9 +58,7 @@ def cut(tensors: Mapping[str, LazyTensor], identity: Identity, match: Match, cls
                 hint="take the source that it was made from",
             )
         )
-    for bare, whole in match.made.items():
-        pieces = [tensors[full] for full in whole.names]
-        made[bare] = Transposed(pieces[0]) if whole.transposed else Joined(pieces)
+    made |= {bare: source.make(tensors) for bare, source in match.made.items()}
     changes = []
     if match.renamed or match.reshaped:
         words = attention_changes(len(match.renamed), (rules[bare].shape for bare in match.reshaped))

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
+from builder.formats.layouts.rules import Source
 from builder.models.catalog import PLAIN, RANK, Architecture, Catalog, Component, Names
 from builder.tensors.packed.decode import why_not
 from builder.tensors.packed.schemes import GENERIC, Shape, Spec, Stored, companions, stored
@@ -38,18 +39,6 @@ def attention_changes(renamed: int, shapes: Iterable[Shape]) -> str:
     return ", ".join(words)
 
 
-class Made(NamedTuple):
-    """A tensor of the catalog's table that a file has in another way.
-
-    `names` are the full names of the tensors whose rows make it, one after the other; or of the one matrix
-    that it is, transposed.
-    """
-
-    names: tuple[str, ...]
-    transposed: bool
-    shape: Shape
-
-
 @dataclass(frozen=True)
 class Match:
     """A component found whole.
@@ -57,7 +46,8 @@ class Match:
     It lies `under` a prefix: the component's own inside a full checkpoint, another that programs write, or
     none. There it has the names of the catalog's table, or those of a file of its own (`alone`), or those
     that diffusers gives it (`diffusers`). `names` gives, for each tensor of the table that is present, its
-    full name in the file, but for those of `made`. `companions` are tensors that belong to it beyond the
+    full name in the file, but for those of `made`: those that are not one tensor there with its elements in
+    that order, whose sources have full names. `companions` are tensors that belong to it beyond the
     table, such as scales: they lie under its prefix, and are known by the table's name for their layer.
     `renamed` holds the few tables' names that the file spells otherwise, with the file's spelling less the
     prefix; `reshaped` those whose shape differs in dimensions of 1, as a linear layer's does from a 1x1
@@ -74,7 +64,7 @@ class Match:
     rank: tuple[int, int] | None = None
     usual_prefix: str | None = None
     broken: bool = False
-    made: Mapping[str, Made] = field(default_factory=dict)
+    made: Mapping[str, Source] = field(default_factory=dict)
     companions: Mapping[str, str] = field(default_factory=dict)
     alone: Names = PLAIN
     diffusers: bool = False
@@ -373,36 +363,22 @@ def _spellings(
 
 def _renamed(
     names: Mapping[str, str], renaming: Renaming, specs: Mapping[str, Spec]
-) -> tuple[dict[str, str], set[str], dict[str, Made]]:
+) -> tuple[dict[str, str], set[str], dict[str, Source]]:
     """The full names by those of the table that diffusers' rules lead to; which of them are linear layers
-    where the table has convolutions; and those that several tensors make, or a transposed one."""
+    where the table has convolutions; and those that are not one tensor with its elements in that order."""
     held: dict[str, str] = {}
     linear: set[str] = set()
-    made: dict[str, Made] = {}
-    split: dict[str, dict[int, str]] = defaultdict(dict)
-    for name, full in names.items():
-        place = renaming.rules.original(name)
-        if place is None or not place.module.startswith(renaming.within):
+    made: dict[str, Source] = {}
+    sources, _, _ = renaming.rules.sources({name: specs[full] for name, full in names.items()})
+    for module, source in sources.items():
+        bare = module.removeprefix(renaming.within)
+        if not module.startswith(renaming.within):
             continue
-        bare, shape = place.module[len(renaming.within) :], specs[full].shape
-        if place.change == "qkv":
-            split[bare].setdefault(place.part, full)
-        elif place.change == "transpose":
-            made[bare] = Made((full,), True, shape[::-1])
+        if source.plain:
+            held[bare] = names[source.names[0]]
+            linear |= {bare} if source.change == "linear" else set()
         else:
-            held.setdefault(bare, full)
-            linear |= {bare} if place.change == "linear" else set()
-    for bare, parts in split.items():
-        full_names = tuple(parts[part] for part in sorted(parts))
-        shapes = {specs[n].shape for n in full_names}
-        shape = next(iter(shapes))
-        if (
-            len(full_names) == 3
-            and len(shapes) == 1
-            and shape
-            and len({specs[n].dtype for n in full_names}) == 1
-        ):
-            made[bare] = Made(full_names, False, (3 * shape[0], *shape[1:]))
+            made[bare] = source._replace(names=tuple(names[name] for name in source.names))
     return held, linear, made
 
 
@@ -414,13 +390,13 @@ def _compare(
     *,
     alone: Names = PLAIN,
     linear: Container[str] = (),
-    made: Mapping[str, Made] | None = None,
+    made: Mapping[str, Source] | None = None,
 ) -> Match | Rejection | None:
     """The component against the names under a prefix; None when nothing of it is there."""
     if not local and not made:
         return None
     names: dict[str, str] = {}
-    pieces: dict[str, Made] = {}
+    pieces: dict[str, Source] = {}
     renamed: dict[str, str] = {}
     reshaped: list[str] = []
     missing: list[str] = []
@@ -529,7 +505,7 @@ def _choose(
             -m.required,
             -len(m.full)
             * (m.prefix == m.component.prefix),  # in a full checkpoint, the one that is all of it
-            m.alone != PLAIN,
+            m.alone != PLAIN or m.diffusers,
             order[m.component.name],
             -len(m.full),
             m.under == "",

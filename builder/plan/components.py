@@ -520,7 +520,7 @@ class Components:
             narrow,  # type: ignore[arg-type]
             output.overflow,  # type: ignore[arg-type]
             output.non_finite,  # type: ignore[arg-type]
-            self._kept(pick.cls, precision),
+            kept=self._kept(pick.cls, precision),
             quantize=self._quantize(output, pick.cls),
         )
         if isinstance(origin, Finished) and origin.promote is None:
@@ -605,6 +605,13 @@ class Components:
         )
         return self._component(job, f"{CHECKPOINT} {base.name}", Pick(CHECKPOINT, base.name))
 
+    def _kept_of(self, base: SourceJob) -> Iterator[str]:
+        """The full names of tensors of a source that no cast touches."""
+        matches = self.sources.open(base).identity.matches if self.sources.seen(base) else ()
+        for match in matches:
+            kept = match.component.traits.kept
+            yield from (full for bare, full in match.whole.items() if bare in kept)
+
     def _quantize(self, output: Output, *classes: str) -> Quantize | None:
         """How an output packs the weights of those of these classes that denoise.
 
@@ -615,13 +622,6 @@ class Components:
         traits, denoisers = self.catalog.traits, self.catalog.denoisers
         near = {c: traits[c].unquantized.all for c in sorted(classes) if c in denoisers and c in traits}
         return Quantize(output.quantize, near) if near else None
-
-    def _kept_of(self, base: SourceJob) -> Iterator[str]:
-        """The full names of tensors of a source that no cast touches."""
-        matches = self.sources.open(base).identity.matches if self.sources.seen(base) else ()
-        for match in matches:
-            kept = match.component.traits.kept
-            yield from (full for bare, full in match.whole.items() if bare in kept)
 
     def _component(self, job: ComponentJob, label: str, pick: Pick) -> Key:
         key = job.key

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,8 +16,18 @@ if TYPE_CHECKING:
     from builder.models.catalog import Architecture, Catalog
     from builder.models.prediction import Prediction as Told
 
-VOCABULARY = ("vocab.json", "merges.txt")  # of CLIP's tokenizer, which no checkpoint holds
-MAX_VOCABULARY = 64 << 20  # bytes; that of CLIP is 1.4 MB
+_CLIP = ("vocab.json", "merges.txt")  # the words of CLIP's tokenizer, which are in no checkpoint
+_TOKENIZER = (  # the files of any other, as they are
+    "tokenizer.json",
+    *_CLIP,
+    "tokenizer.model",
+    "spiece.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+MAX_VOCABULARY = 64 << 20  # bytes; that of CLIP is 1.4 MB, that of Gemma 34 MB
 _OTHER_SCHEDULER = "edm_"  # begins the markers of models that diffusers' usual schedulers are not for
 
 
@@ -47,13 +58,47 @@ def find_prediction(name: str, told: Told, layout: Layout) -> Prediction | Probl
     return "v" if told.v else "epsilon"
 
 
-def read_vocabulary(folder: Path) -> dict[str, bytes]:
-    """The files of CLIP's tokenizer in a folder; raises OSError, with words to show and the file's name."""
+def vocabulary_files(folder: Path, layout: Layout) -> dict[str, str]:
+    """The files of a layout's tokenizers, by their path in a model's folder: their path below `folder`.
+
+    That is a model's folder, which has its tokenizers in their own, or one that holds CLIP's vocabulary or
+    the model's only tokenizer itself. Of CLIP's, both files are named where one is there; where there is no
+    tokenizer at all, a file that is looked for.
+    """
+    found: dict[str, str] = {}
+    looked: list[tuple[str, str]] = []
+    parts = [(p.tokenizer, bool(p.padding)) for p in layout.parts if p.tokenizer is not None]
+    for own, clip in parts:
+        names = _CLIP if clip else _TOKENIZER
+        homes = (f"{own}/", "") if clip or len(parts) == 1 else (f"{own}/",)
+        for home in homes:
+            here = [name for name in names if os.path.isfile(folder / home / name)]  # noqa: PTH113 - raises nothing
+            if here:
+                found |= {f"{own}/{name}": home + name for name in (names if clip else here)}
+                break
+        looked.append((f"{own}/{names[0]}", homes[-1] + names[0]))
+    return found or dict(looked[:1])
+
+
+def lacking(layout: Layout, vocabulary: Iterable[str]) -> tuple[str, ...]:
+    """The tokenizers of a layout of which there are no files, of those of these paths."""
+    held = {path.partition("/")[0] for path in vocabulary}
+    return tuple(p.tokenizer for p in layout.parts if p.tokenizer is not None and p.tokenizer not in held)
+
+
+def no_tokenizer(layout: Layout) -> Problem:
+    """That a layout has no place for a tokenizer."""
+    return Problem(f"a folder of {layout.name} is written without its tokenizer")
+
+
+def read_vocabulary(folder: Path, layout: Layout) -> dict[str, bytes]:
+    """The files of a layout's tokenizers, by their path in a model's folder; raises OSError, with words to
+    show and the file's name."""
     found = {}
-    for name in VOCABULARY:
+    for path, file in vocabulary_files(folder, layout).items():
         try:
-            found[name] = read_bounded(folder / name, MAX_VOCABULARY)
+            found[path] = read_bounded(folder / file, MAX_VOCABULARY)
         except OSError as error:
-            error.filename = os.fspath(folder / name)
+            error.filename = os.fspath(folder / file)
             raise
     return found

@@ -169,8 +169,8 @@ class ComponentJob:
             "overflow": self.overflow,
             "non_finite": self.non_finite,
             **({"narrow": self.narrow} if self.narrow else {}),
-            **({"quantize": list(self.quantize)} if self.quantize else {}),
             **({"kept": list(self.kept)} if self.kept else {}),
+            **({"quantize": list(self.quantize)} if self.quantize else {}),
         }
 
     @property
@@ -203,7 +203,8 @@ class Container:
 
     `nesting` is where in a PyTorch file the tensors lie. `stem` begins the names of a set's files, of at most
     `shard_size` bytes of tensors. All else is for a folder in the diffusers layout of this name: what its
-    scheduler is told, and the files of its tokenizer. `encoding` is of a GGUF file.
+    scheduler is told, the files of its tokenizers by their path, and which tokenizers are `lacking`.
+    `encoding` is of a GGUF file.
     """
 
     form: Form = "safetensors"
@@ -214,6 +215,7 @@ class Container:
     prediction: Predicted = "epsilon"
     zero_snr: bool = False
     vocabulary: Mapping[str, bytes] = field(default_factory=dict)
+    lacking: tuple[str, ...] = ()
     encoding: Encoding | None = None
 
     @property
@@ -224,7 +226,9 @@ class Container:
     def params(self) -> dict[str, Any]:
         """What decides the bytes, as data of a key."""
         words = {n: hashlib.sha256(data).hexdigest() for n, data in self.vocabulary.items()}
-        said = {k: v for k, v in asdict(self).items() if k != "encoding" or v is not None}
+        said = {
+            k: v for k, v in asdict(self).items() if k != "lacking" and (k != "encoding" or v is not None)
+        }
         return {**said, "vocabulary": words}
 
 

@@ -23,7 +23,14 @@ from builder.operations import OPERATIONS
 from builder.operations.registry import Operation
 from builder.operations.weights import patterns
 from builder.plan.components import Components, Told
-from builder.plan.folders import VOCABULARY, find_layout, find_prediction, read_vocabulary
+from builder.plan.folders import (
+    find_layout,
+    find_prediction,
+    lacking,
+    no_tokenizer,
+    read_vocabulary,
+    vocabulary_files,
+)
 from builder.plan.graph import (
     CHECKPOINT,
     Beside,
@@ -51,6 +58,7 @@ from builder.sources.find import recall_files
 from builder.sources.job import SourceJob
 
 if TYPE_CHECKING:
+    from builder.formats.layouts import Layout
     from builder.models.catalog import Catalog
     from builder.recipe.lock import Lock
     from builder.sources.opened import Sources
@@ -288,13 +296,15 @@ class _Resolver(Components):
                     "programs that read the scheduler heed the first; read back here, it is the second",
                 )
             )
+        vocabulary = self._vocabulary(output, layout)
         return Container(
             form,
             shard_size=output.shard_size,
             layout=layout.name,
             prediction="v" if found == "v" else "epsilon",
             zero_snr=told.zero_snr,
-            vocabulary=self._vocabulary(output),
+            vocabulary=vocabulary,
+            lacking=lacking(layout, vocabulary),
         )
 
     def _check_quantize(self, output: Output, target: Path, form: Form) -> None:
@@ -359,17 +369,20 @@ class _Resolver(Components):
             self.plan.say(f"`{output.file}` has no place for {listed(beside.names)}")
         return Beside()
 
-    def _vocabulary(self, output: Output) -> dict[str, bytes]:
-        """The files of an output's tokenizer; raises RecipeError when they cannot be read."""
+    def _vocabulary(self, output: Output, layout: Layout) -> dict[str, bytes]:
+        """The files of an output's tokenizers; raises RecipeError when they cannot be read."""
         if output.tokenizer is None:
             return {}
         folder = self.recipe.path.parent if self.recipe.path else Path()
         place = self.recipe.place(*output.at, "tokenizer", value=True)
-        for name in VOCABULARY if self.recipe.path else ():
-            if (why := leads_out(folder, f"{output.tokenizer}/{name}")) is not None:
+        files = vocabulary_files(folder / output.tokenizer, layout).values()
+        if not files:
+            raise RecipeError(replace(no_tokenizer(layout), place=place, hint="leave `tokenizer` out"))
+        for name in ("", *(f"/{file}" for file in files)) if self.recipe.path else ():
+            if (why := leads_out(folder, f"{output.tokenizer}{name}")) is not None:
                 raise RecipeError(outside(output.tokenizer, why, place))
         try:
-            return read_vocabulary(folder / output.tokenizer)
+            return read_vocabulary(folder / output.tokenizer, layout)
         except OSError as error:
             fact = f"cannot read `{Path(error.filename).name}` of `{output.tokenizer}`"
             raise RecipeError(Problem(fact, place, (str(error.strerror),))) from None

@@ -657,7 +657,8 @@ def _language(words: Vocabulary) -> Struct:
             ),
             "tokenizer": Key(
                 INSIDE,
-                "A folder inside the recipe's, whose `vocab.json` and `merges.txt` go into a folder.",
+                "A folder inside the recipe's with CLIP's `vocab.json` and `merges.txt`, or a model's "
+                "tokenizers.",
                 '"tokenizer"',
             ),
             "metadata": Key(

@@ -114,6 +114,12 @@ class Joined(LazyTensor):
                 start -= source.nbytes
 
 
+def swapped(tensor: LazyTensor) -> LazyTensor:
+    """A tensor whose rows' second half comes first; their number is even."""
+    half = tensor.shape[0] // 2
+    return Joined([Rows(tensor, half, half), Rows(tensor, 0, half)])
+
+
 class Transposed(LazyTensor):
     """A matrix whose rows are the source's columns; numpy is imported when it is read."""
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from builder.base.errors import Problem, SourceError, UsageError
 from builder.base.inside import is_inside
@@ -16,19 +17,22 @@ from builder.models.catalog import Architecture
 from builder.models.cut import foreign
 from builder.models.prediction import prediction as find_told
 from builder.plan import Plan
-from builder.plan.folders import VOCABULARY, find_layout, find_prediction
+from builder.plan.folders import find_layout, find_prediction, lacking, no_tokenizer, vocabulary_files
 from builder.recipe.language import PUBLISHED
 from builder.recipe.names import SINGLE, Form, form_of, recipe_name
 from builder.sources.opened import OpenSource, Sources
 from builder.toolkit.command_recipe import CommandRecipe, run
 from builder.workspace import Workspace
 
+if TYPE_CHECKING:
+    from builder.formats.layouts import Layout
+
 
 @dataclass(frozen=True)
 class Converted:
     """What was written: a file, an index or a folder; `size` is in bytes, of all of its files.
 
-    `lost` says what the source has that the output cannot hold; `tokenizer`, whether a folder has one.
+    `lost` says what the source has that the output cannot hold; `lacking`, which tokenizers a folder lacks.
     """
 
     path: Path
@@ -36,6 +40,7 @@ class Converted:
     size: int
     tensors: int
     lost: tuple[str, ...]
+    lacking: tuple[str, ...]
     tokenizer: bool
 
 
@@ -57,6 +62,7 @@ def convert(
     `target` is as it was.
     """
     form = form_of(target)
+    absent: tuple[str, ...] = ()
     said = {
         "verbatim": form != "gguf",
         "precision": PUBLISHED if output.get("quantize") and form == "gguf" else "keep",
@@ -80,14 +86,15 @@ def convert(
         count = len(match.whole) + len(match.made)
         workspace.reporter.note(f"{match.component.name}: {count:,} tensors get their usual names")
     if form == "diffusers":
-        _check_model(opened, said.get("prediction"), workspace)
+        layout = _check_model(opened, said.get("prediction"), workspace)
         given = said.pop("tokenizer", None)
-        tokenizer = _tokenizer(given, source)
-        if given is None and tokenizer is not None and (link := _leaves(tokenizer, source)) is not None:
+        tokenizer, files = _tokenizer(given, source, layout)
+        if given is None and (link := _leaves(tokenizer, files, source)) is not None:
             workspace.reporter.note(f"`{link}` is not copied: a link leads out of `{source}`")
-            tokenizer = None
-        if tokenizer is not None:
+            files = {}
+        if files:
             said["tokenizer"] = str(tokenizer.absolute())
+        absent = lacking(layout, files)
 
     def say(plan: Plan) -> None:
         for note in plan.notes:
@@ -109,11 +116,14 @@ def convert(
         with open_checkpoint(Path(target)) as written:
             count = len(written)
     lost = _lost(opened.checkpoint, form)
-    return Converted(Path(target), form, made.outputs[0].size, count, lost, "tokenizer" in said)
+    return Converted(Path(target), form, made.outputs[0].size, count, lost, absent, "tokenizer" in said)
 
 
-def _check_model(opened: OpenSource, prediction: str | None, workspace: Workspace) -> None:
-    """Raise SourceError for what is no model in diffusers' layout, UsageError where it must be said what."""
+def _check_model(opened: OpenSource, prediction: str | None, workspace: Workspace) -> Layout:
+    """A model's layout in diffusers' folders.
+
+    Raises SourceError for what has none, UsageError where it has to be said what the model predicts.
+    """
     held, identity, catalog = opened.checkpoint, opened.identity, workspace.catalog
     known = catalog.architectures.get(identity.architecture or "") if identity.intact else None
     architecture = known or Architecture(identity.architecture or "unknown", ())
@@ -124,23 +134,24 @@ def _check_model(opened: OpenSource, prediction: str | None, workspace: Workspac
     found = prediction or find_prediction(held.name, told, layout)
     if isinstance(found, Problem):
         raise UsageError(replace(found, hint="say `--prediction epsilon` or `--prediction v`"))
+    return layout
 
 
-def _leaves(tokenizer: Path, source: Path) -> str | None:
+def _leaves(folder: Path, files: Mapping[str, str], source: Path) -> str | None:
     """The first file of a source's own vocabulary that a link has elsewhere; None where there is none."""
-    files = (tokenizer / name for name in VOCABULARY)
-    return next((str(f) for f in files if not is_inside(f, source)), None)
+    return next((str(folder / f) for f in files.values() if not is_inside(folder / f, source)), None)
 
 
-def _tokenizer(given: Path | None, source: Path) -> Path | None:
-    """The folder with a tokenizer's vocabulary: the one given, else the source's own."""
-    folder = given if given is not None else source / "tokenizer"
-    absent = [n for n in VOCABULARY if not os.path.isfile(folder / n)]  # noqa: PTH113 - which raises nothing
-    if not absent:
-        return folder
-    if given is None:
-        return None
-    hint = "give the folder `tokenizer` of a model in diffusers' layout"
+def _tokenizer(given: Path | None, source: Path, layout: Layout) -> tuple[Path, dict[str, str]]:
+    """The folder with the files of tokenizers, the one given, else the source's own; and those files."""
+    folder = given if given is not None else source
+    files = vocabulary_files(folder, layout)
+    if given is not None and not files:
+        raise UsageError(replace(no_tokenizer(layout), hint="leave `--tokenizer` out"))
+    absent = [n for n in files.values() if not os.path.isfile(folder / n)]  # noqa: PTH113 - which raises nothing
+    if not absent or given is None:
+        return folder, {} if absent else files
+    hint = "give a model's folder in diffusers' layout, or its folder `tokenizer`"
     raise UsageError(Problem(f"`{folder}` holds no `{absent[0]}`", hint=hint))
 
 

@@ -231,6 +231,7 @@ def test_a_name_that_is_taken(tmp_path: Path) -> None:
     assert _problem(tmp_path).fact == "component `T` is declared already"
 
 
+PARTLY = "the names of `a` are not those of all its rows, each once"
 PART = '[layouts.x]\nextends = "SD-v1"\n[layouts.x.parts.vae]\n'
 
 
@@ -350,10 +351,23 @@ PART = '[layouts.x]\nextends = "SD-v1"\n[layouts.x.parts.vae]\n'
         ("diffusers.toml", "[layouts.SD-v1]\npixels = 1", "layout `SD-v1` is declared already"),
         ("diffusers.toml", "[layouts.x]\npixels = 1", "`has` is missing"),
         ("diffusers.toml", "[rules.VAE-v1]", "rules `VAE-v1` are declared already"),
-        ("diffusers.toml", '[rules.x.same]\n"{a,b}" = "{a,b,c}"', "2 names do not pair with 3"),
-        ("diffusers.toml", '[rules.x.same]\n"a{" = "b"', "`{` without its `}`"),
-        ("diffusers.toml", '[rules.x.same]\n"{a,a}" = "b{0,1}"', "`a` has a rule already"),
-        ("diffusers.toml", '[rules.x.qkv]\n"a" = "b"', "a `*` is for what `qkv` splits"),
+        ("diffusers.toml", '[rules.x.names]\n"{a,b}" = "{a,b,c}"', "3 names do not pair with 2"),
+        ("diffusers.toml", '[rules.x.names]\n"a{" = "b"', "`{` without its `}`"),
+        ("diffusers.toml", '[rules.x.names]\n"{a,a}" = "b{0,1}"', PARTLY),
+        ("diffusers.toml", '[rules.x.names]\n"a" = ["0+1/3 b", "2+1/3 c"]', PARTLY),
+        ("diffusers.toml", '[rules.x.names]\n"a" = ["0+2/3 b", "1+2/3 c"]', PARTLY),
+        ("diffusers.toml", '[rules.x.read_also]\n"a" = "0+1/3 b"', PARTLY),
+        ("diffusers.toml", '[rules.x.names]\n"a" = "2+2/3 b"', "`2+2/3 b` is no name of a module"),
+        ("diffusers.toml", '[rules.x.names]\n"a" = "turned b"', "`turned b` is no name of a module"),
+        ("diffusers.toml", '[rules.x.names]\na = "b"\n"{a,c}" = "{b,d}"', "`a` has names already"),
+        ("diffusers.toml", '[rules.x]\nextends = "y"', "no rules `y` to extend"),
+        ("diffusers.toml", "[models.T5EncoderModel]", "model `T5EncoderModel` is declared already"),
+        ("diffusers.toml", "[models.X]", "`library` is one of diffusers, transformers"),
+        (
+            "diffusers.toml",
+            '[models.X]\nlibrary = "diffusers"\nsizes = { a = "b" }',
+            "`b` tells no size",
+        ),
         (
             "diffusers.toml",
             PART + 'model = "X"\nprefix = ""\nrules = "VAE-v1"',
@@ -363,6 +377,12 @@ PART = '[layouts.x]\nextends = "SD-v1"\n[layouts.x.parts.vae]\n'
             "diffusers.toml",
             PART + 'model = "X"\nprefix = ""\nrules = "VAE-v7"',
             "unknown rules `VAE-v7`",
+        ),
+        ("diffusers.toml", PART + 'tokenizer = ".."', "`..` is no folder of a model"),
+        (
+            "diffusers.toml",
+            '[layouts.x]\nextends = "SD-v1"\n[layouts.x.parts.".."]',
+            "`..` is no folder of a model",
         ),
     ],
 )

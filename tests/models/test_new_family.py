@@ -78,7 +78,11 @@ constants = ["pos_embed"]
 prefixes = ["lora_unet_", "diffusion_model.", ""]
 
 [DIT-Nova.adapters.names]
-"blocks.{0..3}.attn.qkv" = ["0+8 layers.{0..3}.to_q", "8+8 layers.{0..3}.to_k", "16+8 layers.{0..3}.to_v"]
+"blocks.{0..3}.attn.qkv" = [
+  "0+1/3 layers.{0..3}.to_q",
+  "1+1/3 layers.{0..3}.to_k",
+  "2+1/3 layers.{0..3}.to_v",
+]
 "blocks.{0..3}.proj" = "layers.{0..3}.to_out"
 
 [VAE-Nova]

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from builder.base.errors import RecipeError
-from builder.models.catalog import load_catalog
+from builder.models.catalog import Catalog, load_catalog
 from builder.recipe import parse_recipe
 
 CATALOG = load_catalog(())
 
 
-def alpha(value: str) -> Any:
+def alpha(value: str, catalog: Catalog = CATALOG) -> Any:
     """What a recipe's weights are read as."""
     recipe = f"""
 format = 1
@@ -31,7 +32,7 @@ alpha = {value}
 [output]
 file = "x.safetensors"
 """
-    return parse_recipe(recipe, "x.toml", CATALOG).steps["m"].params["alpha"]
+    return parse_recipe(recipe, "x.toml", catalog).steps["m"].params["alpha"]
 
 
 def numbers(count: int) -> list[float]:
@@ -50,16 +51,22 @@ def test_under_its_class_a_list_is_of_the_blocks_that_it_has(cls: str, first: in
     assert said["parts"][cls] == {"base": base, "blocks": {b: w for b, w in held.items() if w != base}}
 
 
-def test_classes_with_as_many_blocks_need_not_call_them_alike() -> None:
-    first, second = CATALOG.traits["DIT-FLUX3-Klein"].blocks, CATALOG.traits["DIT-QwenImage21"].blocks
-    assert len(first) == len(second) and first != second
-    assert list(
-        alpha(f"{{ base = 0.0, DIT-QwenImage21 = {numbers(35)} }}")["parts"]["DIT-QwenImage21"]["blocks"]
-    ) == [*second]
+def test_classes_with_as_many_blocks_need_not_call_them_alike(tmp_path: Path) -> None:
+    count = len(CATALOG.traits["DIT-QwenImage21"].blocks)
+    (tmp_path / "DIT-Own.toml").write_text(
+        f'name = "DIT-Own"\nclass = "DIT-Own"\nprefix = "own."\nkeys = {count}\nparameters = {count}\n'
+        f'[tensors]\n"x.{{0..{count - 1}}}.w" = [1]\n'
+    )
+    (tmp_path / "classes.toml").write_text(
+        f'[DIT-Own.blocks]\n"x.{{0..{count - 1}}}." = "X{{0..{count - 1}}}"\n'
+    )
+    catalog = load_catalog([tmp_path])
+    said = alpha(f"{{ base = 0.0, DIT-Own = {numbers(count)} }}", catalog)
+    assert list(said["parts"]["DIT-Own"]["blocks"]) == [f"X{n}" for n in range(count)]
     with pytest.raises(RecipeError) as caught:
-        alpha(f"{{ base = 0.0, DIT = {numbers(35)} }}")
+        alpha(f"{{ base = 0.0, DIT = {numbers(count)} }}", catalog)
     (problem,) = caught.value.problems
-    assert "35 numbers, and classes of that name have other blocks" in problem.fact
+    assert f"{count} numbers, and classes of that name have other blocks" in problem.fact
     assert problem.hint == "name the class in full"
 
 

@@ -168,7 +168,10 @@ def test_the_one_that_is_replaced_takes_its_own_along(folder: Folder, unet: dict
 def test_what_would_lose_its_meaning_is_refused_by_name(
     folder: Folder, unet: dict[str, LazyTensor], command: tuple[str, ...], request: pytest.FixtureRequest
 ) -> None:
-    folder.write("m.toml", 'format = 1\nname = "m"\nbase = "a"\nsources.a.file = "a.safetensors"\n')
+    folder.write(
+        "m.toml",
+        'format = 1\nname = "m"\nbase = "a"\nsources.a.file = "a.safetensors"\noutput.precision = "fp16"\n',
+    )
     scheme = request.node.callspec.params["unet"]
     if "mini.safetensors" in command:  # diffusers has a layout for it
         more = {UNET + n: t for n, t in unets("mini")[scheme].items()}

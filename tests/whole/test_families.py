@@ -96,12 +96,12 @@ model = "CLIPTiny"
 library = "transformers"
 prefix = "text.model."
 rules = "TEXT-tiny"
-[rules.DENOISER-tiny.same]
+[rules.DENOISER-tiny.names]
 "block.{0,1}" = "layers.{0,1}"
 [rules.TEXT-tiny]
 without = ["embeddings.position_ids"]
-[rules.TEXT-tiny.transpose]
-"embed.weight" = "table.weight"
+[rules.TEXT-tiny.names]
+"embed.weight" = "transposed table.weight"
 """,
     "tiny-v.yaml": "parameterization: v\n",
 }

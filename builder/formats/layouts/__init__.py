@@ -16,8 +16,9 @@ Tensors = Mapping[str, LazyTensor]
 class Part:
     """A part of a model: its folder in diffusers' layout, and its prefix in an original file.
 
-    `model` is the class that loads it, of `library`; `config` what shapes do not say of it. `tokenizer` is
-    the folder of the one that the part needs, which fills up with the token `padding`.
+    `model` is the class that loads it, of `library`; `config` what shapes do not say of it, `sizes` how they
+    say the rest. `tokenizer` is the folder of the one that the part needs, of the class `tokenizer_model`:
+    CLIP's, which fills up with the token `padding`, or another.
     """
 
     folder: str
@@ -26,7 +27,9 @@ class Part:
     model: str
     library: str = "diffusers"
     config: Mapping[str, Any] = field(default_factory=dict)
+    sizes: Mapping[str, str] = field(default_factory=dict)
     tokenizer: str | None = None
+    tokenizer_model: str = "CLIPTokenizer"
     padding: str = ""
 
 
@@ -35,10 +38,11 @@ class Layout:
     """A model as diffusers has it.
 
     It is told by `FOLDER/NAME` of its tensors: some begin with each of `has`, none with any of `lacks`, and
-    those of `ranks` have as many dimensions. `pipelines` are pipelines by the channels that `unet` takes,
-    `pipeline` is any other. `pixels` are those it was trained on, `pixels_v` where it predicts v.
+    those of `ranks` have as many dimensions. `pipelines` are pipelines by the channels that the first part
+    takes, `pipeline` is any other. `pixels` are those it was trained on, `pixels_v` where it predicts v.
     `index` and `absent` are entries of the model's index; `scheduler` is a configuration, to which
-    `plain` adds where the noise schedule leaves some of the picture, and `zero_snr` where it does not.
+    `plain` adds where the noise schedule leaves some of the picture, `zero_snr` where it does not, and each
+    of `unless` where no `FOLDER/NAME` begins as its key.
     """
 
     name: str
@@ -48,13 +52,14 @@ class Layout:
     ranks: Mapping[str, int]
     pipeline: str
     pipelines: Mapping[str, str]
-    pixels: int
+    pixels: int | None
     pixels_v: int | None
     index: Mapping[str, Any]
     absent: tuple[str, ...]
     scheduler: Mapping[str, Any]
     plain: Mapping[str, Any]
     zero_snr: Mapping[str, Any]
+    unless: Mapping[str, Mapping[str, Any]]
 
     def fits(self, ranks: Mapping[str, int]) -> bool:
         """Whether tensors, of so many dimensions by `FOLDER/NAME`, are a model in this layout."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from math import gcd
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from math import gcd, isqrt
 from typing import Any, Literal
 
 from builder.base.errors import CatalogError, Problem
@@ -26,21 +27,22 @@ def configs(
     *,
     prediction: Prediction,
     zero_snr: bool = False,
-    tokenizers: bool = False,
+    tokenizers: Collection[str] = (),
 ) -> dict[str, Config]:
     """Every configuration file of a model, by its path in the folder.
 
     `parts` are the tensors by diffusers' folder and name; `zero_snr`: the noise schedule ends in nothing
-    but noise. Without `tokenizers` the folder says that it has none, and a loader asks for them.
+    but noise. Of other tokenizers than `tokenizers` the folder says that it has none: a loader asks for them.
     """
     pixels = (layout.pixels_v if prediction == "v" else None) or layout.pixels
-    scheduler: Config = {
-        "_diffusers_version": VERSION,
-        "prediction_type": "v_prediction" if prediction == "v" else "epsilon",
-        "trained_betas": None,
-        **layout.scheduler,
-        **(layout.zero_snr if zero_snr else layout.plain),
-    }
+    said = {**layout.scheduler, **(layout.zero_snr if zero_snr else layout.plain)}
+    held = [f"{folder}/{name}" for folder, tensors in parts.items() for name in tensors]
+    for start, more in layout.unless.items():
+        said |= {} if any(name.startswith(start) for name in held) else more
+    scheduler: Config = {"_diffusers_version": VERSION, **said}
+    if "beta_schedule" in said:  # of flow matching there is no other kind
+        kind = "v_prediction" if prediction == "v" else "epsilon"
+        scheduler = {"prediction_type": kind, "trained_betas": None, **scheduler}
     index: Config = {
         "_diffusers_version": VERSION,
         **layout.index,
@@ -49,33 +51,83 @@ def configs(
     }
     made: dict[str, Config] = {MODEL_INDEX: index, SCHEDULER: scheduler}
     for part in layout.parts:
-        index[part.folder] = [part.library, part.model]
-        config = _part(part, parts[part.folder])
-        made[f"{part.folder}/config.json"] = config
+        here = bool(parts[part.folder])
+        index[part.folder] = [part.library, part.model] if here else [None, None]
+        if here:
+            made[f"{part.folder}/config.json"] = _part(part, parts[part.folder])
         if part.tokenizer is not None:
-            index[part.tokenizer] = ["transformers", "CLIPTokenizer"] if tokenizers else [None, None]
-            for name, said in _tokenizer(part.padding).items() if tokenizers else ():
-                made[f"{part.tokenizer}/{name}"] = said
-    latents = pixels
-    if (vae := made.get("vae/config.json")) is not None:
-        vae["sample_size"] = pixels
-        latents = pixels >> (len(vae.get("block_out_channels", [0])) - 1)
-    if (unet := made.get("unet/config.json")) is not None:
-        unet["sample_size"] = latents
-    channels = str(unet.get("in_channels")) if unet is not None else ""
-    index["_class_name"] = layout.pipelines.get(channels, layout.pipeline)
+            words = part.tokenizer in tokenizers
+            index[part.tokenizer] = ["transformers", part.tokenizer_model] if words else [None, None]
+            for name, config in _tokenizer(part.padding).items() if words and part.padding else ():
+                made[f"{part.tokenizer}/{name}"] = config
+    first = made.get(f"{layout.parts[0].folder}/config.json", {})
+    index["_class_name"] = layout.pipelines.get(str(first.get("in_channels")), layout.pipeline)
+    if pixels is not None:
+        latents = pixels
+        if (vae := made.get("vae/config.json")) is not None:
+            vae["sample_size"] = pixels
+            latents = pixels >> (len(vae.get("block_out_channels", [0])) - 1)
+        if (unet := made.get("unet/config.json")) is not None:
+            unet["sample_size"] = latents
     return made
 
 
 def _part(part: Part, tensors: Tensors) -> Config:
     try:
         derived = SHAPES[part.model][1](tensors) if part.model in SHAPES else {}
-    except (LookupError, ValueError) as error:
+        for key, said in part.sizes.items():
+            if (size := _size(tensors, said)) is not None:
+                _put(derived, key, size)
+    except (LookupError, ValueError, ZeroDivisionError) as error:
         fact = f"what the layout puts into `{part.folder}` is no `{part.model}`"
         raise CatalogError(Problem(fact, evidence=(f"it lacks {error}",))) from None
+    for key, value in part.config.items():
+        _put(derived, key, value)
     if part.library == "transformers":
-        return {"architectures": [part.model], **derived, **part.config}
-    return {"_class_name": part.model, "_diffusers_version": VERSION, **derived, **part.config}
+        return {"architectures": [part.model], **derived}
+    return {"_class_name": part.model, "_diffusers_version": VERSION, **derived}
+
+
+def _put(config: Config, key: str, value: Any) -> None:
+    """Set an entry, which may be inside of others."""
+    *outer, last = key.split(".")
+    for word in outer:
+        config = config.setdefault(word, {})
+    config[last] = value
+
+
+# What shapes tell: an extent, over another or a number; how many modules are numbered; and so on.
+_EXTENT = r"(\S+)\[(\d)\]"
+_SIZE = re.compile(rf"(if )?{_EXTENT}(?: / (?:{_EXTENT}|([1-9]\d{{0,5}})))?|(count|has|numbers|root) (\S+)")
+
+
+def is_size(said: str) -> bool:
+    """Whether words tell a size by the shapes of tensors."""
+    return _SIZE.fullmatch(said) is not None
+
+
+def _size(tensors: Tensors, said: str) -> int | bool | list[int] | None:
+    """What words tell: `NAME[DIM]`, an extent, also `/` another or a number; the same with `if`, None where
+    there is no such tensor; `root NAME`, that of the places which a table along its second dimension has;
+    `count MODULE`, how many there are; `numbers MODULE.*.INNER`, which of them have something inside;
+    `has MODULE`.
+    """
+    match = _SIZE.fullmatch(said)
+    assert match is not None
+    maybe, name, dim, over, its_dim, number, word, module = match.groups()
+    if maybe is not None and name not in tensors:
+        return None
+    if name is not None:
+        below = tensors[over].shape[int(its_dim)] if over is not None else int(number or 1)
+        return tensors[name].shape[int(dim)] // below
+    if word == "root":
+        return isqrt(tensors[module].shape[1])
+    if word == "has":
+        return any(name.startswith(f"{module}.") for name in tensors)
+    head, _, inner = module.partition(".*.")
+    inside = (n.removeprefix(f"{head}.").split(".", 1) for n in tensors if n.startswith(f"{head}."))
+    found = {int(number) for number, rest in inside if number.isdecimal() and rest.startswith(inner)}
+    return sorted(found) if word == "numbers" else len(found)
 
 
 def _unet(tensors: Tensors) -> Config:
@@ -125,11 +177,12 @@ def _vae(tensors: Tensors) -> Config:
         "block_out_channels": channels,
         "down_block_types": ["DownEncoderBlock2D"] * len(channels),
         "in_channels": tensors["encoder.conv_in.weight"].shape[1],
-        "latent_channels": tensors["post_quant_conv.weight"].shape[0],
+        "latent_channels": tensors["decoder.conv_in.weight"].shape[1],
         "layers_per_block": 2,
         "norm_num_groups": gcd(_GROUPS, *channels),
         "out_channels": tensors["decoder.conv_out.weight"].shape[0],
         "up_block_types": ["UpDecoderBlock2D"] * len(channels),
+        **{f"use_{n}": False for n in ("quant_conv", "post_quant_conv") if f"{n}.weight" not in tensors},
     }
 
 
@@ -186,6 +239,7 @@ def _depth(tensors: Tensors, module: str) -> int:
 SHAPES: dict[str, tuple[str, Callable[[Tensors], Config]]] = {
     "UNet2DConditionModel": ("diffusers", _unet),
     "AutoencoderKL": ("diffusers", _vae),
+    "AutoencoderKLFlux2": ("diffusers", _vae),
     "CLIPTextModel": ("transformers", _text_encoder),
     "CLIPTextModelWithProjection": ("transformers", _text_encoder),
 }

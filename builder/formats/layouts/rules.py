@@ -2,145 +2,224 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from itertools import islice
-from typing import Any, Literal, NamedTuple, get_args
+from itertools import islice, pairwise
+from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
 
-from builder.tensors.lazy import LazyTensor
-from builder.tensors.moves import Joined, Reshaped, Rows, Transposed
+from builder.tensors.lazy import DType, LazyTensor
+from builder.tensors.moves import Joined, Reshaped, Rows, Transposed, swapped
 
-Change = Literal["same", "linear", "transpose", "qkv"]
+Change = Literal["same", "linear", "transposed", "swapped"]
+T = TypeVar("T")
 
-
-CHANGES: tuple[Change, ...] = get_args(Change)
 SOME = 1000  # names of a file that tell whether rules may be of use
 
 
-class Rule(NamedTuple):
-    """A module or tensor by its name in both layouts; what follows in a name is the same in both.
+class Spec(Protocol):
+    """What rules look at of a tensor."""
 
-    `change` is what becomes of the tensors in diffusers' layout: a 1x1 convolution is a `linear` layer; a
-    matrix is `transpose`d; the rows of `qkv` are three tensors, whose names have q, k and v for the `*`.
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> DType: ...
+
+
+class OtherName(NamedTuple):
+    """What a module or tensor is called elsewhere, and what it is there.
+
+    Of `of` equal shares of its rows, it is so many `shares` from `first` on; or, of all, the `change`: a 1x1
+    convolution is a `linear` layer there, a matrix is `transposed`, the two halves of the rows are `swapped`.
     """
 
-    original: str
-    diffusers: str
+    name: str
     change: Change = "same"
+    first: int = 0
+    shares: int = 1
+    of: int = 1
+
+    def rows(self, total: int) -> tuple[int, int] | None:
+        """Its first row and their number, of so many; None where they have no such shares."""
+        share, rest = divmod(total, self.of)
+        return None if rest else (self.first * share, self.shares * share)
 
 
-class Place(NamedTuple):
-    """Where a module is in the other layout; `part` is its number among those that one was split into."""
+Names = Mapping[str, Sequence[OtherName]]  # by the original's; of several, each is of some rows
 
-    module: str
+
+class Source(NamedTuple):
+    """What makes a tensor: whole ones, whose rows follow each other, or one that is changed."""
+
+    names: tuple[str, ...]
     change: Change
-    part: int = 0
+    shape: tuple[int, ...]
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is one whose elements are in the same order."""
+        return len(self.names) == 1 and self.change in ("same", "linear")
+
+    def make(self, tensors: Mapping[str, LazyTensor]) -> LazyTensor:
+        """The tensor; nothing is read."""
+        pieces = [tensors[name] for name in self.names]
+        if len(pieces) > 1:
+            return Joined(pieces)
+        if self.change == "transposed":
+            return Transposed(pieces[0])
+        if self.change == "swapped":
+            return swapped(pieces[0])
+        return pieces[0] if pieces[0].shape == self.shape else Reshaped(pieces[0], self.shape)
 
 
 class Rules:
     """The rules of one part of a model; the longest name that a rule knows decides.
 
-    `without` are tensors of the original that diffusers makes itself, `read_also` other names that its
-    files may have, `within` what may be left away at the beginning of a name there. `count` is of
-    all its rules.
+    What follows in a name is the same in both layouts. `without` are tensors of the original that diffusers
+    makes itself, `read_also` other names that its files may have, `within` what may be left away at the
+    beginning of a name there.
     """
 
     def __init__(
         self,
-        rules: Sequence[Rule],
+        names: Names,
         *,
         without: Sequence[str] = (),
-        read_also: Sequence[Rule] = (),
+        read_also: Names | None = None,
         within: str = "",
     ) -> None:
-        self.count = len(rules) + len(read_also)
-        self._without = frozenset(without)
-        self._within = within
-        self._to_diffusers = _Places({r.original: Place(r.diffusers, r.change) for r in rules})
+        self.names, self.read_also = names, read_also or {}
+        self.without = frozenset(without)
+        self.within = within
+        self._to_diffusers = _Places(names)
         self._to_original = _Places(
             {
-                name: Place(rule.original, rule.change, part)
-                for rule in (*rules, *read_also)
-                for part, name in enumerate(_split(rule.diffusers))
+                other.name: (original, other)
+                for known in (self.read_also, names)
+                for original, others in known.items()
+                for other in others
             }
         )
 
+    def others(self, name: str) -> list[OtherName]:
+        """What a tensor of the original is called in diffusers' layout; nothing: it has no place there."""
+        found = None if name in self.without else self._to_diffusers.longest(name)
+        return [o._replace(name=o.name + found[1]) for o in found[0]] if found is not None else []
+
     def to_diffusers(self, name: str, tensor: LazyTensor) -> dict[str, LazyTensor] | None:
         """The tensors that one of the original is in diffusers' layout; None: it has none there."""
-        place, rest = (None, "") if name in self._without else self._to_diffusers.longest(name)
-        if place is None:
-            return None
-        shape = tensor.shape
-        if place.change == "qkv":
-            if not shape or shape[0] % 3:
-                return None
-            third = shape[0] // 3
-            names = _split(place.module + rest)
-            return {n: Rows(tensor, part * third, third) for part, n in enumerate(names)}
-        if place.change == "transpose":
-            if len(shape) != 2:
-                return None
-            tensor = Transposed(tensor)
-        elif place.change == "linear" and shape[2:] == (1, 1):
-            tensor = Reshaped(tensor, shape[:2])
-        return {place.module + rest: tensor}
+        made = {other.name: _changed(tensor, other) for other in self.others(name)}
+        whole = {name: moved for name, moved in made.items() if moved is not None}
+        return whole if whole and len(whole) == len(made) else None
 
-    def original(self, name: str) -> Place | None:
-        """Where the tensor that diffusers has under this name is in the original; None: nowhere."""
-        place, rest = self._to_original.longest(name)
-        if place is None and self._within:
-            place, rest = self._to_original.longest(self._within + name)
-        return place._replace(module=place.module + rest) if place is not None else None
+    def original(self, name: str) -> tuple[str, OtherName] | None:
+        """The original's name of the tensor that diffusers has under this one, and what it is of it."""
+        found = self._to_original.longest(name)
+        if found is None and self.within:
+            found = self._to_original.longest(self.within + name)
+        return (found[0][0] + found[1], found[0][1]) if found is not None else None
 
     def known_in(self, names: Collection[str]) -> bool:
         """Whether some of the names are those of modules that these rules know in diffusers' layout."""
         modules = self._to_original.modules
-        known = {*modules, *(m.removeprefix(self._within) for m in modules)}
+        known = {*modules, *(m.removeprefix(self.within) for m in modules)}
         if any(m in names or f"{m}.weight" in names for m in known):
             return True
         return any(self.original(name) is not None for name in islice(names, SOME))
+
+    def sources(self, tensors: Mapping[str, Spec]) -> tuple[dict[str, Source], list[str], list[str]]:
+        """What makes each of the original's tensors; the names of those that make none; and of the
+        original's, those that are made twice."""
+        made: dict[str, Source] = {}
+        shares: dict[tuple[str, int], dict[int, tuple[int, str]]] = defaultdict(dict)
+        strange: list[str] = []
+        doubled: list[str] = []
+        for name, tensor in tensors.items():
+            place = self.original(name)
+            shape = _original_shape(tensor.shape, place[1]) if place is not None else None
+            if place is None or shape is None:
+                strange.append(name)
+                continue
+            original, other = place
+            if other.of > 1 and other.first not in (parts := shares[original, other.of]):
+                parts[other.first] = other.shares, name
+            elif other.of > 1 or original in made:
+                doubled.append(original)
+            else:
+                made[original] = Source((name,), other.change, shape)
+        for (original, of), parts in shares.items():
+            names = tuple(parts[first][1] for first in sorted(parts))
+            shape = _joined_shape({f: (count, tensors[n]) for f, (count, n) in sorted(parts.items())}, of)
+            if shape is None:
+                strange += names
+            elif original in made:
+                doubled.append(original)
+            else:
+                made[original] = Source(names, "same", shape)
+        return made, strange, doubled
 
     def to_original(self, tensors: Mapping[str, LazyTensor]) -> tuple[dict[str, LazyTensor], list[str]]:
         """The tensors of the original that diffusers' are; and the names of those that are none there.
 
         Raises ValueError when two are the same.
         """
-        made: dict[str, LazyTensor] = {}
-        split: dict[str, dict[int, str]] = {}
-        strange: list[str] = []
-        for name, tensor in tensors.items():
-            place = self.original(name)
-            if place is None or (place.change == "transpose" and len(tensor.shape) != 2):
-                strange.append(name)
-                continue
-            original = place.module
-            if original in made or place.part in split.get(original, ()):
-                raise ValueError(original)
-            if place.change == "qkv":
-                split.setdefault(original, {})[place.part] = name
-            elif place.change == "transpose":
-                made[original] = Transposed(tensor)
-            elif place.change == "linear" and len(tensor.shape) == 2:
-                made[original] = Reshaped(tensor, (*tensor.shape, 1, 1))
-            else:
-                made[original] = tensor
-        for original, names in split.items():
-            parts = [tensors[names[part]] for part in sorted(names)]
-            alike = len({(p.dtype, p.shape) for p in parts}) == 1 and parts[0].shape
-            if len(parts) == 3 and alike:
-                made[original] = Joined(parts)
-            else:
-                strange += names.values()
-        return made, strange
+        made, strange, doubled = self.sources(tensors)
+        if doubled:
+            raise ValueError(doubled[0])
+        return {name: source.make(tensors) for name, source in made.items()}, strange
 
 
-def _split(name: str) -> list[str]:
-    return [name.replace("*", letter) for letter in "qkv"] if "*" in name else [name]
+def _changed(tensor: LazyTensor, other: OtherName) -> LazyTensor | None:
+    """A tensor of the original as diffusers has it; None where its shape does not allow that."""
+    shape = tensor.shape
+    if other.of > 1:
+        rows = other.rows(shape[0]) if shape else None
+        return Rows(tensor, *rows) if rows is not None else None
+    if other.change == "transposed":
+        return Transposed(tensor) if len(shape) == 2 else None
+    if other.change == "swapped":
+        return swapped(tensor) if shape and shape[0] % 2 == 0 else None
+    if other.change == "linear" and shape[2:] == (1, 1):
+        return Reshaped(tensor, shape[:2])
+    return tensor
 
 
-class _Places:
-    """Places by the module that a name begins with: a tree of words, so that strange names cost little."""
+def _original_shape(shape: tuple[int, ...], other: OtherName) -> tuple[int, ...] | None:
+    """The shape that one of diffusers' tensors has in the original; None where it cannot be there."""
+    if other.change == "transposed":
+        return shape[::-1] if len(shape) == 2 else None
+    if (other.change == "swapped" or other.of > 1) and not shape:
+        return None
+    if other.change == "swapped" and shape[0] % 2:
+        return None
+    return (*shape, 1, 1) if other.change == "linear" and len(shape) == 2 else shape
 
-    def __init__(self, places: Mapping[str, Place]) -> None:
+
+def _joined_shape(parts: Mapping[int, tuple[int, Spec]], of: int) -> tuple[int, ...] | None:
+    """The shape of shares of rows, by their first and with their count, together; None: they are not all
+    there, or do not fit together."""
+    ends = [0, *(first + count for first, (count, _) in parts.items())]
+    if list(parts) != ends[:-1] or ends[-1] != of:
+        return None
+    held = list(parts.values())
+    if len({(spec.dtype, spec.shape[1:], spec.shape[0] / count) for count, spec in held}) != 1:
+        return None
+    return (sum(spec.shape[0] for _, spec in held), *held[0][1].shape[1:])
+
+
+def all_rows(others: Sequence[OtherName]) -> bool:
+    """Whether names are of all of a module: one that is the whole, or shares that follow each other."""
+    shares = sorted(others, key=lambda other: other.first)
+    follow = all(one.first + one.shares == other.first for one, other in pairwise(shares))
+    ends = bool(shares) and shares[0].first == 0 and shares[-1].first + shares[-1].shares == shares[-1].of
+    return follow and ends and len({other.of for other in shares}) == 1
+
+
+class _Places(Generic[T]):
+    """What is said of modules, by what a name begins with: a tree of words, so that strange names cost
+    little."""
+
+    def __init__(self, places: Mapping[str, T]) -> None:
         self.modules = frozenset(places)
         self._most = max((module.count(".") + 1 for module in places), default=0)
         self._tree: dict[str, Any] = {}
@@ -150,15 +229,15 @@ class _Places:
                 node = node.setdefault(word, {})
             node[""] = place
 
-    def longest(self, name: str) -> tuple[Place | None, str]:
-        """The place of the longest module that a name begins with, and the rest of the name."""
+    def longest(self, name: str) -> tuple[T, str] | None:
+        """What is said of the longest module that a name begins with, and the rest of the name."""
         node, at = self._tree, -1
-        place, rest = None, ""
+        found: tuple[T, str] | None = None
         for word in name.split(".", self._most)[: self._most]:
             node = node.get(word) if word else None  # type: ignore[assignment]
             if node is None:
                 break
             at += 1 + len(word)
             if "" in node:
-                place, rest = node[""], name[at:]
-        return place, rest
+                found = node[""], name[at:]
+        return found

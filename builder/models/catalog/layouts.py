@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from builder.base.errors import CatalogError, did_you_mean
+from builder.base.inside import is_name
 from builder.base.toml import load
 from builder.formats.layouts import Layout, Part
-from builder.formats.layouts.configs import SHAPES
-from builder.formats.layouts.rules import CHANGES, Rule, Rules
-from builder.models.catalog.reading import Fields
+from builder.formats.layouts.configs import SHAPES, is_size
+from builder.formats.layouts.rules import Names, OtherName, Rules, all_rows
+from builder.models.catalog.reading import Fields, other_names
 
-_READ_ALSO: dict[str, type] = dict.fromkeys(CHANGES, dict)
-_RULES = {**_READ_ALSO, "read_also": dict, "without": list, "within": str}
+_RULES = {"extends": str, "names": dict, "read_also": dict, "without": list, "within": str}
+_MODEL = {"library": str, "config": dict, "sizes": dict}
 _LAYOUT = {
     "extends": str,
     "has": list,
@@ -30,6 +32,7 @@ _LAYOUT = {
     "scheduler": dict,
     "plain": dict,
     "zero_snr": dict,
+    "unless": dict,
     "parts": dict,
 }
 _PART = {
@@ -39,6 +42,7 @@ _PART = {
     "rules": str,
     "config": dict,
     "tokenizer": str,
+    "tokenizer_model": str,
     "padding": str,
 }
 MAX_RULES = 100_000  # of all layouts
@@ -46,94 +50,131 @@ MAX_CHAIN = 8  # layouts that extend each other
 LIBRARIES = ("diffusers", "transformers")
 
 
+class Model(NamedTuple):
+    """What is said of a class that loads parts: its library, its configuration, and what shapes tell of
+    that."""
+
+    library: str
+    config: Mapping[str, Any] = MappingProxyType({})
+    sizes: Mapping[str, str] = MappingProxyType({})
+
+
 def read_layouts(files: Iterable[tuple[Path, str]]) -> tuple[dict[str, Rules], dict[str, Layout]]:
     """The rules and the layouts of files, each with its name in messages. Raises CatalogError."""
-    rules: dict[str, Rules] = {}
-    found: dict[str, Fields] = {}
-    total = 0
+    said: dict[str, dict[str, Fields]] = {"rules": {}, "models": {}, "layouts": {}}
     for path, name in files:
         document = load(path, CatalogError, name)
-        top = Fields(document, (), {"rules": dict, "layouts": dict})
-        for word in top.get("rules") or ():
-            fields = Fields(document, ("rules", word), _RULES)
-            if word in rules:
-                fields.fail(f"rules `{word}` are declared already")
-            rules[word] = _rules(fields)
-            total += rules[word].count
-            if total > MAX_RULES:
-                fields.fail(f"more than {MAX_RULES:,} rules in all")
-        for word in top.get("layouts") or ():
-            fields = Fields(document, ("layouts", word), _LAYOUT)
-            if word in found:
-                evidence = (f"in {found[word].document.path}",)
-                fields.fail(f"layout `{word}` is declared already", evidence=evidence)
-            found[word] = fields
-    return rules, {word: _layout(word, found, rules) for word in found}
+        top = Fields(document, (), dict.fromkeys(said, dict))
+        for kind, allowed, called in (
+            ("rules", _RULES, "rules `{}` are"),
+            ("models", _MODEL, "model `{}` is"),
+            ("layouts", _LAYOUT, "layout `{}` is"),
+        ):
+            for word in top.get(kind) or ():
+                fields = Fields(document, (kind, word), allowed)
+                if (other := said[kind].setdefault(word, fields)) is not fields:
+                    evidence = (f"in {other.document.path}",)
+                    fields.fail(f"{called.format(word)} declared already", evidence=evidence)
+    names: dict[str, Names] = {}
+    for word, fields in said["rules"].items():
+        names[word] = other_names(fields, "names")
+        _few(fields, names.values())
+    rules: dict[str, Rules] = {}
+    for word, fields in said["rules"].items():
+        rules[word] = _rules(word, said["rules"], names)
+        _few(fields, (known for held in rules.values() for known in (held.names, held.read_also)))
+    models = {word: _model(fields) for word, fields in said["models"].items()}
+    return rules, {word: _layout(word, said["layouts"], rules, models) for word in said["layouts"]}
 
 
-def _rules(fields: Fields) -> Rules:
-    also = fields.inner("read_also", _READ_ALSO)
-    return Rules(
-        _pairs(fields),
-        without=fields.strings("without"),
-        read_also=_pairs(also) if also is not None else (),
-        within=fields.get("within") or "",
-    )
+def _few(fields: Fields, names: Iterable[Names]) -> None:
+    if sum(map(len, names)) > MAX_RULES:
+        fields.fail(f"more than {MAX_RULES:,} rules in all")
 
 
-def _pairs(fields: Fields) -> list[Rule]:
-    """The rules of a table, each for one module; patterns stand for equally many, which pair in order."""
-    made: dict[str, Rule] = {}
-    for change in CHANGES:
-        for original, diffusers in fields.texts(change).items():
-            ours, theirs = (fields.expand(p, change, original)[0] for p in (original, diffusers))
-            if len(ours) != len(theirs):
-                fact = f"{len(ours)} names do not pair with {len(theirs)}"
-                fields.fail(fact, change, original, value=True)
-            if len(made) + len(ours) > MAX_RULES:
-                fields.fail(f"more than {MAX_RULES:,} rules", change, original)
-            for one, other in zip(ours, theirs, strict=True):
-                if one in made:
-                    fields.fail(f"`{one}` has a rule already", change, original)
-                if (change == "qkv") is not ("*" in other):
-                    fields.fail("a `*` is for what `qkv` splits", change, original, value=True)
-                made[one] = Rule(one, other, change)
-    return list(made.values())
-
-
-def _layout(word: str, found: dict[str, Fields], rules: dict[str, Rules]) -> Layout:
-    """The layout of this name: what it says itself, and the rest from the one that it extends."""
+def _chain(word: str, found: Mapping[str, Fields], what: str) -> list[Fields]:
+    """What is said under a name, and under those that it extends, the nearest first."""
     chain = [found[word]]
     while (base := chain[-1].get("extends")) is not None:
         if base not in found or found[base] in chain:
             hint = did_you_mean(base, found.keys() - {word})
-            chain[-1].fail(f"no layout `{base}` to extend", "extends", value=True, hint=hint)
+            chain[-1].fail(f"no {what} `{base}` to extend", "extends", value=True, hint=hint)
         chain.append(found[base])
         if len(chain) > MAX_CHAIN:
-            chain[0].fail(f"more than {MAX_CHAIN} layouts extend each other", "extends", value=True)
+            chain[0].fail(f"more than {MAX_CHAIN} {what}s extend each other", "extends", value=True)
+    return chain
+
+
+def _held(chain: Sequence[Fields], key: str) -> Fields:
+    """The first that says something of a key."""
+    return next((fields for fields in chain if key in fields.table), chain[0])
+
+
+def _rules(word: str, found: Mapping[str, Fields], names: Mapping[str, Names]) -> Rules:
+    """The rules of this name: its own names, and those of the rules that they extend."""
+    chain = _chain(word, found, "rules")
+    also = _held(chain, "read_also")
+    made: dict[str, Sequence[OtherName]] = {}
+    for fields in reversed(chain):
+        made |= names[str(fields.keys[-1])]
+    read_also = other_names(also, "read_also")
+    for key, known in (("names", made), ("read_also", read_also)):
+        part = next((module for module, others in known.items() if not all_rows(others)), None)
+        if part is not None:
+            fact = f"the names of `{part}` are not those of all its rows, each once"
+            _held(chain, key).fail(fact, key)
+    without, within = _held(chain, "without").strings("without"), _held(chain, "within").get("within")
+    return Rules(made, without=without, read_also=read_also, within=within or "")
+
+
+def _model(fields: Fields) -> Model:
+    library, sizes = fields.get("library"), fields.texts("sizes")
+    if library not in LIBRARIES:
+        fields.fail(f"`library` is one of {', '.join(LIBRARIES)}", "library", value="library" in fields.table)
+    for key, size in sizes.items():
+        if not is_size(size):
+            hint = "such as `NAME.weight[0] / 2`, `count blocks`, `has NAME`"
+            fields.fail(f"`{size}` tells no size", "sizes", key, value=True, hint=hint)
+    _json(fields, "config")
+    return Model(library, fields.get("config") or {}, sizes)
+
+
+def _layout(
+    word: str, found: Mapping[str, Fields], rules: Mapping[str, Rules], models: Mapping[str, Model]
+) -> Layout:
+    """The layout of this name: what it says itself, and the rest from the one that it extends."""
+    chain = _chain(word, found, "layout")
 
     def held(key: str) -> Fields:
-        return next((fields for fields in chain if key in fields.table), chain[0])
+        return _held(chain, key)
 
-    for key in ("has", "pipeline", "pixels", "scheduler", "parts"):
+    for key in ("has", "pipeline", "scheduler", "parts"):
         if key not in held(key).table:
             chain[0].fail(f"`{key}` is missing")
     said: dict[str, Any] = {
-        key: held(key).get(key) or {} for key in ("index", "scheduler", "plain", "zero_snr")
+        key: held(key).get(key) or {} for key in ("index", "scheduler", "plain", "zero_snr", "unless")
     }
     for key in said:
         _json(held(key), key)
     for key in ("plain", "zero_snr"):
         if "_class_name" not in said["scheduler"] | said[key]:
             held(key).fail("the scheduler has no `_class_name`", key)
+    for start, more in said["unless"].items():
+        if not isinstance(more, dict):
+            held("unless").fail(f"`{start}` is not a table", "unless", start, value=True)
     ranks = held("ranks").get("ranks") or {}
     for name, rank in ranks.items():
         if type(rank) is not int:
             held("ranks").fail(f"`{name}` is not a number of dimensions", "ranks", name, value=True)
-    parts = held("parts")
+    absent = held("absent").strings("absent")
+    parts = [
+        (folder, [f for f in chain if folder in f.table.get("parts", {})])
+        for folder in dict.fromkeys(part for f in reversed(chain) for part in f.table.get("parts", {}))
+        if folder not in absent
+    ]
     return Layout(
         name=word,
-        parts=tuple(_part(parts, folder, rules) for folder in parts.get("parts")),
+        parts=tuple(_part(saying, folder, rules, models) for folder, saying in parts),
         has=held("has").strings("has"),
         lacks=held("lacks").strings("lacks"),
         ranks=ranks,
@@ -141,7 +182,7 @@ def _layout(word: str, found: dict[str, Fields], rules: dict[str, Rules]) -> Lay
         pipelines=held("pipelines").texts("pipelines"),
         pixels=held("pixels").get("pixels"),
         pixels_v=held("pixels_v").get("pixels_v"),
-        absent=held("absent").strings("absent"),
+        absent=absent,
         **said,
     )
 
@@ -154,26 +195,39 @@ def _json(fields: Fields, key: str) -> None:
         fields.fail(f"`{key}` holds what no JSON file can", key, value=True)
 
 
-def _part(layout: Fields, folder: str, rules: dict[str, Rules]) -> Part:
-    fields = Fields(layout.document, (*layout.keys, "parts", folder), _PART, "model", "prefix", "rules")
-    if Path(folder).name != folder:
-        fields.fail(f"`{folder}` is no folder of a model")
-    named, model, library = (fields.get(key) for key in ("rules", "model", "library"))
+def _part(
+    chain: Sequence[Fields], folder: str, rules: Mapping[str, Rules], models: Mapping[str, Model]
+) -> Part:
+    """A part of a layout: what the layout says of it, and the rest from those that it extends."""
+    said = [Fields(f.document, (*f.keys, "parts", folder), _PART) for f in chain]
+    if not is_name(folder):
+        said[0].fail(f"`{folder}` is no folder of a model")
+    for key in ("model", "prefix", "rules"):
+        if key not in _held(said, key).table:
+            said[0].fail(f"`{key}` is missing")
+    named, model, library = (_held(said, key).get(key) for key in ("rules", "model", "library"))
     if named not in rules:
-        fields.fail(f"unknown rules `{named}`", "rules", value=True, hint=did_you_mean(named, rules))
-    if library is None and model in SHAPES:
-        library = SHAPES[model][0]
+        hint = did_you_mean(named, rules)
+        _held(said, "rules").fail(f"unknown rules `{named}`", "rules", value=True, hint=hint)
+    known = models.get(model) or Model(SHAPES[model][0] if model in SHAPES else "")
+    library = library or known.library
     if library not in LIBRARIES:
         hint = f"say it by `library`, one of {', '.join(LIBRARIES)}"
-        fields.fail(f"which library has `{model}` is not known", "model", value=True, hint=hint)
-    _json(fields, "config")
+        fact = f"which library has `{model}` is not known"
+        _held(said, "model").fail(fact, "model", value=True, hint=hint)
+    _json(_held(said, "config"), "config")
+    tokenizer = _held(said, "tokenizer").get("tokenizer")
+    if tokenizer is not None and not is_name(tokenizer):
+        _held(said, "tokenizer").fail(f"`{tokenizer}` is no folder of a model", "tokenizer", value=True)
     return Part(
         folder,
-        fields.get("prefix"),
+        _held(said, "prefix").get("prefix"),
         rules[named],
         model,
         library,
-        fields.get("config") or {},
-        fields.get("tokenizer"),
-        fields.get("padding") or "",
+        {**known.config, **(_held(said, "config").get("config") or {})},
+        known.sizes,
+        tokenizer,
+        _held(said, "tokenizer_model").get("tokenizer_model") or "CLIPTokenizer",
+        _held(said, "padding").get("padding") or "",
     )

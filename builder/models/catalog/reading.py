@@ -9,12 +9,13 @@ from functools import partial
 from itertools import pairwise
 from math import isfinite
 from pathlib import Path, PurePath
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 from builder.base.braces import BraceError, beginnings, expand
 from builder.base.errors import CatalogError, Place, Problem, did_you_mean
 from builder.base.toml import Document, Keys, load, parse
 from builder.base.words import fits_pattern
+from builder.formats.layouts.rules import OtherName
 from builder.models.catalog.tables import (
     NAMINGS,
     PARTS,
@@ -31,7 +32,6 @@ from builder.models.catalog.tables import (
     ModelRule,
     ModelSpec,
     Names,
-    OtherName,
     Patterns,
     Scale,
     TensorRule,
@@ -39,6 +39,9 @@ from builder.models.catalog.tables import (
     elements,
 )
 from builder.tensors.lazy import BY_CODE
+
+if TYPE_CHECKING:
+    from builder.formats.layouts.rules import Change
 
 Shape = tuple[int, ...]
 T = TypeVar("T")
@@ -110,7 +113,7 @@ _EXTRACTED = {
     "metadata": dict,
     "metadata_v": dict,
 }
-_OTHER_NAME = re.compile(r"(?:(\d{1,9})\+(\d{1,9}) |(swapped) )?(\S+)")
+_OTHER_NAME = re.compile(r"(?:(\d{1,9})\+([1-9]\d{0,8})/([1-9]\d{0,8}) |(linear|transposed|swapped) )?(\S+)")
 _SCALE = {"part": str, "base": float, "k": int, "having": list, "lacking": list}
 _RULE = {"shape": list, "dtype": str, "optional": bool}
 _METRIC = {"name": str, "class": str, "value": str}
@@ -465,31 +468,34 @@ def _adapters(fields: Fields) -> Adapters | None:
     if said is None:
         return None
     rules, within = said.get("rules"), said.get("within") or ""
-    names = Later(partial(_other_names, said))
+    names = Later(partial(other_names, said, "names"))
     return Adapters(said.strings("prefixes"), rules, within, names, _extracted(said))
 
 
-def _other_names(adapters: Fields) -> dict[str, tuple[OtherName, ...]]:
-    names: dict[str, tuple[OtherName, ...]] = {}
-    for pattern, value in (adapters.get("names") or {}).items():
-        modules = adapters.expand(pattern, "names", pattern)[0]
+def other_names(fields: Fields, key: str) -> dict[str, tuple[OtherName, ...]]:
+    """What modules are called elsewhere, by a table of patterns: each of one name, or of several."""
+    made: dict[str, tuple[OtherName, ...]] = {}
+    for pattern, value in (fields.get(key) or {}).items():
+        modules = fields.expand(pattern, key, pattern)[0]
+        if doubled := next((module for module in modules if module in made), None):
+            fields.fail(f"`{doubled}` has names already", key, pattern)
         for word in value if isinstance(value, list) else [value]:
             found = _OTHER_NAME.fullmatch(word) if isinstance(word, str) else None
-            if found is None:
-                hint = "a name, `FIRST+COUNT NAME` of rows, or `swapped NAME`"
-                adapters.fail(f"`{word}` is no name of a module", "names", pattern, value=True, hint=hint)
-            first, count, swapped, name = found.groups()
-            others = adapters.expand(name, "names", pattern)[0]
+            first, count, of, change, name = found.groups() if found is not None else (None,) * 5
+            share = (int(first), int(count or 1), int(of or 1)) if first is not None else (0, 1, 1)
+            if name is None or share[0] + share[1] > share[2]:
+                hint = "a name, `FIRST+COUNT/OF NAME` for shares of the rows, or `swapped NAME`"
+                fields.fail(f"`{word}` is no name of a module", key, pattern, value=True, hint=hint)
+            others = fields.expand(name, key, pattern)[0]
             if len(others) != len(modules):
                 fact = f"{len(others):,} names do not pair with {len(modules):,}"
-                adapters.fail(fact, "names", pattern, value=True)
+                fields.fail(fact, key, pattern, value=True)
             for module, other in zip(modules, others, strict=True):
-                start, rows = (int(first), int(count)) if first is not None else (0, None)
-                also = OtherName(other, start, rows, swapped is not None)
-                names[module] = (*names.get(module, ()), also)
-            if len(names) > MAX_RULES:
-                adapters.fail(f"more than {MAX_RULES:,} modules", "names", pattern)
-    return names
+                also = OtherName(other, cast("Change", change or "same"), *share)
+                made[module] = (*made.get(module, ()), also)
+            if len(made) > MAX_RULES:
+                fields.fail(f"more than {MAX_RULES:,} modules", key, pattern)
+    return made
 
 
 def _extracted(adapters: Fields) -> Extracted | None:

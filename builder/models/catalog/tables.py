@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from builder.base.errors import Problem, UsageError, did_you_mean
 from builder.base.words import fits_pattern, spelling
+from builder.formats.layouts.rules import OtherName
 
 if TYPE_CHECKING:
     from builder.formats.layouts import Layout
@@ -130,18 +131,6 @@ class Extracted(NamedTuple):
     own_names: bool = False
     metadata: Mapping[str, str] = MappingProxyType({})
     metadata_v: Mapping[str, str] = MappingProxyType({})
-
-
-class OtherName(NamedTuple):
-    """Another name of a module, or of so many of its `rows` from `first` on (None: all).
-
-    With `swapped`, what is so called has the two halves of the rows the other way round.
-    """
-
-    name: str
-    first: int = 0
-    rows: int | None = None
-    swapped: bool = False
 
 
 class Patterns:

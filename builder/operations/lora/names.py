@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
-from builder.formats.layouts.rules import Rules
+from builder.formats.layouts.rules import OtherName, Rules
 from builder.models.catalog.tables import Adapters
 from builder.tensors.lazy import DType, LazyTensor
-from builder.tensors.moves import Reshaped, Rows, Transposed
+from builder.tensors.moves import Reshaped
 
 
 class Target(NamedTuple):
@@ -74,12 +74,17 @@ def _diffusers(
     name: str, tensor: LazyTensor, adapters: Adapters, rules: Rules | None
 ) -> Iterator[tuple[str, Target]]:
     """The names of a tensor in diffusers' layout, if there is one."""
-    for other, moved in ((rules and rules.to_diffusers(adapters.within + name, tensor)) or {}).items():
-        if isinstance(moved, Rows):
-            first = moved.offset // (moved.nbytes // moved.shape[0])
-            yield other, Target(name, first, moved.shape[0])
-        else:
-            yield other, Target(name, transposed=isinstance(moved, Transposed))
+    for other in rules.others(adapters.within + name) if rules is not None else ():
+        yield from _named(other, name, tensor)
+
+
+def _named(other: OtherName, name: str, tensor: LazyTensor) -> Iterator[tuple[str, Target]]:
+    """Another name, and what it means of a tensor; nothing where the tensor has no such rows."""
+    if other.of == 1:
+        change = other.change
+        yield other.name, Target(name, transposed=change == "transposed", swapped=change == "swapped")
+    elif (rows := other.rows(tensor.shape[0]) if tensor.shape else None) is not None:
+        yield other.name, Target(name, *rows)
 
 
 def _names(
@@ -90,7 +95,7 @@ def _names(
     yield adapters.within + name, Target(name)
     module, kind = _split(name)
     for also in adapters.names.get(module, ()):
-        yield f"{also.name}.{kind}", Target(name, also.first, also.rows, swapped=also.swapped)
+        yield from _named(also._replace(name=f"{also.name}.{kind}"), name, tensor)
 
 
 def _split(name: str) -> tuple[str, Kind]:

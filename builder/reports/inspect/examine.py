@@ -84,8 +84,7 @@ class Quantized:
 class Report:
     """All that was found. Sizes are in bytes; names of tensors are the file's own.
 
-    `packed` are packed weights.
-    `lineage` is which published model its main component may be, or is.
+    `packed` are packed weights. `lineage` is which published model its main component may be, or is.
     `metric` and `scans` are None and empty where no data was read. `published` is the entry of the very
     file, by its SHA-256; `model` the name of the published model that has the same metric.
     `kind` is what the file is to programs, None where that is unknown.
