@@ -148,12 +148,12 @@ class Workspace:
                 collect(self.store, STORE_SIZE)
             self.store.grown = 0
 
-    def recipe(self, path: Path, lock: Path | bool = True) -> Recipe:
-        """The recipe of a file; remarks on it are reported. Raises RecipeError.
+    def recipe(self, path: Path, lock: Path | bool = True, *, text: str | None = None) -> Recipe:
+        """The recipe of a file, or of `text` in its place; remarks on it are reported. Raises RecipeError.
 
         `lock` is where its lock lies, True for beside it, False for none.
         """
-        recipe = load_recipe(path, self.catalog, outside=self.outside)
+        recipe = load_recipe(path, self.catalog, outside=self.outside, text=text)
         if lock is not True:
             recipe = replace(recipe, lock=lock or None)
         for note in recipe.notes:

@@ -60,8 +60,12 @@ class CkptError(Exception):
     exit_code = ExitCode.NO
 
     def __init__(self, *problems: Problem) -> None:
-        super().__init__("; ".join(p.fact for p in problems))
+        super().__init__(*problems)
         self.problems = problems
+
+    def __str__(self) -> str:
+        """The problems in full, as a person reads them."""
+        return "\n\n".join(render(p).removeprefix("error: ") for p in self.problems)
 
 
 class UsageError(CkptError):

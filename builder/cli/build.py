@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import click
 
 from builder.base.errors import ExitCode, Problem, UsageError
 from builder.build import build_recipe
-from builder.cli.made import note_changes, note_left_out, note_steps, to_json, to_text
 from builder.cli.options import (
     NAME,
     json_option,
@@ -21,11 +19,9 @@ from builder.cli.options import (
     quiet_option,
     recipe_argument,
 )
-from builder.formats.layouts.configs import MODEL_INDEX
 from builder.plan import Plan, explain
-from builder.recipe import Output, Recipe
-from builder.recipe.names import SINGLE, form_of
-from builder.toolkit.command_recipe import output_path
+from builder.toolkit.command_recipe import place_of
+from builder.toolkit.made import note_changes, note_left_out, note_steps, to_json, to_text
 
 
 @click.command("build")
@@ -77,7 +73,7 @@ def command(
             workspace,
             read,
             sources,
-            place=_place(read, output),
+            place=place_of(read, output),
             locked=locked or frozen,
             partial=partial,
             check=check,
@@ -88,23 +84,3 @@ def command(
         note_changes(made, workspace.reporter)
     click.echo(json.dumps(to_json(made), indent=2) if as_json else to_text(made))
     return ExitCode.DONE
-
-
-def _place(recipe: Recipe, output: str | None) -> Callable[[Output], str] | None:
-    if output is None:
-        return None
-    if len(recipe.outputs) > 1:
-        raise UsageError(
-            Problem(
-                "`-o` names one file, the recipe has several outputs",
-                evidence=tuple(o.file for o in recipe.outputs),
-                hint="name the files in the recipe",
-            )
-        )
-    path = Path(output)
-    name = Path(recipe.outputs[0].file).name
-    if recipe.outputs[0].form in SINGLE and path.is_dir() and not (path / MODEL_INDEX).exists():
-        output = str(path := path / name)  # no model's folder, but one to have the file in
-    if form_of(output) in SINGLE:
-        output_path(path)
-    return lambda _: output

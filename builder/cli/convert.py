@@ -11,7 +11,6 @@ import click
 from builder.base.errors import ExitCode, Problem, UsageError, printable
 from builder.base.progress import human_bytes
 from builder.base.words import counted
-from builder.cli.made import without_tokenizer
 from builder.cli.options import (
     NAME,
     json_option,
@@ -24,6 +23,7 @@ from builder.cli.options import (
 from builder.cli.sizes import parse_size
 from builder.tensors.cast import PRECISIONS
 from builder.toolkit.convert import convert
+from builder.toolkit.made import without_tokenizer
 
 
 @click.command("convert")

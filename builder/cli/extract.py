@@ -9,22 +9,20 @@ from typing import Any
 import click
 
 from builder.base.errors import ExitCode
-from builder.cli.made import note_changes, note_steps, to_json, to_text
 from builder.cli.options import (
     FILE,
     PLACE,
     making,
     open_workspace,
-    output_keys,
     quantize_option,
     recipe_path,
     save_option,
 )
-from builder.models.parts import find_part, kind, slot_of
-from builder.recipe import Pick
-from builder.recipe.names import SUFFIXES, Target, recipe_name
-from builder.toolkit.command_recipe import CommandRecipe, run
-from builder.toolkit.extract import target_of
+from builder.models.parts import find_part, slot_of
+from builder.recipe.names import SUFFIXES, Target
+from builder.toolkit.command_recipe import run
+from builder.toolkit.extract import extraction, target_of
+from builder.toolkit.made import note_changes, note_steps, to_json, to_text
 
 
 @click.command("extract")
@@ -42,7 +40,6 @@ def command(
     form: str | None,
     save_recipe: Path | None,
     fixes: tuple[str, ...],
-    quantize: str | None,
     threads: int | None,
     as_json: bool,
     quiet: bool,
@@ -61,17 +58,7 @@ def command(
         match = find_part(component, identity, file, catalog)
         cls = slot_of(match, catalog)
         target, naming = target_of(file, match, cls, output, form, workspace)
-        source = recipe_name(file)
-        packed = {"quantize": quantize} if quantize is not None else {}
-        pick = Pick(cls, source, None if match.component.cls == cls else match.component.name)
-        recipe = CommandRecipe(
-            f"{source}.{kind(cls).lower()}",
-            {source: file},
-            new=cls,
-            components={cls: pick},
-            fixes=fixes,
-            output=output_keys(options) | packed,
-        )
+        recipe = extraction(file, match, cls, fixes, **options)
         made = run(
             recipe,
             target,

@@ -10,12 +10,12 @@ from typing import Any
 import click
 
 from builder.base.errors import ExitCode, Problem, UsageError
-from builder.cli.made import note_changes, note_left_out, note_steps, to_json, to_text
-from builder.cli.options import PLACE, making, open_workspace, output_keys, recipe_path, save_option
+from builder.cli.options import PLACE, making, open_workspace, recipe_path, save_option
 from builder.plan import Plan
-from builder.recipe.names import Target, recipe_name
-from builder.toolkit.command_recipe import CommandRecipe, output_path, run
-from builder.toolkit.merge import merge_step, parse_file
+from builder.recipe.names import Target
+from builder.toolkit.command_recipe import output_path, run
+from builder.toolkit.made import note_changes, note_left_out, note_steps, to_json, to_text
+from builder.toolkit.merge import merging, parse_file
 
 OPTIONS = {"VAE = true": "--vae"}  # by the words that a recipe has for them
 
@@ -75,20 +75,8 @@ def make(
     files = [parse_file(model) for model in models]
     save = recipe_path(save_recipe)
     with open_workspace(quiet) as workspace, workspace.sources() as sources:
-        for path, _ in files:
-            sources.open(sources.file(path))
-        named: dict[str, Path] = {}
-        step = merge_step(files, op, params, named)
-        name, base = recipe_name(Path("-".join(named))), recipe_name(Path("merged"), named)
-        target = output_path(output.file(f"{name}.safetensors"), [path for path, _ in files])
-        recipe = CommandRecipe(
-            name,
-            named,
-            base,
-            steps={base: step},
-            fixes=fixes,
-            output=output_keys(options),
-        )
+        recipe = merging(files, op, params, sources, fixes, **options)
+        target = output_path(output.file(f"{recipe.name}.safetensors"), recipe.sources.values())
 
         def before(plan: Plan) -> None:
             note_left_out(plan, workspace.reporter)

@@ -21,7 +21,7 @@ from builder.reports.new import Draft, describe, write
 from builder.sources.find import files_below
 from builder.sources.opened import Sources
 from builder.toolkit.command_recipe import CommandRecipe, check_is_recipe
-from builder.toolkit.replace import check_filled, find_parts, new_architecture
+from builder.toolkit.replace import check_filled, find_parts, new_architecture, parse_part
 
 MOST_NOTES = 20  # of what an imported recipe lacks
 
@@ -94,7 +94,7 @@ def _composed(
 ) -> str:
     """The recipe of a new model of these parts, as text."""
     files: dict[str, Path] = {}
-    picks = find_parts(map(str, parts), new, files, sources, sources.catalog)
+    picks = find_parts((parse_part(str(p)) for p in parts), new, files, sources, sources.catalog)
     check_filled(new, picks)
     name = name or recipe_name(Path(output.stem if output is not None else new.name.lower()))
     recipe = CommandRecipe(name, files, new=new.name, components=picks).pinned(sources)

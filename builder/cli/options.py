@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +12,7 @@ import click
 from builder.base.errors import Problem, UsageError
 from builder.cli.terminal import make_reporter
 from builder.operations.fixes import FIXES
-from builder.recipe.language import PUBLISHED, QUANTIZE
+from builder.recipe.language import QUANTIZE
 from builder.recipe.lock import LOCK
 from builder.recipe.names import Target
 from builder.recipe.profiles import PROFILES
@@ -36,8 +35,7 @@ class _Place(_Named):
     """A file, or a folder: one that is there, or whose name ends in a slash."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        text = str(super().convert(value, param, ctx))
-        return Target(Path(text), text.endswith(("/", os.sep)) or os.path.isdir(text))  # noqa: PTH112
+        return Target.named(str(super().convert(value, param, ctx)))
 
 
 FILE = _Named(path_type=Path)
@@ -121,21 +119,6 @@ def _with(options: Sequence[Callable[[F], F]], command: F) -> F:
     for option in reversed(options):
         command = option(command)
     return command
-
-
-def output_keys(options: dict[str, Any]) -> dict[str, Any]:
-    """A recipe's [output] of the options; taken out of `options`.
-
-    Only what was asked for is made wider or changed within 16 bits.
-    """
-    precision = options.pop("precision")
-    keys: dict[str, Any] = {"precision": precision or PUBLISHED}
-    if precision is None:
-        keys["narrow"] = True
-    for name in ("profile", "overflow", "non_finite"):
-        if (value := options.pop(name)) not in (None, "error"):
-            keys[name] = value
-    return keys
 
 
 @contextmanager

@@ -11,17 +11,7 @@ from typing import Any
 import click
 
 from builder.base.disk import making_folders
-from builder.base.errors import (
-    CkptError,
-    ExitCode,
-    Place,
-    Problem,
-    SourceError,
-    UsageError,
-    did_you_mean,
-    render,
-)
-from builder.cli.made import note_changes
+from builder.base.errors import CkptError, ExitCode, Problem, SourceError, UsageError, render
 from builder.cli.options import (
     FILE,
     PLACE,
@@ -33,13 +23,13 @@ from builder.cli.options import (
     save_option,
 )
 from builder.cli.watching import Where, watch
-from builder.models.parts import words_for
 from builder.operations.fixes import FIXES
 from builder.recipe.names import Target, free_name, named, stem
 from builder.tensors.cast import PRECISIONS
 from builder.toolkit import prune_text
 from builder.toolkit.command_recipe import output_path, vacant
-from builder.toolkit.prune import Options, Pruning, Result, checkpoints, copy, plan_pruning, prune
+from builder.toolkit.made import note_changes
+from builder.toolkit.prune import Options, Result, checkpoints, copy, plan_pruning, prune, unmatched
 from builder.toolkit.watch import SETTLE
 from builder.workspace import Workspace
 
@@ -176,7 +166,7 @@ def _prune(path: Path, request: Request, workspace: Workspace, say: Callable[[st
         with workspace.sources() as sources:
             pruning = plan_pruning(path, sources, request.options)
             if request.single and pruning.unmatched:
-                raise _unmatched(pruning)
+                raise unmatched(pruning)
             say("\n".join(prune_text.describe(pruning, request.names)))
             output = request.output
             folder = output.path if output is not None and output.folder else None
@@ -205,11 +195,3 @@ def _prune(path: Path, request: Request, workspace: Workspace, say: Callable[[st
     except CkptError as error:
         state = "refused" if isinstance(error, SourceError) else "failed"
         return Result(path, state, pruning, problems=error.problems, code=error.exit_code)
-
-
-def _unmatched(pruning: Pruning) -> UsageError:
-    word = pruning.unmatched[0]
-    fact = f"there is no tensor or component `{word}` to keep"
-    parts = [w for m in pruning.identity.matches for w in words_for(m)]
-    hint = did_you_mean(word, (*parts, *pruning.report.tensors))
-    return UsageError(Problem(fact, Place(str(pruning.path)), hint=hint))

@@ -9,11 +9,11 @@ from typing import Any
 import click
 
 from builder.base.errors import ExitCode
-from builder.cli.made import note_changes, note_left_out, to_json, to_text
-from builder.cli.options import FILE, PLACE, making, open_workspace, output_keys, recipe_path, save_option
-from builder.recipe.names import Target, recipe_name
-from builder.toolkit.command_recipe import CommandRecipe, output_path, run
-from builder.toolkit.replace import architecture_of, check_filled, find_parts, new_architecture
+from builder.cli.options import FILE, PLACE, making, open_workspace, recipe_path, save_option
+from builder.recipe.names import Target
+from builder.toolkit.command_recipe import output_path, run
+from builder.toolkit.made import note_changes, note_left_out, to_json, to_text
+from builder.toolkit.replace import parse_part, replacement
 
 
 @click.command("replace")
@@ -45,24 +45,8 @@ def command(
     """
     save = recipe_path(save_recipe)
     with open_workspace(quiet) as workspace, workspace.sources() as sources:
-        catalog = workspace.catalog
-        new = new_architecture(str(file), catalog)
-        architecture = new or architecture_of(file, sources.open(sources.file(file)).identity, catalog)
-        files = {} if new else {recipe_name(file): file}
-        picks = find_parts(parts, architecture, files, sources, catalog)
-        if new:
-            check_filled(new, picks)
-        name = new.name.lower() if new else recipe_name(file)
-        target = output_path(output.file(f"{name}.safetensors"), files.values())
-        recipe = CommandRecipe(
-            name,
-            files,
-            base="" if new else recipe_name(file),
-            new=new.name if new else "",
-            components=picks,
-            fixes=fixes,
-            output=output_keys(options),
-        )
+        recipe = replacement(file, map(parse_part, parts), sources, fixes, **options)
+        target = output_path(output.file(f"{recipe.name}.safetensors"), recipe.sources.values())
         made = run(
             recipe,
             target,

@@ -6,9 +6,8 @@ import json
 import os
 import time
 from dataclasses import asdict
-from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -39,16 +38,13 @@ def path() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def list_(as_json: bool) -> None:
     """List what is stored, the most recently used first."""
-    from builder.store.upkeep import items
+    from builder.store.upkeep import items, to_json
 
     store = Store(Settings.from_environment().store)
     found = [i for i in reversed(items(store)) if i.kind != "fact"]
     total = sum(i.size for i in found)
     if as_json:
-        rows = [_as_json(i) for i in found]
-        click.echo(
-            json.dumps({"schema": 1, "root": str(store.root), "bytes": total, "items": rows}, indent=2)
-        )
+        click.echo(json.dumps(to_json(store, found), indent=2))
         return
     table = [["COMPONENT", "SIZE", "DIGEST", "LAST USED", "MADE OF", "LIES IN"]]
     table += [_row(i) for i in found]
@@ -74,7 +70,7 @@ def gc(max_size: int | None, as_json: bool) -> None:
 
     A running build goes on: what it has open stays readable to it, and what is gone it makes again.
     """
-    from builder.store.upkeep import collect
+    from builder.store.upkeep import collect, item_json
 
     store = Store(Settings.from_environment().store)
     done = collect(store, max_size)
@@ -84,7 +80,7 @@ def gc(max_size: int | None, as_json: bool) -> None:
         answer = {
             "schema": 1,
             "root": str(store.root),
-            "removed": [_as_json(i) for i in done.removed],
+            "removed": [item_json(i) for i in done.removed],
             "freed": freed,
             "kept": kept,
         }
@@ -147,15 +143,6 @@ def _row(item: Item) -> list[str]:
     where = ", ".join([*(["the store"] * bool(item.size)), *places]) or "nowhere"
     made_of = printable(item.source) or "-"
     return [_name(item), size, printable(item.digest[:12]), _ago(item.used), made_of, printable(where)]
-
-
-def _as_json(item: Item) -> dict[str, Any]:
-    used = datetime.fromtimestamp(item.used // 10**9, timezone.utc).isoformat()
-    row = {"kind": item.kind, "digest": item.digest, "size": item.size, "used": used}
-    if item.kind != "component":
-        return row
-    more = {"component": item.component, "class": item.cls, "source": item.source}
-    return row | more | {"places": list(item.places)}
 
 
 def _ago(used: int) -> str:

@@ -75,6 +75,11 @@ class Target(NamedTuple):
     path: Path
     folder: bool = False
 
+    @classmethod
+    def named(cls, text: str) -> Target:
+        """A folder is one that is there, or whose name ends in a slash."""
+        return cls(Path(text), text.endswith(("/", os.sep)) or os.path.isdir(text))  # noqa: PTH112
+
     def file(self, name: str) -> Path:
         """The file itself, or the one of this name in the folder."""
         return self.path / name if self.folder else self.path

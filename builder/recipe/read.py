@@ -37,12 +37,14 @@ def load_recipe(
     operations: Mapping[str, Operation] = OPERATIONS,
     fixes: Mapping[str, Fix] = FIXES,
     outside: bool = False,
+    text: str | None = None,
 ) -> Recipe:
     """Read a recipe and the recipes that it includes: those in its folder, unless `outside` allows others.
 
-    Raises RecipeError with every problem of all of them.
+    With `text`, that is the recipe, `path` where it would lie, and it has no lock. Raises RecipeError with
+    every problem of all of them.
     """
-    return _Loader(Vocabulary(catalog, operations, fixes), outside).load(path)
+    return _Loader(Vocabulary(catalog, operations, fixes), outside, text).load(path)
 
 
 def parse_recipe(
@@ -63,9 +65,10 @@ def parse_recipe(
 class _Loader:
     """Recipes and those they include, each read once."""
 
-    def __init__(self, words: Vocabulary, outside: bool) -> None:
+    def __init__(self, words: Vocabulary, outside: bool, text: str | None = None) -> None:
         self.words = words
         self.outside = outside
+        self.text = text  # of the outermost recipe, where that is no file
         self.problems: list[Problem] = []
         self.done: dict[Path, Recipe | None] = {}
         self.open: list[Path] = []  # from the outermost recipe to the one being read
@@ -93,12 +96,15 @@ class _Loader:
         return self.done[real]
 
     def _read(self, path: Path, named: Place | None) -> Recipe | None:
+        given = self.text if named is None else None
         try:
-            recipe = _read(_document(path, named), self.words)
+            document = _document(path, named) if given is None else toml.parse(given, str(path), RecipeError)
+            recipe = _read(document, self.words)
         except RecipeError as error:
             self.problems += error.problems
             return None
-        return replace(recipe, path=path, lock=lock_path(path), included=dict(self._included(recipe, path)))
+        lock = lock_path(path) if given is None else None
+        return replace(recipe, path=path, lock=lock, included=dict(self._included(recipe, path)))
 
     def _included(self, recipe: Recipe, path: Path) -> Iterator[tuple[str, Recipe]]:
         for name, source in recipe.sources.items():

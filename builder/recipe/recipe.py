@@ -210,7 +210,8 @@ class Recipe:
     """A valid recipe.
 
     `included` holds the recipes that sources name, by source. `notes` are remarks that are no errors. `lock`
-    is where its lock lies, None where it has none.
+    is where its lock lies, None where it has none. One that is the user's `own`, composed by a program, may
+    name files anywhere.
     """
 
     name: str
@@ -226,6 +227,7 @@ class Recipe:
     document: Document = field(default=Document("", "", {}), compare=False, repr=False)
     included: Mapping[str, Recipe] = field(default_factory=dict, repr=False)
     notes: tuple[Problem, ...] = field(default=(), compare=False)
+    own: bool = field(default=False, compare=False)
 
     def place(self, *keys: str | int, value: bool = False) -> Place:
         """Where the recipe says something, for messages: as `builder.base.toml.Document.place`."""

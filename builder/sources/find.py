@@ -156,7 +156,7 @@ class _Search:
             try:
                 digest, length = recall_files(path, self.store)
             except SourceError as error:
-                self.refused[path] = f"is refused: {error}"
+                self.refused[path] = f"is refused: {error.problems[0].fact}"
                 continue
             if size is not None and length != size:
                 self.refused[path] = f"has {length:,} bytes instead of {size:,}"

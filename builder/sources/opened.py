@@ -135,7 +135,7 @@ class Sources:
 
         By the recipe, or by its lock, which is as much a stranger's.
         """
-        if recipe.path is None or self._outside:
+        if recipe.path is None or recipe.own or self._outside:
             return
         spec, folder = recipe.sources[name], recipe.path.parent
         allowed = (*self._folders, *([root.parent] if root is not None else []))

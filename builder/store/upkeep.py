@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from builder.base.disk import sweep
 from builder.base.errors import OutputError, Place, Problem, SourceError
@@ -66,6 +68,22 @@ def items(store: Store) -> list[Item]:
     """What a store keeps, the least recently used first."""
     found = [*_components(store), *_downloads(store), *_facts(store)]
     return sorted(found, key=lambda i: (i.used, i.digest))
+
+
+def to_json(store: Store, found: Sequence[Item]) -> dict[str, Any]:
+    """What is kept in a store, as plain values."""
+    total = sum(i.size for i in found)
+    return {"schema": 1, "root": str(store.root), "bytes": total, "items": [item_json(i) for i in found]}
+
+
+def item_json(item: Item) -> dict[str, Any]:
+    """One thing that a store keeps, as plain values."""
+    used = datetime.fromtimestamp(item.used // 10**9, timezone.utc).isoformat()
+    row = {"kind": item.kind, "digest": item.digest, "size": item.size, "used": used}
+    if item.kind != "component":
+        return row
+    more = {"component": item.component, "class": item.cls, "source": item.source}
+    return row | more | {"places": list(item.places)}
 
 
 def collect(store: Store, max_size: int | None = None) -> Collected:
@@ -151,7 +169,7 @@ def _check(store: Store, item: Item, threads: int, reporter: Reporter) -> Proble
     try:
         found = sha256_file(item.path, reporter=reporter).sha256
     except SourceError as error:
-        found = str(error)
+        found = error.problems[0].fact
     if found == item.digest or not item.path.exists():
         return None
     store.quarantine(item.path)

@@ -12,17 +12,18 @@ import tomli
 import tomli_w
 
 from builder.base.disk import check_place, may_replace, write_bytes
-from builder.base.errors import OutputError, Place, Problem
+from builder.base.errors import OutputError, Place, Problem, UsageError
 from builder.base.files import read_bounded
 from builder.base.toml import Document, escaped
 from builder.build import Build, Built, build_recipe
 from builder.build.recipes import standing
+from builder.formats.layouts.configs import MODEL_INDEX
 from builder.models.catalog import Catalog
 from builder.operations.fixes import FIXES
 from builder.plan import Plan
 from builder.recipe import FromBase, NewBase, Output, Pick, Recipe, Source, Step, parse_recipe
-from builder.recipe.language import OUTPUT_FILE, PATH
-from builder.recipe.names import SUFFIXES, form_of, numbered, portable
+from builder.recipe.language import OUTPUT_FILE, PATH, PUBLISHED
+from builder.recipe.names import SINGLE, SUFFIXES, form_of, numbered, portable
 from builder.recipe.read import MAX_SIZE
 from builder.sources.opened import Sources
 from builder.store import Store
@@ -146,6 +147,17 @@ def _below(folder: Path, path: Path) -> str | None:
     return real.relative_to(folder).as_posix() if real.is_relative_to(folder) else None
 
 
+def output_keys(precision: str | None = None, **said: str | None) -> dict[str, Any]:
+    """What a recipe says under [output] of these options; None, and `error`, is what it need not say.
+
+    Only what was asked for is made wider or changed within 16 bits.
+    """
+    keys: dict[str, Any] = {"precision": precision or PUBLISHED}
+    if precision is None:
+        keys["narrow"] = True
+    return keys | {name: value for name, value in said.items() if value not in (None, "error")}
+
+
 def run(
     command: CommandRecipe,
     target: str | Path,
@@ -231,6 +243,22 @@ def vacant(path: Path, built: Built, store: Store, suffix: str | None = None) ->
         return store.sha256(there) == built.sha256
 
     return next(p for p in numbered(path, suffix) if not os.path.lexists(p) or same(p))
+
+
+def place_of(recipe: Recipe, output: str | None) -> Callable[[Output], str] | None:
+    """Where a recipe's output goes by a name that is given; raises UsageError where there are several."""
+    if output is None:
+        return None
+    if len(recipe.outputs) > 1:
+        files = tuple(o.file for o in recipe.outputs)
+        fact = "one output is named, and the recipe has several"
+        raise UsageError(Problem(fact, evidence=files, hint="name the files in the recipe"))
+    path, (only,) = Path(output), recipe.outputs
+    if only.form in SINGLE and path.is_dir() and not (path / MODEL_INDEX).exists():
+        output = str(path := path / Path(only.file).name)  # no model's folder, but one to have the file in
+    if form_of(output) in SINGLE:
+        output_path(path)
+    return lambda _: output
 
 
 def output_path(path: Path, inputs: Iterable[Path] = (), *, folders: bool = False) -> Path:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from builder.base.errors import Problem, SourceError, UsageError
 from builder.base.inside import is_inside
 from builder.base.words import listed
+from builder.build import Build
 from builder.formats import open_checkpoint
 from builder.formats.checkpoint import Checkpoint
 from builder.models.catalog import Architecture
@@ -30,18 +31,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Converted:
-    """What was written: a file, an index or a folder; `size` is in bytes, of all of its files.
+    """What was written: a file, an index or a folder.
 
     `lost` says what the source has that the output cannot hold; `lacking`, which tokenizers a folder lacks.
     """
 
     path: Path
     form: Form
-    size: int
+    build: Build
     tensors: int
     lost: tuple[str, ...]
     lacking: tuple[str, ...]
     tokenizer: bool
+
+    @property
+    def size(self) -> int:
+        """Bytes of all of its files."""
+        return self.build.outputs[0].size
 
 
 def convert(
@@ -116,7 +122,7 @@ def convert(
         with open_checkpoint(Path(target)) as written:
             count = len(written)
     lost = _lost(opened.checkpoint, form)
-    return Converted(Path(target), form, made.outputs[0].size, count, lost, absent, "tokenizer" in said)
+    return Converted(Path(target), form, made, count, lost, absent, "tokenizer" in said)
 
 
 def _check_model(opened: OpenSource, prediction: str | None, workspace: Workspace) -> Layout:

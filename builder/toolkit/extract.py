@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from builder.base.errors import Problem, UsageError
@@ -10,8 +10,9 @@ from builder.build import Built
 from builder.models.catalog import PARTS
 from builder.models.identify import Match
 from builder.models.parts import kind
-from builder.recipe.names import Target, free_name, stem
-from builder.toolkit.command_recipe import output_path, vacant
+from builder.recipe import Pick
+from builder.recipe.names import Target, free_name, recipe_name, stem
+from builder.toolkit.command_recipe import CommandRecipe, output_keys, output_path, vacant
 from builder.workspace import Workspace
 
 
@@ -39,3 +40,15 @@ def target_of(
         return vacant(folder / f"{stem(file)}{average}{known}{suffix}", built, workspace.store, suffix)
 
     return free_name(folder / f"{stem(file)}{average}{suffix}", suffix), named
+
+
+def extraction(
+    file: Path, match: Match, cls: str, fixes: Sequence[str] = (), **output: str | None
+) -> CommandRecipe:
+    """The recipe of a component of a file as a file of its own; `output` as for `output_keys`."""
+    name = recipe_name(file)
+    pick = Pick(cls, name, None if match.component.cls == cls else match.component.name)
+    keys = output_keys(**output)
+    return CommandRecipe(
+        f"{name}.{kind(cls).lower()}", {name: file}, new=cls, components={cls: pick}, fixes=fixes, output=keys
+    )

@@ -13,9 +13,33 @@ import tomli
 from builder.base.errors import Problem, UsageError, did_you_mean
 from builder.base.words import counted
 from builder.operations import OPERATIONS
+from builder.recipe.names import recipe_name
+from builder.sources.opened import Sources
+from builder.toolkit.command_recipe import CommandRecipe, output_keys
 from builder.toolkit.replace import name_of
 
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)(e[+-]?\d+)?")
+
+
+def merging(
+    files: Sequence[tuple[Path, Any]],
+    op: str | None,
+    params: Mapping[str, str],
+    sources: Sources,
+    fixes: Sequence[str] = (),
+    **output: str | None,
+) -> CommandRecipe:
+    """The recipe of one step over files, as for `merge_step`; `output` as for `output_keys`.
+
+    Raises UsageError, and SourceError for a file that cannot be read.
+    """
+    for path, _ in files:
+        sources.open(sources.file(path))
+    named: dict[str, Path] = {}
+    step = merge_step(files, op, params, named)
+    name, base = recipe_name(Path("-".join(named))), recipe_name(Path("merged"), named)
+    steps, keys = {base: step}, output_keys(**output)
+    return CommandRecipe(name, named, base, steps=steps, fixes=fixes, output=keys)
 
 
 def parse_value(text: str) -> Any:

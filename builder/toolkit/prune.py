@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from builder.base.disk import write_bytes
-from builder.base.errors import ExitCode, Place, Problem, SourceError
+from builder.base.errors import ExitCode, Place, Problem, SourceError, UsageError, did_you_mean
 from builder.base.files import parse_json, read_bounded
 from builder.base.progress import Reporter
 from builder.build import Build, Built
@@ -219,6 +219,15 @@ def _asked(word: str, tensors: Tensors, identity: Identity) -> list[str]:
     return [n for n in tensors if n == word or fnmatchcase(n, word)]
 
 
+def unmatched(pruning: Pruning) -> UsageError:
+    """That the first pattern of `keep` which matches nothing does so."""
+    word = pruning.unmatched[0]
+    fact = f"there is no tensor or component `{word}` to keep"
+    parts = [w for m in pruning.identity.matches for w in words_for(m)]
+    hint = did_you_mean(word, (*parts, *pruning.report.tensors))
+    return UsageError(Problem(fact, Place(str(pruning.path)), hint=hint))
+
+
 def _repairs(
     parts: Iterable[Match], report: Report, options: Options, catalog: Catalog
 ) -> Iterator[tuple[str, str]]:
@@ -250,7 +259,7 @@ def prune(
     beside it, unless there is one. With `save`, the recipe is written there. Raises CkptError.
     """
     made = run(
-        _recipe(pruning.checked), target, workspace, sources, naming=naming, save=save, threads=threads
+        recipe_of(pruning.checked), target, workspace, sources, naming=naming, save=save, threads=threads
     )
     _configuration_too(pruning.path, made.outputs[0].path, workspace.reporter)
     return made
@@ -293,8 +302,8 @@ def left_behind(config: Path, why: str) -> str:
     return f"`{config.name}` does not go with it: {why}"
 
 
-def _recipe(pruning: Pruning) -> CommandRecipe:
-    """The recipe, with the original's metadata and its name."""
+def recipe_of(pruning: Pruning) -> CommandRecipe:
+    """The recipe of the pruned file, with the original's metadata and its name."""
     path, said = pruning.path, pruning.report.metadata
     origin: dict[str, Any] = {"file": named(path).name, "size": pruning.report.size}
     if ORIGIN in said:

@@ -49,11 +49,15 @@ def _gone(share: Share, pruning: Pruning) -> str:
         return f"{_counted(share)}: {slots}; `--keep {astray.component.cls}` keeps it"
     types = " and ".join(sorted({pruning.report.tensors[n].dtype.code for n in share.names}))
     if share.reason == "precision":
-        made = " and ".join(TYPES[code].upper() for code in pruning.rounded)
-        return f"{_counted(share)} of {types} rounded to {made}"
+        return f"{_counted(share)} of {types} rounded to {rounded_to(pruning)}"
     if share.reason == "positions":
         return f"{_counted(share)} of {types} made int64"
     return f"{_counted(share)}: {_grouped(share, pruning)}"
+
+
+def rounded_to(pruning: Pruning) -> str:
+    """The number types that components are rounded to."""
+    return " and ".join(TYPES[code].upper() for code in pruning.rounded)
 
 
 def _counted(share: Share) -> str:

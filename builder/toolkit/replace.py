@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 from builder.base.errors import Place, Problem, SourceError, UsageError, did_you_mean
@@ -15,6 +15,9 @@ from builder.recipe import Pick
 from builder.recipe.language import NEW
 from builder.recipe.names import recipe_name
 from builder.sources.opened import Sources
+from builder.toolkit.command_recipe import CommandRecipe, output_keys
+
+Part = tuple[str, Path, str | None]  # a class or kind, if any, the file, and which component of that
 
 
 def architecture_of(file: Path, identity: Identity, catalog: Catalog) -> Architecture:
@@ -51,22 +54,21 @@ def check_filled(architecture: Architecture, given: Collection[str]) -> None:
 
 
 def find_parts(
-    parts: Iterable[str],
+    parts: Iterable[Part],
     architecture: Architecture,
     files: dict[str, Path],
     sources: Sources,
     catalog: Catalog,
 ) -> dict[str, Pick]:
-    """What fills slots, by class, of `CLASS=FILE[:COMPONENT]` or a file alone; `files` gets their names.
+    """What fills slots, by class; `files` gets the names of the files.
 
     Raises UsageError for a slot that there is not, or is filled twice, SourceError for a file that cannot be
     read.
     """
     picks: dict[str, Pick] = {}
-    for part in parts:
-        word, path, component = _parsed(part)
+    for word, path, component in parts:
         identity = sources.open(sources.file(path)).identity
-        cls = _slot(word, architecture) if word else _only_slot(path, identity, architecture, catalog)
+        cls = slot(word, architecture) if word else _only_slot(path, identity, architecture, catalog)
         if cls in picks:
             raise UsageError(Problem(f"`{cls}` is filled twice", hint="name each class once"))
         match = find_part(component or cls, identity, path, catalog)
@@ -75,7 +77,7 @@ def find_parts(
     return picks
 
 
-def _parsed(part: str) -> tuple[str, Path, str | None]:
+def parse_part(part: str) -> Part:
     """The class, if any, the file and the component of a part; what is a file as a whole is one."""
     word, equals, rest = part.partition("=")
     if not equals or os.path.lexists(part):
@@ -101,7 +103,8 @@ def _only_slot(path: Path, identity: Identity, architecture: Architecture, catal
     raise UsageError(Problem(fact, evidence=(held,), hint=hint))
 
 
-def _slot(word: str, architecture: Architecture) -> str:
+def slot(word: str, architecture: Architecture) -> str:
+    """The slot that a word means: its class, or its kind (`VAE`); raises UsageError where there is none."""
     said = spelling(word)
     for found in (
         [s for s in architecture.slots if spelling(s) == said],
@@ -113,6 +116,33 @@ def _slot(word: str, architecture: Architecture) -> str:
     hint = did_you_mean(word, architecture.slots)
     raise UsageError(
         Problem(f"{architecture.name} has no slot `{word}`", evidence=(f"it has {slots}",), hint=hint)
+    )
+
+
+def replacement(
+    file: str | Path, parts: Iterable[Part], sources: Sources, fixes: Sequence[str] = (), **output: str | None
+) -> CommandRecipe:
+    """The recipe of a file, or of `NEW ARCHITECTURE`, with components of others.
+
+    `output` is as for `output_keys`. Raises UsageError for a slot that there is not, is filled twice or
+    stays empty, SourceError for a file that cannot be read.
+    """
+    catalog, path = sources.catalog, Path(file)
+    new = new_architecture(str(file), catalog)
+    name = new.name.lower() if new else recipe_name(path)
+    architecture = new or architecture_of(path, sources.open(sources.file(path)).identity, catalog)
+    files = {} if new else {name: path}
+    picks = find_parts(parts, architecture, files, sources, catalog)
+    if new:
+        check_filled(new, picks)
+    return CommandRecipe(
+        name,
+        files,
+        base="" if new else name,
+        new=new.name if new else "",
+        components=picks,
+        fixes=fixes,
+        output=output_keys(**output),
     )
 
 

@@ -25,6 +25,7 @@ from builder.base.errors import (
 )
 from builder.base.files import read_bounded
 from builder.base.inside import is_inside
+from builder.base.parallel import Cancelled
 from builder.formats import open_checkpoint
 from builder.models.identify import Identity, identify
 from builder.recipe.names import PRUNED, SHARD, free_name, numbered, stem
@@ -151,7 +152,7 @@ class Watch:
                 os.close(fd)
 
     def poll(self) -> Iterator[Event]:
-        """Do what there is to do now; `waiting` then lists what is not ready. Raises OutputError."""
+        """Do what there is to do; `waiting` then lists what is not ready. Raises OutputError, Cancelled."""
         self.waiting = []
         found = dict(self._files())
         self._seen = {p: s for p, s in self._seen.items() if p in found}
@@ -245,6 +246,8 @@ class Watch:
                 if pruning.refusal is not None and not pruning.broken:
                     return Event(path, "stays", problems=(pruning.refusal,))
                 return self._place(pruning.checked, status, sources)
+        except Cancelled:
+            raise  # which says nothing of the file
         except CkptError as error:
             if not unchanged(path, status):
                 return None  # gone, or still being written after all

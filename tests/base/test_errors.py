@@ -1,15 +1,16 @@
-"""What is near a word, and how long that may take to find out."""
+"""What is near a word and how long that may take to find out, and how errors read."""
 
 from __future__ import annotations
 
 import difflib
+import pickle
 import random
 import time
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from builder.base.errors import nearest
+from builder.base.errors import Place, Problem, RecipeError, nearest
 
 WORDS = st.text("abcd-1", min_size=1, max_size=12)
 
@@ -35,3 +36,14 @@ def test_many_words_that_are_all_alike() -> None:
     before = time.process_time()
     nearest("ab" * 40, words)
     assert time.process_time() - before < 0.5
+
+
+def test_an_exception_reads_as_its_problems_do() -> None:
+    """In a traceback, a log or a notebook; and it goes from process to process whole."""
+    place = Place("a.toml", 3, 1, 4, "fixs = []")
+    problem = Problem("unknown key `fixs`", place, hint="did you mean `fixes`?")
+    error = RecipeError(problem, Problem("no\x1bw"))
+    said = "unknown key `fixs`\n  --> a.toml:3:1\n  |\n3 | fixs = []\n  | ^^^^\nhint: did you mean `fixes`?"
+    assert str(error) == f"{said}\n\nno\\x1bw"
+    again = pickle.loads(pickle.dumps(error))
+    assert type(again) is RecipeError and again.problems == error.problems and again.exit_code == 3

@@ -376,7 +376,7 @@ def test_elsewhere_and_in_another_container(whole: Folder, suffix: str) -> None:
 def test_elsewhere_is_for_one_output(whole: Folder) -> None:
     whole.write("m.toml", WHOLE + '[[output]]\nname = "x"\n[[output]]\nname = "y"\n')
     said = whole("build", "m.toml", "-o", "z.safetensors")
-    assert said.code == 2 and "`-o` names one file" in said.err
+    assert said.code == 2 and "one output is named, and the recipe has several" in said.err
 
 
 def test_a_folder_that_is_not_there(whole: Folder) -> None:

@@ -206,7 +206,7 @@ for path in sys.argv[1:]:
     try:
         open_checkpoint(path)
     except SourceError as error:
-        print(error)
+        print(error.problems[0].fact)
 """
     try:
         locked.chmod(0)

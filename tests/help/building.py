@@ -198,7 +198,7 @@ class Folder:
         """Build, and what is said of it as data."""
         return self("build", recipe, "--json", *options).json
 
-    def plan(self, recipe: str = "tiny.toml") -> dict[str, Any]:
+    def plan(self, recipe: str | Path = "tiny.toml") -> dict[str, Any]:
         """The plan as data."""
         return self("plan", recipe, "--json").json
 

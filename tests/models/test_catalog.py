@@ -442,6 +442,14 @@ def test_a_folder_of_ones_own_adds_to_the_catalog(own: Path, monkeypatch: pytest
     assert "T" not in load_catalog(()).components
 
 
+def test_a_table_that_has_changed_is_read_again(own: Path) -> None:
+    before = load_catalog([own])
+    (own / "known" / "k.toml").unlink()
+    after = load_catalog([own])
+    assert before.known.part("ab" * 32) is not None and after.known.part("ab" * 32) is None
+    assert after is load_catalog([own])
+
+
 def test_a_component_of_ones_own_fills_a_slot_by_its_prefix(tmp_path: Path) -> None:
     for name, embedder in ("here", 1), ("elsewhere", 0):
         prefix = f'prefix = "conditioner.embedders.{embedder}.model."'

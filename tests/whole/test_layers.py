@@ -6,12 +6,14 @@ import ast
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2] / "builder"
+FACE = ROOT.parent / "ckpt_build"  # which stands on the house, and is for others to look at
 
 # The rooms from the ground up: a module may import from its own room and from those before it.
 ROOMS = [
     *("base", "tensors", "formats", "models", "operations"),
     *("store", "recipe", "sources", "plan", "workspace", "build"),
     *("reports", "toolkit"),
+    "web",
     "cli",
 ]
 
@@ -20,7 +22,11 @@ KNOWN: set[tuple[str, str]] = set()
 
 
 def _imports(path: Path) -> set[str]:
-    """The modules that a module names in imports, wherever they stand."""
+    """The modules of `builder` that a module names in imports, wherever they stand."""
+    return {name.removeprefix("builder.") for name in _all_imports(path) if name.startswith("builder.")}
+
+
+def _all_imports(path: Path) -> set[str]:
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -29,7 +35,7 @@ def _imports(path: Path) -> set[str]:
             found |= {f"builder.{a.name}" for a in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             found.add(node.module)
-    return {name.removeprefix("builder.") for name in found if name.startswith("builder.")}
+    return found
 
 
 def _modules() -> list[tuple[str, Path]]:
@@ -61,9 +67,31 @@ def test_only_the_command_line_prints_or_exits() -> None:
     speaking = {"print", "sys.exit", "exit", "os._exit"}
     wrong = [
         f"{path}:{node.lineno}"
-        for module, path in _modules()
+        for module, path in [*_modules(), *((f.stem, f) for f in sorted(FACE.rglob("*.py")))]
         if not module.startswith("cli.")
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Call) and ast.unparse(node.func) in speaking
     ]
     assert not wrong, "\n".join(wrong)
+
+
+def test_the_face_is_on_top_and_knows_no_command_line() -> None:
+    """Nothing of the house looks at it, and of what prints it knows the way in alone."""
+    assert not [m for m, path in _modules() if any(n.startswith("ckpt_build") for n in _all_imports(path))]
+    speaking = {
+        (path.stem, name)
+        for path in sorted(FACE.rglob("*.py"))
+        for name in _imports(path)
+        if name.partition(".")[0] in ("cli", "web", "__main__")
+    }
+    assert speaking == {("__main__", "__main__")}
+
+
+def test_what_is_for_other_programs_knows_the_face_alone() -> None:
+    found = {
+        name
+        for path in (ROOT.parent / "integrations").rglob("*.py")
+        for name in _all_imports(path)
+        if name.partition(".")[0] in ("builder", "ckpt_build", "components_db")
+    }
+    assert found == {"ckpt_build"}

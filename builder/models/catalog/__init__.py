@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -82,15 +83,27 @@ def load_catalog(extra: Sequence[Path] | None = None) -> Catalog:
 
     What is in a user's own folders is checked at once; a built-in table is expanded when its tensors are
     asked for, as are the names that adapters use, and layouts are read when there is one to convert. Called
-    again with the same folders, it gives the same object. Raises CatalogError.
+    again with the same folders, it gives the same object for as long as nothing in them has changed. Raises
+    CatalogError.
     """
     if extra is None:
         extra = [Path(p) for p in os.environ.get("CKPT_COMPONENTS", "").split(os.pathsep) if p]
-    return _load(tuple(map(Path, extra)))
+    folders = tuple(map(Path, extra))
+    return _load(folders, tuple(map(_state, folders)))
+
+
+def _state(folder: Path) -> tuple[object, ...]:
+    """What tells whether tables in a folder have changed since they were read."""
+    found: list[object] = []
+    for path in sorted(folder.rglob("*.toml")):
+        with suppress(OSError):  # which whoever reads it tells of
+            status = path.lstat()
+            found.append((str(path), status.st_ino, status.st_size, status.st_mtime_ns))
+    return tuple(found)
 
 
 @lru_cache(maxsize=8)
-def _load(extra: tuple[Path, ...]) -> Catalog:
+def _load(extra: tuple[Path, ...], _: tuple[object, ...]) -> Catalog:
     reader = _Reader()
     reader.folder(BUILT_IN, BUILT_IN.name)
     built_in = set(reader.tables)

@@ -2,6 +2,6 @@
 
 from builder.reports.inspect.examine import Part, Report, Share, build_report, examine
 from builder.reports.inspect.inspect_json import Refused, to_json
-from builder.reports.inspect.inspect_text import render
+from builder.reports.inspect.inspect_text import render, types_of
 
-__all__ = ["Part", "Refused", "Report", "Share", "build_report", "examine", "render", "to_json"]
+__all__ = ["Part", "Refused", "Report", "Share", "build_report", "examine", "render", "to_json", "types_of"]

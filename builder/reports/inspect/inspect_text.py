@@ -71,7 +71,7 @@ class _Page:
     def row(self, part: Part) -> Row:
         """A component's cells."""
         component = part.match.component
-        return component.cls, component.name, _types(part), f"{part.tensors:,}", human_bytes(part.bytes)
+        return component.cls, component.name, types_of(part), f"{part.tensors:,}", human_bytes(part.bytes)
 
     def facts(self) -> Iterator[str]:
         """What else there is to say of the file, a labelled line each."""
@@ -224,7 +224,7 @@ def _packed(packed: Quantized) -> str:
     return f"{schemes}{whose}" + (f", {packed.bits:.2f} bits a number" if packed.bits is not None else "")
 
 
-def _types(part: Part) -> str:
+def types_of(part: Part) -> str:
     """The number types of a component, without the integers of its tables."""
     floating = [TYPES.get(code, code.lower()) for code in part.dtypes if code[0] in "FBQ"]
     return "+".join(floating or [c.lower() for c in part.dtypes])
