@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from builder.cli.options import (
     recipe_path,
     save_option,
 )
+from builder.cli.terminal import out
 from builder.models.parts import find_part, slot_of
 from builder.recipe.names import SUFFIXES, Target
 from builder.toolkit.command_recipe import run
@@ -41,7 +41,6 @@ def command(
     save_recipe: Path | None,
     fixes: tuple[str, ...],
     threads: int | None,
-    as_json: bool,
     quiet: bool,
     **options: Any,
 ) -> int:
@@ -71,5 +70,5 @@ def command(
             before=lambda plan: note_steps(plan, workspace.reporter),
         )
         note_changes(made, workspace.reporter)
-    click.echo(json.dumps(to_json(made), indent=2) if as_json else to_text(made))
+    out().result(to_json(made), to_text(made))
     return ExitCode.DONE
