@@ -312,6 +312,10 @@ def test_what_the_header_says_goes_with_what_it_is_said_of(folder: Folder) -> No
             "its scale is [3], which is neither one number nor one a row of 16",
         ),
         ({"comfy_quant": text({"format": "float8_of_tomorrow"})}, "nothing is known of such"),
+        (
+            {"comfy_quant": text({"format": "float8_e4m3fn", "convrot": True})},
+            "its description says `convrot`",
+        ),
         ({"pre_quant_scale": number(1.0, 24)}, "it has a `pre_quant_scale`"),
     ],
 )

@@ -154,7 +154,10 @@ def _decoder(packed: Packing, name: str, shape: Shape | None) -> LazyTensor:
         raise _OddError(f"it is {weight.dtype.code}")
     if odd := sorted(beside.keys() - sides - OF_INPUT):
         raise _OddError(f"it has a `{odd[0]}`, and nothing is known of such")
-    made = make(_Layer(weight, beside, said, shape))
+    layer = _Layer(weight, beside, said, shape)
+    if kind not in _TURNED and layer.told("convrot", False) is not False:
+        raise _OddError(f"its description says `convrot`, which is not known of {kind}")
+    made = make(layer)
     if shape is not None and made.shape != shape:
         raise _OddError(f"it is {list(made.shape)}, not {list(shape)}")
     return made
@@ -496,6 +499,7 @@ _KINDS: Mapping[str, tuple[tuple[DType, ...], set[str], _Decoder]] = {
         for kind in ("nf4", "fp4")
     },
 }
+_TURNED = {"int8_tensorwise", "convrot_w4a4"}  # may lie in a rotated basis
 HALVES = {"nvfp4", "convrot_w4a4", "bitsandbytes NF4", "bitsandbytes FP4"}  # two numbers a byte
 WIDER = "take a model with weights of 16 bits or more"  # a hint
 _UNKNOWN = "nothing is known of such"
