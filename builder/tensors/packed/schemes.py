@@ -262,17 +262,16 @@ def _marked(companions: Iterable[str], names: Iterable[str]) -> dict[str, tuple[
 
 
 def companions(names: Iterable[str]) -> dict[str, Scheme]:
-    """Of all names those of companions of packed weights, each with its scheme, in the order of the names."""
+    """Of all names those of companions of packed weights, each with its scheme, in the order of the names.
+
+    What else may be a companion is one too beside those that tell a scheme, whether or not it is known there.
+    """
     sides: dict[str, set[str]] = defaultdict(set)
     places = {name: at for name in names if (at := split(name))[1]}
     for layer, side in places.values():
         sides[layer].add(side)
     told = {at: next((s for s in SCHEMES if held & {*s.told_by}), None) for at, held in sides.items()}
-    return {
-        name: scheme
-        for name, (layer, side) in places.items()
-        if (scheme := told[layer]) is not None and side in (*scheme.told_by, *scheme.beside)
-    }
+    return {name: scheme for name, (layer, _) in places.items() if (scheme := told[layer]) is not None}
 
 
 def split(name: str) -> tuple[str, str]:
