@@ -164,8 +164,8 @@ def numbers_near(value: float, error: float) -> Iterator[float]:
         *named[:2],
         *(n for d in range(3, 7) for n in _decimals(value, d, reach)),
     ]
-    near = dict.fromkeys(n + 0.0 for n in found if abs(n - value) <= reach)
-    yield from [*near][: MOST_NUMBERS - 1]
+    near = [*dict.fromkeys(n + 0.0 for n in found if abs(n - value) <= reach)][: MOST_NUMBERS - 1]
+    yield from near
     if (own := round(value, digits) + 0.0) not in near:
         yield own
 
