@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tomli
 
+from builder.formats import open_checkpoint
 from builder.operations import OPERATIONS
 from builder.operations.registry import Setting
 from builder.reports.new.least_squares import fit, numbers_near, products_of
@@ -21,7 +22,7 @@ from builder.tensors.cast import Faults, Precision, cast_all
 from builder.tensors.digests import Row, tensor_digest
 from builder.tensors.lazy import DType, LazyTensor, MemoryTensor
 from builder.tensors.merged import ELEMENTS
-from tests.help.building import UNET, Folder, content, model, save
+from tests.help.building import UNET, Folder, catalog, content, model, save, values
 
 Tensors = Mapping[str, LazyTensor]
 
@@ -233,6 +234,39 @@ def test_a_merge_of_wider_parents_is_right_but_for_rounding(tmp_path: Path) -> N
     assert not built(folder)
     compared = json.loads(folder("diff", "mix.safetensors", "again.safetensors", "--json").out)
     assert not compared["same"] and not compared["only_a"] and not compared["only_b"]
+
+
+def test_what_goes_around_the_components_is_that_of_the_first_parent(tmp_path: Path) -> None:
+    """As the WebUI leaves a merge: with the schedule of its first model."""
+    folder = library(tmp_path, "ab")
+    merge(folder, f"{{ {WEIGHTED}, alpha = 0.3, arithmetic = 'file' }}")
+    schedule = {"betas": values(np.linspace(0, 1, 1000))}
+    with open_checkpoint(folder / "mix.safetensors", catalog().layouts) as mix:
+        save(folder / "merged.safetensors", {**mix, **schedule})
+    save(folder / "library/a.safetensors", {**tuned(ord("a")), **schedule})
+    said = found(folder, file="merged.safetensors")
+    assert said["same"] and said["toml"]["base"] == "a"
+    assert said["toml"]["components"] == {"UNET-tiny": "mix", "CLIP-tiny": "mix"}
+    assert built(folder, "merged.safetensors")
+
+
+def test_a_lora_that_was_baked_in_is_no_merge(tmp_path: Path) -> None:
+    """The block that it is in says so; the others are those of the model."""
+    folder = library(tmp_path, "abc")
+    tensors = dict(tuned(ord("a")))
+    name = UNET + "middle_block.0.in_layers.2.weight"
+    random = np.random.RandomState(1)
+    low = random.standard_normal((192, 4)) @ random.standard_normal((4, 192 * 9))
+    array = np.frombuffer(tensors[name].tobytes(), "<f2").astype("f4").reshape(192, -1)
+    array += (0.05 * np.abs(array).mean() * low).astype("f4")
+    tensors[name] = MemoryTensor(DType.F16, tensors[name].shape, array.astype("<f2").tobytes())
+    save(folder / "mix.safetensors", tensors)
+    said = found(folder)
+    unet = next(c for c in said["components"] if c["class"] == "UNET-tiny")
+    assert unet["how"] is None and unet["merge"]["found"] == "part"
+    left = {b["block"]: b["residual"] for b in unet["merge"]["blocks"]}
+    assert left["M00"] > 0.05 > left["OUT11"] == 0.0
+    assert built(folder)
 
 
 def test_what_a_person_is_told(tmp_path: Path) -> None:
