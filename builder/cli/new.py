@@ -36,7 +36,7 @@ MOST_NOTES = 20  # of what an imported recipe lacks
     multiple=True,
     type=click.Path(path_type=Path),
     metavar="FOLDER",
-    help="Find files below FOLDER that its components are equal to, or merges of; may be given several times.",
+    help="Find files below FOLDER that its components are, or are merges of; may be given several times.",
 )
 @click.option("-o", "--output", type=FILE, metavar="RECIPE", help="Default: stdout.")
 @click.option(

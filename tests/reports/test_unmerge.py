@@ -334,6 +334,28 @@ def test_a_block_that_all_parents_share_has_the_weights_of_the_others() -> None:
     assert {s.weights for s in origin.shares} == {(0.7, 0.3)}
 
 
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_parents_that_differ_by_few_last_places(precision: Precision) -> None:
+    """Where rounding hangs on the difference, least squares are off, and the bits themselves lead on."""
+
+    def near(seed: int) -> Tensors:
+        base, other = np.random.RandomState(0), np.random.RandomState(seed)
+        arrays = {n: base.standard_normal((300, 300)).astype("<f4") for n in ("x.w", "y.w", "z.w")}
+        last = 0.003 if precision == "fp16" else 0.02
+        moved = {n: a + last * other.standard_normal(a.shape).astype("<f4") for n, a in arrays.items()}
+        wide = {n: MemoryTensor(DType.F32, a.shape, a.tobytes()) for n, a in moved.items()}
+        return cast_all(wide, precision, faults=Faults())
+
+    a, b, c = (near(seed) for seed in (1, 2, 3))
+    made = OPERATIONS["weighted-sum"].apply({"a": a, "b": b}, {"alpha": 0.3125}, Setting("UNET-tiny"))
+    target = cast_all(made.tensors, precision, faults=Faults())
+    setting = Setting("UNET-tiny", lambda name: name.partition(".")[0].upper())
+    origin = find(target, [c, b, a], rows(target), setting, precision, names=["c", "b", "a"])
+    assert origin is not None and origin.found == "exact"
+    shares = {origin.parents[i]: w for s in origin.shares for i, w in enumerate(s.weights)}
+    assert shares == {1: pytest.approx(0.3125), 2: pytest.approx(0.6875)}
+
+
 class Watched(LazyTensor):
     """A tensor that remembers the longest range that was read of it at once."""
 

@@ -39,6 +39,9 @@ PROVED = 16, 1 << 14  # and by which formulas and weights are tried
 FAR = 0.5  # of the squares: what is left of more is near to nothing
 LEAST = 16  # elements that tell a weight of their own
 MOST_TRIES = 48  # combinations of weights for a block
+REFINED = 2, 3, 4  # decimals
+MOST_STEPS = 8  # of each
+MOST_REFINED = 4  # formulas
 MOST_PROOFS = 6  # formulas tried on all elements, where the sample is right for each
 
 Found = Literal["exact", "rounding", "part"]
@@ -322,6 +325,9 @@ class _Search:
         # Of formulas that do as well, the first.
         tries.sort(key=lambda found: -found[0])
         full = sum(t.numel for t in mine.values())
+        if tries[0][0] < full:
+            tries = [(attempt.refine(mine, samples), attempt) for _, attempt in tries[:MOST_REFINED]]
+            tries.sort(key=lambda found: -found[0])
         best: tuple[int, _Try] | None = None
         for right, attempt in tries[:MOST_PROOFS]:
             if best is not None and right < full:
@@ -438,6 +444,7 @@ class _Try:
         self.groups, self.size, self.parents, self.search = groups, size, parents, search
         self.options = self._options()
         self.used = [0] * len(groups)
+        self.right = [-1] * len(groups)  # elements of a sample, with the options that are used
 
     def _options(self) -> list[list[tuple[float, ...]]] | None:
         """Parameters for each group; None where the formula cannot explain one."""
@@ -464,28 +471,64 @@ class _Try:
     def run(self, target: Tensors, samples: Mapping[int, Tensors]) -> int:
         """Try the weights of each group until a sample is right; how many of its elements are at last."""
         assert self.options is not None
-        right = [-1] * len(self.groups)
-        best = [0] * len(self.groups)
-        held = [[n for n in g.names if n in target] for g in self.groups]
         for turn in range(max(map(len, self.options))):
-            open_ = [
-                i
-                for i, some in enumerate(self.options)
-                if turn < len(some) and right[i] < sum(target[n].numel for n in held[i])
-            ]
-            if not open_:
-                break
-            for i in open_:
-                self.used[i] = turn
-            names = [n for i in open_ for n in held[i]]
-            few = {p: {n: t[n] for n in names} for p, t in samples.items()}
-            made = self.made(few, self.params())
-            for i in open_:
-                equal = sum(_equal(made[n], target[n]) for n in held[i])
-                if equal > right[i]:
-                    right[i], best[i] = equal, turn
+            self._turn({i: turn for i, some in enumerate(self.options) if turn < len(some)}, target, samples)
+        return sum(self.right)
+
+    def refine(self, target: Tensors, samples: Mapping[int, Tensors]) -> int:
+        """Go on from the best weights to better ones near by, of a decimal more each time."""
+        assert self.options is not None
+        for digits in REFINED:
+            for _ in range(MOST_STEPS):
+                before = sum(self.right)
+                for at, sign in product(range(len(self.form.directions)), (1, -1)):
+                    ways = {}
+                    for i, some in enumerate(self.options):
+                        moved = [*some[self.used[i]]]
+                        moved[at] = round(moved[at] + sign * 10.0**-digits, digits) + 0.0
+                        if tuple(moved) not in some:
+                            ways[i] = len(some)
+                            some.append(tuple(moved))
+                    self._turn(ways, target, samples)
+                if sum(self.right) == before:
+                    break
+        # What a sample does not tell from the others' weights is likely theirs.
+        votes: Counter[tuple[float, ...]] = Counter()
+        for group, some, at in zip(self.groups, self.options, self.used, strict=True):
+            votes[some[at]] += group.products.count
+        common = max(votes, key=lambda p: (votes[p], p))
+        for some in self.options:
+            some.append(common)
+        self._turn({i: len(some) - 1 for i, some in enumerate(self.options)}, target, samples, ties=True)
+        return sum(self.right)
+
+    def _turn(
+        self,
+        ways: Mapping[int, int],
+        target: Tensors,
+        samples: Mapping[int, Tensors],
+        *,
+        ties: bool = False,
+    ) -> None:
+        """Try one of its options for each of some groups, and keep what is better than all before.
+
+        With `ties`, what is as good is kept too.
+        """
+        held = {i: [n for n in self.groups[i].names if n in target] for i in ways}
+        full = {i: sum(target[n].numel for n in names) for i, names in held.items()}
+        held = {i: names for i, names in held.items() if ties or self.right[i] < full[i]}
+        if not held:
+            return
+        best = [*self.used]
+        for i in held:
+            self.used[i] = ways[i]
+        few = {p: {n: t[n] for names in held.values() for n in names} for p, t in samples.items()}
+        made = self.made(few, self.params())
         self.used = best
-        return sum(right)
+        for i, names in held.items():
+            equal = sum(_equal(made[n], target[n]) for n in names)
+            if equal >= self.right[i] + (not ties):
+                self.right[i], self.used[i] = equal, ways[i]
 
     def params(self) -> dict[str, Any]:
         """The parameters of the operation for the class."""
