@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -18,7 +19,7 @@ from builder.models.catalog import Architecture
 from builder.recipe import parse_recipe
 from builder.recipe.names import SUFFIXES, recipe_name
 from builder.reports import imports
-from builder.reports.new import Draft, describe, write
+from builder.reports.new import Draft, describe, summed, to_json, write
 from builder.sources.find import files_below
 from builder.sources.opened import Sources
 from builder.toolkit.command_recipe import CommandRecipe, check_is_recipe
@@ -35,7 +36,7 @@ MOST_NOTES = 20  # of what an imported recipe lacks
     multiple=True,
     type=click.Path(path_type=Path),
     metavar="FOLDER",
-    help="Find files below FOLDER that its components are equal to; may be given several times.",
+    help="Find files below FOLDER that its components are, or are merges of; may be given several times.",
 )
 @click.option("-o", "--output", type=FILE, metavar="RECIPE", help="Default: stdout.")
 @click.option(
@@ -72,6 +73,7 @@ def command(
             raise UsageError(Problem(f"there is a file `{output}` already", hint="`--force` overwrites it"))
         check_is_recipe(output)
     folder = output.parent if output is not None else Path()
+    found: dict[str, Any] = {}
     with open_workspace(quiet) as workspace, workspace.sources() as sources:
         catalog = workspace.catalog
         if (new := new_architecture(str(files[0]), catalog)) is not None and not library:
@@ -81,13 +83,14 @@ def command(
         else:
             draft = describe(files, library, sources, threads=threads, reporter=workspace.reporter)
             text = escaped(write(draft, folder=folder, catalog=catalog, name=name))
+            found = to_json(draft)
             _tell(draft, bool(library), folder, workspace.reporter)
     parse_recipe(text, str(output or "<recipe>"), catalog)
     if output is not None:
         models = [stat for path, stat in files_below(library, SILENT) if path.suffix.lower() in SUFFIXES]
         write_bytes(output, text.encode(), durable=False, inputs=[*files, *models])
     where = str(output) if output is not None else None
-    out().raw({"path": where, "recipe": text}, "" if where else text)
+    out().raw({"path": where, "recipe": text, **found}, "" if where else text)
     return ExitCode.DONE
 
 
@@ -130,10 +133,23 @@ def _imported(
 def _tell(draft: Draft, library: bool, folder: Path, reporter: Reporter) -> None:
     """What a person should know beside the recipe."""
     for cls, taken in draft.taken.items():
-        if taken.how:
+        if cls in draft.merges:
+            reporter.note(_merged(draft, cls))
+        elif taken.how:
             how = "exactly" if taken.how == "exact" else "after rounding"
             reporter.note(f"{cls} is that of `{taken.file.path}`, {how}")
         elif library:
             reporter.note(f"{cls} is equal to nothing in the library")
     for file in draft.unused:
         reporter.note(f"`{file.path}` has no component in common with the model: it is left out")
+
+
+def _merged(draft: Draft, cls: str) -> str:
+    """What is known of how a class was merged, in a line."""
+    merge = draft.merges[cls]
+    said = {
+        "exact": f"made by {merge.origin.op}, the same to the last bit",
+        "rounding": f"made by {merge.origin.op}, the same but for rounding",
+        "part": "and something that the library has not: it is taken from the file itself",
+    }
+    return f"{cls} is {summed(merge)}, {said[merge.origin.found]}"

@@ -178,7 +178,7 @@ def _check_alike(op: str, inputs: Mapping[str, Tensors], names: Sequence[str], c
             f"`{name}` is {list(tensors[name].shape)} in `{first}`, "
             + (f"{list(other[name].shape)} in `{key}`" if name in other else f"not there in `{key}`")
             for name in names
-            if name not in other or not _fits(tensors[name], other[name])
+            if name not in other or not fits(tensors[name], other[name])
         ]
         if odd:
             more = [f"and {len(odd) - EXAMPLES:,} more"] * (len(odd) > EXAMPLES)
@@ -186,7 +186,7 @@ def _check_alike(op: str, inputs: Mapping[str, Tensors], names: Sequence[str], c
             raise OutputError(Problem(fact, evidence=(*odd[:EXAMPLES], *more)))
 
 
-def _fits(first: LazyTensor, other: LazyTensor) -> bool:
+def fits(first: LazyTensor, other: LazyTensor) -> bool:
     """Whether two are of one shape, or the first is the wider first layer of an inpainting model."""
     if first.shape == other.shape:
         return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,10 @@ from builder.models.identify import EMA, Match
 from builder.models.metric import Metric, counted, label
 from builder.models.prediction import EMPTY, MARKERS
 from builder.operations.fixes import FIXES, POSITION_IDS, exact_position_ids
-from builder.recipe.names import SUFFIXES
+from builder.operations.merging import fits
+from builder.operations.registry import Setting
+from builder.recipe.names import SUFFIXES, recipe_name
+from builder.reports.new.unmerge import Origin, find
 from builder.sources.find import files_below
 from builder.sources.opened import OpenSource, Sources
 from builder.store import Store
@@ -29,6 +33,7 @@ from builder.tensors.lazy import DType, LazyTensor, MemoryTensor
 from builder.tensors.packed import packing
 from builder.tensors.scan import Scan, scan
 
+_HOW: Mapping[str, str] = {"exact": "merged", "rounding": "near"}
 PROBES = 3
 PROBE = 1 << 18  # elements; a tensor of no more is read whole to see whether it is worth reading all
 
@@ -71,8 +76,9 @@ class File:
 class Taken:
     """What fills a slot: a component of a file, and how what is described there is equal to it.
 
-    `how` is `exact`, `rounded` or empty: the file is the described one itself. `promoted`: it is the
-    file's average.
+    `how` is `exact` or `rounded`; `merged` where a merge makes it to the last bit, `near` where it does but
+    for rounding, the file being that of its first input; or empty: the file is the described one itself.
+    `promoted`: it is the file's average.
     """
 
     cls: str
@@ -85,6 +91,24 @@ class Taken:
         """Whether this is an average that takes the place of the component that it averages."""
         return self.match.component.cls != self.cls
 
+    @property
+    def merged(self) -> bool:
+        """Whether a step makes it."""
+        return self.how in ("merged", "near")
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What is known of how a component was merged, and the components that are its parents."""
+
+    origin: Origin
+    parents: tuple[Taken, ...]
+
+    @property
+    def inputs(self) -> tuple[Taken, ...]:
+        """Those that the step takes, in the order of its inputs."""
+        return tuple(self.parents[i] for i in self.origin.inputs)
+
 
 @dataclass(frozen=True)
 class Draft:
@@ -95,7 +119,8 @@ class Draft:
     are those that the recipe names, where they are others than the denoiser comes with.
     `tensor_digest` is the product's, where everything is explained; `faithful` says that it has then every
     tensor of the file, and no other. `searched`: there were files to be explained by; `unused` are those of
-    the command line that explain nothing.
+    the command line that explain nothing. `merges` are of the classes that are near to sums of others, those
+    that no step makes too.
     """
 
     model: File
@@ -114,6 +139,7 @@ class Draft:
     faithful: bool
     searched: bool
     unused: tuple[File, ...] = ()
+    merges: Mapping[str, Merged] = field(default_factory=dict)
 
     @property
     def strange(self) -> bool:
@@ -133,7 +159,9 @@ class Draft:
     @property
     def sources(self) -> tuple[File, ...]:
         """The files that the recipe takes from, the base first."""
-        files = [*([self.base] if self.base else []), *(t.file for t in self.taken.values())]
+        files = [*([self.base] if self.base else [])]
+        for cls, taken in self.taken.items():
+            files += [t.file for t in self.merges[cls].inputs] if taken.merged else [taken.file]
         return tuple(dict.fromkeys(files))
 
 
@@ -165,12 +193,19 @@ def describe(
     scanned = _scan(parts, precision, catalog, threads, reporter)
     shelf = [*whole, *_shelf(library, files, architecture, sources, reporter)]
     taken = _explain(parts, precision, shelf, scanned, sources, threads, reporter)
+    merges = _unmerge(taken, precision, shelf, scanned, catalog, threads, reporter)
+    taken |= {
+        c: Taken(c, m.inputs[0].file, m.inputs[0].match, _HOW[m.origin.found])
+        for c, m in merges.items()
+        if m.inputs
+    }
     extras = _extras(model)
     markers, told = _markers(model, taken, catalog)
     base, keep, brought = _base(architecture, taken, extras, catalog)
     fixes = _fixes(parts, taken)
     left = _left(model, [n for n in (*extras, *_markers_of(model)) if n not in (*brought, *told)])
-    explained = bool(taken) and all(t.how for t in taken.values())
+    explained = bool(taken) and all(t.how not in ("", "near") for t in taken.values())
+    used = {t.file for t in (*taken.values(), *(p for m in merges.values() for p in m.parents))}
     rows = _rows(parts, taken, architecture, precision, scanned, catalog, {**brought, **told})
     return Draft(
         model,
@@ -188,8 +223,16 @@ def describe(
         component_digest(rows) if explained else None,
         explained and _faithful(rows, model),
         bool(shelf),
-        tuple(f for f in whole if f not in {t.file for t in taken.values()}),
+        tuple(f for f in whole if f not in used),
+        merges,
     )
+
+
+def lone_name(file: File) -> str:
+    """What a recipe calls a file, if nothing else has that name."""
+    name = re.sub(r"[^a-z0-9_-]+", "-", recipe_name(file.path).lower()).strip("-") or "model"
+    parts = [m.component.cls.partition("-")[0].lower() for m in file.opened.identity.matches]
+    return f"{name}-{parts[0]}" if len(parts) == 1 and parts[0] not in name else name
 
 
 def _open(path: Path, sources: Sources) -> File:
@@ -392,6 +435,55 @@ def _digest(digests: Mapping[str, str | None], tensors: Mapping[str, LazyTensor]
     )
 
 
+def _unmerge(
+    taken: Mapping[str, Taken],
+    precision: Precision,
+    shelf: Sequence[File],
+    scanned: Scan,
+    catalog: Catalog,
+    threads: int,
+    reporter: Reporter,
+) -> dict[str, Merged]:
+    """What is known of how the components were merged that are equal to nothing."""
+    known = {t.file for t in taken.values() if t.how}
+    found = {}
+    for cls, part in ((c, t) for c, t in taken.items() if not t.how):
+        target = part.file.plain(part.match, cls)
+        counts = {n: scanned.tensors[f"{cls}/{n}"] for n in target}
+        if packing(target).weights or any(c.nan or c.infinite for c in counts.values()):
+            continue
+        rounded = _rounded(target, precision)
+        rows = {
+            n: Row(t.dtype, t.shape, d) for n, t in rounded.items() if (d := counts[n].digest) is not None
+        }
+        near = [
+            Taken(cls, file, match, "part")
+            for file in shelf
+            for match in file.opened.identity.matches
+            if match.component.cls == cls and not packing(theirs := file.plain(match, cls)).weights
+            if theirs.keys() == target.keys() and all(fits(t, theirs[n]) for n, t in target.items())
+        ]
+        traits = catalog.traits.get(cls)
+        setting = Setting(cls)
+        if traits is not None:
+            setting = Setting(cls, block=traits.block, constants=traits.constants)
+        origin = find(
+            rounded,
+            [t.file.plain(t.match, cls) for t in near],
+            rows,
+            setting,
+            precision,
+            names=[lone_name(t.file) for t in near],
+            preferred=[i for i, t in enumerate(near) if t.file in known],
+            threads=threads,
+            reporter=reporter,
+            task=f"comparing {cls}",
+        )
+        if origin is not None:
+            found[cls] = Merged(origin, tuple(near[i] for i in origin.parents))
+    return found
+
+
 # -- what goes around the components
 
 
@@ -431,7 +523,7 @@ def _base(
         return None, None, {}
     files = list(dict.fromkeys(t.file for t in taken.values()))
     whole = [f for f in files if f.opened.identity.intact and _is(f, architecture, catalog)]
-    if len(files) != 1 or any(t.promoted for t in taken.values()):
+    if len(files) != 1 or any(t.promoted or t.merged for t in taken.values()):
         whole = [f for f in whole if extras]
     for file in whole:
         held = _extras(file)

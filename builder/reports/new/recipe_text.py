@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -18,7 +17,8 @@ from builder.models.metric import NOT_A_NUMBER
 from builder.models.prediction import TYPE, prediction
 from builder.recipe.language import PATH
 from builder.recipe.names import named, numbered, recipe_name
-from builder.reports.new.describe import Draft, File, Taken
+from builder.reports.new.describe import Draft, File, Taken, lone_name
+from builder.reports.new.merge_text import Steps, told
 
 # What a file's metadata says for people; all else, a build says anew.
 SPOKEN = ("title", "author", "description", "license", "tags", "usage_hint")
@@ -30,7 +30,8 @@ TYPES = {"fp16": "FP16", "bf16": "BF16", "fp32": "FP32"}
 def write(draft: Draft, *, folder: Path, catalog: Catalog, name: str | None = None) -> str:
     """The recipe as TOML; files are named relative to `folder`, where the recipe is to lie."""
     page = _Page(draft, folder.absolute(), catalog, name or _lower(draft.model.path))
-    blocks = [page.head(), page.top(), *page.sources(), page.components(), page.output(), page.expect()]
+    blocks = [page.head(), page.top(), *page.sources(), page.steps.lines(), page.components()]
+    blocks += [page.output(), page.expect()]
     return "\n\n".join("\n".join(lines) for b in blocks if (lines := list(b))) + "\n"
 
 
@@ -38,6 +39,7 @@ class _Page:
     def __init__(self, draft: Draft, folder: Path, catalog: Catalog, name: str) -> None:
         self.draft, self.folder, self.catalog, self.name = draft, folder, catalog, name
         self.names = source_names(draft.sources)
+        self.steps = Steps(draft, self.names, catalog)
 
     def head(self) -> Iterator[str]:
         """What was recognised, as comments."""
@@ -48,8 +50,9 @@ class _Page:
         )
         if d.tensor_digest is not None:
             same = ": a build makes the very same tensors" if d.faithful else ""
-            yield comment(f"Every component is that of a known file{same}.")
-        elif d.searched:
+            merge = " or a merge of such" * any(t.merged for t in d.taken.values())
+            yield comment(f"Every component is that of a known file{merge}{same}.")
+        elif d.searched and d.unexplained:
             yield comment(f"Not explained by any known file: {', '.join(d.unexplained)}.")
         model = self.catalog.known.model(d.metric.text)
         if model:
@@ -82,7 +85,7 @@ class _Page:
         if d.base is None:
             yield f"base = {toml(f'NEW {d.architecture.name}')}"
         else:
-            mine = [t for t in d.taken.values() if t.file is d.base and not t.promoted]
+            mine = [t for t in d.taken.values() if t.file is d.base and not (t.promoted or t.merged)]
             yield aligned([(f"base = {toml(self.source(d.base))}", self.why(mine))])[0]
         if len(d.fixes) == 1:
             (fix, why), *_ = d.fixes.items()
@@ -119,14 +122,19 @@ class _Page:
         rows = [
             (f"{cls} = {self.pick(t)}", self.why([t]))
             for cls, t in d.taken.items()
-            if t.file is not d.base or t.promoted
+            if t.file is not d.base or t.promoted or t.merged
         ]
+        for cls in d.unexplained:
+            if cls in d.merges:
+                yield from told(cls, d.merges[cls])
         if rows:
             yield "[components]"
             yield from aligned(rows)
 
     def pick(self, taken: Taken) -> str:
         """What fills a slot."""
+        if taken.merged:
+            return toml(self.steps.name(taken.cls))
         name = toml(self.source(taken.file))
         component = toml(taken.match.component.name)
         return f"{{ from = {name}, component = {component} }}" if taken.promoted else name
@@ -139,6 +147,8 @@ class _Page:
         words = {
             "exact": "the same to the last bit",
             "rounded": f"the same after rounding to {rounded}",
+            "merged": "the same to the last bit",
+            "near": "the same but for rounding",
             "": "",
         }
         for how, word in words.items():
@@ -193,8 +203,9 @@ class _Page:
         """What must hold of the product."""
         d = self.draft
         parts = (d.metric.unet, d.metric.vae, d.metric.clip)
-        told = any(p.isdigit() for p in parts) and NOT_A_NUMBER not in parts
-        metric = d.metric.text if told else None
+        known = any(p.isdigit() for p in parts) and NOT_A_NUMBER not in parts
+        near = any(t.how == "near" for t in d.taken.values())  # whose last digits may be others
+        metric = d.metric.text if known and not near else None
         if metric or d.tensor_digest:
             yield "[expect]"
         if metric:
@@ -216,11 +227,8 @@ def source_names(files: Sequence[File]) -> dict[File, str]:
     """A name for each file after its own, all different."""
     names: dict[File, str] = {}
     for file in files:
-        name = re.sub(r"[^a-z0-9_-]+", "-", recipe_name(file.path).lower()).strip("-") or "model"
-        parts = [m.component.cls.partition("-")[0].lower() for m in file.opened.identity.matches]
-        if len(parts) == 1 and parts[0] not in name:
-            name = f"{name}-{parts[0]}"
-        unique, number = name, 2
+        name, number = lone_name(file), 2
+        unique = name
         while unique in names.values():
             unique, number = f"{name}-{number}", number + 1
         names[file] = unique
