@@ -22,6 +22,7 @@ from builder.build.verify import ONLY_HEADER, examine
 from builder.formats.hashes import sha256_file
 from builder.formats.open import files_of
 from builder.formats.write_sharded import SUFFIX
+from builder.plan.metadata import moment_of
 from builder.recipe import Recipe
 from builder.recipe.lock import MAX_SIZE as MAX_LOCK
 from builder.recipe.lock import Lock, differences, read_lock
@@ -52,6 +53,11 @@ class Statements:
     key: PrivateKey | None = None
     moment: datetime | None = None
     began: datetime = field(default_factory=_now)
+
+    @classmethod
+    def of(cls, workspace: Workspace, key: PrivateKey | None) -> Statements:
+        """Those of a build that begins now; raises UsageError where SOURCE_DATE_EPOCH is no time."""
+        return cls(key, moment_of(workspace.settings.environment))
 
     def check(self, outputs: Iterable[Path]) -> None:
         """Raise OutputError where the statement of an output would take the place of something else."""

@@ -106,6 +106,9 @@ def examine(
             bare = component_digest({b: rows[full] for b, full in match.whole.items()})
             if locked is not None and bare != locked.blake3:
                 differ.append(f"{locked.cls}: expected {locked.blake3[:12]}…, found {bare[:12]}…")
+        there = {match.component.cls for match in identity.matches}
+        gone = [c for c in (lock.components if lock else ()) if c.output == output and c.cls not in there]
+        differ += [f"{c.cls}: expected {c.blake3[:12]}…, found none" for c in gone]
         digest = component_digest(rows)
         text = metric.text if metric != Metric() else ""
         return Built(output, path, sha256, checkpoint.size, digest, text, "unchanged"), differ

@@ -23,7 +23,6 @@ from builder.cli.options import (
     recipe_argument,
 )
 from builder.plan import Plan, explain
-from builder.plan.metadata import moment_of
 from builder.toolkit.command_recipe import place_of
 from builder.toolkit.made import note_changes, note_left_out, note_steps, to_json, to_text
 
@@ -78,8 +77,7 @@ def command(
             note_steps(plan, workspace.reporter)
 
         read = workspace.recipe(recipe, lock_place(lock, no_lock))
-        moment = moment_of(workspace.settings.environment)
-        statements = Statements(key, moment) if statement or key is not None else None
+        statements = Statements.of(workspace, key) if statement or key is not None else None
         made = build_recipe(
             workspace,
             read,

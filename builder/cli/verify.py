@@ -55,7 +55,7 @@ def command(
             raise UsageError(Problem("`--key` is of a statement", hint="`--statement FILE` names it"))
     elif recipe is not None and file is None and recipe.suffix != ".toml":
         recipe, file = None, recipe
-    with open_workspace(quiet, outside=outside) as workspace:
+    with open_workspace(quiet, offline=statement is not None, outside=outside) as workspace:
         read = workspace.recipe(recipe, where) if recipe is not None else None
         if statement is not None:
             public = PublicKey.read(key, "--key") if key is not None else None

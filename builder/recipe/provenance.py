@@ -90,9 +90,10 @@ class Statement:
 
 
 def _source(name: str, source: LockedSource) -> dict[str, Any]:
+    uri = {"uri": source.resolved} if source.resolved and not source.resolved.startswith("file:") else {}
     return {
         "name": name,
-        **({"uri": source.resolved} if source.resolved else {}),
+        **uri,
         "digest": {"sha256": source.sha256},
         "annotations": {"requested": source.requested, **({"size": source.size} if source.size else {})},
     }

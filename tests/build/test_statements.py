@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from builder.base.dsse import PrivateKey, pae, seal
-from builder.recipe.provenance import MAX_SIZE, PAYLOAD
+from builder.recipe.provenance import MAX_SIZE, PAYLOAD, read_statement
 from tests.help import keys, special_files
 from tests.help.building import RECIPE, Folder, files, model, save
 from tests.help.recipe_words import golden
@@ -99,9 +99,11 @@ def test_the_same_everywhere_but_for_times(folder: Folder) -> None:
 
 
 def test_it_is_left_alone_while_it_says_the_same(stated: Folder) -> None:
-    before = (stated / STATEMENT).stat()
+    before, text = (stated / STATEMENT).stat(), (stated / STATEMENT).read_bytes()
     assert stated.build("tiny.toml", "--statement")["outputs"][0]["state"] == "unchanged"
-    assert (stated / STATEMENT).stat() == before
+    after = (stated / STATEMENT).stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    assert b"startedOn" in text and (stated / STATEMENT).read_bytes() == text
     data = said(stated)
     data["predicate"]["runDetails"]["metadata"]["invocationId"] = "planted"
     (stated / STATEMENT).write_text(json.dumps(data, indent=2) + "\n")
@@ -216,6 +218,8 @@ def test_another_component_is_named(stated: Folder) -> None:
     text = told.err.replace(str(other.path), "…")
     assert golden(GOLDEN / "statement-component.txt", text) == text
     assert "VAE-tiny: expected" in text and "UNET-tiny" not in text
+    told = stated("verify", "--statement", STATEMENT, "vae.safetensors")
+    assert told.code == 7 and "UNET-tiny: expected 5a061e68ebf2…, found none" in told.err
 
 
 def test_another_recipe_is_named(stated: Folder) -> None:
@@ -476,6 +480,51 @@ def test_what_is_no_statement_is_refused(name: str, stated: Folder) -> None:
     told = stated("verify", "--statement", STATEMENT)
     assert told.code == 6 and told.out == "" and "is no statement of provenance" in told.err
     assert "\x1b" not in told.err and "Traceback" not in told.err
+
+
+ODD: tuple[Any, ...] = (
+    None,
+    [],
+    {},
+    "",
+    0,
+    -1,
+    True,
+    1.5,
+    1 << 80,
+    "\x1b[31m",
+    "../x",
+    [[]],
+    {"sha256": 1},
+    [None],
+)
+
+
+def _places(data: Any, at: tuple[str | int, ...] = ()) -> list[tuple[str | int, ...]]:
+    """Every place in a value of JSON but the whole."""
+    inner = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
+    return [place for key, value in inner for place in ((*at, key), *_places(value, (*at, key)))]
+
+
+def test_anything_anywhere_is_read_or_refused(stated: Folder) -> None:
+    """Each field in turn holds what it never should: nothing but a message comes of it."""
+    whole, accepted = said(stated), 0
+    for place in _places(whole):
+        for odd in ODD:
+            data = json.loads(json.dumps(whole))
+            _set(*place, to=odd)(data)
+            try:
+                read_statement(data)
+            except ValueError as error:
+                assert str(error).isprintable()
+                continue
+            accepted += 1
+            if accepted % 20 == 0:
+                stated.write(STATEMENT, json.dumps(data))
+                for words in ((), ("tiny.toml",)):
+                    told = stated("verify", *words, "--statement", STATEMENT)
+                    assert told.code in (0, 6, 7) and "Traceback" not in told.err and "\x1b" not in told.err
+    assert accepted > 100, "what others may add is passed over"
 
 
 DEEP = 100_000
