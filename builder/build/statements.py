@@ -26,7 +26,7 @@ from builder.plan.metadata import moment_of
 from builder.recipe import Recipe
 from builder.recipe.lock import MAX_SIZE as MAX_LOCK
 from builder.recipe.lock import Lock, differences, read_lock
-from builder.recipe.names import SINGLE, form_of
+from builder.recipe.names import SINGLE, form_of, named
 from builder.recipe.provenance import (
     MAX_SIZE,
     PAYLOAD,
@@ -61,7 +61,7 @@ class Statements:
 
     def check(self, outputs: Iterable[Path]) -> None:
         """Raise OutputError where the statement of an output would take the place of something else."""
-        for path in map(statement_path, outputs):
+        for path in filter(os.path.lexists, map(statement_path, outputs)):
             try:
                 _open(path, follow=False)
             except FileNotFoundError:
@@ -174,8 +174,8 @@ def verify_statement(
     found = {}
     for name, place in places.items():
         if not os.path.lexists(place):
-            hint = f"name the file that it is of: `ckpt verify --statement {path} FILE`"
-            raise SourceError(Problem(f"there is no `{place}`", evidence=(f"`{path}` is of it",), hint=hint))
+            hint = f"`ckpt verify --statement {path} FILE` names it" if file is None else None
+            raise SourceError(Problem(f"there is no `{place}`, which the statement is of", hint=hint))
         found[name] = sha256_file(place, reporter=workspace.reporter).sha256
     if found != statement.subjects:
         problems.append(_other_files(statement, found, _main(statement, places), workspace))
@@ -221,8 +221,9 @@ def _check_signed(path: Path, envelope: Envelope | None, key: PublicKey) -> None
 
 def _places(statement: Statement, path: Path, file: Path | None, workspace: Workspace) -> dict[str, Path]:
     """Where each file of an output lies; raises SourceError where a link leads out of their folder."""
-    if file is not None and len(statement.subjects) == 1:
-        return dict.fromkeys(statement.subjects, file)
+    if file is not None and len(statement.subjects) == 1 and "/" not in next(iter(statement.subjects)):
+        return dict.fromkeys(statement.subjects, file)  # which may have any name, and be a link
+    file = named(file) if file is not None else None
     folder = path.parent if file is None else file.parent
     places = {}
     for name in statement.subjects:

@@ -178,6 +178,8 @@ def test_a_folder_of_diffusers(tmp_path: Path) -> None:
     folder.write("renamed/unet/more.bin", "more")
     told = folder("verify", "--statement", "model.intoto.json", "renamed/")
     assert told.code == 0 and "says nothing of `unet/more.bin`" in told.err
+    inside = replace(folder, path=folder / "renamed")
+    assert inside("verify", "--statement", "../model.intoto.json", ".").code == 0
     config = folder / "renamed" / "unet" / "config.json"
     config.write_text(config.read_text().replace("4", "5", 1))
     told = folder("verify", "--statement", "model.intoto.json", "renamed")
@@ -587,6 +589,20 @@ def test_a_subject_does_not_lead_out(stated: Folder, tmp_path: Path) -> None:
     (stated / "tiny.safetensors").unlink()
     (stated / "tiny.safetensors").symlink_to(tmp_path / "outside.safetensors")
     assert stated("verify", "--statement", STATEMENT, "tiny.safetensors").code == 0
+
+
+@pytest.mark.parametrize("name", ["a/b/c", "a/model.safetensors.index.json", "a"])
+def test_a_folder_that_is_none(name: str, stated: Folder) -> None:
+    """Whatever a statement says that an output is, and whatever is named as that."""
+    data = said(stated)
+    data["subject"][0]["name"] = name
+    data["predicate"]["buildDefinition"]["externalParameters"]["container"] = "diffusers"
+    stated.write(STATEMENT, json.dumps(data))
+    stated.write(name, "another")
+    for file in ("vae.safetensors", "a", "a/", ".", "..", "", "/", "none"):
+        told = stated("verify", "--statement", STATEMENT, file)
+        assert told.code in ((2,) if not file else (6, 7)) and "Traceback" not in told.err, file
+    assert stated("verify", "--statement", STATEMENT).code == 7
 
 
 def test_many_files_that_are_not_there(stated: Folder) -> None:
