@@ -86,13 +86,12 @@ class Statements:
         return found
 
     def _says(self, path: Path, statement: Statement) -> bool:
-        """Whether just this is there already, but for its times, and signed as it is to be."""
+        """Whether just this is there already, but for its times, and signed if it is to be."""
         try:
             there = _open(path, self.key.public if self.key is not None else None, follow=False)
         except (FileNotFoundError, SourceError):
             return False
-        same = replace(statement, times=there.statement.times).to_text().encode() == there.text
-        return same and there.signed == (self.key is not None)
+        return replace(statement, times=there.statement.times).to_text().encode() == there.text
 
     def _put(self, path: Path, statement: Statement) -> None:
         data = statement.to_text().encode()
