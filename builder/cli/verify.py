@@ -12,12 +12,14 @@ from builder.build import verify
 from builder.build.statements import verify_statement
 from builder.cli.options import (
     FILE,
+    json_option,
     lock_place,
     locking,
     open_workspace,
     outside_option,
     quiet_option,
 )
+from builder.cli.terminal import out
 from builder.workspace import Workspace, find_lock
 
 
@@ -30,6 +32,7 @@ from builder.workspace import Workspace, find_lock
 )
 @locking
 @outside_option
+@json_option
 @quiet_option
 def command(
     recipe: Path | None,
@@ -60,14 +63,19 @@ def command(
         if statement is not None:
             public = PublicKey.read(key, "--key") if key is not None else None
             done = verify_statement(statement, workspace, key=public, recipe=read, file=file)
-            files, said = done.files, f"statement {statement}, {_signed(done.signed, public, workspace)}"
+            files, said = done.files, f"statement  {statement}, {_signed(done.signed, public, workspace)}"
+            told = {
+                "path": str(statement),
+                "signed": done.signed,
+                "key": public.id if public is not None else None,
+            }
         else:
             assert read is not None
-            files, said = verify(read, find_lock(read), file, workspace), ""
-    for path, sha256 in files.items():
-        click.echo(f"verified  {printable(str(path))}\n          sha256 {sha256}")
-    if said:
-        click.echo(printable(said))
+            files, said, told = verify(read, find_lock(read), file, workspace), "", None
+    lines = [f"verified  {printable(str(path))}\n  sha256 {sha256}" for path, sha256 in files.items()]
+    lines += [printable(said)] * bool(said)
+    data = [{"path": str(path), "sha256": sha256} for path, sha256 in files.items()]
+    out().result({"files": data, "statement": told}, "\n".join(lines))
     return ExitCode.DONE
 
 

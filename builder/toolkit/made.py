@@ -42,10 +42,10 @@ def to_text(made: Build) -> str:
         metric = f"  ({b.metric})" if b.metric else ""
         lines += [
             f"{b.state:<9}  {printable(str(b.path))}  {human_bytes(b.size)}{metric}",
-            f"           sha256 {b.sha256}",
+            f"  sha256 {b.sha256}",
         ]
         if b.statement is not None:
-            lines.append(f"           statement {printable(b.statement.name)}")
+            lines.append(f"  statement {printable(b.statement.name)}")
     return "\n".join(lines)
 
 

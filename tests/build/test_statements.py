@@ -192,8 +192,8 @@ def test_a_folder_of_diffusers(tmp_path: Path) -> None:
 def test_the_right_file(stated: Folder) -> None:
     told = stated("verify", "--statement", STATEMENT)
     digest = hashlib.sha256((stated / "tiny.safetensors").read_bytes()).hexdigest()
-    assert told.code == 0 and told.out.startswith(f"verified  tiny.safetensors\n          sha256 {digest}\n")
-    assert told.out.endswith(f"statement {STATEMENT}, unsigned\n")
+    assert told.code == 0 and told.out.startswith(f"verified  tiny.safetensors\n  sha256 {digest}\n")
+    assert told.out.endswith(f"statement  {STATEMENT}, unsigned\n")
     assert stated("verify", "tiny.toml", "--statement", STATEMENT).code == 0
     (stated / "tiny.safetensors").rename(stated / "renamed.safetensors")
     assert stated("verify", "--statement", STATEMENT).code == 6
@@ -282,6 +282,8 @@ def test_a_signed_one(folder: Folder) -> None:
     assert envelope["signatures"][0]["keyid"] == hashlib.sha256(keys.der()).hexdigest()
     told = folder("verify", "--statement", STATEMENT, "--key", pub)
     assert told.code == 0 and told.err == "" and "signed with the key" in told.out
+    data = folder("verify", "--statement", STATEMENT, "--key", pub, "--json").json
+    assert data["statement"] == {"path": STATEMENT, "signed": True, "key": envelope["signatures"][0]["keyid"]}
     line = keys.public_line(folder / "line")
     assert folder("verify", "tiny.toml", "--statement", STATEMENT, "--key", line).code == 0
 
