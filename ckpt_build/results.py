@@ -187,7 +187,7 @@ class Output:
 
     `size` is in bytes, of all files of a set or a folder. `sha256` is that of the file, in hex, or the one
     over the files of a set; `tensor_digest` the BLAKE3-256 over names, dtypes, shapes and contents of its
-    tensors. `metric` is None where there is none.
+    tensors. `metric` is None where there is none, as is `statement`, where its provenance was written.
     """
 
     name: str
@@ -197,6 +197,7 @@ class Output:
     sha256: str
     tensor_digest: str
     metric: str | None
+    statement: Path | None = None
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+from builder.base.dsse import PrivateKey, PublicKey
 from builder.base.toml import escaped
 from builder.build import Build, build_recipe, verify
+from builder.build.statements import Statements, verify_statement
 from builder.formats import open_checkpoint
 from builder.models.catalog import Catalog, load_catalog
 from builder.models.parts import find_part, slot_of
@@ -223,6 +225,8 @@ class Workspace:
         locked: bool = False,
         partial: bool = False,
         check: bool = False,
+        statement: bool = False,
+        sign: str | Path | None = None,
         threads: int | None = None,
         progress: OnProgress | None = None,
         cancel: threading.Event | None = None,
@@ -233,13 +237,15 @@ class Workspace:
         folder in diffusers' layout, a string that ends in `/` one to have the file in. Of a recipe that is a
         file the lock beside it is read and written, but for `lock=False`; `locked` fails rather than change
         it. With `partial`, parts of files that are elsewhere are fetched on the lock's word; with `check`,
-        everything is made a second time without the store, and compared. The bytes are the same with any
-        number of `threads`.
+        everything is made a second time without the store, and compared. With `statement` a statement of
+        provenance is written beside each output, signed where `sign` names the file of an Ed25519 key. The
+        bytes are the same with any number of `threads`.
 
         Raises RecipeError, LockError, FetchError, SourceError, OutputError (also for an expectation that is
-        missed), UnreproducibleError, Cancelled; then every output is as it was, but those that were finished
-        before.
+        missed), UnreproducibleError, UsageError (for a key that is none), Cancelled; then every output is as
+        it was, but those that were finished before.
         """
+        key = PrivateKey.read(Path(sign), "sign") if sign is not None else None
         with self._work(progress, cancel) as (inner, sources, listener):
             made = build_recipe(
                 inner,
@@ -250,6 +256,7 @@ class Workspace:
                 partial=partial,
                 check=check,
                 threads=threads,
+                statements=Statements.of(inner, key) if statement or key is not None else None,
             )
             return _result(made, listener)
 
@@ -261,6 +268,26 @@ class Workspace:
         with self._work(None, None) as (inner, *_):
             there = Path(file) if file is not None else None
             return verify(recipe.inner, find_lock(recipe.inner), there, inner)
+
+    def verify_statement(
+        self,
+        statement: str | Path,
+        file: str | Path | None = None,
+        *,
+        recipe: Recipe | None = None,
+        key: str | Path | None = None,
+    ) -> Mapping[Path, str]:
+        """Hold the files beside a statement of provenance, or `file`, to it, and it to a recipe and its lock.
+
+        `key` is the file of the public key that it must be signed with. Gives the SHA-256 of each file.
+        Raises SourceError where it is no statement, or not signed so, OutputError where something is not as
+        it says, UsageError for a key that is none.
+        """
+        public = PublicKey.read(Path(key), "key") if key is not None else None
+        there = Path(file) if file is not None else None
+        with self._work(None, None) as (inner, *_):
+            read = recipe.inner if recipe is not None else None
+            return verify_statement(Path(statement), inner, key=public, recipe=read, file=there).files
 
     # -- the model toolkit, each a recipe that is made on the spot
 
@@ -479,7 +506,7 @@ def _node(node: PlanNode, sources: Sources) -> Node:
 def _result(made: Build, listener: Listener) -> Result:
     return Result(
         tuple(
-            Output(b.name, b.path, b.state, b.size, b.sha256, b.tensor_digest, b.metric or None)
+            Output(b.name, b.path, b.state, b.size, b.sha256, b.tensor_digest, b.metric or None, b.statement)
             for b in made.outputs
         ),
         tuple(sorted(made.made)),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from builder.base.errors import Problem
@@ -13,7 +15,8 @@ from builder.recipe import Output, Recipe
 class Built(NamedTuple):
     """An output as it is: `state` is `written` or `unchanged`, digests are hex, `metric` empty for none.
 
-    `autov3` has 64 digits, or none where nobody expects it.
+    `autov3` has 64 digits, or none where nobody expects it. `files` is the SHA-256 of a folder's files that
+    hold no tensors, by path in it. `statement` is where one of it was written.
     """
 
     name: str
@@ -24,6 +27,8 @@ class Built(NamedTuple):
     metric: str
     state: str
     autov3: str = ""
+    files: Mapping[str, str] = MappingProxyType({})
+    statement: Path | None = None
 
 
 def missed(recipe: Recipe, output: Output, made: Built) -> list[Problem]:

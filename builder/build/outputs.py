@@ -156,7 +156,7 @@ class Assembly:
         if state != "unchanged" or not self._has_all(fact.files):
             return None
         known_as = (fact.sha256, fact.size, fact.tensor_digest, fact.metric)
-        built = Built(job.output.name, job.target, *known_as, "unchanged", self._autov3(fact))
+        built = Built(job.output.name, job.target, *known_as, "unchanged", self._autov3(fact), fact.files)
         for key, source in context.source_nodes(job.inputs):
             if context.sources.is_open(source):
                 context.settle(key, source)
@@ -314,12 +314,13 @@ class Assembly:
             metric_text(digits, self._catalog.scales),
             "written",
             written.autov3 or "",
+            self._configs(written),
         )
         self.parts_of.check(self.node, made)
         self._hold(built, made)
         if self.naming is not None:
             built = built._replace(path=self.naming(built))
-        if self._is_there(built) and self._has_all(self._configs(written)):
+        if self._is_there(built) and self._has_all(built.files):
             built = built._replace(state="unchanged")
         self._product = Product(built, made, tuple(p.key for p in parts if p.computed))
         return built.path if built.state == "written" else None
@@ -420,7 +421,7 @@ class Assembly:
         if all(context.action(p.key) for p in parts) and (sha256 is not None or self.base is None):
             key = assembly_key(job, {c: m.digest for c, m in product.parts.items()}, rows)
             known_as = (built.sha256, built.size, built.tensor_digest, built.metric)
-            note_output(store, key, KnownOutput(*known_as, self._configs(written), built.autov3))
+            note_output(store, key, KnownOutput(*known_as, built.files, built.autov3))
 
     def _keep(self, made: Made, source: str, names: Names) -> None:
         """Have the bytes of a component kept by the store, from what was written."""

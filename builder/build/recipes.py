@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -12,10 +13,12 @@ from builder.base.disk import check_place, making_folders
 from builder.base.errors import CkptError, OutputError, Problem, UnreproducibleError
 from builder.build.carry_out import Build, build
 from builder.build.outputs import Naming
+from builder.build.statements import Statements
 from builder.plan import OutputJob, Plan
 from builder.recipe import Output, Recipe
 from builder.recipe.lock import Lock, differences, write_lock
 from builder.recipe.names import form_of
+from builder.recipe.provenance import statement_path
 from builder.sources.have import telling_all
 from builder.sources.job import SourceJob
 from builder.sources.opened import NotPinned, Sources
@@ -39,8 +42,9 @@ def build_recipe(
     explained: bool = False,
     threads: int | None = None,
     before: Callable[[Plan], object] = lambda plan: None,
+    statements: Statements | None = None,
 ) -> Build:
-    """Build a recipe, and write its lock unless `locked`.
+    """Build a recipe, and write its lock unless `locked`, and `statements` of its outputs beside them.
 
     What changes in the lock is said, all of it if `explained`. `place` says where outputs go, and in which
     form, if not as the recipe says; `before` sees the plan before anything is made; with `check` everything
@@ -50,13 +54,20 @@ def build_recipe(
     if not locked and recipe.lock is not None and (lock is None or lock.recipe != recipe.digest):
         with _elsewhere():
             check_place(recipe.lock)
+
+    def first(plan: Plan) -> None:
+        if statements is not None:
+            jobs = [node.job for node in plan.outputs()]
+            statements.check(job.target for job in jobs if isinstance(job, OutputJob))
+        before(plan)
+
     made = _built(
         workspace,
         recipe,
         sources,
         lock,
         place,
-        before,
+        first,
         lambda plan: build(
             plan,
             sources,
@@ -72,6 +83,14 @@ def build_recipe(
         _check(workspace, recipe, made, place, threads)
     if not locked:
         _write_lock(workspace, recipe, lock, made, place, explained)
+    if statements is not None:
+        with standing(*(b.path for b in made.outputs)):
+            assert made.lock is not None
+            made.outputs = statements.write(recipe, made.lock, made.outputs, workspace)
+    else:
+        for path in (statement_path(b.path) for b in made.outputs if b.state == "written"):
+            if os.path.lexists(path):
+                workspace.reporter.note(f"`{path}` is of what was there before: `--statement` writes it anew")
     workspace.tidy()
     return made
 

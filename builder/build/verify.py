@@ -25,6 +25,8 @@ from builder.workspace import Workspace
 if TYPE_CHECKING:
     from builder.models.catalog import Catalog
 
+ONLY_HEADER = "every tensor is as it should be: only the header differs"
+
 
 def verify(recipe: Recipe, lock: Lock | None, file: Path | None, workspace: Workspace) -> dict[Path, str]:
     """The SHA-256 of every verified file, by path; reads each of them whole, whatever is remembered.
@@ -58,7 +60,7 @@ def verify(recipe: Recipe, lock: Lock | None, file: Path | None, workspace: Work
         if locked is not None and sha256 == locked.sha256 and not output.expect.metric:
             made = Built(output.name, path, sha256, locked.size, locked.tensor_digest, "", "unchanged")
         else:
-            made, differ = _examine(output, path, sha256, lock, workspace.catalog, workspace.reporter)
+            made, differ = examine(output.name, path, sha256, lock, workspace.catalog, workspace.reporter)
             if locked is not None and sha256 != locked.sha256:
                 problems.append(_other(path, locked, made, differ))
         if output.expect.autov3 is not None and not several:
@@ -82,10 +84,10 @@ def _chosen(recipe: Recipe, file: Path | None) -> list[Output]:
     return named
 
 
-def _examine(
-    output: Output, path: Path, sha256: str, lock: Lock | None, catalog: Catalog, reporter: Reporter
+def examine(
+    output: str, path: Path, sha256: str, lock: Lock | None, catalog: Catalog, reporter: Reporter
 ) -> tuple[Built, list[str]]:
-    """What a file is, and its components that are not those of the lock, in words."""
+    """What a file is, and its components that are not those of the lock, in words; raises SourceError."""
     with open_checkpoint(path, catalog.layouts) as checkpoint:
         identity = identify(checkpoint, catalog)
         groups = counted({m.component.cls: m.whole for m in identity.matches}, catalog)
@@ -100,17 +102,20 @@ def _examine(
         metric = label(found.histograms, catalog.scales)
         differ = []
         for match in identity.matches:
-            locked = lock.component(output.name, match.component.cls) if lock is not None else None
+            locked = lock.component(output, match.component.cls) if lock is not None else None
             bare = component_digest({b: rows[full] for b, full in match.whole.items()})
             if locked is not None and bare != locked.blake3:
                 differ.append(f"{locked.cls}: expected {locked.blake3[:12]}…, found {bare[:12]}…")
+        there = {match.component.cls for match in identity.matches}
+        gone = [c for c in (lock.components if lock else ()) if c.output == output and c.cls not in there]
+        differ += [f"{c.cls}: expected {c.blake3[:12]}…, found none" for c in gone]
         digest = component_digest(rows)
         text = metric.text if metric != Metric() else ""
-        return Built(output.name, path, sha256, checkpoint.size, digest, text, "unchanged"), differ
+        return Built(output, path, sha256, checkpoint.size, digest, text, "unchanged"), differ
 
 
 def _other(path: Path, locked: LockedOutput, made: Built, differ: list[str]) -> Problem:
     evidence = [f"expected SHA-256 {locked.sha256}", f"found    SHA-256 {made.sha256}", *differ]
     if made.tensor_digest == locked.tensor_digest:
-        evidence.append("every tensor is as it should be: only the header differs")
+        evidence.append(ONLY_HEADER)
     return Problem(f"`{path}` is not the file that the lock names", evidence=tuple(evidence))

@@ -6,9 +6,12 @@ from pathlib import Path
 
 import click
 
+from builder.base.dsse import PrivateKey
 from builder.base.errors import ExitCode, Problem, UsageError
 from builder.build import build_recipe
+from builder.build.statements import Statements
 from builder.cli.options import (
+    FILE,
     NAME,
     json_option,
     lock_place,
@@ -32,6 +35,8 @@ from builder.toolkit.made import note_changes, note_left_out, note_steps, to_jso
 @click.option("--frozen", is_flag=True, help="Both --locked and --offline.")
 @click.option("--partial", is_flag=True, help="Fetch only parts of files, on the lock's word.")
 @click.option("--check", is_flag=True, help="Build everything a second time without the store, and compare.")
+@click.option("--statement", is_flag=True, help="Write what each output was made of beside it, for others.")
+@click.option("--sign", type=FILE, metavar="KEY", help="Write that statement, signed with an Ed25519 key.")
 @click.option("--explain", "explained", is_flag=True, help="Say why each step is done or not.")
 @click.option("--threads", type=click.IntRange(1, 256), help="Threads to use; the bytes are the same.")
 @locking
@@ -46,6 +51,8 @@ def command(
     frozen: bool,
     partial: bool,
     check: bool,
+    statement: bool,
+    sign: Path | None,
     explained: bool,
     threads: int | None,
     lock: Path | None,
@@ -56,6 +63,7 @@ def command(
     """Build the files of RECIPE; what is made already is reused, what is unchanged is left alone."""
     if no_lock and (locked or frozen):
         raise UsageError(Problem("`--locked` needs a lock, and `--no-lock` has none"))
+    key = PrivateKey.read(sign, "--sign") if sign is not None else None
     with (
         open_workspace(quiet, offline=offline or frozen, outside=outside) as workspace,
         workspace.sources() as sources,
@@ -70,6 +78,7 @@ def command(
             note_steps(plan, workspace.reporter)
 
         read = workspace.recipe(recipe, lock_place(lock, no_lock))
+        statements = Statements.of(workspace, key) if statement or key is not None else None
         made = build_recipe(
             workspace,
             read,
@@ -81,6 +90,7 @@ def command(
             explained=explained,
             threads=threads,
             before=before,
+            statements=statements,
         )
         note_changes(made, workspace.reporter)
     out().result(to_json(made), to_text(made))

@@ -34,8 +34,8 @@ def canonical(data: Any) -> str:
     return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
 
 
-def date_of(environment: Mapping[str, str]) -> str | None:
-    """The day that SOURCE_DATE_EPOCH says; raises UsageError where that is no time in seconds."""
+def moment_of(environment: Mapping[str, str]) -> datetime | None:
+    """When SOURCE_DATE_EPOCH says that it is; raises UsageError where that is no time in seconds."""
     said = environment.get("SOURCE_DATE_EPOCH", "")
     if not said:
         return None
@@ -43,11 +43,17 @@ def date_of(environment: Mapping[str, str]) -> str | None:
         fact = f"SOURCE_DATE_EPOCH is `{clipped(said, 40)}`, which is no time in whole seconds since 1970"
         raise UsageError(Problem(fact, hint="write digits alone, as in `1700000000`, or unset it"))
     try:
-        return datetime.fromtimestamp(int(said), timezone.utc).strftime("%Y-%m-%d")
+        return datetime.fromtimestamp(int(said), timezone.utc)
     except (ValueError, OverflowError, OSError):
         fact = f"SOURCE_DATE_EPOCH is `{clipped(said, 40)}`, which is beyond the year 9999"
         hint = "it is in seconds since 1970: one in milliseconds is a thousand times too large"
         raise UsageError(Problem(fact, hint=hint)) from None
+
+
+def date_of(environment: Mapping[str, str]) -> str | None:
+    """The day that SOURCE_DATE_EPOCH says; raises as `moment_of`."""
+    moment = moment_of(environment)
+    return moment.strftime("%Y-%m-%d") if moment is not None else None
 
 
 def carried_metadata(checkpoint: Checkpoint) -> dict[str, str]:

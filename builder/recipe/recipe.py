@@ -257,7 +257,7 @@ class Recipe:
     @cached_property
     def digest(self) -> str:
         """SHA-256, in hex, of the meaning as compact JSON with sorted keys."""
-        return _digest(self.meaning())
+        return meaning_digest(self.meaning())
 
     def reached(self, output: Output) -> tuple[set[str], set[str]]:
         """The sources and the steps that an output is made of, near and far."""
@@ -277,22 +277,24 @@ class Recipe:
         near = {n for step in steps for n in self.steps[step].inputs.values()}
         return [n for n in self.sources if n in near & sources]
 
-    def closure(self, output: Output) -> str:
-        """The digest of what the recipe says of one output and of all that it is made of.
+    def meaning_of(self, output: Output) -> dict[str, Any]:
+        """What the recipe says of one output and of all that it is made of, as `meaning`.
 
         Another output of the same recipe is no part of it, nor is a source that this one does not need.
         """
         sources, steps = self.reached(output)
-        return _digest(
-            {
-                "format": FORMAT,
-                "name": self.name,
-                "description": self.description,
-                "sources": {n: self._source(n) for n in sorted(sources)},
-                "steps": {n: self.steps[n].meaning() for n in sorted(steps)},
-                "output": output.meaning(),
-            }
-        )
+        return {
+            "format": FORMAT,
+            "name": self.name,
+            "description": self.description,
+            "sources": {n: self._source(n) for n in sorted(sources)},
+            "steps": {n: self.steps[n].meaning() for n in sorted(steps)},
+            "output": output.meaning(),
+        }
+
+    def closure(self, output: Output) -> str:
+        """The digest of what the recipe means for one output."""
+        return meaning_digest(self.meaning_of(output))
 
     def _source(self, name: str) -> dict[str, Any]:
         """What a source means; of a recipe, the output that is taken."""
@@ -304,6 +306,7 @@ class Recipe:
         return said
 
 
-def _digest(data: Any) -> str:
+def meaning_digest(data: Any) -> str:
+    """SHA-256, in hex, of a meaning as compact JSON with sorted keys."""
     text = json.dumps(data, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()

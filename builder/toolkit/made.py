@@ -26,6 +26,7 @@ def to_json(made: Build) -> dict[str, Any]:
                 "sha256": b.sha256,
                 "tensor_digest": b.tensor_digest,
                 "metric": b.metric or None,
+                "statement": str(b.statement) if b.statement is not None else None,
             }
             for b in made.outputs
         ],
@@ -35,7 +36,7 @@ def to_json(made: Build) -> dict[str, Any]:
 
 
 def to_text(made: Build) -> str:
-    """Two lines an output."""
+    """Two lines an output, and one more of its statement."""
     lines = []
     for b in made.outputs:
         metric = f"  ({b.metric})" if b.metric else ""
@@ -43,6 +44,8 @@ def to_text(made: Build) -> str:
             f"{b.state:<9}  {printable(str(b.path))}  {human_bytes(b.size)}{metric}",
             f"  sha256 {b.sha256}",
         ]
+        if b.statement is not None:
+            lines.append(f"  statement {printable(b.statement.name)}")
     return "\n".join(lines)
 
 

@@ -24,6 +24,7 @@ from ckpt_build import (
     UsageError,
     Workspace,
 )
+from tests.help import keys
 from tests.help.building import VAE, Folder, content, files, model, save, values
 
 
@@ -232,6 +233,7 @@ def test_a_build_says_what_the_command_does(folder: Folder, work: Workspace) -> 
         "sha256": made.output.sha256,
         "tensor_digest": made.output.tensor_digest,
         "metric": made.output.metric,
+        "statement": made.output.statement,
     }
     assert made.output.sha256 == hashlib.sha256(made.output.path.read_bytes()).hexdigest()
     assert "UNET-tiny of dirty" in made.made
@@ -242,6 +244,21 @@ def test_a_build_says_what_the_command_does(folder: Folder, work: Workspace) -> 
     (folder / "tiny.safetensors").write_bytes(b"")
     with pytest.raises(CkptError):
         work.verify(recipe)
+
+
+def test_a_statement_of_provenance(folder: Folder, work: Workspace) -> None:
+    recipe = work.load(folder / "tiny.toml")
+    output = work.build(recipe, statement=True).output
+    assert output.statement == folder / "tiny.safetensors.intoto.json"
+    assert work.verify_statement(output.statement) == {output.path: output.sha256}
+    assert work.verify_statement(output.statement, output.path, recipe=recipe) == {output.path: output.sha256}
+    with pytest.raises(OutputError):
+        work.verify_statement(output.statement, folder / "vae.safetensors")
+    pytest.importorskip("cryptography", reason="`cryptography` is what signs, and is not installed")
+    assert work.build(recipe, sign=keys.private(folder / "key")).output.statement == output.statement
+    assert work.verify_statement(output.statement, key=keys.public(folder / "pub"))
+    with pytest.raises(SourceError):
+        work.verify_statement(output.statement, key=keys.public(folder / "other", keys.OTHER_POINT))
 
 
 def test_where_an_output_goes(folder: Folder, work: Workspace) -> None:

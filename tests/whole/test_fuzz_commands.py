@@ -54,7 +54,10 @@ COMMANDS: tuple[tuple[str, ...], ...] = (
     *(("build", r, "--locked") for r in ("tiny.toml", "outer.toml")),
     ("build", "outer.toml", "--explain", "--json"),
     ("lock", "outer.toml"),
+    ("build", "tiny.toml", "--statement"),
     ("verify", "tiny.toml"),
+    ("verify", "--statement", "tiny.safetensors.intoto.json"),
+    ("verify", "tiny.toml", "--statement", "tiny.safetensors.intoto.json"),
     ("inspect", "tiny.safetensors", "--full"),
     ("inspect", "dirty.ckpt", "--json"),
     ("prune", "dirty.ckpt", "--dry-run"),
@@ -113,13 +116,17 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Folder:
     }.items():
         folder.write(name, text)
     for recipe in ("tiny.toml", "inner.toml", "outer.toml"):
-        folder.build(recipe)
+        folder.build(recipe, "--statement")
     assert folder("extract", "tiny.safetensors", "UNET", "-o", "unet.gguf", "--quantize", "q8_0").code == 0
     return folder
 
 
 def _victims(folder: Folder) -> Iterator[tuple[Path, Mutate]]:
-    for path in (*folder.path.glob("*.toml"), *folder.path.glob("catalog/*.toml")):
+    for path in (
+        *folder.path.glob("*.toml"),
+        *folder.path.glob("catalog/*.toml"),
+        *folder.path.glob("*.json"),
+    ):
         yield path, _text
     for path in sorted(folder.store.rglob("*.json")):
         yield path, _text
