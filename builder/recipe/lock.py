@@ -90,6 +90,13 @@ class Lock:
             outputs={n: o for n, o in self.outputs.items() if n not in outputs},
         )
 
+    def had_as(self, other: Lock) -> Lock:
+        """This, with sources of the same digest had from where another lock says: that changes nothing."""
+        known = {n: s for n, s in self.sources.items() if n in other.sources}
+        same = {n: s for n, s in known.items() if s.sha256 == other.sources[n].sha256}
+        had = {n: replace(s, resolved=other.sources[n].resolved) for n, s in same.items()}
+        return replace(self, sources={**self.sources, **had})
+
     def facts(self) -> Iterator[tuple[str, str]]:
         """Everything that the lock means, as (what, value) pairs in a fixed order."""
         yield "recipe", self.recipe
