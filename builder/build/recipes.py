@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
 from builder.base.disk import check_place, making_folders
-from builder.base.errors import CkptError, OutputError, Problem, UnreproducibleError
+from builder.base.errors import (
+    CkptError,
+    LockError,
+    OutputError,
+    Problem,
+    SourceError,
+    UnreproducibleError,
+)
+from builder.base.progress import SILENT
 from builder.build.carry_out import Build, build
 from builder.build.outputs import Naming
 from builder.plan import OutputJob, Plan
 from builder.recipe import Output, Recipe
-from builder.recipe.lock import Lock, differences, write_lock
+from builder.recipe.lock import Lock, differences, lock_path, write_lock
 from builder.recipe.names import form_of
+from builder.sources.find import hash_files
 from builder.sources.have import telling_all
 from builder.sources.job import SourceJob
 from builder.sources.opened import NotPinned, Sources
@@ -45,32 +55,45 @@ def build_recipe(
     What changes in the lock is said, all of it if `explained`. `place` says where outputs go, and in which
     form, if not as the recipe says; `before` sees the plan before anything is made; with `check` everything
     is built a second time without the store, and compared. All else is as for `build`. Raises CkptError.
+
+    A recipe that was fetched is held to its lock, if that says what comes out; no lock is written for it, and
+    nothing that is there is replaced, but by what `place` says.
     """
-    lock = need_lock(recipe) if locked else find_lock(recipe)
-    if not locked and recipe.lock is not None and (lock is None or lock.recipe != recipe.digest):
+    with _published(recipe) as published:
+        lock = need_lock(recipe) if locked else find_lock(recipe)
+    locked = locked or (published and lock is not None and bool(lock.outputs))
+    written = not locked and not published
+    if written and recipe.lock is not None and (lock is None or lock.recipe != recipe.digest):
         with _elsewhere():
             check_place(recipe.lock)
-    made = _built(
-        workspace,
-        recipe,
-        sources,
-        lock,
-        place,
-        before,
-        lambda plan: build(
-            plan,
+
+    def planned(plan: Plan) -> None:
+        before(plan)
+        if recipe.address is not None and place is None:
+            _check_free(plan, workspace)
+
+    with _published(recipe):
+        made = _built(
+            workspace,
+            recipe,
             sources,
-            threads=threads,
-            locked=lock if locked else None,
-            hashing=hashing,
-            partial=partial,
-            naming=naming,
-            reporter=workspace.reporter,
-        ),
-    )
+            lock,
+            place,
+            planned,
+            lambda plan: build(
+                plan,
+                sources,
+                threads=threads,
+                locked=lock if locked else None,
+                hashing=hashing,
+                partial=partial,
+                naming=naming,
+                reporter=workspace.reporter,
+            ),
+        )
     if check:
         _check(workspace, recipe, made, place, threads)
-    if not locked:
+    if written:
         _write_lock(workspace, recipe, lock, made, place, explained)
     workspace.tidy()
     return made
@@ -99,6 +122,37 @@ def _built(
         except NotPinned as error:
             if not sources.another(error.job):
                 raise
+
+
+@contextmanager
+def _published(recipe: Recipe) -> Iterator[bool]:
+    """Whether a recipe's lock was fetched with it: then say of a LockError how to do without."""
+    published = (
+        recipe.address is not None and recipe.path is not None and recipe.lock == lock_path(recipe.path)
+    )
+    try:
+        yield published
+    except LockError as error:
+        if published:
+            hint = "`--no-lock` builds it without its lock: what comes out is then on nobody's word"
+            error.problems = tuple(replace(p, hint=hint) for p in error.problems)
+        raise
+
+
+def _check_free(plan: Plan, workspace: Workspace) -> None:
+    """Raise OutputError where a stranger's recipe would replace what is in the current folder."""
+    for node in plan.outputs():
+        job = node.job
+        assert isinstance(job, OutputJob)
+        if node.state == "unchanged" or not os.path.lexists(job.target):
+            continue
+        locked = plan.lock.outputs.get(job.output.name) if plan.lock is not None else None
+        with suppress(SourceError):
+            if locked is not None and hash_files(job.target, workspace.store, SILENT) == locked.sha256:
+                continue
+        fact = f"`{job.target}` is there already"
+        hint = "`-o FILE` says where the output goes, and replaces what has that name"
+        raise OutputError(Problem(fact, hint=hint))
 
 
 @contextmanager

@@ -30,7 +30,7 @@ from builder.workspace import find_lock
 @outside_option
 @quiet_option
 def command(
-    recipe: Path,
+    recipe: Path | str,
     form: str | None,
     offline: bool,
     lock: Path | None,

@@ -26,7 +26,7 @@ from builder.workspace import find_lock
 @outside_option
 @quiet_option
 def command(
-    recipe: Path, file: Path | None, lock: Path | None, no_lock: bool, outside: bool, quiet: bool
+    recipe: Path | str, file: Path | None, lock: Path | None, no_lock: bool, outside: bool, quiet: bool
 ) -> int:
     """Compare FILE (or the files that RECIPE makes) with the lock and with what the recipe expects.
 

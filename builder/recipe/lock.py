@@ -16,6 +16,7 @@ from builder.base.addresses import check_address
 from builder.base.disk import write_text
 from builder.base.errors import LockError, Problem, clipped
 from builder.base.files import read_text
+from builder.base.recipe_address import LOCK as LOCK
 from builder.base.toml import parse
 from builder.recipe.language import URL
 from builder.tensors.digests import PROFILE
@@ -23,7 +24,6 @@ from builder.tensors.digests import PROFILE
 VERSION = 1
 MAX_SIZE = 4 << 20  # bytes; a source or a component takes some hundreds
 ANEW = "`ckpt lock` writes it anew"
-LOCK = ".lock.toml"  # ends the name of a lock
 _HEADING = "# What the recipe resolved to. Made by `ckpt`; to be kept beside the recipe, not edited.\n\n"
 
 
