@@ -28,7 +28,7 @@ from builder.recipe.names import form_of
 from builder.sources.find import hash_files
 from builder.sources.have import telling_all
 from builder.sources.job import SourceJob
-from builder.sources.opened import NotPinned, Sources
+from builder.sources.opened import NotPinned, Sources, UnseenError
 from builder.store import Store
 from builder.workspace import Workspace, find_lock, need_lock
 
@@ -110,7 +110,12 @@ def _built(
 ) -> Build:
     """Plan and build; again, where a source had to be had to be seen, or another file was pinned."""
     while True:
-        plan = workspace.plan(recipe, sources, lock, place=place)
+        try:
+            plan = workspace.plan(recipe, sources, lock, place=place)
+        except UnseenError as error:
+            with telling_all(recipe, sources, lock):
+                sources.fetch(error.job)
+            continue
         if plan.unseen:
             with telling_all(recipe, sources, lock):
                 _see(sources, [plan.nodes[k].job for k in plan.unseen])
