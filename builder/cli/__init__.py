@@ -35,6 +35,7 @@ COMMANDS: dict[str, str] = {
     "new": "Write a recipe for files that exist, and find what they are made of.",
     "schema": "Print the JSON Schema of recipes, for editors.",
     "ui": "A page for the browser: see, click, prune, merge, build.",
+    "share": "Write what a page about a model needs: card, hashes, lineage.",
     "store": "The cache of made components: list it, make room, check it.",
     "verify": "Compare a file with its recipe's lock and expectations.",
 }
