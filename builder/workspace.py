@@ -94,7 +94,8 @@ class Workspace:
 
     def __exit__(self, _: object, error: BaseException | None, *__: object) -> None:
         if self._fetched is not None and isinstance(error, CkptError):
-            error.problems = tuple(map(self._fetched.problem, error.problems))
+            locks = isinstance(error, LockError)
+            error.problems = tuple(self._fetched.problem(p, of_lock=locks) for p in error.problems)
         self.close()
 
     def close(self) -> None:

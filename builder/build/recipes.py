@@ -12,7 +12,6 @@ from pathlib import Path
 from builder.base.disk import check_place, making_folders
 from builder.base.errors import (
     CkptError,
-    LockError,
     OutputError,
     Problem,
     SourceError,
@@ -59,10 +58,10 @@ def build_recipe(
     A recipe that was fetched is held to its lock, if that says what comes out; no lock is written for it, and
     nothing that is there is replaced, but by what `place` says.
     """
-    with _published(recipe) as published:
-        lock = need_lock(recipe) if locked else find_lock(recipe)
-    locked = locked or (published and lock is not None and bool(lock.outputs))
-    written = not locked and not published
+    lock = need_lock(recipe) if locked else find_lock(recipe)
+    fetched = recipe.address is not None and recipe.path is not None and recipe.lock == lock_path(recipe.path)
+    locked = locked or (fetched and lock is not None and bool(lock.outputs))
+    written = not locked and not fetched
     if written and recipe.lock is not None and (lock is None or lock.recipe != recipe.digest):
         with _elsewhere():
             check_place(recipe.lock)
@@ -72,25 +71,24 @@ def build_recipe(
         if recipe.address is not None and place is None:
             _check_free(plan, workspace)
 
-    with _published(recipe):
-        made = _built(
-            workspace,
-            recipe,
+    made = _built(
+        workspace,
+        recipe,
+        sources,
+        lock,
+        place,
+        planned,
+        lambda plan: build(
+            plan,
             sources,
-            lock,
-            place,
-            planned,
-            lambda plan: build(
-                plan,
-                sources,
-                threads=threads,
-                locked=lock if locked else None,
-                hashing=hashing,
-                partial=partial,
-                naming=naming,
-                reporter=workspace.reporter,
-            ),
-        )
+            threads=threads,
+            locked=lock if locked else None,
+            hashing=hashing,
+            partial=partial,
+            naming=naming,
+            reporter=workspace.reporter,
+        ),
+    )
     if check:
         _check(workspace, recipe, made, place, threads)
     if written:
@@ -127,21 +125,6 @@ def _built(
         except NotPinned as error:
             if not sources.another(error.job):
                 raise
-
-
-@contextmanager
-def _published(recipe: Recipe) -> Iterator[bool]:
-    """Whether a recipe's lock was fetched with it: then say of a LockError how to do without."""
-    published = (
-        recipe.address is not None and recipe.path is not None and recipe.lock == lock_path(recipe.path)
-    )
-    try:
-        yield published
-    except LockError as error:
-        if published:
-            hint = "`--no-lock` builds it without its lock: what comes out is then on nobody's word"
-            error.problems = tuple(replace(p, hint=hint) for p in error.problems)
-        raise
 
 
 def _check_free(plan: Plan, workspace: Workspace) -> None:

@@ -209,6 +209,7 @@ def test_a_lock_of_sources_alone_pins_them(net: Net, author: Folder) -> None:
     other = reader(net, "other")
     said = other("build", address)
     assert said.code == 6 and "is not what was pinned" in said.err and not files(other.path)
+    assert "`ckpt lock" not in said.err and "`--no-lock`" in said.err
 
 
 def test_a_lock_of_ones_own(net: Net, author: Folder) -> None:

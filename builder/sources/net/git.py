@@ -101,8 +101,9 @@ class Repository:
                     )
         finally:
             if process.poll() is None:
-                with suppress(ProcessLookupError):
+                with suppress(ProcessLookupError, AttributeError):  # not every system has groups
                     os.killpg(process.pid, signal.SIGKILL)  # with the programs that it runs
+                process.kill()
                 process.wait()
         if code:
             raise _failed(self.address, command[0], err)

@@ -34,11 +34,15 @@ Read = Callable[[RecipeAddress, int], bytes | None]
 
 @dataclass(frozen=True)
 class FetchedRecipe:
-    """A recipe that was fetched into `folder`, as the file `path`; `address` is exact where that can be."""
+    """A recipe that was fetched into `folder`, as the file `path`, with its lock if `locked`.
+
+    `address` is exact where that can be.
+    """
 
     address: RecipeAddress
     folder: Path
     path: Path
+    locked: bool = False
 
     def renamed(self, text: str) -> str:
         """A message that names files by their addresses, not by where they were put."""
@@ -61,15 +65,20 @@ class FetchedRecipe:
         }
         return replace(recipe, address=str(here), included=included, sources=sources)
 
-    def problem(self, problem: Problem) -> Problem:
-        """A problem in which files are named by their addresses."""
-        place = problem.place
+    def problem(self, problem: Problem, *, of_lock: bool = False) -> Problem:
+        """A problem in which files are named by their addresses.
+
+        The lock is its author's: no hint is to write it anew, where the problem is one `of_lock` or says so.
+        """
+        place, hint = problem.place, problem.hint
+        if self.locked and (of_lock or "`ckpt lock" in (hint or "")):
+            hint = "`--no-lock` builds it without its lock: what comes out is then on nobody's word"
         return replace(
             problem,
             fact=self.renamed(problem.fact),
             place=place and replace(place, path=self.renamed(place.path)),
             evidence=tuple(map(self.renamed, problem.evidence)),
-            hint=problem.hint and self.renamed(problem.hint),
+            hint=hint and self.renamed(hint),
         )
 
 
@@ -98,6 +107,7 @@ def fetch_recipe(address: RecipeAddress, root: Path, session: Session, *, lock: 
             raise _unfetched(session, where, failure) from None
         if found is not None:
             _put(locks.lock_path(fetched.path), found)
+            fetched = replace(fetched, locked=True)
     try:
         _fetch_named(fetched, read)
     except Failure as failure:
