@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
@@ -15,6 +14,7 @@ from builder.cli.options import (
     quiet_option,
     recipe_argument,
 )
+from builder.cli.terminal import out
 from builder.toolkit.share import share
 
 
@@ -25,9 +25,7 @@ from builder.toolkit.share import share
 @click.option("--threads", type=click.IntRange(1, 256), default=2, help="Threads to use.")
 @json_option
 @quiet_option
-def command(
-    recipe: Path | str, output: Path | None, offline: bool, threads: int, as_json: bool, quiet: bool
-) -> int:
+def command(recipe: Path | str, output: Path | None, offline: bool, threads: int, quiet: bool) -> int:
     """Write a folder with what a page about the model of RECIPE needs.
 
     The recipe, its lock, a model card with front matter (README.md) and the fields that Civitai asks for
@@ -37,11 +35,7 @@ def command(
         raise UsageError(Problem("a recipe is shared from where it was built", hint="name its file"))
     with open_workspace(quiet, offline=offline) as workspace, workspace.sources() as sources:
         shared = share(workspace.recipe(recipe), workspace, sources, output, threads)
-    if as_json:
-        said = {"schema": 1, "folder": str(shared.folder), "files": list(shared.files), "page": shared.fields}
-        click.echo(json.dumps(said, indent=2))
-    else:
-        click.echo(printable(f"made  {shared.folder}"))
-        for name in shared.files:
-            click.echo(printable(f"      {name}"))
+    data = {"folder": str(shared.folder), "files": list(shared.files), "page": shared.fields}
+    lines = [f"made  {shared.folder}", *(f"      {name}" for name in shared.files)]
+    out().result(data, "\n".join(map(printable, lines)))
     return ExitCode.DONE
