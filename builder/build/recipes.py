@@ -56,7 +56,7 @@ def build_recipe(
     is built a second time without the store, and compared. All else is as for `build`. Raises CkptError.
 
     A recipe that was fetched is held to its lock, if that says what comes out; no lock is written for it, and
-    nothing that is there is replaced, but by what `place` says.
+    nothing that is there is replaced.
     """
     lock = need_lock(recipe) if locked else find_lock(recipe)
     fetched = recipe.address is not None and recipe.path is not None and recipe.lock == lock_path(recipe.path)
@@ -68,7 +68,7 @@ def build_recipe(
 
     def planned(plan: Plan) -> None:
         before(plan)
-        if recipe.address is not None and place is None:
+        if recipe.address is not None:
             _check_free(plan, workspace)
 
     made = _built(
@@ -128,7 +128,7 @@ def _built(
 
 
 def _check_free(plan: Plan, workspace: Workspace) -> None:
-    """Raise OutputError where a stranger's recipe would replace what is in the current folder."""
+    """Raise OutputError where a stranger's recipe would replace a file that is another one."""
     for node in plan.outputs():
         job = node.job
         assert isinstance(job, OutputJob)
@@ -139,7 +139,8 @@ def _check_free(plan: Plan, workspace: Workspace) -> None:
             if locked is not None and hash_files(job.target, workspace.store, SILENT) == locked.sha256:
                 continue
         fact = f"`{job.target}` is there already"
-        hint = "`-o FILE` says where the output goes, and replaces what has that name"
+        several = len(plan.recipe.outputs) > 1
+        hint = "build it in another folder" if several else "`-o FILE` gives the output another name"
         raise OutputError(Problem(fact, hint=hint))
 
 

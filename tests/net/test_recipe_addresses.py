@@ -181,8 +181,26 @@ def test_nothing_of_the_users_is_replaced(net: Net, author: Folder) -> None:
     said = here("build", address)
     assert said.code == 7 and "`tiny.safetensors` is there already" in said.err and "`-o FILE`" in said.err
     assert (here / "tiny.safetensors").read_bytes() == b"mine"
-    here.build(address, "-o", "tiny.safetensors")
-    assert (here / "tiny.safetensors").read_bytes() == (author / "tiny.safetensors").read_bytes()
+    for named in ("tiny.safetensors", ".", "./"):
+        assert here("build", address, "-o", named).code == 7
+        assert (here / "tiny.safetensors").read_bytes() == b"mine"
+    here.build(address, "-o", "other.safetensors")
+    assert (here / "other.safetensors").read_bytes() == (author / "tiny.safetensors").read_bytes()
+
+
+def test_several_outputs(net: Net, author: Folder) -> None:
+    text = (author / "tiny.toml").read_text(encoding="utf-8")
+    author.write("tiny.toml", text + '[[output]]\nname = "a"\n[[output]]\nname = "b"\nprecision = "fp32"\n')
+    author.build()
+    address, here = serve(net, author), reader(net)
+    said = here("build", address, "-o", "x.safetensors")
+    assert said.code == 2 and "the folder that one is in" in said.err
+    assert here("build", address).code == 0
+    assert files(here.path) == {"tiny-a.safetensors", "tiny-b.safetensors"}
+    (here / "tiny-b.safetensors").write_bytes(b"mine")
+    said = here("build", address)
+    assert said.code == 7 and "build it in another folder" in said.err
+    assert (here / "tiny-b.safetensors").read_bytes() == b"mine"
 
 
 def test_what_is_there_and_is_what_the_lock_says_stays(net: Net, author: Folder) -> None:
