@@ -85,18 +85,24 @@ class Workspace:
         self.outside = outside
         self.reporter = reporter
         self._session: Session | None = None
-        self._fetched: FetchedRecipe | None = None
-        self._folders = ExitStack()  # of what was fetched
+        self._fetched: list[FetchedRecipe] = []
+        self._folders = ExitStack()  # of those
         self._guard = threading.Lock()
 
     def __enter__(self) -> Workspace:
         return self
 
     def __exit__(self, _: object, error: BaseException | None, *__: object) -> None:
-        if self._fetched is not None and isinstance(error, CkptError):
+        if isinstance(error, CkptError):
             locks = isinstance(error, LockError)
-            error.problems = tuple(self._fetched.problem(p, of_lock=locks) for p in error.problems)
+            error.problems = tuple(self._by_address(p, of_lock=locks) for p in error.problems)
         self.close()
+
+    def _by_address(self, problem: Problem, *, of_lock: bool = False) -> Problem:
+        """A problem that names the files of recipes that were fetched by their addresses."""
+        for fetched in self._fetched:
+            problem = fetched.problem(problem, of_lock=of_lock)
+        return problem
 
     def close(self) -> None:
         """Close what was opened."""
@@ -181,7 +187,8 @@ class Workspace:
             raise UsageError(Problem("`--allow-outside` is for recipes that lie here", hint=hint))
         address = parse_recipe_address(named)
         root = self._folders.enter_context(self.store.scratch())
-        self._fetched = fetched = fetch_recipe(address, root, self.network(), lock=lock)
+        fetched = fetch_recipe(address, root, self.network(), lock=lock)
+        self._fetched.append(fetched)
         if str(fetched.address) != str(address):
             self.reporter.note(f"`{address}` is now `{fetched.address}`, which names it for ever")
         recipe = fetched.addressed(load_recipe(fetched.path, self.catalog))
@@ -205,7 +212,7 @@ class Workspace:
                 if not sources.refuse_others():
                     raise
         for problem in plan.warnings:
-            self.reporter.warn(problem if self._fetched is None else self._fetched.problem(problem))
+            self.reporter.warn(self._by_address(problem))
         return plan
 
 

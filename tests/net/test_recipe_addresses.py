@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from builder.base.addresses import HuggingFace, Web
-from builder.base.errors import CkptError
+from builder.base.errors import CkptError, UsageError
 from builder.base.recipe_address import Git, beside, is_address, parse_recipe_address
 from builder.sources.net import git
 from tests.help.building import Folder, files
@@ -133,6 +136,20 @@ def test_what_is_no_address_of_a_recipe(text: str) -> None:
     with pytest.raises(CkptError) as refused:
         parse_recipe_address(text)
     assert "secret" not in str(refused.value).replace("a secret", "") and "hint" in str(refused.value)
+
+
+@given(
+    st.text(max_size=40)
+    | st.from_regex(r"(hf://|https://|git\+https://)[!-~]{0,40}\.toml(@[!-~]{0,10})?", fullmatch=True)
+    | st.from_regex(r"git\+https://[a-z\[\]:.]{1,8}/[a-z]#[!-~]{1,20}\.toml", fullmatch=True)
+)
+@settings(deadline=None, max_examples=400)
+def test_any_text_is_an_address_of_a_recipe_or_is_refused(text: str) -> None:
+    with suppress(UsageError):
+        address = parse_recipe_address(text)
+        assert parse_recipe_address(str(address)) == address and is_address(str(address))
+        inner = beside(address, "a b/c.toml")
+        assert parse_recipe_address(str(inner)) == inner
 
 
 def test_a_page_of_github_says_where_its_file_is() -> None:

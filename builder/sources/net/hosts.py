@@ -196,16 +196,12 @@ def stated_terms(address: Address, session: Session) -> StatedTerms | None:
         return None
     model = address.model if address.version is None else _number(_version(address, session), "modelId")
     said = _ask(session, f"{session.civitai_endpoint(address.host)}/api/v1/models/{model}", absent=True) or {}
-    commercial, (derivatives, other) = (
-        said.get("allowCommercialUse"),
-        (said.get(key) for key in ("allowDerivatives", "allowDifferentLicense")),
-    )
-    if commercial is None and derivatives is None and other is None:
+    keys = ("allowCommercialUse", "allowDerivatives", "allowDifferentLicense")
+    commercial, derivatives, other = (said.get(key) for key in keys)
+    if not said.keys() & set(keys):
         return None
-    uses = {str(use) for use in (commercial if isinstance(commercial, list) else [commercial])}
-    return StatedTerms(
-        None, bool(uses - {"None", "[]", "{None}", "{}"}), derivatives is not False, other is False
-    )
+    uses = set(re.findall(r"[A-Za-z]+", str(commercial))) - {"None"}  # a list, or one written as a word
+    return StatedTerms(None, bool(uses), derivatives is not False, other is False)
 
 
 def _number(said: dict[str, Any], key: str) -> int:
