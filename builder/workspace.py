@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from builder.base.errors import CkptError, LockError, OutputError, Problem
+from builder.base.errors import CkptError, LockError, OutputError, Problem, UsageError
 from builder.base.progress import SILENT, Reporter
+from builder.base.recipe_address import parse_recipe_address
 from builder.models.catalog import Catalog, load_catalog
 from builder.plan import Plan, make_plan
 from builder.recipe import Recipe, load_recipe
@@ -23,6 +24,7 @@ from builder.store import Store, default_root
 
 if TYPE_CHECKING:
     from builder.sources.net.client import Session
+    from builder.sources.net.recipes import FetchedRecipe
 
 STORE_SIZE = 20_000_000_000  # bytes of blobs and downloads that a store keeps, if nothing else is said
 
@@ -83,13 +85,24 @@ class Workspace:
         self.outside = outside
         self.reporter = reporter
         self._session: Session | None = None
+        self._fetched: list[FetchedRecipe] = []
+        self._folders = ExitStack()  # of those
         self._guard = threading.Lock()
 
     def __enter__(self) -> Workspace:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _: object, error: BaseException | None, *__: object) -> None:
+        if isinstance(error, CkptError):
+            locks = isinstance(error, LockError)
+            error.problems = tuple(self._by_address(p, of_lock=locks) for p in error.problems)
         self.close()
+
+    def _by_address(self, problem: Problem, *, of_lock: bool = False) -> Problem:
+        """A problem that names the files of recipes that were fetched by their addresses."""
+        for fetched in self._fetched:
+            problem = fetched.problem(problem, of_lock=of_lock)
+        return problem
 
     def close(self) -> None:
         """Close what was opened."""
@@ -97,6 +110,7 @@ class Workspace:
             if self._session is not None:
                 self._session.close()
                 self._session = None
+        self._folders.close()
         if "store" in self.__dict__:
             self.store.close()
 
@@ -148,16 +162,40 @@ class Workspace:
                 collect(self.store, STORE_SIZE)
             self.store.grown = 0
 
-    def recipe(self, path: Path, lock: Path | bool = True, *, text: str | None = None) -> Recipe:
+    def recipe(self, path: Path | str, lock: Path | bool = True, *, text: str | None = None) -> Recipe:
         """The recipe of a file, or of `text` in its place; remarks on it are reported. Raises RecipeError.
 
-        `lock` is where its lock lies, True for beside it, False for none.
+        `lock` is where its lock lies, True for beside it, False for none. A string is an address: the recipe
+        is fetched, with the lock beside it. Raises FetchError, UsageError.
         """
-        recipe = load_recipe(path, self.catalog, outside=self.outside, text=text)
+        if isinstance(path, str):
+            recipe = self._recipe_at(path, lock is True)
+        else:
+            recipe = load_recipe(path, self.catalog, outside=self.outside, text=text)
         if lock is not True:
             recipe = replace(recipe, lock=lock or None)
         for note in recipe.notes:
             self.reporter.note(note.fact)
+        return recipe
+
+    def _recipe_at(self, named: str, lock: bool) -> Recipe:
+        """A recipe from its address, which lies in a folder of its own in the store until all is done."""
+        from builder.sources.net.recipes import fetch_recipe
+
+        if self.outside:
+            hint = "leave it out; `CKPT_MODELS` names the folders that its sources may lie in"
+            raise UsageError(Problem("`--allow-outside` is for recipes that lie here", hint=hint))
+        address = parse_recipe_address(named)
+        root = self._folders.enter_context(self.store.scratch())
+        fetched = fetch_recipe(address, root, self.network(), lock=lock)
+        self._fetched.append(fetched)
+        if str(fetched.address) != str(address):
+            self.reporter.note(f"`{address}` is now `{fetched.address}`, which names it for ever")
+        recipe = fetched.addressed(load_recipe(fetched.path, self.catalog))
+        if recipe.lock is not None and not recipe.lock.exists():
+            if lock:
+                self.reporter.note(f"there is no lock beside `{fetched.address}`")
+            return replace(recipe, lock=None)
         return recipe
 
     def plan(self, recipe: Recipe, sources: Sources, lock: Lock | None = None, **options: Any) -> Plan:
@@ -174,7 +212,7 @@ class Workspace:
                 if not sources.refuse_others():
                     raise
         for problem in plan.warnings:
-            self.reporter.warn(problem)
+            self.reporter.warn(self._by_address(problem))
         return plan
 
 
@@ -194,6 +232,8 @@ def need_lock(recipe: Recipe) -> Lock:
     """The lock beside a recipe; raises LockError when there is none."""
     lock = find_lock(recipe)
     if lock is None:
-        where = recipe.lock or recipe.name
-        raise LockError(Problem(f"there is no lock `{where}`", hint="`ckpt build` or `ckpt lock` makes it"))
+        where, hint = recipe.lock or recipe.name, "`ckpt build` or `ckpt lock` makes it"
+        if recipe.address is not None:
+            where, hint = f"beside {recipe.address}", "build it without `--locked`"
+        raise LockError(Problem(f"there is no lock `{where}`", hint=hint))
     return lock

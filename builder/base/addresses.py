@@ -257,12 +257,13 @@ def _hf(text: str, repo: str, revision: str, path: str) -> HuggingFace:
     if not _REPO.fullmatch(repo) or ".." in repo or "--" in repo:
         raise ValueError(f"`{_short(repo)}` is not the name of a Hugging Face repository")
     revision = unquote(revision)
-    if not _safe_path(revision) or not _safe_path(path):
+    if not safe_path(revision) or not safe_path(path):
         raise ValueError(f"`{_short(text)}` has an empty, `.` or `..` part")
     return HuggingFace(repo, path, revision)
 
 
-def _safe_path(path: str) -> bool:
+def safe_path(path: str) -> bool:
+    """Whether a path of a repository is printable and has no empty, `.` or `..` part."""
     return path.isprintable() and "\\" not in path and not {"", ".", ".."} & set(path.split("/"))
 
 

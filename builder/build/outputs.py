@@ -369,7 +369,7 @@ class Assembly:
             return
         now = lock_of(self.context, {self.node.key: Product(built, dict(made))})
         others = {o.name for o in self.context.plan.recipe.outputs} - {self.job.output.name}
-        if changes := differences(self.locked.without(others), now):
+        if changes := differences(self.locked.without(others), now.had_as(self.locked)):
             hint = "`ckpt build` without `--locked` accepts the change"
             raise LockError(Problem("the lock is stale", evidence=tuple(changes), hint=hint))
 

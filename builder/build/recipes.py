@@ -5,23 +5,31 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
 from builder.base.disk import check_place, making_folders
-from builder.base.errors import CkptError, OutputError, Problem, UnreproducibleError
+from builder.base.errors import (
+    CkptError,
+    OutputError,
+    Problem,
+    SourceError,
+    UnreproducibleError,
+)
+from builder.base.progress import SILENT
 from builder.build.carry_out import Build, build
 from builder.build.outputs import Naming
 from builder.build.statements import Statements
 from builder.plan import OutputJob, Plan
 from builder.recipe import Output, Recipe
-from builder.recipe.lock import Lock, differences, write_lock
+from builder.recipe.lock import Lock, differences, lock_path, write_lock
 from builder.recipe.names import form_of
 from builder.recipe.provenance import statement_path
+from builder.sources.find import hash_files
 from builder.sources.have import telling_all
 from builder.sources.job import SourceJob
-from builder.sources.opened import NotPinned, Sources
+from builder.sources.opened import NotPinned, Sources, UnseenError
 from builder.store import Store
 from builder.workspace import Workspace, find_lock, need_lock
 
@@ -49,17 +57,25 @@ def build_recipe(
     What changes in the lock is said, all of it if `explained`. `place` says where outputs go, and in which
     form, if not as the recipe says; `before` sees the plan before anything is made; with `check` everything
     is built a second time without the store, and compared. All else is as for `build`. Raises CkptError.
+
+    A recipe that was fetched is held to its lock, if that says what comes out; no lock is written for it, and
+    nothing that is there is replaced.
     """
     lock = need_lock(recipe) if locked else find_lock(recipe)
-    if not locked and recipe.lock is not None and (lock is None or lock.recipe != recipe.digest):
+    fetched = recipe.address is not None and recipe.path is not None and recipe.lock == lock_path(recipe.path)
+    locked = locked or (fetched and lock is not None and bool(lock.outputs))
+    written = not locked and not fetched
+    if written and recipe.lock is not None and (lock is None or lock.recipe != recipe.digest):
         with _elsewhere():
             check_place(recipe.lock)
 
-    def first(plan: Plan) -> None:
+    def planned(plan: Plan) -> None:
         if statements is not None:
             jobs = [node.job for node in plan.outputs()]
             statements.check(job.target for job in jobs if isinstance(job, OutputJob))
         before(plan)
+        if recipe.address is not None:
+            _check_free(plan, workspace)
 
     made = _built(
         workspace,
@@ -67,7 +83,7 @@ def build_recipe(
         sources,
         lock,
         place,
-        first,
+        planned,
         lambda plan: build(
             plan,
             sources,
@@ -81,7 +97,7 @@ def build_recipe(
     )
     if check:
         _check(workspace, recipe, made, place, threads)
-    if not locked:
+    if written:
         _write_lock(workspace, recipe, lock, made, place, explained)
     if statements is not None:
         with standing(*(b.path for b in made.outputs)):
@@ -106,7 +122,12 @@ def _built(
 ) -> Build:
     """Plan and build; again, where a source had to be had to be seen, or another file was pinned."""
     while True:
-        plan = workspace.plan(recipe, sources, lock, place=place)
+        try:
+            plan = workspace.plan(recipe, sources, lock, place=place)
+        except UnseenError as error:
+            with telling_all(recipe, sources, lock):
+                sources.fetch(error.job)
+            continue
         if plan.unseen:
             with telling_all(recipe, sources, lock):
                 _see(sources, [plan.nodes[k].job for k in plan.unseen])
@@ -118,6 +139,23 @@ def _built(
         except NotPinned as error:
             if not sources.another(error.job):
                 raise
+
+
+def _check_free(plan: Plan, workspace: Workspace) -> None:
+    """Raise OutputError where a stranger's recipe would replace a file that is another one."""
+    for node in plan.outputs():
+        job = node.job
+        assert isinstance(job, OutputJob)
+        if node.state == "unchanged" or not os.path.lexists(job.target):
+            continue
+        locked = plan.lock.outputs.get(job.output.name) if plan.lock is not None else None
+        with suppress(SourceError):
+            if locked is not None and hash_files(job.target, workspace.store, SILENT) == locked.sha256:
+                continue
+        fact = f"`{job.target}` is there already"
+        several = len(plan.recipe.outputs) > 1
+        hint = "build it in another folder" if several else "`-o FILE` gives the output another name"
+        raise OutputError(Problem(fact, hint=hint))
 
 
 @contextmanager

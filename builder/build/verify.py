@@ -46,9 +46,9 @@ def verify(recipe: Recipe, lock: Lock | None, file: Path | None, workspace: Work
                     "`ckpt build` makes the lock",
                 )
             )
-        path = file or (recipe.path.parent if recipe.path else Path()) / output.file
+        path = file or recipe.target(output)
         if not os.path.lexists(path):
-            which = f"`ckpt build {recipe.path}`" if file is None and recipe.path is not None else ""
+            which = f"`ckpt build {recipe.address or recipe.path}`" if file is None and recipe.path else ""
             hint = f"{which} makes it" if which else None
             raise SourceError(Problem(f"there is no `{path}`", hint=hint))
         several = path.is_dir() or path.name.endswith(SUFFIX)

@@ -26,6 +26,7 @@ TOPICS: dict[str, dict[str, str]] = {
         "lock": "Pin what a recipe resolves to, without building it.",
         "verify": "Compare a file with its recipe's lock and expectations.",
         "new": "Write a recipe for files that exist, and find what they are made of.",
+        "share": "Write what a page about a model needs: card, hashes, lineage.",
         "schema": "Print the JSON Schema of recipes, for editors.",
     },
     "Files, to look at": {

@@ -44,7 +44,7 @@ from builder.toolkit.made import note_changes, note_left_out, note_steps, to_jso
 @json_option
 @quiet_option
 def command(
-    recipe: Path,
+    recipe: Path | str,
     output: str | None,
     locked: bool,
     offline: bool,

@@ -32,12 +32,15 @@ from builder.workspace import find_lock
 @outside_option
 @json_option
 @quiet_option
-def command(recipe: Path, upgrade: str | None, lock: Path | None, outside: bool, quiet: bool) -> int:
+def command(recipe: Path | str, upgrade: str | None, lock: Path | None, outside: bool, quiet: bool) -> int:
     """Pin every source of RECIPE by digest in its lock.
 
     A source that is elsewhere is not downloaded where its host states the digest. Components and outputs
     are pinned by the first build; they stay as they are while no source changes.
     """
+    if isinstance(recipe, str) and lock is None:
+        hint = "`--lock FILE` says where it goes, and `ckpt build --lock FILE` holds the recipe to it"
+        raise UsageError(Problem("a lock cannot be written beside an address", hint=hint))
     with open_workspace(quiet, outside=outside) as workspace, workspace.sources() as sources:
         read = workspace.recipe(recipe, lock or True)
         old = find_lock(read, anew=True)
@@ -47,7 +50,7 @@ def command(recipe: Path, upgrade: str | None, lock: Path | None, outside: bool,
         if old is not None and (old.recipe, old.profile, old.pins()) == (new.recipe, new.profile, new.pins()):
             new = replace(new, components=old.components, outputs=old.outputs)
         changes = differences(old, new) if old is not None else []
-        where = lock or lock_path(recipe)
+        where = lock or lock_path(Path(recipe))
         written = write_lock(where, new)
     state = "written" if written else "unchanged"
     pinned = {name: {"sha256": s.sha256, "size": s.size} for name, s in new.sources.items()}

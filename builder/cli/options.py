@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import click
 
 from builder.base.errors import Problem, UsageError
+from builder.base.recipe_address import is_address
 from builder.cli.terminal import make_reporter
 from builder.operations.fixes import FIXES
 from builder.recipe.language import QUANTIZE
@@ -38,11 +39,21 @@ class _Place(_Named):
         return Target.named(str(super().convert(value, param, ctx)))
 
 
+class _Recipe(_Named):
+    """A recipe's path, or the address of one as a string."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, str) and is_address(value):
+            return value
+        return super().convert(value, param, ctx)
+
+
 FILE = _Named(path_type=Path)
 PLACE = _Place(path_type=str)
 NAME = _Named(path_type=str)  # as it was given: the slash at its end counts
+RECIPE = _Recipe(path_type=Path)
 
-recipe_argument = click.argument("recipe", type=FILE, metavar="RECIPE")
+recipe_argument = click.argument("recipe", type=RECIPE, metavar="RECIPE")
 outside_option = click.option(
     "--allow-outside", "outside", is_flag=True, help="Let RECIPE name files outside its folder."
 )

@@ -31,7 +31,7 @@ from builder.workspace import find_lock
 @json_option
 @quiet_option
 def command(
-    recipe: Path,
+    recipe: Path | str,
     form: str | None,
     offline: bool,
     lock: Path | None,

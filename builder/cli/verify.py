@@ -12,6 +12,7 @@ from builder.build import verify
 from builder.build.statements import verify_statement
 from builder.cli.options import (
     FILE,
+    RECIPE,
     json_option,
     lock_place,
     locking,
@@ -24,7 +25,7 @@ from builder.workspace import Workspace, find_lock
 
 
 @click.command("verify")
-@click.argument("recipe", required=False, type=FILE, metavar="[RECIPE]")
+@click.argument("recipe", required=False, type=RECIPE, metavar="[RECIPE]")
 @click.argument("file", required=False, type=click.Path(path_type=Path), metavar="[FILE]")
 @click.option("--statement", type=FILE, metavar="FILE", help="Hold it to this statement of provenance.")
 @click.option(
@@ -35,7 +36,7 @@ from builder.workspace import Workspace, find_lock
 @json_option
 @quiet_option
 def command(
-    recipe: Path | None,
+    recipe: Path | str | None,
     file: Path | None,
     statement: Path | None,
     key: Path | None,
@@ -56,7 +57,7 @@ def command(
             raise UsageError(Problem("name a RECIPE, or with `--statement FILE` a statement"))
         if key is not None:
             raise UsageError(Problem("`--key` is of a statement", hint="`--statement FILE` names it"))
-    elif recipe is not None and file is None and recipe.suffix != ".toml":
+    elif isinstance(recipe, Path) and file is None and recipe.suffix != ".toml":
         recipe, file = None, recipe
     with open_workspace(quiet, offline=statement is not None, outside=outside) as workspace:
         read = workspace.recipe(recipe, where) if recipe is not None else None

@@ -246,9 +246,8 @@ class _Resolver(Components):
 
     def _target(self, output: Output) -> Path:
         """Where an output goes, by the recipe; raises RecipeError when a link leads out of its folder."""
-        folder = self.recipe.path.parent if self.recipe.path else Path()
-        path = folder / output.file
-        if self.recipe.path is not None and not is_inside(path.parent, folder):
+        path, recipe = self.recipe.target(output), self.recipe.path
+        if recipe is not None and self.recipe.address is None and not is_inside(path.parent, recipe.parent):
             place = self.recipe.place(*output.at, "file", value=True)
             raise RecipeError(outside(output.file, "a link leads out of it", place))
         return path

@@ -16,6 +16,7 @@ from builder.base.addresses import check_address
 from builder.base.disk import write_text
 from builder.base.errors import LockError, Problem, clipped
 from builder.base.files import read_text
+from builder.base.recipe_address import LOCK as LOCK
 from builder.base.toml import parse
 from builder.recipe.language import URL
 from builder.tensors.digests import PROFILE
@@ -23,7 +24,6 @@ from builder.tensors.digests import PROFILE
 VERSION = 1
 MAX_SIZE = 4 << 20  # bytes; a source or a component takes some hundreds
 ANEW = "`ckpt lock` writes it anew"
-LOCK = ".lock.toml"  # ends the name of a lock
 _HEADING = "# What the recipe resolved to. Made by `ckpt`; to be kept beside the recipe, not edited.\n\n"
 
 
@@ -89,6 +89,13 @@ class Lock:
             components=tuple(c for c in self.components if c.output not in outputs),
             outputs={n: o for n, o in self.outputs.items() if n not in outputs},
         )
+
+    def had_as(self, other: Lock) -> Lock:
+        """This, with sources of the same digest had from where another lock says: that changes nothing."""
+        known = {n: s for n, s in self.sources.items() if n in other.sources}
+        same = {n: s for n, s in known.items() if s.sha256 == other.sources[n].sha256}
+        had = {n: replace(s, resolved=other.sources[n].resolved) for n, s in same.items()}
+        return replace(self, sources={**self.sources, **had})
 
     def facts(self) -> Iterator[tuple[str, str]]:
         """Everything that the lock means, as (what, value) pairs in a fixed order."""

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from builder.base.errors import Place, Problem
@@ -211,7 +211,8 @@ class Recipe:
 
     `included` holds the recipes that sources name, by source. `notes` are remarks that are no errors. `lock`
     is where its lock lies, None where it has none. One that is the user's `own`, composed by a program, may
-    name files anywhere.
+    name files anywhere. `address` is where it was fetched from: then `path` is in a folder of its own, which
+    no outputs go to.
     """
 
     name: str
@@ -228,6 +229,7 @@ class Recipe:
     included: Mapping[str, Recipe] = field(default_factory=dict, repr=False)
     notes: tuple[Problem, ...] = field(default=(), compare=False)
     own: bool = field(default=False, compare=False)
+    address: str | None = field(default=None, compare=False)
 
     def place(self, *keys: str | int, value: bool = False) -> Place:
         """Where the recipe says something, for messages: as `builder.base.toml.Document.place`."""
@@ -238,6 +240,12 @@ class Recipe:
         if name is None:
             return self.outputs[0] if len(self.outputs) == 1 else None
         return next((o for o in self.outputs if o.name == name), None)
+
+    def target(self, output: Output) -> Path:
+        """Where an output goes: below the recipe's folder, of one that was fetched into the current one."""
+        if self.address is not None:
+            return Path(PurePosixPath(output.file).name)
+        return (self.path.parent if self.path is not None else Path()) / output.file
 
     def meaning(self) -> dict[str, Any]:
         """Everything that decides the products' content, as canonical JSON-able data.

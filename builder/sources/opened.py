@@ -357,7 +357,8 @@ class Sources:
     def known_architecture(self, job: SourceJob) -> str | None:
         """What a source is by its digest, when its contents cannot be seen; None when they can be.
 
-        That is enough to plan with, and too little to build. Raises as `open` when nothing is known.
+        That is enough to plan with, and too little to build. Raises as `open` when nothing is known;
+        UnseenError where it may still be downloaded.
         """
         if self.find(job) is not None:
             return None
@@ -366,9 +367,11 @@ class Sources:
                 try:
                     self.open(job)
                     self._unseen[job] = None
-                except CkptError:
+                except CkptError as error:
                     file = self.catalog.known.file(self.wanted(job).sha256 or "")
                     if file is None or file.architecture is None:
+                        if self.remote(job):
+                            raise UnseenError(job, error) from None
                         raise
                     self._unseen[job] = file.architecture
             return self._unseen[job]
@@ -486,6 +489,15 @@ class Sources:
                         hint="wait until it is whole, and build again",
                     )
                 )
+
+
+class UnseenError(CkptError):
+    """What a source holds cannot be seen on its host: it has to be downloaded before it is planned with."""
+
+    def __init__(self, job: SourceJob, error: CkptError) -> None:
+        super().__init__(*error.problems)
+        self.job = job
+        self.exit_code = error.exit_code
 
 
 class NotPinned(SourceError):

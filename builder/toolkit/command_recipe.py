@@ -272,8 +272,9 @@ def place_of(recipe: Recipe, output: str | None) -> Callable[[Output], str] | No
         return None
     if len(recipe.outputs) > 1:
         files = tuple(o.file for o in recipe.outputs)
-        fact = "one output is named, and the recipe has several"
-        raise UsageError(Problem(fact, evidence=files, hint="name the files in the recipe"))
+        fact, hint = "one output is named, and the recipe has several", "name the files in the recipe"
+        hint = hint if recipe.address is None else "they go into the folder that one is in"
+        raise UsageError(Problem(fact, evidence=files, hint=hint))
     path, (only,) = Path(output), recipe.outputs
     if only.form in SINGLE and Target.named(output).folder and not (path / MODEL_INDEX).exists():
         output = str(path := path / Path(only.file).name)  # no model's folder, but one to have the file in

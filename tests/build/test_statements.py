@@ -169,7 +169,7 @@ def test_other_forms(folder: Folder, name: str) -> None:
 def test_a_folder_of_diffusers(tmp_path: Path) -> None:
     """Every file of it, its configurations too; what is in it besides is told."""
     folder = Folder.below(tmp_path).mini()
-    folder.build("mini.toml", "--statement", "-o", "model/")
+    folder.build("mini.toml", "--statement", "-o", "model")
     names = {s["name"] for s in said(folder, "model.intoto.json")["subject"]}
     assert {"model/model_index.json", "model/unet/config.json"} < names
     assert names == {f"model/{n}" for n in files(folder / "model") if (folder / "model" / n).is_file()}

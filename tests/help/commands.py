@@ -51,6 +51,7 @@ WAYS: dict[str, Way] = {
         2,
     ),
     "schema": Way("", "more", 2),
+    "share": Way("tiny.toml --offline -o page", "wrong.toml", 3),
     "store check": Way("", "more", 2),
     "store gc": Way("--max-size 1MB", "--max-size much", 2),
     "store list": Way("", "more", 2),

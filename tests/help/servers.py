@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 import re
 import socket
 import ssl
@@ -40,7 +41,7 @@ class Handler(BaseHTTPRequestHandler):
         else:
             route(self)
 
-    do_HEAD = do_GET
+    do_HEAD = do_POST = do_GET
 
     def do_CONNECT(self) -> None:
         self.server.owner.connect(self)
@@ -392,6 +393,39 @@ def civitai(
     site.routes[f"/api/download/models/{version}"] = download
     storage.routes[f"/bucket/{sha256}"] = stored
     return kept
+
+
+def git_host(site: Server, path: str, repository: Path, **settings: str) -> None:
+    """Serve a repository below a path, by git's own program for hosts; `_` in settings stands for `.`."""
+    backend = Path(subprocess.check_output(["git", "--exec-path"], text=True).strip()) / "git-http-backend"
+    told = {"uploadpack.allowFilter": "true", **{k.replace("_", "."): v for k, v in settings.items()}}
+
+    def route(handler: Handler) -> None:
+        url = urlsplit(handler.path)
+        length = int(handler.headers.get("Content-Length") or 0)
+        environment = {
+            "PATH": os.environ["PATH"],
+            "GIT_PROJECT_ROOT": str(repository),
+            "GIT_HTTP_EXPORT_ALL": "1",
+            "GIT_CONFIG_COUNT": str(len(told)),
+            **{f"GIT_CONFIG_KEY_{i}": key for i, key in enumerate(told)},
+            **{f"GIT_CONFIG_VALUE_{i}": value for i, value in enumerate(told.values())},
+            "GIT_PROTOCOL": handler.headers.get("Git-Protocol") or "",
+            "REQUEST_METHOD": handler.command,
+            "PATH_INFO": unquote(url.path).removeprefix(path),
+            "QUERY_STRING": url.query,
+            "CONTENT_TYPE": handler.headers.get("Content-Type") or "",
+            "CONTENT_LENGTH": str(length),
+            "HTTP_CONTENT_ENCODING": handler.headers.get("Content-Encoding") or "",
+        }
+        done = subprocess.run(
+            [backend], input=handler.rfile.read(length), env=environment, capture_output=True, check=False
+        )
+        head, _, body = done.stdout.partition(b"\r\n\r\n")
+        headers = dict(line.split(": ", 1) for line in head.decode().split("\r\n") if line)
+        answer(handler, int(headers.pop("Status", "200")[:3]), body, headers)
+
+    site.prefixes[path] = route
 
 
 def certificate(folder: Path, names: str = "DNS:localhost") -> Path:

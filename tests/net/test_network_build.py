@@ -55,6 +55,25 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> bytes:
         return _tensors(net.folder)
 
 
+def test_a_base_whose_host_shows_nothing_of_it(net: Net) -> None:
+    """A PyTorch file that nobody has seen, or a host without parts: downloaded, then planned with."""
+    net.storage.routes["/dirty.ckpt"] = File(dirty())
+    net.storage.routes["/vae.safetensors"] = File(vae(), ranges=False)
+    text = 'format = 1\nname = "tiny"\nbase = "dirty"\ncomponents.VAE-tiny = "vae"\n'
+    for name in ("dirty.ckpt", "vae.safetensors"):
+        text += f'sources.{name.partition(".")[0]}.urls = ["{net.storage.url("/" + name)}"]\n'
+    net.folder.write("tiny.toml", text)
+    said = net.folder("plan", "tiny.toml")
+    assert said.code == 6 and "download it, and use the file" in said.err
+    assert net.folder("build", "tiny.toml", "--offline").code == 5
+    assert net.folder("build", "tiny.toml").code == 0
+    asked = len(net.storage.asked("/dirty.ckpt"))
+    assert net.folder("build", "tiny.toml").code == 0 and len(net.storage.asked("/dirty.ckpt")) == asked
+    net.storage.routes["/dirty.ckpt"] = says(404, "gone")
+    other = net.machine("other")
+    assert other("build", "tiny.toml").code == 5 and not (other / "tiny.safetensors").exists()
+
+
 def _tensors(folder: Folder, file: str = "tiny.safetensors") -> bytes:
     """All of a product but its header, which holds the recipe's digest."""
     data = (folder / file).read_bytes()

@@ -132,6 +132,28 @@ def test_what_the_recipe_pins_is_not_downloaded(net: Net) -> None:
     assert net.folder("build", "tiny.toml", "--locked").code == 0
 
 
+def test_where_a_source_was_had_from_makes_no_lock_stale(net: Net) -> None:
+    """One who had the file, or another host of it, wrote the lock: what it is decides."""
+    for name in ("/a.safetensors", "/b.safetensors"):
+        net.storage.routes[name] = File(vae())
+    here, there = (net.storage.url(name) for name in ("/a.safetensors", "/b.safetensors"))
+    (net.folder / "dirty.ckpt").write_bytes(dirty())
+    (net.folder / "vae.safetensors").write_bytes(vae())
+    net.write('file = "dirty.ckpt"', f'file = "vae.safetensors"\nurls = ["{here}", "{there}"]')
+    assert net.folder("build", "tiny.toml").code == 0
+    others = [net.machine(name) for name in ("fetched", "anew")]
+    for other in others:
+        (other / "dirty.ckpt").write_bytes(dirty())
+    assert others[0]("build", "tiny.toml", "--locked").code == 0
+    assert others[1]("build", "tiny.toml").code == 0
+    (net.folder / "tiny.lock.toml").write_bytes((others[1] / "tiny.lock.toml").read_bytes())
+    assert _sources(net.folder)["vae"]["resolved"] == here
+    net.storage.routes["/a.safetensors"] = says(404, "gone")
+    another = net.machine("another-host")
+    (another / "dirty.ckpt").write_bytes(dirty())
+    assert another("build", "tiny.toml", "--locked").code == 0
+
+
 def test_the_first_host_that_answers_pins(net: Net) -> None:
     hugging_face(net.hub, net.storage, "org/vae", "vae.safetensors", vae())
     hugging_face(net.hub, net.storage, "org/model", "dirty.ckpt", dirty())

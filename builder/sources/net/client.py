@@ -194,6 +194,15 @@ class Session:
             seen.add(url)
         raise Failure(f"`{shown(url)}` is the end of more than {MAX_REDIRECTS} redirects")
 
+    def permitted(self, url: str) -> list[str]:
+        """The IP addresses that another program may connect to for a URL; empty: a proxy finds them.
+
+        Raises Failure where it may not be asked for, and when the network is off.
+        """
+        if self.offline:
+            raise Failure("not asked: the network is off", hint="build without `--offline`")
+        return self._dialer.permitted(*origin_of(url))
+
     def _confidential(self, origin: Origin) -> bool:
         return origin.scheme == "https" or (self.allow_private and loopback_name(origin.host))
 

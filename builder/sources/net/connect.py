@@ -118,6 +118,23 @@ class Dialer:
             raise
         return connection
 
+    def permitted(self, scheme: str, host: str, port: int) -> list[str]:
+        """The IP addresses of a host, all of which may be connected to; none where a proxy resolves it.
+
+        For programs that connect by themselves. Raises Failure.
+        """
+        if scheme == "http" and not self.allow_private:
+            raise Failure(f"`{host}` is asked for without encryption", hint="use its `https://` address")
+        if self.proxies.proxy_for(scheme, host) is not None:
+            if not self.allow_private:
+                _refuse_literal(host)
+            return []
+        found = [str(where[0]) for *_, where in _resolved(host, port, self.limits.connect)]
+        for ip in found:
+            if (refusal := self._refusal(ip, host, not self.allow_private, scheme)) is not None:
+                raise refusal
+        return list(dict.fromkeys(found))
+
     def _connect(self, host: str, port: int, *, public: bool, scheme: str) -> socket.socket:
         found = _resolved(host, port, self.limits.connect)
         refused: Failure | None = None

@@ -175,6 +175,35 @@ def _file_pin(address: Civitai, file: dict[str, Any]) -> Pin:
     return Pin(str(address), _digest(file), whole, str(address.version))
 
 
+@dataclass(frozen=True, slots=True)
+class StatedTerms:
+    """What a host says of a model's licence: its name, or what it allows (None: nothing is said)."""
+
+    name: str | None = None
+    commercial: bool | None = None
+    derivatives: bool | None = None
+    alike: bool | None = None
+
+
+def stated_terms(address: Address, session: Session) -> StatedTerms | None:
+    """What the host of an address states of the licence of the model there; None: nothing. Raises Failure."""
+    if isinstance(address, HuggingFace):
+        said = _ask(session, f"{session.hugging_face.endpoint}/api/models/{address.repo}", absent=True)
+        card = (said or {}).get("cardData")
+        names = [card.get(key) for key in ("license_name", "license")] if isinstance(card, dict) else []
+        return next((StatedTerms(n) for n in names if isinstance(n, str) and n), None)
+    if not isinstance(address, Civitai):
+        return None
+    model = address.model if address.version is None else _number(_version(address, session), "modelId")
+    said = _ask(session, f"{session.civitai_endpoint(address.host)}/api/v1/models/{model}", absent=True) or {}
+    keys = ("allowCommercialUse", "allowDerivatives", "allowDifferentLicense")
+    commercial, derivatives, other = (said.get(key) for key in keys)
+    if not said.keys() & set(keys):
+        return None
+    uses = set(re.findall(r"[A-Za-z]+", str(commercial))) - {"None"}  # a list, or one written as a word
+    return StatedTerms(None, bool(uses), derivatives is not False, other is False)
+
+
 def _number(said: dict[str, Any], key: str) -> int:
     number = said.get(key)
     if type(number) is not int or not 0 <= number < 10**12:

@@ -1,0 +1,391 @@
+"""What a page about a model needs: recipe and lock, a model card, and the fields that Civitai asks for."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from builder.base.addresses import Civitai, HuggingFace, parse_address
+from builder.base.disk import check_free, new_folder, write_bytes
+from builder.base.errors import CkptError, LockError, OutputError, Problem, SourceError, printable
+from builder.base.files import read_bounded
+from builder.base.progress import human_bytes
+from builder.recipe import Output, Recipe
+from builder.recipe import lock as locks
+from builder.recipe.lock import Lock, LockedOutput, LockedSource, lock_path
+from builder.recipe.names import SINGLE
+from builder.recipe.profiles import MAX_SIDECAR
+from builder.recipe.read import MAX_SIZE
+from builder.reports.inspect import Report, build_report
+from builder.sources.find import hash_files
+from builder.sources.job import SourceJob, entry_name
+from builder.sources.net.failure import Failure
+from builder.sources.net.hosts import stated_terms
+from builder.sources.opened import Sources
+from builder.toolkit.licences import LICENCES, OTHER, Terms, contradictions, terms_of
+from builder.toolkit.sites import civitai_base, civitai_type
+from builder.workspace import Workspace, need_lock
+
+if TYPE_CHECKING:
+    from builder.models.catalog import Catalog
+
+CARD, FIELDS = "README.md", "civitai.json"
+LONGEST = 200  # characters of a licence's name
+
+
+@dataclass(frozen=True)
+class Parent:
+    """A source as a page names it: `entry` is its name in the lock, `address` where others can have it.
+
+    `licence` is what is said of its licence, empty where nothing is; `terms` what that means, if known.
+    """
+
+    entry: str
+    locked: LockedSource
+    address: str
+    repo: str | None
+    licence: str
+    terms: Terms | None
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What was written: `folder`, the names of its files, and the fields of a page as plain values."""
+
+    folder: Path
+    files: tuple[str, ...]
+    fields: dict[str, Any]
+
+
+def share(
+    recipe: Recipe, workspace: Workspace, sources: Sources, folder: Path | None = None, threads: int = 2
+) -> Shared:
+    """Write a folder with all that a page needs of a recipe that was built; warns of what is amiss with it.
+
+    Licences are asked for at the hosts of the sources, unless the network is off. Raises LockError where
+    the recipe was not built as it is, OutputError where `folder` is taken or an output is another one.
+    """
+    assert recipe.path is not None
+    folder = folder or recipe.path.with_name(f"{recipe.path.stem}-page")
+    check_free(folder)
+    lock = need_lock(recipe)
+    if lock.recipe != recipe.digest or not lock.outputs.keys() >= {o.name for o in recipe.outputs}:
+        fact = f"the lock says nothing of what `{recipe.path.name}` makes as it is now"
+        raise LockError(Problem(fact, hint=f"`ckpt build {recipe.path}` builds it and writes the lock"))
+    parents = [_parent(job, lock, sources, workspace) for job in _jobs(recipe, sources, lock)]
+    files = [
+        _file(recipe, output, lock.outputs[output.name], workspace, threads) for output in recipe.outputs
+    ]
+    licence = next((t for o in recipe.outputs if (t := _licence(o.metadata))), "")
+    for problem in _warnings(recipe, licence, parents):
+        workspace.reporter.warn(problem)
+    fields = _fields(recipe, licence, parents, files)
+    written = {
+        recipe.path.name: read_bounded(recipe.path, MAX_SIZE),
+        lock_path(recipe.path).name: read_bounded(recipe.lock or lock_path(recipe.path), locks.MAX_SIZE),
+        CARD: _card(recipe, licence, parents, fields).encode(),
+        FIELDS: (json.dumps(fields, indent=2, ensure_ascii=False) + "\n").encode(),
+        **dict(_beside(recipe, recipe.path.parent)),
+    }
+    folder = folder or recipe.path.with_name(f"{recipe.path.stem}-page")
+    with new_folder(folder) as made:
+        for name, data in written.items():
+            (made / name).parent.mkdir(parents=True, exist_ok=True)
+            write_bytes(made / name, data)
+    return Shared(folder, tuple(written), fields)
+
+
+def _beside(recipe: Recipe, root: Path) -> Iterator[tuple[str, bytes]]:
+    """What a recipe needs beside it: those that it includes, and configurations."""
+    assert recipe.path is not None
+    for inner in recipe.included.values():
+        assert inner.path is not None
+        yield _below(inner.path, root), read_bounded(inner.path, MAX_SIZE)
+        yield from _beside(inner, root)
+    for output in recipe.outputs:
+        if output.config is not None:
+            path = recipe.path.parent / output.config
+            yield _below(path, root), read_bounded(path, MAX_SIDECAR, follow=False)
+
+
+def _below(path: Path, root: Path) -> str:
+    """A path from the recipe's folder; raises OutputError for one that is of this machine alone."""
+    if not path.is_relative_to(root):
+        fact = f"`{path}` is named by a path of one machine: others will not find it there"
+        raise OutputError(Problem(fact, hint="name it relative to the recipe"))
+    return path.relative_to(root).as_posix()
+
+
+# -- sources
+
+
+def _jobs(
+    recipe: Recipe, sources: Sources, lock: Lock, scope: tuple[str, ...] = (), root: Path | None = None
+) -> Iterator[SourceJob]:
+    """The sources of a recipe and of those that it includes."""
+    root = root or recipe.path
+    for name, spec in recipe.sources.items():
+        if spec.recipe is not None:
+            yield from _jobs(recipe.included[name], sources, lock, (*scope, name), root)
+            continue
+        entry = entry_name((*scope, name))
+        yield sources.job(recipe, name, entry, lock.sources.get(entry), root)
+
+
+def _parent(job: SourceJob, lock: Lock, sources: Sources, workspace: Workspace) -> Parent:
+    locked = lock.sources.get(job.entry)
+    if locked is None:
+        raise LockError(Problem(f"the lock says nothing of the source `{job.entry}`", job.place))
+    known = workspace.catalog.known.file(locked.sha256)
+    published = [f"hf://{known.hf}"] if known is not None and known.hf else []
+    named = [parse_address(a) for a in (*sources.addresses(job), *published)]
+    addresses = [a for a in named if not str(a).startswith("file:")]
+    hub = next((a for a in addresses if isinstance(a, HuggingFace)), None)
+    said = _licence(_metadata(job, sources))
+    terms = terms_of(said)
+    for address in [] if terms is not None or workspace.offline else addresses:
+        with suppress(Failure):
+            stated = stated_terms(address, workspace.network())
+            if stated is not None and stated.name is not None:
+                said, terms = stated.name[:LONGEST], terms_of(stated.name)
+            elif stated is not None:
+                said = (
+                    f"the permissions on its page at {address.host}" if isinstance(address, Civitai) else ""
+                )
+                terms = Terms(said, bool(stated.commercial), bool(stated.derivatives), bool(stated.alike))
+            if stated is not None:
+                break
+    where = str(addresses[0]) if addresses else ""
+    return Parent(job.entry, locked, where, hub.repo if hub else None, said, terms)
+
+
+def _metadata(job: SourceJob, sources: Sources) -> Mapping[str, str]:
+    """The metadata of a source that is here; nothing of one that is not, or is refused."""
+    with suppress(CkptError):
+        if sources.find(job) is not None:
+            return sources.open(job).checkpoint.metadata
+    return {}
+
+
+def _licence(metadata: Mapping[str, str]) -> str:
+    said = metadata.get("license") or metadata.get("modelspec.license") or ""
+    return printable(" ".join(said.split()))[:LONGEST]
+
+
+def _warnings(recipe: Recipe, licence: str, parents: list[Parent]) -> Iterator[Problem]:
+    """What one who shares the recipe should know."""
+    hint = 'say it as `license = "…"` under [metadata], by its name at Hugging Face'
+    if not licence:
+        names = {p.licence for p in parents if p.terms is not None and p.terms.name in LICENCES}
+        alike = len(names) == 1 and all(p.licence in names for p in parents)
+        evidence = (f"that of every source is {next(iter(names))}",) if alike else ()
+        yield Problem(f"no licence is said of `{recipe.name}`", evidence=evidence, hint=hint)
+    elif terms_of(licence) is None:
+        fact = f"the licence `{licence}` is not known, and not compared with those of the sources"
+        yield Problem(fact, hint=hint)
+    unknown = [f"{p.entry}: {p.licence or 'nothing is said'}" for p in parents if p.terms is None]
+    if unknown:
+        fact = "not all licences of the sources are known"
+        yield Problem(fact, evidence=tuple(unknown), hint="look at their pages")
+    yield from contradictions(terms_of(licence), {p.entry: p.terms for p in parents if p.terms is not None})
+    lost = tuple(f"{p.entry}: {p.locked.requested}" for p in parents if not p.address)
+    if lost:
+        hint = "`urls` of a source says where; it is no part of what the recipe means"
+        yield Problem("others cannot have every source: no address is known", evidence=lost, hint=hint)
+
+
+# -- outputs
+
+
+def _file(
+    recipe: Recipe, output: Output, locked: LockedOutput, workspace: Workspace, threads: int
+) -> dict[str, Any]:
+    """What is said of an output, with all hashes where it is here."""
+    path = recipe.target(output)
+    said: dict[str, Any] = {
+        "name": PurePosixPath(output.file).name,
+        "bytes": locked.size,
+        "sizeKB": locked.size / 1024,
+        "hashes": {"SHA256": locked.sha256.upper()},
+        "tensorDigest": locked.tensor_digest,
+        "metric": locked.metric or None,
+    }
+    if output.form in SINGLE:
+        said["hashes"]["AutoV2"] = locked.sha256[:10].upper()
+    try:
+        same = hash_files(path, workspace.store, workspace.reporter) == locked.sha256
+    except (SourceError, OSError):
+        fact = f"`{path}` is not here: of its hashes only those that follow from the lock are given"
+        workspace.reporter.warn(Problem(fact, hint=f"`ckpt build {recipe.path}` makes it"))
+        return said
+    if not same:
+        fact = f"`{path}` is not what the lock says"
+        raise OutputError(Problem(fact, hint=f"`ckpt build {recipe.path}` makes it anew"))
+    report = build_report(
+        path,
+        catalog=workspace.catalog,
+        metric=False,
+        hashes=True,
+        threads=threads,
+        reporter=workspace.reporter,
+    )
+    hashes = {k: str(report.hashes[k]).upper() for k in _HASHES if report.hashes.get(k)}
+    return {**said, "hashes": said["hashes"] | hashes, **_described(report, output, workspace.catalog)}
+
+
+# Those of Civitai's, under its names.
+_HASHES = ("AutoV1", "AutoV2", "AutoV3", "SHA256", "CRC32", "BLAKE3")
+_PRECISIONS = {"F16": "fp16", "BF16": "bf16", "F32": "fp32", "F8_E4M3": "fp8", "F8_E5M2": "fp8"}
+
+
+def _described(report: Report, output: Output, catalog: Catalog) -> dict[str, Any]:
+    bytes_of: Counter[str] = Counter()
+    for tensor in report.tensors.values():
+        bytes_of[tensor.dtype.code] += tensor.nbytes
+    widest = bytes_of.most_common(1)[0][0] if bytes_of else ""
+    containers = {"torch": "PickleTensor", "diffusers": "Diffusers"}
+    metadata = {
+        "format": containers.get(output.form, "SafeTensor"),
+        "size": "full" if report.ema.keys or report.junk.keys else "pruned",
+        "fp": output.quantize or _PRECISIONS.get(widest, widest.lower()),
+    }
+    lineage = report.lineage.model if report.lineage is not None else None
+    return {
+        "type": "Pruned Model" if metadata["size"] == "pruned" else "Model",
+        "metadata": metadata,
+        "architecture": report.identity.architecture,
+        "modelType": civitai_type(report.kind.kind if report.kind is not None else None),
+        "baseModel": civitai_base(report.identity.architecture, lineage),
+    }
+
+
+# -- the page
+
+
+def _fields(
+    recipe: Recipe, licence: str, parents: list[Parent], files: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """What Civitai's forms ask for, under the names of its API; None: a person has to say it."""
+    first = next((f for f in files if "baseModel" in f), {})
+    tags = [*_tags(recipe), *(["merge"] if _relation(recipe, parents) == "merge" else [])]
+    return {
+        "schema": 1,
+        "name": recipe.name,
+        "description": recipe.description,
+        "type": first.get("modelType"),
+        "baseModel": first.get("baseModel"),
+        "tags": list(dict.fromkeys(tags)),
+        "license": licence or None,
+        "recipe": {"digest": recipe.digest, "file": recipe.path.name if recipe.path else None},
+        "files": [{k: v for k, v in f.items() if k not in ("modelType", "baseModel")} for f in files],
+        "lineage": [
+            {
+                "name": p.entry,
+                "file": p.locked.requested,
+                "sha256": p.locked.sha256,
+                "bytes": p.locked.size,
+                "address": p.address or None,
+                "license": p.licence or None,
+            }
+            for p in parents
+        ],
+    }
+
+
+def _tags(recipe: Recipe) -> list[str]:
+    said = (o.metadata.get(k, "") for o in recipe.outputs for k in ("tags", "modelspec.tags"))
+    return [" ".join(t.split()) for tags in said for t in tags.split(",") if t.strip()]
+
+
+def _relation(recipe: Recipe, parents: list[Parent]) -> str | None:
+    """What the model is to those that it is made of, in Hugging Face's words."""
+    if len(parents) > 1:
+        return "merge"
+    return "quantized" if all(o.quantize for o in recipe.outputs) else None
+
+
+def _card(recipe: Recipe, licence: str, parents: list[Parent], fields: Mapping[str, Any]) -> str:
+    """The model card: front matter as Hugging Face reads it, and a page for people."""
+    known = terms_of(licence)
+    front: dict[str, Any] = {}
+    if known is not None and known.name not in OTHER:
+        front["license"] = known.name
+    elif licence:
+        front |= {"license": "other", "license_name": _slug(known.name if known else licence)}
+    repos = list(dict.fromkeys(p.repo for p in parents if p.repo is not None))
+    if repos:
+        front["base_model"] = repos
+        if (relation := _relation(recipe, parents)) is not None:
+            front["base_model_relation"] = relation
+    front["tags"] = list(dict.fromkeys([*fields["tags"], "ckpt-build"]))
+    lines = ["---", *_yaml(front), "---", "", f"# {_plain(recipe.name)}", ""]
+    if recipe.description:
+        lines += [_plain(recipe.description), ""]
+    name = fields["recipe"]["file"]
+    lines += [
+        "## Files",
+        "",
+        *_table(
+            ("file", "size", "precision", "SHA-256"),
+            [
+                (
+                    f["name"],
+                    human_bytes(f["bytes"]),
+                    f.get("metadata", {}).get("fp", ""),
+                    f["hashes"]["SHA256"].lower(),
+                )
+                for f in fields["files"]
+            ],
+        ),
+        "",
+        "## The recipe",
+        "",
+        f"`{name}` and its lock make these files with `ckpt-build`, byte for byte:",
+        "",
+        f"    ckpt build {name} --locked",
+        "",
+        "## Made of",
+        "",
+        *_table(
+            ("source", "file", "SHA-256", "licence", "address"),
+            [(p.entry, p.locked.requested, p.locked.sha256, p.licence, p.address) for p in parents],
+        ),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _yaml(front: Mapping[str, Any]) -> Iterator[str]:
+    """Front matter: strings in double quotes, as JSON writes them, are YAML too."""
+    for key, value in front.items():
+        if isinstance(value, list):
+            yield f"{key}:"
+            yield from (f"- {_quoted(item)}" for item in value)
+        else:
+            yield f"{key}: {_quoted(value)}"
+
+
+def _quoted(text: str) -> str:
+    return (
+        text if re.fullmatch(r"[A-Za-z][\w./+-]*", text) else json.dumps(printable(text), ensure_ascii=False)
+    )
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9.+]+", "-", text.casefold()).strip("-") or "unknown"
+
+
+def _plain(text: str) -> str:
+    """Text that Markdown takes as it is."""
+    return re.sub(r"([\\`*_{}\[\]<>#|~])", r"\\\1", printable(" ".join(text.split())))
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+    cells = [head, tuple("---" for _ in head), *(tuple(_plain(c) for c in row) for row in rows)]
+    return [f"| {' | '.join(row)} |" for row in cells]
