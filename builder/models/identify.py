@@ -211,7 +211,7 @@ def identify(specs: Mapping[str, Spec], catalog: Catalog) -> Identity:
     specs = stored(specs)
     found, rejected = _candidates(specs, catalog)
     matches, duplicates, outdone, notes = _choose(found, catalog)
-    matches, architecture, intact, incomplete, absent = _architecture(matches, specs, catalog)
+    matches, architecture, intact, incomplete, absent = _architecture(matches, rejected, specs, catalog)
     if home := catalog.architectures.get((architecture if intact else incomplete) or ""):
         place = {slot: index for index, slot in enumerate(home.slots)}
         matches.sort(key=lambda m: place.get(m.component.cls, len(place)))
@@ -549,7 +549,7 @@ def _order(catalog: Catalog) -> dict[str, tuple[int, int, str, int]]:
 
 
 def _architecture(
-    matches: Sequence[Match], specs: Mapping[str, Spec], catalog: Catalog
+    matches: Sequence[Match], rejected: Iterable[Rejection], specs: Mapping[str, Spec], catalog: Catalog
 ) -> tuple[list[Match], str | None, bool, str | None, tuple[str, ...]]:
     """The matches, each of the class that it is there; the architecture, whether it is whole, and otherwise
     which it is nearest to and what that lacks."""
@@ -603,7 +603,15 @@ def _architecture(
     if not prefixed:
         return list(matches), None, False, None, ()
     largest = max(prefixed, key=lambda m: len(m.full)).component.cls
-    near = max(catalog.architectures.values(), key=explained)
+    almost: dict[str, int] = {}
+    for part in rejected:
+        almost[part.component.cls] = max(part.present, almost.get(part.component.cls, 0))
+
+    def nearness(architecture: Architecture) -> tuple[int, int, int]:
+        there, lacking = explained(architecture)
+        return there, almost.get(architecture.slots[0], 0), lacking
+
+    near = max(catalog.architectures.values(), key=nearness)
     parts = {m.component.cls for m in filled(near)}
     if not parts:
         return list(matches), f"{largest}-BROKEN", False, None, ()

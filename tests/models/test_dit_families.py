@@ -220,6 +220,13 @@ def test_precisions() -> None:
     assert sum(wan.fit(n) for n in CATALOG.components["DIT-Wan21-I2V-14B"].tensors) == 41
 
 
+def test_what_must_stay_precise_is_kept_in_every_family() -> None:
+    small = Patterns(["*logit_scale", "bn.*", "*scale_shift_table", "*.modulation"])
+    found = [(c, n) for c in CATALOG.components.values() for n in c.tensors if small.fit(n)]
+    assert {"CLIP-XL", "T5-XXL", "VAE-FLUX2", "DIT-Wan-14B"} <= {c.cls for c, _ in found}
+    assert not [(c.name, n) for c, n in found if not CATALOG.traits[c.cls].kept.fit(n)]
+
+
 def test_one_table_may_be_of_several_models() -> None:
     models = {name: CATALOG.components[name].models for name in PUBLISHED}
     assert all(models.values())

@@ -128,6 +128,15 @@ def test_whole_models_by_their_denoiser(architecture: str, denoiser: str) -> Non
     assert named(found) == [denoiser, *rest] and not (found.unknown or found.astray)
 
 
+def test_a_model_with_one_wrong_tensor_is_nearest_to_its_own_architecture() -> None:
+    """Its parts that are whole are those of several, of which others lack less."""
+    held = tensors("DIT-FLUX-dev", "VAE-FLUX")
+    held["model.diffusion_model.double_blocks.0.img_attn.qkv.weight"] = Unread(DType.F16, (9216, 3071))
+    found = identify(held, CATALOG)
+    assert (found.intact, found.incomplete) == (False, "FLUX")
+    assert found.absent == ("DIT-FLUX", "CLIP-L-FLUX", "T5-XXL-FLUX")
+
+
 # Where programs expect what: the beginning of some tensor of each part.
 PLACES = {
     "FLUX": (

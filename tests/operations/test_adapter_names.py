@@ -48,7 +48,8 @@ def test_every_module_of_diffusers_is_these_rows_of_ours(name: str) -> None:
     converted = convert({**held, **kept})
     adapters = CATALOG.traits[component.cls].adapters
     assert adapters is not None
-    known = targets({n: Shaped(shape) for n, shape in shapes.items()}, adapters, None)
+    rules = CATALOG.rules[adapters.rules] if adapters.rules else None
+    known = targets({n: Shaped(shape) for n, shape in shapes.items()}, adapters, rules)
     for theirs, values in converted.items():
         if theirs == "pos_embed.pos_embed":
             continue

@@ -23,9 +23,10 @@ def spelt(name: str, cls: str) -> Mapping[str, Target]:
     adapters = CATALOG.traits[cls].adapters
     assert adapters is not None
     shapes = {n: Shaped(rule.shape) for n, rule in CATALOG.components[name].tensors.items()}
+    rules = CATALOG.rules[adapters.rules] if adapters.rules else None
     return {
         f"{module}.{kind}": target
-        for module, kinds in targets(shapes, adapters, None).items()
+        for module, kinds in targets(shapes, adapters, rules).items()
         for kind, target in kinds.items()
     }
 

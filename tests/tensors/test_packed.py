@@ -331,7 +331,8 @@ def test_a_scale_of_one_beside_a_plain_weight_says_nothing() -> None:
     idle = {"x.scale_weight": MemoryTensor(DType.F32, (1,), np.float32(1).tobytes())}
     marker = {"scaled_fp8": _empty(DType.F8_E4M3, 0)}
     made, words = decoded({**plain, **idle, **marker}, {}, "")
-    assert made == plain and words == ("decoded: 1 weight of scaled FP8",)
+    left = "left out: 1 tensor that would have plain weights taken for packed ones"
+    assert made == plain and words == ("decoded: 1 weight of scaled FP8", left)
 
 
 def test_what_is_not_packed_is_what_it_was() -> None:

@@ -352,7 +352,6 @@ def test_nothing_says_of_a_decoded_model_that_it_is_packed(folder: Folder) -> No
     plain_, old = model(FAMILY)[f"{UNET}{WIDE}.weight"], old_fp8(16, 24)
     said = {
         f"{WIDE}.comfy_quant": text({"format": "float8_e4m3fn"}),
-        f"{WIDE}.input_scale": number(2.0),
         f"{ATTENTION}.scale_weight": number(1.0),
         f"{CONTEXT}.comfy_quant": text({"format": "float8_e4m3fn"}),
         "scaled_fp8": MemoryTensor(DType.F8_E4M3, (0,), b""),

@@ -175,16 +175,20 @@ def _decoder(packed: Packing, name: str, shape: Shape | None) -> LazyTensor:
 
 
 def _is_idle(packed: Packing, name: str) -> bool:
-    """Whether a companion without a packed weight says nothing; raises _OddError where it says much."""
+    """Whether a companion without a packed weight says nothing, or that one is packed which is not.
+
+    Raises _OddError where it says much.
+    """
     layer, side = split(name)
     tensor = packed.tensors[name]
     if packed.companions[name].name in _WHY_NOT:
         raise _OddError(_WHY_NOT[packed.companions[name].name])
-    if side == MARKER:
+    beside = f"{layer}.weight" in packed.tensors
+    if side == MARKER or (side == DESCRIPTION and beside):
         return True
-    if side not in _SCALES | OF_INPUT or f"{layer}.weight" not in packed.tensors:
+    if side not in _SCALES or not beside:
         return False
-    if side in OF_INPUT or (tensor.numel == 1 and tensor.dtype in _FLOATS and float(_floats(tensor)) == 1.0):
+    if tensor.numel == 1 and tensor.dtype in _FLOATS and float(_floats(tensor)) == 1.0:
         return True
     raise _OddError("it lies beside a weight that is not packed")
 
