@@ -15,11 +15,13 @@ from builder.base.errors import CkptError, LockError, OutputError, Problem
 from builder.base.progress import SILENT, Reporter
 from builder.models.catalog import Catalog, load_catalog
 from builder.plan import Plan, make_plan
+from builder.plan.graph import CHECKPOINT
 from builder.recipe import Recipe, load_recipe
 from builder.recipe.lock import Lock, read_lock
 from builder.sources.have import telling_all
 from builder.sources.opened import Sources
-from builder.store import Store, default_root
+from builder.store import Made, Store, default_root
+from builder.store.shared import Shared
 
 if TYPE_CHECKING:
     from builder.sources.net.client import Session
@@ -32,9 +34,10 @@ class Settings:
     """What a user has set for all work.
 
     `models` are folders that are searched for sources, `components` folders of catalogs beside the shipped
-    one. `keep_all` has the store keep the bytes of every component. Without `trust_times`, no digest of a
-    file is believed that was only remembered by its times. `environment` holds what the network reads
-    (tokens, caches, endpoints) and `SOURCE_DATE_EPOCH`.
+    one. `keep_all` has the store keep the bytes of every component. `shared` is the address of a store that
+    machines share, empty for none; only with `share` is anything put there. Without `trust_times`, no
+    digest of a file is believed that was only remembered by its times. `environment` holds what the network
+    reads (tokens, caches, endpoints) and `SOURCE_DATE_EPOCH`.
     """
 
     store: Path
@@ -42,6 +45,8 @@ class Settings:
     components: tuple[Path, ...] = ()
     keep_all: bool = False
     trust_times: bool = True
+    shared: str = ""
+    share: bool = False
     environment: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -54,7 +59,8 @@ class Settings:
             _folders(said.get("CKPT_COMPONENTS", "")),
             said.get("CKPT_STORE_KEEP") == "all",
             said.get("CKPT_TRUST_STAT") != "0",
-            said,
+            said.get("CKPT_SHARED_STORE", ""),
+            environment=said,
         )
 
 
@@ -113,8 +119,29 @@ class Workspace:
             settings.store,
             keep_all=settings.keep_all,
             trust_times=settings.trust_times,
+            shared=self._shared(),
             reporter=self.reporter,
         )
+
+    def _shared(self) -> Shared | None:
+        """The store that machines share, where one is set; raises UsageError for no address of one."""
+        settings = self.settings
+        if not settings.shared:
+            return None
+        from builder.sources.net.buckets import bucket_of
+
+        far, connect = bucket_of(settings.shared, settings.environment)
+        if far and self.offline:
+            return None
+        return Shared(
+            connect, settings.shared, writing=settings.share, known=self._knows, reporter=self.reporter
+        )
+
+    def _knows(self, made: Made) -> bool:
+        """Whether the catalog has the component that something is said to be."""
+        if CHECKPOINT in (made.cls, made.component):
+            return made.cls == made.component
+        return made.component in self.catalog.components
 
     def network(self) -> Session:
         """The network, opened when it is first used: most work need not even load what speaks to it."""

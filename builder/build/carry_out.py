@@ -17,7 +17,7 @@ from builder.build.in_parts import Parts
 from builder.build.outputs import Assembly, Naming, Product, lock_of
 from builder.operations import OPERATIONS
 from builder.operations.registry import Operation
-from builder.plan.graph import ComponentJob, Key, OutputJob, Plan
+from builder.plan.graph import ComponentJob, Key, Node, OutputJob, Plan
 from builder.recipe.lock import Lock
 from builder.sources.job import SourceJob
 from builder.sources.opened import Sources
@@ -77,10 +77,10 @@ class _Builder:
             job = context.node(key).job
             assert isinstance(job, SourceJob)
             raise context.sources.missing(job)
-        self._have_sources()
+        self._have_inputs(plan.outputs())
         for node in plan.outputs():
             assert isinstance(node.job, OutputJob)
-            product = Assembly(context, node, self.parts, self._keep_all, self.locked, self.naming).make()
+            product = Assembly(context, node, self.parts, self._prepare, self.locked, self.naming).make()
             self.products[node.key] = product
             self.made |= set(product.fresh)
         return self._result()
@@ -104,12 +104,13 @@ class _Builder:
             lock_of(context, self.products),
         )
 
-    # -- sources
+    # -- what is to be here first
 
-    def _have_sources(self) -> None:
-        """Fetch what is not here, and wait for the digests that may save all work."""
+    def _have_inputs(self, outputs: list[Node]) -> None:
+        """Have what is not here, first what others made, and wait for digests that may save all work."""
         context = self.context
-        pending = [n for n in self.plan.outputs() if n.state != "unchanged"]
+        pending = [n for n in outputs if n.state != "unchanged"]
+        self._bring(pending)
         missing = [k for n in pending for k in self._missing(n.job)]
         needed = context.source_nodes(missing)
         for node in pending:
@@ -138,6 +139,22 @@ class _Builder:
             if job.locked is not None and context.sources.find(job) is not None:
                 context.settle(key, job)
 
+    def _bring(self, outputs: list[Node]) -> None:
+        """Have from the shared store what it has of these outputs, some at a time."""
+        context, store = self.context, self.context.store
+        if store.shared is None:
+            return
+        slots = [k for n in outputs if isinstance(n.job, OutputJob) for _, k in n.job.slots.values()]
+        wanted = dict.fromkeys(m.digest for k in slots if (m := context.made(k)) is not None)
+        with ThreadPoolExecutor(2, thread_name_prefix="bring") as pool:
+            futures = [pool.submit(store.bring, digest, context.threads, context.stop) for digest in wanted]
+            try:
+                for future in futures:
+                    future.result()
+            except BaseException:
+                context.cancel()
+                raise
+
     def _missing(self, job: object) -> list[Key]:
         """The components of an output whose bytes are nowhere."""
         assert isinstance(job, OutputJob)
@@ -147,8 +164,15 @@ class _Builder:
 
     # -- what is kept on the way
 
-    def _keep_all(self, job: OutputJob) -> None:
-        """Have in the store the components that an output hangs on and whose bytes are to be kept."""
+    def _prepare(self, node: Node, again: bool) -> None:
+        """Have what an output hangs on: in the store the components whose bytes are to be kept.
+
+        Before it is made `again` also what is missing now, which was there at first.
+        """
+        if again:
+            self._have_inputs([node])
+        job = node.job
+        assert isinstance(job, OutputJob)
         near = self.plan.ancestors(*self._missing(job))
         for node in self.plan:
             if node.key in near and isinstance(node.job, ComponentJob) and node.job.store:
@@ -192,8 +216,8 @@ class _Builder:
             except DamagedEntry as damage:
                 store.set_aside(damage)
                 continue
-            if (action := context.action(key)) is not None and self.parts.trusted(key):
-                store.record(action, made)
+            if self.parts.trusted(key):
+                context.remember(key, made, computed=True)
             self.made.add(key)
             return
         raise OutputError(Problem(f"`{label}` cannot be made: what it is made of keeps changing"))

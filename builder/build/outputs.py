@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 
 from builder.base.disk import check_free, write_bytes
-from builder.base.errors import LockError, OutputError, Place, Problem, SourceError
+from builder.base.errors import CkptError, LockError, OutputError, Place, Problem, SourceError
 from builder.build.context import Context
 from builder.build.evaluate import Composer
 from builder.build.expect import Built, missed
@@ -88,13 +88,13 @@ Naming = Callable[[Built], Path]
 class Assembly:
     """One output in the making; `locked` and `naming` as `build` has them.
 
-    `keep` has in the store what is to be kept on the way.
+    `prepare` has what it hangs on, and is told whether an attempt has failed.
     """
 
     context: Context
     node: Node
     parts_of: Parts
-    keep: Callable[[OutputJob], object] = lambda job: None
+    prepare: Callable[[Node, bool], object] = lambda node, again: None
     locked: Lock | None = None
     naming: Naming | None = None
     _product: Product | None = None
@@ -122,14 +122,21 @@ class Assembly:
 
         Raises OutputError when what is made is not what the recipe expects, LockError when it is not what
         `locked` says; then the place is as it was. Places whose bytes turn out to be other than they were
-        are taken out of use, and what lay there is made again.
+        are taken out of use, and what lay there is made again; so is all that is the shared store's, where
+        no output comes of it that is right.
         """
-        for _ in range(2 * len(self.job.slots) + 2):
+        for attempt in range(2 * len(self.job.slots) + 2):
             try:
-                self.keep(self.job)  # again, should it be what was damaged
+                self.prepare(self.node, attempt > 0)  # again, should it be what was damaged
                 return self._unchanged() or self._written()
             except DamagedEntry as damage:
                 self.context.store.set_aside(damage)
+            except CkptError as error:
+                doubted = [] if self.context.stop.is_set() else self.context.claimed(*self.job.inputs)
+                if not doubted:
+                    raise
+                for action in doubted:
+                    self.context.store.doubt(action, error.problems[0].fact)
         raise OutputError(
             Problem(f"`{self.job.output.file}` cannot be made: what it is made of keeps changing")
         )
@@ -402,11 +409,14 @@ class Assembly:
                 offsets = tuple(written.offsets[part.names.name(n)] for n in names[part.cls])
                 at = At(str(built.path.absolute()), identity(now[built.path]), offsets)
             store.place(entry, at)
-            if self.parts_of.trusted(part.key):
-                store.record(action, made)
             kept = store.blob_path(made.digest).exists()
-            if (store.keep_all and not kept) or (part.computed and self.parts_of.fetched(part.key)):
+            sharing = store.shared is not None and store.shared.writing and not single
+            if ((store.keep_all or sharing) and not kept) or (
+                part.computed and self.parts_of.fetched(part.key)
+            ):
                 self._keep(made, source, part.names)
+            if self.parts_of.trusted(part.key):
+                context.remember(part.key, made, computed=part.computed)
         sha256 = self._base_sha256()
         rows = {n: Row(t.dtype, t.shape, written.digests[n]) for n, t in beside.items()}
         if sha256 is not None and job.beside.names:

@@ -18,6 +18,7 @@ from builder.cli.options import (
     outside_option,
     quiet_option,
     recipe_argument,
+    sharing,
 )
 from builder.plan import Plan, explain
 from builder.toolkit.command_recipe import place_of
@@ -34,6 +35,7 @@ from builder.toolkit.made import note_changes, note_left_out, note_steps, to_jso
 @click.option("--check", is_flag=True, help="Build everything a second time without the store, and compare.")
 @click.option("--explain", "explained", is_flag=True, help="Say why each step is done or not.")
 @click.option("--threads", type=click.IntRange(1, 256), help="Threads to use; the bytes are the same.")
+@sharing
 @locking
 @outside_option
 @json_option
@@ -48,6 +50,8 @@ def command(
     check: bool,
     explained: bool,
     threads: int | None,
+    shared: str | None,
+    share: bool,
     lock: Path | None,
     no_lock: bool,
     as_json: bool,
@@ -58,7 +62,9 @@ def command(
     if no_lock and (locked or frozen):
         raise UsageError(Problem("`--locked` needs a lock, and `--no-lock` has none"))
     with (
-        open_workspace(quiet, offline=offline or frozen, outside=outside) as workspace,
+        open_workspace(
+            quiet, offline=offline or frozen, outside=outside, shared=shared, share=share
+        ) as workspace,
         workspace.sources() as sources,
     ):
 

@@ -26,6 +26,7 @@ from builder.workspace import find_lock
 @click.option("--dot", "form", flag_value="dot", help="A drawing for Graphviz.")
 @click.option("--mermaid", "form", flag_value="mermaid", help="A drawing for Markdown.")
 @click.option("--offline", is_flag=True, help="Use no network.")
+@click.option("--store", "shared", metavar="URL", help="A store that machines share.")
 @locking
 @outside_option
 @quiet_option
@@ -33,6 +34,7 @@ def command(
     recipe: Path,
     form: str | None,
     offline: bool,
+    shared: str | None,
     lock: Path | None,
     no_lock: bool,
     outside: bool,
@@ -42,7 +44,10 @@ def command(
 
     Reads tables of contents only, never tensor data; downloads nothing.
     """
-    with open_workspace(quiet, offline=offline, outside=outside) as workspace, workspace.sources() as sources:
+    with (
+        open_workspace(quiet, offline=offline, outside=outside, shared=shared) as workspace,
+        workspace.sources() as sources,
+    ):
         read = workspace.recipe(recipe, lock_place(lock, no_lock))
         plan = workspace.plan(read, sources, find_lock(read))
     if form == "json":

@@ -635,11 +635,16 @@ class Components:
             label,
             action=action,
             state="make" if made is None else "stored",
-            why=self._why(pick, action) if made is None else "made before from the same inputs",
+            why=self._why(pick, action) if made is None else self._before(action),
             reads=reads,
             writes=writes,
             made=made,
         )
+
+    def _before(self, action: str | None) -> str:
+        if action is not None and self.store.is_claimed(action):
+            return "the shared store says that it was made before"
+        return "made before from the same inputs"
 
     def _sizes(self, job: ComponentJob) -> tuple[int | None, int | None]:
         """The bytes that are read for a component, and those that it has; None for what is not known yet."""

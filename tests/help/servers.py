@@ -40,7 +40,7 @@ class Handler(BaseHTTPRequestHandler):
         else:
             route(self)
 
-    do_HEAD = do_GET
+    do_HEAD = do_PUT = do_GET
 
     def do_CONNECT(self) -> None:
         self.server.owner.connect(self)
