@@ -58,9 +58,10 @@ class Workspace:
 
     `store` is the folder of what was made before, `models` are folders that are searched for sources, and
     `components` folders of catalogs beside the shipped one. What is None is as `environment` says
-    (`CKPT_STORE`, `CKPT_MODELS`, `CKPT_COMPONENTS`; by default that of the process, as it is now). `offline`:
-    no network. `outside`: recipes may name files outside their own folder and those of models, as a
-    stranger's must not.
+    (`CKPT_STORE`, `CKPT_MODELS`, `CKPT_COMPONENTS`, `CKPT_SHARED_STORE`; by default that of the process, as
+    it is now). `shared` is the address of a store that machines share; with `share`, what is made is put
+    there too. `offline`: no network. `outside`: recipes may name files outside their own folder and those of
+    models, as a stranger's must not.
 
     `progress` is called with a `Progress` while data is read or fetched: from threads of the work, one call
     at a time. What it raises ends the work, and is raised. Once `cancel` is set, from any thread, work ends
@@ -73,6 +74,8 @@ class Workspace:
         store: str | Path | None = None,
         models: Sequence[str | Path] | None = None,
         components: Sequence[str | Path] | None = None,
+        shared: str | None = None,
+        share: bool = False,
         offline: bool = False,
         outside: bool = False,
         environment: Mapping[str, str] | None = None,
@@ -83,6 +86,8 @@ class Workspace:
             store=said.store if store is None else Path(store),
             models=said.models if models is None else tuple(map(Path, models)),
             components=said.components if components is None else tuple(map(Path, components)),
+            shared=said.shared if shared is None else shared,
+            share=share,
         )
         self._offline, self._outside = offline, outside
 

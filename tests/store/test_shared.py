@@ -16,7 +16,8 @@ from builder.sources.net import buckets
 from builder.store import Made, Store
 from builder.store.action_result import decode, encode
 from builder.store.shared import FILE, Claim, Shared
-from tests.help.building import UNET, Folder, content, like, model, save
+from ckpt_build import Workspace
+from tests.help.building import UNET, Folder, _environment, content, like, model, save
 from tests.store.test_store import A, B, C, Listener, files, opened, put
 from tests.store.test_store import content as values_of
 from tests.store.test_store import model as tensors
@@ -359,3 +360,13 @@ def test_every_form_of_output_is_shared(tmp_path: Path) -> None:
         "tiny.toml", "-o", "tiny.safetensors.index.json", "--store", tmp_path / "far", "--store-write"
     )
     assert len(files(tmp_path / "far" / "cas")) == 3
+
+
+def test_from_python(work: Folder, tmp_path: Path) -> None:
+    other, far = elsewhere(work), str(tmp_path / "python")
+    for store, made in (("one", 3), ("two", 0)):
+        (other / "tiny.safetensors").unlink(missing_ok=True)
+        with _environment(other.variables):
+            face = Workspace(store=tmp_path / store, shared=far, share=True)
+            result = face.build(face.load(other / "tiny.toml"))
+        assert len(result.made) == made

@@ -30,7 +30,7 @@ FORMS = "s3://BUCKET/PREFIX, gs://…, az://…, http(s)://HOST of bazel-remote,
 # A build waits for what it could make itself: no longer than that makes sense.
 LIMITS = Limits(connect=5, headers=10, read=10, slowest=64 << 10, patience=15)
 
-_OBJECTS = frozenset({"s3", "s3a", "gs", "az", "azure", "abfs", "abfss", "adl"})
+_OBJECTS = frozenset({"s3", "s3a", "gs", "az", "azure"})
 _PIECE = 1 << 20  # bytes that are read of a file at a time
 _RANGE = 16 << 20  # bytes asked of an object store at a time, for which it has a minute
 _MISSING = frozenset({404, 410})
@@ -58,7 +58,7 @@ def bucket_of(
             ) from None
         return True, lambda: BazelRemote(url.rstrip("/"), environment, limits)
     if scheme in _OBJECTS:
-        if re.search(r"[/@]", rest.partition("/")[0]) or not rest:
+        if not re.fullmatch(r"[A-Za-z0-9._-]+", rest.partition("/")[0]):
             raise UsageError(Problem(f"`{scheme}://` is followed by a bucket's name alone, and a prefix"))
         if find_spec("obstore") is None:
             fact = f"`{scheme}://` needs the package obstore"
