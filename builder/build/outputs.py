@@ -49,6 +49,7 @@ from builder.store import DamagedEntry, Made
 from builder.store.entries import At, Entry, VerifiedTensor, identity
 from builder.tensors.digests import Row, component_digest, expression_key
 from builder.tensors.lazy import LazyTensor, MemoryTensor
+from builder.tensors.scan import Passing, carry_out
 
 
 @dataclass
@@ -118,18 +119,24 @@ class Assembly:
         return (key, job) if key is not None and isinstance(job, SourceJob) else None
 
     def make(self) -> Product:
-        """Have the output in its place, written unless it is there.
+        """Do the work of `making` alone."""
+        return carry_out(self.making(), threads=self.context.threads, stop=self.context.stop)
 
-        Raises OutputError when what is made is not what the recipe expects, LockError when it is not what
-        `locked` says; then the place is as it was. Places whose bytes turn out to be other than they were
-        are taken out of use, and what lay there is made again.
+    def making(self, composer: Composer | None = None) -> Passing[Product]:
+        """The work of having the output in its place, written unless it is there.
+
+        Others that are made at the same time have the same `composer`. Raises OutputError when what is made
+        is not what the recipe expects, LockError when it is not what `locked` says; then the place is as it
+        was. Places whose bytes turn out to be other than they were are taken out of use, and what lay there
+        is made again.
         """
         for _ in range(2 * len(self.job.slots) + 2):
             try:
                 self.keep(self.job)  # again, should it be what was damaged
-                return self._unchanged() or self._written()
+                return self._unchanged() or (yield from self._written(composer))
             except DamagedEntry as damage:
                 self.context.store.set_aside(damage)
+                composer = None  # which knows what was damaged
         raise OutputError(
             Problem(f"`{self.job.output.file}` cannot be made: what it is made of keeps changing")
         )
@@ -190,12 +197,12 @@ class Assembly:
 
     # -- making it
 
-    def _written(self) -> Product:
+    def _written(self, composer: Composer | None) -> Passing[Product]:
         context, job = self.context, self.job
         if not job.container.single and not self._is_locked():
             check_free(job.target)
         with ExitStack() as opened:
-            composer = Composer(context, opened)
+            composer = composer or Composer(context, opened)
             missing = [key for _, key in job.slots.values() if not self._is_held(key)]
             near = (job.base, job.told[0] if job.told is not None else None)
             read = context.source_nodes([*missing, *(key for key in near if key is not None)])
@@ -210,8 +217,9 @@ class Assembly:
                 for name, tensor in part.tensors.items():
                     # Digested as it is written, and compared before it is put in place.
                     plain = tensor.unchecked if isinstance(tensor, VerifiedTensor) else tensor
-                    tensors[part.names.name(name)] = plain
-            written = write_output(
+                    tensors[part.names.name(name)] = composer.common(part.key, name, plain)
+            made_by = composer
+            written = yield from write_output(
                 job.container,
                 job.target,
                 tensors,
@@ -225,7 +233,7 @@ class Assembly:
                 reporter=context.reporter,
                 task=job.output.file,
                 stop=context.stop,
-                accept=lambda w: self._accept(w, parts, beside, composer, read),
+                accept=lambda w: self._accept(w, parts, beside, made_by, read),
             )
             assert self._product is not None
             path, single = str(self._product.built.path), job.container.single
@@ -286,7 +294,7 @@ class Assembly:
         """Where the file goes, if all is right with it; None: it is there already."""
         context, store = self.context, self.context.store
         self._compare(parts, written)
-        if (error := composer.error()) is not None:
+        if (error := composer.error(*(p.key for p in parts))) is not None:
             raise error
         for key, source in read:
             context.settle(key, source)
