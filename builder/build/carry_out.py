@@ -18,7 +18,7 @@ from builder.build.in_parts import Parts
 from builder.build.outputs import Assembly, Naming, Product, lock_of
 from builder.operations import OPERATIONS
 from builder.operations.registry import Operation
-from builder.plan.graph import ComponentJob, Key, OutputJob, Plan, joined
+from builder.plan.graph import ComponentJob, Key, OutputJob, Plan, joined, total
 from builder.recipe.lock import Lock
 from builder.sources.job import SourceJob
 from builder.sources.opened import Sources
@@ -93,6 +93,7 @@ def build_all(
 
 def _carry_out(context: Context, builders: Sequence[_Builder], keep_going: bool) -> None:
     """Have the sources of all, and make their outputs: those side by side that have sources in common."""
+    _announce(context)
     for builder in builders:
         builder.begin()
     works = [(b, a) for b in builders if b.error is None for a in b.assemblies()]
@@ -102,6 +103,14 @@ def _carry_out(context: Context, builders: Sequence[_Builder], keep_going: bool)
         made = make_together(context, [a for _, a in group])
         for (builder, assembly), found in zip(group, made, strict=True):
             builder.finish(assembly, found)
+
+
+def _announce(context: Context) -> None:
+    """Say how much there is to do: the sources to be hashed or fetched, and the outputs to be written."""
+    hashed = [n.reads for n in context.plan if isinstance(n.job, SourceJob) and n.state in ("hash", "fetch")]
+    written = [n.writes for n in context.plan.outputs() if n.state != "unchanged"]
+    if (count := total([*hashed, *written])) is not None:
+        context.reporter.expect(count)
 
 
 MOST = 16  # outputs that are written at once

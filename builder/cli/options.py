@@ -50,7 +50,9 @@ _LOCK_OPTIONS = (
     click.option("--no-lock", is_flag=True, help="Neither read nor write a lock."),
 )
 quiet_option = click.option("--quiet", "-q", is_flag=True, help="No progress, no notes.")
-json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+json_option = click.option(
+    "--json", is_flag=True, expose_value=False, help="One JSON object on stdout, errors and notes in it."
+)
 
 _REPAIRS = (
     click.option("--fix", "fixes", multiple=True, type=click.Choice(list(FIXES)), help="A repair to make."),
