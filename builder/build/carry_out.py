@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 
-from builder.base.errors import OutputError, Problem
+from builder.base.errors import CkptError, OutputError, Problem
+from builder.base.parallel import Cancelled
 from builder.base.progress import SILENT, Reporter
 from builder.build.context import Context
 from builder.build.evaluate import Composer
@@ -17,11 +18,12 @@ from builder.build.in_parts import Parts
 from builder.build.outputs import Assembly, Naming, Product, lock_of
 from builder.operations import OPERATIONS
 from builder.operations.registry import Operation
-from builder.plan.graph import ComponentJob, Key, Node, OutputJob, Plan
+from builder.plan.graph import ComponentJob, Key, Node, OutputJob, Plan, joined, total
 from builder.recipe.lock import Lock
 from builder.sources.job import SourceJob
 from builder.sources.opened import Sources
 from builder.store import DamagedEntry
+from builder.tensors.scan import Scan, run_passes
 
 
 @dataclass
@@ -55,37 +57,153 @@ def build(
     With `locked`, what is made must agree with that lock. Without `hashing`, unpinned sources are not
     hashed, and what is made of them is not remembered. With `partial`, parts of files that are elsewhere are
     taken on the lock's word. `naming` says where an output goes once all of it is known, in the folder that
-    the plan has for it. Raises CkptError; then every output is as it was, but those that were finished
-    before the failure.
+    the plan has for it. Raises CkptError; then every output is as it was, but those that were finished.
     """
     context = Context(plan, sources, operations, threads or os.cpu_count() or 1, hashing, reporter)
     with closing(context):
-        return _Builder(context, Parts(context, partial), locked, naming).run()
+        builder = _Builder(context, Parts(context, partial), locked, naming)
+        _carry_out(context, [builder], keep_going=False)
+    if builder.error is not None:
+        raise builder.error
+    return builder.result()
+
+
+def build_all(
+    plans: Sequence[Plan],
+    sources: Sources,
+    *,
+    locked: bool = False,
+    keep_going: bool = False,
+    partial: bool = False,
+    threads: int | None = None,
+    reporter: Reporter = SILENT,
+) -> list[Build | CkptError | None]:
+    """Carry out several plans as one, of which each gives what it made, or why it could not.
+
+    Where one fails, no further output is begun, and what was not is None, unless it is to `keep_going`. All
+    else is as for `build`; with `locked`, each plan must agree with the lock that it has.
+    """
+    context = Context(joined(plans), sources, OPERATIONS, threads or os.cpu_count() or 1, True, reporter)
+    with closing(context):
+        owns = [context.of(plan) for plan in plans]
+        builders = [_Builder(c, Parts(c, partial), c.plan.lock if locked else None, None) for c in owns]
+        _carry_out(context, builders, keep_going)
+        return [b.error or (b.result() if b.is_done else None) for b in builders]
+
+
+def _carry_out(context: Context, builders: Sequence[_Builder], keep_going: bool) -> None:
+    """Have the sources of all, and make their outputs: those side by side that have sources in common."""
+    _announce(context)
+    for builder in builders:
+        builder.begin()
+    works = [(b, a) for b in builders if b.error is None for a in b.assemblies()]
+    for group in _groups(context, works):
+        if not keep_going and any(b.error is not None for b in builders):
+            return
+        made = make_together(context, [a for _, a in group])
+        for (builder, assembly), found in zip(group, made, strict=True):
+            builder.finish(assembly, found)
+
+
+def _announce(context: Context) -> None:
+    """Say how much there is to do: the sources to be hashed or fetched, and the outputs to be written."""
+    hashed = [n.reads for n in context.plan if isinstance(n.job, SourceJob) and n.state in ("hash", "fetch")]
+    written = [n.writes for n in context.plan.outputs() if n.state != "unchanged"]
+    if (count := total([*hashed, *written])) is not None:
+        context.reporter.expect(count)
+
+
+MOST = 16  # outputs that are written at once
+
+
+def _groups(
+    context: Context, works: Sequence[tuple[_Builder, Assembly]]
+) -> Iterator[list[tuple[_Builder, Assembly]]]:
+    """The outputs that have sources in common, at most `MOST` at once, those with the same ones together."""
+    groups: list[tuple[set[Key], list[tuple[tuple[Key, ...], int]]]] = []
+    for n, (_, assembly) in enumerate(works):
+        own = tuple(key for key, _ in context.source_nodes([assembly.node.key]))
+        near = [g for g in groups if not g[0].isdisjoint(own)]
+        groups = [g for g in groups if g not in near]
+        joined_ = sorted((w for _, ws in near for w in ws), key=lambda w: w[1])
+        groups.append((set(own).union(*(keys for keys, _ in near)), [*joined_, (own, n)]))
+    for _, found in sorted(groups, key=lambda g: g[1][0][1]):
+        order = [works[n] for _, n in (sorted(found) if len(found) > MOST else found)]
+        yield from (order[at : at + MOST] for at in range(0, len(order), MOST))
+
+
+def make_together(context: Context, assemblies: Sequence[Assembly]) -> list[Product | CkptError]:
+    """Make outputs side by side, in passes that read what they have in common once.
+
+    Of each the product, or why it could not be made.
+    """
+    done: dict[int, Product | CkptError] = {}
+    answers: dict[int, Scan | Exception | None] = dict.fromkeys(range(len(assemblies)))
+    with ExitStack() as opened:
+        together = Composer(context, opened, together=True) if len(assemblies) > 1 else None
+        works = [a.making(together) for a in assemblies]
+        for work in works:
+            opened.callback(work.close)
+        while answers:
+            asked = {}
+            for n, answer in answers.items():
+                try:
+                    work = works[n]
+                    asked[n] = work.throw(answer) if isinstance(answer, Exception) else work.send(answer)  # type: ignore[arg-type]
+                except StopIteration as finished:
+                    done[n] = finished.value
+                except Cancelled:
+                    raise
+                except CkptError as error:
+                    done[n] = error
+            found = run_passes(list(asked.values()), threads=context.threads, stop=context.stop)
+            answers = dict(zip(asked, found, strict=True))
+    return [done[n] for n in range(len(assemblies))]
 
 
 class _Builder:
+    """One plan that is carried out, alone or beside others."""
+
     def __init__(self, context: Context, parts: Parts, locked: Lock | None, naming: Naming | None) -> None:
         self.context, self.plan, self.parts = context, context.plan, parts
         self.locked, self.naming = locked, naming
         self.products: dict[Key, Product] = {}
         self.made: set[Key] = set()
+        self.error: CkptError | None = None
 
-    def run(self) -> Build:
-        """Make everything that is to be made."""
-        context, plan = self.context, self.plan
-        for key in plan.unseen:
-            job = context.node(key).job
-            assert isinstance(job, SourceJob)
-            raise context.sources.missing(job)
-        self._have_inputs(plan.outputs())
-        for node in plan.outputs():
-            assert isinstance(node.job, OutputJob)
-            product = Assembly(context, node, self.parts, self._prepare, self.locked, self.naming).make()
-            self.products[node.key] = product
-            self.made |= set(product.fresh)
-        return self._result()
+    def begin(self) -> None:
+        """Have what is needed."""
+        try:
+            for key in self.plan.unseen:
+                job = self.context.node(key).job
+                assert isinstance(job, SourceJob)
+                raise self.context.sources.missing(job)
+            self._have_inputs(self.plan.outputs())
+        except Cancelled:
+            raise
+        except CkptError as error:
+            self.error = error
 
-    def _result(self) -> Build:
+    def assemblies(self) -> Iterator[Assembly]:
+        """The outputs in the making."""
+        for node in self.plan.outputs():
+            yield Assembly(self.context, node, self.parts, self._prepare, self.locked, self.naming)
+
+    def finish(self, assembly: Assembly, found: Product | CkptError) -> None:
+        """Take note of what became of an output; of several failures the first stays."""
+        if isinstance(found, CkptError):
+            self.error = self.error or found
+        else:
+            self.products[assembly.node.key] = found
+            self.made |= set(found.fresh)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all outputs are made."""
+        return len(self.products) == len(self.plan.outputs())
+
+    def result(self) -> Build:
+        """What was made."""
         context, plan = self.context, self.plan
         changes = {}
         for node in plan.outputs():
@@ -196,8 +314,8 @@ class _Builder:
                     for source, source_job in read:
                         context.begin_hashing(source, source_job)
 
-                    def sound(composer: Composer = composer) -> None:
-                        if (error := composer.error()) is not None:
+                    def sound(composer: Composer = composer, key: Key = key) -> None:
+                        if (error := composer.error(key)) is not None:
                             raise error
 
                     made = store.save(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from builder.base.progress import Reporter
@@ -36,6 +36,11 @@ class Context:
     stop: threading.Event = field(default_factory=threading.Event)
     _actions: dict[Key, str] = field(default_factory=dict)
     _hashing: dict[Key, Future[Found]] = field(default_factory=dict)
+    _whole: Context | None = None
+
+    def of(self, plan: Plan) -> Context:
+        """The same for one of the plans that this one's joins: what becomes known, both know."""
+        return self if plan is self.plan else replace(self, plan=plan, _whole=self)
 
     @property
     def store(self) -> Store:
@@ -44,6 +49,8 @@ class Context:
 
     @cached_property
     def _executor(self) -> ThreadPoolExecutor:
+        if self._whole is not None:
+            return self._whole._executor
         # Apart from the threads of a pass: none of its windows waits until a source is hashed.
         return ThreadPoolExecutor(max(1, self.threads // 2), thread_name_prefix="hash")
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from builder.base.disk import check_free, write_bytes
 from builder.base.errors import CkptError, LockError, OutputError, Place, Problem, SourceError
+from builder.base.parallel import Cancelled
 from builder.build.context import Context
 from builder.build.evaluate import Composer
 from builder.build.expect import Built, missed
@@ -49,6 +50,7 @@ from builder.store import DamagedEntry, Made
 from builder.store.entries import At, Entry, VerifiedTensor, identity
 from builder.tensors.digests import Row, component_digest, expression_key
 from builder.tensors.lazy import LazyTensor, MemoryTensor
+from builder.tensors.scan import Passing, carry_out
 
 
 @dataclass
@@ -118,25 +120,31 @@ class Assembly:
         return (key, job) if key is not None and isinstance(job, SourceJob) else None
 
     def make(self) -> Product:
-        """Have the output in its place, written unless it is there.
+        """Do the work of `making` alone."""
+        return carry_out(self.making(), threads=self.context.threads, stop=self.context.stop)
 
-        Raises OutputError when what is made is not what the recipe expects, LockError when it is not what
-        `locked` says; then the place is as it was. Places whose bytes turn out to be other than they were
-        are taken out of use, and what lay there is made again; so is all that is the shared store's, where
-        no output comes of it that is right.
+    def making(self, composer: Composer | None = None) -> Passing[Product]:
+        """The work of having the output in its place, written unless it is there.
+
+        Others that are made at the same time have the same `composer`. Raises OutputError when what is made
+        is not what the recipe expects, LockError when it is not what `locked` says; then the place is as it
+        was. Places whose bytes turn out to be other than they were are taken out of use, and what lay there
+        is made again; so is all that is the shared store's, where no output comes of it that is right.
         """
         for attempt in range(2 * len(self.job.slots) + 2):
             try:
                 self.prepare(self.node, attempt > 0)  # again, should it be what was damaged
-                return self._unchanged() or self._written()
+                return self._unchanged() or (yield from self._written(composer))
             except DamagedEntry as damage:
                 self.context.store.set_aside(damage)
+                composer = None  # which knows what was damaged
             except CkptError as error:
-                doubted = [] if self.context.stop.is_set() else self.context.claimed(*self.job.inputs)
-                if not doubted:
+                doubted = self.context.claimed(*self.job.inputs)
+                if not doubted or isinstance(error, Cancelled):
                     raise
                 for action in doubted:
                     self.context.store.doubt(action, error.problems[0].fact)
+                composer = None
         raise OutputError(
             Problem(f"`{self.job.output.file}` cannot be made: what it is made of keeps changing")
         )
@@ -197,12 +205,12 @@ class Assembly:
 
     # -- making it
 
-    def _written(self) -> Product:
+    def _written(self, composer: Composer | None) -> Passing[Product]:
         context, job = self.context, self.job
         if not job.container.single and not self._is_locked():
             check_free(job.target)
         with ExitStack() as opened:
-            composer = Composer(context, opened)
+            composer = composer or Composer(context, opened)
             missing = [key for _, key in job.slots.values() if not self._is_held(key)]
             near = (job.base, job.told[0] if job.told is not None else None)
             read = context.source_nodes([*missing, *(key for key in near if key is not None)])
@@ -217,8 +225,9 @@ class Assembly:
                 for name, tensor in part.tensors.items():
                     # Digested as it is written, and compared before it is put in place.
                     plain = tensor.unchecked if isinstance(tensor, VerifiedTensor) else tensor
-                    tensors[part.names.name(name)] = plain
-            written = write_output(
+                    tensors[part.names.name(name)] = composer.common(part.key, name, plain)
+            made_by = composer
+            written = yield from write_output(
                 job.container,
                 job.target,
                 tensors,
@@ -232,7 +241,7 @@ class Assembly:
                 reporter=context.reporter,
                 task=job.output.file,
                 stop=context.stop,
-                accept=lambda w: self._accept(w, parts, beside, composer, read),
+                accept=lambda w: self._accept(w, parts, beside, made_by, read),
             )
             assert self._product is not None
             path, single = str(self._product.built.path), job.container.single
@@ -293,7 +302,7 @@ class Assembly:
         """Where the file goes, if all is right with it; None: it is there already."""
         context, store = self.context, self.context.store
         self._compare(parts, written)
-        if (error := composer.error()) is not None:
+        if (error := composer.error(*(p.key for p in parts))) is not None:
             raise error
         for key, source in read:
             context.settle(key, source)

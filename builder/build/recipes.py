@@ -48,7 +48,7 @@ def build_recipe(
     """
     lock = need_lock(recipe) if locked else find_lock(recipe)
     if not locked and recipe.lock is not None and (lock is None or lock.recipe != recipe.digest):
-        with _elsewhere():
+        with placing_elsewhere():
             check_place(recipe.lock)
     made = _built(
         workspace,
@@ -69,9 +69,9 @@ def build_recipe(
         ),
     )
     if check:
-        _check(workspace, recipe, made, place, threads)
+        check_again(workspace, recipe, made, place, threads)
     if not locked:
-        _write_lock(workspace, recipe, lock, made, place, explained)
+        write_the_lock(workspace, recipe, lock, made, place, explained)
     workspace.tidy()
     return made
 
@@ -90,11 +90,11 @@ def _built(
         plan = workspace.plan(recipe, sources, lock, place=place)
         if plan.unseen:
             with telling_all(recipe, sources, lock):
-                _see(sources, [plan.nodes[k].job for k in plan.unseen])
+                see_sources(sources, [plan.nodes[k].job for k in plan.unseen])
             continue
         before(plan)
         try:
-            with telling_all(recipe, sources, lock), _folders(plan):
+            with telling_all(recipe, sources, lock), with_folders(plan):
                 return carry_out(plan)
         except NotPinned as error:
             if not sources.another(error.job):
@@ -102,7 +102,7 @@ def _built(
 
 
 @contextmanager
-def _folders(plan: Plan) -> Iterator[None]:
+def with_folders(plan: Plan) -> Iterator[None]:
     """With the folders of what is to be written; those that were missing are gone where nothing came of it.
 
     Raises OutputError where nothing could be written.
@@ -112,7 +112,7 @@ def _folders(plan: Plan) -> Iterator[None]:
         yield
 
 
-def _see(sources: Sources, jobs: list[object]) -> None:
+def see_sources(sources: Sources, jobs: list[object]) -> None:
     """Have the tables of contents of sources: as hosts show them, else all at once with the whole files.
 
     The failure of the first is raised.
@@ -139,7 +139,7 @@ def _is_shown(sources: Sources, job: SourceJob) -> bool:
 
 
 @contextmanager
-def _elsewhere() -> Iterator[None]:
+def placing_elsewhere() -> Iterator[None]:
     """Say of an OutputError that the lock may lie elsewhere."""
     try:
         yield
@@ -149,7 +149,7 @@ def _elsewhere() -> Iterator[None]:
         raise
 
 
-def _write_lock(
+def write_the_lock(
     workspace: Workspace,
     recipe: Recipe,
     lock: Lock | None,
@@ -165,7 +165,7 @@ def _write_lock(
         more = f", and {len(moved) - 1} more; `--explain` lists them" if len(moved) > 1 else ""
         for change in moved if explained else [f"{moved[0]}{more}"]:
             workspace.reporter.note(f"the lock changes: {change}")
-    with standing(*(b.path for b in made.outputs)), _elsewhere():
+    with standing(*(b.path for b in made.outputs)), placing_elsewhere():
         write_lock(recipe.lock, made.lock)
 
 
@@ -194,7 +194,7 @@ def _is_the_recipes_own(recipe: Recipe, place: Place | None) -> bool:
     )
 
 
-def _check(
+def check_again(
     workspace: Workspace, recipe: Recipe, made: Build, place: Place | None, threads: int | None
 ) -> None:
     """Build again from nothing, in a folder of its own, and compare; raises UnreproducibleError."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from builder.base.progress import human_bytes
 from builder.base.words import counted
 from builder.cli.options import NAME, json_option, open_workspace, quiet_option, recipe_path, save_option
 from builder.cli.sizes import parse_size
+from builder.cli.terminal import out
 from builder.tensors.cast import PRECISIONS
 from builder.tensors.packed.encode import QUANTIZE
 from builder.toolkit.convert import convert
@@ -75,9 +75,7 @@ from builder.toolkit.made import without_tokenizer
 @save_option
 @json_option
 @quiet_option
-def command(
-    source: Path, output: str, save_recipe: Path | None, as_json: bool, quiet: bool, **options: Any
-) -> int:
+def command(source: Path, output: str, save_recipe: Path | None, quiet: bool, **options: Any) -> int:
     """Write every tensor of FILE in another container, precision or layout.
 
     FILE is a safetensors or PyTorch file, a sharded set's index, or a model's folder in the diffusers
@@ -94,17 +92,13 @@ def command(
         if made.lacking:
             way = "`--tokenizer FOLDER` adds it"
             workspace.reporter.note(without_tokenizer(made.lacking if made.tokenizer else (), way))
-    if as_json:
-        result = {
-            "schema": 1,
-            "path": str(made.path),
-            "form": made.form,
-            "size": made.size,
-            "tensors": made.tensors,
-            "lost": list(made.lost),
-        }
-        click.echo(json.dumps(result, indent=2))
-    else:
-        said = f"made  {made.path}  {human_bytes(made.size)}, {counted(made.tensors, 'tensor')}"
-        click.echo(printable(said))
+    data = {
+        "path": str(made.path),
+        "form": made.form,
+        "size": made.size,
+        "tensors": made.tensors,
+        "lost": list(made.lost),
+    }
+    said = f"made  {made.path}  {human_bytes(made.size)}, {counted(made.tensors, 'tensor')}"
+    out().result(data, printable(said))
     return ExitCode.DONE

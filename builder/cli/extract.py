@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import click
 
 from builder.base.errors import ExitCode
 from builder.cli.options import FILE, PLACE, making, open_workspace, recipe_path, save_option
+from builder.cli.terminal import out
 from builder.models.parts import find_part, slot_of
 from builder.recipe.names import SUFFIXES, Target
 from builder.toolkit.command_recipe import run
@@ -32,7 +32,6 @@ def command(
     save_recipe: Path | None,
     fixes: tuple[str, ...],
     threads: int | None,
-    as_json: bool,
     quiet: bool,
     **options: Any,
 ) -> int:
@@ -61,5 +60,5 @@ def command(
             threads=threads,
         )
         note_changes(made, workspace.reporter)
-    click.echo(json.dumps(to_json(made), indent=2) if as_json else to_text(made))
+    out().result(to_json(made), to_text(made))
     return ExitCode.DONE

@@ -60,7 +60,9 @@ _SHARING_OPTIONS = (
     click.option("--store-write", "share", is_flag=True, help="Put what is made there too."),
 )
 quiet_option = click.option("--quiet", "-q", is_flag=True, help="No progress, no notes.")
-json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+json_option = click.option(
+    "--json", is_flag=True, expose_value=False, help="One JSON object on stdout, errors and notes in it."
+)
 
 _REPAIRS = (
     click.option("--fix", "fixes", multiple=True, type=click.Choice(list(FIXES)), help="A repair to make."),

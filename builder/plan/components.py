@@ -38,8 +38,8 @@ from builder.plan.keys import action_key, recall_prediction, tables
 from builder.plan.metadata import carried_metadata
 from builder.plan.taken import component_name, place_of, quoted, taken, to_read
 from builder.recipe import FromBase, NewBase, Output, Pick, Recipe, Step, slot_problems
-from builder.recipe.check import MAX_STEPS
-from builder.recipe.language import PUBLISHED
+from builder.recipe.check import MAX_STEPS, with_classes
+from builder.recipe.language import EMA, PUBLISHED
 from builder.sources.job import SourceJob, entry_name
 from builder.tensors.lazy import DType, LazyTensor
 from builder.tensors.packed.decode import WIDER
@@ -72,6 +72,11 @@ def _params(step: Step, operation: Operation, cls: str, catalog: Catalog) -> dic
     if operation.many is not None and operation.many in step.params:
         found[operation.many] = {n: of_class(w, cls, blocks) for n, w in step.params[operation.many].items()}
     return found
+
+
+def _is_asked(step: Step, cls: str) -> bool:
+    """Whether a step is to change a class, as far as it says which."""
+    return not step.components or cls in step.components or kind(cls) in step.components
 
 
 def _leader(step: Step, operation: Operation) -> str:
@@ -233,14 +238,15 @@ class Components:
         if (adapter := inner.adapter(output)) is not None:
             pick = Pick(CHECKPOINT, adapter.name, None, output.base.at)
             return replace(adapter, name=name, origin=lambda _: Finished(inner.component(output, pick)))
-        architecture, picks = inner.filled(output)
+        made = inner.spelt(output)
+        architecture, picks = inner.filled(made)
 
         def origin(pick: Pick) -> Origin:
             wanted = self.catalog.component(pick.component) if pick.component is not None else None
             cls = wanted.cls if wanted is not None else pick.cls
             if cls not in picks:
                 raise self._absent(pick, picks)
-            key = inner.component(output, picks[cls])
+            key = inner.component(made, picks[cls])
             promote = None if cls == pick.cls or wanted is None else wanted.name
             finished = Finished(key, promote)
             self._check_component(pick, Finished(key), picks)
@@ -251,7 +257,7 @@ class Components:
             lambda: tuple(picks),
             lambda: architecture,
             cache(origin),
-            lambda: inner.told(output, picks, {}),
+            lambda: inner.told(made, picks, {}),
         )
 
     def _step(self, name: str) -> Model:
@@ -365,7 +371,7 @@ class Components:
 
     def _is_extracted(self, step: Step, cls: str) -> bool:
         traits = self.catalog.traits.get(cls)
-        asked = not step.components or cls in step.components
+        asked = _is_asked(step, cls)
         return (
             asked and traits is not None and traits.adapters is not None and bool(traits.adapters.extracted)
         )
@@ -428,7 +434,7 @@ class Components:
         self, step: Step, operation: Operation, cls: str, models: Mapping[str, Model], leader: str
     ) -> bool:
         """Whether a step changes a class of its first input; where one may expect it to, why not is said."""
-        if step.components and cls not in step.components:
+        if not _is_asked(step, cls):
             return False
         traits = self.catalog.traits.get(cls)
         if operation.many in operation.files:
@@ -468,7 +474,7 @@ class Components:
         first = models[_leader(step, operation)]
         common = {c for c in first.classes() if all(self._held(m, c) for m in models.values())}
         merged = {c for c in common if kind(c) != "VAE" or step.vae or _given(step, operation, c)}
-        if merged & set(step.components or merged):
+        if any(_is_asked(step, cls) for cls in merged):
             return
         place = self.recipe.place("steps", step.name)
         fact = f"the step `{step.name}` has nothing to work on: its inputs are not of one kind"
@@ -693,6 +699,35 @@ class Components:
         return any(isinstance(j, SourceJob) and self.sources.find(j) is None for j in jobs)
 
     # -- what fills an output
+
+    def spelt(self, output: Output) -> Output:
+        """An output with the classes and components that its words (`VAE`, `EMA`) mean."""
+        picks = output.components
+        if all(cls in self.catalog.classes and p.component != EMA for cls, p in picks.items()):
+            return output
+        base = output.base
+        if isinstance(base, NewBase):
+            architecture = self.catalog.architecture(base.architecture)
+        else:
+            architecture = self._base_architecture(base, any_=True)
+        found = with_classes(output, architecture, self.catalog)
+        return replace(found, components={c: self._average(p) for c, p in found.components.items()})
+
+    def _average(self, pick: Pick) -> Pick:
+        """A pick with the component that `EMA` means: the average of its class that the source has."""
+        if pick.component != EMA:
+            return pick
+        known = self.catalog.components
+        can = [n for n, c in known.items() if c.average_of and c.base and known[c.base].cls == pick.cls]
+        source = self.recipe.sources.get(pick.source)
+        if source is not None and source.recipe is None:
+            held = {m.component.name for m in self.sources.open(self.source(pick.source)).identity.matches}
+            can = [n for n in can if n in held]
+        if len(can) == 1:
+            return replace(pick, component=can[0])
+        fact = f"`{pick.source}` has {'several averages' if can else 'no average'} of `{pick.cls}`"
+        hint = f"name the component: {quoted(can)}" if can else None
+        raise RecipeError(Problem(fact, self.recipe.place(*pick.at, "component", value=True), hint=hint))
 
     def filled(self, output: Output) -> tuple[Architecture, dict[str, Pick]]:
         """The architecture of an output, and what fills each of its classes."""

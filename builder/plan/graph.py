@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from itertools import chain, count
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
@@ -413,6 +414,32 @@ class Plan:
     def outputs(self) -> list[Node]:
         """The files to be written, in the recipe's order."""
         return [n for n in self if isinstance(n.job, OutputJob)]
+
+
+def joined(plans: Sequence[Plan]) -> Plan:
+    """Several plans as one graph: what more than one of them holds is one node. A single one as it is.
+
+    A component that one of them makes is no longer only computed on the way to another; labels that two
+    nodes have say which recipe each is of. The recipe, the lock and the entries are the first plan's.
+    """
+    if len(plans) == 1:
+        return plans[0]
+    made = Plan(plans[0].recipe, plans[0].lock)
+    for plan in plans:
+        for node in plan:
+            known = made.nodes.get(node.key)
+            if known is None:
+                more = (f" of {plan.recipe.name}{f' #{i}' * (i > 1)}" for i in count(1))
+                label = next(n for m in chain([""], more) if (n := f"{node.label}{m}") not in made.labels)
+                made.labels.add(label)
+                made.nodes[node.key] = replace(node, label=label)
+            elif known.state == "stream" != node.state:
+                made.nodes[node.key] = replace(node, label=known.label)
+        made.unseen += [k for k in plan.unseen if k not in made.unseen]
+        made.left_out += plan.left_out
+        made.warnings += [p for p in plan.warnings if p not in made.warnings]
+        made.notes += [n for n in plan.notes if n not in made.notes]
+    return made
 
 
 def component_specs(

@@ -97,7 +97,7 @@ class _Resolver(Components):
         self, output: Output, place: Callable[[Output], str | Path] | None, environment: Mapping[str, str]
     ) -> None:
         """Plan an output and all that it needs."""
-        output = replace(output, fixes=with_profile(output.fixes, output.profile))
+        output = replace(self.spelt(output), fixes=with_profile(output.fixes, output.profile))
         name = str(place(output)) if place is not None else output.file
         target, form = (Path(name) if place is not None else self._target(output)), form_of(name)
         base = self.source(output.base.name) if self._is_file(output.base) else None

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from builder.base.addresses import FORMS, check_address
-from builder.base.errors import CatalogError, Place, Problem, did_you_mean
+from builder.base.errors import CatalogError, Place, Problem, UsageError, did_you_mean, nearest
 from builder.base.kinds import (
     NO_CONTROLS,
     NOT_EMPTY,
@@ -27,8 +27,10 @@ from builder.base.kinds import (
     Struct,
     Table,
     Text,
+    listed,
 )
 from builder.base.words import SIZE, parse_size
+from builder.models.parts import kind, meant
 from builder.models.prediction import EMPTY
 from builder.operations.fixes import Fix
 from builder.operations.registry import Operation, Param
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
     from builder.models.catalog import Catalog
 
 NEW = "NEW"
+EMA = "EMA"  # in place of a component: the average of what the slot is for
 
 
 PRECISIONS = {
@@ -417,14 +420,51 @@ class StepKind(Kind):
         return {"oneOf": [s.schema(defs) for s in self.operations.values()]}
 
 
+@dataclass(frozen=True)
+class Slot(Choice):
+    """A class, or a kind of them (`VAE`); what may have been meant is of the recipe's architecture."""
+
+    catalog: Catalog | None = None
+
+    @classmethod
+    def of(cls, catalog: Catalog) -> Slot:
+        """The classes of a catalog, and their kinds."""
+        return cls(
+            "class", dict.fromkeys([*catalog.classes, *map(kind, catalog.classes)], ""), True, catalog=catalog
+        )
+
+    def hint(self, value: str, at: At) -> str | None:
+        assert self.catalog is not None
+        near = nearest(value, self.words)
+        first, _, name = str(_base_of(at)).partition(" ")
+        if first != NEW:
+            return f"did you mean `{kind(near)}`?" if near else None
+        try:
+            slots = self.catalog.architecture(name.strip()).slots
+        except UsageError:
+            return None
+        alike = meant(kind(near), slots) if near else ()
+        found = alike[0] if len(alike) == 1 else nearest(value, alike or slots)
+        return f"did you mean `{found}`?" if found else f"its slots: {listed(slots)}"
+
+
+def _base_of(at: At) -> object:
+    """The base that is written for what stands at a place: the output's own, or the recipe's."""
+    data = at.document.data
+    own = data["output"] if at.keys[0] == "output" else {}
+    if isinstance(own, list) and isinstance(at.keys[1], int):
+        own = own[at.keys[1]]
+    return own.get("base", data.get("base")) if isinstance(own, dict) else None
+
+
 def step_keys(catalog: Catalog) -> dict[str, Key]:
     """The keys that every step has, beside those of its operation."""
-    classes = Choice("class", dict.fromkeys(catalog.classes, ""), open=True)
+    classes = Slot.of(catalog)
     return {
         "components": Key(
             Array(classes, minimum=1),
-            "Only these classes; the others are those of its first input.",
-            '["UNET-v1"]',
+            "Only these classes, or kinds of them; the others are those of its first input.",
+            '["UNET"]',
             default=(),
             otherwise="the whole model",
         ),
@@ -484,8 +524,9 @@ def _operation(operation: Operation, catalog: Catalog) -> Struct:
 
 def _language(words: Vocabulary) -> Struct:
     catalog = words.catalog
-    classes = Choice("class", dict.fromkeys(catalog.classes, ""), open=True)
-    components = Choice("component", {n: c.note or "" for n, c in catalog.components.items()}, open=True)
+    classes = Slot.of(catalog)
+    notes = {n: c.note or "" for n, c in catalog.components.items()}
+    components = Choice("component", notes | {EMA: "the average of what the slot is for"}, open=True)
     fixes = Array(Choice("fix", {n: f.doc for n, f in words.fixes.items()}))
     base = Base((*catalog.architectures, *catalog.classes))
     pick = Either(
@@ -498,7 +539,8 @@ def _language(words: Vocabulary) -> Struct:
                     "from": Key(REFERENCE, "The source or step that has it.", '"anything"', required=True),
                     "component": Key(
                         components,
-                        "Which component of it: one of the class, its EMA twin, or one of the same tensors.",
+                        "Which component of it: one of the class, its EMA twin (`EMA` says the same), or one "
+                        "of the same tensors.",
                         '"UNET-v1-EMA"',
                         otherwise="the one it has of the class",
                     ),
@@ -537,9 +579,10 @@ def _language(words: Vocabulary) -> Struct:
     )
     components_key = Key(
         picks,
-        "What fills each slot: by class, the name of a source or step, or a table of `from` and `component`. "
-        "`EMA-…` classes may be added to those of the architecture.",
-        '{ VAE-v1 = "nai-vae" }',
+        "What fills each slot: by class, or by kind where the architecture has one of it, the name of a "
+        "source or step, or a table of `from` and `component`. `EMA-…` classes may be added to those of the "
+        "architecture.",
+        '{ VAE = "nai-vae" }',
         default={},
     )
     fixes_key = Key(fixes, "Repairs to make, in any order.", '["clip-position-ids"]', default=())

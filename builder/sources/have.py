@@ -71,7 +71,7 @@ def resolve_sources(
         if sources.find(job) is None:
             sources.fetch(job)
         sha256 = str(sources.hash(job).sha256)
-        found[entry] = _locked(sources, job, sha256, sources.resolved.get(entry, ""))
+        found[entry] = _locked(sources, job, sha256, sources.resolved.get(job, ""))
     return found
 
 
@@ -107,7 +107,7 @@ def locked_sources(entries: Mapping[str, SourceJob], sources: Sources) -> dict[s
     found = {}
     for entry, job in sorted(entries.items()):
         if (sha256 := sources.sha256(job)) is not None:
-            found[entry] = _locked(sources, job, sha256, sources.resolved.get(job.entry, ""))
+            found[entry] = _locked(sources, job, sha256, sources.resolved.get(job, ""))
     return found
 
 

@@ -79,7 +79,7 @@ class Sources:
         self._bounds: dict[tuple[Path, str | None], tuple[Path, ...]] = {}  # folders that files are to lie in
         self._refused: set[Path] = set()
         self._guard = threading.RLock()
-        self.resolved: dict[str, str] = {}
+        self.resolved: dict[SourceJob, str] = {}
 
     def __enter__(self) -> Sources:
         return self
@@ -120,8 +120,8 @@ class Sources:
             locked=locked,
             place=recipe.place("sources", name),
         )
-        if spec.sha256 is not None:
-            identity = f"sha256:{spec.sha256}"
+        if (pinned := self.wanted(job).sha256) is not None:
+            identity = f"sha256:{pinned}"
         elif isinstance(found := self._search(job), Found):
             identity = f"file:{os.path.realpath(found.path)}"
         else:
@@ -390,7 +390,7 @@ class Sources:
         found = Found(got.path, got.sha256, got.size, got.address or "a cache")
         self._provide(job, found)
         if got.address is not None and not got.address.startswith("file:"):
-            self.resolved[job.entry] = got.address
+            self.resolved[job] = got.address
         return found
 
     def _provide(self, job: SourceJob, found: Found) -> None:
