@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
@@ -24,6 +24,8 @@ from builder.sources.job import SourceJob
 from builder.sources.opened import Sources
 from builder.store import DamagedEntry
 from builder.tensors.scan import Scan, run_passes
+
+Elsewhere = Callable[["Sequence[tuple[Builder, Assembly]]", bool], None]
 
 
 @dataclass
@@ -50,6 +52,7 @@ def build(
     hashing: bool = True,
     partial: bool = False,
     naming: Naming | None = None,
+    elsewhere: Elsewhere | None = None,
     reporter: Reporter = SILENT,
 ) -> Build:
     """Carry out a plan.
@@ -57,12 +60,13 @@ def build(
     With `locked`, what is made must agree with that lock. Without `hashing`, unpinned sources are not
     hashed, and what is made of them is not remembered. With `partial`, parts of files that are elsewhere are
     taken on the lock's word. `naming` says where an output goes once all of it is known, in the folder that
-    the plan has for it. Raises CkptError; then every output is as it was, but those that were finished.
+    the plan has for it. With `elsewhere`, others make what is to be made. Raises CkptError; then every
+    output is as it was, but those that were finished.
     """
     context = Context(plan, sources, operations, threads or os.cpu_count() or 1, hashing, reporter)
     with closing(context):
-        builder = _Builder(context, Parts(context, partial), locked, naming)
-        _carry_out(context, [builder], keep_going=False)
+        builder = Builder(context, Parts(context, partial), locked, naming)
+        _carry_out(context, [builder], False, elsewhere)
     if builder.error is not None:
         raise builder.error
     return builder.result()
@@ -76,6 +80,7 @@ def build_all(
     keep_going: bool = False,
     partial: bool = False,
     threads: int | None = None,
+    elsewhere: Elsewhere | None = None,
     reporter: Reporter = SILENT,
 ) -> list[Build | CkptError | None]:
     """Carry out several plans as one, of which each gives what it made, or why it could not.
@@ -86,17 +91,22 @@ def build_all(
     context = Context(joined(plans), sources, OPERATIONS, threads or os.cpu_count() or 1, True, reporter)
     with closing(context):
         owns = [context.of(plan) for plan in plans]
-        builders = [_Builder(c, Parts(c, partial), c.plan.lock if locked else None, None) for c in owns]
-        _carry_out(context, builders, keep_going)
+        builders = [Builder(c, Parts(c, partial), c.plan.lock if locked else None, None) for c in owns]
+        _carry_out(context, builders, keep_going, elsewhere)
         return [b.error or (b.result() if b.is_done else None) for b in builders]
 
 
-def _carry_out(context: Context, builders: Sequence[_Builder], keep_going: bool) -> None:
+def _carry_out(
+    context: Context, builders: Sequence[Builder], keep_going: bool, elsewhere: Elsewhere | None
+) -> None:
     """Have the sources of all, and make their outputs: those side by side that have sources in common."""
     _announce(context)
     for builder in builders:
-        builder.begin()
+        builder.begin(elsewhere is None)
     works = [(b, a) for b in builders if b.error is None for a in b.assemblies()]
+    if elsewhere is not None:
+        elsewhere(works, keep_going)
+        return
     for group in _groups(context, works):
         if not keep_going and any(b.error is not None for b in builders):
             return
@@ -117,8 +127,8 @@ MOST = 16  # outputs that are written at once
 
 
 def _groups(
-    context: Context, works: Sequence[tuple[_Builder, Assembly]]
-) -> Iterator[list[tuple[_Builder, Assembly]]]:
+    context: Context, works: Sequence[tuple[Builder, Assembly]]
+) -> Iterator[list[tuple[Builder, Assembly]]]:
     """The outputs that have sources in common, at most `MOST` at once, those with the same ones together."""
     groups: list[tuple[set[Key], list[tuple[tuple[Key, ...], int]]]] = []
     for n, (_, assembly) in enumerate(works):
@@ -161,7 +171,7 @@ def make_together(context: Context, assemblies: Sequence[Assembly]) -> list[Prod
     return [done[n] for n in range(len(assemblies))]
 
 
-class _Builder:
+class Builder:
     """One plan that is carried out, alone or beside others."""
 
     def __init__(self, context: Context, parts: Parts, locked: Lock | None, naming: Naming | None) -> None:
@@ -171,14 +181,15 @@ class _Builder:
         self.made: set[Key] = set()
         self.error: CkptError | None = None
 
-    def begin(self) -> None:
-        """Have what is needed."""
+    def begin(self, here: bool = True) -> None:
+        """Have what is needed, if it is to be made `here`."""
         try:
             for key in self.plan.unseen:
                 job = self.context.node(key).job
                 assert isinstance(job, SourceJob)
                 raise self.context.sources.missing(job)
-            self._have_inputs(self.plan.outputs())
+            if here:
+                self._have_inputs(self.plan.outputs())
         except Cancelled:
             raise
         except CkptError as error:
@@ -226,14 +237,18 @@ class _Builder:
 
     def _have_inputs(self, outputs: list[Node]) -> None:
         """Have what is not here, first what others made, and wait for digests that may save all work."""
-        context = self.context
         pending = [n for n in outputs if n.state != "unchanged"]
         self._bring(pending)
         missing = [k for n in pending for k in self._missing(n.job)]
+        self.have_sources(missing, [n.job.base for n in pending if isinstance(n.job, OutputJob)])
+
+    def have_sources(self, missing: Sequence[Key], bases: Sequence[Key | None] = ()) -> None:
+        """Have the sources of components, and those that are bases of outputs."""
+        context = self.context
         needed = context.source_nodes(missing)
-        for node in pending:
-            if isinstance(node.job, OutputJob) and node.job.base is not None:
-                needed += [s for s in context.source_nodes([node.job.base]) if s not in needed]
+        for base in bases:
+            if base is not None:
+                needed += [s for s in context.source_nodes([base]) if s not in needed]
         away = [(k, j) for k, j in needed if context.sources.find(j) is None]
         whole = [
             (k, j)
@@ -294,16 +309,18 @@ class _Builder:
         near = self.plan.ancestors(*self._missing(job))
         for node in self.plan:
             if node.key in near and isinstance(node.job, ComponentJob) and node.job.store:
-                self._keep(node.key)
+                self.keep(node.key)
 
-    def _keep(self, key: Key) -> None:
-        """Have a step's component in the store."""
+    def keep(self, key: Key) -> None:
+        """Have a component in the store, and in the shared one where that is asked for."""
         context, store = self.context, self.context.store
         job, label = context.component(key), context.node(key).label
         for _ in range(3):
             made = context.made(key)
             if made is not None and (stored := store.open(made.digest)) is not None:
                 stored.close()
+                if (action := context.action(key)) is not None:
+                    store.share(action, made, threads=context.threads, stop=context.stop)
                 return
             try:
                 with ExitStack() as opened:

@@ -25,7 +25,7 @@ class Parts:
 
     def __init__(self, context: Context, believing: bool) -> None:
         self._context = context
-        self._believing = believing
+        self.believing = believing
         self._sources: set[Key] = set()
 
     def decide(self, key: Key, job: SourceJob, components: list[Key]) -> bool:
@@ -107,7 +107,7 @@ class Parts:
         made = self._context.made(key)
         if made is not None:
             return made.digest
-        locked = self._context.locked(key) if self._believing else None
+        locked = self._context.locked(key) if self.believing else None
         return locked.blake3 if locked is not None else None
 
     def _beside(self, key: Key) -> bool:

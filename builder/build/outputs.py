@@ -76,11 +76,15 @@ class Part:
 
 @dataclass
 class Product:
-    """An output as it came to be: `parts` by class, `fresh` those that were computed."""
+    """An output as it came to be: `parts` by class, `fresh` those that were computed.
+
+    `known` is what is remembered of it, under the key of its assembly.
+    """
 
     built: Built
     parts: dict[str, Made]
     fresh: tuple[Key, ...] = ()
+    known: tuple[str, KnownOutput] | None = None
 
 
 Naming = Callable[[Built], Path]
@@ -439,7 +443,8 @@ class Assembly:
         if all(context.action(p.key) for p in parts) and (sha256 is not None or self.base is None):
             key = assembly_key(job, {c: m.digest for c, m in product.parts.items()}, rows)
             known_as = (built.sha256, built.size, built.tensor_digest, built.metric)
-            note_output(store, key, KnownOutput(*known_as, self._configs(written), built.autov3))
+            product.known = key, KnownOutput(*known_as, self._configs(written), built.autov3)
+            note_output(store, *product.known)
 
     def _keep(self, made: Made, source: str, names: Names) -> None:
         """Have the bytes of a component kept by the store, from what was written."""

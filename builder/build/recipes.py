@@ -7,12 +7,15 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 from builder.base.disk import check_place, making_folders
-from builder.base.errors import CkptError, OutputError, Problem, UnreproducibleError
-from builder.build.carry_out import Build, build
+from builder.base.errors import CkptError, OutputError, Problem, UnreproducibleError, UsageError
+from builder.base.words import counted
+from builder.build.carry_out import Build, Elsewhere, build
 from builder.build.outputs import Naming
-from builder.plan import OutputJob, Plan
+from builder.build.spread import Done, Means, Task, make_node
+from builder.plan import ComponentJob, Node, OutputJob, Plan
 from builder.recipe import Output, Recipe
 from builder.recipe.lock import Lock, differences, write_lock
 from builder.recipe.names import form_of
@@ -21,6 +24,8 @@ from builder.sources.job import SourceJob
 from builder.sources.opened import NotPinned, Sources
 from builder.store import Store
 from builder.workspace import Workspace, find_lock, need_lock
+
+T = TypeVar("T")
 
 Place = Callable[[Output], str | Path]
 
@@ -38,6 +43,7 @@ def build_recipe(
     check: bool = False,
     explained: bool = False,
     threads: int | None = None,
+    elsewhere: Elsewhere | None = None,
     before: Callable[[Plan], object] = lambda plan: None,
 ) -> Build:
     """Build a recipe, and write its lock unless `locked`.
@@ -65,6 +71,7 @@ def build_recipe(
             hashing=hashing,
             partial=partial,
             naming=naming,
+            elsewhere=elsewhere,
             reporter=workspace.reporter,
         ),
     )
@@ -76,6 +83,30 @@ def build_recipe(
     return made
 
 
+def build_node(
+    workspace: Workspace, recipe: Recipe, sources: Sources, key: str, *, threads: int | None = None
+) -> tuple[Node, Done]:
+    """Make one node of a recipe's plan, of which `key` begins the key; its lock is read and not written.
+
+    A component goes into the store, and the shared one where that is asked for; an output into its place.
+    Raises UsageError where no such node is, or several are, and CkptError.
+    """
+
+    def only(plan: Plan) -> tuple[Node, Done]:
+        made = (ComponentJob, OutputJob)
+        found = [n for n in plan if n.key.startswith(key) and isinstance(n.job, made)]
+        if len(found) != 1:
+            fact = f"`{key}` begins the key of {counted(len(found), 'component or output')} of the plan"
+            raise UsageError(Problem(fact, hint="`ckpt plan --json` has the keys"))
+        (node,) = found
+        task = Task(plan.part(node.key), node.key, Means("", threads=threads), {})
+        return node, make_node(task, sources, workspace.reporter)
+
+    found = _built(workspace, recipe, sources, find_lock(recipe), None, lambda plan: None, only)
+    workspace.tidy()
+    return found
+
+
 def _built(
     workspace: Workspace,
     recipe: Recipe,
@@ -83,8 +114,8 @@ def _built(
     lock: Lock | None,
     place: Place | None,
     before: Callable[[Plan], object],
-    carry_out: Callable[[Plan], Build],
-) -> Build:
+    carry_out: Callable[[Plan], T],
+) -> T:
     """Plan and build; again, where a source had to be had to be seen, or another file was pinned."""
     while True:
         plan = workspace.plan(recipe, sources, lock, place=place)

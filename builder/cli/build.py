@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import click
 
-from builder.base.errors import ExitCode, Problem, UsageError
+from builder.base.errors import ExitCode, Problem, UsageError, printable
 from builder.build import build_recipe
+from builder.build.carry_out import Elsewhere
+from builder.build.recipes import build_node
+from builder.build.spread import means_of
 from builder.cli.options import (
     NAME,
     json_option,
@@ -21,8 +26,11 @@ from builder.cli.options import (
 )
 from builder.cli.terminal import out
 from builder.plan import Plan, explain
+from builder.recipe import Recipe
+from builder.sources.opened import Sources
 from builder.toolkit.command_recipe import place_of
 from builder.toolkit.made import note_changes, note_left_out, note_steps, to_json, to_text
+from builder.workspace import Workspace
 
 
 @click.command("build")
@@ -36,6 +44,8 @@ from builder.toolkit.made import note_changes, note_left_out, note_steps, to_jso
 @click.option("--explain", "explained", is_flag=True, help="Say why each step is done or not.")
 @click.option("--threads", type=click.IntRange(1, 256), help="Threads to use; the bytes are the same.")
 @sharing
+@click.option("--on", "where", metavar="dask://HOST:PORT", help="Have workers make it, by the shared store.")
+@click.option("--only", metavar="KEY", help="Make this node of the plan alone; no lock is written.")
 @locking
 @outside_option
 @json_option
@@ -52,12 +62,16 @@ def command(
     threads: int | None,
     shared: str | None,
     share: bool,
+    where: str | None,
+    only: str | None,
     lock: Path | None,
     no_lock: bool,
     outside: bool,
     quiet: bool,
 ) -> int:
     """Build the files of RECIPE; what is made already is reused, what is unchanged is left alone."""
+    if where is not None and (only is not None or partial):
+        raise UsageError(Problem(f"`--on` and `--{'partial' if partial else 'only'}` exclude each other"))
     if no_lock and (locked or frozen):
         raise UsageError(Problem("`--locked` needs a lock, and `--no-lock` has none"))
     with (
@@ -75,19 +89,51 @@ def command(
             note_left_out(plan, workspace.reporter)
             note_steps(plan, workspace.reporter)
 
+        if where is not None:  # workers are in other folders
+            recipe, lock = recipe.absolute(), lock.absolute() if lock is not None else None
+            output = f"{Path(output).absolute()}{'/' * output.endswith('/')}" if output is not None else None
         read = workspace.recipe(recipe, lock_place(lock, no_lock))
-        made = build_recipe(
-            workspace,
-            read,
-            sources,
-            place=place_of(read, output),
-            locked=locked or frozen,
-            partial=partial,
-            check=check,
-            explained=explained,
-            threads=threads,
-            before=before,
-        )
+        if only is not None:
+            return _make_only(workspace, read, sources, only, threads)
+        with _workers(workspace, where, threads) as elsewhere:
+            made = build_recipe(
+                workspace,
+                read,
+                sources,
+                place=place_of(read, output),
+                locked=locked or frozen,
+                partial=partial,
+                check=check,
+                explained=explained,
+                threads=threads,
+                elsewhere=elsewhere,
+                before=before,
+            )
         note_changes(made, workspace.reporter)
     out().result(to_json(made), to_text(made))
+    return ExitCode.DONE
+
+
+@contextmanager
+def _workers(workspace: Workspace, where: str | None, threads: int | None) -> Iterator[Elsewhere | None]:
+    """The workers that are to make it, or None."""
+    if where is None:
+        yield None
+        return
+    from builder.build.dask import workers_on
+
+    settings = workspace.settings
+    if not settings.shared:
+        hint = "`--store URL` names one, which here and every worker reaches"
+        raise UsageError(Problem("`--on` needs a store that the workers share", hint=hint))
+    means = means_of(settings, offline=workspace.offline, outside=workspace.outside, threads=threads)
+    with workers_on(where, means) as farm:
+        yield farm
+
+
+def _make_only(workspace: Workspace, recipe: Recipe, sources: Sources, key: str, threads: int | None) -> int:
+    node, done = build_node(workspace, recipe, sources, key, threads=threads)
+    state = done.product.built.state if done.product is not None else "made" if done.fresh else "stored"
+    data = {"schema": 1, "key": node.key, "label": node.label, "state": state}
+    out().result(data, f"{state:<9}  {printable(node.label)}")
     return ExitCode.DONE

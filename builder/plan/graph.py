@@ -394,6 +394,13 @@ class Plan:
                 near += self.nodes[key].job.inputs
         return found
 
+    def part(self, key: Key) -> Plan:
+        """A node and all that it hangs on, as a plan of its own."""
+        near = {key, *self.ancestors(key)}
+        nodes = {k: n for k, n in self.nodes.items() if k in near}
+        entries = {e: j for e, j in self.entries.items() if j.key in near}
+        return Plan(self.recipe, self.lock, nodes, entries, [k for k in self.unseen if k in near])
+
     def takes(self, origin: Origin) -> Iterator[Take | Whole]:
         """What an origin is made of, near and far, as sources hold it: each once, however often used."""
         near, seen = [origin], set()

@@ -191,7 +191,7 @@ def test_builds_with_a_server(far: BazelRemote, tmp_path: Path) -> None:
     far.lies["cas"] = WRONG["a flipped bit"]
     third = elsewhere(work, "third")
     said = third("build", "tiny.toml", "--store", far.url, "--json")
-    assert len(said.json["made"]) == 3 and said.err.count("warning") == 3
+    assert len(said.json["made"]) == 3 and len(said.json["warnings"]) == 3
     assert (third / "tiny.safetensors").read_bytes() == (work / "tiny.safetensors").read_bytes()
     asked = len(far.server.seen)
     fourth = elsewhere(work, "fourth")
