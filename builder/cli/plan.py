@@ -18,6 +18,7 @@ from builder.cli.options import (
 )
 from builder.cli.terminal import out
 from builder.plan import explain
+from builder.toolkit.snakefile import to_snakefile
 from builder.workspace import find_lock
 
 
@@ -25,6 +26,7 @@ from builder.workspace import find_lock
 @recipe_argument
 @click.option("--dot", "form", flag_value="dot", help="A drawing for Graphviz.")
 @click.option("--mermaid", "form", flag_value="mermaid", help="A drawing for Markdown.")
+@click.option("--snakemake", "form", flag_value="snakemake", help="A Snakefile that builds it on a cluster.")
 @click.option("--offline", is_flag=True, help="Use no network.")
 @click.option("--store", "shared", metavar="URL", help="A store that machines share.")
 @locking
@@ -52,10 +54,20 @@ def command(
         open_workspace(quiet, offline=offline, outside=outside, shared=shared) as workspace,
         workspace.sources() as sources,
     ):
+        if form == "snakemake":  # whose commands run in other folders, and other keys follow from other paths
+            recipe, lock = recipe.absolute(), lock.absolute() if lock is not None else None
         read = workspace.recipe(recipe, lock_place(lock, no_lock))
         plan = workspace.plan(read, sources, find_lock(read))
+        if form == "snakemake":
+            repeated = {"--offline": offline, "--no-lock": no_lock, "--allow-outside": outside}
+            options = [option for option, is_given in repeated.items() if is_given]
+            options += ["--lock", str(lock)] if lock is not None else []
+            shared = workspace.settings.shared or None
+            drawn = to_snakefile(plan, sources, recipe, shared=shared, options=options)
+        elif form is not None:
+            drawn = explain.to_dot(plan) if form == "dot" else explain.to_mermaid(plan)
     if form is None:
         said.result(explain.to_json(plan), explain.to_text(plan))
     else:
-        said.raw({}, explain.to_dot(plan) if form == "dot" else explain.to_mermaid(plan))
+        said.raw({}, drawn)
     return ExitCode.DONE

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import pickle
+import re
+import shlex
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -14,6 +19,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
+from shutil import which
 from typing import Any
 
 import pytest
@@ -26,7 +32,7 @@ from builder.build.spread import Done, Farm, Task, means_of, tasks_of
 from builder.plan import Plan
 from builder.plan.graph import ComponentJob
 from builder.workspace import Settings, Workspace, find_lock
-from tests.help.building import Folder, _environment, content, model, save
+from tests.help.building import ROOT, Folder, _environment, content, model, save
 
 # Two outputs with a merge in common, one of them with a VAE of its own.
 RECIPE = """\
@@ -183,9 +189,12 @@ def test_several_recipes_share_what_they_have_in_common(work: Folder, truth: dic
 def test_what_fails_there_is_said_here(work: Folder, truth: dict[str, bytes]) -> None:
     text = RECIPE.replace('name = "two"', f'name = "two"\nexpect.sha256 = "{"0" * 64}"')
     work.write("family.toml", text)
-    with _environment(work.variables), ThreadPoolExecutor(2) as pool:
-        with pytest.raises(OutputError, match="not what the recipe expects"):
-            build_on(pool, work)
+    with (
+        _environment(work.variables),
+        ThreadPoolExecutor(2) as pool,
+        pytest.raises(OutputError, match="not what the recipe expects"),
+    ):
+        build_on(pool, work)
     assert not (work / "family-two.safetensors").exists()
 
 
@@ -351,3 +360,62 @@ def test_one_node_at_a_time(work: Folder, truth: dict[str, bytes]) -> None:
     assert made_in(work) == truth
     assert not (work / "family.lock.toml").exists()
     assert work("build", "family.toml", "--only", "zzz").code == 2
+
+
+def commands(snakefile: str) -> list[list[str]]:
+    """The commands of a Snakefile, each rule after those whose marks it has among its inputs."""
+    rules = {}
+    for text in snakefile.split("\n\nrule ")[1:]:
+        said = ast.literal_eval("[" + text.partition("input:")[2].partition("output:")[0] + "]")
+        gives = re.search(r"touch\((.*)\),", text)
+        shell = text.partition("shell:")[2].strip()
+        words = shlex.split(ast.literal_eval(shell).format(threads=2)) if shell else []
+        rules[ast.literal_eval(gives[1]) if gives else ""] = (said, words)
+    order: list[str] = []
+
+    def visit(mark: str) -> None:
+        for needed in rules[mark][0]:
+            if needed in rules and needed not in order:
+                visit(needed)
+        order.append(mark)
+
+    visit("")
+    assert len(order) == len(rules)
+    return [rules[mark][1] for mark in order if rules[mark][1]]
+
+
+def test_a_snakefile_whose_commands_are_run_in_order(work: Folder, truth: dict[str, bytes]) -> None:
+    """Each as another machine would run it, in another folder and with a store of its own."""
+    far = work.path.parent / "far"
+    text = work("plan", "family.toml", "--snakemake", "--store", far).out
+    run = commands(text)
+    assert len(run) == len(tasks_of(plan_of(work), [o.key for o in plan_of(work).outputs()])) + 1
+    for n, words in enumerate(run):
+        machine = Folder(work.path.parent, work.path.parent / f"store-{n}", work.environment)
+        said = machine(*words[1:])
+        assert said.code == 0, said.err
+    assert made_in(work) == truth and (work / "family.lock.toml").exists()
+    done = machine("plan", work / "family.toml", "--snakemake", "--store", far).out
+    assert "rule finish" in done and "task_" not in done
+
+
+@pytest.mark.slow
+def test_snakemake_runs_it(work: Folder, truth: dict[str, bytes]) -> None:
+    if which("snakemake") is None:
+        pytest.skip("snakemake is not installed")
+    path = work.path.parent / "a folder {x}"
+    work.path.rename(path)
+    moved = replace(work, path=path)
+    text = moved("plan", "family.toml", "--snakemake").out
+    (path / "Snakefile").write_text(text)
+    ckpt = path.parent / "bin" / "ckpt"
+    ckpt.parent.mkdir()
+    ckpt.write_text(f'#!/bin/sh\nPYTHONPATH={ROOT} exec {sys.executable} -m builder "$@"\n')
+    ckpt.chmod(0o755)
+    environment = {**os.environ, **moved.variables, "PATH": f"{ckpt.parent}:{os.environ['PATH']}"}
+    environment.pop("PYTHONPATH", None)
+    done = subprocess.run(
+        ["snakemake", "--cores", "2"], cwd=path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert made_in(moved) == truth and (path / "family.lock.toml").exists()
