@@ -123,7 +123,7 @@ def _announce(context: Context) -> None:
         context.reporter.expect(count)
 
 
-MOST = 16  # outputs that are written at once
+MOST = 64  # outputs that are written at once
 
 
 def _groups(

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from builder.base.disk import check_place
-from builder.base.errors import CkptError, Place, Problem, RecipeError
-from builder.build.carry_out import Build, build_all
+from builder.base.errors import CkptError, Place, Problem, RecipeError, UsageError
+from builder.base.files import read_bounded
+from builder.build.carry_out import Build, Elsewhere, build_all
 from builder.build.recipes import (
     check_again,
     placing_elsewhere,
@@ -20,7 +22,8 @@ from builder.build.recipes import (
 )
 from builder.plan import OutputJob, Plan
 from builder.recipe import Recipe
-from builder.recipe.lock import Lock
+from builder.recipe.lock import LOCK, Lock
+from builder.recipe.read import MAX_SIZE
 from builder.sources.have import telling_all
 from builder.sources.opened import NotPinned, Sources
 from builder.workspace import Workspace, find_lock, need_lock
@@ -38,12 +41,20 @@ class Outcome:
     plan: Plan | None = None
     made: Build | None = None
     error: CkptError | None = None
+    is_skipped: bool = False
 
-    def fail(self, error: CkptError) -> None:
-        """Take note of a failure, whose place is the recipe where it has none."""
-        at = Place(str(self.path))
-        error.problems = tuple(replace(p, place=p.place or at) for p in error.problems)
-        self.error = error
+    @property
+    def state(self) -> str:
+        """What became of it in a word or two."""
+        if self.error is not None:
+            return "failed"
+        return "not begun" if self.made is None else "built"
+
+    def placed(self) -> None:
+        """Have a failure that has no place say which recipe it is of."""
+        if self.error is not None:
+            at = Place(str(self.path))
+            self.error.problems = tuple(replace(p, place=p.place or at) for p in self.error.problems)
 
 
 class SeveralError(CkptError):
@@ -55,20 +66,46 @@ class SeveralError(CkptError):
 
 
 def check_all(outcomes: Sequence[Outcome]) -> None:
-    """Raise SeveralError where a recipe has failed."""
+    """Raise SeveralError where a recipe has failed; of several, each problem says which."""
+    for outcome in outcomes if len(outcomes) > 1 else ():
+        outcome.placed()
     if errors := [o.error for o in outcomes if o.error is not None]:
         raise SeveralError(errors)
 
 
 def read_recipes(workspace: Workspace, paths: Sequence[Path], lock: Path | bool = True) -> list[Outcome]:
-    """The recipes of files, each once; what is wrong with one is its failure."""
-    found = [Outcome(path) for path in {os.path.realpath(p): p for p in reversed(paths)}.values()][::-1]
+    """The recipes of files, each once, and of folders, all in and below them; what is wrong is a failure.
+
+    Among several, locks are passed over: a pattern that names recipes names those beside them too.
+    """
+    named = [each for path in paths for each in (recipes_below(path) if path.is_dir() else [path])]
+    if len(named) > 1:
+        named = [path for path in named if not path.name.endswith(LOCK)]
+    if not named:
+        folder = ", ".join(f"`{path}`" for path in paths)
+        raise UsageError(Problem(f"there is no recipe in {folder}"))
+    found = [Outcome(path) for path in {os.path.realpath(p): p for p in reversed(named)}.values()][::-1]
     for outcome in found:
         try:
             outcome.recipe = workspace.recipe(outcome.path, lock)
         except CkptError as error:
             outcome.error = error
     return found
+
+
+def recipes_below(folder: Path) -> list[Path]:
+    """The recipes in a folder and below it: TOML that says `format`; hidden folders are passed over."""
+    found = []
+    for root, folders, files in os.walk(folder):
+        folders[:] = sorted(f for f in folders if not f.startswith("."))
+        for path in (Path(root, f) for f in sorted(files) if f.endswith(".toml") and not f.endswith(LOCK)):
+            with suppress(OSError):
+                if _FORMAT.search(read_bounded(path, MAX_SIZE)):
+                    found.append(path)
+    return found
+
+
+_FORMAT = re.compile(rb"^format[ \t]*=", re.MULTILINE)
 
 
 def plan_recipes(workspace: Workspace, outcomes: Sequence[Outcome], sources: Sources) -> list[Plan]:
@@ -91,6 +128,7 @@ def build_recipes(
     check: bool = False,
     explained: bool = False,
     threads: int | None = None,
+    elsewhere: Elsewhere | None = None,
     before: Callable[[Sequence[Plan]], object] = lambda plans: None,
 ) -> None:
     """Build recipes that were read, and write the lock of each unless `locked`; failures are noted in them.
@@ -99,6 +137,8 @@ def build_recipes(
     come after it. Unless it is to `keep_going`, nothing is made where one has failed. `before` sees the plans
     of what is made together; all else is as for `build_recipe`.
     """
+    for outcome in outcomes:
+        outcome.is_skipped = True
     for wave in _waves(outcomes):
         pending = wave
         while pending and (keep_going or not any(o.error for o in outcomes)):
@@ -108,8 +148,10 @@ def build_recipes(
             if not ready or (len(ready) < len(pending) and not keep_going):
                 break
             before([o.plan for o in ready if o.plan is not None])
-            _make(workspace, ready, sources, locked, keep_going, partial, threads)
+            _make(workspace, ready, sources, locked, keep_going, partial, threads, elsewhere)
             pending = [o for o in ready if _again(o, sources)]
+            for outcome in ready:
+                outcome.is_skipped = outcome.made is None
             for outcome in ready:
                 _finish(workspace, outcome, locked, check, explained, threads)
     workspace.tidy()
@@ -138,7 +180,7 @@ def _waves(outcomes: Sequence[Outcome]) -> Iterator[list[Outcome]]:
             names = tuple(str(o.path) for o in left)
             fact = "these recipes read what one of the others writes, in a circle"
             for outcome in left:
-                outcome.fail(RecipeError(Problem(fact, evidence=names, hint="give an output another name")))
+                outcome.error = RecipeError(Problem(fact, evidence=names, hint="give an output another name"))
             return
         left = [o for o in left if o not in wave]
         failed = {o.path for o in outcomes if o.error is not None}
@@ -172,7 +214,7 @@ def _check_targets(outcomes: Sequence[Outcome]) -> None:
                     evidence = (f"`{other.path}` writes it too: `{path}`",)
                     hint = "give one of them another name"
                     problem = Problem("two recipes write the same file", place, evidence, hint)
-                    outcome.fail(RecipeError(problem))
+                    outcome.error = RecipeError(problem)
 
 
 def _plan(
@@ -183,7 +225,7 @@ def _plan(
         if outcome.recipe is not None:
             outcome.plan = workspace.plan(outcome.recipe, sources, lock_of(outcome.recipe))
     except CkptError as error:
-        outcome.fail(error)
+        outcome.error = error
 
 
 def _plan_seen(workspace: Workspace, outcomes: Sequence[Outcome], sources: Sources, locked: bool) -> None:
@@ -203,7 +245,7 @@ def _plan_seen(workspace: Workspace, outcomes: Sequence[Outcome], sources: Sourc
                 with placing_elsewhere():
                     check_place(recipe.lock)
         except CkptError as error:
-            outcome.fail(error)
+            outcome.error = error
 
 
 def _make(
@@ -214,6 +256,7 @@ def _make(
     keep_going: bool,
     partial: bool,
     threads: int | None,
+    elsewhere: Elsewhere | None,
 ) -> None:
     """Carry out the plans of recipes."""
     folders: Mapping[int, ExitStack] = {n: ExitStack() for n in range(len(outcomes))}
@@ -227,7 +270,7 @@ def _make(
                 folders[n].enter_context(with_folders(outcome.plan))
                 ready.append((n, outcome, outcome.plan))
             except CkptError as error:
-                outcome.fail(error)
+                outcome.error = error
         if len(ready) < len(outcomes) and not keep_going:
             return
         made = build_all(
@@ -237,6 +280,7 @@ def _make(
             keep_going=keep_going,
             partial=partial,
             threads=threads,
+            elsewhere=elsewhere,
             reporter=workspace.reporter,
         )
         for (n, outcome, plan), found in zip(ready, made, strict=True):
@@ -248,7 +292,7 @@ def _make(
                     with folders[n].pop_all(), telling_all(outcome.recipe, sources, plan.lock):
                         raise found
                 except CkptError as error:
-                    outcome.fail(error)
+                    outcome.error = error
 
 
 def _finish(
@@ -264,4 +308,4 @@ def _finish(
         if not locked:
             write_the_lock(workspace, recipe, plan.lock, made, None, explained)
     except CkptError as error:
-        outcome.fail(error)
+        outcome.error = error

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import click
 
 from builder.base.errors import Problem, UsageError
+from builder.cli.forms import FORMS
 from builder.cli.terminal import make_reporter
 from builder.operations.fixes import FIXES
 from builder.recipe.lock import LOCK
@@ -43,6 +44,13 @@ PLACE = _Place(path_type=str)
 NAME = _Named(path_type=str)  # as it was given: the slash at its end counts
 
 recipe_argument = click.argument("recipe", type=FILE, metavar="RECIPE")
+recipes_argument = click.argument("recipes", nargs=-1, required=True, type=FILE, metavar="RECIPE...")
+format_option = click.option(
+    "--output-format",
+    type=click.Choice(FORMS),
+    expose_value=False,
+    help="For people, for programs, or for CI: annotations, SARIF 2.1.0, JUnit XML.",
+)
 outside_option = click.option(
     "--allow-outside", "outside", is_flag=True, help="Let RECIPE name files outside its folder."
 )

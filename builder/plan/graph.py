@@ -286,6 +286,11 @@ def origin_data(origin: Origin, names: Mapping[Key, str] | None = None) -> list[
     return ["node", node, origin.promote if isinstance(origin, Finished) else None]
 
 
+def taken_as(take: Take | Whole) -> str:
+    """What is taken of a source as one text: what two components take alike is read once for both."""
+    return json.dumps(origin_data(take))
+
+
 @dataclass(frozen=True)
 class Node:
     """A step of the plan: what is to be done, and why.
@@ -294,7 +299,8 @@ class Node:
     what it makes: as `key`, but with every source known by its SHA-256; None while one of them is not.
     A source's is its SHA-256. `reads` and `writes` are bytes of tensor data, None where
     a source that is not here has them; `why` is the reason for
-    `state` in words. `made` is what a component is known to be.
+    `state` in words. `made` is what a component is known to be. `takes` are the bytes of `reads` by what
+    is taken of a source, as `taken_as` names it.
     """
 
     job: Job
@@ -306,6 +312,7 @@ class Node:
     reads: int | None = 0
     writes: int | None = 0
     made: Made | None = None
+    takes: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def kind(self) -> str:
