@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+from builder.base.errors import Problem, UsageError
 from builder.base.toml import escaped
 from builder.build import Build, build_recipe, verify
+from builder.build.spread import Farm, means_of
 from builder.formats import open_checkpoint
 from builder.models.catalog import Catalog, load_catalog
 from builder.models.parts import find_part, slot_of
@@ -229,6 +232,7 @@ class Workspace:
         partial: bool = False,
         check: bool = False,
         threads: int | None = None,
+        executor: Executor | None = None,
         progress: OnProgress | None = None,
         cancel: threading.Event | None = None,
     ) -> Result:
@@ -238,11 +242,13 @@ class Workspace:
         a folder in diffusers' layout. Of a recipe that is a file the lock beside it is read and written, but
         for `lock=False`; `locked` fails rather than change it. With `partial`, parts of files that are
         elsewhere are fetched on the lock's word; with `check`, everything is made a second time without the
-        store, and compared. The bytes are the same with any number of `threads`.
+        store, and compared. The bytes are the same with any number of `threads`. An `executor`'s workers, who
+        see the same files under the same paths, make components and outputs, and hand them to each other
+        through the store that machines share.
 
-        Raises RecipeError, LockError, FetchError, SourceError, OutputError (also for an expectation that is
-        missed), UnreproducibleError, Cancelled; then every output is as it was, but those that were finished
-        before.
+        Raises UsageError where there is no such store, RecipeError, LockError, FetchError, SourceError,
+        OutputError (also for an expectation that is missed), UnreproducibleError, Cancelled; then every output
+        is as it was, but those that were finished before.
         """
         with self._work(progress, cancel) as (inner, sources, listener):
             made = build_recipe(
@@ -254,8 +260,18 @@ class Workspace:
                 partial=partial,
                 check=check,
                 threads=threads,
+                elsewhere=self._elsewhere(executor, threads),
             )
             return _result(made, listener)
+
+    def _elsewhere(self, executor: Executor | None, threads: int | None) -> Farm | None:
+        if executor is None:
+            return None
+        if not self._settings.shared:
+            hint = "`Workspace(shared=…)` names one"
+            raise UsageError(Problem("an executor needs a store that its workers share", hint=hint))
+        how = {"offline": self._offline, "outside": self._outside}
+        return Farm(executor, means_of(self._settings, **how, threads=threads))
 
     def verify(self, recipe: Recipe, file: str | Path | None = None) -> Mapping[Path, str]:
         """Compare a file, or those that a recipe makes, with its lock and expectations; reads all of them.

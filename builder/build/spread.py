@@ -28,6 +28,7 @@ Work = tuple[Builder, Assembly]
 
 ATTEMPTS = 3  # of a task whose worker was lost
 MOST = 256  # tasks that an executor is given at a time
+POLL = 0.5  # seconds after which it is asked whether to go on
 
 
 @dataclass(frozen=True)
@@ -220,12 +221,22 @@ class _Run:
                     self._submit(key)
                 if not self.running:
                     return
-                finished, _ = wait(self.running, return_when=FIRST_COMPLETED)
+                finished, _ = wait(self.running, timeout=POLL, return_when=FIRST_COMPLETED)
                 for future in finished:
-                    self._take(self.running.pop(future), future)
+                    key = self.running.pop(future)
+                    self._tell(key, "finish")
+                    self._take(key, future)
+                for key in self.running.values():
+                    self._tell(key, "advance", 0)  # where the whole may be given up
         finally:
-            for future in self.running:
+            for future, key in self.running.items():
                 future.cancel()
+                self._tell(key, "finish")
+
+    def _tell(self, key: Key, what: str, *count: int) -> None:
+        """Have a reporter hear of a task."""
+        context = self.owners[key].context
+        getattr(context.reporter, what)(context.node(key).label, *count)
 
     def _ready(self) -> Iterator[Key]:
         """The tasks that wait for nothing, as many as an executor is given at a time."""
@@ -245,6 +256,7 @@ class _Run:
         task = Task(plan, key, farm.means, told, builder.locked is not None, builder.parts.believing)
         try:
             self.running[farm.executor.submit(make, task)] = key
+            self._tell(key, "start", plan.nodes[key].writes or 0)
         except (BrokenExecutor, RuntimeError) as error:
             self._fail(key, self._gone(key, error))
 

@@ -24,7 +24,8 @@ from typing import Any
 
 import pytest
 
-from builder.base.errors import CkptError, OutputError
+from builder.base.errors import CkptError, OutputError, UsageError
+from builder.base.parallel import Cancelled
 from builder.base.progress import Reporter
 from builder.build import Build, build_recipe, spread
 from builder.build.carry_out import build_all
@@ -32,6 +33,7 @@ from builder.build.spread import Done, Farm, Task, means_of, tasks_of
 from builder.plan import Plan
 from builder.plan.graph import ComponentJob
 from builder.workspace import Settings, Workspace, find_lock
+from ckpt_build import Workspace as Face
 from tests.help.building import ROOT, Folder, _environment, content, model, save
 
 # Two outputs with a merge in common, one of them with a VAE of its own.
@@ -204,6 +206,20 @@ def test_what_is_stale_is_said_here(work: Folder) -> None:
         save(work / "a.safetensors", model(seed=9))
         with pytest.raises(CkptError, match="the lock is stale"):
             build_on(pool, work, locked=True)
+
+
+def test_from_python(work: Folder, truth: dict[str, bytes]) -> None:
+    with _environment(work.variables), ThreadPoolExecutor(2) as pool:
+        face = Face(shared=str(work.path.parent / "far"), offline=True)
+        recipe = face.load((work / "family.toml").absolute())
+        stop = threading.Event()
+        stop.set()
+        with pytest.raises(Cancelled):
+            face.build(recipe, executor=pool, cancel=stop)
+        assert len(face.build(recipe, executor=pool).outputs) == 3
+        with pytest.raises(UsageError, match="share"):
+            Face(offline=True).build(recipe, executor=pool)
+    assert made_in(work) == truth
 
 
 class Losing(Executor):
