@@ -247,8 +247,8 @@ class Workspace:
         through the store that machines share.
 
         Raises UsageError where there is no such store, RecipeError, LockError, FetchError, SourceError,
-        OutputError (also for an expectation that is missed), UnreproducibleError, Cancelled; then every output
-        is as it was, but those that were finished before.
+        OutputError (also for an expectation that is missed), UnreproducibleError, Cancelled; then every
+        output is as it was, but those that were finished before.
         """
         with self._work(progress, cancel) as (inner, sources, listener):
             made = build_recipe(

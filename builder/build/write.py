@@ -62,6 +62,10 @@ def write_output(
             yield from writing(path, tensors, metadata, task=task, accept=accept, autov3=autov3, **options)
         )
     options |= {"threads": threads, "stop": stop}
+    if container.encoding is not None:
+        from builder.formats.write_gguf import write_gguf
+
+        return write_gguf(path, tensors, container.encoding, metadata, task=task, accept=accept, **options)
     if container.form == "torch":
         held, nesting = dict(sorted(tensors.items())), container.nesting
         return write_torch(path, held, nesting=nesting, task=task, accept=accept, **options)

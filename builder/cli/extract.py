@@ -8,13 +8,21 @@ from typing import Any
 import click
 
 from builder.base.errors import ExitCode
-from builder.cli.options import FILE, PLACE, making, open_workspace, recipe_path, save_option
+from builder.cli.options import (
+    FILE,
+    PLACE,
+    making,
+    open_workspace,
+    quantize_option,
+    recipe_path,
+    save_option,
+)
 from builder.cli.terminal import out
 from builder.models.parts import find_part, slot_of
 from builder.recipe.names import SUFFIXES, Target
 from builder.toolkit.command_recipe import run
 from builder.toolkit.extract import extraction, target_of
-from builder.toolkit.made import note_changes, to_json, to_text
+from builder.toolkit.made import note_changes, note_steps, to_json, to_text
 
 
 @click.command("extract")
@@ -23,6 +31,7 @@ from builder.toolkit.made import note_changes, to_json, to_text
 @click.option("-o", "--output", type=PLACE, help="The file to write, or the folder to write it in.")
 @click.option("--format", "form", type=click.Choice([s[1:] for s in SUFFIXES]), help="Of the file written.")
 @making
+@quantize_option
 @save_option
 def command(
     file: Path,
@@ -58,6 +67,7 @@ def command(
             save=save,
             hashing=False,
             threads=threads,
+            before=lambda plan: note_steps(plan, workspace.reporter),
         )
         note_changes(made, workspace.reporter)
     out().result(to_json(made), to_text(made))

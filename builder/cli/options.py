@@ -14,6 +14,7 @@ from builder.base.errors import Problem, UsageError
 from builder.cli.forms import FORMS
 from builder.cli.terminal import make_reporter
 from builder.operations.fixes import FIXES
+from builder.recipe.language import QUANTIZE
 from builder.recipe.lock import LOCK
 from builder.recipe.names import Target
 from builder.recipe.profiles import PROFILES
@@ -99,6 +100,12 @@ _OPTIONS = (
     click.option("--threads", type=click.IntRange(1, 256), help="Threads to use; the bytes are the same."),
     json_option,
     quiet_option,
+)
+
+quantize_option = click.option(
+    "--quantize",
+    type=click.Choice(list(QUANTIZE)),
+    help="Pack the weights of the denoiser's layers; q8_0 is for a GGUF file, all else for others.",
 )
 
 save_option = click.option(

@@ -125,9 +125,10 @@ class Output:
         }
 
     def close(self, code: int) -> None:
-        """Print the document, if all is to be one."""
+        """Print the document, if all is to be one and it is not printed yet."""
         if not self.as_json:
             return
+        self.as_json = False  # first: Ctrl-C may come while it is printed
         cases = cases_of(self.command, self.cases, self.errors, code)
         if self.form == "sarif":
             click.echo(sarif(cases, self.warnings, code))
@@ -139,7 +140,6 @@ class Output:
     def now(self) -> None:
         """Print the object at once, for a command that goes on; what comes is for people."""
         self.close(0)
-        self.as_json = False
         sys.stdout.flush()
 
     def width(self) -> int | None:

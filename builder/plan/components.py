@@ -48,6 +48,7 @@ from builder.tensors.packed.encode import Quantize
 if TYPE_CHECKING:
     from builder.models.catalog import Catalog
     from builder.sources.opened import Sources
+    from builder.tensors.lazy import LazyTensor
 
 
 def _weights(step: Step, operation: Operation) -> list[Weights]:
@@ -664,9 +665,14 @@ class Components:
         if job.cls == CHECKPOINT and not isinstance(job.origin, Whole):
             return reads, None  # which tensors an adapter has is known when it is begun
         made_of = self._made_of(job)
+        if job.precision == "keep" and (blocks := {b for t in made_of.values() if (b := _blocks(t))}):
+            held = " and ".join(sorted(blocks))
+            self.plan.say(
+                f"`{job.source}` is in blocks of {held}: they become the FP32 numbers that they are"
+            )
         packed = packed_anew(made_of, None if job.cls == CHECKPOINT else job.cls, job.quantize, self.catalog)
-        sizes = component_specs(made_of, job.precision, job.narrow, Patterns(job.kept), packed).values()
-        return reads, sum(d.bits * prod(s) // 8 for d, s in sizes)
+        specs = component_specs(made_of, job.precision, job.narrow, Patterns(job.kept), packed)
+        return reads, sum(d.bits * prod(s) // 8 for d, s in specs.values())
 
     def _made_of(self, job: ComponentJob) -> Mapping[str, LazyTensor]:
         """What of a source has the names and shapes of a component: of a step, its first input's.
@@ -799,3 +805,9 @@ class Components:
             and base.name in self.recipe.sources
             and self.recipe.sources[base.name].recipe is None
         )
+
+
+def _blocks(tensor: LazyTensor) -> str:
+    """The type of the blocks that a tensor lies in; empty where it is as it is read."""
+    stored = tensor.stored[0]
+    return stored if stored != tensor.dtype.code else ""

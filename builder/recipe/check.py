@@ -5,7 +5,7 @@ from __future__ import annotations
 import posixpath
 import re
 from bisect import bisect
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
@@ -16,7 +16,7 @@ from builder.base.kinds import listed
 from builder.base.toml import Keys
 from builder.models.parts import kind, meant
 from builder.recipe.language import EMA, NEW, Vocabulary
-from builder.recipe.names import SINGLE, SUFFIXES, Form
+from builder.recipe.names import SUFFIXES, Form
 from builder.recipe.recipe import FromBase, NewBase, Output, Pick, Recipe
 
 if TYPE_CHECKING:
@@ -339,6 +339,7 @@ def _path(written: str) -> str:
 _WORDS: dict[Form, str] = {
     "safetensors": "one file",
     "torch": "one file",
+    "gguf": "a GGUF file",
     "sharded": "a sharded set",
     "diffusers": "a diffusers folder",
 }
@@ -346,10 +347,10 @@ _FOR: dict[str, tuple[Form, ...]] = {  # keys that make sense for some forms of 
     "shard_size": ("sharded", "diffusers"),
     "prediction": ("diffusers",),
     "tokenizer": ("diffusers",),
-    "quantize": (*SINGLE, "sharded"),
-    "config": SINGLE,
-    "profile": SINGLE,
-    "partial": (*SINGLE, "sharded"),
+    "verbatim": ("safetensors", "torch", "sharded", "diffusers"),
+    "config": ("safetensors", "torch"),
+    "profile": ("safetensors", "torch"),
+    "partial": ("safetensors", "torch", "sharded"),
 }
 
 
@@ -358,10 +359,14 @@ def _forms(recipe: Recipe, words: Vocabulary) -> Iterator[Problem]:
         for key, forms in _FOR.items():
             if not getattr(output, key) or output.form in forms:
                 continue
-            meant = " or ".join(dict.fromkeys(_WORDS[form] for form in forms))
-            fact = f"`{key}` is for {meant}, and `{output.file}` is {_WORDS[output.form]}"
-            hint = "remove it, or give the output another `file`: its ending says what is written"
-            yield Problem(fact, recipe.place(*output.at, key), hint=hint)
+            yield form_problem(key, forms, output.file, output.form, recipe.place(*output.at, key))
+
+
+def form_problem(word: str, forms: Iterable[Form], file: str, form: Form, place: Place | None) -> Problem:
+    """That a word of an output is for some forms, and its file has another."""
+    meant = " or ".join(dict.fromkeys(_WORDS[form] for form in forms))
+    hint = "remove it, or give the output another `file`: its ending says what is written"
+    return Problem(f"`{word}` is for {meant}, and `{file}` is {_WORDS[form]}", place, hint=hint)
 
 
 def _adapters(recipe: Recipe, words: Vocabulary) -> Iterator[Problem]:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from builder.base.addresses import FORMS, check_address
 from builder.base.errors import CatalogError, Place, Problem, UsageError, did_you_mean, nearest
@@ -34,12 +34,11 @@ from builder.models.parts import kind, meant
 from builder.models.prediction import EMPTY
 from builder.operations.fixes import Fix
 from builder.operations.registry import Operation, Param
-from builder.recipe.names import ENDING, UNSEEN
+from builder.recipe.names import ENDING, UNSEEN, Form
 from builder.recipe.names import FORMS as OUTPUT_FORMS
 from builder.recipe.profiles import PROFILES
 from builder.recipe.recipe import FORMAT
 from builder.recipe.weights import BlockWeights
-from builder.tensors.packed.encode import QUANTIZE
 
 if TYPE_CHECKING:
     from builder.models.catalog import Catalog
@@ -58,6 +57,20 @@ PUBLISHED = "published"
 OUTPUT_PRECISIONS = {
     PUBLISHED: "each component as the catalog says that it is published, nothing made wider",
     **PRECISIONS,
+}
+
+
+class Quantization(NamedTuple):
+    """A way to pack weights: what it is, and the forms of outputs that hold it."""
+
+    doc: str
+    forms: tuple[Form, ...] = ("safetensors", "torch", "sharded")
+
+
+QUANTIZE = {
+    "fp8": Quantization("FP8 (E4M3) with an FP32 scale for each weight, ComfyUI's `float8_e4m3fn`"),
+    "int8": Quantization("integers of 8 bits with an FP32 scale for each row, ComfyUI's `int8_tensorwise`"),
+    "q8_0": Quantization("blocks of 32 numbers of 8 bits and their scale, in a GGUF file", ("gguf",)),
 }
 NARROW = {"fewer": "what has fewer bits keeps its type"}
 OVERFLOW = {
@@ -595,6 +608,7 @@ def _language(words: Vocabulary) -> Struct:
                 OUTPUT_FILE,
                 "Path inside the recipe's folder. Its ending says what is written. `.safetensors`, `.sft`: "
                 "one file; `.ckpt`, `.pt`, `.pth`, `.bin`: a PyTorch file of tensors alone; "
+                "`.gguf`: a diffusion model for programs that read GGUF; "
                 "`.safetensors.index.json`: a sharded set, by its index; `/`: a folder in diffusers' layout.",
                 '"anything-v3.safetensors"',
                 otherwise="NAME.safetensors; of one with a `name`, RECIPE-NAME.safetensors",
@@ -613,8 +627,9 @@ def _language(words: Vocabulary) -> Struct:
                 default=False,
             ),
             "quantize": Key(
-                Choice("scheme", QUANTIZE),
-                "How the weights of its denoiser's linear layers are packed.",
+                Choice("scheme", {word: q.doc for word, q in QUANTIZE.items()}),
+                "How the weights of its denoiser's linear layers are packed; in a GGUF file, those of all "
+                "layers.",
                 '"fp8"',
             ),
             "overflow": Key(

@@ -52,6 +52,7 @@ def _file(report: Report) -> Json:
         "absent": list(identity.absent),
         "lineage": report.lineage and report.lineage._asdict(),
         "components": [_part(p) for p in report.parts],
+        "types": {t: {"tensors": n, "bytes": size} for t, (n, size) in report.types.items()},
         "packed": [
             {
                 "component": q.component,

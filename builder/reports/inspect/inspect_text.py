@@ -38,7 +38,10 @@ class _Page:
         yield s.strong(shown(r.path))
         name = (r.kind and r.kind.text) or r.identity.architecture or "unknown"
         verdict = (s.good if r.kind is not None else s.bad)(shown(name))
-        yield " · ".join([verdict, CONTAINERS.get(r.container, r.container), self.size(r.size)])
+        container = CONTAINERS.get(r.container, r.container)
+        if r.container == "gguf" and (said := r.metadata.get("general.architecture")):
+            container += f" for {shown(clipped(said, 40))}"
+        yield " · ".join([verdict, container, self.size(r.size)])
 
     def table(self) -> Iterator[str]:
         """The components, a line each."""
@@ -83,6 +86,9 @@ class _Page:
             yield from self.fact("packed", _packed(packed))
         if r.prediction.signs:
             yield from self.fact("predicts", _predicts(r.prediction))
+        if r.container == "gguf":
+            held = (f"{t} {counted(n, 'tensor')} ({self.size(size)})" for t, (n, size) in r.types.items())
+            yield from self.fact("types", ", ".join(held))
         if r.published:
             yield from self.fact("published", f"as {r.published.name}")
         rest = "tensors" if r.kind is not None and r.kind.called else "unknown"
@@ -95,11 +101,11 @@ class _Page:
         if r.optional.names:
             by_size = sorted(r.optional.names, key=lambda n: r.tensors[n].nbytes)
             yield from self.fact("extra", examples(by_size, 4))
-        if r.parts and r.precision_waste * 1000 > (0 if self.full else r.pruned):
+        if r.parts and not r.blocks and r.precision_waste * 1000 > (0 if self.full else r.pruned):
             wasted = self.size(r.precision_waste)
             yield from self.fact("precision", f"{wasted} wasted: 16 bits a number would do")
         saved = r.ema.bytes + r.junk.bytes + r.astray.bytes + r.precision_waste
-        if r.identity.intact and saved * 100 > r.pruned:
+        if r.identity.intact and not r.blocks and saved * 100 > r.pruned:
             yield from self.fact("pruned", f"{human_bytes(r.size)} → {self.size(r.pruned)}")
         if r.metadata and not self.full:
             keys = counted(len(r.metadata), "key")
@@ -169,7 +175,7 @@ class _Page:
         """Tensors by name, with type and shape."""
         for name in share.names:
             tensor = self.report.tensors[name]
-            yield f"{name}  {tensor.dtype.code} {list(tensor.shape)}"
+            yield f"{name}  {tensor.stored[0]} {list(tensor.shape)}"
 
     def block(self, title: str, texts: Iterable[str]) -> list[str]:
         """A title and what stands below it, indented; nothing when there is nothing."""
@@ -201,7 +207,7 @@ def _packed(packed: Quantized) -> str:
 
 def types_of(part: Part) -> str:
     """The number types of a component, without the integers of its tables."""
-    floating = [TYPES.get(code, code.lower()) for code in part.dtypes if code[0] in "FB"]
+    floating = [TYPES.get(code, code.lower()) for code in part.dtypes if code[0] in "FBQ"]
     return "+".join(floating or [c.lower() for c in part.dtypes])
 
 
