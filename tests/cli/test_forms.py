@@ -98,6 +98,12 @@ def test_a_usage_error_has_the_form_too(folder: Folder) -> None:
     assert suite.get("failures") == "1"
 
 
+def test_no_words_and_words_cut_short(folder: Folder) -> None:
+    assert folder().code == 2
+    assert folder("plan", "tiny.toml", "--output-format").code == 2
+    assert folder("plan", "tiny.toml", "--output-format", "xml").code == 2
+
+
 def test_hostile_words_stay_words() -> None:
     cases = [Case("a\x1b<", 3, [HOSTILE]), Case("b", 0), Case("c", 0, (), True)]
     (suite,) = ElementTree.fromstring(junit("ckpt build", cases).encode())
