@@ -141,11 +141,11 @@ def build_recipes(
         outcome.is_skipped = True
     for wave in _waves(outcomes):
         pending = wave
-        while pending and (keep_going or not any(o.error for o in outcomes)):
+        while pending:
             _plan_seen(workspace, pending, sources, locked)
             _check_targets(pending)
             ready = [o for o in pending if o.error is None]
-            if not ready or (len(ready) < len(pending) and not keep_going):
+            if not ready or (not keep_going and any(o.error for o in outcomes)):
                 break
             before([o.plan for o in ready if o.plan is not None])
             _make(workspace, ready, sources, locked, keep_going, partial, threads, elsewhere)
@@ -154,6 +154,11 @@ def build_recipes(
                 outcome.is_skipped = outcome.made is None
             for outcome in ready:
                 _finish(workspace, outcome, locked, check, explained, threads)
+        if not keep_going and any(o.error for o in outcomes):
+            break
+    if len(outcomes) > 1:
+        for outcome in outcomes:
+            outcome.placed()
     workspace.tidy()
 
 

@@ -8,6 +8,7 @@ import os
 import sys
 import traceback
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +166,7 @@ def asked_form(words: list[str]) -> str:
     """The form that a command line wants its answer in, also where it cannot be read as a whole."""
     words = words[: words.index("--") if "--" in words else None]
     found = "json" if "--json" in words else "text"
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in pairwise([*words, ""]):
         name, _, value = word.partition("=")
         if name == "--output-format":
             found = value or following

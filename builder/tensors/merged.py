@@ -242,11 +242,12 @@ class Shared(LazyTensor):
         held[key] = data
 
 
-_RECENT = 64  # windows; those that as many outputs as are written at once read at one place
+_RECENT = 64 << 20  # bytes of windows; as many as the outputs that are written at once read at one place
 
 
 class _Window:
-    def __init__(self) -> None:
+    def __init__(self, size: int) -> None:
+        self.size = size
         self.lock = threading.Lock()
         self.data: bytearray | None = None
 
@@ -256,19 +257,22 @@ class Recent:
 
     def __init__(self) -> None:
         self._held: OrderedDict[tuple[Common, int], _Window] = OrderedDict()
+        self._size = 0
         self._lock = threading.Lock()
 
     def window(self, tensor: Common, index: int) -> bytearray:
         """A window of a tensor: read by the first thread that asks for it, while others wait."""
         key = tensor, index
         with self._lock:
-            held = self._held.setdefault(key, _Window())
-            self._held.move_to_end(key)
-            while len(self._held) > _RECENT:
-                self._held.popitem(last=False)
+            if (held := self._held.pop(key, None)) is None:
+                held = _Window(min(WINDOW, tensor.nbytes - index * WINDOW))
+                self._size += held.size
+            self._held[key] = held
+            while self._size > _RECENT and len(self._held) > 1:
+                self._size -= self._held.popitem(last=False)[1].size
         with held.lock:
             if held.data is None:
-                data = bytearray(min(WINDOW, tensor.nbytes - index * WINDOW))
+                data = bytearray(held.size)
                 tensor.source.read_into(index * WINDOW, memoryview(data))
                 held.data = data
             return held.data
