@@ -141,6 +141,8 @@ class Store:
 
     def is_claimed(self, action: str) -> bool:
         """Whether what this action made is known by the word of the shared store alone."""
+        if self.shared is None:
+            return False
         if self._overlay is not None and self._overlay.action_path(action).exists():
             return False
         own = self.trusted and read_record(self.action_path(action)) is not None
