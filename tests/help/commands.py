@@ -52,6 +52,7 @@ WAYS: dict[str, Way] = {
     ),
     "schema": Way("", "more", 2),
     "share": Way("tiny.toml --offline -o page", "wrong.toml", 3),
+    "sweep": Way("tiny.toml output.precision=fp16,fp32", "tiny.toml steps.half.alpha=1", 2),
     "store check": Way("", "more", 2),
     "store gc": Way("--max-size 1MB", "--max-size much", 2),
     "store list": Way("", "more", 2),
