@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint types check test-slow test-oldest bench clean
+.PHONY: demo test lint types check test-slow test-oldest matrix bench clean
 demo: $(STAMP)
 	@$(BIN)/ckpt demo
 
@@ -21,6 +21,10 @@ test-oldest:
 	.venv-oldest/bin/python -m pip install -q -c constraints-oldest.txt torch
 	.venv-oldest/bin/python -m pip install -q -c constraints-oldest.txt -e . pytest pytest-timeout hypothesis
 	.venv-oldest/bin/python -m pytest tests/cli tests/build/test_build.py tests/formats/test_safetensors.py
+
+# The same bytes over Pythons, versions, processors and settings: docs/ci.md. ARGS=--help says what there is.
+matrix: $(STAMP)
+	$(BIN)/python -m tests.matrix $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -39,4 +43,4 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-oldest .venv-matrix build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
