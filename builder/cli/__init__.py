@@ -29,6 +29,7 @@ COMMANDS: dict[str, str] = {
     "diff": "Say what tells two checkpoints apart, and why.",
     "lora": "Bake LoRAs into a checkpoint.",
     "merge": "Merge checkpoints into one.",
+    "hook": "Check what is about to be committed, as pre-commit does.",
     "inspect": "Say what is in a checkpoint, without running or loading it.",
     "prune": "Write checkpoints without EMA, junk and wasted precision.",
     "replace": "Write a checkpoint with components of other files.",
