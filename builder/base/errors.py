@@ -7,6 +7,7 @@ import heapq
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Any
 
 _LONGEST = 4000  # characters of a fact; a hostile file's names may have millions
 _MOST_EVIDENCE = 50  # lines of a problem; a lock may differ in thousands
@@ -166,8 +167,18 @@ def shown(text: str) -> str:
     return printable(clipped(text, _LONGEST))
 
 
-def render(problem: Problem, severity: str = "error") -> str:
-    """The text of a problem as a person reads it, without a trailing newline."""
+def problem_data(problem: Problem) -> dict[str, Any]:
+    """A problem as plain values, for programs: its text is as it is, not escaped."""
+    at = problem.place
+    place = {"path": at.path, "line": at.line, "column": at.column} if at is not None else None
+    return {"fact": problem.fact, "place": place, "evidence": list(problem.evidence), "hint": problem.hint}
+
+
+def render(problem: Problem, severity: str = "error", width: int | None = None) -> str:
+    """The text of a problem as a person reads it, without a trailing newline.
+
+    Of a line that is quoted no more is shown than `width` columns hold.
+    """
     lines = [f"{severity}: {shown(problem.fact)}"]
     place = problem.place
     if place is not None:
@@ -176,15 +187,22 @@ def render(problem: Problem, severity: str = "error") -> str:
             where += f":{place.line}" + (f":{place.column}" if place.column is not None else "")
         lines.append(f"  --> {where}")
         if place.line is not None and place.text is not None:
-            text = printable(place.text.replace("\t", " "))
-            gutter = " " * len(str(place.line))
-            lines += [f"{gutter} |", f"{place.line} | {text}"]
-            if place.column is not None:
-                before = " " * (place.column - 1 - place.cut)
-                lines.append(f"{gutter} | {before}{'^' * max(1, place.width)}")
+            lines += _quoted(place, place.line, place.text, width)
     lines += [f"   = {shown(e)}" for e in problem.evidence[:_MOST_EVIDENCE]]
     if len(problem.evidence) > _MOST_EVIDENCE:
         lines.append(f"   … and {len(problem.evidence) - _MOST_EVIDENCE:,} more")
     if problem.hint:
         lines.append(f"hint: {shown(problem.hint)}")
     return "\n".join(lines)
+
+
+def _quoted(place: Place, line: int, text: str, width: int | None) -> list[str]:
+    """The line of a place, and carets below what is meant."""
+    gutter = " " * len(str(line))
+    text, at, marks = text.replace("\t", " "), (place.column or 1) - 1 - place.cut, max(1, place.width)
+    room = max(10, width - len(gutter) - 3) if width is not None else len(text)
+    first = max(0, min(at - room // 4, len(text) - room)) if at >= room - marks else 0
+    lines = [f"{gutter} |", f"{line} | {printable(text[first : first + room])}"]
+    if place.column is not None:
+        lines.append(f"{gutter} | {' ' * (at - first)}{'^' * max(1, min(marks, room - at + first))}")
+    return lines

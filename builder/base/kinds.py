@@ -198,10 +198,12 @@ class Choice(Kind):
         same = self._spelt.get(spelling(value), []) if self.open else []
         if len(same) == 1:
             return same[0]
-        hint = did_you_mean(value, self.words)
-        if hint is None and 0 < len(self.words) <= FEW:
-            hint = f"known: {listed(self.words)}"
-        return at.wrong(f"unknown {self.what} `{value}`", hint=hint)
+        return at.wrong(f"unknown {self.what} `{value}`", hint=self.hint(value, at))
+
+    def hint(self, value: str, at: At) -> str | None:
+        """What may have been meant."""
+        near = did_you_mean(value, self.words)
+        return near or (f"known: {listed(self.words)}" if 0 < len(self.words) <= FEW else None)
 
     @cached_property
     def _spelt(self) -> dict[str, list[str]]:

@@ -8,6 +8,9 @@ from builder.base.errors import Problem
 class Reporter:
     """Hears what happens. Methods may be called from any thread; none but `advance` may raise."""
 
+    def expect(self, total: int) -> None:
+        """All tasks of the work that begins are of `total` bytes together, as far as that is known."""
+
     def start(self, task: str, total: int) -> None:
         """Work on `task` begins; `total` is in bytes."""
 

@@ -14,6 +14,7 @@ CONTAINERS = {
     "torch-zip": "PyTorch zip",
     "torch-legacy": "PyTorch legacy pickle",
     "torch-tar": "PyTorch tar",
+    "gguf": "GGUF",
 }
 TYPES = {"F16": "fp16", "BF16": "bf16", "F32": "fp32", "F64": "fp64"}
 EXAMPLES = 5

@@ -17,7 +17,7 @@ from builder.build.in_parts import Parts
 from builder.build.outputs import Assembly, Naming, Product, lock_of
 from builder.operations import OPERATIONS
 from builder.operations.registry import Operation
-from builder.plan.graph import ComponentJob, Key, OutputJob, Plan
+from builder.plan.graph import ComponentJob, Key, OutputJob, Plan, total
 from builder.recipe.lock import Lock
 from builder.sources.job import SourceJob
 from builder.sources.opened import Sources
@@ -77,6 +77,7 @@ class _Builder:
             job = context.node(key).job
             assert isinstance(job, SourceJob)
             raise context.sources.missing(job)
+        self._announce()
         self._have_sources()
         for node in plan.outputs():
             assert isinstance(node.job, OutputJob)
@@ -103,6 +104,13 @@ class _Builder:
             },
             lock_of(context, self.products),
         )
+
+    def _announce(self) -> None:
+        """Say how much there is to do: the sources to be hashed or fetched, and the outputs to be written."""
+        hashed = [n.reads for n in self.plan if isinstance(n.job, SourceJob) and n.state in ("hash", "fetch")]
+        written = [n.writes for n in self.plan.outputs() if n.state != "unchanged"]
+        if (count := total([*hashed, *written])) is not None:
+            self.context.reporter.expect(count)
 
     # -- sources
 

@@ -228,8 +228,8 @@ class Assembly:
                 accept=lambda w: self._accept(w, parts, beside, composer, read),
             )
             assert self._product is not None
-            path, single = str(self._product.built.path), job.container.single
-            place = (lambda name: (path, written.offsets[name])) if single else None
+            path = str(self._product.built.path)
+            place = (lambda name: (path, written.offsets[name])) if written.offsets else None
             lost = find_lost(tensors, written.zeros, place)
             if (problem := problem_of(lost)) is not None:
                 context.reporter.warn(problem)
@@ -390,7 +390,6 @@ class Assembly:
                 return  # another build has put its own there since
             store.memory.remember(now[path], digest, seen=None)
         names = {p.cls: sorted(self._rows[p.cls]) for p in parts}
-        single = self.job.container.single
         for part in parts:
             made, action = product.parts[part.cls], context.action(part.key)
             if action is None:
@@ -398,14 +397,15 @@ class Assembly:
             source = self._source_of(part.key)
             entry = Entry(made.digest, made.component, made.cls, source, self._rows[part.cls])
             at = None
-            if single:
+            if written.offsets:
                 offsets = tuple(written.offsets[part.names.name(n)] for n in names[part.cls])
                 at = At(str(built.path.absolute()), identity(now[built.path]), offsets)
             store.place(entry, at)
             if self.parts_of.trusted(part.key):
                 store.record(action, made)
             kept = store.blob_path(made.digest).exists()
-            if (store.keep_all and not kept) or (part.computed and self.parts_of.fetched(part.key)):
+            wanted = (store.keep_all and not kept) or (part.computed and self.parts_of.fetched(part.key))
+            if wanted and job.container.encoding is None:  # in blocks, other numbers are in the file
                 self._keep(made, source, part.names)
         sha256 = self._base_sha256()
         rows = {n: Row(t.dtype, t.shape, written.digests[n]) for n, t in beside.items()}

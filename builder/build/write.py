@@ -53,6 +53,10 @@ def write_output(
     options |= {"digests": True, "sha256": True}
     if container.form == "safetensors":
         return write(path, tensors, metadata, task=task, accept=accept, autov3=autov3, **options)
+    if container.encoding is not None:
+        from builder.formats.write_gguf import write_gguf
+
+        return write_gguf(path, tensors, container.encoding, metadata, task=task, accept=accept, **options)
     if container.form == "torch":
         held, nesting = dict(sorted(tensors.items())), container.nesting
         return write_torch(path, held, nesting=nesting, task=task, accept=accept, **options)

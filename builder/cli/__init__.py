@@ -14,35 +14,48 @@ from typing import Any
 import click
 
 from builder import __version__
-from builder.base.errors import CkptError, ExitCode, Place, Problem, printable, render
+from builder.base.errors import CkptError, ExitCode, Place, Problem, UsageError, did_you_mean
 from builder.base.signals import WORDS, came, catch, code_of, leave
+from builder.cli.terminal import Output
 
 # A command's module is imported when it is asked for: starting stays fast whatever the others need.
-COMMANDS: dict[str, str] = {
-    "build": "Build a recipe into files that are the same bytes everywhere.",
-    "lock": "Pin what a recipe resolves to, without building it.",
-    "plan": "Say what a build would do, and why.",
-    "components": "The catalog: list its components, show one, learn a new one.",
-    "demo": "Build a miniature model step by step, and show how.",
-    "convert": "Write a checkpoint in another container, precision or layout.",
-    "extract": "Write a component of a checkpoint as a file of its own.",
-    "diff": "Say what tells two checkpoints apart, and why.",
-    "lora": "Bake LoRAs into a checkpoint.",
-    "merge": "Merge checkpoints into one.",
-    "hook": "Check what is about to be committed, as pre-commit does.",
-    "inspect": "Say what is in a checkpoint, without running or loading it.",
-    "prune": "Write checkpoints without EMA, junk and wasted precision.",
-    "replace": "Write a checkpoint with components of other files.",
-    "new": "Write a recipe for files that exist, and find what they are made of.",
-    "schema": "Print the JSON Schema of recipes, for editors.",
-    "ui": "A page for the browser: see, click, prune, merge, build.",
-    "store": "The cache of made components: list it, make room, check it.",
-    "verify": "Compare a file with its recipe's lock and expectations.",
+TOPICS: dict[str, dict[str, str]] = {
+    "Recipes": {
+        "build": "Build a recipe into files that are the same bytes everywhere.",
+        "plan": "Say what a build would do, and why.",
+        "lock": "Pin what a recipe resolves to, without building it.",
+        "verify": "Compare a file with its recipe's lock and expectations.",
+        "new": "Write a recipe for files that exist, and find what they are made of.",
+        "schema": "Print the JSON Schema of recipes, for editors.",
+        "hook": "Check what is about to be committed, as pre-commit does.",
+    },
+    "Files, to look at": {
+        "inspect": "Say what is in a checkpoint, without running or loading it.",
+        "diff": "Say what tells two checkpoints apart, and why.",
+    },
+    "Files, to make in one line": {
+        "prune": "Write checkpoints without EMA, junk and wasted precision.",
+        "extract": "Write a component of a checkpoint as a file of its own.",
+        "replace": "Write a checkpoint with components of other files.",
+        "merge": "Merge checkpoints into one.",
+        "lora": "Bake LoRAs into a checkpoint.",
+        "convert": "Write a checkpoint in another container, precision or layout.",
+    },
+    "All else": {
+        "components": "The catalog: list its components, show one, learn a new one.",
+        "ui": "A page for the browser: see, click, prune, merge, build.",
+        "store": "The cache of made components: list it, make room, check it.",
+        "demo": "Build a miniature model step by step, and show how.",
+        "help": "Say how a command is used.",
+    },
 }
+COMMANDS: dict[str, str] = {name: said for topic in TOPICS.values() for name, said in topic.items()}
 
 READER_GONE = 141  # as a shell says of a process that SIGPIPE ended
 
 BROKEN = 70  # as sysexits.h calls an internal software error
+UNAVAILABLE = 69  # as it calls a library that is not there
+PACKAGES = ("torch", "numpy", "safetensors", "networkx", "blake3", "xxhash", "tomli", "tomli_w")
 
 
 class _Commands(click.Group):
@@ -58,17 +71,16 @@ class _Commands(click.Group):
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl(sorted(COMMANDS.items()))
+        wide = max(map(len, COMMANDS))
+        for topic, commands in TOPICS.items():
+            with formatter.section(topic):
+                formatter.write_dl([(name.ljust(wide), said) for name, said in commands.items()])
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        from builder.base.errors import did_you_mean
-
         if args and args[0] not in COMMANDS and not args[0].startswith("-"):
-            hint = did_you_mean(args[0], COMMANDS)
-            ctx.fail(f"no command `{args[0]}`" + (f"\nhint: {hint}" if hint else ""))
+            raise no_command(args[0])
         return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -82,9 +94,15 @@ class _Commands(click.Group):
 @click.group(
     cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
 )
-@click.version_option(__version__, prog_name="ckpt")
+@click.version_option(__version__, "-V", "--version", prog_name="ckpt")
 def cli() -> None:
     """Build model checkpoints from recipes: the same recipe gives the same bytes everywhere."""
+
+
+def no_command(name: str) -> UsageError:
+    """That there is no such command."""
+    hint = did_you_mean(name, COMMANDS) or "`ckpt --help` lists what there is"
+    return UsageError(Problem(f"no command `{name}`", hint=hint))
 
 
 def _restore_help(command: click.Command) -> None:
@@ -116,51 +134,111 @@ def main(args: list[str] | None = None) -> None:
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="backslashreplace")  # not every terminal has every character
     catch()
+    words = sys.argv[1:] if args is None else args
+    output = Output(asks_json(words))
     try:
-        code = run(args)
+        code = execute(words, output)
     except Exception as error:
         if came():
             code = code_of(error)
-            click.echo(f"error: {WORDS[code]}", err=True)
-            sys.exit(leave(code))
-        # Every error that a person can cause has a message; what is left is ours, and 1 would say "no".
-        traceback.print_exc()
-        click.echo("error: this is a mistake in ckpt itself\nhint: report it with the lines above", err=True)
-        code = BROKEN
+            output.fail(Problem(WORDS[code]))
+        else:  # every error that a person can cause has a message; what is left is ours, and 1 would say "no"
+            traceback.print_exc()
+            hint = "report it with the lines above"
+            output.fail(Problem("this is a mistake in ckpt itself", hint=hint))
+            code = BROKEN
     done = leave(code)
     if done != code:
-        click.echo(f"error: {WORDS[done]}", err=True)
-    sys.exit(done)
+        output.fail(Problem(WORDS[done]))
+    sys.exit(_close(output, done))
 
 
 def run(args: list[str] | None = None) -> int:
-    """Run the command line and return its exit code; errors become messages on stderr."""
+    """Run the command line and return its exit code; errors become messages on stderr, or data."""
+    words = sys.argv[1:] if args is None else args
+    output = Output(asks_json(words))
+    return _close(output, execute(words, output))
+
+
+def asks_json(words: list[str]) -> bool:
+    """Whether a command line wants data, also where it cannot be read as a whole."""
+    return "--json" in words[: words.index("--") if "--" in words else None]
+
+
+def execute(words: list[str], output: Output) -> int:
+    """Carry a command line out, and return its exit code; what it says goes to `output`."""
     try:
-        result: Any = cli.main(args, prog_name="ckpt", standalone_mode=False)
+        result: Any = cli.main(list(words), prog_name="ckpt", standalone_mode=False, obj=output)
     except CkptError as error:
-        click.echo("\n\n".join(render(p) for p in error.problems), err=True)
+        if (package := _not_loaded(error)) is not None:
+            return _unavailable(*package, output)
+        output.fail(*error.problems)
         return int(error.exit_code)
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message(), err=True)
         return int(ExitCode.USAGE)
     except click.UsageError as error:
-        lines = map(printable, error.format_message().split("\n"))
-        click.echo("error: " + "\n".join(lines), err=True)
-        if error.ctx is not None:
-            click.echo(f"hint: `{error.ctx.command_path} --help` lists what there is", err=True)
+        fact, *more = error.format_message().split("\n")
+        hint = f"`{error.ctx.command_path} --help` lists what there is" if error.ctx is not None else None
+        output.fail(Problem(fact, evidence=tuple(filter(None, map(str.strip, more))), hint=hint))
         return int(ExitCode.USAGE)
-    except click.exceptions.Exit as error:
+    except click.exceptions.Exit as error:  # of `--help` and `--version`, which are no answers
+        output.as_json = False
         return error.exit_code
     except (click.Abort, KeyboardInterrupt) as error:
         code = code_of(error.__cause__ or error)
-        click.echo(f"error: {WORDS[code]}", err=True)
+        output.fail(Problem(WORDS[code]))
         return code
-    except OSError as error:  # what no other message was made of, such as a full disk below stdout
-        _drop_output()
-        place = Place(str(error.filename)) if error.filename else None
-        click.echo(render(Problem((error.strerror or str(error)).lower(), place)), err=True)
-        return int(ExitCode.MISMATCH)
+    except (OSError, ImportError) as error:
+        if (package := _not_loaded(error)) is not None:
+            return _unavailable(*package, output)
+        if isinstance(error, ImportError):
+            raise
+        return _trouble(error, output)
     return int(result) if isinstance(result, int) else int(ExitCode.DONE)
+
+
+def _not_loaded(error: BaseException | None) -> tuple[str, str] | None:
+    """The package of others that could not be loaded, and why, where that is behind an error."""
+    while error is not None:
+        if isinstance(error, OSError | ImportError):
+            frames = [f for f, _ in traceback.walk_tb(error.__traceback__) if f.f_code.co_name == "<module>"]
+            names = [str(f.f_globals.get("__name__")) for f in frames]
+            if isinstance(error, ModuleNotFoundError):
+                names.append(error.name or "")
+            tops = (name.partition(".")[0] for name in names)
+            if (found := next((top for top in tops if top in PACKAGES), None)) is not None:
+                return found, str(error)
+        error = error.__context__
+    return None
+
+
+def _unavailable(package: str, why: str, output: Output) -> int:
+    """Tell of a package that cannot be loaded."""
+    hint = f"install it anew: `python -m pip install --force-reinstall {package}`"
+    output.fail(Problem(f"`{package}`, which ckpt needs, cannot be loaded", None, (why,), hint))
+    return UNAVAILABLE
+
+
+def _close(output: Output, code: int) -> int:
+    """Print what is left to say, and return the exit code."""
+    try:
+        output.close(code)
+    except BrokenPipeError:
+        _drop_output()
+        return READER_GONE
+    except OSError as error:
+        return _trouble(error, Output())
+    return code
+
+
+def _trouble(error: OSError, output: Output) -> int:
+    """Tell of what no other message was made of, such as a full disk below stdout."""
+    if not output.as_json:
+        _drop_output()
+    place = Place(str(error.filename)) if error.filename else None
+    output.fail(Problem((error.strerror or str(error)).lower(), place))
+    return int(ExitCode.MISMATCH)
 
 
 def _drop_output() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
@@ -19,6 +18,7 @@ from builder.cli.options import (
     quiet_option,
     recipe_argument,
 )
+from builder.cli.terminal import out
 from builder.plan import Plan, explain
 from builder.toolkit.command_recipe import place_of
 from builder.toolkit.made import note_changes, note_left_out, note_steps, to_json, to_text
@@ -50,7 +50,6 @@ def command(
     threads: int | None,
     lock: Path | None,
     no_lock: bool,
-    as_json: bool,
     outside: bool,
     quiet: bool,
 ) -> int:
@@ -63,8 +62,10 @@ def command(
     ):
 
         def before(plan: Plan) -> None:
-            if explained:
-                click.echo(explain.to_text(plan), err=True)
+            if explained and out().as_json:
+                out().data["plan"] = explain.to_json(plan)
+            elif explained:
+                out().message(explain.to_text(plan))
             note_left_out(plan, workspace.reporter)
             note_steps(plan, workspace.reporter)
 
@@ -82,5 +83,5 @@ def command(
             before=before,
         )
         note_changes(made, workspace.reporter)
-    click.echo(json.dumps(to_json(made), indent=2) if as_json else to_text(made))
+    out().result(to_json(made), to_text(made))
     return ExitCode.DONE

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,17 +10,17 @@ from typing import Any
 import click
 
 from builder.base.errors import CatalogError, Problem, UsageError, nearest, printable
-from builder.cli.options import FILE
-from builder.cli.terminal import make_reporter
+from builder.base.page import cells, pad
+from builder.cli.options import FILE, json_option
+from builder.cli.terminal import make_reporter, out
 from builder.formats import open_checkpoint
 from builder.models.catalog import Architecture, Catalog, Component, TensorRule, load_catalog
 from builder.models.catalog.learn import compress, fold, string
 from builder.tensors.lazy import LazyTensor
 
-_json = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout (docs/catalog.md).")
-
 
 @click.group("components", invoke_without_command=True)
+@json_option
 @click.pass_context
 def command(context: click.Context) -> None:
     """The catalog: list its components (the default), show one, learn a new one.
@@ -29,38 +28,34 @@ def command(context: click.Context) -> None:
     The folders that CKPT_COMPONENTS names add to what is built in.
     """
     if context.invoked_subcommand is None:
-        context.invoke(list_components, as_json=False)
+        context.invoke(list_components)
 
 
 @command.command("list")
-@_json
-def list_components(as_json: bool) -> None:
+@json_option
+def list_components() -> None:
     """All components, under the architectures and classes that they fill."""
     catalog = load_catalog()
-    if as_json:
-        described = [_described(c, catalog) for c in catalog.components.values()]
-        architectures = [_architecture(a) for a in catalog.architectures.values()]
-        _say({"schema": 1, "components": described, "architectures": architectures})
-    else:
-        click.echo("\n".join(_listing(catalog)))
+    described = [_described(c, catalog) for c in catalog.components.values()]
+    architectures = [_architecture(a) for a in catalog.architectures.values()]
+    data = {"components": described, "architectures": architectures}
+    out().result(data, "\n".join(_listing(catalog)))
 
 
 @command.command()
 @click.argument("name", metavar="NAME")
 @click.option("--full", is_flag=True, help="Every tensor on a line of its own.")
-@_json
-def show(name: str, full: bool, as_json: bool) -> None:
+@json_option
+def show(name: str, full: bool) -> None:
     """The meaning of one component: its class, its prefix and its tensors."""
     catalog = load_catalog()
     if name in catalog.classes and name not in catalog.components:
         members = ", ".join(f"`{c.name}`" for c in catalog.classes[name])
         raise UsageError(Problem(f"`{name}` is a class, not a component", hint=f"its components: {members}"))
     component = catalog.component(name)
-    if as_json:
-        rules = {n: rule._asdict() for n, rule in component.tensors.items()}
-        _say({"schema": 1, **_described(component, catalog), "tensors": rules})
-    else:
-        click.echo("\n".join(_meaning(component, catalog, full)))
+    rules = {n: rule._asdict() for n, rule in component.tensors.items()}
+    data = {**_described(component, catalog), "tensors": rules}
+    out().result(data, "\n".join(_meaning(component, catalog, full)))
 
 
 @command.command()
@@ -70,6 +65,7 @@ def show(name: str, full: bool, as_json: bool) -> None:
 @click.option("--class", "cls", help="The class that it fills (default: one of its own).")
 @click.option("--prefix", default="", help="Take only the tensors under this prefix, and cut it off.")
 @click.option("--weights", is_flag=True, help="Write whose weights its known components have, not a table.")
+@json_option
 def learn(
     file: Path, output: Path | None, name: str | None, cls: str | None, prefix: str, weights: bool
 ) -> None:
@@ -96,13 +92,20 @@ def learn(
             raise UsageError(_nothing_under(prefix, file, checkpoint))
     same = _same(rules, catalog)
     if same is not None:
-        click.echo(f"note: this is the table of `{same}`", err=True)
+        out().note(f"this is the table of `{same}`")
     fields = {"name": name, "class": cls or name} | ({"prefix": prefix} if prefix else {})
     text = compress(rules, **fields)
-    if output is None:
-        click.echo(text, nl=False)
-    else:
-        click.echo(printable(_write(output / f"{name}.toml", text, name, catalog)))
+    path = output / f"{name}.toml" if output is not None else None
+    if path is not None:
+        _write(path, text, name, catalog)
+    _tell(name, text, path, path and path.parent)
+
+
+def _tell(name: str, text: str, path: Path | None, folder: Path | None) -> None:
+    """A table that was learned: where it is, or else the table itself."""
+    out().raw({"path": path and str(path), "name": name, "table": text}, text if path is None else "")
+    if path is not None:
+        out().say(printable(f"written  {path}; CKPT_COMPONENTS={folder} makes it known"))
 
 
 def _learn_weights(file: Path, output: Path | None, name: str, catalog: Catalog) -> None:
@@ -121,26 +124,22 @@ def _learn_weights(file: Path, output: Path | None, name: str, catalog: Catalog)
     for part in parts:
         if part.digest is None:
             what = f"{part.match.component.name} is in parts, as diffusers has it: its weights have no digest"
-            click.echo(f"note: {printable(what)}", err=True)
+            out().note(what)
             continue
         if part.published is not None:
-            known = printable(part.published.name)
-            click.echo(f"note: the weights of {part.match.component.name} are known as `{known}`", err=True)
+            known = part.published.name
+            out().note(f"the weights of {part.match.component.name} are known as `{known}`")
             continue
         fields = {"name": name, "class": part.match.component.cls, "blake3": part.digest}
         entries.append("\n".join(["[[component]]", *(f"{k} = {string(v)}" for k, v in fields.items())]))
     text = "\n\n".join(entries) + "\n" if entries else ""
     if output is None or not entries:
-        click.echo(text, nl=False)
+        _tell(name, text, None, None)
         return
     stem = re.sub(r"[^\w.+-]+", "-", name).strip("-.") or "weights"
     path = output / "known" / f"{stem}.toml"
     _create(path, text)
-    click.echo(printable(f"wrote {path}; CKPT_COMPONENTS={output} makes them known"))
-
-
-def _say(answer: dict[str, Any]) -> None:
-    click.echo(json.dumps(answer, indent=2))
+    _tell(name, text, path, output)
 
 
 def _listing(catalog: Catalog) -> Iterator[str]:
@@ -154,7 +153,7 @@ def _listing(catalog: Catalog) -> Iterator[str]:
     rest = [(c.cls, c) for c in catalog.components.values() if c.name not in placed]
     if rest:
         sections.append(("in no architecture", rest))
-    widths = [max(map(len, names)) for names in (catalog.classes, catalog.components)]
+    widths = [max(map(cells, names)) for names in (catalog.classes, catalog.components)]
     for number, (title, rows) in enumerate(sections):
         yield from [""] * (number > 0)
         yield title
@@ -164,7 +163,8 @@ def _listing(catalog: Catalog) -> Iterator[str]:
             before = cls
             size = f"{c.parameters:,}" if c.parameters is not None else "any rank"
             prefix = printable(c.prefix) or "–"
-            yield f"  {label:{widths[0]}}  {c.name:{widths[1]}}  {c.keys:>5,}  {size:>14}  {prefix}"
+            names = f"{pad(label, widths[0])}  {pad(c.name, widths[1])}"
+            yield f"  {names}  {c.keys:>5,}  {size:>14}  {prefix}"
     yield ""
     yield "Columns: class, component, tensors, elements, prefix in a full checkpoint."
 
@@ -197,9 +197,9 @@ def _meaning(component: Component, catalog: Catalog, full: bool) -> Iterator[str
         if component.naming:
             yield f"  the tensors of {component.base}, their names {component.naming.replace('-', ' ')}:"
             yield ""
-    width = min(72, max(len(name) for name, _ in lines))
+    width = min(72, max(cells(printable(name)) for name, _ in lines))
     for name, shape in lines:
-        yield f"  {printable(name):<{width}}  {shape}"
+        yield f"  {pad(printable(name), width)}  {shape}"
 
 
 def _shape(rule: TensorRule) -> str:
@@ -271,7 +271,7 @@ def _same(rules: Mapping[str, TensorRule], catalog: Catalog) -> str | None:
     return None
 
 
-def _write(path: Path, text: str, name: str, catalog: Catalog) -> str:
+def _write(path: Path, text: str, name: str, catalog: Catalog) -> None:
     if name in catalog.components:
         where = catalog.components[name].path
         raise CatalogError(
@@ -282,7 +282,6 @@ def _write(path: Path, text: str, name: str, catalog: Catalog) -> str:
             )
         )
     _create(path, text)
-    return f"wrote {path}; CKPT_COMPONENTS={path.parent} makes it known"
 
 
 def _create(path: Path, text: str) -> None:

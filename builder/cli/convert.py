@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,18 @@ import click
 from builder.base.errors import ExitCode, Problem, UsageError, printable
 from builder.base.progress import human_bytes
 from builder.base.words import counted
-from builder.cli.options import NAME, json_option, open_workspace, quiet_option, recipe_path, save_option
+from builder.cli.options import (
+    NAME,
+    json_option,
+    open_workspace,
+    quantize_option,
+    quiet_option,
+    recipe_path,
+    save_option,
+)
 from builder.cli.sizes import parse_size
+from builder.cli.terminal import out
 from builder.tensors.cast import PRECISIONS
-from builder.tensors.packed.encode import QUANTIZE
 from builder.toolkit.convert import convert
 from builder.toolkit.made import without_tokenizer
 
@@ -32,14 +39,9 @@ from builder.toolkit.made import without_tokenizer
 @click.option(
     "--precision",
     type=click.Choice(list(PRECISIONS)),
-    default="keep",
-    help="Of the weights; kept by default.",
+    help="Of the weights; kept by default, but beside blocks of GGUF as such models are published.",
 )
-@click.option(
-    "--quantize",
-    type=click.Choice(list(QUANTIZE)),
-    help="Pack the weights of the denoiser's linear layers, as ComfyUI reads them.",
-)
+@quantize_option
 @click.option(
     "--shard-size", metavar="SIZE", callback=parse_size, help="Most bytes of tensors a file, such as 2GB."
 )
@@ -75,14 +77,13 @@ from builder.toolkit.made import without_tokenizer
 @save_option
 @json_option
 @quiet_option
-def command(
-    source: Path, output: str, save_recipe: Path | None, as_json: bool, quiet: bool, **options: Any
-) -> int:
+def command(source: Path, output: str, save_recipe: Path | None, quiet: bool, **options: Any) -> int:
     """Write every tensor of FILE in another container, precision or layout.
 
-    FILE is a safetensors or PyTorch file, a sharded set's index, or a model's folder in the diffusers
+    FILE is a safetensors, PyTorch or GGUF file, a sharded set's index, or a model's folder in the diffusers
     layout. The output's name says what is made: NAME.safetensors; NAME.ckpt, .pt, .pth or .bin, a plain
-    dict of tensors; NAME.safetensors.index.json, a sharded set; a name without suffix, a diffusers folder.
+    dict of tensors; NAME.gguf, of a diffusion model alone; NAME.safetensors.index.json, a sharded set; a name
+    without suffix, a diffusers folder.
     """
     save = recipe_path(save_recipe)
     if save is not None and options["repair"]:
@@ -94,17 +95,13 @@ def command(
         if made.lacking:
             way = "`--tokenizer FOLDER` adds it"
             workspace.reporter.note(without_tokenizer(made.lacking if made.tokenizer else (), way))
-    if as_json:
-        result = {
-            "schema": 1,
-            "path": str(made.path),
-            "form": made.form,
-            "size": made.size,
-            "tensors": made.tensors,
-            "lost": list(made.lost),
-        }
-        click.echo(json.dumps(result, indent=2))
-    else:
-        said = f"made  {made.path}  {human_bytes(made.size)}, {counted(made.tensors, 'tensor')}"
-        click.echo(printable(said))
+    data = {
+        "path": str(made.path),
+        "form": made.form,
+        "size": made.size,
+        "tensors": made.tensors,
+        "lost": list(made.lost),
+    }
+    said = f"made  {made.path}  {human_bytes(made.size)}, {counted(made.tensors, 'tensor')}"
+    out().result(data, printable(said))
     return ExitCode.DONE

@@ -11,11 +11,14 @@ from pathlib import Path
 import click
 
 from builder.base.errors import ExitCode
-from builder.cli.terminal import is_terminal
+from builder.base.page import Style, columns
+from builder.cli.options import json_option
+from builder.cli.terminal import Output, out
 from builder.toolkit.demo import use_other_vae, write_sources
 
 
 @click.command("demo")
+@json_option
 @click.argument(
     "folder", required=False, type=click.Path(path_type=Path, file_okay=False), metavar="[FOLDER]"
 )
@@ -40,8 +43,10 @@ def command(folder: Path | None) -> int:
 
 def _show() -> int:
     _say("Miniature files, made up, but dirty as real ones are:")
-    for name, what in write_sources(Path()).items():
-        click.echo(f"  {name:<22} {Path(name).stat().st_size:>9,} bytes  {what}")
+    sources = write_sources(Path())
+    rows = [(name, f"{Path(name).stat().st_size:,} bytes", what) for name, what in sources.items()]
+    out().say("\n".join(columns(rows, {1}, indent=2)))
+    out().data |= {"folder": str(Path().absolute()), "sources": sources, "steps": []}
     steps: list[tuple[str, list[str]]] = [
         ("What is in the checkpoint? Nothing in it is run to find out.", ["inspect", "dirty.ckpt"]),
         ("What would the recipe do?", ["plan", "demo.toml"]),
@@ -65,23 +70,23 @@ def _show() -> int:
 
 
 def _run(words: str, arguments: list[str]) -> int:
-    from builder.cli import run
+    from builder.cli import execute
 
     _say(words)
-    click.echo(_bold(f"$ ckpt {' '.join(arguments)}"))
+    said, inner = out(), Output(out().as_json)
+    said.say(Style(said.color()).strong(f"$ ckpt {' '.join(arguments)}"))
     sys.stdout.flush()
-    code = run(arguments)
+    code = execute(arguments, inner)
     sys.stdout.flush()
     sys.stderr.flush()
+    if said.as_json:
+        said.data["steps"].append({"command": arguments, "answer": inner.object(code)})
+        said.errors += inner.errors
     return code
 
 
 def _say(words: str) -> None:
-    click.echo(f"\n# {words}")
-
-
-def _bold(text: str) -> str:
-    return click.style(text, bold=True) if is_terminal(sys.stdout) else text
+    out().say(f"\n# {words}")
 
 
 def _restore(name: str, value: str | None) -> None:

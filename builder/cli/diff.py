@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import sys
 from pathlib import Path
 
 import click
 
 from builder.base.errors import ExitCode
 from builder.cli.options import json_option, open_workspace
-from builder.cli.terminal import is_terminal
+from builder.cli.terminal import out
 from builder.reports.diff import compare, render, to_json
 
 
@@ -27,7 +23,7 @@ from builder.reports.diff import compare, render, to_json
 )
 @json_option
 @click.option("--quiet", "-q", is_flag=True, help="No progress.")
-def command(a: Path, b: Path, full: bool, threads: int, as_json: bool, quiet: bool) -> int:
+def command(a: Path, b: Path, full: bool, threads: int, quiet: bool) -> int:
     """Say what tells two checkpoints apart: header, components, names, types, shapes, values, and why.
 
     The files may be in any containers. Exit code 0: the tensors are the same, by name, type, shape and
@@ -35,11 +31,6 @@ def command(a: Path, b: Path, full: bool, threads: int, as_json: bool, quiet: bo
     """
     with open_workspace(quiet) as workspace:
         diff = compare(a, b, catalog=workspace.catalog, threads=threads, reporter=workspace.reporter)
-    if as_json:
-        click.echo(json.dumps(to_json(diff, full), indent=2))
-    else:
-        terminal = is_terminal(sys.stdout)
-        width = shutil.get_terminal_size().columns if terminal else None
-        color = terminal and not os.environ.get("NO_COLOR")
-        click.echo(render(diff, full=full, width=width, color=color))
+    said = out()
+    said.result(to_json(diff, full), render(diff, full=full, width=said.width(), color=said.color()))
     return ExitCode.DONE if diff.same else ExitCode.NO

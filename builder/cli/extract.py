@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import click
 
 from builder.base.errors import ExitCode
-from builder.cli.options import FILE, PLACE, making, open_workspace, recipe_path, save_option
+from builder.cli.options import (
+    FILE,
+    PLACE,
+    making,
+    open_workspace,
+    quantize_option,
+    recipe_path,
+    save_option,
+)
+from builder.cli.terminal import out
 from builder.models.parts import find_part, slot_of
 from builder.recipe.names import SUFFIXES, Target
 from builder.toolkit.command_recipe import run
 from builder.toolkit.extract import extraction, target_of
-from builder.toolkit.made import note_changes, to_json, to_text
+from builder.toolkit.made import note_changes, note_steps, to_json, to_text
 
 
 @click.command("extract")
@@ -23,6 +31,7 @@ from builder.toolkit.made import note_changes, to_json, to_text
 @click.option("-o", "--output", type=PLACE, help="The file to write, or the folder to write it in.")
 @click.option("--format", "form", type=click.Choice([s[1:] for s in SUFFIXES]), help="Of the file written.")
 @making
+@quantize_option
 @save_option
 def command(
     file: Path,
@@ -32,7 +41,6 @@ def command(
     save_recipe: Path | None,
     fixes: tuple[str, ...],
     threads: int | None,
-    as_json: bool,
     quiet: bool,
     **options: Any,
 ) -> int:
@@ -59,7 +67,8 @@ def command(
             save=save,
             hashing=False,
             threads=threads,
+            before=lambda plan: note_steps(plan, workspace.reporter),
         )
         note_changes(made, workspace.reporter)
-    click.echo(json.dumps(to_json(made), indent=2) if as_json else to_text(made))
+    out().result(to_json(made), to_text(made))
     return ExitCode.DONE

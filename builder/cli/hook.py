@@ -10,9 +10,10 @@ from pathlib import Path
 import click
 import tomli
 
-from builder.base.errors import CkptError, ExitCode, LockError, Place, Problem, UsageError, render
+from builder.base.errors import CkptError, ExitCode, LockError, Place, Problem, UsageError
 from builder.base.files import open_regular, read_bounded
 from builder.cli.options import FILE, open_workspace
+from builder.cli.terminal import out
 from builder.formats.sniff import HEAD, is_safetensors
 from builder.formats.torch.containers import looks_like_torch
 from builder.recipe import Recipe
@@ -40,8 +41,7 @@ def command(name: str, files: tuple[Path, ...]) -> int:
     code = ExitCode.DONE
     with open_workspace(quiet=True, offline=True) as workspace:
         for error in _HOOKS[name](files, workspace):
-            for problem in error.problems:
-                click.echo(render(problem), err=True)
+            out().fail(*error.problems)
             code = code or error.exit_code
     return code
 

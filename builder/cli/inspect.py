@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import shutil
-import sys
 
 import click
 
 from builder.base.errors import ExitCode, FetchError, Problem, SourceError, UsageError
-from builder.base.errors import render as render_problem
-from builder.cli.terminal import is_terminal, make_reporter
+from builder.cli.options import json_option
+from builder.cli.terminal import make_reporter, out
 from builder.models.catalog import Catalog, load_catalog
 from builder.reports.inspect import Refused, Report, build_report, examine, render, to_json
 
@@ -24,11 +21,9 @@ _ADDRESS = re.compile(r"(?:https?|hf|urn|air|civitai|sd1|sdxl):", re.IGNORECASE)
 @click.option("--full", is_flag=True, help="Everything there is to say; reads all data.")
 @click.option("--hashes", is_flag=True, help="The file's hashes of every kind in use; reads the whole file.")
 @click.option("--metric/--no-metric", default=True, help="Read the weights, or tables of contents only.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout (docs/inspect.md).")
+@json_option
 @click.option("--quiet", "-q", is_flag=True, help="No progress.")
-def command(
-    files: tuple[str, ...], full: bool, hashes: bool, metric: bool, as_json: bool, quiet: bool
-) -> int:
+def command(files: tuple[str, ...], full: bool, hashes: bool, metric: bool, quiet: bool) -> int:
     """Say what is in checkpoints: architecture, components, metric, junk and faults.
 
     Reads safetensors (sharded too) and PyTorch files of every age; nothing in them is run. Of an address
@@ -53,10 +48,7 @@ def command(
             else:
                 found.append(report)
                 codes.add(ExitCode.DONE if report.sound else ExitCode.NO)
-    if as_json:
-        click.echo(json.dumps(to_json(found), indent=2))
-    else:
-        _say(found, full)
+    _say(found, full)
     return max(codes)
 
 
@@ -73,11 +65,10 @@ def _remote(address: str, catalog: Catalog, hashes: bool) -> Report:
 
 
 def _say(found: list[Report | Refused], full: bool) -> None:
-    terminal = is_terminal(sys.stdout)
-    width = shutil.get_terminal_size().columns if terminal else None
-    color = terminal and not os.environ.get("NO_COLOR")
+    said = out()
     for refused in (f for f in found if isinstance(f, Refused)):
-        click.echo("\n\n".join(render_problem(p) for p in refused.problems), err=True)
-    texts = [render(f, full=full, width=width, color=color) for f in found if isinstance(f, Report)]
-    if texts:
-        click.echo("\n\n".join(texts))
+        said.fail(*refused.problems)
+    texts = [
+        render(f, full=full, width=said.width(), color=said.color()) for f in found if isinstance(f, Report)
+    ]
+    said.result(to_json(found), "\n\n".join(texts))

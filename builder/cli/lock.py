@@ -8,7 +8,15 @@ from pathlib import Path
 import click
 
 from builder.base.errors import ExitCode, Problem, UsageError, did_you_mean, printable
-from builder.cli.options import FILE, open_workspace, outside_option, quiet_option, recipe_argument
+from builder.cli.options import (
+    FILE,
+    json_option,
+    open_workspace,
+    outside_option,
+    quiet_option,
+    recipe_argument,
+)
+from builder.cli.terminal import out
 from builder.recipe import Recipe
 from builder.recipe.lock import Lock, differences, lock_path, write_lock
 from builder.sources.have import resolve_sources, telling_all
@@ -22,6 +30,7 @@ from builder.workspace import find_lock
 )
 @click.option("--lock", "lock", type=FILE, help="Where the lock lies; default: beside RECIPE.")
 @outside_option
+@json_option
 @quiet_option
 def command(recipe: Path, upgrade: str | None, lock: Path | None, outside: bool, quiet: bool) -> int:
     """Pin every source of RECIPE by digest in its lock.
@@ -40,9 +49,10 @@ def command(recipe: Path, upgrade: str | None, lock: Path | None, outside: bool,
         changes = differences(old, new) if old is not None else []
         where = lock or lock_path(recipe)
         written = write_lock(where, new)
-    click.echo(printable(f"{'written' if written else 'unchanged'}  {where}"))
-    for change in changes:
-        click.echo(printable(f"  {change}"))
+    state = "written" if written else "unchanged"
+    pinned = {name: {"sha256": s.sha256, "size": s.size} for name, s in new.sources.items()}
+    data = {"path": str(where), "state": state, "sources": pinned, "changes": list(changes)}
+    out().result(data, "\n".join(map(printable, [f"{state}  {where}", *(f"  {c}" for c in changes)])))
     return ExitCode.DONE
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from builder.cli.merge import make
+from builder.cli.merge import OPTIONS, make
 from builder.cli.options import PLACE, making, save_option
 
 
@@ -25,4 +25,5 @@ def command(model: str, loras: tuple[str, ...], ignore_unmatched: bool, **option
     ckpt lora model.safetensors a.safetensors=UNET=0.5,CLIP=0 b.safetensors -o both.safetensors
     """
     params = {"unmatched": "ignore"} if ignore_unmatched else {}
-    return make((model, *loras), "apply-lora", params, **options)
+    words = {**OPTIONS, 'unmatched = "ignore"': "--ignore-unmatched"}
+    return make((model, *loras), "apply-lora", params, words=words, **options)

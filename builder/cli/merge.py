@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,17 @@ import click
 
 from builder.base.errors import ExitCode, Problem, UsageError
 from builder.cli.options import PLACE, making, open_workspace, recipe_path, save_option
+from builder.cli.terminal import out
 from builder.plan import Plan
 from builder.recipe.names import Target
 from builder.toolkit.command_recipe import output_path, run
 from builder.toolkit.made import note_changes, note_left_out, note_steps, to_json, to_text
 from builder.toolkit.merge import merging, parse_file
 
-OPTIONS = {"VAE = true": "--vae"}  # by the words that a recipe has for them
+OPTIONS = {  # by the words that a recipe has for them
+    "VAE = true": "--vae",
+    'unmatched = "ignore"': "--set unmatched=ignore",
+}
 
 
 @click.command("merge")
@@ -67,11 +70,11 @@ def make(
     save_recipe: Path | None,
     fixes: tuple[str, ...],
     threads: int | None,
-    as_json: bool,
     quiet: bool,
+    words: Mapping[str, str] = OPTIONS,
     **options: Any,
 ) -> int:
-    """Build the recipe of one step over the files, and say what was made."""
+    """Build the recipe of one step over the files, and say what was made; `words` of recipes are options."""
     files = [parse_file(model) for model in models]
     save = recipe_path(save_recipe)
     with open_workspace(quiet) as workspace, workspace.sources() as sources:
@@ -80,9 +83,11 @@ def make(
 
         def before(plan: Plan) -> None:
             note_left_out(plan, workspace.reporter)
-            note_steps(plan, workspace.reporter, OPTIONS)
+            note_steps(plan, workspace.reporter, words)
 
-        made = run(recipe, target, workspace, sources, save=save, threads=threads, before=before)
+        made = run(
+            recipe, target, workspace, sources, save=save, threads=threads, before=before, options=words
+        )
         note_changes(made, workspace.reporter)
-    click.echo(json.dumps(to_json(made), indent=2) if as_json else to_text(made))
+    out().result(to_json(made), to_text(made))
     return ExitCode.DONE

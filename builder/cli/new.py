@@ -12,7 +12,8 @@ from builder.base.disk import write_bytes
 from builder.base.errors import ExitCode, Problem, UsageError
 from builder.base.progress import SILENT, Reporter
 from builder.base.toml import escaped
-from builder.cli.options import FILE, open_workspace, quiet_option, recipe_path
+from builder.cli.options import FILE, json_option, open_workspace, quiet_option, recipe_path
+from builder.cli.terminal import out
 from builder.models.catalog import Architecture
 from builder.recipe import parse_recipe
 from builder.recipe.names import SUFFIXES, recipe_name
@@ -45,6 +46,7 @@ MOST_NOTES = 20  # of what an imported recipe lacks
 @click.option("--name", help="The model's name; default: the first file's.")
 @click.option("--force", is_flag=True, help="Overwrite RECIPE, if it is one.")
 @click.option("--threads", type=click.IntRange(1, 256), default=2, help="Threads to use.")
+@json_option
 @quiet_option
 def command(
     files: tuple[Path, ...],
@@ -81,11 +83,11 @@ def command(
             text = escaped(write(draft, folder=folder, catalog=catalog, name=name))
             _tell(draft, bool(library), folder, workspace.reporter)
     parse_recipe(text, str(output or "<recipe>"), catalog)
-    if output is None:
-        click.echo(text, nl=False)
-    else:
+    if output is not None:
         models = [stat for path, stat in files_below(library, SILENT) if path.suffix.lower() in SUFFIXES]
         write_bytes(output, text.encode(), durable=False, inputs=[*files, *models])
+    where = str(output) if output is not None else None
+    out().raw({"path": where, "recipe": text}, "" if where else text)
     return ExitCode.DONE
 
 

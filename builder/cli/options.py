@@ -12,6 +12,7 @@ import click
 from builder.base.errors import Problem, UsageError
 from builder.cli.terminal import make_reporter
 from builder.operations.fixes import FIXES
+from builder.recipe.language import QUANTIZE
 from builder.recipe.lock import LOCK
 from builder.recipe.names import Target
 from builder.recipe.profiles import PROFILES
@@ -50,7 +51,9 @@ _LOCK_OPTIONS = (
     click.option("--no-lock", is_flag=True, help="Neither read nor write a lock."),
 )
 quiet_option = click.option("--quiet", "-q", is_flag=True, help="No progress, no notes.")
-json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+json_option = click.option(
+    "--json", is_flag=True, expose_value=False, help="One JSON object on stdout, errors and notes in it."
+)
 
 _REPAIRS = (
     click.option("--fix", "fixes", multiple=True, type=click.Choice(list(FIXES)), help="A repair to make."),
@@ -79,6 +82,12 @@ _OPTIONS = (
     click.option("--threads", type=click.IntRange(1, 256), help="Threads to use; the bytes are the same."),
     json_option,
     quiet_option,
+)
+
+quantize_option = click.option(
+    "--quantize",
+    type=click.Choice(list(QUANTIZE)),
+    help="Pack the weights of the denoiser's layers; q8_0 is for a GGUF file, all else for others.",
 )
 
 save_option = click.option(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import click
 
 from builder.base.disk import making_folders
-from builder.base.errors import CkptError, ExitCode, Problem, SourceError, UsageError, render
+from builder.base.errors import CkptError, ExitCode, Problem, SourceError, UsageError
 from builder.cli.options import (
     FILE,
     PLACE,
@@ -22,6 +21,7 @@ from builder.cli.options import (
     repairing,
     save_option,
 )
+from builder.cli.terminal import out
 from builder.cli.watching import Where, watch
 from builder.operations.fixes import FIXES
 from builder.recipe.names import Target, free_name, named, stem
@@ -97,7 +97,6 @@ def command(
     once: bool,
     settle: float | None,
     save_recipe: Path | None,
-    as_json: bool,
     quiet: bool,
     **options: Any,
 ) -> int:
@@ -113,7 +112,7 @@ def command(
     """
     options["fixes"] = tuple(n for n in FIXES if n in options["fixes"])
     if watched is not None:
-        if files or output or dry_run or names or save_recipe or as_json:
+        if files or output or dry_run or names or save_recipe:
             fact = "--watch goes with --into, --layout, --once, --recursive and how to prune, no more"
             raise click.UsageError(fact)
         where = Where(watched, into, layout, once, recursive, SETTLE if settle is None else settle)
@@ -129,15 +128,10 @@ def command(
     with open_workspace(quiet) as workspace:
         results = []
         for path in found:
-            results.append(_prune(path, request, workspace, _silent if as_json or quiet else click.echo))
-            for problem in results[-1].problems:
-                click.echo(render(problem), err=True)
-    if as_json:
-        click.echo(json.dumps({"schema": 1, "files": [prune_text.to_json(r) for r in results]}, indent=2))
-    else:
-        said = prune_text.line(results[0]) if single else prune_text.table(results)
-        if said:
-            click.echo(said)
+            results.append(_prune(path, request, workspace, _silent if quiet else out().say))
+            out().fail(*results[-1].problems)
+    said = prune_text.line(results[0]) if single else prune_text.table(results)
+    out().result({"files": [prune_text.to_json(r) for r in results]}, said)
     return max((r.code for r in results), default=ExitCode.DONE)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import click
 
 from builder.base.errors import ExitCode
 from builder.cli.options import FILE, PLACE, making, open_workspace, recipe_path, save_option
+from builder.cli.terminal import out
 from builder.recipe.names import Target
 from builder.toolkit.command_recipe import output_path, run
 from builder.toolkit.made import note_changes, note_left_out, to_json, to_text
@@ -29,7 +29,6 @@ def command(
     save_recipe: Path | None,
     fixes: tuple[str, ...],
     threads: int | None,
-    as_json: bool,
     quiet: bool,
     **options: Any,
 ) -> int:
@@ -57,5 +56,5 @@ def command(
             before=lambda plan: note_left_out(plan, workspace.reporter),
         )
         note_changes(made, workspace.reporter)
-    click.echo(json.dumps(to_json(made), indent=2) if as_json else to_text(made))
+    out().result(to_json(made), to_text(made))
     return ExitCode.DONE

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import json
+
 import click
 
+from builder.cli.options import json_option
+from builder.cli.terminal import out
 
-@click.command()
+
+@click.command("schema")
+@json_option
 def command() -> None:
     """Print the JSON Schema of recipes, with the classes of your own catalog.
 
@@ -15,4 +21,5 @@ def command() -> None:
     from builder.models.catalog import load_catalog
     from builder.recipe.schema import schema_text
 
-    click.echo(schema_text(load_catalog()), nl=False)
+    text = schema_text(load_catalog())
+    out().raw({"recipe_schema": json.loads(text)}, text)

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from builder.base.errors import ExitCode, Problem, printable, render
+from builder.base.errors import ExitCode, Problem, printable, problem_data
+from builder.base.page import columns
 from builder.base.progress import human_bytes
 from builder.base.words import counted
+from builder.cli.options import json_option
 from builder.cli.sizes import parse_size
-from builder.cli.terminal import make_reporter
+from builder.cli.terminal import make_reporter, out
 from builder.store import Store
 from builder.workspace import Settings
 
@@ -29,32 +29,26 @@ def command() -> None:
 
 
 @command.command()
+@json_option
 def path() -> None:
     """Print the folder of the store."""
-    click.echo(Settings.from_environment().store)
+    root = str(Settings.from_environment().store)
+    out().raw({"root": root}, root)
 
 
 @command.command("list")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def list_(as_json: bool) -> None:
+@json_option
+def list_() -> None:
     """List what is stored, the most recently used first."""
     from builder.store.upkeep import items, to_json
 
     store = Store(Settings.from_environment().store)
     found = [i for i in reversed(items(store)) if i.kind != "fact"]
     total = sum(i.size for i in found)
-    if as_json:
-        click.echo(json.dumps(to_json(store, found), indent=2))
-        return
-    table = [["COMPONENT", "SIZE", "DIGEST", "LAST USED", "MADE OF", "LIES IN"]]
-    table += [_row(i) for i in found]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for row in table if found else []:
-        cells = [
-            c.rjust(w) if n == 1 else c.ljust(w) for n, (c, w) in enumerate(zip(row, widths, strict=True))
-        ]
-        click.echo("  ".join(cells).rstrip())
-    click.echo(f"{len(found)} stored, {human_bytes(total)}, in {printable(str(store.root))}")
+    head = ["COMPONENT", "SIZE", "DIGEST", "LAST USED", "MADE OF", "LIES IN"]
+    lines = columns([head, *map(_row, found)], {1}) if found else []
+    lines.append(f"{len(found)} stored, {human_bytes(total)}, in {printable(str(store.root))}")
+    out().result(to_json(store, found), "\n".join(lines))
 
 
 @command.command()
@@ -64,8 +58,8 @@ def list_(as_json: bool) -> None:
     callback=parse_size,
     help="Remove the least recently used until no more than this is kept.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def gc(max_size: int | None, as_json: bool) -> None:
+@json_option
+def gc(max_size: int | None) -> None:
     """Remove litter and, with --max-size, what was not used for longest.
 
     A running build goes on: what it has open stays readable to it, and what is gone it makes again.
@@ -76,31 +70,30 @@ def gc(max_size: int | None, as_json: bool) -> None:
     done = collect(store, max_size)
     freed = sum(i.size for i in done.removed) + done.litter
     kept = sum(i.size for i in done.kept)
-    if as_json:
-        answer = {
-            "schema": 1,
-            "root": str(store.root),
-            "removed": [item_json(i) for i in done.removed],
-            "freed": freed,
-            "kept": kept,
-        }
-        click.echo(json.dumps(answer, indent=2))
-        return
-    for item in done.removed:
-        if item.kind != "fact":
-            click.echo(f"removed {_name(item)} {printable(item.digest[:12])}, {human_bytes(item.size)}")
+    said = [
+        f"removed {_name(item)} {printable(item.digest[:12])}, {human_bytes(item.size)}"
+        for item in done.removed
+        if item.kind != "fact"
+    ]
     if done.litter:
-        click.echo(f"removed litter, {human_bytes(done.litter)}")
+        said.append(f"removed litter, {human_bytes(done.litter)}")
     if done.strays:
-        click.echo(f"removed {counted(done.strays, 'thing')} that no store puts where it stood")
-    click.echo(f"freed {human_bytes(freed)}, kept {human_bytes(kept)}")
-    if max_size is None and kept:
-        click.echo("hint: `--max-size SIZE` removes what was not used for longest", err=True)
+        said.append(f"removed {counted(done.strays, 'thing')} that no store puts where it stood")
+    said.append(f"freed {human_bytes(freed)}, kept {human_bytes(kept)}")
+    data = {
+        "root": str(store.root),
+        "removed": [item_json(i) for i in done.removed],
+        "freed": freed,
+        "kept": kept,
+    }
+    out().result(data, "\n".join(said))
+    if max_size is None and kept and not out().as_json:
+        out().message("hint: `--max-size SIZE` removes what was not used for longest")
 
 
 @command.command()
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def check(as_json: bool) -> int:
+@json_option
+def check() -> int:
     """Verify everything that is stored, and set aside what is damaged.
 
     Exit code 1 if anything was.
@@ -112,18 +105,14 @@ def check(as_json: bool) -> int:
     found = [i for i in items(store) if i.kind in {"component", "download"}]
     with make_reporter() as reporter:
         problems = run(store, threads=min(4, os.cpu_count() or 1), reporter=reporter)
-    if as_json:
-        rows = [asdict(p) for p in problems]
-        click.echo(
-            json.dumps(
-                {"schema": 1, "root": str(store.root), "checked": len(found), "damaged": rows}, indent=2
-            )
-        )
-    else:
-        for problem in problems:
-            click.echo(render(problem), err=True)
-        size = human_bytes(sum(i.size for i in found))
-        click.echo(f"checked {counted(len(found), 'item')}, {size}: {_verdict(problems)}")
+    out().fail(*problems)
+    data = {
+        "root": str(store.root),
+        "checked": len(found),
+        "damaged": [problem_data(p) for p in problems],
+    }
+    size = human_bytes(sum(i.size for i in found))
+    out().result(data, f"checked {counted(len(found), 'item')}, {size}: {_verdict(problems)}")
     return ExitCode.NO if problems else ExitCode.DONE
 
 

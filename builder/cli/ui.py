@@ -10,7 +10,8 @@ from pathlib import Path
 import click
 
 from builder.base.errors import ExitCode, OutputError, Problem
-from builder.cli.options import FILE
+from builder.cli.options import FILE, json_option
+from builder.cli.terminal import out
 from builder.web.folders import Folders
 from builder.web.server import Server
 from builder.web.site import Site
@@ -21,23 +22,26 @@ from builder.workspace import Settings
 @click.argument("folders", nargs=-1, type=FILE, metavar="[FOLDER…]")
 @click.option("--port", type=click.IntRange(0, 65535), default=0, help="Default: any that is free.")
 @click.option("--no-browser", is_flag=True, help="Print the address, and open nothing.")
+@json_option
 def command(folders: tuple[Path, ...], port: int, no_browser: bool) -> int:
     """Show a page for the models in each FOLDER (default: the one you are in), until Ctrl-C.
 
     It is served to this machine alone, and to those who have the address that is printed. The page reads and
     writes in the folders given, and nowhere else.
     """
+    said = out()
     site = Site(Folders(folders or (Path(),)), Settings.from_environment(), _fault)
     try:
         server = _server(site, port)
         try:
-            click.echo(server.address)
-            click.echo("Ctrl-C ends it.", err=True)
+            said.raw({"address": server.address}, server.address)
+            said.now()
+            said.message("Ctrl-C ends it.")
             if not no_browser:
                 threading.Thread(target=webbrowser.open, args=(server.address_once,), daemon=True).start()
             server.serve_forever(poll_interval=0.2)
         except KeyboardInterrupt:
-            click.echo("stopped", err=True)
+            said.message("stopped")
         finally:
             server.server_close()
     finally:

@@ -9,6 +9,7 @@ import click
 from builder.base.errors import ExitCode, printable
 from builder.build import verify
 from builder.cli.options import (
+    json_option,
     lock_place,
     locking,
     open_workspace,
@@ -16,6 +17,7 @@ from builder.cli.options import (
     quiet_option,
     recipe_argument,
 )
+from builder.cli.terminal import out
 from builder.workspace import find_lock
 
 
@@ -24,6 +26,7 @@ from builder.workspace import find_lock
 @click.argument("file", required=False, type=click.Path(path_type=Path), metavar="[FILE]")
 @locking
 @outside_option
+@json_option
 @quiet_option
 def command(
     recipe: Path, file: Path | None, lock: Path | None, no_lock: bool, outside: bool, quiet: bool
@@ -35,6 +38,7 @@ def command(
     with open_workspace(quiet, outside=outside) as workspace:
         read = workspace.recipe(recipe, lock_place(lock, no_lock))
         verified = verify(read, find_lock(read), file, workspace)
-    for path, sha256 in verified.items():
-        click.echo(f"verified  {printable(str(path))}\n          sha256 {sha256}")
+    files = [{"path": str(path), "sha256": sha256} for path, sha256 in verified.items()]
+    lines = [f"verified  {printable(str(path))}\n  sha256 {sha256}" for path, sha256 in verified.items()]
+    out().result({"files": files}, "\n".join(lines))
     return ExitCode.DONE

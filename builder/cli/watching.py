@@ -6,12 +6,12 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import click
-
-from builder.base.errors import ExitCode, OutputError, Problem, UsageError, printable, render
+from builder.base.errors import ExitCode, OutputError, Problem, UsageError, printable, problem_data
 from builder.base.progress import human_bytes
 from builder.cli.options import open_workspace
+from builder.cli.terminal import out
 from builder.toolkit.prune import Options
 from builder.toolkit.watch import Event, Watch, layout_of
 
@@ -35,6 +35,8 @@ class Where:
 def watch(where: Where, options: Options, threads: int | None, quiet: bool) -> int:
     """Watch a folder until it is interrupted; or once, and then the worst that happened is the exit code."""
     into = where.into if where.into is not None else where.folder
+    if out().as_json and not where.once:
+        raise UsageError(Problem("one object says what became of files at the end", hint="add `--once`"))
     if not into.is_dir():
         fact = f"`{into}` is no folder of models" if where.into else f"`{into}` is no folder"
         raise UsageError(Problem(fact, hint="make it first"))
@@ -51,6 +53,7 @@ def watch(where: Where, options: Options, threads: int | None, quiet: bool) -> i
         )
         with watched.alone():
             if where.once:
+                out().data["files"] = []
                 return _once(watched)
             workspace.reporter.note(f"watching `{where.folder}`, until it is interrupted")
             try:
@@ -60,13 +63,24 @@ def watch(where: Where, options: Options, threads: int | None, quiet: bool) -> i
     return ExitCode.DONE
 
 
+def _data(event: Event) -> dict[str, Any]:
+    return {
+        "path": str(event.path),
+        "state": event.state,
+        "target": str(event.target) if event.target is not None else None,
+        "what": event.what or None,
+        "problems": [problem_data(p) for p in event.problems],
+    }
+
+
 def _once(watched: Watch) -> int:
     codes = [_say(event, watched.folder) for event in watched.poll()]
     if watched.waiting:
         time.sleep(watched.settle)
         codes += [_say(event, watched.folder) for event in watched.poll()]
     for path in watched.waiting:
-        click.echo(f"waiting  {printable(str(path))}  it is not at rest, or not whole yet")
+        out().say(f"waiting  {printable(str(path))}  it is not at rest, or not whole yet")
+    out().data["waiting"] = [str(path) for path in watched.waiting]
     return max(codes, default=ExitCode.DONE)
 
 
@@ -79,7 +93,7 @@ def _forever(watched: Watch) -> None:
             broken = False
         except OutputError as error:  # the folder is away, as that of a network is at times
             if not broken:
-                click.echo("\n\n".join(render(p) for p in error.problems), err=True)
+                out().fail(*error.problems)
             broken = True
         time.sleep(EVERY)
 
@@ -95,9 +109,9 @@ def _say(event: Event, folder: Path) -> ExitCode:
     what = f"  {event.what}" if event.what else ""
     if event.state == "stays":
         what = f"  {event.problems[0].fact}"
-    click.echo(printable(f"{event.state:<7}  {name}{to}{size}{what}"))
+    out().say(printable(f"{event.state:<7}  {name}{to}{size}{what}"))
+    out().data.setdefault("files", []).append(_data(event))
     if event.state == "stays":
         return ExitCode.DONE
-    for problem in event.problems:
-        click.echo(render(problem), err=True)
+    out().fail(*event.problems)
     return _CODES.get(event.state, ExitCode.DONE)

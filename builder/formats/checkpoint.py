@@ -20,7 +20,7 @@ class Checkpoint(Mapping[str, LazyTensor]):
     """Named tensors of one file (or sharded set), opened but not read.
 
     `container` is one of `safetensors`, `safetensors-sharded`, `torch-zip`, `torch-legacy`, `torch-tar`,
-    `diffusers` (a model's folder, its tensors under the names of the original layout).
+    `gguf`, `diffusers` (a model's folder, its tensors under the names of the original layout).
     `size` is in bytes, of all files. `globals` are the names a pickle refers to, none of which was
     imported. `others` are entries that are not tensors, such as `epoch`, with a short description each.
     `nesting` is where in the file the tensors lie, such as `state_dict`; names come without it.

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from builder.formats.layouts import Layout
 
 CONFIG = "config.json"  # of a part of a model, beside its weights
-_MODELS = {".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin"}  # suffixes, for a hint alone
+_MODELS = {".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin", ".gguf"}  # suffixes, for a hint alone
 NONE: Mapping[str, Layout] = {}
 
 
@@ -30,12 +30,12 @@ def open_checkpoint(
 ) -> Checkpoint:
     """Open a checkpoint: its table of contents is read, its tensors are not.
 
-    `path` is a safetensors file, a PyTorch file (zip, legacy or tar), the index of a sharded set, a folder
-    that holds exactly one such index, or the weights of a part of a model beside its `config.json`, or a
-    model's folder in one of diffusers' `layouts`, whose tensors get the names of the original layout. Which
-    it is, is told by its leading bytes, never by its suffix.
-    With `repair`, faults of a safetensors file from
-    which no tensor suffers are passed over, and are in `mended`. Close it, or use it in `with`.
+    `path` is a safetensors file, a PyTorch file (zip, legacy or tar), a GGUF file, the index of a sharded
+    set, a folder that holds exactly one such index, or the weights of a part of a model beside its
+    `config.json`, or a model's folder in one of diffusers' `layouts`, whose tensors get the names of the
+    original layout. Which it is, is told by its leading bytes, never by its suffix. With `repair`, faults of
+    a safetensors file from which no tensor suffers are passed over, and are in `mended`. Close it, or use it
+    in `with`.
     Raises SourceError for anything else, saying what it is.
     """
     path = Path(path)
@@ -74,6 +74,10 @@ def _open(blob: FileBlob, path: Path, name: str, repair: bool) -> Checkpoint:
     head = blob.read(0, min(blob.size, sniff.HEAD))
     if sniff.is_safetensors(head):
         return safetensors.from_blob(blob, name, repair=repair)
+    if sniff.is_gguf(head):
+        from builder.formats import gguf
+
+        return gguf.from_blob(blob, name)
     from builder.formats import sharded  # not needed for most files, so not loaded at the start
     from builder.formats.torch.containers import looks_like_torch, open_torch
 

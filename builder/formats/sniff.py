@@ -23,7 +23,6 @@ _PROGRAM = "do not run it, and get the model elsewhere"
 _AGAIN = "download it again, and check its SHA-256"
 
 _MAGIC: dict[bytes, tuple[str, str | None]] = {
-    b"GGUF": ("a GGUF file, which packs its weights", "take the model's safetensors version"),
     b"lmgg": ("a GGML file, which packs its weights", "take the model's safetensors version"),
     b"tjgg": ("a GGML file, which packs its weights", "take the model's safetensors version"),
     b"\x89HDF\r\n\x1a\n": ("an HDF5 file, such as Keras writes", _CONVERT),
@@ -68,6 +67,11 @@ _TEXTS = re.compile(r"""\s*(<|\{|\[(?=\s*[\[{"\]\d-]))""")
 def is_safetensors(head: bytes) -> bool:
     """Whether this begins as a safetensors file whose header is under 4 GiB."""
     return head[4:9] == b"\0\0\0\0{"
+
+
+def is_gguf(head: bytes) -> bool:
+    """Whether this begins as a GGUF file."""
+    return head[:4] == b"GGUF"
 
 
 def is_npz(head: bytes) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from builder.base.errors import Place, Problem, UsageError, did_you_mean
@@ -37,6 +38,13 @@ def slot_of(match: Match, catalog: Catalog) -> str:
     """The class that a component is of once it has ordinary names, as EMA does when it is taken."""
     base = match.component.base
     return catalog.component(base).cls if base is not None else match.component.cls
+
+
+def meant(word: str, classes: Iterable[str]) -> tuple[str, ...]:
+    """The classes that a word means: one by its name, else all of the kind (`VAE`)."""
+    said, known = spelling(word), tuple(classes)
+    named = tuple(cls for cls in known if spelling(cls) == said)
+    return named or tuple(cls for cls in known if spelling(kind(cls)) == said)
 
 
 def kind(cls: str) -> str:

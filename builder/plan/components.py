@@ -38,8 +38,8 @@ from builder.plan.keys import action_key, recall_prediction, tables
 from builder.plan.metadata import carried_metadata
 from builder.plan.taken import component_name, place_of, quoted, taken, to_read
 from builder.recipe import FromBase, NewBase, Output, Pick, Recipe, Step, slot_problems
-from builder.recipe.check import MAX_STEPS
-from builder.recipe.language import PUBLISHED
+from builder.recipe.check import MAX_STEPS, with_classes
+from builder.recipe.language import EMA, PUBLISHED
 from builder.sources.job import SourceJob, entry_name
 from builder.tensors.lazy import DType, LazyTensor
 from builder.tensors.packed.decode import WIDER
@@ -48,6 +48,7 @@ from builder.tensors.packed.encode import Quantize
 if TYPE_CHECKING:
     from builder.models.catalog import Catalog
     from builder.sources.opened import Sources
+    from builder.tensors.lazy import LazyTensor
 
 
 def _weights(step: Step, operation: Operation) -> list[Weights]:
@@ -72,6 +73,11 @@ def _params(step: Step, operation: Operation, cls: str, catalog: Catalog) -> dic
     if operation.many is not None and operation.many in step.params:
         found[operation.many] = {n: of_class(w, cls, blocks) for n, w in step.params[operation.many].items()}
     return found
+
+
+def _is_asked(step: Step, cls: str) -> bool:
+    """Whether a step is to change a class, as far as it says which."""
+    return not step.components or cls in step.components or kind(cls) in step.components
 
 
 def _leader(step: Step, operation: Operation) -> str:
@@ -233,14 +239,15 @@ class Components:
         if (adapter := inner.adapter(output)) is not None:
             pick = Pick(CHECKPOINT, adapter.name, None, output.base.at)
             return replace(adapter, name=name, origin=lambda _: Finished(inner.component(output, pick)))
-        architecture, picks = inner.filled(output)
+        made = inner.spelt(output)
+        architecture, picks = inner.filled(made)
 
         def origin(pick: Pick) -> Origin:
             wanted = self.catalog.component(pick.component) if pick.component is not None else None
             cls = wanted.cls if wanted is not None else pick.cls
             if cls not in picks:
                 raise self._absent(pick, picks)
-            key = inner.component(output, picks[cls])
+            key = inner.component(made, picks[cls])
             promote = None if cls == pick.cls or wanted is None else wanted.name
             finished = Finished(key, promote)
             self._check_component(pick, Finished(key), picks)
@@ -251,7 +258,7 @@ class Components:
             lambda: tuple(picks),
             lambda: architecture,
             cache(origin),
-            lambda: inner.told(output, picks, {}),
+            lambda: inner.told(made, picks, {}),
         )
 
     def _step(self, name: str) -> Model:
@@ -365,7 +372,7 @@ class Components:
 
     def _is_extracted(self, step: Step, cls: str) -> bool:
         traits = self.catalog.traits.get(cls)
-        asked = not step.components or cls in step.components
+        asked = _is_asked(step, cls)
         return (
             asked and traits is not None and traits.adapters is not None and bool(traits.adapters.extracted)
         )
@@ -428,7 +435,7 @@ class Components:
         self, step: Step, operation: Operation, cls: str, models: Mapping[str, Model], leader: str
     ) -> bool:
         """Whether a step changes a class of its first input; where one may expect it to, why not is said."""
-        if step.components and cls not in step.components:
+        if not _is_asked(step, cls):
             return False
         traits = self.catalog.traits.get(cls)
         if operation.many in operation.files:
@@ -468,7 +475,7 @@ class Components:
         first = models[_leader(step, operation)]
         common = {c for c in first.classes() if all(self._held(m, c) for m in models.values())}
         merged = {c for c in common if kind(c) != "VAE" or step.vae or _given(step, operation, c)}
-        if merged & set(step.components or merged):
+        if any(_is_asked(step, cls) for cls in merged):
             return
         place = self.recipe.place("steps", step.name)
         fact = f"the step `{step.name}` has nothing to work on: its inputs are not of one kind"
@@ -649,9 +656,14 @@ class Components:
         if job.cls == CHECKPOINT and not isinstance(job.origin, Whole):
             return reads, None  # which tensors an adapter has is known when it is begun
         made_of = self._made_of(job)
+        if job.precision == "keep" and (blocks := {b for t in made_of.values() if (b := _blocks(t))}):
+            held = " and ".join(sorted(blocks))
+            self.plan.say(
+                f"`{job.source}` is in blocks of {held}: they become the FP32 numbers that they are"
+            )
         packed = packed_anew(made_of, None if job.cls == CHECKPOINT else job.cls, job.quantize, self.catalog)
-        sizes = component_specs(made_of, job.precision, job.narrow, Patterns(job.kept), packed).values()
-        return reads, sum(d.bits * prod(s) // 8 for d, s in sizes)
+        specs = component_specs(made_of, job.precision, job.narrow, Patterns(job.kept), packed)
+        return reads, sum(d.bits * prod(s) // 8 for d, s in specs.values())
 
     def _made_of(self, job: ComponentJob) -> Mapping[str, LazyTensor]:
         """What of a source has the names and shapes of a component: of a step, its first input's.
@@ -688,6 +700,35 @@ class Components:
         return any(isinstance(j, SourceJob) and self.sources.find(j) is None for j in jobs)
 
     # -- what fills an output
+
+    def spelt(self, output: Output) -> Output:
+        """An output with the classes and components that its words (`VAE`, `EMA`) mean."""
+        picks = output.components
+        if all(cls in self.catalog.classes and p.component != EMA for cls, p in picks.items()):
+            return output
+        base = output.base
+        if isinstance(base, NewBase):
+            architecture = self.catalog.architecture(base.architecture)
+        else:
+            architecture = self._base_architecture(base, any_=True)
+        found = with_classes(output, architecture, self.catalog)
+        return replace(found, components={c: self._average(p) for c, p in found.components.items()})
+
+    def _average(self, pick: Pick) -> Pick:
+        """A pick with the component that `EMA` means: the average of its class that the source has."""
+        if pick.component != EMA:
+            return pick
+        known = self.catalog.components
+        can = [n for n, c in known.items() if c.average_of and c.base and known[c.base].cls == pick.cls]
+        source = self.recipe.sources.get(pick.source)
+        if source is not None and source.recipe is None:
+            held = {m.component.name for m in self.sources.open(self.source(pick.source)).identity.matches}
+            can = [n for n in can if n in held]
+        if len(can) == 1:
+            return replace(pick, component=can[0])
+        fact = f"`{pick.source}` has {'several averages' if can else 'no average'} of `{pick.cls}`"
+        hint = f"name the component: {quoted(can)}" if can else None
+        raise RecipeError(Problem(fact, self.recipe.place(*pick.at, "component", value=True), hint=hint))
 
     def filled(self, output: Output) -> tuple[Architecture, dict[str, Pick]]:
         """The architecture of an output, and what fills each of its classes."""
@@ -755,3 +796,9 @@ class Components:
             and base.name in self.recipe.sources
             and self.recipe.sources[base.name].recipe is None
         )
+
+
+def _blocks(tensor: LazyTensor) -> str:
+    """The type of the blocks that a tensor lies in; empty where it is as it is read."""
+    stored = tensor.stored[0]
+    return stored if stored != tensor.dtype.code else ""

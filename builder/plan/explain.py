@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from builder.base.errors import printable
+from builder.base.page import columns
 from builder.base.progress import human_bytes
 from builder.plan import ComponentJob, Node, OutputJob, Plan, StepJob
 from builder.plan.graph import total
@@ -14,11 +15,7 @@ from builder.sources.job import SourceJob
 def to_text(plan: Plan) -> str:
     """One line a step: what happens, to what, how much of it, from what, and why."""
     rows = [_row(plan, node) for node in plan.by_kind()]
-    widths = [max(len(row[i]) for row in rows) for i in range(3)] if rows else [0, 0, 0]
-    lines = [
-        f"{state:<{widths[0]}}  {what:<{widths[1]}}  {size:>{widths[2]}}  {rest}".rstrip()
-        for state, what, size, rest in rows
-    ]
+    lines = columns(rows, {2}) if rows else []
     reads, writes = totals(plan)
     if not any(n.state in ("make", "hash", "fetch") for n in plan):
         lines.append("nothing to do")

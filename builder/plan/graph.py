@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from builder.base.errors import Place, Problem
 from builder.formats.layouts.configs import Prediction as Predicted
+from builder.formats.write_gguf import Encoding
 from builder.models.catalog.tables import NONE, Patterns
 from builder.models.prediction import Marker, Prediction
 from builder.operations.fixes import FIXES, finished_types
@@ -203,6 +204,7 @@ class Container:
     `nesting` is where in a PyTorch file the tensors lie. `stem` begins the names of a set's files, of at most
     `shard_size` bytes of tensors. All else is for a folder in the diffusers layout of this name: what its
     scheduler is told, the files of its tokenizers by their path, and which tokenizers are `lacking`.
+    `encoding` is of a GGUF file.
     """
 
     form: Form = "safetensors"
@@ -214,6 +216,7 @@ class Container:
     zero_snr: bool = False
     vocabulary: Mapping[str, bytes] = field(default_factory=dict)
     lacking: tuple[str, ...] = ()
+    encoding: Encoding | None = None
 
     @property
     def single(self) -> bool:
@@ -223,7 +226,10 @@ class Container:
     def params(self) -> dict[str, Any]:
         """What decides the bytes, as data of a key."""
         words = {n: hashlib.sha256(data).hexdigest() for n, data in self.vocabulary.items()}
-        return {k: v for k, v in asdict(self).items() if k != "lacking"} | {"vocabulary": words}
+        said = {
+            k: v for k, v in asdict(self).items() if k != "lacking" and (k != "encoding" or v is not None)
+        }
+        return {**said, "vocabulary": words}
 
 
 @dataclass(frozen=True)

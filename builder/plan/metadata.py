@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 # Of a base's own metadata, what would be untrue of what is made from it.
 _UNTRUE = ("modelspec.hash_sha256", "modelspec.date", "modelspec.thumbnail", "sshs_", "ckpt.")
+# Of a GGUF file, what says how it is to be read.
+_OF_GGUF = ("general.architecture", "general.type", "tokenizer.", "quantize.")
 
 DATE = "modelspec.date"
 _RECIPE, _MODELS = "sd_merge_recipe", "sd_merge_models"
@@ -48,7 +50,12 @@ def date_of(environment: Mapping[str, str]) -> str | None:
 
 
 def carried_metadata(checkpoint: Checkpoint) -> dict[str, str]:
-    """A checkpoint's own metadata; of a PyTorch file, which has none, what its tensors are for."""
+    """A checkpoint's own metadata; of a PyTorch file, which has none, what its tensors are for.
+
+    What a GGUF file says of how it is to be read goes with its form.
+    """
+    if checkpoint.container == "gguf":
+        return {k: v for k, v in checkpoint.metadata.items() if not k.startswith(_OF_GGUF)}
     if checkpoint.container.startswith("torch"):
         return {"format": "pt"}  # what transformers insists on, and every tool for PyTorch writes
     return checkpoint.metadata

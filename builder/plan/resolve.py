@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from builder.base.errors import Problem, RecipeError, SourceError, did_you_mean
 from builder.base.files import read_bounded
 from builder.base.inside import is_inside, leads_out
+from builder.base.words import listed
+from builder.formats.write_gguf import Encoding
 from builder.formats.write_sharded import SHARD_SIZE, SUFFIX
 from builder.models.catalog import PLAIN, Architecture, Names
 from builder.models.identify import EMA, Identity
@@ -47,6 +49,8 @@ from builder.plan.keys import assembly_key, recall_beside, recall_output
 from builder.plan.metadata import stated_metadata
 from builder.plan.taken import component_name, quoted, to_read
 from builder.recipe import FromBase, Output, Pick, Recipe
+from builder.recipe.check import form_problem
+from builder.recipe.language import PUBLISHED, QUANTIZE
 from builder.recipe.names import SINGLE, Form, form_of
 from builder.recipe.profiles import MAX_SIDECAR, sidecar, warnings, with_profile
 from builder.recipe.read import outside
@@ -97,9 +101,10 @@ class _Resolver(Components):
         self, output: Output, place: Callable[[Output], str | Path] | None, environment: Mapping[str, str]
     ) -> None:
         """Plan an output and all that it needs."""
-        output = replace(output, fixes=with_profile(output.fixes, output.profile))
+        output = replace(self.spelt(output), fixes=with_profile(output.fixes, output.profile))
         name = str(place(output)) if place is not None else output.file
         target, form = (Path(name) if place is not None else self._target(output)), form_of(name)
+        self._check_quantize(output, target, form)
         base = self.source(output.base.name) if self._is_file(output.base) else None
         adapter = self.adapter(output)
         carried = self._carried(base)
@@ -120,12 +125,15 @@ class _Resolver(Components):
             nodes = {CHECKPOINT: self.component(output, Pick(CHECKPOINT, adapter.name, None, output.base.at))}
         else:
             architecture, picks = self.filled(output)
-            nodes = {cls: self.component(output, pick) for cls, pick in picks.items()}
+            finished = self._before_encoding(output, form)
+            nodes = {cls: self.component(finished, pick) for cls, pick in picks.items()}
             told = self.told(output, picks, carried)
             denoiser = self._denoiser(picks)
             called = self._name(nodes[denoiser], told) if denoiser is not None else None
             spec = (self.catalog.components[called].modelspec if called else None) or architecture.modelspec
             beside = self._beside(output, architecture, base, told.prediction, denoiser is not None)
+            if form == "gguf":
+                beside = self._beside_nothing(output, beside)
             stated = told.prediction.stated(spec, self.catalog)
             told_of = {
                 n: self._carried(self.source(n))
@@ -133,11 +141,13 @@ class _Resolver(Components):
                 if self.recipe.sources[n].recipe is None
             }
             metadata = stated_metadata(self.recipe, output, spec, stated, carried, environment, told_of)
-            container = self._container(output, target, form, architecture, base, told.prediction)
+            container = self._container(
+                output, target, form, architecture, base, told.prediction, tuple(picks)
+            )
             if form in SINGLE:
                 usual_ = self._is_usual(called, architecture)
                 sidecar_ = self._sidecar(output, architecture, told.prediction, usual_)
-        if output.quantize is not None and not any(self._quantizes(node) for node in nodes.values()):
+        if form != "gguf" and output.quantize and not any(map(self._quantizes, nodes.values())):
             at, evidence = self.recipe.place(*output.at, "quantize"), f"it has {quoted(nodes) or 'nothing'}"
             hint = "remove `quantize`: it is for the weights of what predicts the noise"
             raise RecipeError(Problem("there is nothing to quantize", at, (evidence,), hint))
@@ -146,7 +156,10 @@ class _Resolver(Components):
             output,
             target,
             architecture,
-            {cls: (self._written(cls, architecture), node) for cls, node in nodes.items()},
+            {
+                cls: (self._written(cls, architecture) if container.encoding is None else PLAIN, node)
+                for cls, node in nodes.items()
+            },
             base.key if base is not None else None,
             beside,
             metadata,
@@ -248,8 +261,11 @@ class _Resolver(Components):
         architecture: Architecture,
         base: SourceJob | None,
         told: Prediction,
+        classes: tuple[str, ...] = (),
     ) -> Container:
         """How an output is written; raises RecipeError, or SourceError for a base that cannot be so."""
+        if form == "gguf":
+            return Container(form, encoding=self._encoding(output, target, classes))
         if form == "sharded":
             stem = target.name[: -len(SUFFIX)]
             return Container(form, stem=stem, shard_size=output.shard_size or SHARD_SIZE)
@@ -290,6 +306,68 @@ class _Resolver(Components):
             vocabulary=vocabulary,
             lacking=lacking(layout, vocabulary),
         )
+
+    def _check_quantize(self, output: Output, target: Path, form: Form) -> None:
+        """Raise RecipeError for weights packed in a way that the form does not hold, or of no precision."""
+        if output.quantize is None:
+            return
+        place = self.recipe.place(*output.at, "quantize", value=True)
+        if form not in (forms := QUANTIZE[output.quantize].forms):
+            raise RecipeError(
+                form_problem(f'quantize = "{output.quantize}"', forms, target.name, form, place)
+            )
+        if form == "gguf" and output.precision == "keep":
+            hint = "give the precision of what is not packed: `fp16`, `bf16` or `fp32`"
+            raise RecipeError(Problem("nothing is packed where all is kept as it is", place, hint=hint))
+
+    def _encoding(self, output: Output, target: Path, classes: tuple[str, ...]) -> Encoding:
+        """How an output of these classes is written as GGUF; raises RecipeError for all but one."""
+        traits = self.catalog.traits.get(classes[0]) if len(classes) == 1 else None
+        if traits is None or traits.gguf is None:
+            known = [c for c, t in self.catalog.traits.items() if t.gguf is not None]
+            held = quoted(classes) if classes else "a whole file, or a LoRA"
+            raise RecipeError(
+                Problem(
+                    "a GGUF file holds a diffusion model by itself",
+                    self.recipe.place(*output.at, "file", value=True),
+                    (f"`{target.name}` would hold {held}", f"it can hold one of {listed(tuple(known))}"),
+                    'make an output of it alone: `base = "NEW CLASS"`, or `ckpt extract FILE CLASS`',
+                )
+            )
+        said = traits.gguf
+        published = output.precision == PUBLISHED
+        return Encoding(
+            said.architecture,
+            self._published(classes[0]) if published else output.precision,  # type: ignore[arg-type]
+            output.narrow,  # type: ignore[arg-type]
+            output.quantize,  # type: ignore[arg-type]
+            said.reshaped,
+            (*said.full, *traits.kept.all),
+            (*said.whole, *traits.unquantized.all),
+            output.overflow,  # type: ignore[arg-type]
+            output.non_finite,  # type: ignore[arg-type]
+        )
+
+    def _before_encoding(self, output: Output, form: Form) -> Output:
+        """The output as its components are finished: for GGUF in FP32, as each tensor is rounded once."""
+        if form != "gguf" or output.precision == "keep":
+            return output  # of which nothing is rounded or packed
+        return replace(output, precision="fp32", quantize=None)
+
+    def _beside_nothing(self, output: Output, beside: Beside) -> Beside:
+        """What a GGUF file has beside its model; where there is something, that it is left out is said."""
+        markers = [m.name for m in beside.markers]
+        if markers:
+            self.plan.warnings.append(
+                Problem(
+                    f"a GGUF file has no place for {quoted(markers)}",
+                    self.recipe.place(*output.at, "file", value=True),
+                    hint="programs that read it are to be told what the model predicts",
+                )
+            )
+        if beside.names:
+            self.plan.say(f"`{output.file}` has no place for {listed(beside.names)}")
+        return Beside()
 
     def _vocabulary(self, output: Output, layout: Layout) -> dict[str, bytes]:
         """The files of an output's tokenizers; raises RecipeError when they cannot be read."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import posixpath
 import re
 from bisect import bisect
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from typing import TYPE_CHECKING, Any
@@ -13,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 from builder.base.errors import Place, Problem, UsageError, did_you_mean, nearest
 from builder.base.kinds import listed
 from builder.base.toml import Keys
-from builder.recipe.language import NEW, Vocabulary
-from builder.recipe.names import SINGLE, SUFFIXES, Form
+from builder.models.parts import kind, meant
+from builder.recipe.language import EMA, NEW, Vocabulary
+from builder.recipe.names import SUFFIXES, Form
 from builder.recipe.recipe import FromBase, NewBase, Output, Pick, Recipe
 
 if TYPE_CHECKING:
@@ -43,12 +45,20 @@ def slot_problems(
     wrong = [c for c in output.components if c not in slots]
     for cls in wrong:
         place = recipe.place(*output.components[cls].at)
-        hint = did_you_mean(cls, slots) or f"its slots: {listed(architecture.slots)}"
-        yield Problem(f"`{architecture.name}` has no slot `{cls}`", place, hint=hint)
-    meant = {nearest(c, slots) for c in (*wrong, *_unread(recipe, output))}
+        found = meant(cls, slots)
+        if len(found) > 1:
+            fact, hint = f"`{cls}` may be {' or '.join(f'`{f}`' for f in found)}", "name the one you mean"
+        elif found:
+            fact, hint = f"`{found[0]}` is filled twice", f"remove it, or `{cls}`"
+        else:
+            fact = f"`{architecture.name}` has no slot `{cls}`"
+            hint = did_you_mean(cls, slots) or f"its slots: {listed(architecture.slots)}"
+        yield Problem(fact, place, hint=hint)
+    unclear = (*wrong, *_unread(recipe, output))
+    likely = {nearest(c, slots) for c in unclear} | {cls for c in unclear for cls in meant(kind(c), slots)}
     if output.partial:
         return
-    if left := [s for s in architecture.due if s not in {*output.components, *held, *meant}]:
+    if left := [s for s in architecture.due if s not in {*output.components, *held, *likely}]:
         place = recipe.place(*output.base.at, value=True)
         some = "slot" if len(left) == 1 else "slots"
         yield Problem(
@@ -56,6 +66,17 @@ def slot_problems(
             place,
             hint=f'add `{left[0]} = "…"` under `[components]`, or name a source as base',
         )
+
+
+def with_classes(output: Output, architecture: Architecture, catalog: Catalog) -> Output:
+    """An output with the classes that words as `VAE` mean in its architecture; what is not clear stays."""
+    slots = (*architecture.slots, *twins(architecture, catalog))
+    picks: dict[str, Pick] = {}
+    for word, pick in output.components.items():
+        found = meant(word, slots) if word not in catalog.classes else ()
+        cls = found[0] if len(found) == 1 and found[0] not in {*output.components, *picks} else word
+        picks[cls] = replace(pick, cls=cls)
+    return replace(output, components=picks)
 
 
 def twins(architecture: Architecture, catalog: Catalog) -> list[str]:
@@ -151,7 +172,7 @@ def _components(recipe: Recipe, words: Vocabulary) -> Iterator[Problem]:
     picks = {p.at: p for o in recipe.outputs for p in o.components.values()}  # outputs share the recipe's
     good = cache(lambda component, cls: fits(component, cls, words))
     for pick in picks.values():
-        if pick.component is None or good(pick.component, pick.cls):
+        if pick.component in (None, EMA) or good(pick.component, pick.cls):
             continue
         place = recipe.place(*pick.at, "component", value=True)
         known = [c.name for c in words.catalog.components.values() if fits(c.name, pick.cls, words)]
@@ -318,6 +339,7 @@ def _path(written: str) -> str:
 _WORDS: dict[Form, str] = {
     "safetensors": "one file",
     "torch": "one file",
+    "gguf": "a GGUF file",
     "sharded": "a sharded set",
     "diffusers": "a diffusers folder",
 }
@@ -325,10 +347,10 @@ _FOR: dict[str, tuple[Form, ...]] = {  # keys that make sense for some forms of 
     "shard_size": ("sharded", "diffusers"),
     "prediction": ("diffusers",),
     "tokenizer": ("diffusers",),
-    "quantize": (*SINGLE, "sharded"),
-    "config": SINGLE,
-    "profile": SINGLE,
-    "partial": (*SINGLE, "sharded"),
+    "verbatim": ("safetensors", "torch", "sharded", "diffusers"),
+    "config": ("safetensors", "torch"),
+    "profile": ("safetensors", "torch"),
+    "partial": ("safetensors", "torch", "sharded"),
 }
 
 
@@ -337,10 +359,14 @@ def _forms(recipe: Recipe, words: Vocabulary) -> Iterator[Problem]:
         for key, forms in _FOR.items():
             if not getattr(output, key) or output.form in forms:
                 continue
-            meant = " or ".join(dict.fromkeys(_WORDS[form] for form in forms))
-            fact = f"`{key}` is for {meant}, and `{output.file}` is {_WORDS[output.form]}"
-            hint = "remove it, or give the output another `file`: its ending says what is written"
-            yield Problem(fact, recipe.place(*output.at, key), hint=hint)
+            yield form_problem(key, forms, output.file, output.form, recipe.place(*output.at, key))
+
+
+def form_problem(word: str, forms: Iterable[Form], file: str, form: Form, place: Place | None) -> Problem:
+    """That a word of an output is for some forms, and its file has another."""
+    meant = " or ".join(dict.fromkeys(_WORDS[form] for form in forms))
+    hint = "remove it, or give the output another `file`: its ending says what is written"
+    return Problem(f"`{word}` is for {meant}, and `{file}` is {_WORDS[form]}", place, hint=hint)
 
 
 def _adapters(recipe: Recipe, words: Vocabulary) -> Iterator[Problem]:

@@ -6,10 +6,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from builder.base.addresses import FORMS, check_address
-from builder.base.errors import CatalogError, Place, Problem, did_you_mean
+from builder.base.errors import CatalogError, Place, Problem, UsageError, did_you_mean, nearest
 from builder.base.kinds import (
     NO_CONTROLS,
     NOT_EMPTY,
@@ -27,22 +27,24 @@ from builder.base.kinds import (
     Struct,
     Table,
     Text,
+    listed,
 )
 from builder.base.words import SIZE, parse_size
+from builder.models.parts import kind, meant
 from builder.models.prediction import EMPTY
 from builder.operations.fixes import Fix
 from builder.operations.registry import Operation, Param
-from builder.recipe.names import ENDING, UNSEEN
+from builder.recipe.names import ENDING, UNSEEN, Form
 from builder.recipe.names import FORMS as OUTPUT_FORMS
 from builder.recipe.profiles import PROFILES
 from builder.recipe.recipe import FORMAT
 from builder.recipe.weights import BlockWeights
-from builder.tensors.packed.encode import QUANTIZE
 
 if TYPE_CHECKING:
     from builder.models.catalog import Catalog
 
 NEW = "NEW"
+EMA = "EMA"  # in place of a component: the average of what the slot is for
 
 
 PRECISIONS = {
@@ -55,6 +57,20 @@ PUBLISHED = "published"
 OUTPUT_PRECISIONS = {
     PUBLISHED: "each component as the catalog says that it is published, nothing made wider",
     **PRECISIONS,
+}
+
+
+class Quantization(NamedTuple):
+    """A way to pack weights: what it is, and the forms of outputs that hold it."""
+
+    doc: str
+    forms: tuple[Form, ...] = ("safetensors", "torch", "sharded")
+
+
+QUANTIZE = {
+    "fp8": Quantization("FP8 (E4M3) with an FP32 scale for each weight, ComfyUI's `float8_e4m3fn`"),
+    "int8": Quantization("integers of 8 bits with an FP32 scale for each row, ComfyUI's `int8_tensorwise`"),
+    "q8_0": Quantization("blocks of 32 numbers of 8 bits and their scale, in a GGUF file", ("gguf",)),
 }
 NARROW = {"fewer": "what has fewer bits keeps its type"}
 OVERFLOW = {
@@ -417,14 +433,51 @@ class StepKind(Kind):
         return {"oneOf": [s.schema(defs) for s in self.operations.values()]}
 
 
+@dataclass(frozen=True)
+class Slot(Choice):
+    """A class, or a kind of them (`VAE`); what may have been meant is of the recipe's architecture."""
+
+    catalog: Catalog | None = None
+
+    @classmethod
+    def of(cls, catalog: Catalog) -> Slot:
+        """The classes of a catalog, and their kinds."""
+        return cls(
+            "class", dict.fromkeys([*catalog.classes, *map(kind, catalog.classes)], ""), True, catalog=catalog
+        )
+
+    def hint(self, value: str, at: At) -> str | None:
+        assert self.catalog is not None
+        near = nearest(value, self.words)
+        first, _, name = str(_base_of(at)).partition(" ")
+        if first != NEW:
+            return f"did you mean `{kind(near)}`?" if near else None
+        try:
+            slots = self.catalog.architecture(name.strip()).slots
+        except UsageError:
+            return None
+        alike = meant(kind(near), slots) if near else ()
+        found = alike[0] if len(alike) == 1 else nearest(value, alike or slots)
+        return f"did you mean `{found}`?" if found else f"its slots: {listed(slots)}"
+
+
+def _base_of(at: At) -> object:
+    """The base that is written for what stands at a place: the output's own, or the recipe's."""
+    data = at.document.data
+    own = data["output"] if at.keys[0] == "output" else {}
+    if isinstance(own, list) and isinstance(at.keys[1], int):
+        own = own[at.keys[1]]
+    return own.get("base", data.get("base")) if isinstance(own, dict) else None
+
+
 def step_keys(catalog: Catalog) -> dict[str, Key]:
     """The keys that every step has, beside those of its operation."""
-    classes = Choice("class", dict.fromkeys(catalog.classes, ""), open=True)
+    classes = Slot.of(catalog)
     return {
         "components": Key(
             Array(classes, minimum=1),
-            "Only these classes; the others are those of its first input.",
-            '["UNET-v1"]',
+            "Only these classes, or kinds of them; the others are those of its first input.",
+            '["UNET"]',
             default=(),
             otherwise="the whole model",
         ),
@@ -484,8 +537,9 @@ def _operation(operation: Operation, catalog: Catalog) -> Struct:
 
 def _language(words: Vocabulary) -> Struct:
     catalog = words.catalog
-    classes = Choice("class", dict.fromkeys(catalog.classes, ""), open=True)
-    components = Choice("component", {n: c.note or "" for n, c in catalog.components.items()}, open=True)
+    classes = Slot.of(catalog)
+    notes = {n: c.note or "" for n, c in catalog.components.items()}
+    components = Choice("component", notes | {EMA: "the average of what the slot is for"}, open=True)
     fixes = Array(Choice("fix", {n: f.doc for n, f in words.fixes.items()}))
     base = Base((*catalog.architectures, *catalog.classes))
     pick = Either(
@@ -498,7 +552,8 @@ def _language(words: Vocabulary) -> Struct:
                     "from": Key(REFERENCE, "The source or step that has it.", '"anything"', required=True),
                     "component": Key(
                         components,
-                        "Which component of it: one of the class, its EMA twin, or one of the same tensors.",
+                        "Which component of it: one of the class, its EMA twin (`EMA` says the same), or one "
+                        "of the same tensors.",
                         '"UNET-v1-EMA"',
                         otherwise="the one it has of the class",
                     ),
@@ -537,9 +592,10 @@ def _language(words: Vocabulary) -> Struct:
     )
     components_key = Key(
         picks,
-        "What fills each slot: by class, the name of a source or step, or a table of `from` and `component`. "
-        "`EMA-…` classes may be added to those of the architecture.",
-        '{ VAE-v1 = "nai-vae" }',
+        "What fills each slot: by class, or by kind where the architecture has one of it, the name of a "
+        "source or step, or a table of `from` and `component`. `EMA-…` classes may be added to those of the "
+        "architecture.",
+        '{ VAE = "nai-vae" }',
         default={},
     )
     fixes_key = Key(fixes, "Repairs to make, in any order.", '["clip-position-ids"]', default=())
@@ -552,6 +608,7 @@ def _language(words: Vocabulary) -> Struct:
                 OUTPUT_FILE,
                 "Path inside the recipe's folder. Its ending says what is written. `.safetensors`, `.sft`: "
                 "one file; `.ckpt`, `.pt`, `.pth`, `.bin`: a PyTorch file of tensors alone; "
+                "`.gguf`: a diffusion model for programs that read GGUF; "
                 "`.safetensors.index.json`: a sharded set, by its index; `/`: a folder in diffusers' layout.",
                 '"anything-v3.safetensors"',
                 otherwise="NAME.safetensors; of one with a `name`, RECIPE-NAME.safetensors",
@@ -570,8 +627,9 @@ def _language(words: Vocabulary) -> Struct:
                 default=False,
             ),
             "quantize": Key(
-                Choice("scheme", QUANTIZE),
-                "How the weights of its denoiser's linear layers are packed.",
+                Choice("scheme", {word: q.doc for word, q in QUANTIZE.items()}),
+                "How the weights of its denoiser's linear layers are packed; in a GGUF file, those of all "
+                "layers.",
                 '"fp8"',
             ),
             "overflow": Key(

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 
 from builder.base.errors import Problem, UsageError
 
-Form = Literal["safetensors", "torch", "sharded", "diffusers"]
+Form = Literal["safetensors", "torch", "sharded", "diffusers", "gguf"]
 
 # What the end of an output's name says of its form.
 FORMS: dict[str, Form] = {
@@ -21,11 +21,14 @@ FORMS: dict[str, Form] = {
     ".pt": "torch",
     ".pth": "torch",
     ".bin": "torch",
+    ".gguf": "gguf",
     ".safetensors.index.json": "sharded",
     "/": "diffusers",
 }
-SINGLE: tuple[Form, ...] = ("safetensors", "torch")  # those that are one file
+SINGLE: tuple[Form, ...] = ("safetensors", "torch", "gguf")  # those that are one file
 SUFFIXES = tuple(end for end, form in FORMS.items() if form in SINGLE)  # of checkpoints, read or written
+# Of those, what is pruned: a model in blocks would only grow.
+PRUNED = tuple(end for end in SUFFIXES if FORMS[end] != "gguf")
 # Of a character class: what turns text around, or has no width, has a file's name read as another.
 UNSEEN = r"\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff"
 SHARD = re.compile(r".+-\d{5}-of-\d{5}\.(?:safetensors|bin)", re.IGNORECASE)

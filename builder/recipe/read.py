@@ -18,7 +18,7 @@ from builder.base.toml import Document, Keys
 from builder.operations import OPERATIONS
 from builder.operations.fixes import FIXES, Fix
 from builder.operations.registry import Operation
-from builder.recipe.check import problems_of
+from builder.recipe.check import problems_of, with_classes
 from builder.recipe.language import NEW, Format, Vocabulary
 from builder.recipe.lock import LOCK, lock_path
 from builder.recipe.recipe import Expect, FromBase, NewBase, Output, Pick, Recipe, Source, Step
@@ -250,6 +250,7 @@ def _recipe(said: dict[str, Any], document: Document, words: Vocabulary) -> Reci
                 **{k: one[k] for k in _PLAIN if one.get(k) is not None},
             )
         )
+    outputs = [_with_classes(output, words.catalog) for output in outputs]
     return Recipe(
         name=name,
         description=said.get("description", ""),
@@ -261,6 +262,16 @@ def _recipe(said: dict[str, Any], document: Document, words: Vocabulary) -> Reci
         outputs=tuple(outputs),
         document=document,
     )
+
+
+def _with_classes(output: Output, catalog: Catalog) -> Output:
+    """An output with the classes that its words mean, where it says its architecture itself."""
+    if isinstance(output.base, FromBase):
+        return output
+    try:
+        return with_classes(output, catalog.architecture(output.base.architecture), catalog)
+    except UsageError:
+        return output  # which is reported with all other names
 
 
 _PLAIN = (

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from builder.base.errors import did_you_mean
+from builder.base.errors import did_you_mean, nearest
 from builder.base.kinds import WRONG, At, Kind, Number, Schema
 from builder.operations.presets import LORA_BLOCKS, LORA_PRESETS, V1_BLOCKS, presets
 
@@ -171,7 +171,10 @@ class BlockWeights(Kind):
 
     def _unknown(self, key: str, at: At, inner: bool) -> Any:
         names = (BASE, *self._names, *(() if inner else (TENSORS, *self.parts)))
-        hint = did_you_mean(key, names) or "as `IN04`, `IN00-IN03` or `OUT*`"
+        near = nearest(key, names)
+        if near is not None and near in self.parts:
+            near = near.partition("-")[0]  # its kind: of which architecture the models are is not known
+        hint = f"did you mean `{near}`?" if near else "as `IN04`, `IN00-IN03` or `OUT*`"
         return at.wrong(f"unknown block or class `{key}`", hint=hint, key=True)
 
     def _meant(self, key: str) -> list[str]:

@@ -98,6 +98,11 @@ class LazyTensor(ABC):
         """Number of bytes of all elements."""
         return self.numel * self.dtype.bits // 8
 
+    @property
+    def stored(self) -> tuple[str, int]:
+        """What it is in its file, which may be blocks: the type's name, and the bytes that it takes."""
+        return self.dtype.code, self.nbytes
+
     @abstractmethod
     def read_into(self, start: int, out: memoryview) -> None:
         """Fill `out` with the tensor's bytes from byte `start` on.

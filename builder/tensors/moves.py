@@ -22,6 +22,11 @@ class Reshaped(LazyTensor):
         """As the source."""
         return self.source.computed
 
+    @property
+    def stored(self) -> tuple[str, int]:
+        """As the source."""
+        return self.source.stored
+
     def read_into(self, start: int, out: memoryview) -> None:
         """Read from the source: the order of elements is the same."""
         self.source.read_into(start, out)
@@ -46,6 +51,38 @@ class Rows(LazyTensor):
     def read_into(self, start: int, out: memoryview) -> None:
         """Read the range from the source."""
         self.source.read_into(self.offset + start, out)
+
+
+class Reordered(LazyTensor):
+    """A tensor's rows in another order: row `n` is the source's row `order[n]`."""
+
+    __slots__ = ("order", "source")
+
+    def __init__(self, source: LazyTensor, order: Sequence[int]) -> None:
+        super().__init__(source.dtype, source.shape)
+        assert len(order) == source.shape[0]
+        self.source = source
+        self.order = order
+
+    @property
+    def computed(self) -> bool:
+        """As the source."""
+        return self.source.computed
+
+    @property
+    def stored(self) -> tuple[str, int]:
+        """As the source."""
+        return self.source.stored
+
+    def read_into(self, start: int, out: memoryview) -> None:
+        """Read what of each row the range touches."""
+        width = self.nbytes // len(self.order)
+        at = 0
+        while at < len(out):
+            row, inside = divmod(start + at, width)
+            count = min(len(out) - at, width - inside)
+            self.source.read_into(self.order[row] * width + inside, out[at : at + count])
+            at += count
 
 
 class Joined(LazyTensor):

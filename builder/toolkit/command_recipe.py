@@ -6,13 +6,14 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import tomli
 import tomli_w
 
 from builder.base.disk import check_place, may_replace, write_bytes
-from builder.base.errors import OutputError, Place, Problem, UsageError
+from builder.base.errors import CkptError, OutputError, Place, Problem, UsageError
 from builder.base.files import read_bounded
 from builder.base.toml import Document, escaped
 from builder.build import Build, Built, build_recipe
@@ -31,6 +32,7 @@ from builder.tensors.cast import UnfitError
 from builder.workspace import Workspace
 
 ORIGIN = "<command line>"
+_BELOW_OUTPUT = " under [output]"
 
 
 @dataclass(frozen=True)
@@ -169,12 +171,14 @@ def run(
     hashing: bool = True,
     threads: int | None = None,
     before: Callable[[Plan], object] = lambda plan: None,
+    options: Mapping[str, str] = MappingProxyType({}),
 ) -> Build:
     """Build a command's recipe into `target`, or where in its folder `naming` says once all is known.
 
     Where the recipe is to be saved, its sources are pinned first, so that what is saved makes the same file.
     Without `hashing` sources that nobody has hashed yet stay so, and what is made of them is not
-    remembered. `before` sees the plan before anything is made. Raises CkptError; then `target` is as it was.
+    remembered. `before` sees the plan before anything is made; `options` are the words of the command line
+    for those of a recipe in hints. Raises CkptError; then `target` is as it was.
     """
     if save is not None:
         command.saved(save, target, workspace.catalog)
@@ -194,6 +198,9 @@ def run(
         )
     except UnfitError as error:
         raise error.with_options() from None
+    except CkptError as error:
+        error.problems = tuple(_in_options(p, options) for p in error.problems)
+        raise
     if save is not None:
         goal = target if naming is None else made.outputs[0].path
         with standing(Path(goal)):
@@ -201,6 +208,16 @@ def run(
         if Path(named := command.written(save, goal)).name != (name := Path(goal).name):
             workspace.reporter.note(f"the recipe makes `{named}`: no recipe can call it `{name}`")
     return made
+
+
+def _in_options(problem: Problem, options: Mapping[str, str]) -> Problem:
+    """A problem whose hint can be followed on the command line."""
+    hint = problem.hint or ""
+    for key, option in options.items():
+        hint = hint.replace(f"`{key}`", f"`{option}`")
+    if hint.endswith(_BELOW_OUTPUT):
+        hint = f"{hint.removesuffix(_BELOW_OUTPUT)} in a recipe, which `--save-recipe` writes"
+    return replace(problem, hint=hint or None)
 
 
 def check_is_recipe(path: Path) -> dict[str, Any]:

@@ -17,7 +17,9 @@ from builder.formats.checkpoint import Checkpoint
 from builder.models.catalog import Architecture
 from builder.models.cut import foreign
 from builder.models.prediction import prediction as find_told
+from builder.plan import Plan
 from builder.plan.folders import find_layout, find_prediction, lacking, no_tokenizer, vocabulary_files
+from builder.recipe.language import PUBLISHED
 from builder.recipe.names import SINGLE, Form, form_of, recipe_name
 from builder.sources.opened import OpenSource, Sources
 from builder.toolkit.command_recipe import CommandRecipe, run
@@ -68,8 +70,8 @@ def convert(
     form = form_of(target)
     absent: tuple[str, ...] = ()
     said = {
-        "verbatim": True,
-        "precision": "keep",
+        "verbatim": form != "gguf",
+        "precision": PUBLISHED if output.get("quantize") and form == "gguf" else "keep",
         **{k: v for k, v in output.items() if v not in (None, "error")},
     }
     if form in SINGLE and "shard_size" in said:
@@ -99,6 +101,11 @@ def convert(
         if files:
             said["tokenizer"] = str(tokenizer.absolute())
         absent = lacking(layout, files)
+
+    def say(plan: Plan) -> None:
+        for note in plan.notes:
+            workspace.reporter.note(note)
+
     name = recipe_name(source)
     made = run(
         CommandRecipe(name, {name: source}, name, output=said),
@@ -108,6 +115,7 @@ def convert(
         save=save,
         hashing=False,
         threads=threads,
+        before=say,
     )
     count = len(opened.checkpoint)
     if form != "diffusers":  # packing and decoding change how many there are
@@ -156,8 +164,9 @@ def _tokenizer(given: Path | None, source: Path, layout: Layout) -> tuple[Path, 
 def _lost(checkpoint: Checkpoint, form: Form) -> tuple[str, ...]:
     """What a checkpoint has that a form cannot hold, in words."""
     found = []
-    if checkpoint.others:
-        found.append(f"entries that are no tensors of the model: {listed(tuple(checkpoint.others))}")
+    # What a GGUF file says of itself under `general.` is of its form.
+    if others := tuple(n for n in checkpoint.others if not n.startswith("general.")):
+        found.append(f"entries that are no tensors of the model: {listed(others)}")
     if form == "torch" and checkpoint.metadata.keys() - {"format"}:
         found.append("metadata, which a dict of tensors cannot hold")
     return tuple(found)

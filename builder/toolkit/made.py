@@ -41,7 +41,7 @@ def to_text(made: Build) -> str:
         metric = f"  ({b.metric})" if b.metric else ""
         lines += [
             f"{b.state:<9}  {printable(str(b.path))}  {human_bytes(b.size)}{metric}",
-            f"           sha256 {b.sha256}",
+            f"  sha256 {b.sha256}",
         ]
     return "\n".join(lines)
 

@@ -23,7 +23,7 @@ from builder.models.parts import home, words_for
 from builder.operations.fixes import FIXES, match_types
 from builder.recipe import Pick
 from builder.recipe.language import PUBLISHED
-from builder.recipe.names import SHARD, SUFFIXES, free_name, named, recipe_name
+from builder.recipe.names import PRUNED, SHARD, free_name, named, recipe_name
 from builder.recipe.profiles import MAX_SIDECAR, with_profile
 from builder.reports.inspect import Report, examine
 from builder.sources.opened import Sources
@@ -169,7 +169,7 @@ def plan_pruning(path: Path, sources: Sources, options: Options) -> Pruning:
     types: dict[str, DType] = {}
     for match in parts:
         types |= match_types(match, tensors, options.precision, narrow)  # type: ignore[arg-type]
-    saved = {full: tensors[full].nbytes - tensors[full].numel * d.bits // 8 for full, d in types.items()}
+    saved = {full: tensors[full].stored[1] - tensors[full].numel * d.bits // 8 for full, d in types.items()}
     changed = {full: d for full, d in types.items() if d is not tensors[full].dtype}
     rounded = [full for full, d in changed.items() if d.floating]
     positions = [full for full, d in changed.items() if not d.floating]
@@ -200,7 +200,7 @@ def plan_pruning(path: Path, sources: Sources, options: Options) -> Pruning:
         tuple(sorted(goes, key=lambda s: -s.bytes)),
         tuple(_part(m, tensors, saved) for m in parts),
         tuple(_shares(rest, tensors)),
-        sum(tensors[n].nbytes for n in left) - sum(saved.values()),
+        sum(tensors[n].stored[1] for n in left) - sum(saved.values()),
         tuple(wanted),
         tuple(_repairs(parts, report, options, catalog)),
         options.fixes,
@@ -332,7 +332,12 @@ def _refusal(path: Path, report: Report) -> Problem | None:
         hint = "`--force` drops EMA and junk all the same, and keeps the rest" if report.tensors else None
         return Problem(f"not pruned: {what}", place, fault.evidence, hint)
     lost = report.junk.bytes + report.astray.bytes
-    if 2 * lost > sum(t.nbytes for t in report.tensors.values()):
+    if report.blocks:
+        hint = "`ckpt convert` or `ckpt extract` writes it in a precision; `--force` prunes it all the same"
+        return Problem(
+            "not pruned: its weights are in blocks, and would take more room as 16 bits", place, hint=hint
+        )
+    if 2 * lost > sum(t.stored[1] for t in report.tensors.values()):
         what = "for junk, or have no slot" if report.astray.names else "for junk"
         evidence = (f"{lost:,} of {report.size:,} bytes are taken {what}",)
         hint = "`--dry-run` says which tensors; `--keep` keeps some, `--force` drops them all the same"
@@ -342,7 +347,7 @@ def _refusal(path: Path, report: Report) -> Problem | None:
 
 def _share(reason: str, names: Iterable[str], tensors: Tensors) -> Share:
     by_size = sorted(names, key=lambda n: (-tensors[n].nbytes, n))
-    return Share(reason, tuple(by_size), sum(tensors[n].nbytes for n in by_size))
+    return Share(reason, tuple(by_size), sum(tensors[n].stored[1] for n in by_size))
 
 
 def _part(match: Match, tensors: Tensors, saved: Mapping[str, int]) -> Share:
@@ -379,7 +384,7 @@ def checkpoints(files: Iterable[Path], recursive: bool) -> Iterator[Path]:
         below = sorted(file.rglob("*") if recursive else file.iterdir())
         for path in below:
             hidden = any(p.startswith(".") for p in path.relative_to(file).parts)
-            model = path.suffix.lower() in SUFFIXES and not SHARD.fullmatch(path.name)
+            model = path.suffix.lower() in PRUNED and not SHARD.fullmatch(path.name)
             if model and not hidden and _regular(path):
                 yield path
 

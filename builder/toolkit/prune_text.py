@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from builder.base.errors import ExitCode, printable
+from builder.base.errors import ExitCode, printable, problem_data
+from builder.base.page import cells, columns, pad
 from builder.base.progress import human_bytes
 from builder.base.words import CONTAINERS, TYPES
 from builder.toolkit.prune import Pruning, Result, Share
@@ -32,12 +33,12 @@ def describe(pruning: Pruning, names: bool = False) -> Iterator[str]:
         for s in pruning.rest
     ]
     groups = {"goes": goes or [("nothing", None, "")], "fixed": repairs, "stays": stays}
-    wide = max(len(reason) for rows in groups.values() for reason, *_ in rows)
+    wide = max(cells(reason) for rows in groups.values() for reason, *_ in rows)
     for label, rows in groups.items():
         for index, (reason, size, text) in enumerate(rows):
             share = f"{human_bytes(max(size, 0)):>7}" if size is not None else ""
             head = label if index == 0 else ""
-            yield f"  {head:<6} {reason:<{wide}}  {share}  {printable(text)}".rstrip()
+            yield f"  {head:<6} {pad(reason, wide)}  {share}  {printable(text)}".rstrip()
     for gone in pruning.goes if names else ():
         yield from (printable(f"  {gone.reason}: {n}") for n in gone.names)
 
@@ -90,17 +91,13 @@ def line(result: Result) -> str:
         return said if result.state in ("tidy", "copied") else ""
     metric = f"  ({built.metric})" if built.metric else ""
     where = printable(str(built.path))
-    return f"{built.state:<9}  {where}  {human_bytes(built.size)}{metric}\n{'':<9}  sha256 {built.sha256}"
+    return f"{built.state:<9}  {where}  {human_bytes(built.size)}{metric}\n  sha256 {built.sha256}"
 
 
 def table(results: list[Result]) -> str:
     """What became of several files, a line each, and the sum."""
     rows = [("FILE", "STATE", "BEFORE", "AFTER"), *map(_row, results)]
-    wide = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        f"{name:<{wide[0]}}  {state:<{wide[1]}}  {before:>{wide[2]}}  {after:>{wide[3]}}".rstrip()
-        for name, state, before, after in rows
-    ]
+    lines = columns(rows, {2, 3})
     done = [r for r in results if r.pruning is not None and r.code == ExitCode.DONE]
     before = sum(r.pruning.report.size for r in done if r.pruning is not None)
     after = sum(map(_after, done))
@@ -147,9 +144,7 @@ def to_json(result: Result) -> dict[str, Any]:
     if result.copy is not None:
         said["output"] = {"path": str(result.copy), "size": result.copy.stat().st_size}
     if result.problems:
-        said["error"] = [
-            {"fact": p.fact, "evidence": list(p.evidence), "hint": p.hint} for p in result.problems
-        ]
+        said["error"] = [problem_data(p) for p in result.problems]
     return said
 
 

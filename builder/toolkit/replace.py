@@ -7,10 +7,9 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 from builder.base.errors import Place, Problem, SourceError, UsageError, did_you_mean
-from builder.base.words import spelling
 from builder.models.catalog import Architecture, Catalog
 from builder.models.identify import Identity
-from builder.models.parts import find_part, home, kind, slot_of
+from builder.models.parts import find_part, home, kind, meant, slot_of
 from builder.recipe import Pick
 from builder.recipe.language import NEW
 from builder.recipe.names import recipe_name
@@ -105,13 +104,12 @@ def _only_slot(path: Path, identity: Identity, architecture: Architecture, catal
 
 def slot(word: str, architecture: Architecture) -> str:
     """The slot that a word means: its class, or its kind (`VAE`); raises UsageError where there is none."""
-    said = spelling(word)
-    for found in (
-        [s for s in architecture.slots if spelling(s) == said],
-        [s for s in architecture.slots if spelling(kind(s)) == said],
-    ):
-        if len(found) == 1:
-            return found[0]
+    found = meant(word, architecture.slots)
+    if len(found) == 1:
+        return found[0]
+    if found:
+        several = " or ".join(f"`{cls}`" for cls in found)
+        raise UsageError(Problem(f"`{word}` may be {several}", hint="name the one you mean"))
     slots = ", ".join(f"`{s}`" for s in architecture.slots)
     hint = did_you_mean(word, architecture.slots)
     raise UsageError(

@@ -28,7 +28,7 @@ from builder.base.inside import is_inside
 from builder.base.parallel import Cancelled
 from builder.formats import open_checkpoint
 from builder.models.identify import Identity, identify
-from builder.recipe.names import SHARD, SUFFIXES, free_name, numbered, stem
+from builder.recipe.names import PRUNED, SHARD, free_name, numbered, stem
 from builder.recipe.profiles import MAX_SIDECAR
 from builder.sources.opened import Sources
 from builder.tensors.cast import BeyondError, UnfitError
@@ -90,7 +90,7 @@ def layout_of(models: Path, catalog: Catalog) -> str:
 
 def _is_model(name: str, beside: Iterable[str]) -> bool:
     """Whether a file is called as checkpoints are, and its download is not on the way."""
-    called = Path(name).suffix.lower() in SUFFIXES and not SHARD.fullmatch(name)
+    called = Path(name).suffix.lower() in PRUNED and not SHARD.fullmatch(name)
     return called and not any(f"{name}{end}" in beside for end in _UNFINISHED)
 
 

@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import os
 import platform
-import re
 import secrets
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
-
-PLACE = re.compile(r"^ +--> (.+?)(?::(\d+))?(?::(\d+))?$", re.MULTILINE)
+from typing import Any
 
 
 def recipes() -> list[Path]:
@@ -49,12 +48,16 @@ def build() -> int:
     for recipe in recipes():
         command = [sys.executable, "-m", "ckpt_build", "build", str(recipe), "--json", *options]
         done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
-        quoted(done.stderr)
-        if done.returncode:
-            annotate(recipe, done.stderr)
-            code = code or done.returncode
-        else:
-            outputs += json.loads(done.stdout)["outputs"]
+        try:
+            said = json.loads(done.stdout)
+        except ValueError:  # it ended before it could say anything, as where an option is wrong
+            said = {"errors": [{"fact": f"`ckpt build` ended with {done.returncode}"}]}
+        quoted("\n".join([*lines(said), done.stderr]))
+        for severity in ("warning", "error"):
+            for problem in said.get(f"{severity}s", ()):
+                annotate(severity, recipe, problem)
+        outputs += said.get("outputs", ())
+        code = code or done.returncode
     if outputs:
         first = outputs[0]
         said = {"sha256": first["sha256"], "tensor-digest": first["tensor_digest"]}
@@ -72,15 +75,35 @@ def quoted(text: str) -> None:
     print(f"::stop-commands::{token}\n{text.rstrip()}\n::{token}::", flush=True)
 
 
-def annotate(recipe: Path, said: str) -> None:
-    """Mark the place of a failure, the recipe where the message has none."""
-    place = PLACE.search(said)
+def lines(said: dict[str, Any]) -> Iterator[str]:
+    """What the build said, for people."""
+    for output in said.get("outputs", ()):
+        yield plain(f"{output['state']}  {output['path']}  sha256 {output['sha256']}")
+    for note in said.get("notes", ()):
+        yield plain(f"note: {note}")
+    for severity in ("warning", "error"):
+        for problem in said.get(f"{severity}s", ()):
+            yield plain(f"{severity}: {problem['fact']}")
+            if place := problem.get("place"):
+                yield plain("  --> " + ":".join(str(v) for v in place.values() if v is not None))
+            yield from (plain(f"   = {e}") for e in problem.get("evidence", ()))
+            if problem.get("hint"):
+                yield plain(f"hint: {problem['hint']}")
+
+
+def annotate(severity: str, recipe: Path, problem: dict[str, Any]) -> None:
+    """Mark the place of a problem, the recipe where it has none in one."""
+    place = problem.get("place") or {}
     where = {"file": str(recipe)}
-    if place and place[1].endswith(".toml"):
-        where = {k: v for k, v in zip(("file", "line", "col"), place.groups(), strict=True) if v}
-    fact = next((line for line in said.splitlines() if line.startswith("error: ")), "error: the build failed")
-    marks = ",".join(f"{k}={escaped(v, ':,')}" for k, v in where.items())
-    print(f"::error {marks}::{escaped(fact.removeprefix('error: '))}", flush=True)
+    if str(place.get("path", "")).endswith(".toml"):
+        where = {"file": place["path"], "line": place["line"], "col": place["column"]}
+    marks = ",".join(f"{k}={escaped(str(v), ':,')}" for k, v in where.items() if v is not None)
+    print(f"::{severity} {marks}::{escaped(plain(problem['fact']))}", flush=True)
+
+
+def plain(text: str) -> str:
+    """Text that drives no terminal."""
+    return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text)
 
 
 def escaped(text: str, also: str = "") -> str:

@@ -12,8 +12,10 @@ from tests.help.building import RECIPE, ROOT, Folder, files, save_dirty
 # As on Windows: no locks, no positioned reads and writes, no folders held open or flushed, no nameless files,
 # and a file that is open is neither removed nor renamed nor replaced.
 WITHOUT = """
-import os, sys
+import os, shutil, sys
+assert "builder.base.disk" not in sys.modules, "it is to be without them from the start"
 sys.modules["fcntl"] = None
+shutil._use_fd_functions = False
 for name in (
     "preadv", "pread", "pwritev", "pwrite", "posix_fadvise", "fstatvfs", "geteuid", "getuid", "fchmod",
     "sched_getaffinity", "O_TMPFILE", "O_NOFOLLOW", "O_NONBLOCK", "O_DIRECTORY", "O_CLOEXEC",

@@ -23,7 +23,7 @@ def test_the_right_file(folder: Folder) -> None:
     digest = hashlib.sha256((folder / "tiny.safetensors").read_bytes()).hexdigest()
     said = folder("verify", "tiny.toml")
     assert said.code == 0
-    assert said.out == f"verified  tiny.safetensors\n          sha256 {digest}\n"
+    assert said.out == f"verified  tiny.safetensors\n  sha256 {digest}\n"
     (folder / "tiny.safetensors").rename(folder / "elsewhere.safetensors")
     assert folder("verify", "tiny.toml", "elsewhere.safetensors").code == 0
 

@@ -20,7 +20,7 @@ from ckpt_build import Cancelled, CkptError, FetchError, Progress, RecipeError, 
 from tests.help.building import Folder, content, files
 from tests.help.servers import Handler, Server
 
-WAITS = 10.0  # seconds in which what is stopped has to have ended
+WAITS = 60.0  # seconds in which what is stopped has to have ended
 
 
 @pytest.fixture
@@ -152,8 +152,11 @@ def test_ctrl_c_leaves_everything_as_it_was(folder: Folder) -> None:
 
 
 def ours() -> list[threading.Thread]:
-    """The threads that are not this one."""
-    return [t for t in threading.enumerate() if t is not threading.main_thread() and not t.daemon]
+    """The threads that are not this one, once those that are about to end have."""
+    found = [t for t in threading.enumerate() if t is not threading.main_thread() and not t.daemon]
+    for thread in found:
+        thread.join(WAITS)
+    return [t for t in found if t.is_alive()]
 
 
 def state() -> dict[str, object]:

@@ -204,7 +204,10 @@ def test_recipes_include_recipes(folder: Folder, work: Workspace) -> None:
 def test_a_plan_can_be_looked_at(folder: Folder, work: Workspace) -> None:
     recipe = work.load(folder / "tiny.toml")
     plan = work.plan(recipe)
-    assert plan.json == folder.plan(folder / "tiny.toml") and f"{plan}\n" == folder("plan", "tiny.toml").out
+    assert (
+        plan.json.items() <= folder.plan(folder / "tiny.toml").items()
+        and f"{plan}\n" == folder("plan", "tiny.toml").out
+    )
     assert [n.label for n in plan.nodes] == [s["label"] for s in plan.json["steps"]] and not plan.done
     graph = plan.graph
     assert set(graph.edges) == set(plan.edges) and graph.number_of_nodes() == len(plan.nodes)

@@ -48,12 +48,6 @@ STRANGERS: dict[str, tuple[bytes, str, tuple[str, ...], str | None]] = {
         (),
         f"the download did not finish: {AGAIN}",
     ),
-    "gguf": (
-        b"GGUF\3\0\0\0" + bytes(50),
-        "a GGUF file, which packs its weights",
-        (),
-        "take the model's safetensors version",
-    ),
     "hdf5": (b"\x89HDF\r\n\x1a\n\0\0", "an HDF5 file, such as Keras writes", (), None),
     "npy": (b"\x93NUMPY\1\0v\0{'descr'", "a NumPy array", (), None),
     "npz": (npz(), "a NumPy archive (.npz)", (), None),

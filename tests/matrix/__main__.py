@@ -92,10 +92,11 @@ def _environment(python: str, version: str, which: str) -> Path:
     if (folder / "done").is_file():
         return inside
     pip = (str(inside), "-m", "pip", "install", "-q", "--disable-pip-version-check")
+    torch = shlex.split(os.environ.get("TORCH_OPTIONS", ""))
     lowest = ("-c", str(ROOT / "constraints-oldest.txt")) if which == "lowest" else ()
     for command in (
         (python, "-m", "venv", str(folder)),
-        (*pip, *lowest, "torch"),
+        (*pip, *lowest, "torch", *torch),
         (*pip, *lowest, str(ROOT)),
     ):
         subprocess.run(command, capture_output=True, text=True, check=True)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from builder.operations import OPERATIONS
 from builder.operations.registry import Operation
 from builder.tensors.lazy import DType, LazyTensor, MemoryTensor
+from tests.help import gguf_files
 from tests.help.building import model, save, save_dirty, values
 from tests.whole.test_packed_models import SCHEMES, packed
 
@@ -53,10 +55,18 @@ def write_all(folder: Path) -> None:
     _tidied(folder)
     _adapters(folder)
     _packed(folder)
+    _ggml(folder)
 
 
-def _recipe(folder: Path, name: str, sources: str, steps: str, outputs: Mapping[str, str]) -> None:
-    files = "".join(f'sources.{n}.file = "{n}.safetensors"\n' for n in sources.split())
+def _recipe(
+    folder: Path,
+    name: str,
+    sources: str,
+    steps: str,
+    outputs: Mapping[str, str],
+    suffix: str = ".safetensors",
+) -> None:
+    files = "".join(f'sources.{n}.file = "{n}{suffix}"\n' for n in sources.split())
     written = "".join(f'\n[[output]]\nname = "{n}"\n{said}\n' for n, said in outputs.items())
     first = next(iter(outputs.values())).splitlines()[0]
     (folder / f"{name}.toml").write_text(HEAD.format(name) + first + "\n" + files + steps + written, "utf-8")
@@ -186,4 +196,20 @@ def _packed(folder: Path) -> None:
         outputs["merged"] = 'base = "m"\nprecision = "fp32"'
         _recipe(folder, f"unpacked{number}", f"packed{number} base", steps, outputs)
     outputs = {q: f'base = "base"\nquantize = "{q}"' for q in ("fp8", "int8")}
+    alone = 'base = "NEW UNET-mini"\ncomponents.UNET-mini = "base"\n'
+    outputs["q8_0"] = alone + 'file = "packing.gguf"\nquantize = "q8_0"'
     _recipe(folder, "packing", "base", "", outputs)
+
+
+def _ggml(folder: Path) -> None:
+    """Every type of GGUF's blocks decoded."""
+    import gguf
+
+    tensors: dict[str, Any] = {}
+    for kind in gguf_files.PACKED:
+        width = gguf.GGML_QUANT_SIZES[gguf_files.Types[kind]][0]
+        blocks = gguf_files.random_blocks(kind, 37 * 3, seed=1)
+        tensors[kind] = (kind, (37, 3 * width), blocks.tobytes())
+    gguf_files.write(folder / "blocks.gguf", tensors)
+    said = 'base = "blocks"\nverbatim = true\noverflow = "clamp"\nprecision = "{}"'
+    _recipe(folder, "ggml", "blocks", "", {p: said.format(p) for p in PRECISIONS}, ".gguf")

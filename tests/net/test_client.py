@@ -117,7 +117,7 @@ def test_a_name_that_is_never_resolved(monkeypatch: pytest.MonkeyPatch) -> None:
     before = time.monotonic()
     failure = refusal("https://example.com/x", limits=replace(QUICK, connect=0.2))
     assert "`example.com` was not resolved within 0.2 seconds" in failure.fact
-    assert time.monotonic() - before < 5
+    assert time.monotonic() - before < 30, "it does not wait for the name"
     assert all(t.daemon for t in threading.enumerate() if t.name == "resolve")
     hung.set()
 

@@ -478,7 +478,7 @@ def test_a_download_is_resumed(server: Server, store: Store, pinned: bool) -> No
     assert came >= SEGMENT
     heard = Heard()
     assert good(get(store, server.url("/m"), reporter=heard, **pins), store)  # type: ignore[arg-type]
-    assert server.sent < len(DATA) - SEGMENT
+    assert server.sent <= len(DATA) - SEGMENT
     assert came + server.sent <= len(DATA) + QUICK.connections * SEGMENT
     assert heard.notes and "are there already" in heard.notes[0]
     assert heard.advanced == heard.events[0][1] < len(DATA)
@@ -620,7 +620,7 @@ def test_an_interrupted_download_is_resumed(server: Server, store: Store, how: s
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(how)
-    assert process.wait(timeout=10) == (130 if how == signal.SIGINT else -signal.SIGKILL)
+    assert process.wait(timeout=60) == (130 if how == signal.SIGINT else -signal.SIGKILL)
     process.communicate()
     kept = set(leftovers(store))
     assert {name.rpartition(".")[2] for name in kept} >= {"journal"} and SHA256 not in kept

@@ -659,7 +659,7 @@ def test_a_build_that_ends_early_is_resumed(net: Net, end: signal.Signals) -> No
     running = _start(net.folder, "build", "tiny.toml")
     _until(lambda: net.storage.sent > len(data) // 3)
     running.send_signal(end)
-    _, err = running.communicate(timeout=20)
+    _, err = running.communicate(timeout=60)
     assert running.returncode == (130 if end is signal.SIGINT else -9), err
     if end is signal.SIGINT:
         assert err.strip().endswith("error: interrupted") and "Traceback" not in err

@@ -189,7 +189,7 @@ def test_neither_torch_nor_what_draws_is_imported(folder: Folder) -> None:
         assert said.code == 0, said.err
         return set(said.err.splitlines()[-1].split())
 
-    heavy = {"torch", "numpy", "rich", "huggingface_hub", "safetensors"}
+    heavy = {"torch", "numpy", "huggingface_hub", "safetensors"}
     assert not heavy & imported("plan", "tiny.toml")
     assert "torch" in imported("build", "tiny.toml")
     assert not heavy & imported("build", "tiny.toml"), "there is nothing to do"

@@ -29,7 +29,7 @@ from builder.tensors.cast import UnfitError
 from builder.tensors.lazy import BY_TORCH_NAME, DType, LazyTensor, MemoryTensor
 from builder.tensors.merged import ELEMENTS
 from builder.tensors.packed.decode import decoded
-from builder.tensors.packed.encode import QUANTIZE, encoded
+from builder.tensors.packed.encode import FORMS, encoded
 from tests.help.packed_vectors import PATH, REFERENCES
 from tests.help.packed_vectors import encoded as by_others
 
@@ -373,7 +373,7 @@ _NUMBERS = st.floats(-60000, 60000, width=32) | st.floats(-(2**-10), 2**-10, wid
 @settings(max_examples=60, deadline=None)
 def test_what_is_packed_is_near_what_it_was(weight: np.ndarray) -> None:
     tensor = MemoryTensor(DType.F32, weight.shape, weight.tobytes())
-    for scheme in QUANTIZE:
+    for scheme in FORMS:
         made = _encoded(tensor, scheme)
         scale = np.frombuffer(made["x.weight_scale"].tobytes(), "<f4").astype(float)
         again = decoded(made, {}, "").tensors["x.weight"]
@@ -390,7 +390,7 @@ def test_threads_do_not_matter_to_what_is_packed() -> None:
     draw = np.random.default_rng(0)
     weight = draw.standard_normal((1040, 528), "f4")  # several windows, whose ends lie within rows
     tensor = MemoryTensor(DType.F32, weight.shape, weight.tobytes())
-    for scheme in QUANTIZE:
+    for scheme in FORMS:
         made = _encoded(tensor, scheme)["x.weight"]
         whole = _encoded(tensor, scheme)["x.weight"].tobytes()
 
@@ -423,7 +423,7 @@ def test_what_is_packed_and_what_is_not() -> None:
 
 
 @pytest.mark.parametrize("odd", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("scheme", QUANTIZE)
+@pytest.mark.parametrize("scheme", FORMS)
 def test_what_is_no_number_is_not_packed(scheme: str, odd: float) -> None:
     weight = np.ones((64, 32), "f4")
     weight[3, 4] = odd

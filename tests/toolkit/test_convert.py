@@ -257,7 +257,8 @@ def test_requests_that_make_no_sense(folder: Folder) -> None:
     folder.write("junk.ckpt", "<html>login</html>")
     before = files(folder.path)
     for args, code, text in (
-        (("m.safetensors", "-o", "m.gguf"), 2, "suffix of no container"),
+        (("m.safetensors", "-o", "m.onnx"), 2, "suffix of no container"),
+        (("m.safetensors", "-o", "m.gguf"), 3, "a GGUF file holds a diffusion model by itself"),
         (("m.safetensors", "-o", "a.pt", "--shard-size", "2GB"), 2, "`a.safetensors.index.json`"),
         (("m.safetensors", "-o", "a.safetensors.index.json", "--shard-size", "huge"), 2, "is no size"),
         (("m.safetensors", "-o", "a.pt", "--precision", "fp8"), 2, "fp8"),

@@ -10,7 +10,7 @@ import pytest
 import tomli
 
 from builder.toolkit.merge import parse_value
-from tests.help.building import Folder, content, model, save
+from tests.help.building import Folder, content, model, save, values
 
 STEPS = """format = 1
 name = "a-b"
@@ -126,3 +126,18 @@ def test_refusals(folder: Folder, words: str, code: int, told: str) -> None:
     said = folder("merge", *words.split(), "-o", "m.safetensors")
     assert said.code == code and told in said.err, said.err
     assert sorted(p.name for p in folder.path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "option"),
+    [
+        ("lora a.safetensors l.safetensors", "`--ignore-unmatched`"),
+        ("merge a.safetensors l.safetensors --op apply-lora", "`--set unmatched=ignore`"),
+    ],
+)
+def test_hints_are_in_the_words_of_the_command_line(folder: Folder, words: str, option: str) -> None:
+    save(folder / "a.safetensors", model("SD-mini"))
+    save(folder / "l.safetensors", {f"{'x' * 40}.lora_{n}.weight": values([[1.0]]) for n in ("up", "down")})
+    said = folder(*words.split(), "-o", "x.safetensors")
+    assert said.code == 6 and f"; {option} leaves them out" in said.err
+    assert folder(*words.split(), "-o", "x.safetensors", "--json").code == 6

@@ -590,7 +590,7 @@ def test_usage(folder: Folder, watch: Watch) -> None:
         (["--watch", "models/VAE", "--into", "models", "--once"], 2),
         (["--watch", "in", "x.ckpt"], 2),
         (["--once", "x.ckpt"], 2),
-        (["--watch", "in", "--once", "--json"], 2),
+        (["--watch", "in", "--json"], 2),
         (["--watch", "in", "--once"], 0),
     ):
         said = folder("prune", *args)

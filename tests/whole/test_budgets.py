@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.help.budgets import MB, Reader, archive, header, model, repeated, tar, views
+from tests.help.gguf_files import info, key, raw, text
 
 SECONDS = 5
 MEMORY = 500 << 20
@@ -257,6 +258,69 @@ def header_of_entries_with_objects_within() -> bytes:
     return header(
         repeated(entry, 9 * MB, WIDE + "},", '"z":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}')
     )
+
+
+# GGUF.
+
+
+@case("model")
+def gguf_of_many_tensors() -> bytes:
+    return raw([], [info(f"{n:x}", (), 0) for n in range(150_000)])
+
+
+@case("model")
+def gguf_of_many_empty_tensors() -> bytes:
+    return raw([], [info(f"{n:x}", (0,), 8) for n in range(250_000)])
+
+
+@case("model")
+def gguf_of_many_keys() -> bytes:
+    return raw([key(f"{n:x}", 7, b"\0") for n in range(100_000)])
+
+
+@case("model")
+def gguf_of_too_many_keys() -> bytes:
+    return raw([key(f"{n:x}", 7, b"\0") for n in range(500_000)])
+
+
+@case("model")
+def gguf_of_texts() -> bytes:
+    return raw([key(f"{n:x}", 8, text("\U0001f600" * 16_000)) for n in range(150)])
+
+
+@case("model")
+def gguf_of_a_long_array() -> bytes:
+    return raw([key("a", 9, struct.pack("<IQ", 8, 1 << 20) + text("") * (1 << 20))])
+
+
+@case("model")
+def gguf_of_an_endless_array() -> bytes:
+    return raw([key("a", 9, struct.pack("<IQ", 8, 1 << 63) + bytes(9 * MB))])
+
+
+@case("model")
+def gguf_of_empty_arrays() -> bytes:
+    return raw([key("a", 9, struct.pack("<IQ", 9, 800_000) + bytes(12 * 800_000))])
+
+
+@case("model")
+def gguf_of_nested_arrays() -> bytes:
+    return raw([key("a", 9, struct.pack("<IQ", 9, 1) * 500_000)])
+
+
+@case("model")
+def gguf_of_many_shapes() -> bytes:
+    shape = struct.pack("<IQ8q", 11, 8, *[1] * 8)
+    return raw(
+        [key(f"comfy.gguf.orig_shape.{n:x}", 9, shape) for n in range(45_000)],
+        [info(f"{n:x}", (1,), 24, 32 * n) for n in range(45_000)],
+        bytes(32 * 45_000),
+    )
+
+
+@case("model")
+def gguf_whose_dimensions_overflow() -> bytes:
+    return raw([], [info(f"{n:x}", (2**64 - 1,) * 8, 0) for n in range(80_000)])
 
 
 # Indices and folders.

@@ -19,7 +19,9 @@ import pytest
 import torch
 
 from builder.base.errors import SourceError
-from builder.formats import open_checkpoint
+from builder.formats import gguf, open_checkpoint
+from builder.tensors.ggml_blocks import BlockType
+from tests.help import gguf_files
 from tests.help.torch_forms import records, save, tarred, zipped
 
 TIMES = float(os.environ.get("CKPT_FUZZ", "1"))  # as many files as usual
@@ -143,6 +145,28 @@ def seeds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     }
     raw = json.dumps(head).encode()
     found["safetensors"] = struct.pack("<Q", len(raw)) + raw + bytes(26)
+    keys = [
+        gguf_files.key("general.architecture", 8, gguf_files.text("llama")),
+        gguf_files.key("llama.attention.head_count", 4, struct.pack("<I", 2)),
+        gguf_files.key("comfy.gguf.orig_shape.c", 9, struct.pack("<IQ3i", 5, 3, 2, 4, 8)),
+        gguf_files.key("a", 9, struct.pack("<IQ", 8, 2) + gguf_files.text("b") * 2),
+    ]
+    infos = [
+        gguf_files.info("blk.0.attn_q.weight", (4, 8)),
+        gguf_files.info("b", (32, 2), 8, 128),
+        gguf_files.info("c", (64,), 1, 224),
+    ]
+    found["gguf"] = gguf_files.raw(keys, infos, bytes(352))
+    keys = [
+        gguf_files.key("general.alignment", 4, struct.pack("<I", 64)),
+        gguf_files.key("a", 9, struct.pack("<IQIQ2H", 9, 1, 2, 2, 1, 2)),
+    ]
+    infos, at = [], 0
+    for code, kind in ((c, t) for c, t in gguf.TYPES.items() if isinstance(t, BlockType)):
+        infos.append(gguf_files.info(kind.name, (kind.elements, 2), code, at))
+        at += -(-2 * kind.itemsize // 64) * 64
+    front = gguf_files.raw(keys, infos, version=2)
+    found["gguf of all blocks"] = front + bytes(-len(front) % 64 + at)
     return found
 
 

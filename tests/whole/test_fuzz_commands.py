@@ -51,7 +51,7 @@ TABLE = (
 COMMANDS: tuple[tuple[str, ...], ...] = (
     *(("plan", r) for r in ("tiny.toml", "outer.toml")),
     *(("build", r) for r in ("tiny.toml", "outer.toml", "inner.toml")),
-    ("build", "tiny.toml", "--locked"),
+    *(("build", r, "--locked") for r in ("tiny.toml", "outer.toml")),
     ("build", "outer.toml", "--explain", "--json"),
     ("lock", "outer.toml"),
     ("verify", "tiny.toml"),
@@ -63,6 +63,10 @@ COMMANDS: tuple[tuple[str, ...], ...] = (
     ("replace", "tiny.safetensors", "VAE=vae.safetensors", "-o", "r.safetensors"),
     ("convert", "tiny.safetensors", "-o", "c.ckpt"),
     ("convert", "dirty.ckpt", "-o", "d.safetensors"),
+    ("inspect", "unet.gguf", "--full"),
+    ("convert", "unet.gguf", "-o", "u.safetensors"),
+    ("replace", "tiny.safetensors", "UNET=unet.gguf", "-o", "s.safetensors"),
+    ("extract", "dirty.ckpt", "UNET", "-o", "e.gguf", "--quantize", "q8_0"),
     ("diff", "tiny.safetensors", "vae.safetensors"),
     ("new", "tiny.safetensors", "-l", "."),
     ("components", "list"),
@@ -110,6 +114,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Folder:
         folder.write(name, text)
     for recipe in ("tiny.toml", "inner.toml", "outer.toml"):
         folder.build(recipe)
+    assert folder("extract", "tiny.safetensors", "UNET", "-o", "unet.gguf", "--quantize", "q8_0").code == 0
     return folder
 
 
@@ -118,7 +123,7 @@ def _victims(folder: Folder) -> Iterator[tuple[Path, Mutate]]:
         yield path, _text
     for path in sorted(folder.store.rglob("*.json")):
         yield path, _text
-    for name in ("tiny.safetensors", "dirty.ckpt", "vae.safetensors"):
+    for name in ("tiny.safetensors", "dirty.ckpt", "vae.safetensors", "unet.gguf"):
         yield folder / name, _bytes
 
 
@@ -150,7 +155,7 @@ def test_broken_inputs_of_every_command(
     monkeypatch.setattr(catalog, "_load", catalog._load.__wrapped__)  # no catalog is remembered
     chance = random.Random(SEED)
     ended: set[int] = set()
-    rounds, commands = int(60 * TIMES), list(COMMANDS)
+    rounds, commands = int(80 * TIMES), list(COMMANDS)
     for index in range(rounds):
         root = tmp_path / str(index)
         shutil.copytree(whole.path.parent, root, symlinks=True)
@@ -180,4 +185,4 @@ def test_broken_inputs_of_every_command(
         copied = [p for p in folder.path.glob("*.y*ml") if SECRET in p.read_text("utf-8", "replace")]
         assert not copied, f"round {index}, {said_of}: {copied}"
         shutil.rmtree(root)
-    assert {0, 3, 4, 6} <= ended or rounds < 60, "the mutations are too mild or too rough to tell"
+    assert {0, 3, 4, 6} <= ended or rounds < 80, "the mutations are too mild or too rough to tell"

@@ -14,8 +14,8 @@ import pytest
 import tomli
 
 from builder.operations import OPERATIONS
+from builder.recipe.language import QUANTIZE
 from builder.tensors.lazy import DType
-from builder.tensors.packed.encode import QUANTIZE
 from tests.help.building import ROOT
 from tests.matrix.__main__ import Cell, around, differences, measured
 from tests.matrix.paths import ELSEWHERE, FLOATS, write_all

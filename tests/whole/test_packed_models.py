@@ -15,7 +15,7 @@ from builder.formats.write_safetensors import write
 from builder.models.identify import identify
 from builder.tensors.lazy import DType, LazyTensor, MemoryTensor
 from builder.tensors.packed.decode import decoded
-from builder.tensors.packed.encode import QUANTIZE, encoded
+from builder.tensors.packed.encode import FORMS, encoded
 from tests.help.building import UNET, Folder, catalog, content, model, save, values
 
 FAMILY = "SD-mini"
@@ -405,7 +405,7 @@ def test_what_nothing_decodes_is_refused_by_name(folder: Folder, scheme: str) ->
 # -- packing
 
 
-@pytest.mark.parametrize("quantize", QUANTIZE)
+@pytest.mark.parametrize("quantize", FORMS)
 def test_a_denoiser_is_packed(folder: Folder, quantize: str) -> None:
     """The rest has its precision, and what is packed is what its exact weights are."""
     save(folder / "p.safetensors", held := model(FAMILY))
@@ -433,7 +433,7 @@ def test_a_denoiser_is_packed(folder: Folder, quantize: str) -> None:
     assert unet_["writes"] == sum(len(t[2]) for n, t in made.items() if n.startswith(UNET))
 
 
-@pytest.mark.parametrize("quantize", QUANTIZE)
+@pytest.mark.parametrize("quantize", FORMS)
 def test_a_file_is_packed_as_it_is(folder: Folder, quantize: str) -> None:
     """By `convert`, whose recipe does the same; what is packed is packed anew once it is decoded."""
     save(folder / "p.safetensors", model(FAMILY))
@@ -445,7 +445,7 @@ def test_a_file_is_packed_as_it_is(folder: Folder, quantize: str) -> None:
     folder.build("c.toml")
     assert content(folder / "c.safetensors") == made
     assert made == built(folder, "k", f'base = "p"\n[output]\nprecision = "keep"\nquantize = "{quantize}"\n')
-    other = next(q for q in QUANTIZE if q != quantize)
+    other = next(q for q in FORMS if q != quantize)
     assert folder("convert", "c.safetensors", "--quantize", other, "-o", "o.safetensors").code == 0
     anew = content(folder / "o.safetensors")
     assert anew.keys() == made.keys()
@@ -471,7 +471,7 @@ def test_a_merge_is_packed(folder: Folder) -> None:
     ("recipe", "said"),
     [
         ('base = "p"\noutput.quantize = "fp4"\n', "`fp4`"),
-        ('base = "p"\noutput = { quantize = "fp8", file = "folder/" }\n', "`quantize`"),
+        ('base = "p"\noutput = { quantize = "fp8", file = "folder/" }\n', "`quantize = "),
         (
             'base = "NEW VAE-mini"\ncomponents.VAE-mini = "p"\noutput.quantize = "fp8"\n',
             "there is nothing to quantize",

@@ -23,6 +23,7 @@ from builder.models.catalog.tables import (
     Adapters,
     Architecture,
     Extracted,
+    Gguf,
     KindRule,
     KnownFile,
     KnownMetric,
@@ -101,7 +102,9 @@ _CLASS = {
     "lists": list,
     "constants": list,
     "adapters": dict,
+    "gguf": dict,
 }
+_GGUF = {"architecture": str, "reshaped": bool, "full": list, "whole": list}
 _ADAPTERS = {"prefixes": list, "rules": str, "within": str, "names": dict, "extracted": dict}
 _EXTRACTED = {
     "modules": list,
@@ -432,6 +435,7 @@ def read_classes(path: Path, name: str) -> Iterator[tuple[str, Traits, Fields]]:
             lists=fields.strings("lists"),
             constants=fields.strings("constants"),
             adapters=_adapters(fields),
+            gguf=_gguf(fields),
             widens=fields.get("widens"),
             precision=fields.precision(),
             kept=_several(fields, "kept"),
@@ -449,6 +453,14 @@ def _several(fields: Fields, name: str) -> Patterns:
     if len(found) > MAX_PATTERNS:
         fields.fail(f"more than {MAX_PATTERNS:,} patterns", name)
     return Patterns(found)
+
+
+def _gguf(fields: Fields) -> Gguf | None:
+    said = fields.inner("gguf", _GGUF, "architecture")
+    if said is None:
+        return None
+    full, whole = (_several(said, key).all for key in ("full", "whole"))
+    return Gguf(said.get("architecture"), said.get("reshaped") or False, full, whole)
 
 
 def _adapters(fields: Fields) -> Adapters | None:

@@ -105,6 +105,19 @@ class Adapters(NamedTuple):
     extracted: Extracted | None = None
 
 
+class Gguf(NamedTuple):
+    """How programs know a class's components as GGUF: by the name of an `architecture`.
+
+    Patterns over names: tensors that are in `full` precision, and those that are in no blocks but `whole`.
+    With `reshaped`, programs expect what has short rows in others.
+    """
+
+    architecture: str
+    reshaped: bool = False
+    full: tuple[str, ...] = ()
+    whole: tuple[str, ...] = ()
+
+
 class Extracted(NamedTuple):
     """What of a class a LoRA is extracted for, by patterns over the names of weights; None: of nothing.
 
@@ -169,6 +182,7 @@ class Traits(NamedTuple):
     lists: tuple[str, ...] = ()
     constants: tuple[str, ...] = ()
     adapters: Adapters | None = None
+    gguf: Gguf | None = None
     widens: str | None = None
     precision: str | None = None
     kept: Patterns = NONE

@@ -129,7 +129,8 @@ def _check_used(
     counts = Counter(cls for cls, table in tables.items() for m in found.values() if m.name in table)
     at_work = [f"{counted(number, 'module')} of {cls}" for cls, number in counts.items()]
     names = [*(n for m in left for n in m.names), *strange]
-    near = did_you_mean(left[0].name, [n for table in tables.values() for n in table]) if left else None
+    likely = [n for table in tables.values() for n in table] if counts else []
+    near = did_you_mean(left[0].name, likely) if left else None
     raise SourceError(
         Problem(
             f"the LoRA `{name}` has {counted(len(names), 'tensor')} for nothing in the model",

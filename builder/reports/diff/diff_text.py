@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from builder.base.errors import printable
-from builder.base.page import LABEL, Style
+from builder.base.page import LABEL, Style, columns, fold
 from builder.base.progress import human_bytes
 from builder.base.words import CONTAINERS, TYPES, counted
 from builder.reports.diff.causes import causes, is_positions, type_name
@@ -26,16 +25,16 @@ def render(diff: Diff, *, full: bool = False, width: int | None = None, color: b
 
     Names out of the files are escaped. The short form cuts long lists; the `full` one leaves nothing out.
     """
-    page = _Page(diff, full, width, Style(color))
+    page = _Page(diff, full, Style(color))
     blocks = [page.head(), page.verdict(), page.table(), page.facts(), page.distances(), page.tensors()]
     if full:
         blocks += [page.alone("A", diff.a, diff.only_a), page.alone("B", diff.b, diff.only_b)]
-    return "\n\n".join("\n".join(block) for b in blocks if (block := list(b)))
+    return fold("\n\n".join("\n".join(block) for b in blocks if (block := list(b))), width)
 
 
 class _Page:
-    def __init__(self, diff: Diff, full: bool, width: int | None, style: Style) -> None:
-        self.diff, self.full, self.width, self.style = diff, full, width, style
+    def __init__(self, diff: Diff, full: bool, style: Style) -> None:
+        self.diff, self.full, self.style = diff, full, style
 
     def head(self) -> Iterator[str]:
         """The two files, a line each."""
@@ -56,28 +55,16 @@ class _Page:
         """The likely causes, a line each."""
         mark = self.style.good("=") if self.diff.same else self.style.bad("≠")
         for cause in causes(self.diff):
-            for index, line in enumerate(self.wrap(printable(cause), 2)):
-                yield f"{mark} {line}" if index == 0 else f"  {line}"
+            yield f"{mark} {printable(cause)}"
 
     def table(self) -> Iterator[str]:
         """The components, a line each."""
         if not self.diff.parts:
             return
         rows = [("component", "A", "B", "tensors", "values"), *map(self.row, self.diff.parts)]
-        widths = [max(len(row[i]) for row in rows) for i in range(4)]
-        for number, row in enumerate(rows):
-            cells = [
-                c.rjust(w) if i == 3 else c.ljust(w)
-                for i, (c, w) in enumerate(zip(row, widths, strict=False))
-            ]
-            start = "  " + "  ".join(cells)
-            if number == 0:
-                yield self.style.dim(f"{start}  {row[4]}")
-            elif self.width is not None and len(start) + 2 + len(row[4]) > self.width:
-                yield start.rstrip()
-                yield from (f"    {line}" for line in self.wrap(row[4], 4))
-            else:
-                yield f"{start}  {row[4]}"
+        head, *lines = columns(rows, {3}, indent=2)
+        yield self.style.dim(head)
+        yield from lines
 
     def row(self, part: Part) -> Row:
         """A component's cells."""
@@ -180,13 +167,11 @@ class _Page:
         unit = f" of {type_name(total.unit)}" if total.unit else ""
         yield self.style.strong(f"How far apart, in units in the last place{unit}")
         rows = self.bins(total.distances)
-        most = max(n for _, n in rows)
-        wide, deep = max(len(label) for label, _ in rows), max(len(f"{n:,}") for _, n in rows)
+        most, table = max(n for _, n in rows), []
         for label, n in rows:
             bar = "█" * round(BAR * n / most) or ("▏" if n else "")
-            share = _share(n, sum(total.distances))
-            cells = label.rjust(wide), f"{n:,}".rjust(deep), share.rjust(6), self.style.dim(bar)
-            yield f"  {'  '.join(cells)}".rstrip()
+            table.append((label, f"{n:,}", _share(n, sum(total.distances)).rjust(6), self.style.dim(bar)))
+        yield from columns(table, {0, 1}, indent=2)
 
     def bins(self, distances: Sequence[int]) -> list[tuple[str, int]]:
         """The histogram's rows; in the short form the thin ends are taken together."""
@@ -213,10 +198,9 @@ class _Page:
         yield self.style.strong("Tensors that differ")
         shown = changed if self.full else sorted(changed, key=_weight)[:LIMIT]
         rows = [("differ", "ULP", "largest", "tensor"), *map(_tensor_row, shown)]
-        widths = [max(len(row[i]) for row in rows) for i in range(3)]
-        for number, row in enumerate(rows):
-            line = "  " + "  ".join([*(c.rjust(w) for c, w in zip(row, widths, strict=False)), row[3]])
-            yield self.style.dim(line) if number == 0 else line
+        head, *lines = columns(rows, {0, 1, 2}, indent=2)
+        yield self.style.dim(head)
+        yield from lines
         if len(changed) > len(shown):
             yield self.style.dim(f"  and {len(changed) - len(shown):,} more; `--full` lists them all")
 
@@ -233,16 +217,7 @@ class _Page:
         """A labelled line, the rest of it below itself; nothing for no text."""
         if not text:
             return
-        for index, line in enumerate(self.wrap(printable(text), LABEL + 2)):
-            yield f"  {self.style.dim((label if index == 0 else '').ljust(LABEL))}{line}"
-
-    def wrap(self, text: str, indent: int) -> list[str]:
-        """The lines that `text` takes behind an indent."""
-        if self.width is None:
-            return [text]
-        return textwrap.wrap(
-            text, max(20, self.width - indent), break_on_hyphens=False, break_long_words=False
-        ) or [""]
+        yield f"  {self.style.dim(label.ljust(LABEL))}{printable(text)}"
 
 
 def _types(names: Iterable[str], tensors: Mapping[str, LazyTensor]) -> str:

@@ -50,9 +50,10 @@ class Share:
 class Part:
     """A component of the file.
 
-    `dtypes` counts its tensors by type code, most first. `digest` is the BLAKE3-256 of its contents (see
-    `builder.tensors.digests.component_digest`), None where its data was not read. `known` is the name of its
-    weights, where contents or metric are a published one; `published` is the entry of the former.
+    `dtypes` counts its tensors by type code, as they lie in the file, most first. `digest` is the BLAKE3-256
+    of its contents (see `builder.tensors.digests.component_digest`), None where its data was not read.
+    `known` is the name of its weights, where contents or metric are a published one; `published` is the entry
+    of the former.
     """
 
     match: Match
@@ -116,7 +117,21 @@ class Report:
     def share(self, names: Iterable[str]) -> Share:
         """Names together with their size."""
         kept = tuple(names)
-        return Share(kept, sum(self.tensors[n].nbytes for n in kept))
+        return Share(kept, sum(self.tensors[n].stored[1] for n in kept))
+
+    @cached_property
+    def types(self) -> Mapping[str, tuple[int, int]]:
+        """How many tensors there are of each type in the file, and the bytes that they take, most first."""
+        found: dict[str, tuple[int, int]] = {}
+        for name, size in (t.stored for t in self.tensors.values()):
+            count, total = found.get(name, (0, 0))
+            found[name] = count + 1, total + size
+        return dict(sorted(found.items(), key=lambda item: -item[1][1]))
+
+    @property
+    def blocks(self) -> bool:
+        """Whether numbers lie in blocks, which 16 bits each would outgrow."""
+        return any(t.stored[0] != t.dtype.code for t in self.tensors.values())
 
     @cached_property
     def quantized(self) -> tuple[Quantized, ...]:
@@ -173,13 +188,13 @@ class Report:
     @cached_property
     def precision_waste(self) -> int:
         """Bytes beyond the precision that components are published in, of those that pruning keeps."""
-        return sum(t.nbytes - size for t, size in self._finished if size < t.nbytes)
+        return sum(held - size for t, size in self._finished if size < (held := t.stored[1]))
 
     @cached_property
     def pruned(self) -> int:
         """Bytes of tensors that pruning leaves."""
-        kept = sum(t.nbytes for n, t in self.tensors.items() if n not in self._gone)
-        return kept + sum(size - t.nbytes for t, size in self._finished)
+        kept = sum(t.stored[1] for n, t in self.tensors.items() if n not in self._gone)
+        return kept + sum(size - t.stored[1] for t, size in self._finished)
 
     @cached_property
     def _gone(self) -> set[str]:
@@ -349,8 +364,8 @@ def _part(
         match,
         tensors=len(held),
         parameters=sum(whole[n] if n in packed else t.numel for n, t in held.items()),
-        bytes=sum(t.nbytes for t in held.values()),
-        dtypes=dict(Counter(t.dtype.code for t in held.values()).most_common()),
+        bytes=sum(t.stored[1] for t in held.values()),
+        dtypes=dict(Counter(t.stored[0] for t in held.values()).most_common()),
         digest=digest,
         known=published.name if published else _labelled(match.component.cls, digits, known),
         published=published,

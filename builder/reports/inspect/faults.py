@@ -100,7 +100,8 @@ def _numbers(report: Report) -> Iterator[Problem]:
             f"beyond FP16: {counted(sum(s.overflow for s in over.values()), 'value')} "
             f"in {counted(len(over), 'tensor')}",
             evidence=(f"the largest is {largest:g}, FP16 ends at {FP16_MAX:,}", listed(tuple(over))),
-            hint='keep them in another precision, or let a recipe say `overflow = "clamp"`',
+            hint="keep them in another precision, or give `--overflow clamp`; in a recipe "
+            '`overflow = "clamp"` under [output]',
         )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from builder.base.errors import Problem
+from builder.base.errors import Problem, problem_data
 from builder.formats.lost import Lost
 from builder.models.identify import Rejection
 from builder.reports.inspect.examine import Part, Report, Share
@@ -33,7 +33,7 @@ def to_json(reports: Iterable[Report | Refused]) -> Json:
 
 
 def _refused(refused: Refused) -> Json:
-    return {"path": refused.path, "error": [_problem(p) for p in refused.problems]}
+    return {"path": refused.path, "error": [problem_data(p) for p in refused.problems]}
 
 
 def _file(report: Report) -> Json:
@@ -52,6 +52,7 @@ def _file(report: Report) -> Json:
         "absent": list(identity.absent),
         "lineage": report.lineage and report.lineage._asdict(),
         "components": [_part(p) for p in report.parts],
+        "types": {t: {"tensors": n, "bytes": size} for t, (n, size) in report.types.items()},
         "packed": [
             {
                 "component": q.component,
@@ -89,7 +90,7 @@ def _file(report: Report) -> Json:
         },
         "non_finite": {n: {"nan": s.nan, "infinite": s.infinite} for n, s in report.non_finite.items()},
         "zeros": [_lost(z) for z in report.lost],
-        "faults": [_problem(p) for p in report.faults],
+        "faults": [problem_data(p) for p in report.faults],
         "rejected": [_rejection(r) for r in identity.rejected],
         "notes": list(identity.notes),
         "unknown": list(identity.unknown),
@@ -160,7 +161,3 @@ def _rejection(r: Rejection) -> Json:
 
 def _some(everything: Sequence[Any], examples: Sequence[Any]) -> Json:
     return {"count": len(everything), "examples": list(examples)}
-
-
-def _problem(problem: Problem) -> Json:
-    return {"fact": problem.fact, "evidence": list(problem.evidence), "hint": problem.hint}

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 
 from builder.base.errors import Problem, clipped, shown
-from builder.base.page import LABEL, Style
+from builder.base.page import LABEL, Style, columns, fold
 from builder.base.progress import human_bytes
 from builder.base.words import CONTAINERS, TYPES, counted, either, examples, grouped
 from builder.models.prediction import KINDS, Prediction
@@ -19,19 +18,19 @@ Row = Sequence[str]
 def render(report: Report, *, full: bool = False, width: int | None = None, color: bool = False) -> str:
     """The report as text, wrapped at `width` columns (None: lines as long as they come).
 
-    The path, the table and hashes are never broken. Names out of the file are escaped, and cut where
-    nobody would read on. The short form fits a screen; the `full` one leaves nothing else out.
+    Words are never broken. Names out of the file are escaped, and cut where nobody would read on. The short
+    form fits a screen; the `full` one leaves nothing else out.
     """
-    page = _Page(report, full, width, Style(color))
+    page = _Page(report, full, Style(color))
     blocks: list[Iterable[str]] = [page.head(), page.table(), page.facts(), page.hashes(), page.faults()]
     if full:
         blocks += page.appendix()
-    return "\n\n".join("\n".join(block) for b in blocks if (block := list(b)))
+    return fold("\n\n".join("\n".join(block) for b in blocks if (block := list(b))), width)
 
 
 class _Page:
-    def __init__(self, report: Report, full: bool, width: int | None, style: Style) -> None:
-        self.report, self.full, self.width, self.style = report, full, width, style
+    def __init__(self, report: Report, full: bool, style: Style) -> None:
+        self.report, self.full, self.style = report, full, style
 
     def head(self) -> Iterator[str]:
         """The file, and in a line what it is."""
@@ -39,36 +38,35 @@ class _Page:
         yield s.strong(shown(r.path))
         name = (r.kind and r.kind.text) or r.identity.architecture or "unknown"
         verdict = (s.good if r.kind is not None else s.bad)(shown(name))
-        yield " · ".join([verdict, CONTAINERS.get(r.container, r.container), self.size(r.size)])
+        container = CONTAINERS.get(r.container, r.container)
+        if r.container == "gguf" and (said := r.metadata.get("general.architecture")):
+            container += f" for {shown(clipped(said, 40))}"
+        yield " · ".join([verdict, container, self.size(r.size)])
 
     def table(self) -> Iterator[str]:
         """The components, a line each."""
         parts = self.report.parts
         if not parts:
             return
-        rows = [("class", "component", "type", "tensors", "size"), *(self.row(p) for p in parts)]
-        widths = [max(len(row[i]) for row in rows) for i in range(5)]
-        lines = [
-            "  ".join(
-                cell.rjust(w) if i > 2 else cell.ljust(w)
-                for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-            )
-            for row in rows
-        ]
-        yield self.style.dim(f"  {lines[0]}")
-        for line, part in zip(lines[1:], parts, strict=True):
-            remark = ", ".join(_remarks(part))
-            beside = f"  {line}  {remark}" if remark else f"  {line}"
-            if remark and self.width is not None and len(beside) > self.width:
-                yield f"  {line}"
-                yield f"    {remark}"
-            else:
-                yield beside
+        head, *lines = columns(
+            [("class", "component", "type", "tensors", "size", ""), *(self.row(p) for p in parts)],
+            {3, 4},
+            indent=2,
+        )
+        yield self.style.dim(head)
+        yield from lines
 
     def row(self, part: Part) -> Row:
         """A component's cells."""
         component = part.match.component
-        return component.cls, component.name, types_of(part), f"{part.tensors:,}", human_bytes(part.bytes)
+        return (
+            component.cls,
+            component.name,
+            types_of(part),
+            f"{part.tensors:,}",
+            human_bytes(part.bytes),
+            ", ".join(_remarks(part)),
+        )
 
     def facts(self) -> Iterator[str]:
         """What else there is to say of the file, a labelled line each."""
@@ -88,6 +86,9 @@ class _Page:
             yield from self.fact("packed", _packed(packed))
         if r.prediction.signs:
             yield from self.fact("predicts", _predicts(r.prediction))
+        if r.container == "gguf":
+            held = (f"{t} {counted(n, 'tensor')} ({self.size(size)})" for t, (n, size) in r.types.items())
+            yield from self.fact("types", ", ".join(held))
         if r.published:
             yield from self.fact("published", f"as {r.published.name}")
         rest = "tensors" if r.kind is not None and r.kind.called else "unknown"
@@ -100,11 +101,11 @@ class _Page:
         if r.optional.names:
             by_size = sorted(r.optional.names, key=lambda n: r.tensors[n].nbytes)
             yield from self.fact("extra", examples(by_size, 4))
-        if r.parts and r.precision_waste * 1000 > (0 if self.full else r.pruned):
+        if r.parts and not r.blocks and r.precision_waste * 1000 > (0 if self.full else r.pruned):
             wasted = self.size(r.precision_waste)
             yield from self.fact("precision", f"{wasted} wasted: 16 bits a number would do")
         saved = r.ema.bytes + r.junk.bytes + r.astray.bytes + r.precision_waste
-        if r.identity.intact and saved * 100 > r.pruned:
+        if r.identity.intact and not r.blocks and saved * 100 > r.pruned:
             yield from self.fact("pruned", f"{human_bytes(r.size)} → {self.size(r.pruned)}")
         if r.metadata and not self.full:
             keys = counted(len(r.metadata), "key")
@@ -128,12 +129,10 @@ class _Page:
         """A fault: its fact after a mark, evidence and hint below."""
         s = self.style
         mark = s.bad("✗") if not self.report.sound and problem is self.report.faults[0] else s.caution("!")
-        for index, line in enumerate(self.wrap(shown(problem.fact), 4)):
-            yield f"  {mark} {line}" if index == 0 else f"    {line}"
-        for text in problem.evidence:
-            yield from (f"    {line}" for line in self.wrap(shown(text), 4))
+        yield f"  {mark} {shown(problem.fact)}"
+        yield from (f"    {shown(text)}" for text in problem.evidence)
         if problem.hint:
-            yield from (s.dim(f"    {line}") for line in self.wrap(f"hint: {shown(problem.hint)}", 4))
+            yield s.dim(f"    hint: {shown(problem.hint)}")
 
     def appendix(self) -> Iterator[Iterable[str]]:
         """What the short form leaves out, a titled block each."""
@@ -176,33 +175,21 @@ class _Page:
         """Tensors by name, with type and shape."""
         for name in share.names:
             tensor = self.report.tensors[name]
-            yield f"{name}  {tensor.dtype.code} {list(tensor.shape)}"
+            yield f"{name}  {tensor.stored[0]} {list(tensor.shape)}"
 
     def block(self, title: str, texts: Iterable[str]) -> list[str]:
         """A title and what stands below it, indented; nothing when there is nothing."""
-        found = [
-            f"{'    ' if index else '  '}{line}"
-            for text in texts
-            for index, line in enumerate(self.wrap(shown(text), 4))
-        ]
+        found = [f"  {shown(text)}" for text in texts]
         return [self.style.strong(title), *found] if found else []
 
     def fact(self, label: str, text: str) -> Iterator[str]:
         """A labelled line, the rest of it below itself."""
-        for index, line in enumerate(self.wrap(shown(text), LABEL + 2)):
-            yield f"  {self.style.dim((label if index == 0 else '').ljust(LABEL))}{line}"
+        yield f"  {self.style.dim(label.ljust(LABEL))}{shown(text)}"
 
     def size(self, count: int) -> str:
         """A size, in the long form to the byte."""
         exact = f" ({count:,} bytes)" if self.full and count >= 1000 else ""
         return human_bytes(count) + exact
-
-    def wrap(self, text: str, indent: int) -> list[str]:
-        """The lines that `text` takes behind an indent."""
-        if self.width is None:
-            return [text]
-        room = max(20, self.width - indent)
-        return textwrap.wrap(text, room, break_on_hyphens=False) or [""]
 
 
 def _predicts(told: Prediction) -> str:
@@ -220,7 +207,7 @@ def _packed(packed: Quantized) -> str:
 
 def types_of(part: Part) -> str:
     """The number types of a component, without the integers of its tables."""
-    floating = [TYPES.get(code, code.lower()) for code in part.dtypes if code[0] in "FB"]
+    floating = [TYPES.get(code, code.lower()) for code in part.dtypes if code[0] in "FBQ"]
     return "+".join(floating or [c.lower() for c in part.dtypes])
 
 

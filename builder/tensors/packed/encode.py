@@ -17,11 +17,6 @@ from builder.tensors.packed.schemes import DESCRIPTION, OPAQUE
 if TYPE_CHECKING:
     import torch
 
-QUANTIZE = {
-    "fp8": "FP8 (E4M3) with an FP32 scale for each weight, ComfyUI's `float8_e4m3fn`",
-    "int8": "integers of 8 bits with an FP32 scale for each row, ComfyUI's `int8_tensorwise`",
-}
-
 LEAST = 1 << 10  # numbers of a weight: what has no more is not packed, nor
 STEP = 16  # what kernels cannot multiply: sides that are no multiples of this
 _PLAIN = re.compile(r"norm|embed")  # in the name of a layer: none that multiplies activations
@@ -45,7 +40,7 @@ class _Form(NamedTuple):
     by_row: bool
 
 
-_FORMS = {
+FORMS = {
     "fp8": _Form(DType.F8_E4M3, "float8_e4m3fn", 448.0, False),
     "int8": _Form(DType.I8, "int8_tensorwise", 127.0, True),
 }
@@ -60,7 +55,7 @@ def encoded(
     of. Scales are found in a pass of their own over each weight. What is no number raises UnfitError when it
     is read: no scheme has it.
     """
-    form = _FORMS[scheme]
+    form = FORMS[scheme]
     text = json.dumps({"format": form.called}).encode()
     made: dict[str, LazyTensor] = {}
     for name, tensor in tensors.items():

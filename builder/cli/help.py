@@ -1,0 +1,26 @@
+"""`ckpt help`: how a command is used."""
+
+from __future__ import annotations
+
+import click
+
+from builder.cli.options import json_option
+from builder.cli.terminal import out
+
+
+@click.command("help")
+@click.argument("words", nargs=-1, metavar="[COMMAND…]")
+@json_option
+@click.pass_context
+def command(context: click.Context, words: tuple[str, ...]) -> None:
+    """Say how COMMAND is used, as `ckpt COMMAND --help` does; without one, what there is."""
+    from builder.cli import no_command
+
+    found, at = context.find_root().command, context.find_root()
+    for word in words:
+        inner = found.get_command(at, word) if isinstance(found, click.Group) else None
+        if inner is None:
+            raise no_command(" ".join(words))
+        found, at = inner, click.Context(inner, parent=at, info_name=word)
+    text = found.get_help(at)
+    out().raw({"text": text}, text)
