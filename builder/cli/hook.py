@@ -12,7 +12,7 @@ import tomli
 
 from builder.base.errors import CkptError, ExitCode, LockError, Place, Problem, UsageError
 from builder.base.files import open_regular, read_bounded
-from builder.cli.options import FILE, open_workspace
+from builder.cli.options import FILE, json_option, open_workspace
 from builder.cli.terminal import out
 from builder.formats.sniff import HEAD, is_safetensors
 from builder.formats.torch.containers import looks_like_torch
@@ -31,6 +31,7 @@ _TAIL = 4 << 20  # bytes that hold the directory of an archive
 @click.command("hook")
 @click.argument("name", type=click.Choice(["lock-check", "schema", "no-new-pickles"]), metavar="HOOK")
 @click.argument("files", nargs=-1, type=FILE, metavar="FILE…")
+@json_option
 def command(name: str, files: tuple[Path, ...]) -> int:
     """Check FILE… before they are committed, as pre-commit does with the hooks of .pre-commit-hooks.yaml.
 
@@ -43,6 +44,7 @@ def command(name: str, files: tuple[Path, ...]) -> int:
         for error in _HOOKS[name](files, workspace):
             out().fail(*error.problems)
             code = code or error.exit_code
+    out().result({"hook": name, "files": [str(path) for path in files]}, "")
     return code
 
 
