@@ -229,11 +229,12 @@ class Workspace:
     ) -> Result:
         """Make the files of a recipe; what is made already is reused, what is unchanged is left alone.
 
-        `output` says where its only output goes, and by its name in which form: a string that ends in `/` is
-        a folder in diffusers' layout. Of a recipe that is a file the lock beside it is read and written, but
-        for `lock=False`; `locked` fails rather than change it. With `partial`, parts of files that are
-        elsewhere are fetched on the lock's word; with `check`, everything is made a second time without the
-        store, and compared. The bytes are the same with any number of `threads`.
+        `output` says where its only output goes, and by its name in which form: a name without suffix is a
+        folder in diffusers' layout, a string that ends in `/` one to have the file in. Of a recipe that is a
+        file the lock beside it is read and written, but for `lock=False`; `locked` fails rather than change
+        it. With `partial`, parts of files that are elsewhere are fetched on the lock's word; with `check`,
+        everything is made a second time without the store, and compared. The bytes are the same with any
+        number of `threads`.
 
         Raises RecipeError, LockError, FetchError, SourceError, OutputError (also for an expectation that is
         missed), UnreproducibleError, Cancelled; then every output is as it was, but those that were finished

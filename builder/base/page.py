@@ -126,4 +126,6 @@ def _hang(words: list[str], width: int) -> tuple[int, int | None]:
         head = _HEAD.match(_CODE.sub("", "".join(words)))
         return min(len(head[0]) if head is not None else lead, width // 4), None
     column = cells("".join(words[:last])) + len(words[last]) - len(words[last].lstrip(" "))
-    return (column, None) if width - column >= _LEAST else (min(lead + 2, width // 4), last)
+    longest = max(cells(word.lstrip(" ")) for word in words[last:])
+    fits = width - column >= max(_LEAST, longest)
+    return (column, None) if fits else (min(lead + 2, width // 4), last)

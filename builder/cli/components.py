@@ -10,12 +10,14 @@ from typing import Any
 import click
 
 from builder.base.errors import CatalogError, Problem, UsageError, nearest, printable
-from builder.base.page import cells, pad
+from builder.base.page import cells, columns, pad
+from builder.base.words import spelling
 from builder.cli.options import FILE, json_option
 from builder.cli.terminal import make_reporter, out
 from builder.formats import open_checkpoint
 from builder.models.catalog import Architecture, Catalog, Component, TensorRule, load_catalog
 from builder.models.catalog.learn import compress, fold, string
+from builder.models.parts import meant
 from builder.tensors.lazy import LazyTensor
 
 
@@ -43,16 +45,13 @@ def list_components() -> None:
 
 
 @command.command()
-@click.argument("name", metavar="NAME")
+@click.argument("name", metavar="NAME", shell_complete=lambda _, __, begun: _names(begun))
 @click.option("--full", is_flag=True, help="Every tensor on a line of its own.")
 @json_option
 def show(name: str, full: bool) -> None:
     """The meaning of one component: its class, its prefix and its tensors."""
     catalog = load_catalog()
-    if name in catalog.classes and name not in catalog.components:
-        members = ", ".join(f"`{c.name}`" for c in catalog.classes[name])
-        raise UsageError(Problem(f"`{name}` is a class, not a component", hint=f"its components: {members}"))
-    component = catalog.component(name)
+    component = _component(name, catalog)
     rules = {n: rule._asdict() for n, rule in component.tensors.items()}
     data = {**_described(component, catalog), "tensors": rules}
     out().result(data, "\n".join(_meaning(component, catalog, full)))
@@ -99,6 +98,23 @@ def learn(
     if path is not None:
         _write(path, text, name, catalog)
     _tell(name, text, path, path and path.parent)
+
+
+def _names(begun: str) -> list[str]:
+    """The components whose names begin so."""
+    return [name for name in load_catalog().components if spelling(name).startswith(spelling(begun))]
+
+
+def _component(word: str, catalog: Catalog) -> Component:
+    """The component of a name, whatever its case; raises UsageError, of a wider word with what it means."""
+    names = {spelling(name): name for name in catalog.components}
+    architecture = catalog.spellings.get(spelling(word))
+    classes = architecture.slots if architecture is not None else meant(word, catalog.classes)
+    if (name := names.get(spelling(word))) is None and classes:
+        what = "an architecture" if architecture is not None else "a class" if len(classes) == 1 else "a kind"
+        members = ", ".join(f"`{c.name}`" for cls in classes for c in catalog.classes[cls])
+        raise UsageError(Problem(f"`{word}` is {what}, not a component", hint=f"its components: {members}"))
+    return catalog.component(name or word)
 
 
 def _tell(name: str, text: str, path: Path | None, folder: Path | None) -> None:
@@ -150,21 +166,18 @@ def _listing(catalog: Catalog) -> Iterator[str]:
         placed |= {c.name for _, c in rows}
         also = f" (also {', '.join(architecture.aliases)})" if architecture.aliases else ""
         sections.append((architecture.name + also, rows))
-    rest = [(c.cls, c) for c in catalog.components.values() if c.name not in placed]
+    rest = sorted((c.cls, c.name) for c in catalog.components.values() if c.name not in placed)
     if rest:
-        sections.append(("in no architecture", rest))
-    widths = [max(map(cells, names)) for names in (catalog.classes, catalog.components)]
+        sections.append(("in no architecture", [(cls, catalog.components[name]) for cls, name in rest]))
     for number, (title, rows) in enumerate(sections):
         yield from [""] * (number > 0)
         yield title
-        before = None
-        for cls, c in rows:
-            label = "" if cls == before else cls
-            before = cls
+        lines = []
+        for n, (cls, c) in enumerate(rows):
+            label = "" if n and rows[n - 1][0] == cls else cls
             size = f"{c.parameters:,}" if c.parameters is not None else "any rank"
-            prefix = printable(c.prefix) or "–"
-            names = f"{pad(label, widths[0])}  {pad(c.name, widths[1])}"
-            yield f"  {names}  {c.keys:>5,}  {size:>14}  {prefix}"
+            lines.append((label, c.name, f"{c.keys:,}", size, printable(c.prefix)))
+        yield from columns(lines, {2, 3}, indent=2)
     yield ""
     yield "Columns: class, component, tensors, elements, prefix in a full checkpoint."
 

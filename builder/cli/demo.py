@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -14,7 +15,22 @@ from builder.base.errors import ExitCode
 from builder.base.page import Style, columns
 from builder.cli.options import json_option
 from builder.cli.terminal import Output, out
-from builder.toolkit.demo import use_other_vae, write_sources
+from builder.toolkit.demo import swap_vaes, write_sources
+
+OTHER = "Another VAE in the place of the good one: it alone is taken anew."
+BACK = "The good VAE back again: the same bytes as at first."
+SWAPS = (OTHER, BACK)  # before which the two VAEs change places
+STEPS = (
+    ("What is in the checkpoint? Nothing in it is run to find out.", ("inspect", "dirty.ckpt")),
+    ("What would the recipe do?", ("plan", "demo.toml")),
+    ("Build it.", ("build", "demo.toml")),
+    ("What came out:", ("inspect", "demo.safetensors")),
+    ("Build it again: nothing has changed, so nothing is done.", ("build", "demo.toml", "--explain")),
+    (OTHER, ("build", "demo.toml", "--explain")),
+    (BACK, ("build", "demo.toml")),
+    ("Build everything a second time without the store, and compare:", ("build", "demo.toml", "--check")),
+    ("Is the file what the lock says?", ("verify", "demo.toml")),
+)
 
 
 @click.command("demo")
@@ -47,40 +63,26 @@ def _show() -> int:
     rows = [(name, f"{Path(name).stat().st_size:,} bytes", what) for name, what in sources.items()]
     out().say("\n".join(columns(rows, {1}, indent=2)))
     out().data |= {"folder": str(Path().absolute()), "sources": sources, "steps": []}
-    steps: list[tuple[str, list[str]]] = [
-        ("What is in the checkpoint? Nothing in it is run to find out.", ["inspect", "dirty.ckpt"]),
-        ("What would the recipe do?", ["plan", "demo.toml"]),
-        ("Build it.", ["build", "demo.toml"]),
-        ("What came out:", ["inspect", "demo.safetensors"]),
-        ("Build it again: nothing has changed, so nothing is done.", ["build", "demo.toml", "--explain"]),
-    ]
-    for words, command in steps:
-        if (code := _run(words, command)) != ExitCode.DONE:
-            return code
-    use_other_vae(Path())
-    again = "Put another VAE in its place: only the VAE is taken anew, and the file put together again."
-    for words, command in (
-        (again, ["build", "demo.toml", "--explain"]),
-        ("Build everything a second time without the store, and compare:", ["build", "demo.toml", "--check"]),
-        ("Is the file what the lock says?", ["verify", "demo.toml"]),
-    ):
+    for words, command in STEPS:
+        if words in SWAPS:
+            swap_vaes(Path())
         if (code := _run(words, command)) != ExitCode.DONE:
             return code
     return ExitCode.DONE
 
 
-def _run(words: str, arguments: list[str]) -> int:
+def _run(words: str, arguments: Sequence[str]) -> int:
     from builder.cli import execute
 
     _say(words)
     said, inner = out(), Output(out().as_json)
     said.say(Style(said.color()).strong(f"$ ckpt {' '.join(arguments)}"))
     sys.stdout.flush()
-    code = execute(arguments, inner)
+    code = execute(list(arguments), inner)
     sys.stdout.flush()
     sys.stderr.flush()
     if said.as_json:
-        said.data["steps"].append({"command": arguments, "answer": inner.object(code)})
+        said.data["steps"].append({"command": list(arguments), "answer": inner.object(code)})
         said.errors += inner.errors
     return code
 

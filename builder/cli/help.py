@@ -8,8 +8,17 @@ from builder.cli.options import json_option
 from builder.cli.terminal import out
 
 
+def _commands(context: click.Context, _: click.Parameter, begun: str) -> list[str]:
+    """The commands, or those of the one before, that begin so."""
+    found: click.Command | None = context.find_root().command
+    for word in context.params.get("words") or ():
+        found = found.get_command(context, word) if isinstance(found, click.Group) else None
+    names = found.list_commands(context) if isinstance(found, click.Group) else []
+    return [name for name in names if name.startswith(begun)]
+
+
 @click.command("help")
-@click.argument("words", nargs=-1, metavar="[COMMAND…]")
+@click.argument("words", nargs=-1, metavar="[COMMAND…]", shell_complete=_commands)
 @json_option
 @click.pass_context
 def command(context: click.Context, words: tuple[str, ...]) -> None:

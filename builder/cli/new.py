@@ -96,7 +96,9 @@ def _composed(
 ) -> str:
     """The recipe of a new model of these parts, as text."""
     files: dict[str, Path] = {}
-    picks = find_parts((parse_part(str(p)) for p in parts), new, files, sources, sources.catalog)
+    given = [parse_part(str(part)) for part in parts]
+    sources.check_there(path for _, path, _ in given)
+    picks = find_parts(given, new, files, sources, sources.catalog)
     check_filled(new, picks)
     name = name or recipe_name(Path(output.stem if output is not None else new.name.lower()))
     recipe = CommandRecipe(name, files, new=new.name, components=picks).pinned(sources)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from builder.base.disk import read_at
-from builder.base.errors import Place, Problem, SourceError
+from builder.base.errors import Place, Problem, SourceError, did_you_mean
 from builder.base.files import NotRegular, open_regular
 from builder.tensors.lazy import DType, LazyTensor
 
@@ -41,6 +41,14 @@ def checking(check: Callable[[Path], object] | None) -> Iterator[None]:
         _checking.reset(token)
 
 
+def _near(path: Path) -> str | None:
+    """The hint that names what a file may have been meant that is not there."""
+    try:
+        return did_you_mean(path.name, os.listdir(path.parent))  # noqa: PTH208 - names alone
+    except OSError:
+        return None
+
+
 class FileBlob:
     """A local file, read with positioned reads.
 
@@ -57,9 +65,9 @@ class FileBlob:
         except NotRegular as error:
             raise SourceError(Problem(f"`{self.name}` is {error.strerror}")) from None
         except OSError as error:
-            raise SourceError(
-                Problem(f"cannot open `{self.name}`", evidence=(str(error.strerror),))
-            ) from None
+            hint = _near(Path(path)) if isinstance(error, FileNotFoundError) else None
+            fact, why = f"cannot open `{self.name}`", str(error.strerror)
+            raise SourceError(Problem(fact, evidence=(why,), hint=hint)) from None
         self.size = self.stat.st_size
 
     def read_into(self, offset: int, out: memoryview) -> None:

@@ -99,5 +99,6 @@ def with_descriptions(checkpoint: Checkpoint) -> Checkpoint:
     made = described(checkpoint.tensors, checkpoint.metadata.get(IN_HEADER, ""))
     if made is not None:
         del checkpoint.metadata[IN_HEADER]
-        checkpoint.tensors |= {n: t for n, t in made.items() if n not in checkpoint}
+        checkpoint.metadata |= {IN_HEADER: made.rest} if made.rest is not None else {}
+        checkpoint.tensors |= {n: t for n, t in made.tensors.items() if n not in checkpoint}
     return checkpoint

@@ -111,7 +111,7 @@ def from_blob(blob: Blob, name: str) -> Checkpoint:
         name=name,
         container="gguf",
         size=blob.size,
-        tensors=_hugging_face(tensors, header.values),
+        tensors=_hugging_face(tensors, header),
         metadata=texts,
         others={**said, **header.arrays},
         blobs=(blob,),
@@ -124,18 +124,12 @@ def _tensor(info: _Info, blob: Blob, base: int) -> LazyTensor:
     return BlockTensor(info.type, info.shape, blob, base + info.start)
 
 
-def _hugging_face(tensors: Mapping[str, LazyTensor], values: Mapping[str, Value]) -> dict[str, LazyTensor]:
+def _hugging_face(tensors: Mapping[str, LazyTensor], header: _Header) -> dict[str, LazyTensor]:
     """Tensors under Hugging Face's names, and in its order, where llama.cpp has others."""
-    architecture = str(values.get(ARCHITECTURE, ""))
+    architecture = str(header.values.get(ARCHITECTURE, ""))
     made = {new: tensors[old] for old, new in hugging_face_names(architecture, tensors).items()}
-    if architecture != INTERLEAVED:
-        return made
-    queries = values.get(f"{architecture}.attention.head_count")
-    keys = values.get(f"{architecture}.attention.head_count_kv", queries)
-    for name, tensor in made.items():
-        heads = queries if QUERIES in name else keys if KEYS in name else None
-        if type(heads) is int and tensor.shape and heads and not tensor.shape[0] % (2 * heads):
-            made[name] = Reordered(tensor, halves_apart(tensor.shape[0], heads))
+    if architecture == INTERLEAVED:
+        made |= {n: header.in_order(n, made[n]) for n in made if QUERIES in n or KEYS in n}
     return made
 
 
@@ -171,6 +165,20 @@ class _Header:
 
     def _bad(self, fact: str, *evidence: str, hint: str | None = None) -> SourceError:
         return SourceError(Problem(fact, Place(self.blob.name), evidence, hint))
+
+    def in_order(self, name: str, tensor: LazyTensor) -> LazyTensor:
+        """Queries or keys of which each head's halves lie row by row, as Hugging Face has them."""
+        key = f"{INTERLEAVED}.attention.head_count"
+        if KEYS in name and f"{key}_kv" in self.values.keys() | self.arrays.keys():
+            key = f"{key}_kv"
+        heads = self.values.get(key)
+        rows = tensor.shape[0] if tensor.shape else 0
+        if type(heads) is not int or heads < 1 or rows % (2 * heads):
+            said = self.arrays.get(key, "missing" if heads is None else str(heads))
+            evidence = f"the tensor has {counted(rows, 'row')}, the key is {said:.40}"
+            hint = "take a file that llama.cpp converted: the order of the rows hangs on it"
+            raise self._bad(f"`{key}` does not tell the heads of `{name}`", evidence, hint=hint)
+        return Reordered(tensor, halves_apart(rows, heads))
 
     # -- bytes
 

@@ -12,6 +12,7 @@ from builder.base.errors import Problem, UsageError, clipped
 from builder.base.files import decoded
 from builder.models.prediction import ARCHITECTURE, IMPLEMENTATION, WORDS
 from builder.recipe.recipe import FromBase
+from builder.tensors.packed import IN_HEADER
 
 if TYPE_CHECKING:
     from builder.formats.checkpoint import Checkpoint
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from builder.recipe import Output, Recipe
 
 # Of a base's own metadata, what would be untrue of what is made from it.
-_UNTRUE = ("modelspec.hash_sha256", "modelspec.date", "modelspec.thumbnail", "sshs_", "ckpt.")
+_UNTRUE = ("modelspec.hash_sha256", "modelspec.date", "modelspec.thumbnail", "sshs_", "ckpt.", IN_HEADER)
 # Of a GGUF file, what says how it is to be read.
 _OF_GGUF = ("general.architecture", "general.type", "tokenizer.", "quantize.")
 

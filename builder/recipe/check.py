@@ -230,7 +230,7 @@ def _unused(recipe: Recipe, words: Vocabulary) -> Iterator[Problem]:
         return  # where most names would be used
     known = {**_table(recipe, "sources"), **_table(recipe, "steps")}
     # What could not be read is not held against what it names.
-    named = {name for name, _ in _references(recipe)} | set(_unread_names(recipe))
+    named = {name for name, _ in _references(recipe)} | set(_unread_names(recipe, words))
     used = {name if name in known else nearest(name, known) for name in named}
     for table, what in (("sources", "source"), ("steps", "step")):
         for name in _table(recipe, table):
@@ -239,15 +239,17 @@ def _unused(recipe: Recipe, words: Vocabulary) -> Iterator[Problem]:
                 yield Problem(f"the {what} `{name}` is not used", recipe.place(table, name), hint=hint)
 
 
-def _unread_names(recipe: Recipe) -> Iterator[str]:
+def _unread_names(recipe: Recipe, words: Vocabulary) -> Iterator[str]:
     for keys in ((), *(o.at for o in recipe.outputs)):
         for cls, pick in _table(recipe, *keys, "components").items():
             name = _table(recipe, *keys, "components", cls).get("from", pick)
             if isinstance(name, str):
                 yield name
     for name in _table(recipe, "steps"):
-        if name not in recipe.steps:
-            yield from (v for v in _table(recipe, "steps", name).values() if isinstance(v, str))
+        said, step = _table(recipe, "steps", name), recipe.steps.get(name)
+        for value in said.values() if step is None else [said.get(words.operations[step.op].many or "")]:
+            named = value if isinstance(value, dict | list) else [value]
+            yield from (word for word in named if isinstance(word, str))
 
 
 def _fixes(recipe: Recipe, words: Vocabulary) -> Iterator[Problem]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -163,6 +163,17 @@ class Sources:
             if job not in self._found:
                 self._found[job] = this_file(path, self.store)
         return job
+
+    def check_there(self, paths: Iterable[Path]) -> None:
+        """Raise SourceError for the files that cannot be there, all of them at once, before any is read."""
+        problems: list[Problem] = []
+        for path in dict.fromkeys(paths):
+            try:
+                self.file(path)
+            except SourceError as error:
+                problems += error.problems
+        if problems:
+            raise SourceError(*problems)
 
     def wanted(self, job: SourceJob) -> SourceJob:
         """A source with the digest and the size that it must have, by the recipe or by the lock.

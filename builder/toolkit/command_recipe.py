@@ -13,7 +13,7 @@ import tomli
 import tomli_w
 
 from builder.base.disk import check_place, may_replace, write_bytes
-from builder.base.errors import CkptError, OutputError, Place, Problem, UsageError
+from builder.base.errors import CkptError, OutputError, Place, Problem, RecipeError, UsageError
 from builder.base.files import read_bounded
 from builder.base.toml import Document, escaped
 from builder.build import Build, Built, build_recipe
@@ -24,7 +24,7 @@ from builder.operations.fixes import FIXES
 from builder.plan import Plan
 from builder.recipe import FromBase, NewBase, Output, Pick, Recipe, Source, Step, parse_recipe
 from builder.recipe.language import OUTPUT_FILE, PATH, PUBLISHED
-from builder.recipe.names import SINGLE, SUFFIXES, form_of, numbered, portable
+from builder.recipe.names import SINGLE, SUFFIXES, Target, form_of, numbered, portable
 from builder.recipe.read import MAX_SIZE
 from builder.sources.opened import Sources
 from builder.store import Store
@@ -54,7 +54,7 @@ class CommandRecipe:
     sha256: Mapping[str, str] = field(default_factory=dict)
 
     def recipe(self, catalog: Catalog) -> Recipe:
-        """The recipe; raises UsageError for an unknown architecture, RecipeError for a wrong step."""
+        """The recipe; raises UsageError for an unknown architecture or a wrong step."""
         base = FromBase(self.base) if self.base else NewBase(catalog.architecture(self.new).name)
         fixes = tuple(n for n in FIXES if n in self.fixes)
         said: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in self.output.items()}
@@ -76,7 +76,11 @@ class CommandRecipe:
         if not self.steps:
             return {}
         plain = {name: Path(f"sources/{name}.safetensors") for name in self.sources}
-        return parse_recipe(replace(self, sources=plain, output={}).text(Path()), ORIGIN, catalog).steps
+        text = replace(self, sources=plain, output={}).text(Path())
+        try:
+            return parse_recipe(text, ORIGIN, catalog).steps
+        except RecipeError as error:  # in lines that nobody has written or seen
+            raise UsageError(*(replace(p, place=None) for p in error.problems)) from None
 
     def text(self, folder: Path | None = None) -> str:
         """The recipe as TOML; files are named relative to `folder`, else by their whole path."""
@@ -271,7 +275,7 @@ def place_of(recipe: Recipe, output: str | None) -> Callable[[Output], str] | No
         fact = "one output is named, and the recipe has several"
         raise UsageError(Problem(fact, evidence=files, hint="name the files in the recipe"))
     path, (only,) = Path(output), recipe.outputs
-    if only.form in SINGLE and path.is_dir() and not (path / MODEL_INDEX).exists():
+    if only.form in SINGLE and Target.named(output).folder and not (path / MODEL_INDEX).exists():
         output = str(path := path / Path(only.file).name)  # no model's folder, but one to have the file in
     if form_of(output) in SINGLE:
         output_path(path)

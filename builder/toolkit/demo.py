@@ -55,15 +55,17 @@ def write_sources(folder: Path) -> dict[str, str]:
     return said
 
 
-def use_other_vae(folder: Path) -> None:
-    """Put the other VAE in the place of the good one."""
-    write_bytes(folder / GOOD, (folder / OTHER).read_bytes(), durable=False)
+def swap_vaes(folder: Path) -> None:
+    """Put each VAE in the place of the other."""
+    good, other = ((folder / name).read_bytes() for name in (GOOD, OTHER))
+    write_bytes(folder / GOOD, other, durable=False)
+    write_bytes(folder / OTHER, good, durable=False)
 
 
 def _check_names(folder: Path, made: Mapping[str, bytes]) -> None:
     """Raise OutputError unless what has a name of the demo's was left by one; products go with the recipe."""
     allowed = {name: {data} for name, data in made.items()}
-    allowed[GOOD].add(made[OTHER])  # a demo that ran to its end left it so
+    allowed[GOOD] = allowed[OTHER] = {made[GOOD], made[OTHER]}  # a demo that was stopped left them so
     ours = _holds(folder / NAMED, allowed[NAMED])
     for name in (*allowed, *PRODUCTS):
         path = folder / name

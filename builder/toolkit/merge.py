@@ -33,6 +33,7 @@ def merging(
 
     Raises UsageError, and SourceError for a file that cannot be read.
     """
+    sources.check_there(path for path, _ in files)
     for path, _ in files:
         sources.open(sources.file(path))
     named: dict[str, Path] = {}

@@ -38,8 +38,10 @@ def architecture_of(file: Path, identity: Identity, catalog: Catalog) -> Archite
 def new_architecture(said: str, catalog: Catalog) -> Architecture | None:
     """What `NEW ARCHITECTURE` names; None for what is a file. Raises UsageError for an unknown one."""
     word, _, name = said.partition(" ")
-    if word != NEW or os.path.lexists(said):
+    if word.upper() != NEW or os.path.lexists(said):
         return None
+    if not name.strip():
+        raise UsageError(Problem(f"`{said}` names no architecture", hint=f'as in `"{NEW} SD-v1"`'))
     return catalog.architecture(name.strip())
 
 
@@ -125,8 +127,9 @@ def replacement(
     `output` is as for `output_keys`. Raises UsageError for a slot that there is not, is filled twice or
     stays empty, SourceError for a file that cannot be read.
     """
-    catalog, path = sources.catalog, Path(file)
+    catalog, path, parts = sources.catalog, Path(file), list(parts)
     new = new_architecture(str(file), catalog)
+    sources.check_there([*([] if new else [path]), *(part for _, part, _ in parts)])
     name = new.name.lower() if new else recipe_name(path)
     architecture = new or architecture_of(path, sources.open(sources.file(path)).identity, catalog)
     files = {} if new else {name: path}

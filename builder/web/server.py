@@ -164,7 +164,8 @@ class Handler(BaseHTTPRequestHandler):
         except ValueError:
             self.send_error(HTTPStatus.BAD_REQUEST)
             return
-        if (why := refused(self.command, dict(self.headers), self.server.port)) is not None:
+        headers = {name.title(): value for name, value in self.headers.items()}
+        if (why := refused(self.command, headers, self.server.port)) is not None:
             self.send_error(HTTPStatus.FORBIDDEN, why)
             return
         if not address.path.startswith(self.server.session.path):

@@ -386,6 +386,7 @@ def test_a_folder_that_is_not_there(whole: Folder) -> None:
     assert not (whole / "no").exists()
     assert whole("build", "m.toml", "-o", "no/where/m.safetensors").code == 0
     assert whole("build", "m.toml", "-o", "no").code == 0 and (whole / "no" / "m.safetensors").exists()
+    assert whole("build", "m.toml", "-o", "not/yet/").code == 0 and (whole / "not/yet/m.safetensors").exists()
     whole.write("file", "")
     said = whole("build", "m.toml", "-o", "file/m.safetensors")
     assert said.code == 7 and "cannot write" in said.err

@@ -49,6 +49,9 @@ def path(tmp_path: Path) -> str:
         ("ckpt build --no-l", {"--no-lock"}),
         ("ckpt merge --overflow c", {"clamp"}),
         ("ckpt components le", {"learn"}),
+        ("ckpt components show vae-m", {"VAE-mini-SD"}),
+        ("ckpt help me", {"merge"}),
+        ("ckpt help store g", {"gc"}),
     ],
 )
 def test_words_are_completed(shell: str, words: str, found: set[str], path: str) -> None:

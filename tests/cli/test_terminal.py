@@ -59,6 +59,8 @@ def test_what_does_not_fit_hangs_below_its_column() -> None:
         "make  VAE-v1  the reason is a long one",
         "              that does not fit",
     ]
+    # Nor where the last of its columns is too narrow for a word.
+    assert fold("name  1,234  " + "x" * 30, 40).split("\n") == ["name  1,234", "  " + "x" * 30]
     assert fold("error: " + "word " * 9, 30).split("\n")[1].startswith("       word")
     assert fold("   = " + "word " * 9, 30).split("\n")[1].startswith("     word")
     assert fold("x" * 100, 30) == "x" * 100 and fold("a  b", None) == "a  b"

@@ -186,6 +186,20 @@ def test_the_heads_of_llama_are_put_in_order(tmp_path: Path, kind: str) -> None:
             assert bytes(out) == wanted.tobytes()[60:260]
 
 
+@pytest.mark.parametrize("heads", [None, 0, 3, [4, 4], 2.0])
+@pytest.mark.parametrize("part", ["q", "k"])
+def test_heads_of_llama_that_nothing_tells_are_not_guessed(tmp_path: Path, part: str, heads: Any) -> None:
+    count = "llama.attention.head_count"
+    keys = {count: 4, f"{count}_kv": heads} if part == "k" else {count: heads}
+    said = {k: v for k, v in keys.items() if v is not None}
+    path = write(tmp_path / "a.gguf", {f"blk.0.attn_{part}.weight": np.ones((16, 32), "f4")}, "llama", said)
+    if len(said) == 1 and part == "k":  # as many keys as queries
+        open_checkpoint(path).close()
+        return
+    with pytest.raises(SourceError, match="does not tell the heads of"):
+        open_checkpoint(path).close()
+
+
 # Hostile files.
 
 ONE = [info("a")]

@@ -658,9 +658,20 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert ids == {"shape": [1, 77], "dtype": "I64", "optional": True}
 
 
+def test_show_takes_a_name_of_any_case(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["components", "show", "vae-V1-sd"]) == 0
+    assert capsys.readouterr().out.startswith("VAE-v1-SD")
+
+
 @pytest.mark.parametrize(
     ("name", "hint"),
-    [("UNET-v1-SDD", "did you mean `UNET-v1-SD`?"), ("VAE-v1", "its components: `VAE-v1-SD`")],
+    [
+        ("UNET-v1-SDD", "did you mean `UNET-v1-SD`?"),
+        ("VAE-v1", "its components: `VAE-v1-SD`"),
+        ("vae", "its components: `VAE-v1-SD`, `VAE-v3-SD`, "),
+        ("SDv1", "its components: `UNET-v1-SD`, `UNET-v1-Inpainting`, `VAE-v1-SD`, "),
+        ("xyz", "`ckpt components` lists what there is"),
+    ],
 )
 def test_show_of_what_is_not_there(name: str, hint: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["components", "show", name]) == 2

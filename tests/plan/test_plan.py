@@ -46,7 +46,8 @@ def test_text(folder: Folder) -> None:
 
 def test_json(folder: Folder) -> None:
     plan = folder.plan()
-    assert plan.keys() == {"schema", "recipe", "reads", "writes", "steps", "notes", "left_out"}
+    said = {"schema", "recipe", "reads", "writes", "steps", "left_out", "notes", "warnings", "errors", "code"}
+    assert plan.keys() == said
     assert plan["schema"] == 1 and plan["recipe"] == "tiny"
     steps = {s["label"]: s for s in plan["steps"]}
     order = [s["key"] for s in plan["steps"]]

@@ -115,8 +115,8 @@ def test_the_name_that_is_written_is_no_part_of_the_bytes(folder: Folder) -> Non
         ("a.safetensors=0.5 a.safetensors=0.5", 2, "is given twice"),
         ("a.safetensors b.safetensors --set a=c", 2, "`a` is `a` already"),
         ("a.safetensors b.safetensors --set alpha", 2, "not of the form KEY=VALUE"),
-        ("a.safetensors b.safetensors --alpha 0.5 --beta 1", 3, "unknown key `beta`"),
-        ("a.safetensors b.safetensors --alpha NONE_SUCH", 3, "NONE_SUCH"),
+        ("a.safetensors b.safetensors --alpha 0.5 --beta 1", 2, "unknown key `beta`"),
+        ("a.safetensors b.safetensors --alpha NONE_SUCH", 2, "NONE_SUCH"),
         ("a.safetensors d.safetensors --alpha 1", 6, "cannot open `d.safetensors`"),
         ("a.safetensors b.safetensors --op extract-lora --alpha 1", 2, "no merge is called `extract-lora`"),
     ],
@@ -141,3 +141,32 @@ def test_hints_are_in_the_words_of_the_command_line(folder: Folder, words: str, 
     said = folder(*words.split(), "-o", "x.safetensors")
     assert said.code == 6 and f"; {option} leaves them out" in said.err
     assert folder(*words.split(), "-o", "x.safetensors", "--json").code == 6
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("merge", "aa.safetensors", "a.safetensors", "x.ckpt"),
+        ("lora", "aa.safetensors", "x.ckpt=0.5"),
+        ("replace", "aa.safetensors", "VAE=x.ckpt"),
+        ("replace", "NEW SD-tiny", "UNET=aa.safetensors", "VAE=x.ckpt"),
+        ("new", "new sd-tiny", "UNET=aa.safetensors", "VAE=x.ckpt"),
+        ("new", "aa.safetensors", "x.ckpt"),
+    ],
+)
+def test_all_files_that_are_missing_are_told_at_once(folder: Folder, args: tuple[str, ...]) -> None:
+    said = folder(*args, "-o", "o.toml" if args[0] == "new" else "o.safetensors")
+    assert (said.code, said.err.split("\n\n")) == (
+        6,
+        [
+            "error: cannot open `aa.safetensors`\n   = No such file or directory\n"
+            "hint: did you mean `a.safetensors`?",
+            "error: cannot open `x.ckpt`\n   = No such file or directory\n",
+        ],
+    )
+
+
+def test_a_wrong_strength_is_told_without_a_recipe_that_nobody_wrote(folder: Folder) -> None:
+    said = folder("lora", "a.safetensors", "b.safetensors=abc", "-o", "o.safetensors")
+    hint = "write numbers with commas between, the base first"
+    assert (said.code, said.err) == (2, f"error: unknown preset `abc`\nhint: {hint}\n")

@@ -163,6 +163,8 @@ def test_another_site_cannot_even_ask(client: Client, site: str) -> None:
     path = client.server.session.path
     assert client.ask("GET", path, headers={"Sec-Fetch-Site": site}).status == 403
     assert client.ask("GET", path + "static/page.js", headers={"Sec-Fetch-Site": site}).status == 403
+    other = {"Sec-Fetch-Site": None, "sec-fetch-site": site}  # names of headers have no case
+    assert client.ask("GET", path, headers=other).status == 403
 
 
 def test_no_get_has_an_effect(client: Client, folder: Folder) -> None:

@@ -693,3 +693,21 @@ def _luminance(colour: str) -> float:
     parts = [int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4)]
     r, g, b = (p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts)
     return 0.2126 * r + 0.7152 * g + 0.0722 * b
+
+
+def test_a_folder_whose_name_begins_as_a_new_model_does(folder: Folder) -> None:
+    (folder / "NEW models").mkdir()
+    (folder / "dirty.ckpt").rename(folder / "NEW models" / "a.ckpt")
+    with served(folder, folder / "NEW models") as client:
+        slots = client.get("replace", base="NEW models/a.ckpt")
+    assert slots.status == 200 and "Slots of SD-tiny" in slots.read
+
+
+@pytest.mark.parametrize("view", ["replace", "merge"])
+def test_a_preview_is_of_a_file_in_the_folders(client: Client, folder: Folder, view: str) -> None:
+    fields = {
+        "replace": {"base": "work/dirty.ckpt", "slot.VAE-tiny": "|work/vae.safetensors"},
+        "merge": {"in.a": "work/dirty.ckpt", "in.b": "work/dirty.ckpt", "p.alpha": "0.5"},
+    }
+    page = client.get(view, **fields[view], folder="work", name="../store/x.safetensors", preview="1")
+    assert "../store/x.safetensors cannot be the name of a file" in page.read

@@ -272,9 +272,37 @@ def test_what_the_header_says_of_layers_goes_with_them(folder: Folder) -> None:
     assert folder("diff", "a.safetensors", "c.safetensors").code == 0
 
 
+def test_a_header_may_leave_the_prefix_out_and_speak_of_what_is_not_there(folder: Folder) -> None:
+    """Programs take a denoiser's prefix away before they read it, and leave what they find no layer for."""
+    held_ = {**model(), **{UNET + n: t for n, t in UNETS["scaled I8"].items()}}
+    keep = ("--precision", "keep")
+    for prefix, more in (("", ()), (UNET, ("gone",)), ("", ("gone", "out.2.gone"))):
+        described(folder / "a.safetensors", *more, "out.2", prefix=prefix, tensors=held_)
+        assert folder("extract", "a.safetensors", "unet", "-o", "u.safetensors", *keep).code == 0
+        held(content(folder / "u.safetensors"), {"out.2.comfy_quant": text(DESCRIPTION)})
+        assert folder("convert", "a.safetensors", "-o", "c.safetensors").code == 0
+        with open_checkpoint(folder / "c.safetensors") as made:
+            assert UNET + "out.2.comfy_quant" in made
+            left = json.loads(made.metadata.get("_quantization_metadata", '{"layers": {}}'))["layers"]
+            assert left == {prefix + name: DESCRIPTION for name in more}
+        # Of another model it would be untrue.
+        folder.write("m.toml", 'format = 1\nname = "m"\nbase = "a"\nsources.a.file = "a.safetensors"\n')
+        folder.build("m.toml")
+        with open_checkpoint(folder / "m.safetensors") as built:
+            assert UNET + "out.2.comfy_quant" in built
+            assert "_quantization_metadata" not in built.metadata
+
+
+def test_of_two_that_a_header_may_mean_neither_is_taken(folder: Folder) -> None:
+    two = {**model(), **{f"other.{n}": t for n, t in model().items() if n.startswith(UNET)}}
+    described(folder / "a.safetensors", "out.2", prefix="", tensors=two)
+    with open_checkpoint(folder / "a.safetensors") as checkpoint:
+        assert checkpoint.keys() == two.keys() and "_quantization_metadata" in checkpoint.metadata
+
+
 @pytest.mark.parametrize(
     "said",
-    ["", "no JSON", "[]", '{"layers": 1}', '{"layers": {"out.2": {}}}', '{"layers": {"x": 1}}', "[" * 99999],
+    ["", "no JSON", "[]", '{"layers": 1}', '{"layers": {"no": {}}}', '{"layers": {"x": 1}}', "[" * 99999],
 )
 def test_a_header_that_says_something_else_stays_as_it_is(folder: Folder, said: str) -> None:
     write(folder / "a.safetensors", model(), {"_quantization_metadata": said})

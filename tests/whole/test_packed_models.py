@@ -312,6 +312,10 @@ def test_what_the_header_says_goes_with_what_it_is_said_of(folder: Folder) -> No
             "its scale is [3], which is neither one number nor one a row of 16",
         ),
         ({"comfy_quant": text({"format": "float8_of_tomorrow"})}, "nothing is known of such"),
+        (
+            {"comfy_quant": text({"format": "float8_e4m3fn", "convrot": True})},
+            "its description says `convrot`",
+        ),
         ({"pre_quant_scale": number(1.0, 24)}, "it has a `pre_quant_scale`"),
     ],
 )
@@ -333,6 +337,37 @@ def test_damage_is_a_message(folder: Folder, change: dict[str, LazyTensor | None
         assert said.code == 6 and "weights cannot be decoded" in said.err and hint in said.err
         assert f"`{CONTEXT}.weight`: {why}" in said.err.replace(UNET, "")
     assert {p.name for p in folder.path.iterdir()} == {"p.safetensors", "b.safetensors", "m.toml"}
+
+
+@pytest.mark.parametrize("told", [{}, {"comfy_quant": text({"format": "float8_e4m3fn"})}])
+def test_of_two_scales_neither_is_taken(folder: Folder, told: Tensors) -> None:
+    held = {**old_fp8(16, 24), "weight_scale": number(0.5), **told}
+    save(folder / "p.safetensors", {**model(FAMILY), **{f"{UNET}{CONTEXT}.{n}": t for n, t in held.items()}})
+    said = folder("convert", "p.safetensors", "-o", "c.safetensors", "--precision", "fp16")
+    assert said.code == 6 and "it has both a `weight_scale` and a `scale_weight`" in said.err, said.err
+
+
+def test_nothing_says_of_a_decoded_model_that_it_is_packed(folder: Folder) -> None:
+    """Programs take a plain weight for packed where a description or a marker says so."""
+    plain_, old = model(FAMILY)[f"{UNET}{WIDE}.weight"], old_fp8(16, 24)
+    said = {
+        f"{WIDE}.comfy_quant": text({"format": "float8_e4m3fn"}),
+        f"{WIDE}.input_scale": number(2.0),
+        f"{ATTENTION}.scale_weight": number(1.0),
+        f"{CONTEXT}.comfy_quant": text({"format": "float8_e4m3fn"}),
+        "scaled_fp8": MemoryTensor(DType.F8_E4M3, (0,), b""),
+    }
+    for packed_ in (old, {}):
+        held = {**model(FAMILY), **{UNET + n: t for n, t in said.items()}}
+        held |= {f"{UNET}{CONTEXT}.{n}": t for n, t in packed_.items()}
+        save(folder / "p.safetensors", held)
+        args = ("extract", "p.safetensors", "unet", "-o", "c.safetensors", "--precision", "fp32")
+        made = folder(*args)
+        assert made.code == 0, made.err
+        found = content(folder / "c.safetensors")
+        assert found[f"{WIDE}.weight"] == ("F32", plain_.shape, bytes(plain_.tobytes()))
+        assert not [n for n in found if "scale" in n or "quant" in n or found[n][0] != "F32"]
+        assert "that would have plain weights taken for packed ones" in made.err
 
 
 # -- what nothing here decodes

@@ -546,7 +546,8 @@ class Catalog:
         """The component of this name. Raises UsageError."""
         if name in self.components:
             return self.components[name]
-        raise UsageError(Problem(f"no component `{name}`", hint=did_you_mean(name, self.components)))
+        hint = did_you_mean(name, self.components) or "`ckpt components` lists what there is"
+        raise UsageError(Problem(f"no component `{name}`", hint=hint))
 
     def architecture(self, name: str) -> Architecture:
         """The architecture of this name or alias, whatever the case and the dashes.

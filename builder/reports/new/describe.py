@@ -154,6 +154,7 @@ def describe(
     for folder in library:
         if not folder.is_dir():
             raise UsageError(Problem(f"`{folder}` is not a folder", hint="a library is a folder of models"))
+    sources.check_there(files)
     once = {os.path.realpath(path): path for path in reversed(files)}
     opened = [_open(path, sources) for path in reversed(once.values())]
     catalog = sources.catalog

@@ -85,20 +85,31 @@ def decoded(
     if not packed:
         return Numbers(dict(tensors))
     spent = {side for beside in packed.weights.values() for side in beside}
+    idle = 0
     made: dict[str, LazyTensor] = {}
     for name, tensor in tensors.items():
         try:
             if name in packed.weights:
                 made[name] = _decoder(packed, name, shapes.get(name))
-            elif name not in packed.companions or (name not in spent and not _is_idle(packed, name)):
+            elif name not in packed.companions:
                 made[name] = tensor
+            elif name not in spent:
+                if _is_idle(packed, name):
+                    idle += 1
+                else:
+                    made[name] = tensor
         except _OddError as odd:
             scheme = packed.scheme(name) if name in packed.weights else packed.companions[name].name
             fact = f"{scheme} weights cannot be decoded"
             raise SourceError(Problem(fact, place, (f"`{name}`: {odd}",), hint)) from None
-    if not packed.weights:
-        return Numbers(made)
-    return Numbers(made, (f"decoded: {counted(len(packed.weights), 'weight')} of {packed.named}",))
+    words = []
+    if packed.weights:
+        words.append(f"decoded: {counted(len(packed.weights), 'weight')} of {packed.named}")
+    if idle:
+        words.append(
+            f"left out: {counted(idle, 'tensor')} that would have plain weights taken for packed ones"
+        )
+    return Numbers(made, tuple(words))
 
 
 class _OddError(Exception):
@@ -154,7 +165,10 @@ def _decoder(packed: Packing, name: str, shape: Shape | None) -> LazyTensor:
         raise _OddError(f"it is {weight.dtype.code}")
     if odd := sorted(beside.keys() - sides - OF_INPUT):
         raise _OddError(f"it has a `{odd[0]}`, and nothing is known of such")
-    made = make(_Layer(weight, beside, said, shape))
+    layer = _Layer(weight, beside, said, shape)
+    if kind not in _TURNED and layer.told("convrot", False) is not False:
+        raise _OddError(f"its description says `convrot`, which is not known of {kind}")
+    made = make(layer)
     if shape is not None and made.shape != shape:
         raise _OddError(f"it is {list(made.shape)}, not {list(shape)}")
     return made
@@ -166,9 +180,11 @@ def _is_idle(packed: Packing, name: str) -> bool:
     tensor = packed.tensors[name]
     if packed.companions[name].name in _WHY_NOT:
         raise _OddError(_WHY_NOT[packed.companions[name].name])
-    if side not in _SCALES or f"{layer}.weight" not in packed.tensors:
+    if side == MARKER:
+        return True
+    if side not in _SCALES | OF_INPUT or f"{layer}.weight" not in packed.tensors:
         return False
-    if tensor.numel == 1 and tensor.dtype in _FLOATS and float(_floats(tensor)) == 1.0:
+    if side in OF_INPUT or (tensor.numel == 1 and tensor.dtype in _FLOATS and float(_floats(tensor)) == 1.0):
         return True
     raise _OddError("it lies beside a weight that is not packed")
 
@@ -201,6 +217,8 @@ def _matrix(shape: Shape) -> tuple[int, int]:
 
 def _scaled(layer: _Layer) -> LazyTensor:
     """Numbers times their scale."""
+    if {"scale_weight", "weight_scale"} <= layer.beside.keys():
+        raise _OddError("it has both a `weight_scale` and a `scale_weight`")
     name = "scale_weight" if "scale_weight" in layer.beside else "weight_scale"
     scale = layer.side(name, *_FLOATS)
     return _by_row(layer, scale, layer.weight.shape, _plain, 0)
@@ -477,8 +495,8 @@ def _nested(
 _KINDS: Mapping[str, tuple[tuple[DType, ...], set[str], _Decoder]] = {
     "scaled FP8": (_F8, {"scale_weight", "weight_scale"}, _scaled),
     "scaled F8": (_F8, {"weight_scale"}, _scaled),
-    "float8_e4m3fn": ((DType.F8_E4M3,), {"weight_scale"}, _scaled),
-    "float8_e5m2": ((DType.F8_E5M2,), {"weight_scale"}, _scaled),
+    "float8_e4m3fn": ((DType.F8_E4M3,), {"scale_weight", "weight_scale"}, _scaled),
+    "float8_e5m2": ((DType.F8_E5M2,), {"scale_weight", "weight_scale"}, _scaled),
     "mxfp8": ((DType.F8_E4M3, DType.F8_E5M2), {"weight_scale"}, _mxfp8),
     "nvfp4": ((DType.U8,), {"weight_scale", "weight_scale_2"}, _nvfp4),
     "int8_tensorwise": ((DType.I8,), {"weight_scale"}, _int8),
@@ -496,6 +514,7 @@ _KINDS: Mapping[str, tuple[tuple[DType, ...], set[str], _Decoder]] = {
         for kind in ("nf4", "fp4")
     },
 }
+_TURNED = {"int8_tensorwise", "convrot_w4a4"}  # may lie in a rotated basis
 HALVES = {"nvfp4", "convrot_w4a4", "bitsandbytes NF4", "bitsandbytes FP4"}  # two numbers a byte
 WIDER = "take a model with weights of 16 bits or more"  # a hint
 _UNKNOWN = "nothing is known of such"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -67,6 +67,7 @@ OF_INPUT = {MARKER, DESCRIPTION, "input_scale", "scale_input"}  # say nothing of
 # Every such name by its last part.
 _SIDES = {side.rpartition(".")[2]: side for s in SCHEMES for side in (*s.told_by, *s.beside)}
 _MAX_DESCRIPTION = 1 << 12  # bytes
+_TRIED = 8  # layers that a header speaks of, to find what stands before all
 
 Shape = tuple[int, ...]
 Alike = Callable[[Shape, Shape], bool]
@@ -261,17 +262,16 @@ def _marked(companions: Iterable[str], names: Iterable[str]) -> dict[str, tuple[
 
 
 def companions(names: Iterable[str]) -> dict[str, Scheme]:
-    """Of all names those of companions of packed weights, each with its scheme, in the order of the names."""
+    """Of all names those of companions of packed weights, each with its scheme, in the order of the names.
+
+    What else may be a companion is one too beside those that tell a scheme, whether or not it is known there.
+    """
     sides: dict[str, set[str]] = defaultdict(set)
     places = {name: at for name in names if (at := split(name))[1]}
     for layer, side in places.values():
         sides[layer].add(side)
     told = {at: next((s for s in SCHEMES if held & {*s.told_by}), None) for at, held in sides.items()}
-    return {
-        name: scheme
-        for name, (layer, side) in places.items()
-        if (scheme := told[layer]) is not None and side in (*scheme.told_by, *scheme.beside)
-    }
+    return {name: scheme for name, (layer, _) in places.items() if (scheme := told[layer]) is not None}
 
 
 def split(name: str) -> tuple[str, str]:
@@ -292,11 +292,19 @@ def description(tensor: LazyTensor) -> dict[str, Any] | None:
     return said if isinstance(said, dict) else None
 
 
-def described(tensors: Mapping[str, LazyTensor], text: str) -> dict[str, LazyTensor] | None:
-    """The descriptions of layers that a header holds as `IN_HEADER`, as the tensors that say the same.
+class Described(NamedTuple):
+    """Descriptions of layers as tensors beside them, and the text less those; None: nothing is left."""
+
+    tensors: dict[str, LazyTensor]
+    rest: str | None
+
+
+def described(tensors: Mapping[str, LazyTensor], text: str) -> Described | None:
+    """What a header holds as `IN_HEADER`, of the layers that there are, as the tensors that say the same.
 
     `text` is JSON of `{"layers": {LAYER: {"format": …, …}}}`; programs turn it into these tensors when they
-    load a file. None where it is anything else, or speaks of a layer that `tensors` do not have.
+    load a file, and may take a denoiser's prefix away before: names may be without one. None where it is
+    anything else, or speaks of no layer of `tensors`.
     """
     try:
         said = parse_json(text.encode())
@@ -305,10 +313,20 @@ def described(tensors: Mapping[str, LazyTensor], text: str) -> dict[str, LazyTen
     layers = said.get("layers") if isinstance(said, dict) else None
     if not isinstance(layers, dict) or not all(isinstance(v, dict) for v in layers.values()):
         return None
-    if any(f"{layer}.weight" not in tensors for layer in layers):
-        return None
+    prefix = _prefix(tensors, layers)
     made: dict[str, LazyTensor] = {}
-    for layer, description in layers.items():
-        data = json.dumps(description).encode()
-        made[f"{layer}.{DESCRIPTION}"] = MemoryTensor(DType.U8, (len(data),), data)
-    return made
+    for layer in [n for n in layers if f"{prefix}{n}.weight" in tensors]:
+        data = json.dumps(layers.pop(layer)).encode()
+        made[f"{prefix}{layer}.{DESCRIPTION}"] = MemoryTensor(DType.U8, (len(data),), data)
+    return Described(made, json.dumps(said) if layers else None) if made else None
+
+
+def _prefix(names: Collection[str], layers: Iterable[str]) -> str:
+    """What stands before the names of layers: nothing where some are there so, or where it may be several."""
+    wanted = tuple(f"{layer}.weight" for layer in layers)
+    if any(name in names for name in wanted):
+        return ""
+    for end in wanted[:_TRIED]:
+        if found := [name.removesuffix(end) for name in names if name.endswith(f".{end}")]:
+            return found[0] if len(found) == 1 else ""
+    return ""

@@ -313,7 +313,7 @@ def _number(said: str, name: str) -> float:
 
 def _preview(site: Site, query: Form, usual: str) -> Markup:
     try:
-        goal = site.path(_home(site, query)) / query.get("name", usual)
+        goal = site.folders.new(_home(site, query), query.get("name", usual), replace=True)
         command = _composed(site, query)
         plan = plan_of(site, command, goal)
         saved = save(site, query)

@@ -62,7 +62,7 @@ def show(site: Site, query: Form) -> Markup:
     slots: list[Content] = []
     for cls in architecture.slots:
         average = site.catalog.averages.get(cls)
-        options = {"": "nothing" if base.startswith(NEW) else "as it is"}
+        options = {"": "nothing" if _new(site, base) else "as it is"}
         for reference, line in found.items():
             for part in line.parts:
                 if part.cls == cls or (average is not None and part.cls == average.cls):
@@ -72,7 +72,7 @@ def show(site: Site, query: Form) -> Markup:
         chosen = select(f"slot.{cls}", options, query.get(f"slot.{cls}"))
         slots.append(field(cls, chosen))
     more = tag("p", f"{counted(len(left), 'file')} not looked at yet: load the page again.") if left else None
-    home_folder = "" if base.startswith(NEW) else base.rpartition("/")[0]
+    home_folder = "" if _new(site, base) else base.rpartition("/")[0]
     usual = _usual(site, base, query.get("folder", home_folder))
     parts = query.starting("slot.")
     seen = _preview(site, query, usual) if parts else None
@@ -104,7 +104,8 @@ def folder_of(site: Site) -> str:
 def _preview(site: Site, query: Form, usual: str) -> Markup:
     try:
         command = _composed(site, query)
-        goal = site.path(query.get("folder") or folder_of(site)) / query.get("name", usual)
+        folder = query.get("folder") or folder_of(site)
+        goal = site.folders.new(folder, query.get("name", usual), replace=True)
         plan = plan_of(site, command, goal)
     except CkptError as error:
         return join(map(problem, error.problems))
@@ -132,7 +133,7 @@ def _composed(site: Site, form: Form) -> CommandRecipe:
     parts = list(_parts(site, form))
     if not parts:
         raise UsageError(Problem("no slot is filled from another file", hint="choose a file for one"))
-    file = base if base.startswith(NEW) else site.path(base)
+    file = _file(site, base)
     with site.workspace() as workspace, workspace.sources() as sources:
         return replacement(file, parts, sources, fixes_of(form), **made_options(form))
 
@@ -145,22 +146,34 @@ def _parts(site: Site, form: Form) -> list[tuple[str, Path, str | None]]:
     return found
 
 
+def _new(site: Site, base: str) -> Architecture | None:
+    """The architecture to fill from nothing; None: a file is meant. Raises UsageError."""
+    if not base.startswith(NEW) or base.partition("/")[0] in site.folders.roots:
+        return None
+    return site.catalog.architecture(base.removeprefix(NEW))
+
+
+def _file(site: Site, base: str) -> str | Path:
+    """`NEW ARCHITECTURE`, or the path of a file in the folders; raises CkptError."""
+    new = _new(site, base)
+    return f"{NEW}{new.name}" if new is not None else site.path(base)
+
+
 def _architecture(site: Site, base: str) -> Architecture:
-    if base.startswith(NEW):
-        return site.catalog.architecture(base.removeprefix(NEW))
+    if (new := _new(site, base)) is not None:
+        return new
     path = site.path(base)
     with site.workspace() as workspace, workspace.sources() as sources:
         return architecture_of(path, sources.open(sources.file(path)).identity, site.catalog)
 
 
 def _usual(site: Site, base: str, inside: str) -> str:
-    name = "new-model" if base.startswith(NEW) else portable(f"{stem(site.path(base))}-new")
+    name = "new-model" if _new(site, base) else portable(f"{stem(site.path(base))}-new")
     return free_name(site.path(inside or folder_of(site)) / f"{name}.safetensors").name
 
 
 def _command(site: Site, form: Form, goal: Path, saved: Path | None = None) -> str:
-    base = form.get("base")
-    words: list[str | Path] = ["replace", base if base.startswith(NEW) else site.path(base)]
+    words: list[str | Path] = ["replace", _file(site, form.get("base"))]
     words += [f"{cls}={path}" + (f":{part}" if part else "") for cls, path, part in _parts(site, form)]
     words += [*option_words(form), "-o", goal]
     return command_line(*words, *(["--save-recipe", saved] if saved is not None else []))
