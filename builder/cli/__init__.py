@@ -31,6 +31,7 @@ TOPICS: dict[str, dict[str, str]] = {
         "new": "Write a recipe for files that exist, and find what they are made of.",
         "share": "Write what a page about a model needs: card, hashes, lineage.",
         "schema": "Print the JSON Schema of recipes, for editors.",
+        "hook": "Check what is about to be committed, as pre-commit does.",
     },
     "Files, to look at": {
         "inspect": "Say what is in a checkpoint, without running or loading it.",

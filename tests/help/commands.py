@@ -34,6 +34,7 @@ WAYS: dict[str, Way] = {
     "diff": Way("dirty.ckpt dirty.ckpt", "dirty.ckpt vae.safetensors", 1),
     "extract": Way("dirty.ckpt VAE -o out.vae.safetensors", "dirty.ckpt CLIP-v1", 2),
     "help": Way("store gc", "store gone", 2),
+    "hook": Way("schema tiny.toml", "schema wrong.toml", 3),
     "inspect": Way("vae.safetensors", "none.safetensors", 6),
     "lock": Way("tiny.toml", "absent.toml", 5),
     "lora": Way(
