@@ -256,3 +256,35 @@ def test_editions_of_one_recipe_read_their_source_once(folder: Folder) -> None:
     steps = {s["label"]: s for s in plan["steps"] if s["kind"] == "component"}
     assert plan["reads"] * 2 == sum(s["reads"] for s in steps.values())
     assert folder("build", "e.toml").code == 0
+
+
+def test_each_has_its_statement(folder: Folder) -> None:
+    recipes = merges(folder, 2)
+    said = folder("build", *recipes, "--statement", "--json")
+    assert said.code == 0, said.err
+    for n, recipe in enumerate(json.loads(said.out)["recipes"]):
+        (output,) = recipe["outputs"]
+        assert output["statement"] == f"m{n}.safetensors.intoto.json"
+        assert folder("verify", recipes[n], "--statement", output["statement"]).code == 0
+    said = folder("verify", *recipes, "--statement", "m0.safetensors.intoto.json")
+    assert said.code == 2 and "is for one recipe" in said.err
+    assert folder("verify", recipes[1], "--statement", "m0.safetensors.intoto.json").code == 7
+
+
+def test_a_statement_replaces_nothing_of_others(folder: Folder) -> None:
+    recipes = merges(folder, 2)
+    folder.write("m1.safetensors.intoto.json", "mine")
+    said = folder("build", *recipes, "--statement")
+    assert said.code == 7 and "is no statement" in said.err and not made(folder)
+    assert folder("build", *recipes, "--statement", "--keep-going").code == 7
+    assert set(made(folder)) == {"m0.safetensors", "m0.lock.toml"}
+    assert (folder / "m1.safetensors.intoto.json").read_text() == "mine"
+
+
+def test_a_file_to_verify_may_be_a_folder(folder: Folder) -> None:
+    (recipe,) = merges(folder, 1)
+    folder("build", recipe)
+    (folder / "empty").mkdir()
+    said = folder("verify", recipe, "empty")
+    assert said.code in (6, 7) and "there is no recipe" not in said.err
+    assert folder("verify", recipe, ".").code == 0, "a folder of recipes"

@@ -30,6 +30,7 @@ from builder.base.progress import Reporter
 from builder.build import Build, build_recipe, spread
 from builder.build.carry_out import build_all
 from builder.build.spread import Done, Farm, Task, means_of, tasks_of
+from builder.build.statements import Statements
 from builder.plan import Plan
 from builder.plan.graph import ComponentJob
 from builder.workspace import Settings, Workspace, find_lock
@@ -188,6 +189,17 @@ def test_several_recipes_share_what_they_have_in_common(work: Folder, truth: dic
     assert len(made) == len(set(made))
 
 
+def test_statements_of_what_others_made(work: Folder, truth: dict[str, bytes]) -> None:
+    text = RECIPE + '[[output]]\nname = "set"\nfile = "set.safetensors.index.json"\nshard_size = "10KB"\n'
+    work.write("family.toml", text)
+    with processes(work) as pool:
+        made = build_on(pool, work, statements=Statements())
+    assert made_in(work) == truth
+    for output in made.outputs:
+        assert output.statement is not None
+        assert work("verify", "family.toml", "--statement", output.statement).code == 0
+
+
 def test_what_fails_there_is_said_here(work: Folder, truth: dict[str, bytes]) -> None:
     text = RECIPE.replace('name = "two"', f'name = "two"\nexpect.sha256 = "{"0" * 64}"')
     work.write("family.toml", text)
@@ -283,10 +295,14 @@ def test_a_source_that_is_another_there(work: Folder) -> None:
 # -- dask
 
 
-@contextmanager
-def cluster(work: Folder, count: int = 2) -> Iterator[Any]:
+def needs_dask() -> None:
     if find_spec("distributed") is None:
         pytest.skip("distributed is not installed: `pip install -e '.[dev]'`")
+
+
+@contextmanager
+def cluster(work: Folder, count: int = 2) -> Iterator[Any]:
+    needs_dask()
     from distributed import LocalCluster
 
     with _environment({**work.variables, "PYTHONWARNINGS": "ignore"}):
@@ -323,6 +339,7 @@ def test_a_dask_cluster(work: Folder, truth: dict[str, bytes]) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_a_dask_worker_that_is_killed(work: Folder, truth: dict[str, bytes]) -> None:
     """In the middle of its work: another one does it again, and the bytes are the same."""
+    needs_dask()
     from distributed import Client
 
     with cluster(work) as running, Client(running, set_as_default=False) as client:
@@ -362,6 +379,11 @@ def test_what_is_no_address_of_workers(address: str, work: Folder) -> None:
 
 
 # -- one node
+
+
+def test_one_node_has_no_statement(work: Folder) -> None:
+    said = work("build", "family.toml", "--only", "0", "--statement")
+    assert said.code == 2 and "`--only` and `--statement` exclude each other" in said.err
 
 
 def test_one_node_at_a_time(work: Folder, truth: dict[str, bytes]) -> None:
