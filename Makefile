@@ -8,7 +8,7 @@ RUNS := $(VENV)/.runs
 CPU := $(if $(filter Linux,$(shell uname -s)),--extra-index-url https://download.pytorch.org/whl/cpu --retries 1)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint types check test-slow test-oldest bench clean
+.PHONY: demo test lint types check test-slow test-oldest matrix bench clean
 demo: $(RUNS)
 	@$(BIN)/ckpt demo
 
@@ -24,6 +24,10 @@ test-oldest:
 	.venv-oldest/bin/python -m pip install -q -c constraints-oldest.txt $(CPU) torch
 	.venv-oldest/bin/python -m pip install -q -c constraints-oldest.txt -e . pytest pytest-timeout hypothesis
 	.venv-oldest/bin/python -m pytest tests/cli tests/build/test_build.py tests/formats/test_safetensors.py
+
+# The same bytes over Pythons, versions, processors and settings: docs/ci.md. ARGS=--help says what there is.
+matrix: $(STAMP)
+	TORCH_OPTIONS='$(CPU)' $(BIN)/python -m tests.matrix $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -47,4 +51,4 @@ $(STAMP): $(RUNS)
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-oldest .venv-matrix build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -16,11 +16,13 @@ from builder.base.progress import SILENT, Reporter
 from builder.base.recipe_address import parse_recipe_address
 from builder.models.catalog import Catalog, load_catalog
 from builder.plan import Plan, make_plan
+from builder.plan.graph import CHECKPOINT
 from builder.recipe import Recipe, load_recipe
 from builder.recipe.lock import Lock, read_lock
 from builder.sources.have import telling_all
 from builder.sources.opened import Sources
-from builder.store import Store, default_root
+from builder.store import Made, Store, default_root
+from builder.store.shared import Shared
 
 if TYPE_CHECKING:
     from builder.sources.net.client import Session
@@ -34,9 +36,10 @@ class Settings:
     """What a user has set for all work.
 
     `models` are folders that are searched for sources, `components` folders of catalogs beside the shipped
-    one. `keep_all` has the store keep the bytes of every component. Without `trust_times`, no digest of a
-    file is believed that was only remembered by its times. `environment` holds what the network reads
-    (tokens, caches, endpoints) and `SOURCE_DATE_EPOCH`.
+    one. `keep_all` has the store keep the bytes of every component. `shared` is the address of a store that
+    machines share, empty for none; only with `share` is anything put there. Without `trust_times`, no
+    digest of a file is believed that was only remembered by its times. `environment` holds what the network
+    reads (tokens, caches, endpoints) and `SOURCE_DATE_EPOCH`.
     """
 
     store: Path
@@ -44,6 +47,8 @@ class Settings:
     components: tuple[Path, ...] = ()
     keep_all: bool = False
     trust_times: bool = True
+    shared: str = ""
+    share: bool = False
     environment: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -56,7 +61,8 @@ class Settings:
             _folders(said.get("CKPT_COMPONENTS", "")),
             said.get("CKPT_STORE_KEEP") == "all",
             said.get("CKPT_TRUST_STAT") != "0",
-            said,
+            said.get("CKPT_SHARED_STORE", ""),
+            environment=said,
         )
 
 
@@ -94,9 +100,14 @@ class Workspace:
 
     def __exit__(self, _: object, error: BaseException | None, *__: object) -> None:
         if isinstance(error, CkptError):
-            locks = isinstance(error, LockError)
-            error.problems = tuple(self._by_address(p, of_lock=locks) for p in error.problems)
+            self.by_address(error)
         self.close()
+
+    def by_address(self, error: CkptError) -> CkptError:
+        """An error, which from now on names the files of recipes that were fetched by their addresses."""
+        locks = isinstance(error, LockError)
+        error.problems = tuple(self._by_address(p, of_lock=locks) for p in error.problems)
+        return error
 
     def _by_address(self, problem: Problem, *, of_lock: bool = False) -> Problem:
         """A problem that names the files of recipes that were fetched by their addresses."""
@@ -127,8 +138,29 @@ class Workspace:
             settings.store,
             keep_all=settings.keep_all,
             trust_times=settings.trust_times,
+            shared=self._shared(),
             reporter=self.reporter,
         )
+
+    def _shared(self) -> Shared | None:
+        """The store that machines share, where one is set; raises UsageError for no address of one."""
+        settings = self.settings
+        if not settings.shared:
+            return None
+        from builder.sources.net.buckets import bucket_of
+
+        far, connect = bucket_of(settings.shared, settings.environment)
+        if far and self.offline:
+            return None
+        return Shared(
+            connect, settings.shared, writing=settings.share, known=self._knows, reporter=self.reporter
+        )
+
+    def _knows(self, made: Made) -> bool:
+        """Whether the catalog has the component that something is said to be."""
+        if CHECKPOINT in (made.cls, made.component):
+            return made.cls == made.component
+        return made.component in self.catalog.components
 
     def network(self) -> Session:
         """The network, opened when it is first used: most work need not even load what speaks to it."""

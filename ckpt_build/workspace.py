@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from builder.base.dsse import PrivateKey, PublicKey
+from builder.base.errors import Problem, UsageError
 from builder.base.toml import escaped
 from builder.build import Build, build_recipe, verify
+from builder.build.spread import Farm, means_of
 from builder.build.statements import Statements, verify_statement
 from builder.formats import open_checkpoint
 from builder.models.catalog import Catalog, load_catalog
@@ -60,9 +63,10 @@ class Workspace:
 
     `store` is the folder of what was made before, `models` are folders that are searched for sources, and
     `components` folders of catalogs beside the shipped one. What is None is as `environment` says
-    (`CKPT_STORE`, `CKPT_MODELS`, `CKPT_COMPONENTS`; by default that of the process, as it is now). `offline`:
-    no network. `outside`: recipes may name files outside their own folder and those of models, as a
-    stranger's must not.
+    (`CKPT_STORE`, `CKPT_MODELS`, `CKPT_COMPONENTS`, `CKPT_SHARED_STORE`; by default that of the process, as
+    it is now). `shared` is the address of a store that machines share; with `share`, what is made is put
+    there too. `offline`: no network. `outside`: recipes may name files outside their own folder and those of
+    models, as a stranger's must not.
 
     `progress` is called with a `Progress` while data is read or fetched: from threads of the work, one call
     at a time. What it raises ends the work, and is raised. Once `cancel` is set, from any thread, work ends
@@ -75,6 +79,8 @@ class Workspace:
         store: str | Path | None = None,
         models: Sequence[str | Path] | None = None,
         components: Sequence[str | Path] | None = None,
+        shared: str | None = None,
+        share: bool = False,
         offline: bool = False,
         outside: bool = False,
         environment: Mapping[str, str] | None = None,
@@ -85,6 +91,8 @@ class Workspace:
             store=said.store if store is None else Path(store),
             models=said.models if models is None else tuple(map(Path, models)),
             components=said.components if components is None else tuple(map(Path, components)),
+            shared=said.shared if shared is None else shared,
+            share=share,
         )
         self._offline, self._outside = offline, outside
 
@@ -228,6 +236,7 @@ class Workspace:
         statement: bool = False,
         sign: str | Path | None = None,
         threads: int | None = None,
+        executor: Executor | None = None,
         progress: OnProgress | None = None,
         cancel: threading.Event | None = None,
     ) -> Result:
@@ -239,11 +248,13 @@ class Workspace:
         it. With `partial`, parts of files that are elsewhere are fetched on the lock's word; with `check`,
         everything is made a second time without the store, and compared. With `statement` a statement of
         provenance is written beside each output, signed where `sign` names the file of an Ed25519 key. The
-        bytes are the same with any number of `threads`.
+        bytes are the same with any number of `threads`. An `executor`'s workers, who see the same files under
+        the same paths, make components and outputs, and hand them to each other through the store that
+        machines share.
 
-        Raises RecipeError, LockError, FetchError, SourceError, OutputError (also for an expectation that is
-        missed), UnreproducibleError, UsageError (for a key that is none), Cancelled; then every output is as
-        it was, but those that were finished before.
+        Raises UsageError for a key that is none, and where there is no such store, RecipeError, LockError,
+        FetchError, SourceError, OutputError (also for an expectation that is missed), UnreproducibleError,
+        Cancelled; then every output is as it was, but those that were finished before.
         """
         key = PrivateKey.read(Path(sign), "sign") if sign is not None else None
         with self._work(progress, cancel) as (inner, sources, listener):
@@ -257,8 +268,18 @@ class Workspace:
                 check=check,
                 threads=threads,
                 statements=Statements.of(inner, key) if statement or key is not None else None,
+                elsewhere=self._elsewhere(executor, threads),
             )
             return _result(made, listener)
+
+    def _elsewhere(self, executor: Executor | None, threads: int | None) -> Farm | None:
+        if executor is None:
+            return None
+        if not self._settings.shared:
+            hint = "`Workspace(shared=…)` names one"
+            raise UsageError(Problem("an executor needs a store that its workers share", hint=hint))
+        how = {"offline": self._offline, "outside": self._outside}
+        return Farm(executor, means_of(self._settings, **how, threads=threads))
 
     def verify(self, recipe: Recipe, file: str | Path | None = None) -> Mapping[Path, str]:
         """Compare a file, or those that a recipe makes, with its lock and expectations; reads all of them.

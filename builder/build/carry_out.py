@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 
-from builder.base.errors import OutputError, Problem
+from builder.base.errors import CkptError, OutputError, Problem
+from builder.base.parallel import Cancelled
 from builder.base.progress import SILENT, Reporter
 from builder.build.context import Context
 from builder.build.evaluate import Composer
@@ -17,11 +18,14 @@ from builder.build.in_parts import Parts
 from builder.build.outputs import Assembly, Naming, Product, lock_of
 from builder.operations import OPERATIONS
 from builder.operations.registry import Operation
-from builder.plan.graph import ComponentJob, Key, OutputJob, Plan, total
+from builder.plan.graph import ComponentJob, Key, Node, OutputJob, Plan, joined, total
 from builder.recipe.lock import Lock
 from builder.sources.job import SourceJob
 from builder.sources.opened import Sources
 from builder.store import DamagedEntry
+from builder.tensors.scan import Scan, run_passes
+
+Elsewhere = Callable[["Sequence[tuple[Builder, Assembly]]", bool], None]
 
 
 @dataclass
@@ -48,6 +52,7 @@ def build(
     hashing: bool = True,
     partial: bool = False,
     naming: Naming | None = None,
+    elsewhere: Elsewhere | None = None,
     reporter: Reporter = SILENT,
 ) -> Build:
     """Carry out a plan.
@@ -55,38 +60,162 @@ def build(
     With `locked`, what is made must agree with that lock. Without `hashing`, unpinned sources are not
     hashed, and what is made of them is not remembered. With `partial`, parts of files that are elsewhere are
     taken on the lock's word. `naming` says where an output goes once all of it is known, in the folder that
-    the plan has for it. Raises CkptError; then every output is as it was, but those that were finished
-    before the failure.
+    the plan has for it. With `elsewhere`, others make what is to be made. Raises CkptError; then every
+    output is as it was, but those that were finished.
     """
     context = Context(plan, sources, operations, threads or os.cpu_count() or 1, hashing, reporter)
     with closing(context):
-        return _Builder(context, Parts(context, partial), locked, naming).run()
+        builder = Builder(context, Parts(context, partial), locked, naming)
+        _carry_out(context, [builder], False, elsewhere)
+    if builder.error is not None:
+        raise builder.error
+    return builder.result()
 
 
-class _Builder:
+def build_all(
+    plans: Sequence[Plan],
+    sources: Sources,
+    *,
+    locked: Sequence[Lock | None] = (),
+    keep_going: bool = False,
+    partial: bool = False,
+    threads: int | None = None,
+    elsewhere: Elsewhere | None = None,
+    reporter: Reporter = SILENT,
+) -> list[Build | CkptError | None]:
+    """Carry out several plans as one, of which each gives what it made, or why it could not.
+
+    Where one fails, no further output is begun, and what was not is None, unless it is to `keep_going`. All
+    else is as for `build`; `locked` has for each plan the lock that it must agree with, or None.
+    """
+    context = Context(joined(plans), sources, OPERATIONS, threads or os.cpu_count() or 1, True, reporter)
+    with closing(context):
+        owns = [context.of(plan) for plan in plans]
+        locks = locked or [None] * len(owns)
+        builders = [Builder(c, Parts(c, partial), k, None) for c, k in zip(owns, locks, strict=True)]
+        _carry_out(context, builders, keep_going, elsewhere)
+        return [b.error or (b.result() if b.is_done else None) for b in builders]
+
+
+def _carry_out(
+    context: Context, builders: Sequence[Builder], keep_going: bool, elsewhere: Elsewhere | None
+) -> None:
+    """Have the sources of all, and make their outputs: those side by side that have sources in common."""
+    _announce(context)
+    for builder in builders:
+        builder.begin(elsewhere is None)
+    works = [(b, a) for b in builders if b.error is None for a in b.assemblies()]
+    if elsewhere is not None:
+        elsewhere(works, keep_going)
+        return
+    for group in _groups(context, works):
+        if not keep_going and any(b.error is not None for b in builders):
+            return
+        made = make_together(context, [a for _, a in group])
+        for (builder, assembly), found in zip(group, made, strict=True):
+            builder.finish(assembly, found)
+
+
+def _announce(context: Context) -> None:
+    """Say how much there is to do: the sources to be hashed or fetched, and the outputs to be written."""
+    hashed = [n.reads for n in context.plan if isinstance(n.job, SourceJob) and n.state in ("hash", "fetch")]
+    written = [n.writes for n in context.plan.outputs() if n.state != "unchanged"]
+    if (count := total([*hashed, *written])) is not None:
+        context.reporter.expect(count)
+
+
+MOST = 64  # outputs that are written at once
+
+
+def _groups(
+    context: Context, works: Sequence[tuple[Builder, Assembly]]
+) -> Iterator[list[tuple[Builder, Assembly]]]:
+    """The outputs that have sources in common, at most `MOST` at once, those with the same ones together."""
+    groups: list[tuple[set[Key], list[tuple[tuple[Key, ...], int]]]] = []
+    for n, (_, assembly) in enumerate(works):
+        own = tuple(key for key, _ in context.source_nodes([assembly.node.key]))
+        near = [g for g in groups if not g[0].isdisjoint(own)]
+        groups = [g for g in groups if g not in near]
+        joined_ = sorted((w for _, ws in near for w in ws), key=lambda w: w[1])
+        groups.append((set(own).union(*(keys for keys, _ in near)), [*joined_, (own, n)]))
+    for _, found in sorted(groups, key=lambda g: g[1][0][1]):
+        order = [works[n] for _, n in (sorted(found) if len(found) > MOST else found)]
+        yield from (order[at : at + MOST] for at in range(0, len(order), MOST))
+
+
+def make_together(context: Context, assemblies: Sequence[Assembly]) -> list[Product | CkptError]:
+    """Make outputs side by side, in passes that read what they have in common once.
+
+    Of each the product, or why it could not be made.
+    """
+    done: dict[int, Product | CkptError] = {}
+    answers: dict[int, Scan | Exception | None] = dict.fromkeys(range(len(assemblies)))
+    with ExitStack() as opened:
+        together = Composer(context, opened, together=True) if len(assemblies) > 1 else None
+        works = [a.making(together) for a in assemblies]
+        for work in works:
+            opened.callback(work.close)
+        while answers:
+            asked = {}
+            for n, answer in answers.items():
+                try:
+                    work = works[n]
+                    asked[n] = work.throw(answer) if isinstance(answer, Exception) else work.send(answer)  # type: ignore[arg-type]
+                except StopIteration as finished:
+                    done[n] = finished.value
+                except Cancelled:
+                    raise
+                except CkptError as error:
+                    done[n] = error
+            found = run_passes(list(asked.values()), threads=context.threads, stop=context.stop)
+            answers = dict(zip(asked, found, strict=True))
+    return [done[n] for n in range(len(assemblies))]
+
+
+class Builder:
+    """One plan that is carried out, alone or beside others."""
+
     def __init__(self, context: Context, parts: Parts, locked: Lock | None, naming: Naming | None) -> None:
         self.context, self.plan, self.parts = context, context.plan, parts
         self.locked, self.naming = locked, naming
         self.products: dict[Key, Product] = {}
         self.made: set[Key] = set()
+        self.error: CkptError | None = None
 
-    def run(self) -> Build:
-        """Make everything that is to be made."""
-        context, plan = self.context, self.plan
-        for key in plan.unseen:
-            job = context.node(key).job
-            assert isinstance(job, SourceJob)
-            raise context.sources.missing(job)
-        self._announce()
-        self._have_sources()
-        for node in plan.outputs():
-            assert isinstance(node.job, OutputJob)
-            product = Assembly(context, node, self.parts, self._keep_all, self.locked, self.naming).make()
-            self.products[node.key] = product
-            self.made |= set(product.fresh)
-        return self._result()
+    def begin(self, here: bool = True) -> None:
+        """Have what is needed, if it is to be made `here`."""
+        try:
+            for key in self.plan.unseen:
+                job = self.context.node(key).job
+                assert isinstance(job, SourceJob)
+                raise self.context.sources.missing(job)
+            if here:
+                self._have_inputs(self.plan.outputs())
+        except Cancelled:
+            raise
+        except CkptError as error:
+            self.error = error
 
-    def _result(self) -> Build:
+    def assemblies(self) -> Iterator[Assembly]:
+        """The outputs in the making."""
+        for node in self.plan.outputs():
+            yield Assembly(self.context, node, self.parts, self._prepare, self.locked, self.naming)
+
+    def finish(self, assembly: Assembly, found: Product | CkptError) -> None:
+        """Take note of what became of an output; of several failures the first stays."""
+        if isinstance(found, CkptError):
+            self.error = self.error or found
+        else:
+            self.products[assembly.node.key] = found
+            self.made |= set(found.fresh)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all outputs are made."""
+        return len(self.products) == len(self.plan.outputs())
+
+    def result(self) -> Build:
+        """What was made."""
         context, plan = self.context, self.plan
         changes = {}
         for node in plan.outputs():
@@ -105,24 +234,22 @@ class _Builder:
             lock_of(context, self.products),
         )
 
-    def _announce(self) -> None:
-        """Say how much there is to do: the sources to be hashed or fetched, and the outputs to be written."""
-        hashed = [n.reads for n in self.plan if isinstance(n.job, SourceJob) and n.state in ("hash", "fetch")]
-        written = [n.writes for n in self.plan.outputs() if n.state != "unchanged"]
-        if (count := total([*hashed, *written])) is not None:
-            self.context.reporter.expect(count)
+    # -- what is to be here first
 
-    # -- sources
-
-    def _have_sources(self) -> None:
-        """Fetch what is not here, and wait for the digests that may save all work."""
-        context = self.context
-        pending = [n for n in self.plan.outputs() if n.state != "unchanged"]
+    def _have_inputs(self, outputs: list[Node]) -> None:
+        """Have what is not here, first what others made, and wait for digests that may save all work."""
+        pending = [n for n in outputs if n.state != "unchanged"]
+        self._bring(pending)
         missing = [k for n in pending for k in self._missing(n.job)]
+        self.have_sources(missing, [n.job.base for n in pending if isinstance(n.job, OutputJob)])
+
+    def have_sources(self, missing: Sequence[Key], bases: Sequence[Key | None] = ()) -> None:
+        """Have the sources of components, and those that are bases of outputs."""
+        context = self.context
         needed = context.source_nodes(missing)
-        for node in pending:
-            if isinstance(node.job, OutputJob) and node.job.base is not None:
-                needed += [s for s in context.source_nodes([node.job.base]) if s not in needed]
+        for base in bases:
+            if base is not None:
+                needed += [s for s in context.source_nodes([base]) if s not in needed]
         away = [(k, j) for k, j in needed if context.sources.find(j) is None]
         whole = [
             (k, j)
@@ -146,6 +273,22 @@ class _Builder:
             if job.locked is not None and context.sources.find(job) is not None:
                 context.settle(key, job)
 
+    def _bring(self, outputs: list[Node]) -> None:
+        """Have from the shared store what it has of these outputs, some at a time."""
+        context, store = self.context, self.context.store
+        if store.shared is None:
+            return
+        slots = [k for n in outputs if isinstance(n.job, OutputJob) for _, k in n.job.slots.values()]
+        wanted = dict.fromkeys(m.digest for k in slots if (m := context.made(k)) is not None)
+        with ThreadPoolExecutor(2, thread_name_prefix="bring") as pool:
+            futures = [pool.submit(store.bring, digest, context.threads, context.stop) for digest in wanted]
+            try:
+                for future in futures:
+                    future.result()
+            except BaseException:
+                context.cancel()
+                raise
+
     def _missing(self, job: object) -> list[Key]:
         """The components of an output whose bytes are nowhere."""
         assert isinstance(job, OutputJob)
@@ -155,21 +298,30 @@ class _Builder:
 
     # -- what is kept on the way
 
-    def _keep_all(self, job: OutputJob) -> None:
-        """Have in the store the components that an output hangs on and whose bytes are to be kept."""
+    def _prepare(self, node: Node, again: bool) -> None:
+        """Have what an output hangs on: in the store the components whose bytes are to be kept.
+
+        Before it is made `again` also what is missing now, which was there at first.
+        """
+        if again:
+            self._have_inputs([node])
+        job = node.job
+        assert isinstance(job, OutputJob)
         near = self.plan.ancestors(*self._missing(job))
         for node in self.plan:
             if node.key in near and isinstance(node.job, ComponentJob) and node.job.store:
-                self._keep(node.key)
+                self.keep(node.key)
 
-    def _keep(self, key: Key) -> None:
-        """Have a step's component in the store."""
+    def keep(self, key: Key) -> None:
+        """Have a component in the store, and in the shared one where that is asked for."""
         context, store = self.context, self.context.store
         job, label = context.component(key), context.node(key).label
         for _ in range(3):
             made = context.made(key)
             if made is not None and (stored := store.open(made.digest)) is not None:
                 stored.close()
+                if (action := context.action(key)) is not None:
+                    store.share(action, made, threads=context.threads, stop=context.stop)
                 return
             try:
                 with ExitStack() as opened:
@@ -180,8 +332,8 @@ class _Builder:
                     for source, source_job in read:
                         context.begin_hashing(source, source_job)
 
-                    def sound(composer: Composer = composer) -> None:
-                        if (error := composer.error()) is not None:
+                    def sound(composer: Composer = composer, key: Key = key) -> None:
+                        if (error := composer.error(key)) is not None:
                             raise error
 
                     made = store.save(
@@ -200,8 +352,8 @@ class _Builder:
             except DamagedEntry as damage:
                 store.set_aside(damage)
                 continue
-            if (action := context.action(key)) is not None and self.parts.trusted(key):
-                store.record(action, made)
+            if self.parts.trusted(key):
+                context.remember(key, made, computed=True)
             self.made.add(key)
             return
         raise OutputError(Problem(f"`{label}` cannot be made: what it is made of keeps changing"))

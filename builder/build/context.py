@@ -5,17 +5,19 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from builder.base.progress import Reporter
 from builder.operations.registry import Operation
-from builder.plan.graph import ComponentJob, Key, Node, Plan
+from builder.plan.graph import ComponentJob, Key, Node, OutputJob, Plan
 from builder.plan.keys import action_key
+from builder.recipe.lock import LockedComponent
 from builder.sources.find import Found
 from builder.sources.job import SourceJob
 from builder.sources.opened import Sources, stoppable
 from builder.store import Made, Store
+from builder.tensors.digests import PROFILE
 
 
 @dataclass
@@ -34,6 +36,11 @@ class Context:
     stop: threading.Event = field(default_factory=threading.Event)
     _actions: dict[Key, str] = field(default_factory=dict)
     _hashing: dict[Key, Future[Found]] = field(default_factory=dict)
+    _whole: Context | None = None
+
+    def of(self, plan: Plan) -> Context:
+        """The same for one of the plans that this one's joins: what becomes known, both know."""
+        return self if plan is self.plan else replace(self, plan=plan, _whole=self)
 
     @property
     def store(self) -> Store:
@@ -42,6 +49,8 @@ class Context:
 
     @cached_property
     def _executor(self) -> ThreadPoolExecutor:
+        if self._whole is not None:
+            return self._whole._executor
         # Apart from the threads of a pass: none of its windows waits until a source is hashed.
         return ThreadPoolExecutor(max(1, self.threads // 2), thread_name_prefix="hash")
 
@@ -108,7 +117,47 @@ class Context:
     def made(self, key: Key) -> Made | None:
         """What a component's node is known to make."""
         action = self.action(key)
-        return self.store.lookup(action, self.component(key).cls) if action is not None else None
+        made = self.store.lookup(action, self.component(key).cls) if action is not None else None
+        if action is None or made is None or not self.store.is_claimed(action):
+            return made
+        locked = self.locked(key)
+        if locked is None or locked.blake3 == made.digest:
+            return made
+        said = f"the lock says BLAKE3 {locked.blake3}", f"it says       BLAKE3 {made.digest}"
+        self.store.doubt(action, *said)
+        return None
+
+    def claimed(self, *keys: Key) -> list[str]:
+        """The actions of these components, and of those they hang on, that the shared store alone knows."""
+        near = {*keys, *self.plan.ancestors(*keys)}
+        jobs = (k for k in near if isinstance(self.plan.nodes[k].job, ComponentJob))
+        return [a for k in jobs if (a := self.action(k)) is not None and self.store.is_claimed(a)]
+
+    def remember(self, key: Key, made: Made, *, computed: bool) -> None:
+        """Have known what a component's action made, and shared where that is asked for.
+
+        What was not made here alone, but is the shared store's or of what that had, is known by its word.
+        """
+        if (action := self.action(key)) is None:
+            return
+        inputs = self.plan.nodes[key].job.inputs
+        if not self.claimed(*inputs) and (computed or not self.store.is_claimed(action)):
+            self.store.record(action, made)
+        elif computed:
+            self.store.claim(action, made)
+        self.store.share(action, made, threads=self.threads, stop=self.stop)
+
+    def locked(self, key: Key) -> LockedComponent | None:
+        """What the lock says of a component, wherever it is used."""
+        lock = self.plan.lock
+        if lock is None or (lock.recipe, lock.profile) != (self.plan.recipe.digest, PROFILE):
+            return None
+        for job in (n.job for n in self.plan.outputs()):
+            assert isinstance(job, OutputJob)
+            for cls, (_, node) in job.slots.items():
+                if node == key:
+                    return lock.component(job.output.name, cls)
+        return None
 
     def component(self, key: Key) -> ComponentJob:
         """The job of a component's node."""

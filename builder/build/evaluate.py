@@ -23,6 +23,7 @@ from builder.plan.graph import (
     Finished,
     Key,
     Origin,
+    OutputJob,
     StepJob,
     Take,
     Whole,
@@ -32,7 +33,7 @@ from builder.plan.taken import match_of, place_of, whole
 from builder.sources.job import SourceJob
 from builder.tensors.cast import PRECISIONS, Faults, cast_all
 from builder.tensors.lazy import LazyTensor
-from builder.tensors.merged import Shared
+from builder.tensors.merged import Common, Recent, Shared
 from builder.tensors.packed.decode import WIDER
 
 
@@ -41,17 +42,22 @@ class Composer:
     """Composes components; stored ones that they are made of stay open in `opened`.
 
     `faults` are what the composed tensors will show when they are read, each with a label and a precision.
+    With `together`, several outputs are made at once of what it composes.
     """
 
     context: Context
     opened: ExitStack
+    together: bool = False
     faults: list[tuple[Key, str, Faults]] = field(default_factory=list)
     _found: dict[str, Cut] = field(default_factory=dict)
     _operands: dict[str, Cut] = field(default_factory=dict)
+    _common: dict[tuple[Key, str], LazyTensor] = field(default_factory=dict)
+    _recent: Recent = field(default_factory=Recent)
 
-    def error(self) -> CkptError | None:
-        """The error that names every faulty tensor that was read, or None."""
-        for key, precision, faults in self.faults:
+    def error(self, *keys: Key) -> CkptError | None:
+        """The error that names every faulty tensor of these nodes that was read, or None."""
+        near = {*keys, *self.context.plan.ancestors(*keys)}
+        for key, precision, faults in (found for found in self.faults if found[0] in near):
             error = faults.error(f"`{self.context.node(key).label}`", PRECISIONS[precision])
             if error is not None:
                 how = tuple(self._how(key))
@@ -115,7 +121,7 @@ class Composer:
             place = place_of(self.context.plan, sources, origin)
             tensors, words = numbers(cut.tensors, named, sources.catalog, hint, place)
             if words and self._uses[said] > 1:
-                tensors = {n: Shared(t) if t is not cut.tensors[n] else t for n, t in tensors.items()}
+                tensors = {n: self._shared(t) if t is not cut.tensors[n] else t for n, t in tensors.items()}
             self._operands[said] = cut._replace(tensors=tensors, changes=(*cut.changes, *words))
         return self._operands[said]
 
@@ -142,20 +148,32 @@ class Composer:
         if said not in self._found:
             cut = self._origin(origin)
             if self._uses[said] > 1:
-                cut = cut._replace(tensors={n: Shared(t) for n, t in cut.tensors.items()})
+                cut = cut._replace(tensors={n: self._shared(t) for n, t in cut.tensors.items()})
             self._found[said] = cut
         return self._found[said]
 
+    def common(self, key: Key, name: str, tensor: LazyTensor) -> LazyTensor:
+        """A tensor of a finished component, read once for all outputs that have it."""
+        if not self.together or self._slots[key] < 2:
+            return tensor
+        return self._common.setdefault((key, name), Common(tensor, self._recent))
+
+    def _shared(self, tensor: LazyTensor) -> LazyTensor:
+        return Common(tensor, self._recent) if self.together else Shared(tensor)
+
+    @cached_property
+    def _slots(self) -> Counter[Key]:
+        """How many outputs have each component."""
+        jobs = (n.job for n in self.context.plan)
+        return Counter(k for j in jobs if isinstance(j, OutputJob) for _, k in j.slots.values())
+
     @cached_property
     def _uses(self) -> Counter[str]:
-        """How often steps use each origin."""
-        jobs = (n.job for n in self.context.plan)
-        return Counter(
-            json.dumps(origin_data(o))
-            for j in jobs
-            if isinstance(j, StepJob)
-            for o in j.inputs_by_name.values()
-        )
+        """How often steps, and of several outputs components, use each origin."""
+        jobs = [n.job for n in self.context.plan]
+        used = [o for j in jobs if isinstance(j, StepJob) for o in j.inputs_by_name.values()]
+        used += [j.origin for j in jobs if self.together and isinstance(j, ComponentJob)]
+        return Counter(json.dumps(origin_data(o)) for o in used)
 
     def _origin(self, origin: Origin) -> Cut:
         job = self.context.node(origin.node).job

@@ -10,11 +10,9 @@ from builder.build.context import Context
 from builder.formats.blob import BlobTensor, FileBlob
 from builder.plan.graph import Key, Node, OutputJob, Take, Whole
 from builder.plan.taken import match_of
-from builder.recipe.lock import LockedComponent
 from builder.sources.job import SourceJob
 from builder.sources.opened import stoppable
 from builder.store import Made
-from builder.tensors.digests import PROFILE
 
 
 class Parts:
@@ -27,7 +25,7 @@ class Parts:
 
     def __init__(self, context: Context, believing: bool) -> None:
         self._context = context
-        self._believing = believing
+        self.believing = believing
         self._sources: set[Key] = set()
 
     def decide(self, key: Key, job: SourceJob, components: list[Key]) -> bool:
@@ -109,21 +107,8 @@ class Parts:
         made = self._context.made(key)
         if made is not None:
             return made.digest
-        locked = self._locked(key) if self._believing else None
+        locked = self._context.locked(key) if self.believing else None
         return locked.blake3 if locked is not None else None
-
-    def _locked(self, key: Key) -> LockedComponent | None:
-        """What the lock says of a component, wherever it is used."""
-        plan = self._context.plan
-        lock = plan.lock
-        if lock is None or (lock.recipe, lock.profile) != (plan.recipe.digest, PROFILE):
-            return None
-        for job in (n.job for n in plan.outputs()):
-            assert isinstance(job, OutputJob)
-            for cls, (_, node) in job.slots.items():
-                if node == key:
-                    return lock.component(job.output.name, cls)
-        return None
 
     def _beside(self, key: Key) -> bool:
         """Whether an output carries tensors or metadata of a source: no digest speaks of those alone."""

@@ -11,7 +11,8 @@ from functools import cached_property
 from pathlib import Path
 
 from builder.base.disk import check_free, write_bytes
-from builder.base.errors import LockError, OutputError, Place, Problem, SourceError
+from builder.base.errors import CkptError, LockError, OutputError, Place, Problem, SourceError
+from builder.base.parallel import Cancelled
 from builder.build.context import Context
 from builder.build.evaluate import Composer
 from builder.build.expect import Built, missed
@@ -49,6 +50,7 @@ from builder.store import DamagedEntry, Made
 from builder.store.entries import At, Entry, VerifiedTensor, identity
 from builder.tensors.digests import Row, component_digest, expression_key
 from builder.tensors.lazy import LazyTensor, MemoryTensor
+from builder.tensors.scan import Passing, carry_out
 
 
 @dataclass
@@ -74,11 +76,15 @@ class Part:
 
 @dataclass
 class Product:
-    """An output as it came to be: `parts` by class, `fresh` those that were computed."""
+    """An output as it came to be: `parts` by class, `fresh` those that were computed.
+
+    `known` is what is remembered of it, under the key of its assembly.
+    """
 
     built: Built
     parts: dict[str, Made]
     fresh: tuple[Key, ...] = ()
+    known: tuple[str, KnownOutput] | None = None
 
 
 Naming = Callable[[Built], Path]
@@ -88,13 +94,13 @@ Naming = Callable[[Built], Path]
 class Assembly:
     """One output in the making; `locked` and `naming` as `build` has them.
 
-    `keep` has in the store what is to be kept on the way.
+    `prepare` has what it hangs on, and is told whether an attempt has failed.
     """
 
     context: Context
     node: Node
     parts_of: Parts
-    keep: Callable[[OutputJob], object] = lambda job: None
+    prepare: Callable[[Node, bool], object] = lambda node, again: None
     locked: Lock | None = None
     naming: Naming | None = None
     _product: Product | None = None
@@ -118,18 +124,31 @@ class Assembly:
         return (key, job) if key is not None and isinstance(job, SourceJob) else None
 
     def make(self) -> Product:
-        """Have the output in its place, written unless it is there.
+        """Do the work of `making` alone."""
+        return carry_out(self.making(), threads=self.context.threads, stop=self.context.stop)
 
-        Raises OutputError when what is made is not what the recipe expects, LockError when it is not what
-        `locked` says; then the place is as it was. Places whose bytes turn out to be other than they were
-        are taken out of use, and what lay there is made again.
+    def making(self, composer: Composer | None = None) -> Passing[Product]:
+        """The work of having the output in its place, written unless it is there.
+
+        Others that are made at the same time have the same `composer`. Raises OutputError when what is made
+        is not what the recipe expects, LockError when it is not what `locked` says; then the place is as it
+        was. Places whose bytes turn out to be other than they were are taken out of use, and what lay there
+        is made again; so is all that is the shared store's, where no output comes of it that is right.
         """
-        for _ in range(2 * len(self.job.slots) + 2):
+        for attempt in range(2 * len(self.job.slots) + 2):
             try:
-                self.keep(self.job)  # again, should it be what was damaged
-                return self._unchanged() or self._written()
+                self.prepare(self.node, attempt > 0)  # again, should it be what was damaged
+                return self._unchanged() or (yield from self._written(composer))
             except DamagedEntry as damage:
                 self.context.store.set_aside(damage)
+                composer = None  # which knows what was damaged
+            except CkptError as error:
+                doubted = self.context.claimed(*self.job.inputs)
+                if not doubted or isinstance(error, Cancelled):
+                    raise
+                for action in doubted:
+                    self.context.store.doubt(action, error.problems[0].fact)
+                composer = None
         raise OutputError(
             Problem(f"`{self.job.output.file}` cannot be made: what it is made of keeps changing")
         )
@@ -190,12 +209,12 @@ class Assembly:
 
     # -- making it
 
-    def _written(self) -> Product:
+    def _written(self, composer: Composer | None) -> Passing[Product]:
         context, job = self.context, self.job
         if not job.container.single and not self._is_locked():
             check_free(job.target)
         with ExitStack() as opened:
-            composer = Composer(context, opened)
+            composer = composer or Composer(context, opened)
             missing = [key for _, key in job.slots.values() if not self._is_held(key)]
             near = (job.base, job.told[0] if job.told is not None else None)
             read = context.source_nodes([*missing, *(key for key in near if key is not None)])
@@ -210,8 +229,9 @@ class Assembly:
                 for name, tensor in part.tensors.items():
                     # Digested as it is written, and compared before it is put in place.
                     plain = tensor.unchecked if isinstance(tensor, VerifiedTensor) else tensor
-                    tensors[part.names.name(name)] = plain
-            written = write_output(
+                    tensors[part.names.name(name)] = composer.common(part.key, name, plain)
+            made_by = composer
+            written = yield from write_output(
                 job.container,
                 job.target,
                 tensors,
@@ -225,7 +245,7 @@ class Assembly:
                 reporter=context.reporter,
                 task=job.output.file,
                 stop=context.stop,
-                accept=lambda w: self._accept(w, parts, beside, composer, read),
+                accept=lambda w: self._accept(w, parts, beside, made_by, read),
             )
             assert self._product is not None
             path = str(self._product.built.path)
@@ -286,7 +306,7 @@ class Assembly:
         """Where the file goes, if all is right with it; None: it is there already."""
         context, store = self.context, self.context.store
         self._compare(parts, written)
-        if (error := composer.error()) is not None:
+        if (error := composer.error(*(p.key for p in parts))) is not None:
             raise error
         for key, source in read:
             context.settle(key, source)
@@ -402,12 +422,14 @@ class Assembly:
                 offsets = tuple(written.offsets[part.names.name(n)] for n in names[part.cls])
                 at = At(str(built.path.absolute()), identity(now[built.path]), offsets)
             store.place(entry, at)
-            if self.parts_of.trusted(part.key):
-                store.record(action, made)
             kept = store.blob_path(made.digest).exists()
-            wanted = (store.keep_all and not kept) or (part.computed and self.parts_of.fetched(part.key))
+            sharing = store.shared is not None and store.shared.writing and at is None
+            keep = (store.keep_all or sharing) and not kept
+            wanted = keep or (part.computed and self.parts_of.fetched(part.key))
             if wanted and job.container.encoding is None:  # in blocks, other numbers are in the file
                 self._keep(made, source, part.names)
+            if self.parts_of.trusted(part.key):
+                context.remember(part.key, made, computed=part.computed)
         sha256 = self._base_sha256()
         rows = {n: Row(t.dtype, t.shape, written.digests[n]) for n, t in beside.items()}
         if sha256 is not None and job.beside.names:
@@ -421,7 +443,8 @@ class Assembly:
         if all(context.action(p.key) for p in parts) and (sha256 is not None or self.base is None):
             key = assembly_key(job, {c: m.digest for c, m in product.parts.items()}, rows)
             known_as = (built.sha256, built.size, built.tensor_digest, built.metric)
-            note_output(store, key, KnownOutput(*known_as, built.files, built.autov3))
+            product.known = key, KnownOutput(*known_as, built.files, built.autov3)
+            note_output(store, *product.known)
 
     def _keep(self, made: Made, source: str, names: Names) -> None:
         """Have the bytes of a component kept by the store, from what was written."""

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 from builder.base.disk import check_place, making_folders
 from builder.base.errors import (
@@ -16,12 +17,15 @@ from builder.base.errors import (
     Problem,
     SourceError,
     UnreproducibleError,
+    UsageError,
 )
 from builder.base.progress import SILENT
-from builder.build.carry_out import Build, build
+from builder.base.words import counted
+from builder.build.carry_out import Build, Elsewhere, build
 from builder.build.outputs import Naming
+from builder.build.spread import Done, Means, Task, make_node
 from builder.build.statements import Statements
-from builder.plan import OutputJob, Plan
+from builder.plan import ComponentJob, Node, OutputJob, Plan
 from builder.recipe import Output, Recipe
 from builder.recipe.lock import Lock, differences, lock_path, write_lock
 from builder.recipe.names import form_of
@@ -32,6 +36,8 @@ from builder.sources.job import SourceJob
 from builder.sources.opened import NotPinned, Sources, UnseenError
 from builder.store import Store
 from builder.workspace import Workspace, find_lock, need_lock
+
+T = TypeVar("T")
 
 Place = Callable[[Output], str | Path]
 
@@ -49,6 +55,7 @@ def build_recipe(
     check: bool = False,
     explained: bool = False,
     threads: int | None = None,
+    elsewhere: Elsewhere | None = None,
     before: Callable[[Plan], object] = lambda plan: None,
     statements: Statements | None = None,
 ) -> Build:
@@ -61,54 +68,135 @@ def build_recipe(
     A recipe that was fetched is held to its lock, if that says what comes out; no lock is written for it, and
     nothing that is there is replaced.
     """
-    lock = need_lock(recipe) if locked else find_lock(recipe)
-    fetched = recipe.address is not None and recipe.path is not None and recipe.lock == lock_path(recipe.path)
-    locked = locked or (fetched and lock is not None and bool(lock.outputs))
-    written = not locked and not fetched
-    if written and recipe.lock is not None and (lock is None or lock.recipe != recipe.digest):
-        with _elsewhere():
-            check_place(recipe.lock)
+    held = hold(recipe, locked)
+    check_lock_place(recipe, held)
 
     def planned(plan: Plan) -> None:
-        if statements is not None:
-            jobs = [node.job for node in plan.outputs()]
-            statements.check(job.target for job in jobs if isinstance(job, OutputJob))
         before(plan)
-        if recipe.address is not None:
-            _check_free(plan, workspace)
+        check_places(plan, workspace, statements)
 
     made = _built(
         workspace,
         recipe,
         sources,
-        lock,
+        held.lock,
         place,
         planned,
         lambda plan: build(
             plan,
             sources,
             threads=threads,
-            locked=lock if locked else None,
+            locked=held.kept,
             hashing=hashing,
             partial=partial,
             naming=naming,
+            elsewhere=elsewhere,
             reporter=workspace.reporter,
         ),
     )
+    finish(
+        workspace,
+        recipe,
+        held,
+        made,
+        place=place,
+        check=check,
+        explained=explained,
+        threads=threads,
+        statements=statements,
+    )
+    workspace.tidy()
+    return made
+
+
+class Held(NamedTuple):
+    """The lock that a recipe is built by: `kept` is what must agree with it, `written` whether it is anew."""
+
+    lock: Lock | None
+    kept: Lock | None
+    written: bool
+
+
+def hold(recipe: Recipe, locked: bool) -> Held:
+    """The lock of a recipe, which is kept if `locked`; raises LockError where there is none then.
+
+    That of a recipe that was fetched is kept where it says what comes out, and never written.
+    """
+    lock = need_lock(recipe) if locked else find_lock(recipe)
+    fetched = recipe.address is not None and recipe.path is not None and recipe.lock == lock_path(recipe.path)
+    locked = locked or (fetched and lock is not None and bool(lock.outputs))
+    return Held(lock, lock if locked else None, not locked and not fetched)
+
+
+def check_lock_place(recipe: Recipe, held: Held) -> None:
+    """Raise OutputError where the lock of a recipe is to be written, and cannot be."""
+    new = held.lock is None or held.lock.recipe != recipe.digest
+    if held.written and recipe.lock is not None and new:
+        with _placing_elsewhere():
+            check_place(recipe.lock)
+
+
+def check_places(plan: Plan, workspace: Workspace, statements: Statements | None) -> None:
+    """Raise OutputError where something else would be replaced by a statement, or by a stranger's recipe."""
+    if statements is not None:
+        jobs = [node.job for node in plan.outputs()]
+        statements.check(job.target for job in jobs if isinstance(job, OutputJob))
+    if plan.recipe.address is not None:
+        _check_free(plan, workspace)
+
+
+def finish(
+    workspace: Workspace,
+    recipe: Recipe,
+    held: Held,
+    made: Build,
+    *,
+    place: Place | None = None,
+    check: bool = False,
+    explained: bool = False,
+    threads: int | None = None,
+    statements: Statements | None = None,
+) -> None:
+    """Compare what was made a second time, and write its lock and its statements, as for `build_recipe`."""
     if check:
-        _check(workspace, recipe, made, place, threads)
-    if written:
-        _write_lock(workspace, recipe, lock, made, place, explained)
+        _check_again(workspace, recipe, made, place, threads)
+    if held.written:
+        _write_lock(workspace, recipe, held.lock, made, place, explained)
     if statements is not None:
         with standing(*(b.path for b in made.outputs)):
             assert made.lock is not None
             made.outputs = statements.write(recipe, made.lock, made.outputs, workspace)
-    else:
-        for path in (statement_path(b.path) for b in made.outputs if b.state == "written"):
-            if os.path.lexists(path):
-                workspace.reporter.note(f"`{path}` is of what was there before: `--statement` writes it anew")
+        return
+    for path in (statement_path(b.path) for b in made.outputs if b.state == "written"):
+        if os.path.lexists(path):
+            workspace.reporter.note(f"`{path}` is of what was there before: `--statement` writes it anew")
+
+
+def build_node(
+    workspace: Workspace, recipe: Recipe, sources: Sources, key: str, *, threads: int | None = None
+) -> tuple[Node, Done]:
+    """Make one node of a recipe's plan, of which `key` begins the key; its lock is read and not written.
+
+    A component goes into the store, and the shared one where that is asked for; an output into its place.
+    Raises UsageError where no such node is, or several are, and CkptError.
+    """
+
+    def only(plan: Plan) -> tuple[Node, Done]:
+        made = (ComponentJob, OutputJob)
+        found = [n for n in plan if n.key.startswith(key) and isinstance(n.job, made)]
+        if len(found) != 1:
+            fact = f"`{key}` begins the key of {counted(len(found), 'component or output')} of the plan"
+            raise UsageError(Problem(fact, hint="`ckpt plan --json` has the keys"))
+        (node,) = found
+        task = Task(plan.part(node.key), node.key, Means("", threads=threads), {})
+        return node, make_node(task, sources, workspace.reporter)
+
+    def planned(plan: Plan) -> None:
+        check_places(plan, workspace, None)
+
+    found = _built(workspace, recipe, sources, find_lock(recipe), None, planned, only)
     workspace.tidy()
-    return made
+    return found
 
 
 def _built(
@@ -118,9 +206,24 @@ def _built(
     lock: Lock | None,
     place: Place | None,
     before: Callable[[Plan], object],
-    carry_out: Callable[[Plan], Build],
-) -> Build:
-    """Plan and build; again, where a source had to be had to be seen, or another file was pinned."""
+    carry_out: Callable[[Plan], T],
+) -> T:
+    """Plan and build; again, where another file was pinned."""
+    while True:
+        plan = plan_seen(workspace, recipe, sources, lock, place)
+        before(plan)
+        try:
+            with telling_all(recipe, sources, lock), with_folders(plan):
+                return carry_out(plan)
+        except NotPinned as error:
+            if not sources.another(error.job):
+                raise
+
+
+def plan_seen(
+    workspace: Workspace, recipe: Recipe, sources: Sources, lock: Lock | None, place: Place | None = None
+) -> Plan:
+    """The plan of a recipe with the tables of contents of all its sources."""
     while True:
         try:
             plan = workspace.plan(recipe, sources, lock, place=place)
@@ -128,17 +231,10 @@ def _built(
             with telling_all(recipe, sources, lock):
                 sources.fetch(error.job)
             continue
-        if plan.unseen:
-            with telling_all(recipe, sources, lock):
-                _see(sources, [plan.nodes[k].job for k in plan.unseen])
-            continue
-        before(plan)
-        try:
-            with telling_all(recipe, sources, lock), _folders(plan):
-                return carry_out(plan)
-        except NotPinned as error:
-            if not sources.another(error.job):
-                raise
+        if not plan.unseen:
+            return plan
+        with telling_all(recipe, sources, lock):
+            _see(sources, [plan.nodes[k].job for k in plan.unseen])
 
 
 def _check_free(plan: Plan, workspace: Workspace) -> None:
@@ -159,7 +255,7 @@ def _check_free(plan: Plan, workspace: Workspace) -> None:
 
 
 @contextmanager
-def _folders(plan: Plan) -> Iterator[None]:
+def with_folders(plan: Plan) -> Iterator[None]:
     """With the folders of what is to be written; those that were missing are gone where nothing came of it.
 
     Raises OutputError where nothing could be written.
@@ -196,7 +292,7 @@ def _is_shown(sources: Sources, job: SourceJob) -> bool:
 
 
 @contextmanager
-def _elsewhere() -> Iterator[None]:
+def _placing_elsewhere() -> Iterator[None]:
     """Say of an OutputError that the lock may lie elsewhere."""
     try:
         yield
@@ -222,7 +318,7 @@ def _write_lock(
         more = f", and {len(moved) - 1} more; `--explain` lists them" if len(moved) > 1 else ""
         for change in moved if explained else [f"{moved[0]}{more}"]:
             workspace.reporter.note(f"the lock changes: {change}")
-    with standing(*(b.path for b in made.outputs)), _elsewhere():
+    with standing(*(b.path for b in made.outputs)), _placing_elsewhere():
         write_lock(recipe.lock, made.lock)
 
 
@@ -251,7 +347,7 @@ def _is_the_recipes_own(recipe: Recipe, place: Place | None) -> bool:
     )
 
 
-def _check(
+def _check_again(
     workspace: Workspace, recipe: Recipe, made: Build, place: Place | None, threads: int | None
 ) -> None:
     """Build again from nothing, in a folder of its own, and compare; raises UnreproducibleError."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,12 +11,13 @@ from builder.base.disk import new_folder, new_set
 from builder.base.progress import Reporter, human_bytes
 from builder.formats.hashes import sha256_file
 from builder.formats.open import files_of
-from builder.formats.write_safetensors import Accept, Written, write
+from builder.formats.write_safetensors import Accept, Written, writing
 from builder.formats.write_torch import write_torch
 from builder.plan.graph import Container
 from builder.sources.find import set_digest
 from builder.tensors.lazy import LazyTensor
 from builder.tensors.packed import packing
+from builder.tensors.scan import Passing
 
 if TYPE_CHECKING:
     import numpy as np
@@ -42,9 +44,13 @@ def write_output(
     task: str,
     accept: Accept,
     autov3: bool = False,
+    threads: int = 2,
+    stop: threading.Event | None = None,
     **options: Any,
-) -> Written:
-    """Write tensors to `path` in a container; options are those of `write`.
+) -> Passing[Written]:
+    """The work of writing tensors to `path` in a container; options are those of `write`.
+
+    One safetensors file is written in a pass that others may be carried out beside, all else at once.
 
     `architecture` says which tensors a folder has a place for; `autov3` is of a safetensors file alone. Of
     several files, `accept` sees all of them before the first has its name. Raises what reading, writing or
@@ -52,7 +58,10 @@ def write_output(
     """
     options |= {"digests": True, "sha256": True}
     if container.form == "safetensors":
-        return write(path, tensors, metadata, task=task, accept=accept, autov3=autov3, **options)
+        return (
+            yield from writing(path, tensors, metadata, task=task, accept=accept, autov3=autov3, **options)
+        )
+    options |= {"threads": threads, "stop": stop}
     if container.encoding is not None:
         from builder.formats.write_gguf import write_gguf
 

@@ -8,6 +8,7 @@ import os
 import sys
 import traceback
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +17,21 @@ import click
 from builder import __version__
 from builder.base.errors import CkptError, ExitCode, Place, Problem, UsageError, did_you_mean
 from builder.base.signals import WORDS, came, catch, code_of, leave
+from builder.cli.forms import FORMS
 from builder.cli.terminal import Output
 
 # A command's module is imported when it is asked for: starting stays fast whatever the others need.
 TOPICS: dict[str, dict[str, str]] = {
     "Recipes": {
-        "build": "Build a recipe into files that are the same bytes everywhere.",
+        "build": "Build recipes into files that are the same bytes everywhere.",
+        "sweep": "Build variants of a recipe, each with a recipe of its own.",
         "plan": "Say what a build would do, and why.",
         "lock": "Pin what a recipe resolves to, without building it.",
         "verify": "Compare a file with its recipe's lock and expectations.",
         "new": "Write a recipe for files that exist, and find what they are made of.",
         "share": "Write what a page about a model needs: card, hashes, lineage.",
         "schema": "Print the JSON Schema of recipes, for editors.",
+        "hook": "Check what is about to be committed, as pre-commit does.",
     },
     "Files, to look at": {
         "inspect": "Say what is in a checkpoint, without running or loading it.",
@@ -135,7 +139,7 @@ def main(args: list[str] | None = None) -> None:
             stream.reconfigure(errors="backslashreplace")  # not every terminal has every character
     catch()
     words = sys.argv[1:] if args is None else args
-    output = Output(asks_json(words))
+    output = Output(asked_form(words), command_of(words))
     try:
         code = execute(words, output)
     except Exception as error:
@@ -156,13 +160,24 @@ def main(args: list[str] | None = None) -> None:
 def run(args: list[str] | None = None) -> int:
     """Run the command line and return its exit code; errors become messages on stderr, or data."""
     words = sys.argv[1:] if args is None else args
-    output = Output(asks_json(words))
+    output = Output(asked_form(words), command_of(words))
     return _close(output, execute(words, output))
 
 
-def asks_json(words: list[str]) -> bool:
-    """Whether a command line wants data, also where it cannot be read as a whole."""
-    return "--json" in words[: words.index("--") if "--" in words else None]
+def asked_form(words: list[str]) -> str:
+    """The form that a command line wants its answer in, also where it cannot be read as a whole."""
+    words = words[: words.index("--") if "--" in words else None]
+    found = "json" if "--json" in words else "text"
+    for word, following in pairwise([*words, ""]):
+        name, _, value = word.partition("=")
+        if name == "--output-format":
+            found = value or following
+    return found if found in FORMS else "text"
+
+
+def command_of(words: list[str]) -> str:
+    """What a report calls the command of a command line."""
+    return f"ckpt {words[0]}" if words and words[0] in COMMANDS else "ckpt"
 
 
 def execute(words: list[str], output: Output) -> int:

@@ -2,33 +2,55 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import click
 
 from builder.base.dsse import PrivateKey
-from builder.base.errors import ExitCode, Problem, UsageError
+from builder.base.errors import ExitCode, Problem, UsageError, printable
 from builder.build import build_recipe
+from builder.build.carry_out import Elsewhere
+from builder.build.many import Outcome, build_recipes, read_recipes
+from builder.build.recipes import build_node
+from builder.build.spread import means_of
 from builder.build.statements import Statements
+from builder.cli.forms import Case
 from builder.cli.options import (
     FILE,
     NAME,
+    format_option,
     json_option,
     lock_place,
     locking,
     open_workspace,
     outside_option,
     quiet_option,
-    recipe_argument,
+    recipes_argument,
+    sharing,
 )
+from builder.cli.several import are_several, local, one_only, told
 from builder.cli.terminal import out
-from builder.plan import Plan, explain
+from builder.plan import Plan, explain, joined
+from builder.recipe import Recipe
+from builder.sources.opened import Sources
 from builder.toolkit.command_recipe import place_of
-from builder.toolkit.made import note_changes, note_left_out, note_steps, to_json, to_text
+from builder.toolkit.made import (
+    note_changes,
+    note_left_out,
+    note_steps,
+    several_to_json,
+    several_to_text,
+    to_json,
+    to_text,
+)
+from builder.workspace import Workspace
 
 
 @click.command("build")
-@recipe_argument
+@recipes_argument
 @click.option("-o", "--output", type=NAME, help="Where the output goes; its name says in which form.")
 @click.option("--locked", is_flag=True, help="Fail if the lock would change, and show how.")
 @click.option("--offline", is_flag=True, help="Use no network.")
@@ -39,12 +61,17 @@ from builder.toolkit.made import note_changes, note_left_out, note_steps, to_jso
 @click.option("--sign", type=FILE, metavar="KEY", help="Write that statement, signed with an Ed25519 key.")
 @click.option("--explain", "explained", is_flag=True, help="Say why each step is done or not.")
 @click.option("--threads", type=click.IntRange(1, 256), help="Threads to use; the bytes are the same.")
+@sharing
+@click.option("--on", "where", metavar="dask://HOST:PORT", help="Have workers make it, by the shared store.")
+@click.option("--only", metavar="KEY", help="Make this node of the plan alone; no lock is written.")
+@click.option("--keep-going", is_flag=True, help="Of several recipes, build all that can be built.")
 @locking
 @outside_option
+@format_option
 @json_option
 @quiet_option
 def command(
-    recipe: Path | str,
+    recipes: tuple[Path | str, ...],
     output: str | None,
     locked: bool,
     offline: bool,
@@ -55,18 +82,36 @@ def command(
     sign: Path | None,
     explained: bool,
     threads: int | None,
+    shared: str | None,
+    share: bool,
+    where: str | None,
+    only: str | None,
+    keep_going: bool,
     lock: Path | None,
     no_lock: bool,
     outside: bool,
     quiet: bool,
 ) -> int:
-    """Build the files of RECIPE; what is made already is reused, what is unchanged is left alone."""
+    """Build the files of RECIPE; what is made already is reused, what is unchanged is left alone.
+
+    Several recipes, or all in a folder and below it, are built as one: what they share is read and made once.
+    """
+    if where is not None and (only is not None or partial):
+        raise UsageError(Problem(f"`--on` and `--{'partial' if partial else 'only'}` exclude each other"))
+    if only is not None and are_several(recipes):
+        raise UsageError(Problem("`--only` is for one recipe", hint="name the one whose plan has the key"))
+    if only is not None and (statement or sign is not None):
+        fact = f"`--only` and `--{'sign' if sign is not None else 'statement'}` exclude each other"
+        raise UsageError(Problem(fact, hint="a statement is of a recipe that is built whole"))
     if no_lock and (locked or frozen):
         raise UsageError(Problem("`--locked` needs a lock, and `--no-lock` has none"))
     key = PrivateKey.read(sign, "--sign") if sign is not None else None
     with (
-        open_workspace(quiet, offline=offline or frozen, outside=outside) as workspace,
+        open_workspace(
+            quiet, offline=offline or frozen, outside=outside, shared=shared, share=share
+        ) as workspace,
         workspace.sources() as sources,
+        ExitStack() as context,
     ):
 
         def before(plan: Plan) -> None:
@@ -77,21 +122,77 @@ def command(
             note_left_out(plan, workspace.reporter)
             note_steps(plan, workspace.reporter)
 
-        read = workspace.recipe(recipe, lock_place(lock, no_lock))
-        statements = Statements.of(workspace, key) if statement or key is not None else None
-        made = build_recipe(
-            workspace,
-            read,
-            sources,
-            place=place_of(read, output),
-            locked=locked or frozen,
-            partial=partial,
-            check=check,
-            explained=explained,
-            threads=threads,
-            before=before,
-            statements=statements,
-        )
+        if where is not None:  # workers are in other folders
+            recipes = tuple(local(recipe, "`--on`") for recipe in recipes)
+            lock = lock.absolute() if lock is not None else None
+            output = f"{Path(output).absolute()}{'/' * output.endswith('/')}" if output is not None else None
+        how: dict[str, Any] = {
+            "locked": locked or frozen,
+            "partial": partial,
+            "check": check,
+            "explained": explained,
+            "threads": threads,
+            "statements": Statements.of(workspace, key) if statement or key is not None else None,
+            "elsewhere": context.enter_context(_workers(workspace, where, threads)),
+        }
+        if are_several(recipes):
+            one_only(recipes, output=output, lock=lock)
+            found = read_recipes(workspace, recipes, lock_place(lock, no_lock))
+            build_several(workspace, found, sources, keep_going=keep_going, **how)
+            return ExitCode.DONE
+        read = workspace.recipe(recipes[0], lock_place(lock, no_lock))
+        if only is not None:
+            return _make_only(workspace, read, sources, only, threads)
+        made = build_recipe(workspace, read, sources, place=place_of(read, output), before=before, **how)
         note_changes(made, workspace.reporter)
+    out().cases.append(Case(str(recipes[0])))
     out().result(to_json(made), to_text(made))
     return ExitCode.DONE
+
+
+@contextmanager
+def _workers(workspace: Workspace, where: str | None, threads: int | None) -> Iterator[Elsewhere | None]:
+    """The workers that are to make it, or None."""
+    if where is None:
+        yield None
+        return
+    from builder.build.dask import workers_on
+
+    settings = workspace.settings
+    if not settings.shared:
+        hint = "`--store URL` names one, which here and every worker reaches"
+        raise UsageError(Problem("`--on` needs a store that the workers share", hint=hint))
+    means = means_of(settings, offline=workspace.offline, outside=workspace.outside, threads=threads)
+    with workers_on(where, means) as farm:
+        yield farm
+
+
+def _make_only(workspace: Workspace, recipe: Recipe, sources: Sources, key: str, threads: int | None) -> int:
+    node, done = build_node(workspace, recipe, sources, key, threads=threads)
+    state = done.product.built.state if done.product is not None else "made" if done.fresh else "stored"
+    data = {"schema": 1, "key": node.key, "label": node.label, "state": state}
+    out().result(data, f"{state:<9}  {printable(node.label)}")
+    return ExitCode.DONE
+
+
+def build_several(
+    workspace: Workspace, outcomes: Sequence[Outcome], sources: Sources, *, explained: bool, **how: Any
+) -> None:
+    """Build recipes, and say what became of each; raises SeveralError where one has failed."""
+
+    def before(plans: Sequence[Plan]) -> None:
+        if explained and out().as_json:
+            data = explain.to_json(joined(plans), [p.recipe for p in plans])
+            out().data.setdefault("plans", []).append(data)
+        elif explained:
+            out().message(explain.to_text(joined(plans)))
+        for plan in plans:
+            note_left_out(plan, workspace.reporter)
+            note_steps(plan, workspace.reporter)
+
+    build_recipes(workspace, outcomes, sources, before=before, explained=explained, **how)
+    for outcome in outcomes:
+        if outcome.made is not None:
+            note_changes(outcome.made, workspace.reporter)
+    out().result(several_to_json(outcomes), several_to_text(outcomes))
+    told(outcomes)

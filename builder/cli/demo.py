@@ -75,7 +75,7 @@ def _run(words: str, arguments: Sequence[str]) -> int:
     from builder.cli import execute
 
     _say(words)
-    said, inner = out(), Output(out().as_json)
+    said, inner = out(), Output(out().form)
     said.say(Style(said.color()).strong(f"$ ckpt {' '.join(arguments)}"))
     sys.stdout.flush()
     code = execute(list(arguments), inner)

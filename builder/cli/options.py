@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,6 +12,7 @@ import click
 
 from builder.base.errors import Problem, UsageError
 from builder.base.recipe_address import is_address
+from builder.cli.forms import FORMS
 from builder.cli.terminal import make_reporter
 from builder.operations.fixes import FIXES
 from builder.recipe.language import QUANTIZE
@@ -18,7 +20,7 @@ from builder.recipe.lock import LOCK
 from builder.recipe.names import Target
 from builder.recipe.profiles import PROFILES
 from builder.tensors.cast import PRECISIONS
-from builder.workspace import Workspace
+from builder.workspace import Settings, Workspace
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -54,12 +56,28 @@ NAME = _Named(path_type=str)  # as it was given: the slash at its end counts
 RECIPE = _Recipe(path_type=Path)
 
 recipe_argument = click.argument("recipe", type=RECIPE, metavar="RECIPE")
+recipes_argument = click.argument("recipes", nargs=-1, required=True, type=RECIPE, metavar="RECIPE...")
+format_option = click.option(
+    "--output-format",
+    type=click.Choice(FORMS),
+    expose_value=False,
+    help="For people, for programs, or for CI: annotations, SARIF 2.1.0, JUnit XML.",
+)
 outside_option = click.option(
     "--allow-outside", "outside", is_flag=True, help="Let RECIPE name files outside its folder."
 )
 _LOCK_OPTIONS = (
     click.option("--lock", "lock", type=FILE, help="Where the lock lies; default: beside RECIPE."),
     click.option("--no-lock", is_flag=True, help="Neither read nor write a lock."),
+)
+_SHARING_OPTIONS = (
+    click.option(
+        "--store",
+        "shared",
+        metavar="URL",
+        help="A store that machines share, asked for what is not here; else `CKPT_SHARED_STORE`.",
+    ),
+    click.option("--store-write", "share", is_flag=True, help="Put what is made there too."),
 )
 quiet_option = click.option("--quiet", "-q", is_flag=True, help="No progress, no notes.")
 json_option = click.option(
@@ -116,6 +134,11 @@ def locking(command: F) -> F:
     return _with(_LOCK_OPTIONS, command)
 
 
+def sharing(command: F) -> F:
+    """Add the options about a store that machines share."""
+    return _with(_SHARING_OPTIONS, command)
+
+
 def lock_place(lock: Path | None, no_lock: bool) -> Path | bool:
     """Where a lock lies, as `Workspace.recipe` takes it; raises UsageError for both options."""
     if lock is not None and no_lock:
@@ -136,12 +159,25 @@ def _with(options: Sequence[Callable[[F], F]], command: F) -> F:
 
 @contextmanager
 def open_workspace(
-    quiet: bool = False, *, offline: bool = False, outside: bool = False
+    quiet: bool = False,
+    *,
+    offline: bool = False,
+    outside: bool = False,
+    shared: str | None = None,
+    share: bool = False,
 ) -> Iterator[Workspace]:
-    """A workspace for the length of a command, with what it says on the terminal."""
+    """A workspace for the length of a command, with what it says on the terminal.
+
+    `shared` and `share` are as `Settings` has them. Raises UsageError for sharing with none.
+    """
+    settings = Settings.from_environment()
+    settings = replace(settings, shared=settings.shared if shared is None else shared, share=share)
+    if share and not settings.shared:
+        hint = "`--store URL` or `CKPT_SHARED_STORE` names one"
+        raise UsageError(Problem("`--store-write` needs a shared store", hint=hint))
     with (
         make_reporter(quiet) as reporter,
-        Workspace(offline=offline, outside=outside, reporter=reporter) as workspace,
+        Workspace(settings, offline=offline, outside=outside, reporter=reporter) as workspace,
     ):
         yield workspace
 

@@ -18,6 +18,7 @@ import click
 from builder.base.errors import Problem, printable, problem_data, render
 from builder.base.page import Style, cells, clip, fold
 from builder.base.progress import Reporter, human_bytes
+from builder.cli.forms import COLLECTING, Case, cases_of, github, junit, sarif
 
 SHOW_AFTER = 0.5  # seconds; work that is done by then needs no progress
 DRAW_EVERY = 0.1  # seconds between pictures of it on a terminal
@@ -48,8 +49,10 @@ def columns_of(stream: object) -> int | None:
 class Output:
     """Results on stdout and the rest on stderr; or, `as_json`, all of it in one object on stdout."""
 
-    def __init__(self, as_json: bool = False) -> None:
-        self.as_json = as_json
+    def __init__(self, form: str = "text", command: str = "ckpt") -> None:
+        self.form, self.command = form, command
+        self.as_json = form in COLLECTING
+        self.cases: list[Case] = []
         self.data: dict[str, Any] = {"schema": 1}
         self.notes: list[str] = []
         self.warnings: list[Problem] = []
@@ -94,6 +97,7 @@ class Output:
             self.warnings.append(problem)
         else:
             self.message(render(problem, "warning", columns_of(sys.stderr)))
+            self._annotate(problem, severity="warning")
 
     def fail(self, *problems: Problem) -> None:
         """What went wrong."""
@@ -102,6 +106,12 @@ class Output:
         elif problems:
             width = columns_of(sys.stderr)
             self.message("\n\n".join(render(p, width=width) for p in problems))
+            self._annotate(*problems)
+
+    def _annotate(self, *problems: Problem, severity: str = "error") -> None:
+        if self.form == "github":
+            with self._alone():
+                click.echo("\n".join(github(p, severity) for p in problems))
 
     def object(self, code: int) -> dict[str, Any]:
         """All that was said, as data; `code` is the exit code."""
@@ -115,9 +125,16 @@ class Output:
         }
 
     def close(self, code: int) -> None:
-        """Print the object, if it is to be one and is not printed yet."""
-        if self.as_json:
-            self.as_json = False  # first: Ctrl-C may come while it is printed
+        """Print the document, if all is to be one and it is not printed yet."""
+        if not self.as_json:
+            return
+        self.as_json = False  # first: Ctrl-C may come while it is printed
+        cases = cases_of(self.command, self.cases, self.errors, code)
+        if self.form == "sarif":
+            click.echo(sarif(cases, self.warnings, code))
+        elif self.form == "junit":
+            click.echo(junit(self.command, cases))
+        else:
             click.echo(json.dumps(self.object(code), indent=2))
 
     def now(self) -> None:

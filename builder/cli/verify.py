@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -9,10 +10,13 @@ import click
 from builder.base.dsse import PublicKey
 from builder.base.errors import ExitCode, Problem, UsageError, printable
 from builder.build import verify
+from builder.build.many import read_recipes, recipes_below
 from builder.build.statements import verify_statement
+from builder.cli.forms import Case
 from builder.cli.options import (
     FILE,
     RECIPE,
+    format_option,
     json_option,
     lock_place,
     locking,
@@ -20,24 +24,24 @@ from builder.cli.options import (
     outside_option,
     quiet_option,
 )
+from builder.cli.several import one_only, told
 from builder.cli.terminal import out
 from builder.workspace import Workspace, find_lock
 
 
 @click.command("verify")
-@click.argument("recipe", required=False, type=RECIPE, metavar="[RECIPE]")
-@click.argument("file", required=False, type=click.Path(path_type=Path), metavar="[FILE]")
+@click.argument("recipes", nargs=-1, type=RECIPE, metavar="[RECIPE]... [FILE]")
 @click.option("--statement", type=FILE, metavar="FILE", help="Hold it to this statement of provenance.")
 @click.option(
     "--key", type=FILE, metavar="PUB", help="The Ed25519 key that the statement must be signed with."
 )
 @locking
 @outside_option
+@format_option
 @json_option
 @quiet_option
 def command(
-    recipe: Path | str | None,
-    file: Path | None,
+    recipes: tuple[Path | str, ...],
     statement: Path | None,
     key: Path | None,
     lock: Path | None,
@@ -47,37 +51,55 @@ def command(
 ) -> int:
     """Compare FILE (or the files that RECIPE makes) with the lock and with what the recipe expects.
 
+    What does not end in `.toml` is FILE, of the one RECIPE; several are verified each for itself.
     With --statement, with what that says of it; then there need be no RECIPE, and no FILE where that lies
     beside the statement. Builds nothing. Exit code 7: a file is not what it should be, with the components
     that differ.
     """
     where = lock_place(lock, no_lock)
-    if statement is None:
-        if recipe is None:
-            raise UsageError(Problem("name a RECIPE, or with `--statement FILE` a statement"))
-        if key is not None:
-            raise UsageError(Problem("`--key` is of a statement", hint="`--statement FILE` names it"))
-    elif isinstance(recipe, Path) and file is None and recipe.suffix != ".toml":
-        recipe, file = None, recipe
+    named, file = _split(recipes, stated=statement is not None)
+    one_only(named, lock=lock, statement=statement)
+    if statement is None and not named:
+        raise UsageError(Problem("name a RECIPE, or with `--statement FILE` a statement"))
+    if statement is None and key is not None:
+        raise UsageError(Problem("`--key` is of a statement", hint="`--statement FILE` names it"))
+    files: dict[Path, str] = {}
+    about = None
+    lines = []
     with open_workspace(quiet, offline=statement is not None, outside=outside) as workspace:
-        read = workspace.recipe(recipe, where) if recipe is not None else None
         if statement is not None:
+            read = workspace.recipe(named[0], where) if named else None
             public = PublicKey.read(key, "--key") if key is not None else None
             done = verify_statement(statement, workspace, key=public, recipe=read, file=file)
-            files, said = done.files, f"statement  {statement}, {_signed(done.signed, public, workspace)}"
-            told = {
+            files = done.files
+            lines = [f"statement  {statement}, {_signed(done.signed, public, workspace)}"]
+            about = {
                 "path": str(statement),
                 "signed": done.signed,
                 "key": public.id if public is not None else None,
             }
-        else:
-            assert read is not None
-            files, said, told = verify(read, find_lock(read), file, workspace), "", None
-    lines = [f"verified  {printable(str(path))}\n  sha256 {sha256}" for path, sha256 in files.items()]
-    lines += [printable(said)] * bool(said)
+        outcomes = read_recipes(workspace, named, where) if statement is None else []
+        for outcome in outcomes:
+            with outcome.failing(workspace):
+                if outcome.recipe is not None:
+                    files |= verify(outcome.recipe, find_lock(outcome.recipe), file, workspace)
+    text = [f"verified  {printable(str(path))}\n  sha256 {sha256}" for path, sha256 in files.items()]
     data = [{"path": str(path), "sha256": sha256} for path, sha256 in files.items()]
-    out().result({"files": data, "statement": told}, "\n".join(lines))
+    if statement is not None:
+        out().cases.append(Case(str(statement)))
+    out().result({"files": data, "statement": about}, "\n".join([*text, *map(printable, lines)]))
+    told(outcomes)
     return ExitCode.DONE
+
+
+def _split(named: Sequence[Path | str], *, stated: bool) -> tuple[Sequence[Path | str], Path | None]:
+    """The recipes, and the FILE that is the one's, or that a statement is of: it may be a folder."""
+    *before, last = named or ("",)
+    if isinstance(last, str) or last.suffix == ".toml" or len(before) > 1:
+        return named, None
+    if stated or (before and not (last.is_dir() and recipes_below(last))):
+        return before, last
+    return named, None
 
 
 def _signed(signed: bool, key: PublicKey | None, workspace: Workspace) -> str:

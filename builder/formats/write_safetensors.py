@@ -10,14 +10,14 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from builder.base.disk import check_room, new_file, write_all, write_through
 from builder.base.errors import OutputError, Problem
 from builder.base.progress import SILENT, Reporter
 from builder.formats.safetensors import MAX_HEADER, METADATA, Entry
 from builder.tensors.lazy import DType, LazyTensor
-from builder.tensors.scan import Span, run_pass
+from builder.tensors.scan import Pass, Passing, Span, carry_out
 from builder.tensors.zeros import Stretch
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class Layout(NamedTuple):
 class Written(NamedTuple):
     """A file that was written, as `accept` sees it before it has its name.
 
-    `sha256` is the file's, `digests` are the BLAKE3-256 of its tensors, `histograms` those of `run_pass`:
+    `sha256` is the file's, `digests` are the BLAKE3-256 of its tensors, `histograms` those of `Pass`:
     each where asked for. `zeros` are stretches of zeros in tensors, `offsets` say where in the file each
     tensor's bytes begin. `path` is where it went, None where it was discarded. `stat` is its state before it
     got its name. `autov3` is the SHA-256 of all behind the header, where asked for.
@@ -117,24 +117,39 @@ def write(
     tensors: Mapping[str, LazyTensor],
     metadata: Mapping[str, str] | None = None,
     *,
-    sha256: bool = True,
-    autov3: bool = False,
-    digests: bool = False,
-    groups: Mapping[str, str] | None = None,
     threads: int = 2,
-    durable: bool = True,
-    inputs: Iterable[os.stat_result | Path | str] = (),
-    reporter: Reporter = SILENT,
-    task: str = "",
     max_memory: int = 256 << 20,
     stop: threading.Event | None = None,
-    accept: Accept = lambda written: written.path,
+    **how: Any,
 ) -> Written:
     """Write tensors as a safetensors file, which takes the place of `path` whole or not at all.
 
     Tensors are pulled in windows by `threads` threads, each window being read, digested and written while
-    it is warm; at most `max_memory` bytes of windows exist at once. The bytes depend on the tensors and
-    the metadata alone. `reporter` hears of `task` in bytes of tensors. `groups` are those of `run_pass`.
+    it is warm; at most `max_memory` bytes of windows exist at once. All else is as for `writing`.
+    """
+    work = writing(path, tensors, metadata, **how)
+    return carry_out(work, threads=threads, max_memory=max_memory, stop=stop)
+
+
+def writing(
+    path: Path | str,
+    tensors: Mapping[str, LazyTensor],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    sha256: bool = True,
+    autov3: bool = False,
+    digests: bool = False,
+    groups: Mapping[str, str] | None = None,
+    durable: bool = True,
+    inputs: Iterable[os.stat_result | Path | str] = (),
+    reporter: Reporter = SILENT,
+    task: str = "",
+    accept: Accept = lambda written: written.path,
+) -> Passing[Written]:
+    """The work of writing a safetensors file in one pass, which others may be carried out beside.
+
+    The bytes depend on the tensors and the metadata alone. `reporter` hears of `task` in bytes of tensors.
+    `groups` are those of `Pass`.
     `accept` sees what was written before it has a name, and says where it goes (within the folder of
     `path`), or None to discard it; it may raise.
     Raises OutputError when the file cannot be written or its place is one of `inputs`, and what the tensors'
@@ -152,15 +167,12 @@ def write(
             check_room(path, file.fd, layout.size)
             write_all(file.fd, memoryview(layout.head), 0)
             whole, data = hashlib.sha256(layout.head), hashlib.sha256()
-            found = run_pass(
+            found = yield Pass(
                 spans,
                 write=partial(write_through if durable else write_all, file.fd),
                 whole=[whole] * sha256 + [data] * autov3,
-                groups=groups,
+                groups=groups or {},
                 digests=digests,
-                threads=threads,
-                max_memory=max_memory,
-                stop=stop,
                 advance=lambda count: reporter.advance(task, count),
             )
             written = Written(

@@ -36,7 +36,7 @@ from builder.plan.graph import (
 )
 from builder.plan.keys import action_key, recall_prediction, tables
 from builder.plan.metadata import carried_metadata
-from builder.plan.taken import component_name, place_of, quoted, taken, to_read
+from builder.plan.taken import component_name, place_of, quoted, sizes_of, taken
 from builder.recipe import FromBase, NewBase, Output, Pick, Recipe, Step, slot_problems
 from builder.recipe.check import MAX_STEPS, with_classes
 from builder.recipe.language import EMA, PUBLISHED
@@ -636,23 +636,32 @@ class Components:
         action = self.action(job)
         made = self.store.lookup(action, job.cls) if action is not None else None
         # What is to be fetched is seen when it is here, and what is known need not be looked at.
-        reads, writes = (0, made.bytes) if made is not None else self._sizes(job)
+        takes, writes = ({}, made.bytes) if made is not None else self._sizes(job)
         return self.add(
             job,
             label,
             action=action,
             state="make" if made is None else "stored",
-            why=self._why(pick, action) if made is None else "made before from the same inputs",
-            reads=reads,
+            why=self._why(pick, action) if made is None else self._before(action),
+            reads=None if takes is None else sum(takes.values()),
             writes=writes,
             made=made,
+            takes=takes or {},
         )
 
-    def _sizes(self, job: ComponentJob) -> tuple[int | None, int | None]:
-        """The bytes that are read for a component, and those that it has; None for what is not known yet."""
+    def _before(self, action: str | None) -> str:
+        if action is not None and self.store.is_claimed(action):
+            return "the shared store says that it was made before"
+        return "made before from the same inputs"
+
+    def _sizes(self, job: ComponentJob) -> tuple[Mapping[str, int] | None, int | None]:
+        """The bytes that are read for a component, by what is taken of sources, and those that it has.
+
+        None for what is not known yet.
+        """
         if self._elsewhere(job):
             return None, None
-        reads = sum(t.nbytes for t in to_read(self.plan, self.sources, job.origin).values())
+        reads = sizes_of(self.plan, self.sources, job.origin)
         if job.cls == CHECKPOINT and not isinstance(job.origin, Whole):
             return reads, None  # which tensors an adapter has is known when it is begun
         made_of = self._made_of(job)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from builder.base.errors import printable
@@ -9,6 +10,7 @@ from builder.base.page import columns
 from builder.base.progress import human_bytes
 from builder.plan import ComponentJob, Node, OutputJob, Plan, StepJob
 from builder.plan.graph import total
+from builder.recipe import Recipe
 from builder.sources.job import SourceJob
 
 
@@ -31,13 +33,17 @@ def _bytes(count: int | None) -> str:
 def totals(plan: Plan) -> tuple[int | None, int | None]:
     """Bytes to be read and to be written by the whole plan, None where some are not known yet.
 
-    A component that is made goes straight into its output; what is stored is read from where it lies.
+    A component that is made goes straight into its output; what is stored is read from where it lies. What
+    several components take alike is read once.
     """
     pending = [n for n in plan.outputs() if n.state != "unchanged"]
     used = [plan.nodes[k] for k in dict.fromkeys(i for n in pending for i in n.job.inputs)]
     parts = [n for n in used if isinstance(n.job, ComponentJob)]
     read = [n.reads for n in plan if isinstance(n.job, SourceJob) and n.state in ("hash", "fetch")]
-    read += [n.reads if n.state == "make" else n.writes for n in parts]
+    made = [n for n in parts if n.state == "make"]
+    read += [n.writes for n in parts if n.state != "make"]
+    read += [None for n in made if n.reads is None]
+    read += {taken: size for n in made for taken, size in n.takes.items()}.values()
     kept = [n for n in plan if isinstance(n.job, ComponentJob) and n.job.store and n.state == "make"]
     return total(read), total(n.writes for n in [*pending, *kept])
 
@@ -54,12 +60,12 @@ def _row(plan: Plan, node: Node) -> tuple[str, str, str, str]:
     )
 
 
-def to_json(plan: Plan) -> dict[str, Any]:
-    """The plan as data, schema 1: steps in an order in which they can be done."""
+def to_json(plan: Plan, recipes: Sequence[Recipe] = ()) -> dict[str, Any]:
+    """The plan as data, schema 1: steps in an order in which they can be done; of one or several recipes."""
     reads, writes = totals(plan)
     return {
         "schema": 1,
-        "recipe": plan.recipe.name,
+        **({"recipes": [r.name for r in recipes]} if recipes else {"recipe": plan.recipe.name}),
         "reads": reads,
         "writes": writes,
         "steps": [

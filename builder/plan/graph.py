@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from itertools import chain, count
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
@@ -291,6 +292,11 @@ def origin_data(origin: Origin, names: Mapping[Key, str] | None = None) -> list[
     return ["node", node, origin.promote if isinstance(origin, Finished) else None]
 
 
+def taken_as(take: Take | Whole) -> str:
+    """What is taken of a source as one text: what two components take alike is read once for both."""
+    return json.dumps(origin_data(take))
+
+
 @dataclass(frozen=True)
 class Node:
     """A step of the plan: what is to be done, and why.
@@ -299,7 +305,8 @@ class Node:
     what it makes: as `key`, but with every source known by its SHA-256; None while one of them is not.
     A source's is its SHA-256. `reads` and `writes` are bytes of tensor data, None where
     a source that is not here has them; `why` is the reason for
-    `state` in words. `made` is what a component is known to be.
+    `state` in words. `made` is what a component is known to be. `takes` are the bytes of `reads` by what
+    is taken of a source, as `taken_as` names it.
     """
 
     job: Job
@@ -311,6 +318,7 @@ class Node:
     reads: int | None = 0
     writes: int | None = 0
     made: Made | None = None
+    takes: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def kind(self) -> str:
@@ -399,6 +407,13 @@ class Plan:
                 near += self.nodes[key].job.inputs
         return found
 
+    def part(self, key: Key) -> Plan:
+        """A node and all that it hangs on, as a plan of its own."""
+        near = {key, *self.ancestors(key)}
+        nodes = {k: n for k, n in self.nodes.items() if k in near}
+        entries = {e: j for e, j in self.entries.items() if j.key in near}
+        return Plan(self.recipe, self.lock, nodes, entries, [k for k in self.unseen if k in near])
+
     def takes(self, origin: Origin) -> Iterator[Take | Whole]:
         """What an origin is made of, near and far, as sources hold it: each once, however often used."""
         near, seen = [origin], set()
@@ -419,6 +434,32 @@ class Plan:
     def outputs(self) -> list[Node]:
         """The files to be written, in the recipe's order."""
         return [n for n in self if isinstance(n.job, OutputJob)]
+
+
+def joined(plans: Sequence[Plan]) -> Plan:
+    """Several plans as one graph: what more than one of them holds is one node. A single one as it is.
+
+    A component that one of them makes is no longer only computed on the way to another; labels that two
+    nodes have say which recipe each is of. The recipe, the lock and the entries are the first plan's.
+    """
+    if len(plans) == 1:
+        return plans[0]
+    made = Plan(plans[0].recipe, plans[0].lock)
+    for plan in plans:
+        for node in plan:
+            known = made.nodes.get(node.key)
+            if known is None:
+                more = (f" of {plan.recipe.name}{f' #{i}' * (i > 1)}" for i in count(1))
+                label = next(n for m in chain([""], more) if (n := f"{node.label}{m}") not in made.labels)
+                made.labels.add(label)
+                made.nodes[node.key] = replace(node, label=label)
+            elif known.state == "stream" != node.state:
+                made.nodes[node.key] = replace(node, label=known.label)
+        made.unseen += [k for k in plan.unseen if k not in made.unseen]
+        made.left_out += plan.left_out
+        made.warnings += [p for p in plan.warnings if p not in made.warnings]
+        made.notes += [n for n in plan.notes if n not in made.notes]
+    return made
 
 
 def component_specs(

@@ -47,7 +47,7 @@ from builder.plan.graph import (
 )
 from builder.plan.keys import assembly_key, recall_beside, recall_output
 from builder.plan.metadata import stated_metadata
-from builder.plan.taken import component_name, quoted, to_read
+from builder.plan.taken import component_name, quoted, sizes_of
 from builder.recipe import FromBase, Output, Pick, Recipe
 from builder.recipe.check import form_problem
 from builder.recipe.language import PUBLISHED, QUANTIZE
@@ -540,9 +540,9 @@ def _settle(plan: Plan, sources: Sources) -> None:
             near = {node.job.origin.node, *plan.ancestors(node.job.origin.node)}
             jobs = [plan.nodes[k].job for k in near]
             seen = all(sources.find(j) is not None for j in jobs if isinstance(j, SourceJob))
-            specs = to_read(plan, sources, node.job.origin) if seen else {}
-            reads = sum(t.nbytes for t in specs.values())
-            plan.nodes[node.key] = replace(node, state="make", why=why, reads=reads)
+            takes = sizes_of(plan, sources, node.job.origin) if seen else {}
+            reads = sum(takes.values())
+            plan.nodes[node.key] = replace(node, state="make", why=why, reads=reads, takes=takes)
 
 
 def output_state(store: Store, action: str, job: OutputJob) -> tuple[State, str]:

@@ -16,6 +16,7 @@ from builder.plan.graph import (
     StepJob,
     Take,
     Whole,
+    taken_as,
 )
 from builder.sources.job import SourceJob
 from builder.tensors.lazy import LazyTensor
@@ -25,10 +26,11 @@ if TYPE_CHECKING:
     from builder.sources.opened import Sources
 
 
-def to_read(plan: Plan, sources: Sources, origin: Origin) -> Mapping[str, LazyTensor]:
-    """The tensors to be read for a component, each once; raises RecipeError where a source lacks it."""
+def sizes_of(plan: Plan, sources: Sources, origin: Origin) -> dict[str, int]:
+    """The bytes to be read for a component, by what is taken; raises RecipeError where a source lacks it."""
     return {
-        f"{take.node}/{n}": t for take in plan.takes(origin) for n, t in taken(plan, sources, take).items()
+        taken_as(take): sum(t.nbytes for t in taken(plan, sources, take).values())
+        for take in plan.takes(origin)
     }
 
 

@@ -122,6 +122,11 @@ def differences(old: Lock, new: Lock, *, partial: bool = False) -> list[str]:
     if partial:
         both = {what for what in before if before[what] and after.get(what)}
         before, after = ({what: facts[what] for what in facts if what in both} for facts in (before, after))
+    return changed(before, after)
+
+
+def changed(before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
+    """What is not said alike before and after, a line each; the empty word says nothing."""
     lines = []
     for what in dict.fromkeys([*before, *after]):
         a, b = before.get(what, ""), after.get(what, "")

@@ -7,10 +7,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from builder.base.errors import FetchError, MissingError, Problem
-from builder.recipe.lock import Lock, LockedSource
+from builder.base.errors import FetchError, LockError, MissingError, Place, Problem
+from builder.recipe.lock import Lock, LockedSource, changed
 from builder.sources.job import SourceJob, entry_name
 from builder.sources.opened import Sources
+from builder.tensors.digests import PROFILE
 
 if TYPE_CHECKING:
     from builder.recipe.recipe import Recipe
@@ -43,6 +44,36 @@ def _missing(
             yield from sources.missing(job).problems
 
 
+def check_lock(recipe: Recipe, lock: Lock) -> None:
+    """Raise LockError unless a lock is what this recipe resolves to, as far as the two can tell.
+
+    No source is looked at: that it is what the lock pins, a build finds out.
+    """
+    pins = _pins(recipe)
+    now = {"recipe": recipe.digest, "numeric profile": str(PROFILE)}
+    now |= {f"source `{name}`": pin or lock.pins().get(name, "") for name, pin in pins.items()}
+    then = {"recipe": lock.recipe, "numeric profile": str(lock.profile)}
+    then |= {f"source `{name}`": pin for name, pin in lock.pins().items()}
+    if lock.outputs:
+        now |= {f"output `{o.name}`": o.file for o in recipe.outputs}
+        then |= {f"output `{name}`": o.file for name, o in lock.outputs.items()}
+    if changes := changed(then, now) + [f"source `{n}`: not pinned" for n in pins if n not in lock.sources]:
+        place = Place(str(recipe.lock))
+        hint = f"`ckpt lock {recipe.path}` writes it anew"
+        raise LockError(Problem("the lock is stale", place, tuple(changes), hint))
+
+
+def _pins(recipe: Recipe, scope: tuple[str, ...] = ()) -> dict[str, str | None]:
+    """The digest that each source is pinned by, if it is, by its name in the lock."""
+    found: dict[str, str | None] = {}
+    for name, spec in recipe.sources.items():
+        if name in recipe.included:
+            found |= _pins(recipe.included[name], (*scope, name))
+        else:
+            found[entry_name((*scope, name))] = spec.sha256
+    return found
+
+
 def resolve_sources(
     recipe: Recipe,
     sources: Sources,
@@ -71,7 +102,7 @@ def resolve_sources(
         if sources.find(job) is None:
             sources.fetch(job)
         sha256 = str(sources.hash(job).sha256)
-        found[entry] = _locked(sources, job, sha256, sources.resolved.get(entry, ""))
+        found[entry] = _locked(sources, job, sha256, sources.resolved.get(job, ""))
     return found
 
 
@@ -107,7 +138,7 @@ def locked_sources(entries: Mapping[str, SourceJob], sources: Sources) -> dict[s
     found = {}
     for entry, job in sorted(entries.items()):
         if (sha256 := sources.sha256(job)) is not None:
-            found[entry] = _locked(sources, job, sha256, sources.resolved.get(job.entry, ""))
+            found[entry] = _locked(sources, job, sha256, sources.resolved.get(job, ""))
     return found
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class SourceJob:
     """A source to be had, and to be hashed where its digest is not known.
 
-    `identity` is what it is known by in a plan: the digest that a recipe pins, else the file that it is,
+    `identity` is what it is known by in a plan: the digest that is pinned, else the file that it is,
     else where it may be had from. All else says how to find it: `folder` is that of the recipe, `file`
     relative to it; `sha256`, `size` and `urls` are the recipe's, `locked` is what the lock says. `name` is
     what the recipe calls it, `entry` what the lock does, `place` where the recipe says it.

@@ -79,7 +79,8 @@ class Sources:
         self._bounds: dict[tuple[Path, str | None], tuple[Path, ...]] = {}  # folders that files are to lie in
         self._refused: set[Path] = set()
         self._guard = threading.RLock()
-        self.resolved: dict[str, str] = {}
+        self._told: dict[SourceJob, tuple[str, int]] = {}
+        self.resolved: dict[SourceJob, str] = {}
 
     def __enter__(self) -> Sources:
         return self
@@ -120,8 +121,8 @@ class Sources:
             locked=locked,
             place=recipe.place("sources", name),
         )
-        if spec.sha256 is not None:
-            identity = f"sha256:{spec.sha256}"
+        if (pinned := self.wanted(job).sha256) is not None:
+            identity = f"sha256:{pinned}"
         elif isinstance(found := self._search(job), Found):
             identity = f"file:{os.path.realpath(found.path)}"
         else:
@@ -236,14 +237,20 @@ class Sources:
     def sha256(self, job: SourceJob) -> str | None:
         """The digest of a source as it is pinned, or as it is remembered of the file; None: unknown."""
         found = self.find(job)
-        return job.sha256 or (found.sha256 if found is not None else self.wanted(job).sha256)
+        here = found.sha256 if found is not None else self.wanted(job).sha256
+        return job.sha256 or here or self._told.get(job, (None, 0))[0]
+
+    def tell(self, job: SourceJob, sha256: str, size: int) -> None:
+        """Take another machine's word for what a source is, until it is read here."""
+        self._told[job] = sha256, size
 
     def size(self, job: SourceJob) -> int | None:
         """The bytes of a source, as far as they are known."""
         if (found := self.find(job)) is not None:
             return found.size
         opened = self._open.get(job)
-        return self.wanted(job).size or (opened.checkpoint.size if opened is not None else None)
+        known = opened.checkpoint.size if opened is not None else self._told.get(job, ("", None))[1]
+        return self.wanted(job).size or known
 
     def another(self, job: SourceJob) -> bool:
         """Refuse the file that was found for a source; whether there is another that may be it."""
@@ -404,7 +411,7 @@ class Sources:
         found = Found(got.path, got.sha256, got.size, got.address or "a cache")
         self._provide(job, found)
         if got.address is not None and not got.address.startswith("file:"):
-            self.resolved[job.entry] = got.address
+            self.resolved[job] = got.address
         return found
 
     def _provide(self, job: SourceJob, found: Found) -> None:
@@ -471,8 +478,8 @@ class Sources:
         return seen_now
 
     def check(self, job: SourceJob, found: Found) -> None:
-        """Raise SourceError when a source is not what was pinned."""
-        pinned = self.wanted(job).sha256
+        """Raise SourceError when a source is not what was pinned, or was when another machine read it."""
+        pinned = self.wanted(job).sha256 or self._told.get(job, (None, 0))[0]
         if pinned is not None and found.sha256 != pinned:
             known = self.catalog.known
             said = (_known_as(s, known) for s in (pinned, str(found.sha256)))

@@ -45,6 +45,7 @@ from builder.store.records import (
     read_record,
     write_record,
 )
+from builder.store.shared import Claim, Shared, claim_from_record, claim_key
 from builder.store.strays import make_way, set_aside
 from builder.tensors.digests import Row, component_digest
 from builder.tensors.lazy import LazyTensor
@@ -69,6 +70,9 @@ class Store:
     What lies in a folder that others may write to is not believed: only what proves itself is read from
     there, which is components and downloads, by their digests, and not what actions made, nor digests of
     files.
+
+    `shared` is a store that other machines share: it is asked for what is not here, and what it says of
+    actions is used while it is the one that is set, but is not remembered as what they made.
     """
 
     def __init__(
@@ -78,11 +82,13 @@ class Store:
         downloads: Path | None = None,
         keep_all: bool = False,
         trust_times: bool = True,
+        shared: Shared | None = None,
         reporter: Reporter = SILENT,
     ) -> None:
         self.root = root if root is not None else default_root()
         self._downloads = downloads if downloads is not None else self.root / "downloads"
         self.keep_all = keep_all
+        self.shared = shared
         self.reporter = reporter
         self.trusted = _is_ours(self.root, self.reporter)
         self.memory = DigestMemory(self.root / "files", trust_times and self.trusted)
@@ -101,6 +107,8 @@ class Store:
 
     def close(self) -> None:
         """Delete the temporary store, if there is one."""
+        if self.shared is not None:
+            self.shared.close()
         self._delete()
         self._overlay = None
 
@@ -116,12 +124,51 @@ class Store:
         path = self.action_path(action)
         record = read_record(path) if self.trusted else None
         made = made_from_record(record) if record is not None else None
-        if made is not None and made.cls != cls:
+        if made is None:
+            claim = self._claim(action)
+            return claim.made if claim is not None and claim.made.cls == cls else None
+        if made.cls != cls:
             return None
-        if made is not None:
-            for used in (path, self.entry_path(made.digest)):
-                _touch(used)
+        for used in (path, self.entry_path(made.digest)):
+            _touch(used)
         return made
+
+    def claim(self, action: str, made: Made) -> None:
+        """Keep what an action made of what the shared store had: known as long as that is the one set."""
+        if self.shared is not None:
+            self.shared.believe("action", action, Claim(made))
+            self.note("claim", claim_key(self.shared.url, action), Claim(made).record())
+
+    def is_claimed(self, action: str) -> bool:
+        """Whether what this action made is known by the word of the shared store alone."""
+        if self.shared is None:
+            return False
+        if self._overlay is not None and self._overlay.action_path(action).exists():
+            return False
+        own = self.trusted and read_record(self.action_path(action)) is not None
+        return not own and self._claim(action) is not None
+
+    def doubt(self, action: str, *evidence: str) -> bool:
+        """Have what the shared store says of an action not believed; whether it was."""
+        if not self.is_claimed(action):
+            return False
+        claim = self._claim(action)
+        assert self.shared is not None and claim is not None
+        self.shared.refuse(claim, *evidence)
+        with contextlib.suppress(OSError):
+            self._fact_path("claim", claim_key(self.shared.url, action)).unlink(missing_ok=True)
+        return True
+
+    def _claim(self, action: str) -> Claim | None:
+        """What the shared store says that an action made; asked once, and then remembered."""
+        if self.shared is None:
+            return None
+        key = claim_key(self.shared.url, action)
+        if (known := self.recall("claim", key, claim_from_record)) is not None:
+            self.shared.believe("action", action, known)
+        elif (known := self.shared.action(action)) is not None:
+            self.note("claim", key, known.record())
+        return self.shared.action(action)
 
     def record(self, action: str, made: Made) -> None:
         """Keep what the action of this key made; in a store that cannot be written to, do nothing."""
@@ -145,8 +192,13 @@ class Store:
     def open(self, digest: str, warn: Warn | None = None) -> Stored | None:
         """A component where it lies now, each tensor verified as it is read; None: it is nowhere.
 
-        Hand the DamagedEntry that reading may raise to `set_aside`, and make the component again.
+        One that the shared store has is had from there first. Hand the DamagedEntry that reading may raise to
+        `set_aside`, and make the component again.
         """
+        stored = self._open_here(digest, warn)
+        return stored or (self._open_here(digest, warn) if self.bring(digest) else None)
+
+    def _open_here(self, digest: str, warn: Warn | None) -> Stored | None:
         entry = self.entry(digest)
         if entry is None:
             return None
@@ -156,10 +208,70 @@ class Store:
         return next((s for at in places if (s := open_at(entry, at)) is not None), None)
 
     def holds(self, digest: str) -> bool:
-        """Whether a component may lie somewhere, going by names and identities of files alone."""
+        """Whether a component may lie somewhere, going by names and identities of files alone.
+
+        Or by what the shared store says.
+        """
+        here = self._is_here(digest)
+        return here or (self.shared is not None and self.shared.component(digest) is not None)
+
+    def _is_here(self, digest: str) -> bool:
         if (entry := self.entry(digest)) is None:
             return False
         return self._blob_of(digest) is not None or any(map(is_at, entry.places))
+
+    def bring(self, digest: str, threads: int = 1, stop: threading.Event | None = None) -> bool:
+        """Have a component from the shared store, unless it is here; whether it was had.
+
+        What comes is compared with the digest, and kept only where it is right; why it is not is said.
+        """
+        claim = self.shared.component(digest) if self.shared is not None else None
+        if self.shared is None or claim is None or self._is_here(digest):
+            return False
+        made = claim.made
+        try:
+            place = self._place()
+            with scratch_folder(place.root / "tmp") as folder:
+                staged = folder / "component.safetensors"
+                rows = self.shared.fetch(claim, staged, threads=threads, stop=stop)
+                if rows is None:
+                    return False
+                entry = self.entry(digest)
+                entry = entry or Entry(digest, made.component, made.cls, "the shared store", rows)
+                self._keep_blob(place, staged, entry)
+        except (OSError, OutputError) as error:
+            self.shared.refuse(claim, str(error).partition("\n")[0])
+            return False
+        return True
+
+    def share(
+        self, action: str, made: Made, *, threads: int = 1, stop: threading.Event | None = None
+    ) -> None:
+        """Have the shared store know what an action made, and keep its bytes, where that is asked for.
+
+        What lies here is verified on the way; where it cannot be read, nothing is shared.
+        """
+        if self.shared is None or not self.shared.writing:
+            return
+        claim = self._claim(action)
+        if claim is not None and claim.made == made and claim.sha256:
+            return  # that is where it is from
+
+        def blob() -> Claim | None:
+            if (stored := self._open_here(made.digest, None)) is None:
+                return None
+            with contextlib.closing(stored):
+                written = write(staged, stored.tensors, durable=False, threads=threads, stop=stop)
+            return Claim(made, str(written.sha256), written.size)
+
+        try:
+            with scratch_folder(self._place().root / "tmp") as folder:
+                staged = folder / "component.safetensors"
+                self.shared.offer(action, made, blob, staged)
+        except DamagedEntry as damage:
+            self.set_aside(damage)
+        except (OSError, OutputError, SourceError):
+            pass  # what was made is made
 
     def place(self, entry: Entry, at: At | None = None) -> None:
         """Remember a component and, with `at`, where its bytes lie; where that cannot be, do nothing."""
@@ -215,21 +327,26 @@ class Store:
                 check()
                 rows = {n: Row(t.dtype, t.shape, written.digests[n]) for n, t in tensors.items()}
                 entry = Entry(component_digest(rows), component, cls, source, rows)
-                staged.chmod(0o444)
-                path = place.blob_path(entry.digest)
-                make_way(place.root, path)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                # Also in place of one that is there already: should that be damaged, this heals it.
-                staged.replace(path)
-                known = place.entry(entry.digest)
-                places = known.places if known is not None else ()
-                place._write_entry(replace(entry, places=places))
+                self._keep_blob(place, staged, entry)
         except OSError as error:
             raise self._unwritable(error) from None
+        return Made(component, cls, entry.digest, len(tensors), entry.nbytes)
+
+    def _keep_blob(self, place: Store, staged: Path, entry: Entry) -> None:
+        """Put a component's blob, which lies at `staged`, in its place; raises OSError, OutputError."""
+        size = staged.stat().st_size
+        staged.chmod(0o444)
+        path = place.blob_path(entry.digest)
+        make_way(place.root, path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Also in place of one that is there already: should that be damaged, this heals it.
+        staged.replace(path)
+        known = place.entry(entry.digest)
+        places = known.places if known is not None else ()
+        place._write_entry(replace(entry, places=places))
         self._distrusted.discard(path)
         if place is self:
-            self.grown += written.size
-        return Made(component, cls, entry.digest, len(tensors), entry.nbytes)
+            self.grown += size
 
     def set_aside(self, damaged: DamagedEntry, warn: Warn | None = None) -> None:
         """Take a place whose bytes are not what they were out of use, and say so; a blob is moved away.

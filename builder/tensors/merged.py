@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from builder.tensors.lazy import DType, LazyTensor
+from builder.tensors.lazy import WINDOW, DType, LazyTensor
 from builder.tensors.scratch import scratch
 
 if TYPE_CHECKING:
@@ -240,3 +240,63 @@ class Shared(LazyTensor):
         else:
             out[:] = data
         held[key] = data
+
+
+_RECENT = 64 << 20  # bytes of windows; as many as the outputs that are written at once read at one place
+
+
+class _Window:
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.lock = threading.Lock()
+        self.data: bytearray | None = None
+
+
+class Recent:
+    """The windows that the threads of a pass read last of tensors that several outputs are made of."""
+
+    def __init__(self) -> None:
+        self._held: OrderedDict[tuple[Common, int], _Window] = OrderedDict()
+        self._size = 0
+        self._lock = threading.Lock()
+
+    def window(self, tensor: Common, index: int) -> bytearray:
+        """A window of a tensor: read by the first thread that asks for it, while others wait."""
+        key = tensor, index
+        with self._lock:
+            if (held := self._held.pop(key, None)) is None:
+                held = _Window(min(WINDOW, tensor.nbytes - index * WINDOW))
+                self._size += held.size
+            self._held[key] = held
+            while self._size > _RECENT and len(self._held) > 1:
+                self._size -= self._held.popitem(last=False)[1].size
+        with held.lock:
+            if held.data is None:
+                data = bytearray(held.size)
+                tensor.source.read_into(index * WINDOW, memoryview(data))
+                held.data = data
+            return held.data
+
+
+class Common(LazyTensor):
+    """A tensor that several outputs of a pass are made of: each window of it is read once for all of them."""
+
+    __slots__ = ("_recent", "source")
+
+    def __init__(self, source: LazyTensor, recent: Recent) -> None:
+        super().__init__(source.dtype, source.shape)
+        self.source, self._recent = source, recent
+
+    @property
+    def computed(self) -> bool:
+        """As the source."""
+        return self.source.computed
+
+    def read_into(self, start: int, out: memoryview) -> None:
+        """Copy the range from windows that were read just before, else read these."""
+        done = 0
+        while done < len(out):
+            index, at = divmod(start + done, WINDOW)
+            part = memoryview(self._recent.window(self, index))[at : at + len(out) - done]
+            out[done : done + len(part)] = part
+            done += len(part)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 import threading
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from heapq import heapify, heappop, heapreplace
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 from blake3 import blake3
 
 from builder.base.errors import CkptError, Problem, SourceError
-from builder.base.parallel import run_windows
+from builder.base.parallel import Cancelled, Consume, run_windows
 from builder.base.progress import SILENT, Reporter
 from builder.tensors.lazy import WINDOW, DType, LazyTensor
 from builder.tensors.packed import OPAQUE
@@ -128,64 +129,195 @@ def scan(
     return Scan({name: found.tensors[name] for name in tensors}, found.histograms)
 
 
+@dataclass(frozen=True)
+class Pass:
+    """What is pulled in a pass, and who looks.
+
+    `write` gets windows in any order, each with its offset; `whole` gets them from first to last. `groups`,
+    `digests` and `numbers` are as for `scan`, and `checksums` gets the CRC-32 of each tensor. `advance` hears
+    of bytes that are done.
+    """
+
+    spans: Sequence[Span]
+    write: Callable[[memoryview, int], object] | None = None
+    whole: Sequence[Whole] = ()
+    groups: Mapping[str, str] = field(default_factory=dict)
+    digests: bool = False
+    checksums: dict[str, int] | None = None
+    numbers: bool = False
+    advance: Callable[[int], object] = lambda count: None
+
+
+T = TypeVar("T")
+Passing = Generator[Pass, Scan, T]  # work that asks for passes, and is given what they found
+
+
 def run_pass(
     spans: Sequence[Span],
     *,
-    write: Callable[[memoryview, int], object] | None = None,
-    whole: Sequence[Whole] = (),
     groups: Mapping[str, str] | None = None,
-    digests: bool = False,
-    checksums: dict[str, int] | None = None,
-    numbers: bool = False,
     threads: int = 2,
     window: int = WINDOW,
     max_memory: int = 256 << 20,
     stop: threading.Event | None = None,
-    advance: Callable[[int], object] = lambda count: None,
+    **looking: Any,
 ) -> Scan:
     """Pull every span's bytes once, in windows of at most `window` bytes, and show them to all who look.
 
-    `write` gets windows in any order, each with its offset; `whole` gets them from first to last. `groups`,
-    `digests` and `numbers` are as for `scan`, and `checksums` gets the CRC-32 of each tensor. At most
-    `max_memory` bytes of windows exist at once. Of several failures the first in the order of `spans` is
-    raised.
+    `looking` is as for `Pass`. At most `max_memory` bytes of windows exist at once. Of several failures the
+    first in the order of `spans` is raised.
+    """
+    asked = Pass(spans, groups=groups or {}, **looking)
+    (found,) = run_passes([asked], threads=threads, window=window, max_memory=max_memory, stop=stop)
+    if isinstance(found, Exception):
+        raise found
+    return found
+
+
+def carry_out(work: Passing[T], **how: Any) -> T:
+    """Do work that asks for passes, one after the other; `how` is as for `run_passes`. Raises as they do."""
+    try:
+        asked = next(work)
+        while True:
+            (found,) = run_passes([asked], **how)
+            asked = work.throw(found) if isinstance(found, Exception) else work.send(found)
+    except StopIteration as done:
+        made: T = done.value
+        return made
+
+
+def run_passes(
+    passes: Sequence[Pass],
+    *,
+    threads: int = 2,
+    window: int = WINDOW,
+    max_memory: int = 256 << 20,
+    stop: threading.Event | None = None,
+) -> list[Scan | Exception]:
+    """Carry out passes side by side, like beside like; of each what it found, or why it failed.
+
+    Windows of tensors of one name, or of one tensor, come one after the other in all passes that have them:
+    so what several of them read can be read once. A failure ends its own pass alone: of several the first
+    in the order of its spans is given. All else is as for `run_pass`.
     """
     window = max(16, min(window, max_memory) // 16 * 16)  # so that no element is cut
-    chunks = list(_chunks(spans, window))
-    counters = _Counters(groups or {}, numbers)
-    found: dict[str, str] = {}
+    works = [_Work(p, list(_chunks(p.spans, window))) for p in passes]
+    order = _side_by_side(works)
 
     def produce(index: int, buffer: memoryview) -> int:
-        chunk, at = chunks[index], 0
-        for span, start, length in chunk.parts:
-            span.read_into(start, buffer[at : at + length])
-            at += length
-        counters.count(chunk, buffer)
-        if write is not None:
-            write(buffer[:at], chunk.offset)
-        advance(at)
-        return at
+        return order[index][0].produce(order[index][1], buffer)
 
-    consumers = [_all_of(each) for each in whole]
-    if digests:
-        consumers.append(_each(chunks, blake3, lambda span, hasher: found.update({span: hasher.hexdigest()})))
-    if checksums is not None:
-        consumers.append(_each(chunks, _Crc32, lambda span, crc: checksums.update({span: crc.value})))
+    consumers = [(work, each) for work in works for each in work.consumers]
     most = max(1, max_memory // window)
     threads = max(1, min(threads, most))
-    computes = bool(groups) or numbers or any(s.tensor.computed for s in spans)
+    ways = len(consumers) if len(works) == 1 else min(len(consumers), max(_CONSUMERS, threads))
+    computes = any(w.computes for w in works)
     with lone_torch() if computes else _nothing():
         run_windows(
-            len(chunks),
+            len(order),
             produce,
-            consumers,
-            size=min(window, sum(s.length for s in spans)),
+            [_dealt(order, consumers[n::ways]) for n in range(ways)],
+            size=min(window, max((sum(s.length for s in p.spans) for p in passes), default=0)),
             threads=threads,
             buffers=min(2 * threads + 2, most),
             around=exact_torch if computes else _nothing,
             stop=stop,
         )
-    return counters.result(spans, found)
+    return [w.result() for w in works]
+
+
+_CONSUMERS = 4  # threads that look at the windows of several passes in order, at least
+
+
+class _Work:
+    """A pass that is carried out."""
+
+    def __init__(self, asked: Pass, chunks: list[_Chunk]) -> None:
+        self.asked, self.chunks = asked, chunks
+        self.counters = _Counters(asked.groups, asked.numbers)
+        self.digests: dict[str, str] = {}
+        self.failed: tuple[int, Exception] | None = None  # the first window that failed
+        self._lock = threading.Lock()
+        self.consumers = [_all_of(each) for each in asked.whole]
+        if asked.digests:
+            found = self.digests
+            self.consumers.append(_each(chunks, blake3, lambda n, h: found.update({n: h.hexdigest()})))
+        if (checksums := asked.checksums) is not None:
+            self.consumers.append(_each(chunks, _Crc32, lambda n, crc: checksums.update({n: crc.value})))
+
+    @property
+    def computes(self) -> bool:
+        """Whether torch computes in it."""
+        asked = self.asked
+        return bool(asked.groups) or asked.numbers or any(s.tensor.computed for s in asked.spans)
+
+    def produce(self, index: int, buffer: memoryview) -> int:
+        """Make a window; nothing of a pass that has failed before it."""
+        if self.is_over(index):
+            return 0
+        chunk, at = self.chunks[index], 0
+        try:
+            for span, start, length in chunk.parts:
+                span.read_into(start, buffer[at : at + length])
+                at += length
+            self.counters.count(chunk, buffer)
+            if self.asked.write is not None:
+                self.asked.write(buffer[:at], chunk.offset)
+            self.asked.advance(at)
+        except Cancelled:
+            raise
+        except Exception as error:
+            with self._lock:
+                if not self.is_over(index):
+                    self.failed = index, error
+            return 0
+        return at
+
+    def is_over(self, index: int) -> bool:
+        """Whether a window before this one has failed."""
+        return self.failed is not None and self.failed[0] < index
+
+    def result(self) -> Scan | Exception:
+        """What was found, or the failure of the first window that failed."""
+        if self.failed is not None:
+            return self.failed[1]
+        return self.counters.result(self.asked.spans, self.digests)
+
+
+def _side_by_side(works: Sequence[_Work]) -> list[tuple[_Work, int]]:
+    """The windows of all passes in one order, which is each one's own, like beside like."""
+    ranks: dict[object, int] = {}
+
+    def rank(work: _Work, index: int) -> tuple[int, float]:
+        span, start, _ = work.chunks[index].parts[0]
+        known = ranks.get(id(span.tensor), ranks.get(span.name))
+        found = ranks.setdefault(span.name, len(ranks) if known is None else known)
+        ranks[id(span.tensor)] = found
+        return found, start / span.length if span.length else 0.0
+
+    order = []
+    heads = [(rank(w, 0), n, 0) for n, w in enumerate(works) if w.chunks]
+    heapify(heads)
+    while heads:
+        _, n, index = heads[0]
+        order.append((works[n], index))
+        if index + 1 < len(works[n].chunks):
+            heapreplace(heads, (rank(works[n], index + 1), n, index + 1))
+        else:
+            heappop(heads)
+    return order
+
+
+def _dealt(order: Sequence[tuple[_Work, int]], consumers: Sequence[tuple[_Work, Consume]]) -> Consume:
+    """A consumer that shows each of these the windows of its pass."""
+
+    def take(index: int, data: memoryview) -> None:
+        work, own = order[index]
+        for whose, consume in consumers:
+            if whose is work and not work.is_over(own + 1):
+                consume(own, data)
+
+    return take
 
 
 class _Chunk(NamedTuple):

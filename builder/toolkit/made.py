@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from builder.base.errors import printable
+from builder.base.errors import printable, problem_data
 from builder.base.progress import Reporter, human_bytes
 from builder.base.words import counted, listed
 from builder.build import Build
+from builder.build.many import Outcome
 from builder.plan import OutputJob, Plan
 
 
@@ -47,6 +48,34 @@ def to_text(made: Build) -> str:
         if b.statement is not None:
             lines.append(f"  statement {printable(b.statement.name)}")
     return "\n".join(lines)
+
+
+def several_to_json(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """What became of several recipes, as plain values."""
+    return {
+        "recipes": [
+            {
+                "recipe": str(o.path),
+                "state": o.state,
+                **({k: v for k, v in to_json(o.made).items() if k != "schema"} if o.made else {}),
+                "errors": [problem_data(p) for p in (o.error.problems if o.error is not None else ())],
+            }
+            for o in outcomes
+        ]
+    }
+
+
+def several_to_text(outcomes: Sequence[Outcome]) -> str:
+    """The outputs of several recipes, and a line for each that has none, and one for all."""
+    lines = []
+    for o in outcomes:
+        if o.made is not None:
+            lines.append(to_text(o.made))
+        if o.state != "built":
+            lines.append(f"{o.state:<9}  {printable(str(o.path))}")
+    states = [o.state for o in outcomes]
+    counts = [f"{states.count(s)} {s}" for s in ("built", "failed", "not begun") if s in states]
+    return "\n".join([*lines, f"{counted(len(outcomes), 'recipe')}: {', '.join(counts)}"])
 
 
 def note_left_out(plan: Plan, reporter: Reporter) -> None:

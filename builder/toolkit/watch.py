@@ -266,6 +266,7 @@ class Watch:
         place = folder / f"{stem(path)}.safetensors"
         state: State = "moved"
         if pruning.tidy:
+            sources.close()  # an open file cannot be renamed or removed everywhere
             if pruning.report.container != "safetensors":
                 place = folder / path.name
             target = same_file(path, folder, place.suffix)
@@ -283,6 +284,7 @@ class Watch:
                 naming=lambda built: vacant(place, built, store),
                 threads=self.threads,
             )
+            sources.close()
             built = made.outputs[0]
             target, state = built.path, "known" if built.state == "unchanged" else "pruned"
             verify_on_disk(target, built.sha256, pruning.identity, catalog)

@@ -160,6 +160,7 @@ class Folder:
             "CKPT_STORE": str(self.store),
             "CKPT_MODELS": "",
             "CKPT_COMPONENTS": str(TINY),
+            "CKPT_SHARED_STORE": "",
             "HF_HUB_CACHE": str(self.path.parent / "no-cache"),
         }
         return {**own, **self.environment}

@@ -34,6 +34,7 @@ WAYS: dict[str, Way] = {
     "diff": Way("dirty.ckpt dirty.ckpt", "dirty.ckpt vae.safetensors", 1),
     "extract": Way("dirty.ckpt VAE -o out.vae.safetensors", "dirty.ckpt CLIP-v1", 2),
     "help": Way("store gc", "store gone", 2),
+    "hook": Way("schema tiny.toml", "schema wrong.toml", 3),
     "inspect": Way("vae.safetensors", "none.safetensors", 6),
     "lock": Way("tiny.toml", "absent.toml", 5),
     "lora": Way(
@@ -52,6 +53,7 @@ WAYS: dict[str, Way] = {
     ),
     "schema": Way("", "more", 2),
     "share": Way("tiny.toml --offline -o page", "wrong.toml", 3),
+    "sweep": Way("tiny.toml output.precision=fp16,fp32", "tiny.toml steps.half.alpha=1", 2),
     "store check": Way("", "more", 2),
     "store gc": Way("--max-size 1MB", "--max-size much", 2),
     "store list": Way("", "more", 2),

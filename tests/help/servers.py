@@ -41,7 +41,7 @@ class Handler(BaseHTTPRequestHandler):
         else:
             route(self)
 
-    do_HEAD = do_POST = do_GET
+    do_HEAD = do_POST = do_PUT = do_GET
 
     def do_CONNECT(self) -> None:
         self.server.owner.connect(self)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from collections.abc import Callable, Iterator
@@ -218,6 +219,36 @@ def test_several_outputs(net: Net, author: Folder) -> None:
     said = here("build", address)
     assert said.code == 7 and "build it in another folder" in said.err
     assert (here / "tiny-b.safetensors").read_bytes() == b"mine"
+
+
+def test_several_recipes(net: Net, author: Folder) -> None:
+    address, here = serve(net, author), reader(net)
+    text, lock = (author / "tiny.toml").read_text(), (author / "tiny.lock.toml").read_text()
+    other = address.replace("tiny.toml", "other.toml")
+    net.storage.routes["/models/other.toml"] = says(200, text.replace('name = "tiny"', 'name = "other"'))
+    net.storage.routes["/models/other.lock.toml"] = says(200, lock)
+    said = here("build", address, other, "--json")
+    first, second = json.loads(said.out)["recipes"]
+    assert said.code == 4 and files(here.path) == {"tiny.safetensors"}, "held to their locks"
+    assert (first["state"], second["state"]) == ("built", "failed")
+    assert str(here.store) not in said.out and "`--no-lock`" in said.out
+    assert here("build", address, other, "--keep-going", "--statement").code == 4
+    assert files(here.path) == {"tiny.safetensors", "tiny.safetensors.intoto.json"}
+    assert (here / "tiny.safetensors").read_bytes() == (author / "tiny.safetensors").read_bytes()
+    assert here("verify", address).code == 0
+    assert here("verify", address, "--statement", "tiny.safetensors.intoto.json").code == 5, "no network"
+    (here / "tiny.safetensors").write_bytes(b"mine")
+    said = here("build", address, other, "--no-lock")
+    assert said.code == 7 and "`tiny.safetensors` is there already" in said.err
+    assert (here / "tiny.safetensors").read_bytes() == b"mine"
+    assert files(here.path) == {"tiny.safetensors", "tiny.safetensors.intoto.json"}
+
+
+def test_where_others_read_the_recipe_it_is_to_be_here(net: Net, author: Folder) -> None:
+    address, here = serve(net, author), reader(net)
+    for command in (("plan", "--snakemake"), ("build", "--on", "dask://localhost:1")):
+        said = here(*command, address)
+        assert said.code == 2 and "does not take a recipe's address" in said.err
 
 
 def test_what_is_there_and_is_what_the_lock_says_stays(net: Net, author: Folder) -> None:

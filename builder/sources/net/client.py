@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 from urllib.parse import urljoin
 
 from builder import __version__
@@ -27,6 +27,14 @@ from builder.sources.net.text import host_words, page_kind, scrub, shown
 from builder.sources.net.wire import Answer, Limits
 
 T = TypeVar("T")
+
+
+class Body(Protocol):
+    """What a request sends."""
+
+    def read(self, size: int = ..., /) -> bytes:
+        """The next bytes, at most `size`; empty at the end."""
+
 
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 MAX_REDIRECTS = 10
@@ -143,13 +151,20 @@ class Session:
         return scrub(text, [t for v in variables if (t := self.environ.get(v, "").strip())])
 
     def request(
-        self, method: str, url: str, headers: Mapping[str, str] | None = None, *, across: bool = True
+        self,
+        method: str,
+        url: str,
+        headers: Mapping[str, str] | None = None,
+        *,
+        across: bool = True,
+        body: Callable[[], Body] | None = None,
     ) -> Response:
         """The response to a request, redirects followed; with any status. Raises Failure.
 
         Each hop is checked: never from https to http, never to an address that is not public unless
         allowed. The token of the first host goes to that host and, once a redirect has led elsewhere,
-        to none. With `across` false, a redirect to another origin is returned, not followed.
+        to none. With `across` false, a redirect to another origin is returned, not followed. `body` gives
+        what is sent, from its start each time; its size is among `headers`.
         """
         if self.offline:
             raise Failure("not asked: the network is off", hint="build without `--offline`")
@@ -175,7 +190,7 @@ class Session:
             }
             if token is not None:
                 sent["Authorization"] = f"Bearer {token}"
-            response = self._exchange(method, url, here, sent)
+            response = self._exchange(method, url, here, sent, body)
             location = response.headers.get("Location")
             if response.status not in REDIRECTS or location is None:
                 return response
@@ -218,7 +233,14 @@ class Session:
             raise Failure(f"`{shown(url)}` redirects to `{shown(after)}`, without encryption")
         return after
 
-    def _exchange(self, method: str, url: str, origin: Origin, headers: Mapping[str, str]) -> Response:
+    def _exchange(
+        self,
+        method: str,
+        url: str,
+        origin: Origin,
+        headers: Mapping[str, str],
+        body: Callable[[], Body] | None,
+    ) -> Response:
         target = url.split("/", 3)[3] if url.count("/") > 2 else ""
         for fresh in (False, True):
             connection = (None if fresh else self._pool.take(origin)) or self._connection(origin)
@@ -228,7 +250,8 @@ class Session:
                     connection.connect()
                 sock = connection.sock  # of which the connection lets go when the answer is its last
                 self._watch(sock)
-                connection.request(method, "/" + target, headers=dict(headers))
+                sent = body() if body is not None else None
+                connection.request(method, "/" + target, sent, dict(headers))
                 answer = connection.getresponse()
                 assert isinstance(answer, Answer)
                 return Response(answer, connection, sock, self, url)

@@ -1,0 +1,39 @@
+"""The workers of a dask cluster, as an executor that builds elsewhere."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+
+from builder.base.errors import FetchError, Problem, UsageError
+from builder.build.spread import Farm, Means
+
+PATIENCE = 10.0  # seconds to find a scheduler
+
+
+@contextmanager
+def workers_on(address: str, means: Means) -> Iterator[Farm]:
+    """The workers of the scheduler at `dask://HOST:PORT`.
+
+    Raises UsageError for another address or without the package, FetchError where nobody answers.
+    """
+    found = re.fullmatch(r"dask://([^/@\s]+:[0-9]+)/?", address)
+    if found is None:
+        raise UsageError(Problem(f"`{address}` is no address of workers", hint="such as `dask://HOST:8786`"))
+    if find_spec("distributed") is None:
+        hint = "`pip install 'ckpt-build[dask]'`, here and on every worker"
+        raise UsageError(Problem("`--on dask://…` needs the package distributed", hint=hint))
+    from distributed import Client
+    from distributed.scheduler import KilledWorker
+
+    logging.getLogger("distributed").setLevel(logging.CRITICAL)  # what counts is said by the build
+    try:
+        client = Client(f"tcp://{found[1]}", timeout=PATIENCE, set_as_default=False)
+    except (OSError, TimeoutError, ValueError) as error:
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        raise FetchError(Problem(f"no scheduler answers at `{address}`", evidence=(said,))) from None
+    with client, client.get_executor(pure=False) as executor:
+        yield Farm(executor, means, (KilledWorker,))

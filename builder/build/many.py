@@ -1,0 +1,313 @@
+"""Several recipes planned and built as one: what they share is read and made once, failures told together."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from builder.base.errors import CkptError, Place, Problem, RecipeError, UsageError
+from builder.base.files import read_bounded
+from builder.build.carry_out import Build, Elsewhere, build_all
+from builder.build.recipes import (
+    Held,
+    check_lock_place,
+    check_places,
+    finish,
+    hold,
+    plan_seen,
+    with_folders,
+)
+from builder.build.statements import Statements
+from builder.plan import OutputJob, Plan
+from builder.recipe import Recipe
+from builder.recipe.lock import LOCK
+from builder.recipe.read import MAX_SIZE
+from builder.sources.have import telling_all
+from builder.sources.opened import NotPinned, Sources
+from builder.workspace import Workspace, find_lock
+
+
+@dataclass
+class Outcome:
+    """What became of one of several recipes: what was made, or why not; neither where it was not begun.
+
+    `path` is an address where that is a string. `recipe` is None where it could not be read. `plan` is the
+    one that it was built by, with the lock that is `held`.
+    """
+
+    path: Path | str
+    recipe: Recipe | None = None
+    plan: Plan | None = None
+    held: Held | None = None
+    made: Build | None = None
+    error: CkptError | None = None
+    is_skipped: bool = False
+
+    @property
+    def state(self) -> str:
+        """What became of it in a word or two."""
+        if self.error is not None:
+            return "failed"
+        return "not begun" if self.made is None else "built"
+
+    @contextmanager
+    def failing(self, workspace: Workspace) -> Iterator[None]:
+        """Take note of what fails; files that were fetched are named by their addresses."""
+        try:
+            yield
+        except CkptError as error:
+            self.error = workspace.by_address(error)
+
+    def placed(self) -> None:
+        """Have a failure that has no place say which recipe it is of."""
+        if self.error is not None:
+            at = Place(str(self.path))
+            self.error.problems = tuple(replace(p, place=p.place or at) for p in self.error.problems)
+
+
+class SeveralError(CkptError):
+    """Failures of several recipes together; the exit code is that of the first."""
+
+    def __init__(self, errors: Sequence[CkptError]) -> None:
+        super().__init__(*dict.fromkeys(p for e in errors for p in e.problems))
+        self.exit_code = errors[0].exit_code
+
+
+def check_all(outcomes: Sequence[Outcome]) -> None:
+    """Raise SeveralError where a recipe has failed; of several, each problem says which."""
+    for outcome in outcomes if len(outcomes) > 1 else ():
+        outcome.placed()
+    if errors := [o.error for o in outcomes if o.error is not None]:
+        raise SeveralError(errors)
+
+
+def read_recipes(
+    workspace: Workspace, named: Sequence[Path | str], lock: Path | bool = True
+) -> list[Outcome]:
+    """The recipes of files and addresses, each once, and of folders, all in and below them.
+
+    What is wrong is a failure. Among several, locks are passed over: a pattern that names recipes names those
+    beside them too.
+    """
+    paths = [each for path in named for each in _recipes_at(path)]
+    if len(paths) > 1:
+        paths = [path for path in paths if isinstance(path, str) or not path.name.endswith(LOCK)]
+    if not paths:
+        folder = ", ".join(f"`{path}`" for path in named)
+        raise UsageError(Problem(f"there is no recipe in {folder}"))
+    once = {p if isinstance(p, str) else os.path.realpath(p): p for p in reversed(paths)}
+    found = [Outcome(path) for path in once.values()][::-1]
+    for outcome in found:
+        with outcome.failing(workspace):
+            outcome.recipe = workspace.recipe(outcome.path, lock)
+    return found
+
+
+def _recipes_at(path: Path | str) -> Sequence[Path | str]:
+    return recipes_below(path) if isinstance(path, Path) and path.is_dir() else [path]
+
+
+def recipes_below(folder: Path) -> list[Path]:
+    """The recipes in a folder and below it: TOML that says `format`; hidden folders are passed over."""
+    found = []
+    for root, folders, files in os.walk(folder):
+        folders[:] = sorted(f for f in folders if not f.startswith("."))
+        for path in (Path(root, f) for f in sorted(files) if f.endswith(".toml") and not f.endswith(LOCK)):
+            with suppress(OSError):
+                if _FORMAT.search(read_bounded(path, MAX_SIZE)):
+                    found.append(path)
+    return found
+
+
+_FORMAT = re.compile(rb"^format[ \t]*=", re.MULTILINE)
+
+
+def plan_recipes(workspace: Workspace, outcomes: Sequence[Outcome], sources: Sources) -> list[Plan]:
+    """The plans of recipes that were read; what is wrong with one is its failure."""
+    for outcome in outcomes:
+        if outcome.recipe is not None and outcome.error is None:
+            with outcome.failing(workspace):
+                outcome.plan = workspace.plan(outcome.recipe, sources, find_lock(outcome.recipe))
+    _check_targets(outcomes)
+    return [o.plan for o in outcomes if o.plan is not None and o.error is None]
+
+
+def build_recipes(
+    workspace: Workspace,
+    outcomes: Sequence[Outcome],
+    sources: Sources,
+    *,
+    locked: bool = False,
+    keep_going: bool = False,
+    partial: bool = False,
+    check: bool = False,
+    explained: bool = False,
+    threads: int | None = None,
+    elsewhere: Elsewhere | None = None,
+    before: Callable[[Sequence[Plan]], object] = lambda plans: None,
+    statements: Statements | None = None,
+) -> None:
+    """Build recipes that were read, and write the lock of each unless `locked`; failures are noted in them.
+
+    All are planned before anything is made, but those that read a file which another of them writes: they
+    come after it. Unless it is to `keep_going`, nothing is made where one has failed. `before` sees the plans
+    of what is made together; all else is as for `build_recipe`.
+    """
+    for outcome in outcomes:
+        outcome.is_skipped = True
+    for wave in _waves(outcomes):
+        pending = wave
+        while pending:
+            _plan_seen(workspace, pending, sources, locked, statements)
+            _check_targets(pending)
+            ready = [o for o in pending if o.error is None]
+            if not ready or (not keep_going and any(o.error for o in outcomes)):
+                break
+            before([o.plan for o in ready if o.plan is not None])
+            _make(workspace, ready, sources, keep_going, partial, threads, elsewhere)
+            pending = [o for o in ready if _again(o, sources)]
+            for outcome in ready:
+                outcome.is_skipped = outcome.made is None
+            for outcome in ready:
+                if outcome.recipe is None or outcome.held is None or outcome.made is None:
+                    continue
+                with outcome.failing(workspace):
+                    finish(
+                        workspace,
+                        outcome.recipe,
+                        outcome.held,
+                        outcome.made,
+                        check=check,
+                        explained=explained,
+                        threads=threads,
+                        statements=statements,
+                    )
+        if not keep_going and any(o.error for o in outcomes):
+            break
+    if len(outcomes) > 1:
+        for outcome in outcomes:
+            outcome.placed()
+    workspace.tidy()
+
+
+def _again(outcome: Outcome, sources: Sources) -> bool:
+    """Whether a recipe is to be built again, another file having been taken for a pinned source."""
+    again = isinstance(outcome.error, NotPinned) and sources.another(outcome.error.job)
+    if again:
+        outcome.error = None
+    return again
+
+
+def _waves(outcomes: Sequence[Outcome]) -> Iterator[list[Outcome]]:
+    """Recipes in an order in which none reads a file that one in the same or a later wave writes."""
+    writes = {
+        os.path.realpath(o.recipe.target(out)): o for o in outcomes if o.recipe for out in o.recipe.outputs
+    }
+    after = {
+        o.path: {q.path for f in _files(o.recipe) if (q := writes.get(f, o)) is not o}
+        for o in outcomes
+        if o.recipe is not None
+    }
+    left = [o for o in outcomes if o.recipe is not None]
+    while left:
+        wave = [o for o in left if not after[o.path] & {q.path for q in left}]
+        if not wave:
+            names = tuple(str(o.path) for o in left)
+            fact = "these recipes read what one of the others writes, in a circle"
+            for outcome in left:
+                outcome.error = RecipeError(Problem(fact, evidence=names, hint="give an output another name"))
+            return
+        left = [o for o in left if o not in wave]
+        failed = {o.path for o in outcomes if o.error is not None}
+        yield [o for o in wave if o.error is None and not after[o.path] & failed]
+
+
+def _files(recipe: Recipe) -> Iterator[str]:
+    """The files that a recipe reads, and those that it includes."""
+    for name, source in recipe.sources.items():
+        if source.file is not None and recipe.path is not None:
+            yield os.path.realpath(recipe.path.parent / source.file)
+        elif name in recipe.included:
+            yield from _files(recipe.included[name])
+
+
+def _check_targets(outcomes: Sequence[Outcome]) -> None:
+    """Have those recipes fail that write what another one does."""
+    taken: dict[str, Outcome] = {}
+    for outcome in outcomes:
+        jobs = [n.job for n in outcome.plan.outputs()] if outcome.plan is not None else []
+        for job in (j for j in jobs if isinstance(j, OutputJob)):
+            beside = [job.target.with_suffix(".yaml")] if job.sidecar is not None else []
+            for path in map(os.path.realpath, [job.target, *beside]):
+                other = taken.setdefault(path, outcome)
+                if other is not outcome and outcome.error is None:
+                    place = job.recipe.place(*job.output.at, "file", value=True)
+                    evidence = (f"`{other.path}` writes it too: `{path}`",)
+                    hint = "give one of them another name"
+                    problem = Problem("two recipes write the same file", place, evidence, hint)
+                    outcome.error = RecipeError(problem)
+
+
+def _plan_seen(
+    workspace: Workspace,
+    outcomes: Sequence[Outcome],
+    sources: Sources,
+    locked: bool,
+    statements: Statements | None,
+) -> None:
+    """Plan recipes with the tables of contents of all their sources."""
+    for outcome in outcomes:
+        recipe, outcome.plan = outcome.recipe, None
+        if recipe is None:
+            continue
+        with outcome.failing(workspace):
+            outcome.held = hold(recipe, locked)
+            check_lock_place(recipe, outcome.held)
+            outcome.plan = plan_seen(workspace, recipe, sources, outcome.held.lock)
+            check_places(outcome.plan, workspace, statements)
+
+
+def _make(
+    workspace: Workspace,
+    outcomes: Sequence[Outcome],
+    sources: Sources,
+    keep_going: bool,
+    partial: bool,
+    threads: int | None,
+    elsewhere: Elsewhere | None,
+) -> None:
+    """Carry out the plans of recipes."""
+    folders: Mapping[int, ExitStack] = {n: ExitStack() for n in range(len(outcomes))}
+    with ExitStack() as stack:
+        for each in folders.values():
+            stack.push(each)
+        ready = []
+        for n, outcome in enumerate(outcomes):
+            assert outcome.plan is not None
+            with outcome.failing(workspace):
+                folders[n].enter_context(with_folders(outcome.plan))
+                ready.append((n, outcome, outcome.plan))
+        if len(ready) < len(outcomes) and not keep_going:
+            return
+        made = build_all(
+            [plan for _, _, plan in ready],
+            sources,
+            locked=[outcome.held.kept if outcome.held is not None else None for _, outcome, _ in ready],
+            keep_going=keep_going,
+            partial=partial,
+            threads=threads,
+            elsewhere=elsewhere,
+            reporter=workspace.reporter,
+        )
+        for (n, outcome, plan), found in zip(ready, made, strict=True):
+            if isinstance(found, Build):
+                outcome.made = found
+            elif found is not None:
+                assert outcome.recipe is not None
+                told = telling_all(outcome.recipe, sources, plan.lock)
+                with outcome.failing(workspace), folders[n].pop_all(), told:
+                    raise found

@@ -1,0 +1,332 @@
+"""A plan's components and outputs as tasks of any executor: they hand each other digests, never tensors."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, CancelledError, Executor, Future, wait
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from builder import __version__
+from builder.base.errors import CkptError, LockError, OutputError, Problem, SourceError
+from builder.base.progress import Reporter
+from builder.build.carry_out import Builder, make_together
+from builder.build.context import Context
+from builder.build.in_parts import Parts
+from builder.build.outputs import Assembly, Product
+from builder.operations import OPERATIONS
+from builder.plan.graph import ComponentJob, Key, OutputJob, Plan, StepJob, joined
+from builder.plan.keys import note_output
+from builder.sources.job import SourceJob
+from builder.sources.opened import Sources
+from builder.workspace import Settings, Workspace
+
+Work = tuple[Builder, Assembly]
+
+ATTEMPTS = 3  # of a task whose worker was lost
+MOST = 256  # tasks that an executor is given at a time
+POLL = 0.5  # seconds after which it is asked whether to go on
+
+
+@dataclass(frozen=True)
+class Means:
+    """What workers work with, beside their own environment; `shared` is the store that all of them share."""
+
+    shared: str
+    models: tuple[Path, ...] = ()
+    components: tuple[Path, ...] = ()
+    offline: bool = False
+    outside: bool = False
+    threads: int | None = None
+
+
+def means_of(
+    settings: Settings, *, offline: bool = False, outside: bool = False, threads: int | None = None
+) -> Means:
+    """What workers need of the settings of a build, with whole paths."""
+    models, components = (
+        tuple(p.absolute() for p in paths) for paths in (settings.models, settings.components)
+    )
+    return Means(settings.shared, models, components, offline, outside, threads)
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a source is, by the word of the machine that read it; `resolved` is where it was had from."""
+
+    sha256: str
+    size: int
+    resolved: str = ""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A component for the shared store, or an output: the node `key` of a plan of what it hangs on."""
+
+    plan: Plan
+    key: Key
+    means: Means
+    told: Mapping[Key, Told]
+    locked: bool = False
+    partial: bool = False
+    version: str = __version__
+
+
+@dataclass(frozen=True)
+class Done:
+    """What became of a task: an output's product, what was made, what sources are, what there is to say."""
+
+    product: Product | None = None
+    fresh: tuple[Key, ...] = ()
+    told: Mapping[Key, Told] = field(default_factory=dict)
+    said: tuple[Problem | str, ...] = ()
+    error: CkptError | None = None
+
+
+class _Heard(Reporter):
+    """What is said on a worker, to be said where the build was begun."""
+
+    def __init__(self) -> None:
+        self.said: list[Problem | str] = []
+
+    def note(self, message: str) -> None:
+        self.said.append(message)
+
+    def warn(self, problem: Problem) -> None:
+        self.said.append(problem)
+
+
+def make(task: Task) -> Done:
+    """Make a component or an output, on a worker; what fails is part of the answer."""
+    means, heard = task.means, _Heard()
+    settings = replace(
+        Settings.from_environment(),
+        shared=means.shared,
+        share=True,
+        models=means.models,
+        components=means.components,
+    )
+    try:
+        if task.version != __version__:
+            fact = f"a worker has ckpt-build {__version__}, and {task.version} is asked for"
+            raise OutputError(Problem(fact, hint="install the same version everywhere"))
+        with (
+            Workspace(settings, offline=means.offline, outside=means.outside, reporter=heard) as workspace,
+            workspace.sources() as sources,
+        ):
+            done = make_node(task, sources, heard)
+            workspace.tidy()
+    except CkptError as error:
+        return Done(said=tuple(heard.said), error=_plain(error))
+    return replace(done, said=tuple(heard.said))
+
+
+def make_node(task: Task, sources: Sources, reporter: Reporter) -> Done:
+    """Make a component or an output with these sources; raises CkptError."""
+    plan = task.plan
+    jobs = {k: n.job for k, n in plan.nodes.items() if isinstance(n.job, SourceJob)}
+    for key, job in jobs.items():
+        if key in task.told:
+            sources.tell(job, task.told[key].sha256, task.told[key].size)
+    context = Context(plan, sources, OPERATIONS, task.means.threads or os.cpu_count() or 1, True, reporter)
+    with closing(context):
+        builder = Builder(context, Parts(context, task.partial), plan.lock if task.locked else None, None)
+        if isinstance(plan.nodes[task.key].job, OutputJob):
+            builder.begin()
+            for assembly in builder.assemblies() if builder.error is None else ():
+                builder.finish(assembly, make_together(context, [assembly])[0])
+        else:
+            made = context.made(task.key)
+            if made is None or not context.store.holds(made.digest):
+                builder.have_sources([task.key])
+            builder.keep(task.key)
+        if builder.error is not None:
+            raise builder.error
+        told = {
+            k: Told(sha256, sources.size(j) or 0, sources.resolved.get(j, ""))
+            for k, j in jobs.items()
+            if (sha256 := sources.sha256(j)) is not None
+        }
+        return Done(builder.products.get(task.key), tuple(builder.made), told)
+
+
+def tasks_of(plan: Plan, outputs: Sequence[Key]) -> dict[Key, tuple[Key, ...]]:
+    """The nodes of a plan that are tasks, each with those that it waits for, which come before it.
+
+    These are outputs, and components that are kept, that steps compute, or that several outputs have: what
+    one output alone takes of a source is read where that output is written.
+    """
+    near = {*outputs, *plan.ancestors(*outputs)}
+    uses = Counter(k for o in outputs for k in dict.fromkeys(plan.nodes[o].job.inputs))
+    found: dict[Key, tuple[Key, ...]] = {}
+    for node in (n for n in plan if n.key in near):
+        before = plan.ancestors(node.key)
+        is_task = node.key in outputs
+        if isinstance(node.job, ComponentJob):
+            steps = (k for k in before if isinstance(plan.nodes[k].job, StepJob))
+            is_task = node.job.store or uses[node.key] > 1 or (uses[node.key] > 0 and any(steps))
+        if is_task:
+            found[node.key] = tuple(k for k in before if k in found)
+    return found
+
+
+@dataclass
+class Farm:
+    """An executor's workers, who make components and outputs where they are, and what they are told.
+
+    They see the files of the recipe under the same paths, and write the outputs there. `lost` are what the
+    executor raises, beside its standard exceptions, of a worker that is gone: another one tries again.
+    """
+
+    executor: Executor
+    means: Means
+    lost: tuple[type[BaseException], ...] = ()
+
+    def __call__(self, works: Sequence[Work], keep_going: bool) -> None:
+        """Have outputs made, and what became of each noted by its builder."""
+        for builder, assembly in works:
+            if assembly.node.state == "unchanged":
+                builder.finish(assembly, make_together(builder.context, [assembly])[0])
+        pending = {a.node.key: (b, a) for b, a in works if a.node.key not in b.products}
+        if pending:
+            _Run(self, [b for b, _ in pending.values()], pending, keep_going).run()
+
+
+class _Run:
+    def __init__(
+        self, farm: Farm, builders: Sequence[Builder], works: Mapping[Key, Work], keep_going: bool
+    ) -> None:
+        self.farm, self.works, self.keep_going = farm, works, keep_going
+        self.builders = list({id(b): b for b in builders}.values())
+        plan = joined([b.plan for b in self.builders])
+        self.waits = tasks_of(plan, list(works))
+        self.owners: dict[Key, Builder] = {}
+        for builder in self.builders:
+            for key in builder.plan.nodes:
+                self.owners.setdefault(key, builder)
+        self.done: set[Key] = set()
+        self.failed: dict[Key, CkptError] = {}
+        self.losses: Counter[Key] = Counter()
+        self.told: dict[Key, Told] = {}
+        self.running: dict[Future[Done], Key] = {}
+
+    def run(self) -> None:
+        """Hand out what is ready, and take what is done, until there is no more."""
+        try:
+            while True:
+                for key in list(self._ready()):
+                    self._submit(key)
+                if not self.running:
+                    return
+                finished, _ = wait(self.running, timeout=POLL, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    key = self.running.pop(future)
+                    self._tell(key, "finish")
+                    self._take(key, future)
+                for key in self.running.values():
+                    self._tell(key, "advance", 0)  # where the whole may be given up
+        finally:
+            for future, key in self.running.items():
+                future.cancel()
+                self._tell(key, "finish")
+
+    def _tell(self, key: Key, what: str, *count: int) -> None:
+        """Have a reporter hear of a task."""
+        context = self.owners[key].context
+        getattr(context.reporter, what)(context.node(key).label, *count)
+
+    def _ready(self) -> Iterator[Key]:
+        """The tasks that wait for nothing, as many as an executor is given at a time."""
+        if self.failed and not self.keep_going:
+            return
+        room = MOST - len(self.running)
+        busy = {*self.running.values(), *self.done, *self.failed}
+        for key, before in self.waits.items():
+            if room > 0 and key not in busy and self.done.issuperset(before):
+                room -= 1
+                yield key
+
+    def _submit(self, key: Key) -> None:
+        builder, farm = self.owners[key], self.farm
+        plan = builder.plan.part(key)
+        told = {k: t for k, t in self.told.items() if k in plan.nodes}
+        task = Task(plan, key, farm.means, told, builder.locked is not None, builder.parts.believing)
+        try:
+            self.running[farm.executor.submit(make, task)] = key
+            self._tell(key, "start", plan.nodes[key].writes or 0)
+        except (BrokenExecutor, RuntimeError) as error:
+            self._fail(key, self._gone(key, error))
+
+    def _take(self, key: Key, future: Future[Done]) -> None:
+        builder = self.owners[key]
+        try:
+            done = future.result()
+        except (Exception, CancelledError) as error:
+            lost = isinstance(error, (BrokenExecutor, CancelledError, *self.farm.lost))
+            self.losses[key] += lost
+            if lost and self.losses[key] < ATTEMPTS:
+                label = builder.context.node(key).label
+                builder.context.reporter.note(f"the worker that made `{label}` was lost: it is made again")
+                self._submit(key)
+            else:  # or it cannot even begin, as one without the package
+                self._fail(key, self._gone(key, error))
+            return
+        for said in done.said:
+            reporter = builder.context.reporter
+            reporter.warn(said) if isinstance(said, Problem) else reporter.note(said)
+        if done.error is not None:
+            self._fail(key, done.error)
+            return
+        self.done.add(key)
+        for source, told in done.told.items():
+            self.told[source] = told
+            for owner in self.builders:
+                job = owner.plan.nodes[source].job if source in owner.plan.nodes else None
+                if isinstance(job, SourceJob):
+                    owner.context.sources.tell(job, told.sha256, told.size)
+                    if told.resolved:
+                        owner.context.sources.resolved[job] = told.resolved
+        builder.made |= set(done.fresh)
+        if done.product is not None:
+            builder, assembly = self.works[key]
+            builder.finish(assembly, done.product)
+            _remember(builder.context, assembly, done.product)
+
+    def _gone(self, key: Key, error: BaseException) -> CkptError:
+        label, times = self.owners[key].context.node(key).label, self.losses[key]
+        often = f", {times} times" if times > 1 else ""
+        fact = f"`{label}` could not be made elsewhere{often}"
+        hint = "each worker needs ckpt-build, and memory for its threads' windows"
+        said = (str(error).strip().splitlines() or [""])[0]
+        return OutputError(Problem(fact, evidence=(f"{type(error).__name__}: {said}",), hint=hint))
+
+    def _fail(self, key: Key, error: CkptError) -> None:
+        """Have a task failed, and all outputs that wait for it."""
+        self.failed[key] = error
+        for waiting, before in self.waits.items():
+            if waiting == key or key in before:
+                self.failed.setdefault(waiting, error)
+                if waiting in self.works:
+                    builder, assembly = self.works[waiting]
+                    builder.finish(assembly, error)
+
+
+def _remember(context: Context, assembly: Assembly, product: Product) -> None:
+    """Have known here what a worker made: the components by the shared store's word."""
+    for cls, (_, key) in assembly.job.slots.items():
+        action = context.action(key)
+        if action is not None and context.store.lookup(action, cls) is None:
+            context.store.claim(action, product.parts[cls])
+    if product.known is not None:
+        note_output(context.store, *product.known)
+
+
+def _plain(error: CkptError) -> CkptError:
+    """An error as one that can be sent: of the nearest kind that is made of problems alone."""
+    kinds = (SourceError, LockError, OutputError)
+    kind = next((k for k in kinds if isinstance(error, k)), None)
+    own = type(error).__init__ is CkptError.__init__
+    return (type(error) if own else kind or CkptError)(*error.problems)

@@ -1,0 +1,40 @@
+"""What commands that take several recipes have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from builder.base.errors import Problem, UsageError
+from builder.build.many import Outcome, check_all
+from builder.cli.forms import Case
+from builder.cli.terminal import out
+
+
+def are_several(recipes: Sequence[Path | str]) -> bool:
+    """Whether several recipes are meant, as a folder means those in it."""
+    return len(recipes) > 1 or (isinstance(recipes[0], Path) and recipes[0].is_dir())
+
+
+def told(outcomes: Sequence[Outcome]) -> None:
+    """Have a report name each of several recipes, and raise SeveralError where one has failed."""
+    for o in outcomes:
+        code, problems = (o.error.exit_code, o.error.problems) if o.error is not None else (0, ())
+        out().cases.append(Case(str(o.path), int(code), problems, o.is_skipped))
+    check_all(outcomes)
+
+
+def one_only(recipes: Sequence[Path | str], **options: object) -> None:
+    """Raise UsageError where an option is for one recipe, and there are several."""
+    for name, value in options.items():
+        if value and len(recipes) > 1:
+            fact = f"`--{name.replace('_', '-')}` is for one recipe, and there are {len(recipes)}"
+            raise UsageError(Problem(fact, hint="name one recipe, or leave it out"))
+
+
+def local(recipe: Path | str, what: str) -> Path:
+    """The whole path of a recipe; raises UsageError for an address, which `what` does not take."""
+    if isinstance(recipe, str):
+        hint = "download it, with what lies beside it, and name the file"
+        raise UsageError(Problem(f"{what} does not take a recipe's address", hint=hint))
+    return recipe.absolute()
