@@ -76,7 +76,7 @@ class Reordered(LazyTensor):
 
     def read_into(self, start: int, out: memoryview) -> None:
         """Read what of each row the range touches."""
-        width = self.nbytes // len(self.order)
+        width = self.nbytes // max(1, len(self.order))  # of no rows nothing is read
         at = 0
         while at < len(out):
             row, inside = divmod(start + at, width)
@@ -142,6 +142,8 @@ class Transposed(LazyTensor):
         """
         import numpy as np
 
+        if not len(out):
+            return
         size = self.dtype.itemsize
         columns, rows = self.shape
         first, last = start // size // rows, -(-(start + len(out)) // size // rows)
@@ -166,7 +168,7 @@ class Columns(LazyTensor):
         super().__init__(source.dtype, (source.shape[0], count, *source.shape[2:]))
         assert first >= 0 and first + count <= source.shape[1]
         self.source = source
-        self.inner = self.nbytes // source.shape[0]  # bytes of a row
+        self.inner = self.nbytes // max(1, source.shape[0])  # bytes of a row
         self.offset = first * (self.inner // count if count else 0)
 
     @property
@@ -176,7 +178,7 @@ class Columns(LazyTensor):
 
     def read_into(self, start: int, out: memoryview) -> None:
         """Read the part of each row that the range touches."""
-        whole = self.source.nbytes // self.shape[0]
+        whole = self.source.nbytes // max(1, self.shape[0])
         at = 0
         while at < len(out):
             row, inside = divmod(start + at, self.inner)
@@ -203,7 +205,7 @@ class SideBySide(LazyTensor):
 
     def read_into(self, start: int, out: memoryview) -> None:
         """Read from each source what of each row the range touches."""
-        rows = self.shape[0]
+        rows = max(1, self.shape[0])
         widths = [s.nbytes // rows for s in self.sources]
         at = 0
         while at < len(out):

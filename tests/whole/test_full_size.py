@@ -99,6 +99,7 @@ def test_sdxl(folder: Folder) -> None:
         'format = 1\nname = "xl"\nbase = "xl"\nsources.xl.file = "xl.safetensors"\n'
         '[[output]]\nname = "whole"\nprecision = "keep"\nfile = "whole.safetensors"\n'
         '[[output]]\nname = "encoder"\nbase = "NEW CLIP-XL"\nfile = "encoder.safetensors"\n'
+        'precision = "fp16"\n'
         'components.CLIP-XL = "xl"\n',
     )
     assert build(folder, "xl.toml") < MEMORY
