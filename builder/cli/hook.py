@@ -10,18 +10,16 @@ from pathlib import Path
 import click
 import tomli
 
-from builder.base.errors import CkptError, ExitCode, LockError, Place, Problem, UsageError
+from builder.base.errors import CkptError, ExitCode, Problem, UsageError
 from builder.base.files import open_regular, read_bounded
 from builder.cli.options import FILE, json_option, open_workspace
 from builder.cli.terminal import out
 from builder.formats.sniff import HEAD, is_safetensors
 from builder.formats.torch.containers import looks_like_torch
-from builder.recipe import Recipe
-from builder.recipe.lock import ANEW, LOCK, lock_path, read_lock
+from builder.recipe.lock import LOCK
 from builder.recipe.read import MAX_SIZE
-from builder.sources.job import entry_name
-from builder.tensors.digests import PROFILE
-from builder.workspace import Workspace
+from builder.sources.have import check_lock
+from builder.workspace import Workspace, need_lock
 
 PICKLES = {".pkl", ".pickle"}
 MODELS = {".ckpt", ".pt", ".pth", ".bin"}
@@ -63,39 +61,14 @@ def _locks(files: tuple[Path, ...], workspace: Workspace) -> Iterator[CkptError]
     for path in dict.fromkeys(map(_recipe_of, files)):
         if _may_be_recipe(path):
             try:
-                _check_lock(path, workspace.recipe(path))
+                recipe = workspace.recipe(path)
+                check_lock(recipe, need_lock(recipe))
             except CkptError as error:
                 yield error
 
 
 def _recipe_of(path: Path) -> Path:
     return path.with_name(path.name.removesuffix(LOCK) + ".toml") if path.name.endswith(LOCK) else path
-
-
-def _check_lock(of: Path, recipe: Recipe) -> None:
-    """Raise LockError unless the lock beside a recipe is of what the recipe says."""
-    path = lock_path(of)
-    lock, place = read_lock(path), Place(str(path))
-    hint = f"`ckpt lock {of}` writes it; commit it with the recipe"
-    if lock is None:
-        raise LockError(Problem(f"`{of}` has no lock", hint=hint))
-    if lock.profile != PROFILE:
-        profiles = f"numeric profile {lock.profile}, now {PROFILE}"
-        raise LockError(Problem("the lock is of another arithmetic", place, (profiles,), ANEW))
-    pinned = set(_entries(recipe))
-    if lock.recipe != recipe.digest or pinned != lock.sources.keys():
-        only = sorted(pinned ^ lock.sources.keys())
-        said = tuple(f"source `{n}` is only in the {'recipe' if n in pinned else 'lock'}" for n in only)
-        raise LockError(Problem(f"the lock is not of what `{of}` says now", place, said, hint))
-
-
-def _entries(recipe: Recipe, scope: tuple[str, ...] = ()) -> Iterator[str]:
-    """What a recipe's sources are called in its lock, and those of the recipes it includes."""
-    for name, source in recipe.sources.items():
-        if source.recipe is not None:
-            yield from _entries(recipe.included[name], (*scope, name))
-        else:
-            yield entry_name((*scope, name))
 
 
 def _may_be_recipe(path: Path) -> bool:
