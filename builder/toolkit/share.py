@@ -29,7 +29,6 @@ from builder.sources.net.failure import Failure
 from builder.sources.net.hosts import stated_terms
 from builder.sources.opened import Sources
 from builder.toolkit.licences import LICENCES, OTHER, Terms, contradictions, terms_of
-from builder.toolkit.sites import civitai_base, civitai_type
 from builder.workspace import Workspace, need_lock
 
 if TYPE_CHECKING:
@@ -255,13 +254,15 @@ def _described(report: Report, output: Output, catalog: Catalog) -> dict[str, An
         "size": "full" if report.ema.keys or report.junk.keys else "pruned",
         "fp": output.quantize or _PRECISIONS.get(widest, widest.lower()),
     }
+    site = catalog.sites.get("civitai", {})
+    models, kinds = site.get("models", {}), site.get("kinds", {})
     lineage = report.lineage.model if report.lineage is not None else None
     return {
         "type": "Pruned Model" if metadata["size"] == "pruned" else "Model",
         "metadata": metadata,
         "architecture": report.identity.architecture,
-        "modelType": civitai_type(report.kind.kind if report.kind is not None else None),
-        "baseModel": civitai_base(report.identity.architecture, lineage),
+        "modelType": kinds.get(report.kind.kind) if report.kind is not None else None,
+        "baseModel": models.get(lineage or "") or models.get(report.identity.architecture or ""),
     }
 
 

@@ -325,6 +325,7 @@ def _own(base: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.slow
 def test_a_dask_cluster(work: Folder, truth: dict[str, bytes]) -> None:
     with cluster(work) as running:
         address = f"dask://{running.scheduler_address.removeprefix('tcp://')}"

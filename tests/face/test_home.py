@@ -110,5 +110,6 @@ def test_plans_and_errors_are_known_in_another_process(tmp_path: Path) -> None:
 
 def test_the_command_starts_without_what_python_needs() -> None:
     """Nothing of the face but the name of the command is loaded for it."""
-    code = "import sys, ckpt_build.__main__\nprint(*sorted(m for m in sys.modules if 'ckpt_build' in m))"
+    mine = "sorted(m for m in sys.modules if m.startswith('ckpt_build'))"
+    code = f"import sys, ckpt_build.__main__\nprint(*{mine})"
     assert python(code, ROOT).stdout.split() == ["ckpt_build", "ckpt_build.__main__", "ckpt_build.home"]

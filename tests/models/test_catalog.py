@@ -326,6 +326,7 @@ PART = '[layouts.x]\nextends = "SD-v1"\n[layouts.x.parts.vae]\n'
         ("prefixes.toml", 'prefixes = ["a.", ""]', "`prefixes` holds nothing, or more than 100"),
         ("prefixes.toml", 'prefixes = ["a{0..100}."]', "`prefixes` holds nothing, or more than 100"),
         ("mine.toml", 'name = "x"\nclass = "x"\nkeys = 1\nalone = { prefx = "a." }', "unknown field `prefx`"),
+        ("sites.toml", "[x.models]\na = 1", "`a` is not a string"),
         ("programs.toml", '[x]\ncheckpoint = "a"', "`other` is missing"),
         ("programs.toml", '[a1111]\nVAE = "a"', "a1111 has a folder for `VAE` already"),
         ("programs.toml", '[a1111]\nX = "../a"', "`X` is no folder below that of all models"),

@@ -24,7 +24,7 @@ from tests.help.building import ROOT, files
 if TYPE_CHECKING:
     from selenium.webdriver.chrome.webdriver import WebDriver
 
-pytestmark = needs_browser
+pytestmark = [needs_browser, pytest.mark.slow]
 
 EVIL = "evil.example"
 HOSTILE = "<img src=x onerror=window.hacked=1>.safetensors"

@@ -199,6 +199,7 @@ TABLES = {
     '[C.metric]\npart = "unet"\nbase = 0.5\nk = 12\nhaving = ["a"]\n',
     "kinds.toml": '[[kind]]\nkind = "a"\ncalled = "an é"\nany = ["*.x", "y"]\nlast = [7, 8]\nrows = 75\n'
     '[[model]]\nname = "b"\nof = ["a"]\nsaid = ["c"]\nsizes = { "*d*" = 768 }\n',
+    "sites.toml": '[a.models]\n"é" = "b"\n[a.kinds]\nVAE = "c"\n',
     "programs.toml": '[a]\ncheckpoint = "models/x"\nother = "models"\nVAE = "é"\n',
     "diffusers.toml": (ROOT / "components_db" / "v1" / "diffusers.toml").read_text()
     + '[layouts.other]\nextends = "SD-v1"\npixels = 64\n',

@@ -45,6 +45,7 @@ def test_every_operation_and_every_type_takes_part(folder: Path) -> None:
     assert {d.code for d in FLOATS} > {"F64", "F32", "F16", "BF16"} and DType.I8 not in FLOATS
 
 
+@pytest.mark.slow
 def test_settings_of_the_process_decide_nothing(folder: Path, here: dict[str, Any]) -> None:
     """All at once: what differs would be looked for by `make matrix`, one after the other."""
     assert not here["failed"] and len(here["outputs"]) > 50
@@ -76,6 +77,7 @@ def test_the_first_tensor_that_differs_is_named(here: dict[str, Any]) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_a_difference_ends_with_1(tmp_path: Path) -> None:
     """In a Python whose torch adds in another way."""
     wrong = tmp_path / "wrong"

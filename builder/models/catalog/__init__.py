@@ -25,6 +25,7 @@ from builder.models.catalog.reading import (
     read_optional,
     read_prefixes,
     read_programs,
+    read_sites,
     read_table,
 )
 from builder.models.catalog.tables import (
@@ -166,6 +167,7 @@ class _Reader:
         self.lists: dict[int, str] = {}  # by their length: the first class that they weigh
         self.layouts: list[tuple[Path, str]] = []  # files, which are read when they are needed
         self.programs: dict[str, dict[str, str]] = {}
+        self.sites: dict[str, dict[str, dict[str, str]]] = {}
         self.depths: dict[str, int] = {}  # of each component: how many others it extends
         self.kinds: list[KindRule | ModelRule] = []
         self.known: list[KnownMetric | KnownFile | KnownPart] = []
@@ -246,6 +248,10 @@ class _Reader:
                 if kind not in known:
                     fields.fail(f"`{kind}` is missing", program)
 
+    def _sites(self, path: Path, name: str) -> None:
+        for site, table, words in read_sites(path, name):
+            self.sites.setdefault(site, {}).setdefault(table, {}).update(words)
+
     KINDS: ClassVar[Mapping[str, Callable[[_Reader, Path, str], None]]] = {
         "architectures": _architectures,
         "classes": _classes,
@@ -255,6 +261,7 @@ class _Reader:
         "optional": _optional,
         "prefixes": _prefixes,
         "programs": _programs,
+        "sites": _sites,
     }
 
     def catalog(self) -> Catalog:
@@ -302,6 +309,7 @@ class _Reader:
             layouts=Later(lambda: self._read_layouts[1]),
             rules=Later(lambda: self._read_layouts[0]),
             programs=self.programs,
+            sites=self.sites,
             kinds=tuple(k for k in self.kinds if isinstance(k, KindRule)),
             models=tuple(k for k in self.kinds if isinstance(k, ModelRule)),
         )

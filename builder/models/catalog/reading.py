@@ -558,6 +558,15 @@ def read_programs(path: Path, name: str, beside: bool) -> Iterator[tuple[str, Ma
         yield program, folders, fields
 
 
+def read_sites(path: Path, name: str) -> Iterator[tuple[str, str, Mapping[str, str]]]:
+    """What sites that publish models call them: of a site, `models` and `kinds` by our own names."""
+    document = load(path, CatalogError, name)
+    for site in document.data:
+        fields = Fields(document, (site,), {"models": dict, "kinds": dict})
+        for table in ("models", "kinds"):
+            yield site, table, fields.texts(table)
+
+
 def read_architectures(path: Path, name: str) -> Iterator[tuple[Architecture, Fields]]:
     """The architectures of a file: one table each."""
     document = load(path, CatalogError, name)

@@ -465,7 +465,8 @@ class Catalog:
     tables have; `spellings` the architectures by each of their names, as
     `spelling` makes it; `layouts` those of diffusers' folders by name, and `rules` those for its names, read
     when they are first asked for; `programs` where each keeps its models: by the kind of what a file is (the
-    first word of a class, or `checkpoint`) a folder, that of `other` for the rest; `kinds` what tells files
+    first word of a class, or `checkpoint`) a folder, that of `other` for the rest; `sites` what those that
+    publish call our models and kinds; `kinds` what tells files
     that are of no class, in their order, and `models` what such a file goes with.
     """
 
@@ -482,6 +483,7 @@ class Catalog:
     layouts: Mapping[str, Layout]
     rules: Mapping[str, Rules]
     programs: Mapping[str, Mapping[str, str]]
+    sites: Mapping[str, Mapping[str, Mapping[str, str]]]
     kinds: tuple[KindRule, ...]
     models: tuple[ModelRule, ...]
 
