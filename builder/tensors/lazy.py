@@ -134,6 +134,21 @@ class LazyTensor(ABC):
         return f"<{type(self).__name__} {self.dtype.code} {list(self.shape)}>"
 
 
+class Derived(LazyTensor):
+    """A tensor whose elements are those of one `source`, all or some of them, in their type."""
+
+    __slots__ = ("source",)
+
+    def __init__(self, source: LazyTensor, shape: tuple[int, ...]) -> None:
+        super().__init__(source.dtype, shape)
+        self.source = source
+
+    @property
+    def computed(self) -> bool:
+        """As the source."""
+        return self.source.computed
+
+
 class MemoryTensor(LazyTensor):
     """A tensor whose bytes are at hand, such as one that a fix makes."""
 

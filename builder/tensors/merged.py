@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from builder.tensors.lazy import WINDOW, DType, LazyTensor
+from builder.tensors.lazy import WINDOW, Derived, DType, LazyTensor
 from builder.tensors.scratch import scratch
 
 if TYPE_CHECKING:
@@ -214,19 +214,13 @@ class _Windows(threading.local):
 _windows = _Windows()
 
 
-class Shared(LazyTensor):
+class Shared(Derived):
     """A tensor that several are made of: a thread reads each window of it once, not for each of them."""
 
-    __slots__ = ("source",)
+    __slots__ = ()
 
     def __init__(self, source: LazyTensor) -> None:
-        super().__init__(source.dtype, source.shape)
-        self.source = source
-
-    @property
-    def computed(self) -> bool:
-        """As the source."""
-        return self.source.computed
+        super().__init__(source, source.shape)
 
     def read_into(self, start: int, out: memoryview) -> None:
         """Copy the range, where it was read just before, else read it."""
@@ -278,19 +272,14 @@ class Recent:
             return held.data
 
 
-class Common(LazyTensor):
+class Common(Derived):
     """A tensor that several outputs of a pass are made of: each window of it is read once for all of them."""
 
-    __slots__ = ("_recent", "source")
+    __slots__ = ("_recent",)
 
     def __init__(self, source: LazyTensor, recent: Recent) -> None:
-        super().__init__(source.dtype, source.shape)
-        self.source, self._recent = source, recent
-
-    @property
-    def computed(self) -> bool:
-        """As the source."""
-        return self.source.computed
+        super().__init__(source, source.shape)
+        self._recent = recent
 
     def read_into(self, start: int, out: memoryview) -> None:
         """Copy the range from windows that were read just before, else read these."""

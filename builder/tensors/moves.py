@@ -4,23 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from builder.tensors.lazy import WINDOW, LazyTensor
+from builder.tensors.lazy import WINDOW, Derived, LazyTensor
 
 
-class Reshaped(LazyTensor):
+class Reshaped(Derived):
     """The same elements in another shape."""
 
-    __slots__ = ("source",)
+    __slots__ = ()
 
     def __init__(self, source: LazyTensor, shape: tuple[int, ...]) -> None:
-        super().__init__(source.dtype, shape)
+        super().__init__(source, shape)
         assert self.numel == source.numel
-        self.source = source
-
-    @property
-    def computed(self) -> bool:
-        """As the source."""
-        return self.source.computed
 
     @property
     def stored(self) -> tuple[str, int]:
@@ -32,42 +26,30 @@ class Reshaped(LazyTensor):
         self.source.read_into(start, out)
 
 
-class Rows(LazyTensor):
+class Rows(Derived):
     """`count` of a tensor's rows, from row `first` on."""
 
-    __slots__ = ("offset", "source")
+    __slots__ = ("offset",)
 
     def __init__(self, source: LazyTensor, first: int, count: int) -> None:
-        super().__init__(source.dtype, (count, *source.shape[1:]))
+        super().__init__(source, (count, *source.shape[1:]))
         assert first >= 0 and first + count <= source.shape[0]
-        self.source = source
         self.offset = first * (self.nbytes // count if count else 0)
-
-    @property
-    def computed(self) -> bool:
-        """As the source."""
-        return self.source.computed
 
     def read_into(self, start: int, out: memoryview) -> None:
         """Read the range from the source."""
         self.source.read_into(self.offset + start, out)
 
 
-class Reordered(LazyTensor):
+class Reordered(Derived):
     """A tensor's rows in another order: row `n` is the source's row `order[n]`."""
 
-    __slots__ = ("order", "source")
+    __slots__ = ("order",)
 
     def __init__(self, source: LazyTensor, order: Sequence[int]) -> None:
-        super().__init__(source.dtype, source.shape)
+        super().__init__(source, source.shape)
         assert len(order) == source.shape[0]
-        self.source = source
         self.order = order
-
-    @property
-    def computed(self) -> bool:
-        """As the source."""
-        return self.source.computed
 
     @property
     def stored(self) -> tuple[str, int]:
@@ -120,20 +102,14 @@ def swapped(tensor: LazyTensor) -> LazyTensor:
     return Joined([Rows(tensor, half, half), Rows(tensor, 0, half)])
 
 
-class Transposed(LazyTensor):
+class Transposed(Derived):
     """A matrix whose rows are the source's columns; numpy is imported when it is read."""
 
-    __slots__ = ("source",)
+    __slots__ = ()
 
     def __init__(self, source: LazyTensor) -> None:
         height, width = source.shape
-        super().__init__(source.dtype, (width, height))
-        self.source = source
-
-    @property
-    def computed(self) -> bool:
-        """As the source."""
-        return self.source.computed
+        super().__init__(source, (width, height))
 
     def read_into(self, start: int, out: memoryview) -> None:
         """Gather the columns from the source, a band of its rows at a time.
@@ -159,22 +135,16 @@ class Transposed(LazyTensor):
         out[:] = wanted.tobytes()[skip : skip + len(out)]
 
 
-class Columns(LazyTensor):
+class Columns(Derived):
     """`count` of what a tensor has along its second dimension, from `first` on, such as input channels."""
 
-    __slots__ = ("inner", "offset", "source")
+    __slots__ = ("inner", "offset")
 
     def __init__(self, source: LazyTensor, first: int, count: int) -> None:
-        super().__init__(source.dtype, (source.shape[0], count, *source.shape[2:]))
+        super().__init__(source, (source.shape[0], count, *source.shape[2:]))
         assert first >= 0 and first + count <= source.shape[1]
-        self.source = source
         self.inner = self.nbytes // max(1, source.shape[0])  # bytes of a row
         self.offset = first * (self.inner // count if count else 0)
-
-    @property
-    def computed(self) -> bool:
-        """As the source."""
-        return self.source.computed
 
     def read_into(self, start: int, out: memoryview) -> None:
         """Read the part of each row that the range touches."""
