@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
+from functools import partial
 
 from builder.base.errors import CkptError, OutputError, Problem
 from builder.base.parallel import Cancelled
@@ -257,14 +258,7 @@ class Builder:
             if not self.parts.decide(k, j, [c for c in missing if k in self.plan.ancestors(c)])
         ]
         if whole:
-            with ThreadPoolExecutor(len(whole), thread_name_prefix="fetch") as pool:
-                futures = [pool.submit(context.fetch, job) for _, job in whole]
-                try:
-                    for future in futures:
-                        future.result()
-                except BaseException:
-                    context.cancel()
-                    raise
+            self._at_once(len(whole), "fetch", [partial(context.fetch, job) for _, job in whole])
         # A file that a lock knows is most likely the same one, touched: its digest may save the work.
         for key, job in needed:
             if job.locked is not None:
@@ -280,13 +274,18 @@ class Builder:
             return
         slots = [k for n in outputs if isinstance(n.job, OutputJob) for _, k in n.job.slots.values()]
         wanted = dict.fromkeys(m.digest for k in slots if (m := context.made(k)) is not None)
-        with ThreadPoolExecutor(2, thread_name_prefix="bring") as pool:
-            futures = [pool.submit(store.bring, digest, context.threads, context.stop) for digest in wanted]
+        work = [partial(store.bring, digest, context.threads, context.stop) for digest in wanted]
+        self._at_once(2, "bring", work)
+
+    def _at_once(self, threads: int, name: str, work: Sequence[Callable[[], object]]) -> None:
+        """Do all of it, so much at a time; where one fails, what is under way is cancelled."""
+        with ThreadPoolExecutor(threads, thread_name_prefix=name) as pool:
+            futures = [pool.submit(one) for one in work]
             try:
                 for future in futures:
                     future.result()
             except BaseException:
-                context.cancel()
+                self.context.cancel()
                 raise
 
     def _missing(self, job: object) -> list[Key]:

@@ -28,18 +28,23 @@ def telling_all(recipe: Recipe, sources: Sources, lock: Lock | None) -> Iterator
         raise MissingError(*told) from None
 
 
-def _missing(
+def source_jobs(
     recipe: Recipe, sources: Sources, lock: Lock | None, scope: tuple[str, ...] = (), root: Path | None = None
-) -> Iterator[Problem]:
-    """Why each source of a recipe, and of those that it includes, is nowhere, if it is."""
+) -> Iterator[SourceJob]:
+    """The sources of a recipe and of those that it includes, with what the lock says of each."""
     root = root or recipe.path
     for name, spec in recipe.sources.items():
         if spec.recipe is not None:
-            yield from _missing(recipe.included[name], sources, lock, (*scope, name), root)
+            yield from source_jobs(recipe.included[name], sources, lock, (*scope, name), root)
             continue
         entry = entry_name((*scope, name))
         locked = lock.sources.get(entry) if lock is not None else None
-        job = sources.job(recipe, name, entry, locked, root)
+        yield sources.job(recipe, name, entry, locked, root)
+
+
+def _missing(recipe: Recipe, sources: Sources, lock: Lock | None) -> Iterator[Problem]:
+    """Why each source is nowhere, if it is."""
+    for job in source_jobs(recipe, sources, lock):
         if sources.find(job) is None and not sources.remote(job):
             yield from sources.missing(job).problems
 
@@ -74,35 +79,22 @@ def _pins(recipe: Recipe, scope: tuple[str, ...] = ()) -> dict[str, str | None]:
     return found
 
 
-def resolve_sources(
-    recipe: Recipe,
-    sources: Sources,
-    lock: Lock | None,
-    scope: tuple[str, ...] = (),
-    root: Path | None = None,
-) -> dict[str, LockedSource]:
+def resolve_sources(recipe: Recipe, sources: Sources, lock: Lock | None) -> dict[str, LockedSource]:
     """What a recipe's sources are, and those of the recipes it includes.
 
     A source that is not here is not downloaded where the recipe or the lock pins it, or its host states
     its digest. Raises SourceError when one is not what was pinned, FetchError when it cannot be had.
     """
-    root = root or recipe.path
     found: dict[str, LockedSource] = {}
-    for name, spec in recipe.sources.items():
-        if spec.recipe is not None:
-            found |= resolve_sources(recipe.included[name], sources, lock, (*scope, name), root)
-            continue
-        entry = entry_name((*scope, name))
-        locked = lock.sources.get(entry) if lock is not None else None
-        job = sources.job(recipe, name, entry, locked, root)
+    for job in source_jobs(recipe, sources, lock):
         pin = _stated(sources, job) if sources.remote(job) else None
         if pin is not None:
-            found[entry] = _locked(sources, job, str(pin.sha256), pin.url, pin.size)
+            found[job.entry] = _locked(sources, job, str(pin.sha256), pin.url, pin.size)
             continue
         if sources.find(job) is None:
             sources.fetch(job)
         sha256 = str(sources.hash(job).sha256)
-        found[entry] = _locked(sources, job, sha256, sources.resolved.get(job, ""))
+        found[job.entry] = _locked(sources, job, sha256, sources.resolved.get(job, ""))
     return found
 
 

@@ -24,7 +24,8 @@ from builder.recipe.profiles import MAX_SIDECAR
 from builder.recipe.read import MAX_SIZE
 from builder.reports.inspect import Report, build_report
 from builder.sources.find import hash_files
-from builder.sources.job import SourceJob, entry_name
+from builder.sources.have import source_jobs
+from builder.sources.job import SourceJob
 from builder.sources.net.failure import Failure
 from builder.sources.net.hosts import stated_terms
 from builder.sources.opened import Sources
@@ -77,7 +78,7 @@ def share(
     if lock.recipe != recipe.digest or not lock.outputs.keys() >= {o.name for o in recipe.outputs}:
         fact = f"the lock says nothing of what `{recipe.path.name}` makes as it is now"
         raise LockError(Problem(fact, hint=f"`ckpt build {recipe.path}` builds it and writes the lock"))
-    parents = [_parent(job, lock, sources, workspace) for job in _jobs(recipe, sources, lock)]
+    parents = [_parent(job, lock, sources, workspace) for job in source_jobs(recipe, sources, lock)]
     files = [
         _file(recipe, output, lock.outputs[output.name], workspace, threads) for output in recipe.outputs
     ]
@@ -122,19 +123,6 @@ def _below(path: Path, root: Path) -> str:
 
 
 # -- sources
-
-
-def _jobs(
-    recipe: Recipe, sources: Sources, lock: Lock, scope: tuple[str, ...] = (), root: Path | None = None
-) -> Iterator[SourceJob]:
-    """The sources of a recipe and of those that it includes."""
-    root = root or recipe.path
-    for name, spec in recipe.sources.items():
-        if spec.recipe is not None:
-            yield from _jobs(recipe.included[name], sources, lock, (*scope, name), root)
-            continue
-        entry = entry_name((*scope, name))
-        yield sources.job(recipe, name, entry, lock.sources.get(entry), root)
 
 
 def _parent(job: SourceJob, lock: Lock, sources: Sources, workspace: Workspace) -> Parent:
