@@ -20,6 +20,7 @@ from builder.base.words import fits_pattern
 from builder.formats.gguf import ALIGNED, ALIGNMENT, ARCHITECTURE, ORIGINAL_SHAPE, TYPES, Type
 from builder.formats.write_safetensors import Accept, Written
 from builder.tensors.cast import PRECISIONS, Cast, Fault, Faults, Narrow, NonFinite, Overflow, Precision
+from builder.tensors.eight_bits import floats
 from builder.tensors.ggml_blocks import BLOCKS, LARGE, SMALL, encode_q8_0
 from builder.tensors.lazy import WINDOW, DType, LazyTensor, MemoryTensor
 from builder.tensors.moves import Reshaped
@@ -332,7 +333,7 @@ class _Packer:
         import numpy as np
         import torch
 
-        values = torch.frombuffer(window, dtype=dtype.torch).float().numpy()
+        values = floats(torch.frombuffer(window, dtype=dtype.torch)).numpy()
         largest = float(np.abs(values).max())
         if not largest <= _LARGEST:  # NaN is not
             finite = np.isfinite(values)

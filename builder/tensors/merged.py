@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
+from builder.tensors.eight_bits import copy_into
 from builder.tensors.lazy import WINDOW, Derived, DType, LazyTensor
 from builder.tensors.scratch import scratch
 
@@ -59,7 +60,7 @@ class Values:
                 count = min(step, self.count - at)
                 part = raw[: size * count]
                 source.read_into(size * (self.first + at), part)
-                values[at : at + count].copy_(torch.frombuffer(part, dtype=source.dtype.torch))
+                copy_into(values[at : at + count], torch.frombuffer(part, dtype=source.dtype.torch))
         return values
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import zlib
@@ -16,6 +17,7 @@ from blake3 import blake3
 from builder.base.errors import CkptError, Problem, SourceError
 from builder.base.parallel import Cancelled, Consume, run_windows
 from builder.base.progress import SILENT, Reporter
+from builder.tensors.eight_bits import copy_into, greatest
 from builder.tensors.lazy import WINDOW, DType, LazyTensor
 from builder.tensors.packed import OPAQUE
 from builder.tensors.zeros import Stretch, joined, stretches
@@ -479,7 +481,7 @@ class _Counters:
 
         values = torch.frombuffer(data, dtype=dtype.torch)
         total = self._counter.numbers.setdefault(name, _Numbers())
-        total.add(values.half() if values.element_size() == 1 else values)
+        total.add(values)
 
     def _count(self, run: tuple[str, DType, int, int] | None, buffer: memoryview) -> None:
         if run is None:
@@ -495,7 +497,7 @@ class _Counters:
         half = values
         if dtype is not DType.F16:
             half = counter.half[: len(values)]
-            half.copy_(values)
+            copy_into(half, values)
         index = counter.index[: len(values)]
         index.copy_(half.view(torch.int16)).bitwise_and_(BINS - 1)
         counts = torch.bincount(index, minlength=BINS)
@@ -537,17 +539,18 @@ class _Numbers:
         """Count the numbers of a window."""
         import torch
 
-        # NaN and infinity show in the extremes; only a window that has some is looked at value by value.
-        low, high = (float(v) for v in values.aminmax())
-        if low - low != 0.0 or high - high != 0.0:
+        # NaN and infinity show in the greatest; only a window that has some is looked at value by value.
+        top = greatest(values)
+        if not math.isfinite(top):
+            values = values if values.element_size() > 1 else values.float()
             self.nan += int(values.isnan().sum())
             self.infinite += int(values.isinf().sum())
             values = values[values.isfinite()]
             if not len(values):
                 return
-            low, high = (float(v) for v in values.aminmax())
-        self.largest = max(self.largest, -low, high)
-        if max(-low, high) > 65504.0:
+            top = greatest(values)
+        self.largest = max(self.largest, top)
+        if top > 65504.0:
             self.overflow += int(values.to(torch.float16).isinf().sum())
 
     def merge(self, other: _Numbers) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from builder.base.errors import Place, Problem, SourceError
 from builder.base.words import counted
+from builder.tensors.eight_bits import floats
 from builder.tensors.lazy import DType, LazyTensor
 from builder.tensors.merged import ELEMENTS
 from builder.tensors.packed.schemes import (
@@ -208,7 +209,7 @@ def _read(tensor: LazyTensor, first: int, count: int, dtype: DType | None = None
 
 
 def _floats(tensor: LazyTensor) -> torch.Tensor:
-    return _read(tensor, 0, tensor.numel).float()
+    return floats(_read(tensor, 0, tensor.numel))
 
 
 def _matrix(shape: Shape) -> tuple[int, int]:
@@ -260,7 +261,7 @@ def _group(layer: _Layer) -> int:
 
 
 def _plain(weight: LazyTensor, first: int, count: int) -> torch.Tensor:
-    return _read(weight, first, count).float()
+    return floats(_read(weight, first, count))
 
 
 def _nibbles(weight: LazyTensor, first: int, count: int) -> torch.Tensor:
@@ -389,7 +390,8 @@ def _mxfp8(layer: _Layer) -> LazyTensor:
         import torch
 
         powers = torch.tensor([*(2.0 ** (e - 127) for e in range(255)), math.nan], dtype=torch.float64)
-        return held.view(layer.weight.dtype.torch).double().mul_(powers[scales.int()])
+        numbers = floats(held.flatten().view(layer.weight.dtype.torch)).double().view(held.shape)
+        return numbers.mul_(powers[scales.int()])
 
     return _in_blocks(layer, 32, 32, 1, (DType.F8_E8M0, DType.U8), value)
 
