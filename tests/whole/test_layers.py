@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import re
+from fnmatch import fnmatch
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2] / "builder"
@@ -50,6 +52,15 @@ def _room(module: str) -> int:
 
 def test_every_module_is_in_a_room() -> None:
     assert not {module.partition(".")[0] for module, _ in _modules()} - set(ROOMS)
+
+
+def test_the_guide_names_every_module_and_no_other() -> None:
+    guide = (ROOT.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    for room, named in re.findall(r"^\| `(\w+)/` \| (`.*?`) \|", guide, re.MULTILINE):
+        modules = {p.stem for p in (ROOT / room).glob("[!_]*") if p.is_dir() or p.suffix == ".py"}
+        said = re.findall(r"`(\w+\*?)/?`", named)
+        assert not {m for m in modules if not any(fnmatch(m, name) for name in said)}, room
+        assert not {name for name in said if not any(fnmatch(m, name) for m in modules)}, room
 
 
 def test_imports_go_down_only() -> None:
