@@ -21,7 +21,7 @@ from builder.operations.registry import Operation
 from builder.recipe.check import problems_of, with_classes
 from builder.recipe.language import NEW, Format, Vocabulary
 from builder.recipe.lock import LOCK, lock_path
-from builder.recipe.recipe import Expect, FromBase, NewBase, Output, Pick, Recipe, Source, Step
+from builder.recipe.recipe import SETTINGS, Expect, FromBase, NewBase, Output, Pick, Recipe, Source, Step
 
 if TYPE_CHECKING:
     from builder.models.catalog import Catalog
@@ -247,7 +247,7 @@ def _recipe(said: dict[str, Any], document: Document, words: Vocabulary) -> Reci
                 metadata={**said.get("metadata", {}), **one.get("metadata", {})},
                 expect=Expect(**expect),
                 at=at,
-                **{k: one[k] for k in _PLAIN if one.get(k) is not None},
+                **{k: one[k] for k in SETTINGS if one.get(k) is not None},
             )
         )
     outputs = [_with_classes(output, words.catalog) for output in outputs]
@@ -272,25 +272,6 @@ def _with_classes(output: Output, catalog: Catalog) -> Output:
         return with_classes(output, catalog.architecture(output.base.architecture), catalog)
     except UsageError:
         return output  # which is reported with all other names
-
-
-_PLAIN = (
-    "precision",
-    "narrow",
-    "quantize",
-    "overflow",
-    "non_finite",
-    "profile",
-    "keep",
-    "unknown",
-    "markers",
-    "config",
-    "partial",
-    "verbatim",
-    "shard_size",
-    "prediction",
-    "tokenizer",
-)
 
 
 def _base(said: str, at: Keys, words: Vocabulary) -> NewBase | FromBase:

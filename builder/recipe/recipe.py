@@ -179,29 +179,18 @@ class Output:
             "metadata": dict(sorted(self.metadata.items())),
         }
         said = {key: value for key, value in said.items() if value}
-        for name in _BY_DEFAULT:
+        for name in SETTINGS:
             value = getattr(self, name)
             if value != Output.__dataclass_fields__[name].default:
                 said[name] = sorted(value) if isinstance(value, tuple) else value
         return said
 
 
-_BY_DEFAULT = (
-    "precision",
-    "narrow",
-    "quantize",
-    "overflow",
-    "non_finite",
-    "profile",
-    "keep",
-    "unknown",
-    "markers",
-    "config",
-    "partial",
-    "verbatim",
-    "shard_size",
-    "prediction",
-    "tokenizer",
+# What an output says by a key of the same name, as it stands.
+SETTINGS = tuple(
+    name
+    for name in Output.__dataclass_fields__
+    if name not in ("name", "file", "base", "components", "fixes", "metadata", "expect", "at")
 )
 
 
