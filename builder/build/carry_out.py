@@ -19,7 +19,7 @@ from builder.build.in_parts import Parts
 from builder.build.outputs import Assembly, Naming, Product, lock_of
 from builder.operations import OPERATIONS
 from builder.operations.registry import Operation
-from builder.plan.graph import ComponentJob, Key, Node, OutputJob, Plan, joined, total
+from builder.plan.graph import TO_DO, ComponentJob, Key, Node, OutputJob, Plan, joined, total
 from builder.recipe.lock import Lock
 from builder.sources.job import SourceJob
 from builder.sources.opened import Sources
@@ -119,7 +119,7 @@ def _carry_out(
 
 def _announce(context: Context) -> None:
     """Say how much there is to do: the sources to be hashed or fetched, and the outputs to be written."""
-    hashed = [n.reads for n in context.plan if isinstance(n.job, SourceJob) and n.state in ("hash", "fetch")]
+    hashed = [n.reads for n in context.plan if isinstance(n.job, SourceJob) and n.state in TO_DO]
     written = [n.writes for n in context.plan.outputs() if n.state != "unchanged"]
     if (count := total([*hashed, *written])) is not None:
         context.reporter.expect(count)

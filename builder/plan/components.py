@@ -166,7 +166,9 @@ class Components:
         state: State
         if found is None:
             where = self.sources.addresses(job)
-            state, why = "fetch", "not on this machine" + (f", but at {where[0]}" if where else "")
+            state, why = "missing", "nowhere to be found, and without an address"
+            if where:
+                state, why = "fetch", f"not on this machine, but at {where[0]}"
         elif found.sha256 is None:
             state, why = "hash", "seen for the first time"
         else:

@@ -9,7 +9,7 @@ from builder.base.errors import printable
 from builder.base.page import columns
 from builder.base.progress import human_bytes
 from builder.plan import ComponentJob, Node, OutputJob, Plan, StepJob
-from builder.plan.graph import total
+from builder.plan.graph import TO_DO, total
 from builder.recipe import Recipe
 from builder.sources.job import SourceJob
 
@@ -19,7 +19,7 @@ def to_text(plan: Plan) -> str:
     rows = [_row(plan, node) for node in plan.by_kind()]
     lines = columns(rows, {2}) if rows else []
     reads, writes = totals(plan)
-    if not any(n.state in ("make", "hash", "fetch") for n in plan):
+    if not any(n.state in TO_DO for n in plan):
         lines.append("nothing to do")
     else:
         lines.append(f"reads {_bytes(reads)}, writes {_bytes(writes)}")
@@ -39,7 +39,7 @@ def totals(plan: Plan) -> tuple[int | None, int | None]:
     pending = [n for n in plan.outputs() if n.state != "unchanged"]
     used = [plan.nodes[k] for k in dict.fromkeys(i for n in pending for i in n.job.inputs)]
     parts = [n for n in used if isinstance(n.job, ComponentJob)]
-    read = [n.reads for n in plan if isinstance(n.job, SourceJob) and n.state in ("hash", "fetch")]
+    read = [n.reads for n in plan if isinstance(n.job, SourceJob) and n.state in TO_DO]
     made = [n for n in parts if n.state == "make"]
     read += [n.writes for n in parts if n.state != "make"]
     read += [None for n in made if n.reads is None]
@@ -116,7 +116,7 @@ def to_dot(plan: Plan) -> str:
     shapes = {"source": "folder", "step": "ellipse", "component": "box", "output": "note"}
     lines = ["digraph plan {", "  rankdir=LR;"]
     for node in plan.by_kind():
-        style = "filled" if node.state in ("make", "hash", "fetch") else "solid"
+        style = "filled" if node.state in TO_DO else "solid"
         label = _quoted(f"{node.label}\n{node.state}")
         lines.append(f"  {_quoted(node.key[:12])} [label={label}, shape={shapes[node.kind]}, style={style}];")
     lines += [

@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from builder.store import Made
 
 Key = str
-State = Literal["make", "stored", "unchanged", "stream", "known", "hash", "fetch"]
+State = Literal["make", "stored", "unchanged", "stream", "known", "hash", "fetch", "missing"]
+TO_DO: tuple[State, ...] = ("make", "hash", "fetch", "missing")
 
 # A change of what is made from the same inputs must change its version here.
 VERSIONS = {"take": 3, "finish": 3, "assemble": 2}

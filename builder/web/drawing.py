@@ -7,6 +7,7 @@ from itertools import count, pairwise
 
 from builder.base.progress import human_bytes
 from builder.plan import Node, Plan
+from builder.plan.graph import TO_DO
 from builder.web.html import Markup, tag, visible
 
 _NUMBERS = count()
@@ -145,7 +146,7 @@ def _through(start: tuple[float, float]) -> Markup:
 def _box(node: Node, x: float, y: float) -> Markup:
     label = visible(node.label)
     label = label if len(label) <= 28 else f"{label[:27]}…"
-    busy = node.state in ("make", "hash", "fetch")
+    busy = node.state in TO_DO
     return tag(
         "g",
         tag("title", f"{node.label}: {node.state}. {node.why}"),

@@ -202,10 +202,12 @@ def test_neither_torch_nor_what_draws_is_imported(folder: Folder) -> None:
 
 @pytest.mark.parametrize("path", PUBLISHED, ids=lambda p: p.stem)
 def test_recipes_of_published_files_plan_offline(path: Path, tmp_path: Path) -> None:
-    """Without any of their files: pinned sources are to be fetched, and known by their digests."""
+    """Without any of their files: pinned sources are to be fetched, where they can be, and are known."""
     folder = Folder(tmp_path, tmp_path / "store")
     plan = folder("plan", path, "--offline", "--json").json
-    assert {s["state"] for s in plan["steps"] if s["kind"] == "source"} == {"fetch"}
+    states = {s["label"]: s["state"] for s in plan["steps"] if s["kind"] == "source"}
+    sources = load_recipe(path, catalog()).sources
+    assert states == {f"source {n}": "fetch" if s.urls else "missing" for n, s in sources.items()}
     assert {s["state"] for s in plan["steps"] if s["kind"] == "output"} == {"make"}
     classes = {s["class"] for s in plan["steps"] if s["kind"] == "component"}
     assert classes >= (
@@ -250,6 +252,7 @@ def test_what_is_not_here_has_unknown_sizes(folder: Folder) -> None:
     assert said.code == 0 and said.out.endswith("reads unknown, writes unknown\n")
     plan = folder("plan", "new.toml", "--json").json
     assert plan["reads"] is None and plan["writes"] is None
+    assert {s["state"] for s in plan["steps"] if s["kind"] == "source"} == {"missing"}
 
 
 def test_explain_says_what_the_plan_says(folder: Folder) -> None:
