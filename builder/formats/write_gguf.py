@@ -20,7 +20,7 @@ from builder.base.words import fits_pattern
 from builder.formats.gguf import ALIGNED, ALIGNMENT, ARCHITECTURE, ORIGINAL_SHAPE, TYPES, Type
 from builder.formats.write_safetensors import Accept, Written
 from builder.tensors.cast import PRECISIONS, Cast, Fault, Faults, Narrow, NonFinite, Overflow, Precision
-from builder.tensors.eight_bits import floats
+from builder.tensors.conversions import floats
 from builder.tensors.ggml_blocks import BLOCKS, LARGE, SMALL, encode_q8_0
 from builder.tensors.lazy import WINDOW, DType, LazyTensor, MemoryTensor
 from builder.tensors.moves import Reshaped

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 from builder.base.errors import CkptError, OutputError, Problem
-from builder.tensors.eight_bits import bits, copy_into, greatest
+from builder.tensors.conversions import bits, copy_into, greatest
 from builder.tensors.lazy import WINDOW, DType, LazyTensor
 from builder.tensors.packed import OPAQUE, packing
 from builder.tensors.scratch import scratch

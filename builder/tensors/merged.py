@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from builder.tensors.eight_bits import copy_into
+from builder.tensors.conversions import copy_into
 from builder.tensors.lazy import WINDOW, Derived, DType, LazyTensor
 from builder.tensors.scratch import scratch
 

@@ -17,7 +17,7 @@ from blake3 import blake3
 from builder.base.errors import CkptError, Problem, SourceError
 from builder.base.parallel import Cancelled, Consume, run_windows
 from builder.base.progress import SILENT, Reporter
-from builder.tensors.eight_bits import copy_into, greatest
+from builder.tensors.conversions import copy_into, greatest
 from builder.tensors.lazy import WINDOW, DType, LazyTensor
 from builder.tensors.packed import OPAQUE
 from builder.tensors.zeros import Stretch, joined, stretches

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from builder.base.errors import Place, Problem, SourceError
 from builder.base.words import counted
-from builder.tensors.eight_bits import floats
+from builder.tensors.conversions import floats
 from builder.tensors.lazy import DType, LazyTensor
 from builder.tensors.merged import ELEMENTS
 from builder.tensors.packed.schemes import (

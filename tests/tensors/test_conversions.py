@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from builder.tensors import eight_bits
-from builder.tensors.eight_bits import bits, copy_into, floats, greatest
+from builder.tensors import conversions
+from builder.tensors.conversions import bits, copy_into, floats, greatest
 
 EIGHT = [torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz]
 ALL = torch.arange(256, dtype=torch.uint8)
@@ -19,7 +19,7 @@ ALL = torch.arange(256, dtype=torch.uint8)
 @pytest.mark.parametrize("dtype", EIGHT)
 @pytest.mark.parametrize("target", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_every_pattern_is_what_torch_makes_of_it(dtype: torch.dtype, target: torch.dtype) -> None:
-    values = ALL.repeat(eight_bits._AT_ONCE // 256 + 1).view(dtype)  # more than are looked up at once
+    values = ALL.repeat(conversions._AT_ONCE // 256 + 1).view(dtype)  # more than are looked up at once
     made = torch.empty(len(values), dtype=target)
     copy_into(made, values)
     expected = values.to(target)
