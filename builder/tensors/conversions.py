@@ -1,28 +1,35 @@
-"""Floating numbers of eight bits, looked up and read off their bits: torch converts each with a formula."""
+"""Conversions between types of numbers, with the bits that torch gives and in less time."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
 
-_AT_ONCE = 1 << 18  # elements whose places in a table stay in the processor's cache
+_AT_ONCE = 1 << 17  # elements which as FP32, or as places in a table, stay in the processor's cache
 
 
 def copy_into(out: torch.Tensor, values: torch.Tensor) -> None:
     """Copy the elements of a flat tensor into another of as many, rounded to its type as by `copy_`."""
+    if out.dtype != values.dtype and _is_eight(values):
+        _look_up(out, values)
+    elif {out.dtype, values.dtype} == _halves():
+        for to, of in zip(_parts(out), _parts(values), strict=True):
+            to.copy_(of.float())  # FP32 has every number of both, so that it is rounded once
+    else:
+        out.copy_(values)
+
+
+def _look_up(out: torch.Tensor, values: torch.Tensor) -> None:
     import torch
 
-    if not _is_eight(values) or out.dtype == values.dtype:
-        out.copy_(values)
-        return
     table, target, places = _table(values.dtype, out.dtype), bits(out), values.view(torch.uint8)
     index = torch.empty(min(_AT_ONCE, len(values)), dtype=torch.int32)
-    for at in range(0, len(values), _AT_ONCE):
-        part = places[at : at + _AT_ONCE]
-        torch.index_select(table, 0, index[: len(part)].copy_(part), out=target[at : at + _AT_ONCE])
+    for to, of in zip(_parts(target), _parts(places), strict=True):
+        torch.index_select(table, 0, index[: len(of)].copy_(of), out=to)
 
 
 def floats(values: torch.Tensor) -> torch.Tensor:
@@ -60,6 +67,17 @@ def bits(values: torch.Tensor) -> torch.Tensor:
 
 def _is_eight(values: torch.Tensor) -> bool:
     return values.element_size() == 1 and values.is_floating_point()
+
+
+def _parts(values: torch.Tensor) -> Iterator[torch.Tensor]:
+    return (values[at : at + _AT_ONCE] for at in range(0, len(values), _AT_ONCE))
+
+
+@cache
+def _halves() -> set[torch.dtype]:
+    import torch
+
+    return {torch.float16, torch.bfloat16}
 
 
 @cache

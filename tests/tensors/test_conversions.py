@@ -1,4 +1,4 @@
-"""Eight bits by table and by pattern, against torch's own conversions."""
+"""Conversions and magnitudes, against torch's own."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from builder.tensors import conversions
 from builder.tensors.conversions import bits, copy_into, floats, greatest
 
 EIGHT = [torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz]
+HALVES = (torch.float16, torch.bfloat16)
 ALL = torch.arange(256, dtype=torch.uint8)
 
 
@@ -27,6 +28,16 @@ def test_every_pattern_is_what_torch_makes_of_it(dtype: torch.dtype, target: tor
     assert torch.equal(made.isnan(), ~numbers)
     assert torch.equal(bits(made)[numbers], bits(expected)[numbers])
     assert torch.equal(bits(floats(values))[numbers], bits(values.float())[numbers])
+
+
+@pytest.mark.parametrize("dtype, target", [HALVES, HALVES[::-1]])
+def test_every_half_is_what_torch_makes_of_it(dtype: torch.dtype, target: torch.dtype) -> None:
+    values = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(dtype).repeat(3)
+    made, expected = torch.empty(len(values), dtype=target), values.to(target)
+    copy_into(made, values)
+    numbers = ~expected.isnan()
+    assert torch.equal(made.isnan(), ~numbers)
+    assert torch.equal(bits(made)[numbers], bits(expected)[numbers])
 
 
 @given(st.sampled_from([*EIGHT, torch.float16, torch.bfloat16, torch.float32]), st.data())
