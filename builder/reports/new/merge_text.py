@@ -9,7 +9,9 @@ from typing import Any
 from builder.base.errors import printable
 from builder.base.words import counted
 from builder.models.catalog import Catalog
-from builder.reports.new.describe import Draft, File, Merged
+from builder.reports.new.describe import Draft
+from builder.reports.new.described import File
+from builder.reports.new.merged import Merged
 from builder.reports.new.unmerge import BASE
 
 MOST_ROWS = 30

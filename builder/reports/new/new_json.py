@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from builder.reports.new.describe import Draft, Merged
+from builder.reports.new.describe import Draft
+from builder.reports.new.merged import Merged
 
 Json = dict[str, Any]
 

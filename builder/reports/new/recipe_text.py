@@ -17,7 +17,8 @@ from builder.models.metric import NOT_A_NUMBER
 from builder.models.prediction import TYPE, prediction
 from builder.recipe.language import PATH
 from builder.recipe.names import named, numbered, recipe_name
-from builder.reports.new.describe import Draft, File, Taken, lone_name
+from builder.reports.new.describe import Draft
+from builder.reports.new.described import File, Taken, lone_name
 from builder.reports.new.merge_text import Steps, told
 
 # What a file's metadata says for people; all else, a build says anew.
