@@ -15,9 +15,9 @@ import tomli
 from builder.formats import open_checkpoint
 from builder.operations import OPERATIONS
 from builder.operations.registry import Setting
-from builder.reports.new.least_squares import fit, numbers_near, products_of
-from builder.reports.new.parents import NOTHING, choose
 from builder.reports.new.unmerge import Origin, find
+from builder.reports.new.unmerge.least_squares import fit, numbers_near, products_of
+from builder.reports.new.unmerge.parents import NOTHING, choose
 from builder.tensors.cast import Faults, Precision, cast_all
 from builder.tensors.digests import Row, tensor_digest
 from builder.tensors.lazy import DType, LazyTensor, MemoryTensor
