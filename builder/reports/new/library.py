@@ -8,6 +8,7 @@ from pathlib import Path
 
 from builder.base.errors import CkptError, SourceError
 from builder.base.progress import Reporter
+from builder.formats.blob import TooManyOpen
 from builder.models.catalog import Architecture, Catalog
 from builder.models.identify import Match
 from builder.recipe.names import SUFFIXES
@@ -36,11 +37,13 @@ def shelf_of(
     mine = {(s.st_dev, s.st_ino) for s in (f.stat() for f in files)}
     strangers = 0
     for path, stat in files_below(folders, reporter):
-        if path.suffix not in SUFFIXES or (stat.st_dev, stat.st_ino) in mine:
+        if path.suffix.lower() not in SUFFIXES or (stat.st_dev, stat.st_ino) in mine:
             continue
         mine.add((stat.st_dev, stat.st_ino))
         try:
             file = open_file(path, sources)
+        except TooManyOpen:
+            raise
         except SourceError:
             strangers += 1
             continue
