@@ -19,7 +19,7 @@ from builder.models.catalog import Architecture
 from builder.recipe import parse_recipe
 from builder.recipe.names import SUFFIXES, recipe_name
 from builder.reports import imports
-from builder.reports.new import Draft, describe, summed, to_json, write
+from builder.reports.new import Draft, describe, left_over, summed, to_json, write
 from builder.sources.find import files_below
 from builder.sources.opened import Sources
 from builder.toolkit.command_recipe import CommandRecipe, check_is_recipe
@@ -139,17 +139,22 @@ def _tell(draft: Draft, library: bool, folder: Path, reporter: Reporter) -> None
             how = "exactly" if taken.how == "exact" else "after rounding"
             reporter.note(f"{cls} is that of `{taken.file.path}`, {how}")
         elif library:
-            reporter.note(f"{cls} is equal to nothing in the library")
+            reporter.note(f"{cls} is equal to nothing in the library" + _unsought(draft, cls))
     for file in draft.unused:
         reporter.note(f"`{file.path}` has no component in common with the model: it is left out")
+
+
+def _unsought(draft: Draft, cls: str) -> str:
+    why = draft.unsought.get(cls)
+    return f", and {why}: no merge is looked for" if why else ", nor near to a merge of what is there"
 
 
 def _merged(draft: Draft, cls: str) -> str:
     """What is known of how a class was merged, in a line."""
     merge = draft.merges[cls]
-    said = {
-        "exact": f"made by {merge.origin.op}, the same to the last bit",
-        "rounding": f"made by {merge.origin.op}, the same but for rounding",
-        "part": "and something that the library has not: it is taken from the file itself",
-    }
-    return f"{cls} is {summed(merge)}, {said[merge.origin.found]}"
+    if merge.origin.found == "part":
+        return (
+            f"{cls} is nearest to {summed(merge)}, which {left_over(merge)}: it is taken from the file itself"
+        )
+    same = "to the last bit" if merge.origin.found == "exact" else "but for rounding"
+    return f"{cls} is {summed(merge)}, made by {merge.origin.op}, the same {same}"

@@ -23,7 +23,7 @@ from builder.reports.new.around import (
 )
 from builder.reports.new.described import File, Taken, matches_of, open_file, rounded
 from builder.reports.new.library import explain, shelf_of
-from builder.reports.new.merged import Merged, unmerge
+from builder.reports.new.merged import Merged, joined, unmerge
 from builder.sources.opened import Sources
 from builder.tensors.cast import PRECISIONS, Precision
 from builder.tensors.digests import component_digest
@@ -43,7 +43,7 @@ class Draft:
     `tensor_digest` is the product's, where everything is explained; `faithful` says that it has then every
     tensor of the file, and no other. `searched`: there were files to be explained by; `unused` are those of
     the command line that explain nothing. `merges` are of the classes that are near to sums of others, those
-    that no step makes too.
+    that no step makes too; `unsought` says of which classes none is looked for, and why.
     """
 
     model: File
@@ -63,6 +63,7 @@ class Draft:
     searched: bool
     unused: tuple[File, ...] = ()
     merges: Mapping[str, Merged] = field(default_factory=dict)
+    unsought: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def strange(self) -> bool:
@@ -86,6 +87,15 @@ class Draft:
         for cls, taken in self.taken.items():
             files += [t.file for t in self.merges[cls].inputs] if taken.merged else [taken.file]
         return tuple(dict.fromkeys(files))
+
+    @property
+    def order(self) -> tuple[File, ...]:
+        """The files whose names have to be in this order, as steps sum them by name."""
+        order: list[File] = []
+        for cls, taken in self.taken.items():
+            if taken.merged:
+                order = joined(order, self.merges[cls].summed)
+        return tuple(order)
 
 
 def describe(
@@ -116,7 +126,7 @@ def describe(
     scanned = _scan(parts, precision, catalog, threads, reporter)
     shelf = [*whole, *shelf_of(library, files, architecture, sources, reporter)]
     taken = explain(parts, precision, shelf, scanned, sources, threads, reporter)
-    merges = unmerge(taken, precision, shelf, scanned, catalog, threads, reporter)
+    merges, unsought = unmerge(taken, precision, shelf, scanned, catalog, threads, reporter)
     taken |= {
         c: Taken(c, m.inputs[0].file, m.inputs[0].match, _HOW[m.origin.found])
         for c, m in merges.items()
@@ -148,6 +158,7 @@ def describe(
         bool(shelf),
         tuple(f for f in whole if f not in used),
         merges,
+        unsought,
     )
 
 

@@ -39,6 +39,7 @@ def _merge(merged: Merged) -> Json:
         "arithmetic": o.arithmetic if o.op else None,
         "tensors": o.tensors,
         "equal": o.equal,
+        "uncompared": o.uncompared,
         "blocks": [
             {
                 "block": s.block,
@@ -47,6 +48,7 @@ def _merge(merged: Merged) -> Json:
                 "weights": [*s.weights],
                 "residual": s.residual,
                 "rounding": s.rounding,
+                "explained": s.explained,
             }
             for s in o.shares
         ],

@@ -1,4 +1,4 @@
-"""Tensors that have one weight of each parent."""
+"""Tensors that have one weight of each parent: those of a block, and single ones."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from builder.operations.registry import Setting
-from builder.reports.new.unmerge.formulas import Formula
+from builder.reports.new.unmerge.formulas import free
 from builder.reports.new.unmerge.least_squares import Products, total
 from builder.reports.new.unmerge.origin import BASE
-from builder.reports.new.unmerge.parents import (
-    WITHIN,
-)
 
-LEAST = 16  # elements that tell a weight of their own
+WITHIN = 8.0  # times what one rounding leaves: as much as a few roundings do
+WITHIN_FEW = 32.0  # of few elements, whose roundings may all be large
+FEW = 16  # elements, that tell no weight of their own
+LARGEST = 8  # tensors of a block whose weights may be those of the others
 
 
 class Group(NamedTuple):
-    """Tensors of one weight: those of a block, or `alone` one that its block's is not for."""
+    """Tensors of one weight of each parent: those of a block, or `alone` one that its block's is not for."""
 
     block: str
     alone: bool
@@ -26,12 +26,13 @@ class Group(NamedTuple):
 
     def fits(self, weights: Sequence[float]) -> bool:
         """Whether weights explain all but rounding."""
-        return explains(self.products, weights)
+        return explains(weights, self.products)
 
 
-def explains(products: Products, weights: Sequence[float]) -> bool:
-    """Whether weights explain all but rounding."""
-    return products.residual(weights) <= WITHIN * products.noise
+def explains(weights: Sequence[float], products: Products) -> bool:
+    """Whether the sum with these weights leaves no more of a tensor than a few roundings do."""
+    within = WITHIN if products.count >= FEW else WITHIN_FEW
+    return products.residual(weights) <= within * products.noise
 
 
 def blocks_of(names: Sequence[str], setting: Setting) -> dict[str, list[str]]:
@@ -42,24 +43,25 @@ def blocks_of(names: Sequence[str], setting: Setting) -> dict[str, list[str]]:
     return found
 
 
+def nearest(products: Products) -> tuple[float, ...]:
+    """The weights, 1 together, whose sum is nearest by least squares."""
+    formula = free(len(products.gram))
+    return formula.weights(formula.fit(products).factors, len(products.gram))
+
+
 def groups_of(products: Mapping[str, Products], setting: Setting) -> Iterator[Group]:
-    """Tensors of one weight each: blocks, and single tensors where most of a block has another."""
-    size = len(next(iter(products.values())).gram)
-    form = Formula("", (), 0, tuple((i, 0) for i in range(1, size)))
+    """Blocks, and single tensors that have other weights than most of their block.
+
+    A block whose tensors have not all some weights that explain them is left as it is: it is no sum.
+    """
+    everywhere = nearest(total(products.values()))
     for block, names in blocks_of([*products], setting).items():
-
-        def weights(of: Products) -> tuple[float, ...]:
-            return form.weights(form.fit(of).factors, size)
-
-        pooled = weights(total(products[n] for n in names))
-        large = sorted(names, key=lambda n: (-products[n].count, n))[:8]
-        ways = [pooled, *(weights(products[n]) for n in large)]
-        held = max(
-            ([n for n in names if products[n].count < LEAST or explains(products[n], w)] for w in ways),
-            key=len,
-        )
+        pooled = nearest(total(products[n] for n in names))
+        large = sorted(names, key=lambda n: (-products[n].count, n))[:LARGEST]
+        ways = [pooled, everywhere, *(nearest(products[n]) for n in large)]
+        held = max(([n for n in names if explains(w, products[n])] for w in ways), key=len)
         apart = [n for n in names if n not in held]
-        if 2 * len(held) < len(names) or not all(explains(products[n], weights(products[n])) for n in apart):
+        if 2 * len(held) < len(names) or not all(explains(nearest(products[n]), products[n]) for n in apart):
             held, apart = names, []
         yield Group(block, False, tuple(held), total(products[n] for n in held))
         yield from (Group(block, True, (n,), products[n]) for n in apart)

@@ -11,6 +11,7 @@ from builder.tensors.cast import Precision
 BASE = "base"  # what is in no block
 
 Found = Literal["exact", "rounding", "part"]
+Arithmetic = Literal["exact", "file"]
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class Share:
     """A block: how much of each parent is in it, and what that does not explain.
 
     `residual` is the root mean square of what is left, `rounding` that of rounding once to the type of the
-    tensors; both as shares of the tensors' own.
+    tensors; both as shares of the tensors' own. `explained`: it is no more than a few roundings leave.
     """
 
     block: str
@@ -27,6 +28,7 @@ class Share:
     weights: tuple[float, ...]
     residual: float
     rounding: float
+    explained: bool
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,9 @@ class Origin:
     `parents` are candidates by their number, and `shares` have a weight for each. `found` says how well:
     `exact` where the step made all tensors anew, to the last bit; `rounding` where the sums are right but for
     rounding; `part` where something else is in it, and there is no step. `equal` of the `tensors` were made
-    anew. The step is `op` of `inputs` (parents by their place in `parents`) with its parameters as an
-    operation takes them, those that weigh as of the class alone.
+    anew; `uncompared` ones have values in a parent that are no numbers, and are in no share. The step is `op`
+    of `inputs` (parents by their place in `parents`) with its parameters as an operation takes them, those
+    that weigh as of the class alone.
     """
 
     parents: tuple[int, ...]
@@ -45,8 +48,9 @@ class Origin:
     shares: tuple[Share, ...]
     equal: int
     tensors: int
+    uncompared: int = 0
     op: str = ""
     inputs: tuple[int, ...] = ()
     params: Mapping[str, Any] | None = None
-    arithmetic: Literal["exact", "file"] = "exact"
+    arithmetic: Arithmetic = "exact"
     precision: Precision | None = None

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import isfinite, sqrt
+from itertools import islice
+from math import sqrt
 from typing import Any
 
 from builder.base.parallel import run_windows
@@ -12,31 +13,24 @@ from builder.base.progress import SILENT, Reporter
 from builder.operations.merging import takes_part
 from builder.operations.registry import Setting
 from builder.recipe.weights import MAX_PATTERNS
-from builder.reports.new.unmerge.attempt import Attempt
-from builder.reports.new.unmerge.formulas import Formula, formulas
-from builder.reports.new.unmerge.groups import Group, blocks_of, groups_of
+from builder.reports.new.unmerge.attempt import Attempt, Kind
+from builder.reports.new.unmerge.formulas import formulas, orders
+from builder.reports.new.unmerge.groups import Group, groups_of, nearest
 from builder.reports.new.unmerge.least_squares import Products, products_of, total
-from builder.reports.new.unmerge.origin import Origin, Share
-from builder.reports.new.unmerge.parents import (
-    MOST_CANDIDATES,
-    NOTHING,
-    Tensors,
-    choose,
-    gram_of,
-    sampled,
-    spread,
-)
+from builder.reports.new.unmerge.origin import Arithmetic, Origin, Share
+from builder.reports.new.unmerge.parents import NOTHING, Tensors, parents_of, sampled, spread
 from builder.tensors.cast import Precision
 from builder.tensors.digests import Row
 from builder.tensors.lazy import DType
 from builder.tensors.scan import exact_torch, lone_torch, scan
 
-_NAMES: Mapping[DType, Precision] = {DType.F16: "fp16", DType.BF16: "bf16", DType.F32: "fp32"}
-SEARCHED = 4, 1 << 12  # tensors and elements of a block by which parents are chosen
-PROVED = 16, 1 << 14  # and by which formulas and weights are tried
+PROVED = 16, 1 << 14  # tensors and elements of a group by which formulas and weights are tried
 FAR = 0.5  # of the squares: what is left of more is near to nothing
-MOST_REFINED = 4  # formulas
-MOST_PROOFS = 6  # formulas tried on all elements, where the sample is right for each
+MOST_REFINED = 6  # formulas
+MOST_PROOFS = 12  # formulas tried on all elements, where the sample is right for each
+MOST_ORDERED = 5  # parents whose sum is tried in every order
+_NAMES: Mapping[DType, Precision] = {DType.F16: "fp16", DType.BF16: "bf16", DType.F32: "fp32"}
+_ARITHMETICS: tuple[Arithmetic, ...] = ("exact", "file")
 
 
 def find(
@@ -46,111 +40,106 @@ def find(
     setting: Setting,
     precision: Precision,
     *,
-    names: Sequence[str],
     preferred: Sequence[int] = (),
+    settled: Sequence[int] = (),
     threads: int = 2,
     reporter: Reporter = SILENT,
     task: str = "comparing",
 ) -> Origin | None:
     """The sum of candidates that a component is, or is nearest to; None where it is near to none.
 
-    All have tensors of the same names and, but for the input channels of a wider target, shapes. `rows` are
-    those of the target in the `precision` that it is built in. `names` are what a recipe calls the
-    candidates; `preferred` ones are rather the first input. The answer does not depend on `threads`. Raises
-    SourceError when bytes cannot be had.
+    All have tensors of the same names and, but for the input channels of a wider target, shapes; those of the
+    target are FP16, BF16 or FP32, all that take part in merges alike, and finite. `rows` are those of the
+    target in the `precision` that it is built in. `preferred` candidates are rather the first input;
+    `settled` ones are summed in the order given. The answer does not depend on `threads`. Raises SourceError
+    when bytes cannot be had.
     """
     took = [n for n, t in target.items() if takes_part(n, t, setting)]
     types = {target[n].dtype for n in took}
     if len(types) != 1 or not types <= _NAMES.keys():
         return None
-    search = _Search(target, rows, setting, precision, names, types.pop(), threads, reporter, task)
+    search = _Search(
+        target, candidates, rows, setting, precision, types.pop(), preferred, settled, threads, reporter, task
+    )
     with lone_torch():
         import torch
 
         torch.set_num_threads(1)
-        return search.run(candidates, took, preferred)
-
-
-def _same_shapes(name: str, target: Tensors, candidates: Sequence[Tensors]) -> bool:
-    return all(c[name].shape == target[name].shape for c in candidates)
+        return search.run(took)
 
 
 @dataclass
 class _Search:
+    """What was asked for; a parent is known by its place among those that `parents_of` gave."""
+
     target: Tensors
+    candidates: Sequence[Tensors]
     rows: Mapping[str, Row]
     setting: Setting
     precision: Precision
-    names: Sequence[str]
     dtype: DType
+    preferred: Sequence[int]
+    settled: Sequence[int]
     threads: int
     reporter: Reporter
     task: str
 
-    def run(
-        self, candidates: Sequence[Tensors], took: Sequence[str], preferred: Sequence[int]
-    ) -> Origin | None:
+    def run(self, took: Sequence[str]) -> Origin | None:
         """As `find`, of the tensors that take part in merges."""
-        same = [n for n in took if _same_shapes(n, self.target, candidates)]
-        parents = self.parents(candidates, same)
-        real = [p for p in parents if p != NOTHING]
-        if not real:
+        same = self.same_shapes(took, self.candidates)
+        parents = parents_of(self.target, self.candidates, same, self.setting, self.reporter)
+        held = {i: self.candidates[p] for i, p in enumerate(parents) if p != NOTHING}
+        if not held:
             return None
-        same = [n for n in took if _same_shapes(n, self.target, [candidates[p] for p in real])]
-        products = self.products(same, [None if p == NOTHING else candidates[p] for p in parents])
+        products = self.products(self.same_shapes(took, [*held.values()]), parents)
         finite = {n: p for n, p in products.items() if p.finite}
-        return (
-            self.origin([*groups_of(finite, self.setting)], parents, candidates, preferred)
-            if finite
-            else None
+        groups = [*groups_of(finite, self.setting)] if finite else []
+        weights = [nearest(g.products) for g in groups]
+        energy = sum(g.products.energy for g in groups)
+        each = [*zip(groups, weights, strict=True)]
+        # Where rounding is as large as the values, as of zeros, nothing can be told.
+        if not sum(max(g.products.residual(w), g.products.noise) for g, w in each) < FAR * energy:
+            return None
+        part = Origin(
+            parents=tuple(parents[i] for i in held),
+            found="part",
+            shares=_shares(groups, weights, len(held)),
+            equal=0,
+            tensors=len(self.target),
+            uncompared=len(products) - len(finite),
+        )
+        explained = sum(g.alone for g in groups) <= MAX_PATTERNS and all(g.fits(w) for g, w in each)
+        if not explained or (len(parents) == 1 and self.precision != "keep"):
+            return part  # but for its types, what has one parent would be equal to it
+        equal, best = self.made_anew(groups, parents, held)
+        exact = equal == len(self.target)
+        # Of one parent rounding alone is no merge, and what is no number builds only where it has no weight.
+        if best is None or (not exact and (len(parents) == 1 or part.uncompared)):
+            return part
+        return replace(
+            part,
+            found="exact" if exact else "rounding",
+            shares=_shares(groups, [best.weights(i) for i in range(len(groups))], len(held)),
+            equal=equal,
+            op=best.formula.op,
+            inputs=best.formula.inputs,
+            params=best.params(),
+            arithmetic=best.arithmetic,
+            precision=best.precision,
         )
 
-    # -- parents
+    def same_shapes(self, names: Iterable[str], others: Sequence[Tensors]) -> list[str]:
+        """The tensors whose shape is that of all others': not those of a wider first layer."""
+        return [n for n in names if all(o[n].shape == self.target[n].shape for o in others)]
 
-    def parents(self, candidates: Sequence[Tensors], names: Sequence[str]) -> tuple[int, ...]:
-        """The candidates that matter, NOTHING last where it is one."""
-        chosen = {b: spread(sorted(held), SEARCHED[0]) for b, held in blocks_of(names, self.setting).items()}
-
-        def sample(tensors: Tensors) -> dict[str, dict[str, Any]]:
-            return {
-                b: {n: sampled(tensors[n], SEARCHED[1] // len(held)) for n in held}
-                for b, held in chosen.items()
-            }
-
-        mine = sample(self.target)
-        known: dict[tuple[bytes, ...], tuple[float, int, dict[str, dict[str, Any]]]] = {}
-        for number, candidate in enumerate(candidates):
-            theirs = sample(candidate)
-            far = sum(float(gram_of(mine[b], [theirs[b]])[0, 0]) for b in mine)
-            if isfinite(far):
-                seen = tuple(bytes(t.tobytes()) for held in theirs.values() for t in held.values())
-                known.setdefault(seen, (far, number, theirs))
-        near = sorted(known.values(), key=lambda found: found[:2])
-        if len(near) > MOST_CANDIDATES:
-            more = len(near) - MOST_CANDIDATES
-            self.reporter.note(
-                f"{self.setting.cls} is compared with the {MOST_CANDIDATES} nearest, not with {more:,} more"
-            )
-        near = sorted(near[:MOST_CANDIDATES], key=lambda found: found[1])
-        if not near:
-            return ()
-        import numpy as np
-
-        grams = np.stack([gram_of(mine[b], [held[b] for *_, held in near]) for b in mine])
-        noise = total(products_of(t, [None]) for held in mine.values() for t in held.values()).noise
-        return tuple(p if p == NOTHING else near[p][1] for p in choose(grams, noise))
-
-    # -- weights
-
-    def products(self, names: Sequence[str], parents: Sequence[Tensors | None]) -> dict[str, Products]:
-        """The products of every tensor with those of parents."""
+    def products(self, names: Sequence[str], parents: Sequence[int]) -> dict[str, Products]:
+        """The products of every tensor with those of parents, in one pass."""
         found: list[Products | None] = [None] * len(names)
-        size = sum(self.target[n].nbytes for n in names)
-        self.reporter.start(self.task, size)
+        self.reporter.start(self.task, sum(self.target[n].nbytes for n in names))
 
-        def produce(index: int, buffer: memoryview) -> int:
+        def produce(index: int, _: memoryview) -> int:
             name = names[index]
-            theirs = [p[name] if p is not None else None for p in parents]
+            theirs = [None if p == NOTHING else self.candidates[p][name] for p in parents]
             found[index] = products_of(self.target[name], theirs)
             self.reporter.advance(self.task, self.target[name].nbytes)
             return 0
@@ -161,97 +150,74 @@ class _Search:
             self.reporter.finish(self.task)
         return {n: p for n, p in zip(names, found, strict=True) if p is not None}
 
-    # -- formulas
+    def made_anew(
+        self, groups: Sequence[Group], parents: Sequence[int], held: Mapping[int, Tensors]
+    ) -> tuple[int, Attempt | None]:
+        """The formula and weights that make most of the target's tensors anew, and how many."""
+        chosen = (spread(sorted(g.names), PROVED[0]) for g in groups)
+        few = {n: PROVED[1] // len(names) for names in chosen for n in names}
+        target = _sample(self.target, few)
+        samples = {i: _sample(t, few) for i, t in held.items()}
+        full = sum(t.numel for t in target.values())
+        tries = _ranked(self.tried(groups, parents, held, target, samples))
+        if tries and tries[0].score < full:
+            for attempt in (tries := tries[:MOST_REFINED]):
+                attempt.refine(target, samples)
+            tries = _ranked(tries)
+        equal, best = self.proved(tries, full, held)
+        if best is None or equal == len(self.target) or best.formula.op != "linear":
+            return equal, best
+        others = orders(best.formula, self.places(parents)) if len(held) <= MOST_ORDERED else ()
+        found, other = self.proved(_ranked(best.ordered(f, target, samples) for f in others), full, held)
+        return (found, other) if found > equal else (equal, best)
 
-    def origin(
+    def places(self, parents: Sequence[int]) -> list[int]:
+        """The settled candidates, by their places among parents."""
+        return [parents.index(c) for c in self.settled if c in parents]
+
+    def tried(
         self,
         groups: Sequence[Group],
-        parents: tuple[int, ...],
-        candidates: Sequence[Tensors],
-        preferred: Sequence[int],
-    ) -> Origin | None:
-        """The formula and weights that make the target anew, or what is nearest."""
-        size = len(parents)
-        every = Formula("", (), 0, tuple((i, 0) for i in range(1, size)))
-        mass = total(g.products for g in groups)
-        plain = {i: every.weights(every.fit(g.products).factors, size) for i, g in enumerate(groups)}
-        left = sum(g.products.residual(plain[i]) for i, g in enumerate(groups))
-        if left > FAR * mass.energy:
-            return None
-        real = [i for i, p in enumerate(parents) if p != NOTHING]
-        shares = _shares(groups, plain, len(real))
-        part = Origin(tuple(parents[i] for i in real), "part", shares, 0, len(self.target))
-        alone = sum(g.alone for g in groups)
-        explained = alone <= MAX_PATTERNS and all(g.fits(plain[i]) for i, g in enumerate(groups))
-        if not explained or (size == 1 and self.precision != "keep"):  # but for types, it would be that
-            return part
-        pooled = every.weights(every.fit(mass).factors, size)
-        order = sorted(real, key=lambda i: (parents[i] not in preferred, -pooled[i], i))
-        tensors = {i: candidates[parents[i]] for i in real}
-        chosen = _chosen(groups)
-        mine = _sample(self.target, chosen)
-        samples = {i: _sample(t, chosen) for i, t in tensors.items()}
-        tries: list[tuple[int, Attempt]] = []
-        for form in formulas(order, parents, self.names):
-            if any(tensors[form.inputs[0]][n].shape != t.shape for n, t in self.target.items()):
+        parents: Sequence[int],
+        held: Mapping[int, Tensors],
+        target: Tensors,
+        samples: Mapping[int, Tensors],
+    ) -> Iterable[Attempt]:
+        """All formulas, in both arithmetics, with the weights that do best on a sample."""
+        pooled = nearest(total(g.products for g in groups))
+        order = sorted(held, key=lambda i: (parents[i] not in self.preferred, -round(pooled[i], 2), i))
+        missing, settled = NOTHING in parents, self.places(parents)
+        step = _NAMES[self.dtype] if self.precision == "keep" else None
+        kind = Kind(self.setting, self.precision, step, len(parents), missing)
+        for formula in formulas(order, parents.index(NOTHING) if missing else None, settled):
+            first = held[formula.inputs[0]]
+            if any(first[n].shape != t.shape for n, t in self.target.items()):
                 continue
-            for arithmetic in ("exact", "file"):
-                attempt = Attempt(
-                    form,
-                    arithmetic,
-                    self._rounds(arithmetic),
-                    groups,
-                    size,
-                    parents,
-                    self.setting,
-                    self.names,
-                    self.precision,
-                )
+            for arithmetic in _ARITHMETICS:
+                attempt = Attempt(formula, arithmetic, groups, kind)
                 if attempt.options is None:
                     break
-                tries.append((attempt.run(mine, samples), attempt))
-        if not tries:
-            return part
-        # Of formulas that do as well, the first.
-        tries.sort(key=lambda found: -found[0])
-        full = sum(t.numel for t in mine.values())
-        if tries[0][0] < full:
-            tries = [(attempt.refine(mine, samples), attempt) for _, attempt in tries[:MOST_REFINED]]
-            tries.sort(key=lambda found: -found[0])
-        best: tuple[int, Attempt] | None = None
-        for right, attempt in tries[:MOST_PROOFS]:
-            if best is not None and right < full:
+                attempt.run(target, samples)
+                yield attempt
+
+    def proved(
+        self, tries: Sequence[Attempt], full: int, held: Mapping[int, Tensors]
+    ) -> tuple[int, Attempt | None]:
+        """The first attempt, or a later one that is right in the whole sample and does better on all."""
+        best: tuple[int, Attempt | None] = 0, None
+        for attempt in islice(tries, MOST_PROOFS):
+            if best[1] is not None and attempt.score < full:
                 break
-            equal = self._proved(attempt, tensors)
-            if best is None or equal > best[0]:
+            equal = self.equal(attempt, held)
+            if best[1] is None or equal > best[0]:
                 best = equal, attempt
             if equal == len(self.target):
                 break
-        assert best is not None
-        equal, done = best
-        if size == 1 and equal < len(self.target):
-            return part
-        return replace(
-            part,
-            found="exact" if equal == len(self.target) else "rounding",
-            shares=_shares(groups, {i: done.weights(i) for i in range(len(groups))}, len(real)),
-            equal=equal,
-            op=done.form.op,
-            inputs=done.form.inputs,
-            params=done.params(),
-            arithmetic=done.arithmetic,
-            precision=done.precision,
-        )
+        return best
 
-    def _rounds(self, arithmetic: str) -> Precision | None:
-        """The precision of a step, where an output that keeps types would have that of the arithmetic."""
-        if self.precision != "keep" or arithmetic == "file":
-            return None
-        return _NAMES[self.dtype]
-
-    def _proved(self, attempt: Attempt, tensors: Mapping[int, Tensors]) -> int:
-        """How many of the target's tensors a formula makes anew, to the last bit."""
-        made = attempt.made(tensors, attempt.params())
+    def equal(self, attempt: Attempt, held: Mapping[int, Tensors]) -> int:
+        """How many of the target's tensors an attempt makes anew: digests of all elements are compared."""
+        made = attempt.made(held, attempt.params())
         found = scan(
             made,
             digests=True,
@@ -267,25 +233,23 @@ class _Search:
         )
 
 
-def _chosen(groups: Sequence[Group]) -> dict[str, int]:
-    """How many elements are tried of which tensors."""
-    few = [spread(sorted(g.names), PROVED[0]) for g in groups]
-    return {n: PROVED[1] // len(held) for held in few for n in held}
+def _ranked(attempts: Iterable[Attempt]) -> list[Attempt]:
+    """The best of a sample first; of those that do as well, the first."""
+    return sorted(attempts, key=lambda a: -a.score)
 
 
-def _sample(tensors: Tensors, chosen: Mapping[str, int]) -> dict[str, Any]:
-    return {n: sampled(tensors[n], count) for n, count in chosen.items()}
+def _sample(tensors: Tensors, few: Mapping[str, int]) -> dict[str, Any]:
+    return {n: sampled(tensors[n], count) for n, count in few.items()}
 
 
-def _shares(
-    groups: Sequence[Group], weights: Mapping[int, tuple[float, ...]], size: int
-) -> tuple[Share, ...]:
+def _shares(groups: Sequence[Group], sums: Sequence[Sequence[float]], size: int) -> tuple[Share, ...]:
     """What is said of each block, of so many parents; a tensor with weights of its own goes by its name."""
     found = []
-    for i, group in enumerate(groups):
+    for group, some in zip(groups, sums, strict=True):
         p = group.products
         norm = p.energy or 1.0
-        left = sqrt(p.residual(weights[i]) / norm)
+        left, rounding = sqrt(p.residual(some) / norm), sqrt(p.rounding / norm)
         name = group.names[0] if group.alone else group.block
-        found.append(Share(name, len(group.names), p.count, weights[i][:size], left, sqrt(p.rounding / norm)))
+        weights = tuple(some[:size])
+        found.append(Share(name, len(group.names), p.count, weights, left, rounding, group.fits(some)))
     return tuple(found)
