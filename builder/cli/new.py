@@ -84,7 +84,7 @@ def command(
             draft = describe(files, library, sources, threads=threads, reporter=workspace.reporter)
             text = escaped(write(draft, folder=folder, catalog=catalog, name=name))
             found = to_json(draft)
-            _tell(draft, bool(library), folder, workspace.reporter)
+            _tell(draft, bool(library), workspace.reporter)
     parse_recipe(text, str(output or "<recipe>"), catalog)
     if output is not None:
         models = [stat for path, stat in files_below(library, SILENT) if path.suffix.lower() in SUFFIXES]
@@ -130,7 +130,7 @@ def _imported(
     return escaped(imports.write(sketch, name, files[0].name, folder))
 
 
-def _tell(draft: Draft, library: bool, folder: Path, reporter: Reporter) -> None:
+def _tell(draft: Draft, library: bool, reporter: Reporter) -> None:
     """What a person should know beside the recipe."""
     for cls, taken in draft.taken.items():
         if cls in draft.merges:
@@ -153,8 +153,6 @@ def _merged(draft: Draft, cls: str) -> str:
     """What is known of how a class was merged, in a line."""
     merge = draft.merges[cls]
     if merge.origin.found == "part":
-        return (
-            f"{cls} is nearest to {summed(merge)}, which {left_over(merge)}: it is taken from the file itself"
-        )
+        return f"{cls} is taken from the file: the nearest sum, {summed(merge)}, {left_over(merge)}"
     same = "to the last bit" if merge.origin.found == "exact" else "but for rounding"
     return f"{cls} is {summed(merge)}, made by {merge.origin.op}, the same {same}"

@@ -114,12 +114,8 @@ def told(cls: str, merged: Merged) -> Iterator[str]:
         same = f"{o.equal:,} of {counted(o.tensors, 'tensor')}"
         yield f"# {cls}: the same but for rounding. To the last bit are {same}."
     else:
-        many = (
-            "no sum of the library's files"
-            if len(o.parents) < MOST_PARENTS
-            else f"no sum of {MOST_PARENTS} files"
-        )
-        yield f"# {cls}: {many} makes it. The nearest has in each block:"
+        files = "the" if len(o.parents) < MOST_PARENTS else f"{MOST_PARENTS} of the"
+        yield f"# {cls}: no sum of {files} library's files was found. The nearest, by block:"
     for number, taken in enumerate(merged.parents, 1):
         yield f"#   [{number}] {printable(taken.file.path.name)}"
     yield "#"
@@ -128,7 +124,7 @@ def told(cls: str, merged: Merged) -> Iterator[str]:
     yield f"#   {''.ljust(wide)}{heads}  left over  rounding"
     for s in o.shares[:MOST_ROWS]:
         weights = "".join(f"{w:8.4f}" for w in s.weights)
-        more = "" if s.explained else "  more"
+        more = "" if s.explained else "  unexplained"
         left = f"{_percent(s.residual):>9}  {_percent(s.rounding):>8}{more}"
         yield f"#   {printable(s.block.ljust(wide))}{weights}  {left}"
     if len(o.shares) > MOST_ROWS:
@@ -146,7 +142,7 @@ def summed(merged: Merged) -> str:
         size = least.removeprefix("-" * minus) if least == most else f"({least} to {most})"
         if size != "0":
             said.append(f"{'-' if minus else '+'} {size} `{taken.file.path}`")
-    return " ".join(said).removeprefix("+ ")
+    return " ".join(said).removeprefix("+ ") or "nothing"
 
 
 def left_over(merged: Merged) -> str:

@@ -128,6 +128,8 @@ class _Page:
         for cls in d.unexplained:
             if cls in d.merges:
                 yield from told(cls, d.merges[cls])
+            elif cls in d.unsought and d.searched:
+                yield comment(f"{cls}: {d.unsought[cls]}, so no merge is looked for.")
         if rows:
             yield "[components]"
             yield from aligned(rows)

@@ -47,7 +47,8 @@ class Kind:
 class Attempt:
     """A formula in an arithmetic, with the parameters that explain each group, in the order they are tried.
 
-    `options` are None where it cannot explain a group.
+    `options` are None where it cannot explain a group; `equal` is how many tensors of all it makes anew, once
+    that was found out.
     """
 
     def __init__(self, formula: Formula, arithmetic: Arithmetic, groups: Sequence[Group], kind: Kind) -> None:
@@ -56,6 +57,7 @@ class Attempt:
         self.options = self._options()
         self.used = [0] * len(groups)
         self.right = [-1] * len(groups)  # elements of a sample, with the options that are used
+        self.equal: int | None = None
 
     def _options(self) -> list[list[Params]] | None:
         """Parameters for each group; None where the formula cannot explain one."""
@@ -82,8 +84,8 @@ class Attempt:
     def ordered(self, formula: Formula, target: Tensors, samples: Mapping[int, Tensors]) -> Attempt:
         """The same sum in another order of its inputs, with the weights that are used, tried."""
         other = copy(self)
-        other.formula, other.right = formula, [-1] * len(self.groups)
-        other.used = [*self.used]
+        other.formula, other.used, other.equal = formula, [*self.used], None
+        other.right = [-1] * len(self.groups)
         other._turn(dict(enumerate(self.used)), target, samples)
         return other
 

@@ -23,7 +23,7 @@ Choice = tuple[float, tuple[int, ...]]  # what is left of the squares, and which
 Tensors = Mapping[str, LazyTensor]
 
 MOST_CANDIDATES = 100
-SEARCHED = 4, 1 << 12  # tensors and elements of a block that are compared
+SEARCHED = 8, 1 << 12  # tensors and elements of a block that are compared
 MOST_PARENTS = 6
 NOTHING = -1  # a candidate that holds zeros: what is missing, where weights are less than 1 together
 GAIN = 0.9  # of what was left must be left at most, for a further parent

@@ -159,12 +159,16 @@ class _Search:
         target = _sample(self.target, few)
         samples = {i: _sample(t, few) for i, t in held.items()}
         full = sum(t.numel for t in target.values())
-        tries = _ranked(self.tried(groups, parents, held, target, samples))
-        if tries and tries[0].score < full:
-            for attempt in (tries := tries[:MOST_REFINED]):
+        tries: list[Attempt] = []
+        for attempt in self.tried(groups, parents, held, target, samples):
+            tries.append(attempt)
+            if attempt.score == full and self.equal(attempt, held) == len(self.target):
+                return len(self.target), attempt
+        if all(attempt.score < full for attempt in tries):
+            tries = _ranked(tries)[:MOST_REFINED]
+            for attempt in tries:
                 attempt.refine(target, samples)
-            tries = _ranked(tries)
-        equal, best = self.proved(tries, full, held)
+        equal, best = self.proved(_ranked(tries), full, held)
         if best is None or equal == len(self.target) or best.formula.op != "linear":
             return equal, best
         others = orders(best.formula, self.places(parents)) if len(held) <= MOST_ORDERED else ()
@@ -217,20 +221,22 @@ class _Search:
 
     def equal(self, attempt: Attempt, held: Mapping[int, Tensors]) -> int:
         """How many of the target's tensors an attempt makes anew: digests of all elements are compared."""
-        made = attempt.made(held, attempt.params())
-        found = scan(
-            made,
-            digests=True,
-            numbers=False,
-            threads=self.threads,
-            reporter=self.reporter,
-            task=self.task.replace("comparing", "proving"),
-        ).tensors
-        return sum(
-            (r.dtype, r.shape, r.digest) == (made[n].dtype, made[n].shape, found[n].digest)
-            for n, r in self.rows.items()
-            if n in made
-        )
+        if attempt.equal is None:
+            made = attempt.made(held, attempt.params())
+            found = scan(
+                made,
+                digests=True,
+                numbers=False,
+                threads=self.threads,
+                reporter=self.reporter,
+                task=self.task.replace("comparing", "proving"),
+            ).tensors
+            attempt.equal = sum(
+                (r.dtype, r.shape, r.digest) == (made[n].dtype, made[n].shape, found[n].digest)
+                for n, r in self.rows.items()
+                if n in made
+            )
+        return attempt.equal
 
 
 def _ranked(attempts: Iterable[Attempt]) -> list[Attempt]:
