@@ -61,9 +61,13 @@ class Products:
         return (g[a][c] - g[a][d]) - (g[b][c] - g[b][d])
 
     def residual(self, weights: Sequence[float]) -> float:
-        """The square of what T differs by from the sum with these weights, which are 1 together."""
+        """Σ wᵢ·wⱼ·gramᵢⱼ: the square of Σ wᵢ·Cᵢ − T, for weights that are 1 together.
+
+        NaN where the weights are no numbers, which is no less than anything.
+        """
         pairs = zip(weights, self.gram, strict=True)
-        return max(0.0, sum(w * v * g for w, row in pairs for v, g in zip(weights, row, strict=True)))
+        found = sum(w * v * g for w, row in pairs for v, g in zip(weights, row, strict=True))
+        return 0.0 if found < 0 else found
 
 
 def total(products: Iterable[Products]) -> Products:
@@ -136,9 +140,12 @@ class Fit(NamedTuple):
 
 
 def fit(products: Products, base: int, directions: Sequence[tuple[int, int]]) -> Fit:
-    """The factors pⱼ by which C_base + Σ pⱼ·(C_a − C_b), for the directions (a, b), is nearest to T.
+    """The factors pⱼ by which C_base + Σ pⱼ·dⱼ, for the directions dⱼ = C_a − C_b, is nearest to T.
 
-    A direction that others hold already has the factor 0.
+    Ordinary least squares: with D the matrix of Σ dᵢ·dⱼ, and y that of Σ dᵢ·(T − C_base), the solution of
+    D·p = y by Gauss-Jordan elimination, which leaves D⁻¹ beside it. The standard error of pⱼ is
+    sqrt(D⁻¹ⱼⱼ)·s, s² being what is left per degree of freedom. A direction that others hold already has the
+    factor 0 and an infinite error.
     """
     size = len(directions)
     square = [[products.between(*d, *e) for e in directions] for d in directions]
@@ -158,8 +165,8 @@ def fit(products: Products, base: int, directions: Sequence[tuple[int, int]]) ->
     rest += sum(
         f * g * s for f, r in zip(factors, square, strict=True) for g, s in zip(factors, r, strict=True)
     )
-    # What is left is noise, but no less than rounding makes it. That is not by chance alone: it hangs on
-    # values where the exponent changes, and on directions of few last places.
+    # What is left is noise, but no less than rounding makes it; and rounding is not by chance alone: it
+    # hangs on values where the exponent changes, and on directions of few last places, which bias p.
     noise = sqrt(max(rest, products.noise) / max(1, products.count - size))
     skew = SKEW * products.rounding / sqrt(products.energy) if products.energy else 0.0
     errors = [inf] * size
