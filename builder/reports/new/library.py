@@ -8,6 +8,7 @@ from pathlib import Path
 
 from builder.base.errors import CkptError, SourceError
 from builder.base.progress import Reporter
+from builder.base.words import counted
 from builder.formats.blob import TooManyOpen
 from builder.models.catalog import Architecture, Catalog
 from builder.models.identify import Match
@@ -54,7 +55,7 @@ def shelf_of(
         else:
             sources.drop(sources.file(path))
     if strangers:
-        reporter.note(f"{strangers:,} files of the library are no checkpoints")
+        reporter.note(f"{counted(strangers, 'file')} of the library cannot be read as a checkpoint")
 
 
 def _fits(match: Match, cls: str, catalog: Catalog) -> bool:
