@@ -19,7 +19,7 @@ from builder.models.catalog import Architecture
 from builder.recipe import parse_recipe
 from builder.recipe.names import SUFFIXES, recipe_name
 from builder.reports import imports
-from builder.reports.new import Draft, describe, summed, to_json, write
+from builder.reports.new import Draft, describe, left_over, summed, to_json, write
 from builder.sources.find import files_below
 from builder.sources.opened import Sources
 from builder.toolkit.command_recipe import CommandRecipe, check_is_recipe
@@ -84,7 +84,7 @@ def command(
             draft = describe(files, library, sources, threads=threads, reporter=workspace.reporter)
             text = escaped(write(draft, folder=folder, catalog=catalog, name=name))
             found = to_json(draft)
-            _tell(draft, bool(library), folder, workspace.reporter)
+            _tell(draft, bool(library), workspace.reporter)
     parse_recipe(text, str(output or "<recipe>"), catalog)
     if output is not None:
         models = [stat for path, stat in files_below(library, SILENT) if path.suffix.lower() in SUFFIXES]
@@ -130,7 +130,7 @@ def _imported(
     return escaped(imports.write(sketch, name, files[0].name, folder))
 
 
-def _tell(draft: Draft, library: bool, folder: Path, reporter: Reporter) -> None:
+def _tell(draft: Draft, library: bool, reporter: Reporter) -> None:
     """What a person should know beside the recipe."""
     for cls, taken in draft.taken.items():
         if cls in draft.merges:
@@ -139,17 +139,20 @@ def _tell(draft: Draft, library: bool, folder: Path, reporter: Reporter) -> None
             how = "exactly" if taken.how == "exact" else "after rounding"
             reporter.note(f"{cls} is that of `{taken.file.path}`, {how}")
         elif library:
-            reporter.note(f"{cls} is equal to nothing in the library")
+            reporter.note(f"{cls} is equal to nothing in the library" + _unsought(draft, cls))
     for file in draft.unused:
         reporter.note(f"`{file.path}` has no component in common with the model: it is left out")
+
+
+def _unsought(draft: Draft, cls: str) -> str:
+    why = draft.unsought.get(cls)
+    return f", and {why}: no merge is looked for" if why else ", nor near to a merge of what is there"
 
 
 def _merged(draft: Draft, cls: str) -> str:
     """What is known of how a class was merged, in a line."""
     merge = draft.merges[cls]
-    said = {
-        "exact": f"made by {merge.origin.op}, the same to the last bit",
-        "rounding": f"made by {merge.origin.op}, the same but for rounding",
-        "part": "and something that the library has not: it is taken from the file itself",
-    }
-    return f"{cls} is {summed(merge)}, {said[merge.origin.found]}"
+    if merge.origin.found == "part":
+        return f"{cls} is taken from the file: the nearest sum, {summed(merge)}, {left_over(merge)}"
+    same = "to the last bit" if merge.origin.found == "exact" else "but for rounding"
+    return f"{cls} is {summed(merge)}, made by {merge.origin.op}, the same {same}"

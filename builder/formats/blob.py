@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,6 +27,10 @@ class Blob(Protocol):
 
     def close(self) -> None:
         """Let go of what is open."""
+
+
+class TooManyOpen(SourceError):
+    """No further file can be opened, whatever is in it."""
 
 
 _checking: ContextVar[Callable[[Path], object] | None] = ContextVar("checking", default=None)
@@ -65,8 +70,11 @@ class FileBlob:
         except NotRegular as error:
             raise SourceError(Problem(f"`{self.name}` is {error.strerror}")) from None
         except OSError as error:
-            hint = _near(Path(path)) if isinstance(error, FileNotFoundError) else None
             fact, why = f"cannot open `{self.name}`", str(error.strerror)
+            if error.errno == errno.EMFILE:
+                more = "`ulimit -n 65536` allows this shell's programs more; or name fewer files"
+                raise TooManyOpen(Problem(fact, evidence=(why,), hint=more)) from None
+            hint = _near(Path(path)) if isinstance(error, FileNotFoundError) else None
             raise SourceError(Problem(fact, evidence=(why,), hint=hint)) from None
         self.size = self.stat.st_size
 

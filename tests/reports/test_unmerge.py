@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 import tomli
+import torch
 
 from builder.formats import open_checkpoint
 from builder.operations import OPERATIONS
 from builder.operations.registry import Setting
-from builder.reports.new.least_squares import fit, numbers_near, products_of
-from builder.reports.new.parents import NOTHING, choose
 from builder.reports.new.unmerge import Origin, find
+from builder.reports.new.unmerge.least_squares import fit, products_of
+from builder.reports.new.unmerge.numbers import numbers_near
+from builder.reports.new.unmerge.parents import NOTHING, choose
 from builder.tensors.cast import Faults, Precision, cast_all
 from builder.tensors.digests import Row, tensor_digest
 from builder.tensors.lazy import DType, LazyTensor, MemoryTensor
@@ -97,8 +100,12 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("precision", ["fp16", "fp32"])
-@pytest.mark.parametrize("case", CASES)
+IN_FP32 = ("weighted", "added-file", "twice-file", "linear", "more-than-one", "blocks")
+
+
+@pytest.mark.parametrize(
+    ("case", "precision"), [*((c, "fp16") for c in CASES), *((c, "fp32") for c in IN_FP32)]
+)
 def test_the_recipe_of_a_merge_is_found(case: str, precision: Precision, tmp_path: Path) -> None:
     step = CASES[case]
     folder = library(tmp_path, "abcd", precision)
@@ -190,7 +197,7 @@ def test_a_missing_parent_is_told_by_what_is_left(tmp_path: Path) -> None:
     said = found(folder)
     assert said["toml"]["components"]["UNET-tiny"] == "mix"  # the file itself
     assert "steps" not in said["toml"]
-    assert "# UNET-tiny: no merge of the library's files alone makes it. The nearest:\n" in said["recipe"]
+    assert "# UNET-tiny: no sum of the library's files was found. The nearest, by block:\n" in said["recipe"]
     unet = next(c for c in said["components"] if c["class"] == "UNET-tiny")
     assert (unet["how"], unet["merge"]["found"], unet["merge"]["op"]) == (None, "part", None)
     assert [Path(p).name for p in unet["merge"]["parents"]] == ["a.safetensors"]
@@ -205,7 +212,8 @@ def test_what_is_trained_on_is_no_merge_of_what_it_began_with(tmp_path: Path) ->
     merge(folder, f"{{ {WEIGHTED}, alpha = 0.5 }}")
     tensors = {n: MemoryTensor(t.dtype, t.shape, bytes(t.tobytes())) for n, t in tuned(ord("a")).items()}
     name = UNET + "out.2.weight"
-    array = np.frombuffer(tensors[name].tobytes(), "<f2") * np.float16(1.5)
+    array = np.frombuffer(tensors[name].tobytes(), "<f2")
+    array = array + (0.1 * np.random.RandomState(1).standard_normal(array.shape)).astype("<f2")
     tensors[name] = MemoryTensor(DType.F16, tensors[name].shape, array.tobytes())
     save(folder / "mix.safetensors", tensors)
     said = found(folder)
@@ -269,6 +277,35 @@ def test_a_lora_that_was_baked_in_is_no_merge(tmp_path: Path) -> None:
     assert built(folder)
 
 
+def test_parents_of_one_name_and_sums_in_another_order(tmp_path: Path) -> None:
+    """A step sums its inputs by name: files get names that are sorted as the sum was made."""
+    folder = library(tmp_path, "abcd")
+    merge(folder, "{ op = 'linear', of = { a = 0.4, b = 0.3, c = 0.2, d = 0.1 } }")
+    for old, new in zip("abcd", ("m/1", "l/x", "k/1", "j/0"), strict=True):
+        (folder / f"library/{new}.safetensors").parent.mkdir(exist_ok=True)
+        (folder / f"library/{old}.safetensors").rename(folder / f"library/{new}.safetensors")
+    said = found(folder)
+    assert built(folder) and said["same"]
+    assert said["toml"]["steps"]["mix"]["of"] == {"1-1": 0.4, "2-x": 0.3, "3-1": 0.2, "4-0": 0.1}
+    files = {name: source["file"] for name, source in said["toml"]["sources"].items()}
+    assert files["1-1"] == "library/m/1.safetensors" and files["3-1"] == "library/k/1.safetensors"
+
+
+def test_a_recipe_is_built_although_a_parent_holds_what_is_no_number(tmp_path: Path) -> None:
+    folder = library(tmp_path, "ab")
+    merge(folder, f"{{ {WEIGHTED}, alpha = 0.3 }}")
+    name = UNET + "middle_block.0.in_layers.2.weight"
+    array = np.frombuffer(tuned(ord("b"))[name].tobytes(), "<f2").copy()
+    array[3] = np.inf
+    broken = MemoryTensor(DType.F16, tuned(ord("b"))[name].shape, array.tobytes())
+    save(folder / "library/b.safetensors", {**tuned(ord("b")), name: broken})
+    said = found(folder)
+    unet = next(c for c in said["components"] if c["class"] == "UNET-tiny")
+    assert (unet["how"], unet["merge"]["found"], unet["merge"]["uncompared"]) == (None, "part", 1)
+    assert "UNET-tiny: of 1 tensor a parent holds NaN or infinity" in said["recipe"]
+    assert built(folder)
+
+
 def test_what_a_person_is_told(tmp_path: Path) -> None:
     folder = library(tmp_path, "abc")
     merge(folder, f"{{ {ADDED}, alpha = 0.6 }}")
@@ -279,6 +316,22 @@ def test_what_a_person_is_told(tmp_path: Path) -> None:
     ) in said.err
     said = folder("new", "mix.safetensors", *(f"library/{n}.safetensors" for n in "abc"))
     assert said.out and "it is left out" not in said.err
+    few = 6
+    for number in range(few):
+        save(folder / f"library/{number}.safetensors", tuned(ord("c")))
+        (folder / f"library/{number}-again.CKPT").symlink_to(f"{number}.safetensors")
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for more, code in ((few + 20, 0), (few, 6)):
+        highest = os.open(os.devnull, os.O_RDONLY)
+        os.close(highest)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (highest + more, limits[1]))
+        try:
+            said = folder("new", "mix.safetensors", "-l", "library")
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        assert said.code == code, said.err
+    assert "Too many open files" in said.err and "ulimit" in said.err
 
 
 # -- the search itself
@@ -289,9 +342,8 @@ def rows(tensors: Tensors) -> dict[str, Row]:
 
 
 def search(target: Tensors, candidates: Sequence[Tensors], **more: Any) -> Origin | None:
-    names = [f"m{i}" for i in range(len(candidates))]
     setting = Setting("UNET-tiny", lambda name: name.partition(".")[0].upper())
-    return find(target, candidates, rows(target), setting, "fp16", names=names, **more)
+    return find(target, candidates, rows(target), setting, "fp16", **more)
 
 
 def some(seed: int, **shapes: tuple[int, ...]) -> dict[str, LazyTensor]:
@@ -304,6 +356,133 @@ def made_by(op: str, inputs: Mapping[str, Tensors], **params: Any) -> Tensors:
     applied = OPERATIONS[op].apply(inputs, params, Setting("UNET-tiny"))
     tensors = cast_all(applied.tensors, "fp16", faults=Faults())
     return {n: MemoryTensor(t.dtype, t.shape, bytes(t.tobytes())) for n, t in tensors.items()}
+
+
+def halves(tensors: Mapping[str, torch.Tensor]) -> dict[str, LazyTensor]:
+    return {
+        n: MemoryTensor(DType.F16, tuple(t.shape), t.contiguous().numpy().tobytes())
+        for n, t in tensors.items()
+    }
+
+
+def near(base: int, seed: int, dtype: torch.dtype = torch.float16) -> dict[str, torch.Tensor]:
+    """A model that differs from others of the same base as finetunes do; its last tensor is a small one."""
+    first, own = (torch.Generator().manual_seed(s) for s in (base, 1000 + seed))
+    shapes = {"x.w": (60, 50), "x.b": (60,), "y.w": (40, 30), "y.b": (4,)}
+    return {
+        n: (torch.randn(s, generator=first) + 0.05 * torch.randn(s, generator=own)).to(dtype)
+        for n, s in shapes.items()
+    }
+
+
+Model = Mapping[str, torch.Tensor]
+A, B, C, D = (near(0, seed) for seed in range(4))
+
+
+def webui(a: Model, b: Model, c: Model | None = None, m: float = 0.3) -> dict[str, torch.Tensor]:
+    """As the WebUI's checkpoint merger computes: each product and sum in the files' own type, then halves."""
+    if c is None:
+        return {n: ((1 - m) * a[n] + m * b[n]).half() for n in a}
+    return {n: (a[n] + m * (b[n] - c[n])).half() for n in a}
+
+
+def each(formula: Callable[..., torch.Tensor], *models: Model) -> dict[str, torch.Tensor]:
+    return {n: formula(*(m[n].float() for m in models)).half() for n in models[0]}
+
+
+def pruned(x: torch.Tensor, share: float) -> torch.Tensor:
+    """The largest of a difference, as ties does."""
+    return torch.where(x.abs() >= x.abs().flatten().quantile(1 - share), x, torch.zeros(()))
+
+
+# What was made of A, B, C, D by others' code: what is found, the operation, and how much of each it has.
+TRUTH: dict[str, tuple[Callable[[], Model], str, str, tuple[float, ...]]] = {
+    "sum": (lambda: webui(A, B), "exact", "weighted-sum", (0.7, 0.3)),
+    "odd": (lambda: webui(A, B, m=0.137), "exact", "weighted-sum", (0.863, 0.137)),
+    "beyond": (lambda: webui(A, B, m=1.3), "exact", "weighted-sum", (-0.3, 1.3)),
+    "below": (lambda: webui(A, B, m=-0.2), "exact", "weighted-sum", (1.2, -0.2)),
+    "all-of-b": (lambda: webui(A, B, m=1.0) | {"x.w": webui(A, B)["x.w"]}, "exact", "weighted-sum", ()),
+    "difference": (lambda: webui(A, B, C, 0.8), "exact", "add-difference", (1.0, 0.8, -0.8)),
+    "float": (lambda: each(lambda a, b: a * 0.7 + b * 0.3, A, B), "exact", "weighted-sum", (0.7, 0.3)),
+    "chain": (lambda: webui(webui(A, B, m=0.5), C), "exact", "sum-twice", (0.35, 0.35, 0.3)),
+    "chain-of-four": (
+        lambda: webui(webui(A, B, m=0.4), C, D, 0.5),
+        "rounding",
+        "linear",
+        (0.6, 0.4, 0.5, -0.5),
+    ),
+    "backwards": (
+        lambda: each(lambda a, b, c, d: d * 0.1 + c * 0.2 + b * 0.3 + a * 0.4, A, B, C, D),
+        "exact",
+        "linear",
+        (0.4, 0.3, 0.2, 0.1),
+    ),
+    "scaled": (lambda: each(lambda a: a * 0.9, A), "exact", "linear", (0.9,)),
+    "one-of-another": (lambda: webui(A, B) | {"y.w": C["y.w"]}, "exact", "triple-sum", ()),
+    "small-one-of-another": (lambda: webui(A, B) | {"y.b": C["y.b"]}, "part", "", ()),
+    "a-bit": (lambda: flipped(webui(A, B)), "rounding", "weighted-sum", (0.7, 0.3)),
+    "ties": (
+        lambda: each(lambda a, b, c: c + pruned(a - c, 0.3) + pruned(b - c, 0.3), A, B, C),
+        "part",
+        "",
+        (),
+    ),
+    "trained": (lambda: each(lambda a: a + 0.01 * torch.randn(a.shape), A), "part", "", (1.0,)),
+    "unrelated": (lambda: near(7, 7), "", "", ()),
+    "zeros": (lambda: each(lambda a: a * 0, A), "", "", ()),
+    "baked-lora": (
+        lambda: (
+            webui(A, B) | {"x.w": (webui(A, B)["x.w"] + 0.05 * torch.ones(60, 1) @ torch.randn(1, 50)).half()}
+        ),
+        "part",
+        "",
+        (),
+    ),
+}
+
+
+def flipped(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    tensors["x.w"].view(torch.int16).view(-1)[5] ^= 1
+    return tensors
+
+
+def test_sums_of_several_classes_have_their_parents_in_one_order() -> None:
+    """A second class is summed as the first was, or it is not the same to the last bit."""
+    models = [halves(m) for m in (A, B, C, D)]
+    target = halves(each(lambda a, b, c, d: d * 0.1 + c * 0.2 + b * 0.3 + a * 0.4, A, B, C, D))
+    right = search(target, models, settled=[3, 2, 1])
+    assert right is not None and right.found == "exact"
+    assert [i for i in right.inputs if i] == [3, 2, 1]
+    wrong = search(target, models, settled=[0, 1])
+    assert wrong is not None and wrong.found == "rounding"
+    assert [i for i in wrong.inputs if i in (0, 1)] == [0, 1]
+
+
+@pytest.mark.parametrize("case", TRUTH)
+def test_what_other_programs_made(case: str) -> None:
+    """What is said is true, and the same to the last bit only where it is."""
+    made, how, op, weights = TRUTH[case]
+    torch.manual_seed(99)
+    target = halves(made())
+    origin = search(target, [halves(m) for m in (A, B, C, D)])
+    if origin is None:
+        assert not how
+        return
+    assert (origin.found, origin.op) == (how, op)
+    big = max(origin.shares, key=lambda s: s.elements)
+    if weights:
+        assert big.weights[: len(weights)] == pytest.approx(weights, abs=1e-12 if how == "exact" else 0.01)
+    off = any(s.residual > 3 * s.rounding for s in origin.shares)
+    assert off == (how == "part")
+    if op:  # what was claimed is what the step makes
+        inputs = [halves((A, B, C, D)[origin.parents[i]]) for i in origin.inputs]
+        operation = OPERATIONS[op]
+        keys = operation.inputs or [f"of.{i}" for i in range(len(inputs))]
+        setting = Setting("UNET-tiny", lambda n: n.partition(".")[0].upper(), arithmetic=origin.arithmetic)
+        applied = operation.apply(dict(zip(keys, inputs, strict=True)), origin.params or {}, setting)
+        again = rows(cast_all(applied.tensors, "fp16", faults=Faults()))
+        assert sum(again[n] == row for n, row in rows(target).items()) == origin.equal
+        assert (origin.equal == origin.tensors) == (how == "exact")
 
 
 def test_an_inpainting_model_keeps_its_further_channels() -> None:
@@ -350,7 +529,7 @@ def test_parents_that_differ_by_few_last_places(precision: Precision) -> None:
     made = OPERATIONS["weighted-sum"].apply({"a": a, "b": b}, {"alpha": 0.3125}, Setting("UNET-tiny"))
     target = cast_all(made.tensors, precision, faults=Faults())
     setting = Setting("UNET-tiny", lambda name: name.partition(".")[0].upper())
-    origin = find(target, [c, b, a], rows(target), setting, precision, names=["c", "b", "a"])
+    origin = find(target, [c, b, a], rows(target), setting, precision)
     assert origin is not None and origin.found == "exact"
     shares = {origin.parents[i]: w for s in origin.shares for i, w in enumerate(s.weights)}
     assert shares == {1: pytest.approx(0.3125), 2: pytest.approx(0.6875)}
@@ -371,12 +550,14 @@ class Watched(LazyTensor):
 def test_sums_are_those_of_numpy_and_read_window_by_window() -> None:
     size = 2 * ELEMENTS + 77
     a, b, t = (Watched(some(seed, w=(size,))["w"]) for seed in (1, 2, 3))
+    assert isinstance(t.inner, MemoryTensor)
+    t.inner = MemoryTensor(DType.F16, (size,), bytes(2000) + bytes(t.inner.tobytes())[2000:])  # zeros too
     got = products_of(t, [a, b, None])
     x, y, z = (np.frombuffer(w.tobytes(), "<f2").astype("f8") for w in (a.inner, b.inner, t.inner))
     apart = np.stack([x - z, y - z, -z])
     assert np.allclose(got.gram, apart @ apart.T, rtol=1e-12)
     assert (got.count, got.energy) == (size, pytest.approx(float(z @ z), rel=1e-12))
-    last = np.spacing(np.abs(z).astype("<f2")).astype("f8")
+    last = np.spacing(np.abs(z).astype("<f2")).astype("f8")  # of 0 that of the least number
     assert got.rounding == pytest.approx(float((last**2).sum() / 12), rel=1e-12)
     assert max(w.longest for w in (a, b, t)) <= 4 * ELEMENTS
     want = np.linalg.lstsq(np.stack([x - y], 1), z - y, rcond=None)[0]

@@ -3,111 +3,34 @@
 from __future__ import annotations
 
 import os
-import re
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 
-from builder.base.errors import CkptError, Problem, SourceError, UsageError
-from builder.base.progress import SILENT, Reporter, human_bytes
-from builder.base.words import counted as number
+from builder.base.errors import Problem, SourceError, UsageError
+from builder.base.progress import SILENT, Reporter
 from builder.models.catalog import Architecture, Catalog
-from builder.models.cut import cut
-from builder.models.identify import EMA, Match
 from builder.models.metric import Metric, counted, label
-from builder.models.prediction import EMPTY, MARKERS
-from builder.operations.fixes import FIXES, POSITION_IDS, exact_position_ids
-from builder.operations.merging import fits
-from builder.operations.registry import Setting
-from builder.recipe.names import SUFFIXES, recipe_name
-from builder.reports.new.unmerge import Origin, find
-from builder.sources.find import files_below
-from builder.sources.opened import OpenSource, Sources
-from builder.store import Store
-from builder.store.records import digest
-from builder.tensors.cast import PRECISIONS, Faults, Precision, cast_all
-from builder.tensors.digests import Row, component_digest, expression_key, tensor_digest
-from builder.tensors.lazy import DType, LazyTensor, MemoryTensor
+from builder.reports.new.around import (
+    base_of,
+    extras_of,
+    fixes_of,
+    is_faithful,
+    left_of,
+    markers_of,
+    rows_of,
+    told_markers,
+)
+from builder.reports.new.described import File, Taken, matches_of, open_file, rounded
+from builder.reports.new.library import explain, shelf_of
+from builder.reports.new.merged import Merged, joined, unmerge
+from builder.sources.opened import Sources
+from builder.tensors.cast import PRECISIONS, Precision
+from builder.tensors.digests import component_digest
 from builder.tensors.packed import packing
 from builder.tensors.scan import Scan, scan
 
 _HOW: Mapping[str, str] = {"exact": "merged", "rounding": "near"}
-PROBES = 3
-PROBE = 1 << 18  # elements; a tensor of no more is read whole to see whether it is worth reading all
-
-
-@dataclass(frozen=True, eq=False)
-class File:
-    """A checkpoint file, opened and identified; its SHA-256 is computed when it is first asked for."""
-
-    path: Path
-    opened: OpenSource
-    sources: Sources = field(repr=False)
-
-    @cached_property
-    def sha256(self) -> str:
-        """Of the whole file, or over the shards of a set; raises SourceError."""
-        return str(self.sources.hash(self.sources.file(self.path)).sha256)
-
-    @property
-    def size(self) -> int:
-        """In bytes."""
-        return self.opened.checkpoint.size
-
-    @property
-    def whole(self) -> bool:
-        """Whether this is a full model rather than a component alone."""
-        identity = self.opened.identity
-        return identity.intact and sum(bool(m.under) for m in identity.matches if not m.ema) > 1
-
-    def plain(self, match: Match, cls: str) -> dict[str, LazyTensor]:
-        """A component's tensors under the catalog's own names and shapes, without its position ids."""
-        found = cut(self.opened.checkpoint, self.opened.identity, match, cls).tensors
-        return {n: t for n, t in found.items() if n != POSITION_IDS}
-
-    def positions(self, match: Match, cls: str) -> LazyTensor | None:
-        """A text encoder's position ids."""
-        return cut(self.opened.checkpoint, self.opened.identity, match, cls).tensors.get(POSITION_IDS)
-
-
-@dataclass(frozen=True)
-class Taken:
-    """What fills a slot: a component of a file, and how what is described there is equal to it.
-
-    `how` is `exact` or `rounded`; `merged` where a merge makes it to the last bit, `near` where it does but
-    for rounding, the file being that of its first input; or empty: the file is the described one itself.
-    `promoted`: it is the file's average.
-    """
-
-    cls: str
-    file: File
-    match: Match
-    how: str = ""
-
-    @property
-    def promoted(self) -> bool:
-        """Whether this is an average that takes the place of the component that it averages."""
-        return self.match.component.cls != self.cls
-
-    @property
-    def merged(self) -> bool:
-        """Whether a step makes it."""
-        return self.how in ("merged", "near")
-
-
-@dataclass(frozen=True)
-class Merged:
-    """What is known of how a component was merged, and the components that are its parents."""
-
-    origin: Origin
-    parents: tuple[Taken, ...]
-
-    @property
-    def inputs(self) -> tuple[Taken, ...]:
-        """Those that the step takes, in the order of its inputs."""
-        return tuple(self.parents[i] for i in self.origin.inputs)
 
 
 @dataclass(frozen=True)
@@ -120,7 +43,7 @@ class Draft:
     `tensor_digest` is the product's, where everything is explained; `faithful` says that it has then every
     tensor of the file, and no other. `searched`: there were files to be explained by; `unused` are those of
     the command line that explain nothing. `merges` are of the classes that are near to sums of others, those
-    that no step makes too.
+    that no step makes too; `unsought` says of which classes none is looked for, and why.
     """
 
     model: File
@@ -140,6 +63,7 @@ class Draft:
     searched: bool
     unused: tuple[File, ...] = ()
     merges: Mapping[str, Merged] = field(default_factory=dict)
+    unsought: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def strange(self) -> bool:
@@ -164,6 +88,15 @@ class Draft:
             files += [t.file for t in self.merges[cls].inputs] if taken.merged else [taken.file]
         return tuple(dict.fromkeys(files))
 
+    @property
+    def order(self) -> tuple[File, ...]:
+        """The files whose names have to be in this order, as steps sum them by name."""
+        order: list[File] = []
+        for cls, taken in self.taken.items():
+            if taken.merged:
+                order = joined(order, self.merges[cls].summed)
+        return tuple(order)
+
 
 def describe(
     files: Sequence[Path],
@@ -184,29 +117,29 @@ def describe(
             raise UsageError(Problem(f"`{folder}` is not a folder", hint="a library is a folder of models"))
     sources.check_there(files)
     once = {os.path.realpath(path): path for path in reversed(files)}
-    opened = [_open(path, sources) for path in reversed(once.values())]
+    opened = [open_file(path, sources) for path in reversed(once.values())]
     catalog = sources.catalog
     model = opened[0]
     architecture = _architecture(model, catalog)
     parts, whole = _parts(opened, architecture)
-    precision = _precision(Taken(c, model, m) for c, m in _matches(model, architecture).items())
+    precision = _precision(Taken(c, model, m) for c, m in matches_of(model, architecture).items())
     scanned = _scan(parts, precision, catalog, threads, reporter)
-    shelf = [*whole, *_shelf(library, files, architecture, sources, reporter)]
-    taken = _explain(parts, precision, shelf, scanned, sources, threads, reporter)
-    merges = _unmerge(taken, precision, shelf, scanned, catalog, threads, reporter)
+    shelf = [*whole, *shelf_of(library, files, architecture, sources, reporter)]
+    taken = explain(parts, precision, shelf, scanned, sources, threads, reporter)
+    merges, unsought = unmerge(taken, precision, shelf, scanned, catalog, threads, reporter)
     taken |= {
         c: Taken(c, m.inputs[0].file, m.inputs[0].match, _HOW[m.origin.found])
         for c, m in merges.items()
         if m.inputs
     }
-    extras = _extras(model)
-    markers, told = _markers(model, taken, catalog)
-    base, keep, brought = _base(architecture, taken, extras, catalog)
-    fixes = _fixes(parts, taken)
-    left = _left(model, [n for n in (*extras, *_markers_of(model)) if n not in (*brought, *told)])
+    extras = extras_of(model)
+    markers, told = told_markers(model, taken, catalog)
+    base, keep, brought = base_of(architecture, taken, extras, catalog)
+    fixes = fixes_of(parts, taken)
+    left = left_of(model, [n for n in (*extras, *markers_of(model)) if n not in (*brought, *told)])
     explained = bool(taken) and all(t.how not in ("", "near") for t in taken.values())
     used = {t.file for t in (*taken.values(), *(p for m in merges.values() for p in m.parents))}
-    rows = _rows(parts, taken, architecture, precision, scanned, catalog, {**brought, **told})
+    rows = rows_of(parts, taken, architecture, precision, scanned, catalog, {**brought, **told})
     return Draft(
         model,
         architecture,
@@ -221,22 +154,12 @@ def describe(
         scanned,
         label(scanned.histograms, catalog.scales),
         component_digest(rows) if explained else None,
-        explained and _faithful(rows, model),
+        explained and is_faithful(rows, model),
         bool(shelf),
         tuple(f for f in whole if f not in used),
         merges,
+        unsought,
     )
-
-
-def lone_name(file: File) -> str:
-    """What a recipe calls a file, if nothing else has that name."""
-    name = re.sub(r"[^a-z0-9_-]+", "-", recipe_name(file.path).lower()).strip("-") or "model"
-    parts = [m.component.cls.partition("-")[0].lower() for m in file.opened.identity.matches]
-    return f"{name}-{parts[0]}" if len(parts) == 1 and parts[0] not in name else name
-
-
-def _open(path: Path, sources: Sources) -> File:
-    return File(path, sources.open(sources.file(path)), sources)
 
 
 def _architecture(model: File, catalog: Catalog) -> Architecture:
@@ -252,20 +175,15 @@ def _architecture(model: File, catalog: Catalog) -> Architecture:
     return catalog.architecture(name)
 
 
-def _matches(file: File, architecture: Architecture) -> dict[str, Match]:
-    found = {m.component.cls: m for m in file.opened.identity.matches}
-    return {cls: found[cls] for cls in architecture.slots if cls in found}
-
-
 def _parts(files: Sequence[File], architecture: Architecture) -> tuple[dict[str, Taken], list[File]]:
     """What fills each slot, and the files that are whole models beside the first."""
-    parts = {cls: Taken(cls, files[0], m) for cls, m in _matches(files[0], architecture).items()}
+    parts = {cls: Taken(cls, files[0], m) for cls, m in matches_of(files[0], architecture).items()}
     whole = []
     for file in files[1:]:
         if file.whole:
             whole.append(file)
             continue
-        matches = _matches(file, architecture)
+        matches = matches_of(file, architecture)
         if not matches:
             held = ", ".join(m.component.name for m in file.opened.identity.matches)
             raise UsageError(
@@ -298,315 +216,9 @@ def _scan(
     reporter: Reporter,
 ) -> Scan:
     """One pass over all that is described, as it will be after rounding; names are `class/bare`."""
-    components = {cls: _rounded(p.file.plain(p.match, cls), precision) for cls, p in parts.items()}
+    components = {cls: rounded(p.file.plain(p.match, cls), precision) for cls, p in parts.items()}
     flat = {f"{cls}/{bare}": t for cls, tensors in components.items() for bare, t in tensors.items()}
     names = {cls: {b: f"{cls}/{b}" for b in tensors} for cls, tensors in components.items()}
     groups = counted(names, catalog)
     name = next(iter(parts.values())).file.path.name if parts else ""
     return scan(flat, groups=groups, digests=True, threads=threads, reporter=reporter, task=f"reading {name}")
-
-
-def _rounded(tensors: Mapping[str, LazyTensor], precision: Precision) -> dict[str, LazyTensor]:
-    dtype = PRECISIONS[precision]
-    if dtype is None or all(t.dtype is dtype for t in tensors.values()):
-        return dict(tensors)
-    cast = cast_all(tensors, precision, faults=Faults(), overflow="keep", non_finite="keep")
-    return {n: tensors[n] if tensors[n].dtype is t.dtype else t for n, t in cast.items()}
-
-
-# -- the library
-
-
-def _shelf(
-    folders: Sequence[Path],
-    files: Sequence[Path],
-    architecture: Architecture,
-    sources: Sources,
-    reporter: Reporter,
-) -> Iterator[File]:
-    """The files below folders that have a component the architecture has a slot for."""
-    mine = {(s.st_dev, s.st_ino) for s in (f.stat() for f in files)}
-    strangers = 0
-    for path, stat in files_below(folders, reporter):
-        if path.suffix not in SUFFIXES or (stat.st_dev, stat.st_ino) in mine:
-            continue
-        mine.add((stat.st_dev, stat.st_ino))
-        try:
-            file = _open(path, sources)
-        except SourceError:
-            strangers += 1
-            continue
-        if any(
-            _fits(m, cls, sources.catalog) for m in file.opened.identity.matches for cls in architecture.slots
-        ):
-            yield file
-        else:
-            sources.drop(sources.file(path))
-    if strangers:
-        reporter.note(f"{strangers:,} files of the library are no checkpoints")
-
-
-def _fits(match: Match, cls: str, catalog: Catalog) -> bool:
-    base = match.component.base
-    return match.component.cls == cls or (base is not None and catalog.component(base).cls == cls)
-
-
-def _explain(
-    parts: Mapping[str, Taken],
-    precision: Precision,
-    shelf: Sequence[File],
-    scanned: Scan,
-    sources: Sources,
-    threads: int,
-    reporter: Reporter,
-) -> dict[str, Taken]:
-    """For each slot the known file that it is equal to, else what is described itself."""
-    found: dict[str, list[Taken]] = {}
-    for cls, part in parts.items():
-        tensors = part.file.plain(part.match, cls)
-        wanted = _digest(
-            {n: scanned.tensors[f"{cls}/{n}"].digest for n in tensors}, _rounded(tensors, precision)
-        )
-        for file in shelf:
-            for match in file.opened.identity.matches:
-                candidate = Taken(cls, file, match, "exact")
-                if not _looks_alike(candidate, tensors, precision):
-                    continue
-                if _remembered(candidate, precision, sources.store, threads, reporter) == wanted:
-                    same = _types(file.plain(match, cls)) == _types(tensors)
-                    found.setdefault(cls, []).append(
-                        candidate if same else Taken(cls, file, match, "rounded")
-                    )
-    # What is published others can have too; and one file that explains much is likelier the origin than
-    # several that explain a part each.
-    shares = Counter(file for choices in found.values() for file in {t.file for t in choices})
-
-    def rank(taken: Taken) -> tuple[object, ...]:
-        unknown = sources.catalog.known.file(taken.file.sha256) is None
-        return unknown, -shares[taken.file], taken.promoted, taken.how != "exact", str(taken.file.path)
-
-    return {cls: min(found.get(cls, [part]), key=rank) for cls, part in parts.items()}
-
-
-def _types(tensors: Mapping[str, LazyTensor]) -> dict[str, DType]:
-    return {n: t.dtype for n, t in tensors.items()}
-
-
-def _looks_alike(taken: Taken, tensors: Mapping[str, LazyTensor], precision: Precision) -> bool:
-    """Whether names, shapes and a few small tensors speak for a component being the one described."""
-    try:
-        theirs = _rounded(taken.file.plain(taken.match, taken.cls), precision)
-    except CkptError:  # packed numbers, which no cast reads
-        return False
-    mine = _rounded(tensors, precision)
-    if {n: (t.dtype, t.shape) for n, t in theirs.items()} != {n: (t.dtype, t.shape) for n, t in mine.items()}:
-        return False
-    small = sorted(n for n, t in mine.items() if t.dtype.floating and 1 < t.numel <= PROBE)
-    chosen = small[:: max(1, len(small) // PROBES)] if small else []
-    return all(mine[n].tobytes() == theirs[n].tobytes() for n in chosen)
-
-
-def _remembered(taken: Taken, precision: Precision, store: Store, threads: int, reporter: Reporter) -> str:
-    """The digest of a component after rounding, read once for as long as its file is the same."""
-    key = expression_key(
-        "rounded",
-        3,
-        source=taken.file.sha256,
-        component=taken.match.component.name,
-        prefix=taken.match.prefix,
-        cls=taken.cls,
-        precision=precision,
-    )
-    known = store.recall("component", key, lambda fact: digest(fact["blake3"]))
-    if known is not None:
-        return known
-    tensors = _rounded(taken.file.plain(taken.match, taken.cls), precision)
-    found = scan(
-        tensors, digests=True, threads=threads, reporter=reporter, task=f"reading {taken.file.path.name}"
-    )
-    read = _digest({n: s.digest for n, s in found.tensors.items()}, tensors)
-    store.note("component", key, {"blake3": read})
-    return read
-
-
-def _digest(digests: Mapping[str, str | None], tensors: Mapping[str, LazyTensor]) -> str:
-    return component_digest(
-        {n: Row(t.dtype, t.shape, d) for n, t in tensors.items() if (d := digests[n]) is not None}
-    )
-
-
-def _unmerge(
-    taken: Mapping[str, Taken],
-    precision: Precision,
-    shelf: Sequence[File],
-    scanned: Scan,
-    catalog: Catalog,
-    threads: int,
-    reporter: Reporter,
-) -> dict[str, Merged]:
-    """What is known of how the components were merged that are equal to nothing."""
-    known = {t.file for t in taken.values() if t.how}
-    found = {}
-    for cls, part in ((c, t) for c, t in taken.items() if not t.how):
-        target = part.file.plain(part.match, cls)
-        counts = {n: scanned.tensors[f"{cls}/{n}"] for n in target}
-        if packing(target).weights or any(c.nan or c.infinite for c in counts.values()):
-            continue
-        rounded = _rounded(target, precision)
-        rows = {
-            n: Row(t.dtype, t.shape, d) for n, t in rounded.items() if (d := counts[n].digest) is not None
-        }
-        near = [
-            Taken(cls, file, match, "part")
-            for file in shelf
-            for match in file.opened.identity.matches
-            if match.component.cls == cls and not packing(theirs := file.plain(match, cls)).weights
-            if theirs.keys() == target.keys() and all(fits(t, theirs[n]) for n, t in target.items())
-        ]
-        traits = catalog.traits.get(cls)
-        setting = Setting(cls)
-        if traits is not None:
-            setting = Setting(cls, block=traits.block, constants=traits.constants)
-        origin = find(
-            rounded,
-            [t.file.plain(t.match, cls) for t in near],
-            rows,
-            setting,
-            precision,
-            names=[lone_name(t.file) for t in near],
-            preferred=[i for i, t in enumerate(near) if t.file in known],
-            threads=threads,
-            reporter=reporter,
-            task=f"comparing {cls}",
-        )
-        if origin is not None:
-            found[cls] = Merged(origin, tuple(near[i] for i in origin.parents))
-    return found
-
-
-# -- what goes around the components
-
-
-def _extras(file: File) -> dict[str, LazyTensor]:
-    """What a file may hold besides, and is of no component."""
-    held = file.opened.checkpoint
-    own = (n for n in file.opened.identity.optional if n not in MARKERS and not n.startswith(EMA))
-    return {n: held[n] for n in own}
-
-
-def _markers_of(file: File) -> dict[str, LazyTensor]:
-    held = file.opened.checkpoint
-    return {n: held[n] for n in MARKERS if n in held}
-
-
-def _markers(
-    model: File, taken: Mapping[str, Taken], catalog: Catalog
-) -> tuple[tuple[str, ...] | None, dict[str, LazyTensor]]:
-    """The markers that a recipe must name, None where the denoiser brings them; and those of its product."""
-    wanted = _markers_of(model)
-    denoiser = next((t for cls, t in taken.items() if cls in catalog.denoisers), None)
-    brought = _markers_of(denoiser.file) if denoiser is not None else {}
-    if wanted.keys() == brought.keys() or not {*EMPTY, *brought} >= wanted.keys():
-        return None, brought
-    empty = MemoryTensor(DType.F32, (0,), b"")
-    return tuple(wanted), {n: brought.get(n, empty) for n in wanted}
-
-
-def _base(
-    architecture: Architecture,
-    taken: Mapping[str, Taken],
-    extras: Mapping[str, LazyTensor],
-    catalog: Catalog,
-) -> tuple[File | None, tuple[str, ...] | None, Mapping[str, LazyTensor]]:
-    """The source to start from, when one has all or brings the extras; what to keep of its extras; those."""
-    if not taken.keys() >= {*architecture.due}:  # a base would fill the slots that are to stay open
-        return None, None, {}
-    files = list(dict.fromkeys(t.file for t in taken.values()))
-    whole = [f for f in files if f.opened.identity.intact and _is(f, architecture, catalog)]
-    if len(files) != 1 or any(t.promoted or t.merged for t in taken.values()):
-        whole = [f for f in whole if extras]
-    for file in whole:
-        held = _extras(file)
-        if all(n in held and _same(held[n], t) for n, t in extras.items()):
-            return file, tuple(sorted(extras)) if held.keys() - extras.keys() else None, extras
-    return (files[0], (), {}) if len(files) == 1 and files[0] in whole else (None, None, {})
-
-
-def _is(file: File, architecture: Architecture, catalog: Catalog) -> bool:
-    name = file.opened.identity.architecture
-    return name is not None and catalog.architecture(name).name == architecture.name
-
-
-def _same(a: LazyTensor, b: LazyTensor) -> bool:
-    return (a.dtype, a.shape) == (b.dtype, b.shape) and a.tobytes() == b.tobytes()
-
-
-def _fixes(parts: Mapping[str, Taken], taken: Mapping[str, Taken]) -> dict[str, str]:
-    """The fixes that the recipe needs, each with why, in the order of the registry."""
-    needed: dict[str, str] = {}
-    for cls, part in parts.items():
-        source = taken[cls]
-        mine, theirs = part.file.positions(part.match, cls), source.file.positions(source.match, cls)
-        if mine is not None and not _same(mine, exact_position_ids()):
-            needed["clip-position-ids"] = f"the position ids of {cls} are damaged, or no integers"
-        elif mine is not None and theirs is None:
-            needed["position-ids-present"] = f"{cls} has position ids, `{source.file.path.name}` has none"
-        elif mine is not None and theirs is not None and not _same(mine, theirs):
-            needed["clip-position-ids"] = f"those of `{source.file.path.name}` are damaged"
-        elif mine is None and theirs is not None:
-            needed.setdefault("position-ids-absent", f"{cls} has no position ids")
-        if any(p.match.diffusers_attention for p in (part, source)):
-            needed["vae-attention-shape"] = f"the attention of {cls} is laid out as diffusers does it"
-    if "position-ids-present" in needed:
-        needed.pop("position-ids-absent", None)
-    return {name: needed[name] for name in FIXES if name in needed}
-
-
-def _left(model: File, extras: Sequence[str]) -> tuple[str, ...]:
-    """What the file holds and the recipe does not bring back."""
-    identity = model.opened.identity
-    kinds = {
-        "EMA, which only training needs": identity.ema,
-        "junk that no program reads": identity.junk,
-        "tensors that nothing explains": identity.unknown,
-        "extras that no source has": extras,
-    }
-    checkpoint = model.opened.checkpoint
-    return tuple(
-        f"{reason}: {human_bytes(sum(checkpoint[n].nbytes for n in names))} in {number(len(names), 'tensor')}"
-        for reason, names in kinds.items()
-        if names
-    )
-
-
-def _faithful(rows: Mapping[str, Row], model: File) -> bool:
-    """Whether a product is the file's tensors; position ids, which may be mended, are looked at."""
-    checkpoint = model.opened.checkpoint
-    same = {n: (r.dtype, r.shape) for n, r in rows.items()} == {
-        n: (t.dtype, t.shape) for n, t in checkpoint.items()
-    }
-    ids = [n for n in rows if n.endswith(POSITION_IDS)]
-    return same and all(tensor_digest(checkpoint[n]) == rows[n].digest for n in ids)
-
-
-def _rows(
-    parts: Mapping[str, Taken],
-    taken: Mapping[str, Taken],
-    architecture: Architecture,
-    precision: Precision,
-    scanned: Scan,
-    catalog: Catalog,
-    added: Mapping[str, LazyTensor],
-) -> dict[str, Row]:
-    """What the product's tensors will be."""
-    rows: dict[str, Row] = {}
-    for cls, part in parts.items():
-        prefix = "" if architecture.bare else catalog.component_for(cls, architecture).prefix
-        for bare, tensor in _rounded(part.file.plain(part.match, cls), precision).items():
-            found = scanned.tensors[f"{cls}/{bare}"].digest
-            assert found is not None
-            rows[prefix + bare] = Row(tensor.dtype, tensor.shape, found)
-        if part.file.positions(part.match, cls) is not None:
-            exact = exact_position_ids()
-            rows[prefix + POSITION_IDS] = Row(exact.dtype, exact.shape, tensor_digest(exact))
-    return rows | {n: Row(t.dtype, t.shape, tensor_digest(t)) for n, t in added.items()}

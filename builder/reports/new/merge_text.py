@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from builder.base.errors import printable
 from builder.base.words import counted
 from builder.models.catalog import Catalog
-from builder.reports.new.describe import Draft, File, Merged
-from builder.reports.new.unmerge import BASE
+from builder.reports.new.describe import Draft
+from builder.reports.new.described import File
+from builder.reports.new.merged import Merged
+from builder.reports.new.unmerge import BASE, MOST_PARENTS
 
 MOST_ROWS = 30
 FEW = 4  # blocks of their own that are named; of more a list has all
@@ -103,7 +105,7 @@ class Steps:
 
 
 def told(cls: str, merged: Merged) -> Iterator[str]:
-    """What is to say of a class that was merged: how well that is known, and what of each block is not."""
+    """What is to say of a class that was merged, as comments: how well that is known, and what is not."""
     o = merged.origin
     if o.found == "exact":
         yield f"# {cls}: made anew and compared, the same to the last bit."
@@ -112,28 +114,47 @@ def told(cls: str, merged: Merged) -> Iterator[str]:
         same = f"{o.equal:,} of {counted(o.tensors, 'tensor')}"
         yield f"# {cls}: the same but for rounding. To the last bit are {same}."
     else:
-        yield f"# {cls}: no merge of the library's files alone makes it. The nearest:"
+        files = "the" if len(o.parents) < MOST_PARENTS else f"{MOST_PARENTS} of the"
+        yield f"# {cls}: no sum of {files} library's files was found. The nearest, by block:"
+    for number, taken in enumerate(merged.parents, 1):
+        yield f"#   [{number}] {printable(taken.file.path.name)}"
+    yield "#"
     wide = max(len(s.block) for s in o.shares)
-    names = [t.file.path.name for t in merged.parents]
+    heads = "".join(f"[{n}]".rjust(8) for n in range(1, len(merged.parents) + 1))
+    yield f"#   {''.ljust(wide)}{heads}  left over  rounding"
     for s in o.shares[:MOST_ROWS]:
-        left = f"{s.residual:.2g} off, rounding {s.rounding:.2g}"
-        yield f"#   {printable(s.block.ljust(wide))}  {printable(_sum(names, s.weights))}: {left}"
+        weights = "".join(f"{w:8.4f}" for w in s.weights)
+        more = "" if s.explained else "  unexplained"
+        left = f"{_percent(s.residual):>9}  {_percent(s.rounding):>8}{more}"
+        yield f"#   {printable(s.block.ljust(wide))}{weights}  {left}"
     if len(o.shares) > MOST_ROWS:
         yield f"#   and {len(o.shares) - MOST_ROWS:,} more"
+    if o.uncompared:
+        yield f"# {cls}: of {counted(o.uncompared, 'tensor')} a parent holds NaN or infinity."
 
 
 def summed(merged: Merged) -> str:
-    """The parents, with how much of each there is in all blocks together, as a sum."""
-    o = merged.origin
-    whole = sum(s.elements for s in o.shares)
-    shares = [sum(s.weights[i] * s.elements for s in o.shares) / whole for i in range(len(o.parents))]
-    return _sum([f"`{t.file.path}`" for t in merged.parents], shares)
+    """The parents, with how much of each there is, as a sum: of blocks that differ, the least to the most."""
+    said = []
+    for i, taken in enumerate(merged.parents):
+        least, most = (f"{f(s.weights[i] for s in merged.origin.shares):.4g}" for f in (min, max))
+        minus = least.startswith("-") and least == most
+        size = least.removeprefix("-" * minus) if least == most else f"({least} to {most})"
+        if size != "0":
+            said.append(f"{'-' if minus else '+'} {size} `{taken.file.path}`")
+    return " ".join(said).removeprefix("+ ") or "nothing"
 
 
-def _sum(names: Sequence[str], weights: Sequence[float]) -> str:
-    parts = [(f"{abs(w):.4g}", w < 0, n) for n, w in zip(names, weights, strict=True) if round(w, 4)]
-    said = [f"{'-' if minus else '+'} {size} {name}" for size, minus, name in parts]
-    return " ".join(said).removeprefix("+ ") or "nothing of them"
+def left_over(merged: Merged) -> str:
+    """What the sum leaves of the block that it explains least, and what rounding alone would leave."""
+    worst = max(merged.origin.shares, key=lambda s: s.residual)
+    return (
+        f"leaves {_percent(worst.residual)} of {printable(worst.block)}, rounding {_percent(worst.rounding)}"
+    )
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2g} %"
 
 
 def _number(value: float) -> str:

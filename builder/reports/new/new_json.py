@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from builder.reports.new.describe import Draft, Merged
+from builder.reports.new.describe import Draft
+from builder.reports.new.merged import Merged
 
 Json = dict[str, Any]
 
@@ -38,6 +39,7 @@ def _merge(merged: Merged) -> Json:
         "arithmetic": o.arithmetic if o.op else None,
         "tensors": o.tensors,
         "equal": o.equal,
+        "uncompared": o.uncompared,
         "blocks": [
             {
                 "block": s.block,
@@ -46,6 +48,7 @@ def _merge(merged: Merged) -> Json:
                 "weights": [*s.weights],
                 "residual": s.residual,
                 "rounding": s.rounding,
+                "explained": s.explained,
             }
             for s in o.shares
         ],

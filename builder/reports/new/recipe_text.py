@@ -17,7 +17,8 @@ from builder.models.metric import NOT_A_NUMBER
 from builder.models.prediction import TYPE, prediction
 from builder.recipe.language import PATH
 from builder.recipe.names import named, numbered, recipe_name
-from builder.reports.new.describe import Draft, File, Taken, lone_name
+from builder.reports.new.describe import Draft
+from builder.reports.new.described import File, Taken, lone_name
 from builder.reports.new.merge_text import Steps, told
 
 # What a file's metadata says for people; all else, a build says anew.
@@ -38,7 +39,7 @@ def write(draft: Draft, *, folder: Path, catalog: Catalog, name: str | None = No
 class _Page:
     def __init__(self, draft: Draft, folder: Path, catalog: Catalog, name: str) -> None:
         self.draft, self.folder, self.catalog, self.name = draft, folder, catalog, name
-        self.names = source_names(draft.sources)
+        self.names = source_names(draft.sources, draft.order)
         self.steps = Steps(draft, self.names, catalog)
 
     def head(self) -> Iterator[str]:
@@ -127,6 +128,8 @@ class _Page:
         for cls in d.unexplained:
             if cls in d.merges:
                 yield from told(cls, d.merges[cls])
+            elif cls in d.unsought and d.searched:
+                yield comment(f"{cls}: {d.unsought[cls]}, so no merge is looked for.")
         if rows:
             yield "[components]"
             yield from aligned(rows)
@@ -223,12 +226,25 @@ def _lower(path: Path) -> str:
     return recipe_name(path).lower()[:80].rstrip("-_.")
 
 
-def source_names(files: Sequence[File]) -> dict[File, str]:
-    """A name for each file after its own, all different."""
+def source_names(files: Sequence[File], order: Sequence[File] = ()) -> dict[File, str]:
+    """A name for each file after its own, all different.
+
+    Those of `order`, which a step sums by name, are sorted as these are: where their own names are not, by a
+    number before each.
+    """
+    names = _different({f: lone_name(f) for f in files})
+    if [names[f] for f in order] == sorted(names[f] for f in order):
+        return names
+    wide = len(str(len(order)))
+    first = {f: f"{number:0{wide}}-{lone_name(f)}" for number, f in enumerate(order, 1)}
+    names = _different(first | {f: lone_name(f) for f in files if f not in first})
+    return {f: names[f] for f in files}
+
+
+def _different(wanted: Mapping[File, str]) -> dict[File, str]:
     names: dict[File, str] = {}
-    for file in files:
-        name, number = lone_name(file), 2
-        unique = name
+    for file, name in wanted.items():
+        unique, number = name, 2
         while unique in names.values():
             unique, number = f"{name}-{number}", number + 1
         names[file] = unique

@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
-from math import inf, isfinite, sqrt
+from itertools import combinations_with_replacement
+from math import inf, isfinite, ldexp, sqrt
 from typing import TYPE_CHECKING, NamedTuple
 
-from builder.operations.presets import presets
 from builder.operations.sums import fold
 from builder.tensors.lazy import DType, LazyTensor
-from builder.tensors.merged import Values, windows
+from builder.tensors.merged import windows
 
 if TYPE_CHECKING:
     import torch
 
 DEPENDENT = 1e-9  # of a direction's own square: what is left of one that the others hold already
-SPREAD = 5.0  # standard errors within which a weight is looked for
 SKEW = 10.0  # times the square of what rounding changes: by trials in FP16 and BF16
-ROUNDED = 2e-7  # how much a weight of 1 differs where it is computed in FP32
 ROUNDING_OF_WEIGHTS = 2.0**-24
-LARGEST_DENOMINATOR = 12
-MOST_NUMBERS = 12
-# The exponents of the last bits of 1.0 (as `frexp` counts), and of the least number.
-_LAST_BITS = {DType.F16: (11, -24), DType.BF16: (8, -133), DType.F32: (24, -149)}
+CHUNK = 1 << 16  # elements whose products fit a processor's cache, those of many pairs too
+# Bits below a number's first, and the exponent of the least number.
+_LAST_BITS = {DType.F16: (10, -24), DType.BF16: (7, -133), DType.F32: (23, -149)}
+_BIAS = 127  # of FP32's exponents
 
 
 @dataclass(frozen=True)
@@ -64,9 +61,13 @@ class Products:
         return (g[a][c] - g[a][d]) - (g[b][c] - g[b][d])
 
     def residual(self, weights: Sequence[float]) -> float:
-        """The square of what T differs by from the sum with these weights, which are 1 together."""
+        """Σ wᵢ·wⱼ·gramᵢⱼ: the square of Σ wᵢ·Cᵢ − T, for weights that are 1 together.
+
+        NaN where the weights are no numbers, which is no less than anything.
+        """
         pairs = zip(weights, self.gram, strict=True)
-        return max(0.0, sum(w * v * g for w, row in pairs for v, g in zip(weights, row, strict=True)))
+        found = sum(w * v * g for w, row in pairs for v, g in zip(weights, row, strict=True))
+        return 0.0 if found < 0 else found
 
 
 def total(products: Iterable[Products]) -> Products:
@@ -78,34 +79,57 @@ def total(products: Iterable[Products]) -> Products:
 
 
 def products_of(target: LazyTensor, candidates: Sequence[LazyTensor | None]) -> Products:
-    """The products of a tensor with others of its shape, window by window; None stands for zeros."""
+    """The products of a tensor with others of its shape, window by window; None stands for zeros.
+
+    All are of any floating types, taken as FP32; products and sums are FP64, added in an order that hangs on
+    neither threads nor processors.
+    """
+    pairs = [*combinations_with_replacement(range(len(candidates)), 2)]
+    sums, rounding = [0.0] * (len(pairs) + 1), 0.0
+    for values in windows([target, *(c for c in candidates if c is not None)]):
+        aim, *others = values
+        rounding += _rounding(aim, target.dtype)
+        for at in range(0, values.count, CHUNK):
+            some = (other[at : at + CHUNK] for other in others)
+            found = _products(
+                aim[at : at + CHUNK], [None if c is None else next(some) for c in candidates], pairs
+            )
+            sums = [a + b for a, b in zip(sums, found, strict=True)]
+    gram = [[0.0] * len(candidates) for _ in candidates]
+    for (i, j), value in zip(pairs, sums, strict=False):
+        gram[i][j] = gram[j][i] = value
+    return Products(tuple(map(tuple, gram)), sums[-1], rounding, target.numel)
+
+
+def _products(
+    aim: torch.Tensor, others: Sequence[torch.Tensor | None], pairs: Sequence[tuple[int, int]]
+) -> list[float]:
+    """The sums of (Cᵢ − T)·(Cⱼ − T) over FP32 elements `[n]`, for each of the pairs, and that of T²."""
     import torch
 
-    held = [c for c in candidates if c is not None]
-    sums: list[float] = []
-    for values in windows([target, *held]):
-        t = values[0].double()
-        rest = (values[i + 1].double() for i in range(len(held)))
-        apart = torch.stack([(-t if c is None else next(rest).sub_(t)) for c in candidates])
-        found = [float(s) for i in range(len(apart)) for s in fold(apart[i] * apart[i:])]
-        found += [float(fold(t * t)), float(fold(_rounding(values, target.dtype)))]
-        sums = [a + b for a, b in zip(sums, found, strict=True)] if sums else found
-    size = len(candidates)
-    upper = iter(sums)
-    gram = [[0.0] * size for _ in range(size)]
-    for i in range(size):
-        for j in range(i, size):
-            gram[i][j] = gram[j][i] = next(upper)
-    return Products(tuple(map(tuple, gram)), next(upper), next(upper), target.numel)
+    t = aim.double()
+    apart = [-t if other is None else other.double().sub_(t) for other in others]
+    made = torch.empty(len(pairs) + 1, len(t), dtype=torch.float64)
+    for row, (i, j) in zip(made, pairs, strict=False):
+        torch.mul(apart[i], apart[j], out=row)
+    torch.mul(t, t, out=made[-1])
+    found: list[float] = fold(made).tolist()
+    return found
 
 
-def _rounding(values: Values, dtype: DType) -> torch.Tensor:
-    """A twelfth of the square of each element's last place."""
+def _rounding(values: torch.Tensor, dtype: DType) -> float:
+    """The sum of a twelfth of the square of each FP32 element's last place in a type.
+
+    That is the mean square of an error that is anything up to half a last place either way (Widrow 1956).
+    Elements are counted by exponent, so that the sum is the same everywhere.
+    """
     import torch
 
     digits, least = _LAST_BITS[dtype]
-    exponents = torch.frexp(values[0])[1].sub_(digits).clamp_min_(least)
-    return torch.ldexp(torch.full(exponents.shape, 1 / 12, dtype=torch.float64), 2 * exponents)
+    exponents = (values.view(torch.int32) >> 23).bitwise_and_(0xFF)
+    counts: list[int] = torch.bincount(exponents, minlength=256).tolist()
+    places = (max(e - _BIAS - digits, least) for e in range(len(counts)))
+    return sum(n * ldexp(1 / 12, 2 * place) for n, place in zip(counts, places, strict=True))
 
 
 class Fit(NamedTuple):
@@ -116,9 +140,12 @@ class Fit(NamedTuple):
 
 
 def fit(products: Products, base: int, directions: Sequence[tuple[int, int]]) -> Fit:
-    """The factors pⱼ by which C_base + Σ pⱼ·(C_a − C_b), for the directions (a, b), is nearest to T.
+    """The factors pⱼ by which C_base + Σ pⱼ·dⱼ, for the directions dⱼ = C_a − C_b, is nearest to T.
 
-    A direction that others hold already has the factor 0.
+    Ordinary least squares: with D the matrix of Σ dᵢ·dⱼ, and y that of Σ dᵢ·(T − C_base), the solution of
+    D·p = y by Gauss-Jordan elimination, which leaves D⁻¹ beside it. The standard error of pⱼ is
+    sqrt(D⁻¹ⱼⱼ)·s, s² being what is left per degree of freedom. A direction that others hold already has the
+    factor 0 and an infinite error.
     """
     size = len(directions)
     square = [[products.between(*d, *e) for e in directions] for d in directions]
@@ -138,8 +165,8 @@ def fit(products: Products, base: int, directions: Sequence[tuple[int, int]]) ->
     rest += sum(
         f * g * s for f, r in zip(factors, square, strict=True) for g, s in zip(factors, r, strict=True)
     )
-    # What is left is noise, but no less than rounding makes it. That is not by chance alone: it hangs on
-    # values where the exponent changes, and on directions of few last places.
+    # What is left is noise, but no less than rounding makes it; and rounding is not by chance alone: it
+    # hangs on values where the exponent changes, and on directions of few last places, which bias p.
     noise = sqrt(max(rest, products.noise) / max(1, products.count - size))
     skew = SKEW * products.rounding / sqrt(products.energy) if products.energy else 0.0
     errors = [inf] * size
@@ -147,32 +174,3 @@ def fit(products: Products, base: int, directions: Sequence[tuple[int, int]]) ->
         inverse = max(0.0, rows[i][size + 1 + i])
         errors[i] = sqrt(inverse) * (noise + skew) + products.rounding * inverse / 2
     return Fit(factors, errors)
-
-
-def numbers_near(value: float, error: float) -> Iterator[float]:
-    """What a person may have meant by a weight that was measured with an error; the simplest first.
-
-    Decimals of two digits, fractions of small numbers, those of presets, further decimals, and at last the
-    value itself as far as it is known.
-    """
-    reach = SPREAD * error + ROUNDED * max(1.0, abs(value))
-    digits = next((d for d in range(15) if 10.0**-d < reach / SPREAD), 15)
-    named = sorted({w for weights in presets().values() for w in weights}, key=lambda w: (abs(w - value), w))
-    found = [
-        *(n for d in range(3) for n in _decimals(value, d, reach)),
-        *(float(Fraction(round(value * q), q)) for q in range(3, LARGEST_DENOMINATOR + 1)),
-        *named[:2],
-        *(n for d in range(3, 7) for n in _decimals(value, d, reach)),
-    ]
-    near = [*dict.fromkeys(n + 0.0 for n in found if abs(n - value) <= reach)][: MOST_NUMBERS - 1]
-    yield from near
-    if (own := round(value, digits) + 0.0) not in near:
-        yield own
-
-
-def _decimals(value: float, digits: int, reach: float) -> list[float]:
-    """The nearest numbers of so many decimals."""
-    unit = 10**digits
-    nearest = round(value * unit)
-    some = range(nearest - 1, nearest + 2) if reach * unit > 1 else (nearest,)
-    return sorted((n / unit for n in some), key=lambda n: abs(n - value))

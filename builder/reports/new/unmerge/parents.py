@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from math import isfinite
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from blake3 import blake3
+
+from builder.base.progress import Reporter
+from builder.operations.registry import Setting
 from builder.operations.sums import fold
+from builder.reports.new.unmerge.groups import blocks_of
+from builder.reports.new.unmerge.least_squares import products_of, total
 from builder.tensors.lazy import LazyTensor, MemoryTensor
 
 if TYPE_CHECKING:
@@ -16,11 +23,67 @@ Choice = tuple[float, tuple[int, ...]]  # what is left of the squares, and which
 Tensors = Mapping[str, LazyTensor]
 
 MOST_CANDIDATES = 100
+SEARCHED = 8, 1 << 12  # tensors and elements of a block that are compared
 MOST_PARENTS = 6
 NOTHING = -1  # a candidate that holds zeros: what is missing, where weights are less than 1 together
 GAIN = 0.9  # of what was left must be left at most, for a further parent
-WITHIN = 8.0  # times what one rounding leaves: as much as a few roundings do
 _DEPENDENT = 1e-9
+
+
+def parents_of(
+    target: Tensors, candidates: Sequence[Tensors], names: Sequence[str], setting: Setting, reporter: Reporter
+) -> tuple[int, ...]:
+    """The candidates that a target is a sum of by a sample of these tensors, NOTHING last where it is one.
+
+    Of no more than the nearest MOST_CANDIDATES samples are held, twice as many at a time. What has values
+    that are no numbers is no candidate, nor is a second one whose sample is the same.
+    """
+    import numpy as np
+
+    few = {b: spread(sorted(held), SEARCHED[0]) for b, held in blocks_of(names, setting).items()}
+
+    def sample(tensors: Tensors) -> dict[str, dict[str, MemoryTensor]]:
+        return {
+            b: {n: sampled(tensors[n], SEARCHED[1] // len(held)) for n in held} for b, held in few.items()
+        }
+
+    mine = sample(target)
+    near: list[_Sampled] = []
+    seen: set[bytes] = set()
+    more = 0
+    for number, candidate in enumerate(candidates):
+        theirs = sample(candidate)
+        digest = blake3(b"".join(t.tobytes() for held in theirs.values() for t in held.values())).digest()
+        far = sum(float(gram_of(mine[b], [theirs[b]])[0, 0]) for b in mine)
+        if digest in seen or not isfinite(far):
+            continue
+        seen.add(digest)
+        near.append(_Sampled(far, number, theirs))
+        if len(near) == 2 * MOST_CANDIDATES:
+            near, more = sorted(near, key=_Sampled.order)[:MOST_CANDIDATES], more + MOST_CANDIDATES
+    more += max(0, len(near) - MOST_CANDIDATES)
+    if more:
+        reporter.note(
+            f"{setting.cls} is compared with the {MOST_CANDIDATES} nearest files, not with {more:,} more"
+        )
+    near = sorted(sorted(near, key=_Sampled.order)[:MOST_CANDIDATES], key=lambda c: c.number)
+    if not near:
+        return ()
+    grams = np.stack([gram_of(mine[b], [c.tensors[b] for c in near]) for b in mine])
+    noise = total(products_of(t, [None]) for held in mine.values() for t in held.values()).noise
+    return tuple(p if p == NOTHING else near[p].number for p in choose(grams, noise))
+
+
+class _Sampled(NamedTuple):
+    """A candidate's sample by block, and the squares of its differences to the target's."""
+
+    far: float
+    number: int
+    tensors: Mapping[str, Tensors]
+
+    def order(self) -> tuple[float, int]:
+        """The nearest first."""
+        return self.far, self.number
 
 
 def sampled(tensor: LazyTensor, count: int) -> MemoryTensor:
