@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from tests.help.building import ROOT, Folder, save_dirty
+from tests.matrix.__main__ import PYTHONS
 
 yaml = pytest.importorskip("yaml")
 EXPRESSION = re.compile(r"\$\{\{ *(.+?) *\}\}")
@@ -236,6 +237,21 @@ def test_every_input_and_output_is_used_and_told_of() -> None:
         assert f"inputs.{name}" in text and f"| `{name}` |" in document, name
     for name in action["outputs"]:
         assert f"| `{name}` |" in document, name
+
+
+def test_actions_of_others_are_pinned_alike_everywhere() -> None:
+    """By commits, whose release is said; the workflow tries the Pythons of the matrix."""
+    workflow = ROOT / ".github" / "workflows" / "test.yml"
+    uses = [
+        line.partition("uses: ")[2]
+        for file in (workflow, ROOT / "action.yml")
+        for line in file.read_text(encoding="utf-8").splitlines()
+        if "uses: " in line and not line.endswith("./")
+    ]
+    assert len(uses) > 4 and all(re.fullmatch(r"actions/\w[\w-]+@[0-9a-f]{40} # v[\d.]+", u) for u in uses)
+    assert len(set(uses)) == len({u.partition("@")[0] for u in uses}) == 3
+    jobs = yaml.safe_load(workflow.read_text(encoding="utf-8"))["jobs"]
+    assert jobs["matrix"]["strategy"]["matrix"]["python"] == list(PYTHONS)
 
 
 # ── the hooks ──
