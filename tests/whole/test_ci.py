@@ -318,6 +318,11 @@ def test_a_pickle_that_is_new_is_refused(repository: Folder) -> None:
     said = repository("hook", "no-new-pickles", *names)
     assert said.code == 2
     assert re.findall(r"`(\S+)` is a new pickle", said.err) == names[:3]
+    save_dirty(repository / "a b.ckpt")
+    git(repository, "add", "a b.ckpt")
+    hint = "hint: `ckpt convert 'a b.ckpt' -o 'a b.safetensors'` keeps its tensors and no code"
+    assert hint in repository("hook", "no-new-pickles", "a b.ckpt").err
+    git(repository, "rm", "-qf", "--cached", "a b.ckpt")
     git(repository, "-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "second")
     assert repository("hook", "no-new-pickles", *names).code == 0
     between = {"PRE_COMMIT_FROM_REF": "HEAD~1", "PRE_COMMIT_TO_REF": "HEAD"}
