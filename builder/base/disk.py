@@ -32,6 +32,7 @@ _NO_NAMELESS = {errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT}
 _TEMP = re.compile(r"\.ckpt-[0-9a-f]{16}\.tmp")
 _BINARY = getattr(os, "O_BINARY", 0)
 _HINTS = {
+    errno.EACCES: "see who may write there, and which program holds it open",
     errno.ENOENT: "make its folder first",
     errno.ENOSPC: "make room there, or write to another folder",
     errno.EDQUOT: "make room there, or write to another folder",
@@ -163,15 +164,15 @@ def new_file(
     path, inputs = Path(path), tuple(inputs)
     try:
         may_replace(path, inputs)
-        with _Folder(path.parent) as folder, _unnamed(folder) as (fd, temp):
-            file = NewFile(fd, path)
+        with _Folder(path.parent) as folder, _unnamed(folder) as made:
+            file = NewFile(made.fd, path)
             yield file
             go_on()
             if file.path is not None:
                 if file.path != path:
                     assert file.path.parent == path.parent, "a file cannot move from where it was made"
                     may_replace(file.path, inputs)
-                _name(fd, temp, folder, file.path.name, durable)
+                made.name(file.path.name, durable)
     except OSError as error:
         raise output_error(path, error) from None
 
@@ -355,41 +356,53 @@ class _Folder:
                     self.unlink(name)
 
 
+@dataclass
+class _Unnamed:
+    """A new file in a folder, open, and the temporary names that it has there, if any."""
+
+    folder: _Folder
+    fd: int
+    temp: list[str]
+    closed: bool = False
+
+    def name(self, name: str, durable: bool) -> None:
+        """Give it its name at last, in place of what has it."""
+        if durable:
+            os.fsync(self.fd)
+        if not self.temp:
+            try:
+                _link(self.fd, self.folder, name)
+            except FileExistsError:  # a link never replaces, so it takes a name to be renamed from
+                self.temp.append(_temp_name())
+                _link(self.fd, self.folder, self.temp[0])
+        if self.temp:
+            if self.folder.fd is None:
+                self.close()  # an open file cannot be renamed everywhere
+            self.folder.rename(self.temp[0], name)
+            self.temp.clear()
+        if durable:
+            self.folder.sync()
+
+    def close(self) -> None:
+        """Close it, once: another thread may have its number a moment later."""
+        if not self.closed:
+            self.closed = True
+            os.close(self.fd)
+
+
 @contextmanager
-def _unnamed(folder: _Folder) -> Iterator[tuple[int, list[str]]]:
-    """A descriptor of a new file, and its temporary names, which are gone at the end."""
+def _unnamed(folder: _Folder) -> Iterator[_Unnamed]:
+    """A new file, which is gone at the end unless it got its name."""
     fd = _nameless(folder)
-    temp: list[str] = []
-    if fd is None:
-        fd, name = _named(folder)
-        temp.append(name)
+    made = _Unnamed(folder, *((fd, []) if fd is not None else _named(folder)))
     try:
-        yield fd, temp
+        yield made
     finally:
         with suppress(OSError):
-            os.close(fd)
-        for name in temp:
+            made.close()
+        for name in made.temp:
             with suppress(OSError):
                 folder.unlink(name)
-
-
-def _name(fd: int, temp: list[str], folder: _Folder, name: str, durable: bool) -> None:
-    """Give a new file its name at last, in place of what has it."""
-    if durable:
-        os.fsync(fd)
-    if not temp:
-        try:
-            _link(fd, folder, name)
-        except FileExistsError:  # a link never replaces, so it takes a name to be renamed from
-            temp.append(_temp_name())
-            _link(fd, folder, temp[0])
-    if temp:
-        if folder.fd is None:
-            os.close(fd)  # an open file cannot be renamed everywhere
-        folder.rename(temp[0], name)
-        temp.clear()
-    if durable:
-        folder.sync()
 
 
 def _nameless(folder: _Folder) -> int | None:
@@ -409,14 +422,14 @@ def _nameless(folder: _Folder) -> int | None:
     return fd
 
 
-def _named(folder: _Folder) -> tuple[int, str]:
+def _named(folder: _Folder) -> tuple[int, list[str]]:
     """A locked file with a temporary name."""
     while True:
         name = _temp_name()
         fd = folder.open(name, os.O_CREAT | os.O_EXCL | os.O_RDWR)
         _lock(fd)
         if fcntl is None or os.fstat(fd).st_nlink:  # else another took it for stale before it was locked
-            return fd, name
+            return fd, [name]
         os.close(fd)
 
 
@@ -453,6 +466,8 @@ def new_folder(path: Path, *, durable: bool = True, anew: bool = True) -> Iterat
             for folder, _, _ in os.walk(temp):
                 sync_folder(Path(folder))
         check_free(path)
+        with suppress(FileNotFoundError):
+            path.rmdir()  # an empty folder, in whose place nothing can be renamed everywhere
         temp.rename(path)
         if durable:
             sync_folder(path.parent)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Sequence
 
 from builder.base.errors import clipped
@@ -80,3 +81,23 @@ def grouped(names: Sequence[str], limit: int = 3) -> str:
     ]
     rest = len(names) - sum(map(len, list(groups.values())[:limit]))
     return ", ".join(told) + (f" and {rest:,} more" if rest else "")
+
+
+def command_line(*words: object) -> str:
+    """A command as it is typed in a shell; what does not print is spelt out, as `$'…'`."""
+    return " ".join(["ckpt", *(_word(str(word)) for word in words)])
+
+
+def _word(word: str) -> str:
+    if word.isprintable():
+        return shlex.quote(word)
+    return f"$'{''.join(map(_letter, word))}'"
+
+
+def _letter(letter: str) -> str:
+    number = ord(letter)
+    if letter.isprintable():
+        return f"\\{letter}" if letter in "'\\" else letter
+    if 0xDC80 <= number <= 0xDCFF:  # a byte that is no UTF-8
+        return f"\\x{number - 0xDC00:02x}"
+    return f"\\U{number:08x}"

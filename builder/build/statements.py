@@ -16,7 +16,7 @@ from builder.base.dsse import Envelope, PrivateKey, PublicKey, seal
 from builder.base.errors import CkptError, LockError, OutputError, Problem, SourceError, clipped
 from builder.base.files import read_bounded
 from builder.base.inside import leads_out
-from builder.base.words import counted, listed
+from builder.base.words import command_line, counted, listed
 from builder.build.expect import Built
 from builder.build.verify import ONLY_HEADER, examine
 from builder.formats.hashes import sha256_file
@@ -173,7 +173,7 @@ def verify_statement(
     found = {}
     for name, place in places.items():
         if not os.path.lexists(place):
-            hint = f"`ckpt verify --statement {path} FILE` names it" if file is None else None
+            hint = f"`{command_line('verify', '--statement', path)} FILE` names it" if file is None else None
             raise SourceError(Problem(f"there is no `{place}`, which the statement is of", hint=hint))
         found[name] = sha256_file(place, reporter=workspace.reporter).sha256
     if found != statement.subjects:
@@ -229,7 +229,8 @@ def _places(statement: Statement, path: Path, file: Path | None, workspace: Work
         _, slash, rest = name.partition("/")
         there = f"{file.name}/{rest}" if file is not None and slash else name
         if (why := leads_out(folder, there, workspace.settings.models)) is not None:
-            hint = f"name the file: `ckpt verify --statement {path} FILE`" if file is None else None
+            command = command_line("verify", "--statement", path)
+            hint = f"name the file: `{command} FILE`" if file is None else None
             fact = f"`{folder / there}` lies outside the folder of the statement"
             raise SourceError(Problem(fact, None, (why,), hint))
         places[name] = folder / there

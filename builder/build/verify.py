@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from builder.base.errors import LockError, OutputError, Place, Problem, SourceError, UsageError
 from builder.base.progress import Reporter
+from builder.base.words import command_line
 from builder.build.expect import Built, missed
 from builder.formats import open_checkpoint
 from builder.formats.hashes import data_sha256, sha256_file
@@ -48,8 +49,8 @@ def verify(recipe: Recipe, lock: Lock | None, file: Path | None, workspace: Work
             )
         path = file or recipe.target(output)
         if not os.path.lexists(path):
-            which = f"`ckpt build {recipe.address or recipe.path}`" if file is None and recipe.path else ""
-            hint = f"{which} makes it" if which else None
+            command = command_line("build", recipe.address or recipe.path)
+            hint = f"`{command}` makes it" if file is None and recipe.path else None
             raise SourceError(Problem(f"there is no `{path}`", hint=hint))
         several = path.is_dir() or path.name.endswith(SUFFIX)
         digests = {

@@ -139,7 +139,7 @@ def main(args: list[str] | None = None) -> None:
             stream.reconfigure(errors="backslashreplace")  # not every terminal has every character
     catch()
     words = sys.argv[1:] if args is None else args
-    output = Output(asked_form(words), command_of(words))
+    output = output_of(words)
     try:
         code = execute(words, output)
     except Exception as error:
@@ -160,11 +160,11 @@ def main(args: list[str] | None = None) -> None:
 def run(args: list[str] | None = None) -> int:
     """Run the command line and return its exit code; errors become messages on stderr, or data."""
     words = sys.argv[1:] if args is None else args
-    output = Output(asked_form(words), command_of(words))
+    output = output_of(words)
     return _close(output, execute(words, output))
 
 
-def asked_form(words: list[str]) -> str:
+def output_of(words: list[str]) -> Output:
     """The form that a command line wants its answer in, also where it cannot be read as a whole."""
     words = words[: words.index("--") if "--" in words else None]
     found = "json" if "--json" in words else "text"
@@ -172,7 +172,9 @@ def asked_form(words: list[str]) -> str:
         name, _, value = word.partition("=")
         if name == "--output-format":
             found = value or following
-    return found if found in FORMS else "text"
+    marked = found == "github"
+    form = "json" if marked and "--json" in words else found if found in FORMS else "text"
+    return Output(form, command_of(words), marked)
 
 
 def command_of(words: list[str]) -> str:

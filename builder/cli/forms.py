@@ -115,11 +115,11 @@ def _uri(path: str) -> str:
 def junit(command: str, cases: Sequence[Case]) -> str:
     """A JUnit report: a test case for each recipe."""
     failed, skipped = sum(c.code != 0 for c in cases), sum(c.skipped for c in cases)
-    counts = f'tests="{len(cases)}" failures="{failed}" errors="0" skipped="{skipped}"'
+    counts = f'tests="{len(cases)}" failures="{failed}" errors="0"'
     lines = [
         '<?xml version="1.0" encoding="UTF-8"?>',
         f"<testsuites {counts}>",
-        f"  <testsuite name={_attribute(command)} {counts}>",
+        f'  <testsuite name={_attribute(command)} {counts} skipped="{skipped}">',
     ]
     for case in cases:
         head = f"    <testcase classname={_attribute(command)} name={_attribute(case.name)}"

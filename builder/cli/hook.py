@@ -12,6 +12,7 @@ import tomli
 
 from builder.base.errors import CkptError, ExitCode, Problem, UsageError
 from builder.base.files import open_regular, read_bounded
+from builder.base.words import command_line
 from builder.cli.options import FILE, json_option, open_workspace
 from builder.cli.terminal import out
 from builder.formats.sniff import HEAD, is_safetensors
@@ -87,9 +88,8 @@ def _pickles(files: tuple[Path, ...], workspace: Workspace) -> Iterator[CkptErro
     for path in files:
         if path.absolute() in added and _holds_pickle(path):
             evidence = ("loading a pickle can run any code",)
-            hint = (
-                f"`ckpt convert {path} -o {path.with_suffix('.safetensors')}` keeps its tensors and no code"
-            )
+            command = command_line("convert", path, "-o", path.with_suffix(".safetensors"))
+            hint = f"`{command}` keeps its tensors and no code"
             yield UsageError(Problem(f"`{path}` is a new pickle", evidence=evidence, hint=hint))
 
 

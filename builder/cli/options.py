@@ -13,7 +13,7 @@ import click
 from builder.base.errors import Problem, UsageError
 from builder.base.recipe_address import is_address
 from builder.cli.forms import FORMS
-from builder.cli.terminal import make_reporter
+from builder.cli.terminal import make_reporter, out
 from builder.operations.fixes import FIXES
 from builder.recipe.language import QUANTIZE
 from builder.recipe.lock import LOCK
@@ -55,8 +55,19 @@ PLACE = _Place(path_type=str)
 NAME = _Named(path_type=str)  # as it was given: the slash at its end counts
 RECIPE = _Recipe(path_type=Path)
 
-recipe_argument = click.argument("recipe", type=RECIPE, metavar="RECIPE")
-recipes_argument = click.argument("recipes", nargs=-1, required=True, type=RECIPE, metavar="RECIPE...")
+
+def _about(_: click.Context, __: click.Parameter, value: Any) -> Any:
+    """What is wrong is with the one recipe that is named, where it has no other place."""
+    named = value if isinstance(value, tuple) else (value,)
+    if len(named) == 1 and isinstance(named[0], Path):
+        out().about = str(named[0])
+    return value
+
+
+recipe_argument = click.argument("recipe", type=RECIPE, metavar="RECIPE", callback=_about)
+recipes_argument = click.argument(
+    "recipes", nargs=-1, required=True, type=RECIPE, metavar="RECIPE...", callback=_about
+)
 format_option = click.option(
     "--output-format",
     type=click.Choice(FORMS),

@@ -11,11 +11,12 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, TextIO
 
 import click
 
-from builder.base.errors import Problem, printable, problem_data, render
+from builder.base.errors import Place, Problem, printable, problem_data, render
 from builder.base.page import Style, cells, clip, fold
 from builder.base.progress import Reporter, human_bytes
 from builder.cli.forms import COLLECTING, Case, cases_of, github, junit, sarif
@@ -47,11 +48,16 @@ def columns_of(stream: object) -> int | None:
 
 
 class Output:
-    """Results on stdout and the rest on stderr; or, `as_json`, all of it in one object on stdout."""
+    """Results on stdout and the rest on stderr; or, `as_json`, all of it in one object on stdout.
 
-    def __init__(self, form: str = "text", command: str = "ckpt") -> None:
-        self.form, self.command = form, command
+    `marked`, each problem is an annotation of GitHub too; where there is an object on stdout, people are then
+    told on stderr all the same. `about` is the file of problems that have no place.
+    """
+
+    def __init__(self, form: str = "text", command: str = "ckpt", marked: bool = False) -> None:
+        self.form, self.command, self.marked = form, command, marked
         self.as_json = form in COLLECTING
+        self.about: str | None = None
         self.cases: list[Case] = []
         self.data: dict[str, Any] = {"schema": 1}
         self.notes: list[str] = []
@@ -64,13 +70,12 @@ class Output:
         """The answer of a command: `data` for programs, `text` for people."""
         if self.as_json:
             self.data |= data
-        else:
-            self.say(text)
+        self.say(text)
 
     def say(self, text: str) -> None:
         """A line for people on stdout; nothing where the answer is data."""
-        if not self.as_json and text:
-            self._write(text, sys.stdout)
+        if text and self._speaks:
+            self._write(text, sys.stderr if self.as_json else sys.stdout)
 
     def raw(self, data: Mapping[str, Any], text: str) -> None:
         """The same as `result` for a text that is a file's: no line of it is broken."""
@@ -88,14 +93,14 @@ class Output:
         """A fact worth a line."""
         if self.as_json:
             self.notes.append(message)
-        else:
+        if self._speaks:
             self.message(render(Problem(message), "note"))
 
     def warn(self, problem: Problem) -> None:
         """Something a person should know although the work goes on."""
         if self.as_json:
             self.warnings.append(problem)
-        else:
+        if self._speaks:
             self.message(render(problem, "warning", columns_of(sys.stderr)))
             self._annotate(problem, severity="warning")
 
@@ -103,15 +108,22 @@ class Output:
         """What went wrong."""
         if self.as_json:
             self.errors += problems
-        elif problems:
+        if problems and self._speaks:
             width = columns_of(sys.stderr)
             self.message("\n\n".join(render(p, width=width) for p in problems))
             self._annotate(*problems)
 
+    @property
+    def _speaks(self) -> bool:
+        """Whether people are told."""
+        return self.marked or not self.as_json
+
     def _annotate(self, *problems: Problem, severity: str = "error") -> None:
-        if self.form == "github":
+        at = Place(self.about) if self.about is not None else None
+        if self.marked:
             with self._alone():
-                click.echo("\n".join(github(p, severity) for p in problems))
+                lines = (github(replace(p, place=p.place or at), severity) for p in problems)
+                click.echo("\n".join(lines), err=self.as_json)
 
     def object(self, code: int) -> dict[str, Any]:
         """All that was said, as data; `code` is the exit code."""

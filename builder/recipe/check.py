@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import posixpath
 import re
+import unicodedata
 from bisect import bisect
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -16,7 +17,7 @@ from builder.base.kinds import listed
 from builder.base.toml import Keys
 from builder.models.parts import kind, meant
 from builder.recipe.language import EMA, NEW, Vocabulary
-from builder.recipe.names import SUFFIXES, Form
+from builder.recipe.names import SUFFIXES, Form, is_device
 from builder.recipe.recipe import FromBase, NewBase, Output, Pick, Recipe
 
 if TYPE_CHECKING:
@@ -311,6 +312,11 @@ def _files(recipe: Recipe, words: Vocabulary) -> Iterator[Problem]:
     for output in recipe.outputs:
         path = _path(output.file)
         place = recipe.place(*output.at, "file", value=True)
+        if odd := next((p for p in output.file.rstrip("/").split("/") if not _is_everywhere(p)), None):
+            fact = f"no file can be called `{odd}` everywhere"
+            evidence = "names of devices, and what ends in a dot or a space, are none on Windows"
+            at = place if place.line is not None else recipe.place("name", value=True)
+            yield Problem(fact, at, (evidence,), "give another `file`")
         if path in sources:
             fact = f"the output would replace the source `{sources[path]}`"
             yield Problem(fact, place, (f"both are `{output.file}`",), "write to another `file`")
@@ -334,8 +340,14 @@ def _files(recipe: Recipe, words: Vocabulary) -> Iterator[Problem]:
 
 
 def _path(written: str) -> str:
-    # As file systems see it that take `A` and `a` for one: a recipe is to work on all of them.
-    return posixpath.normpath(written).casefold()
+    # As file systems see it that take `A` and `a`, or both ways to write `ä`, for one: a recipe is to work on
+    # all of them.
+    return unicodedata.normalize("NFC", posixpath.normpath(written).casefold())
+
+
+def _is_everywhere(part: str) -> bool:
+    """Whether Windows too can have a file or a folder of that name; `.` is none."""
+    return part == "." or not (part.endswith((".", " ")) or is_device(part))
 
 
 _WORDS: dict[Form, str] = {

@@ -32,6 +32,7 @@ PRUNED = tuple(end for end in SUFFIXES if FORMS[end] != "gguf")
 # Of a character class: what turns text around, or has no width, has a file's name read as another.
 UNSEEN = r"\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff"
 SHARD = re.compile(r".+-\d{5}-of-\d{5}\.(?:safetensors|bin)", re.IGNORECASE)
+_DEVICE = re.compile(r"(?:con|prn|aux|nul|(?:com|lpt)[0-9¹²³]) *(?:\..*)?", re.IGNORECASE | re.DOTALL)
 ENDING = rf"(?:{'|'.join(map(re.escape, SUFFIXES))})"  # as an expression
 _ENDINGS = re.compile(rf"{ENDING}+(?![^\W_])", re.IGNORECASE)  # within a name too
 _MODEL = re.compile(rf"(.+?){ENDING}?(?:\.index\.json)?", re.IGNORECASE | re.DOTALL)
@@ -88,7 +89,7 @@ class Target(NamedTuple):
 def recipe_name(path: Path, taken: Iterable[str] = ()) -> str:
     """A name for a recipe or a source after a file's, less what names may not hold, and unlike `taken`."""
     name = re.sub(r"[^\w.-]+", "-", _ENDINGS.sub("", stem(path))).strip("-_.")[:80].rstrip("-_.") or "model"
-    if name == "NEW":
+    if name == "NEW" or is_device(name):
         name = "model"
     number, found = 1, name
     while found in taken:
@@ -99,7 +100,13 @@ def recipe_name(path: Path, taken: Iterable[str] = ()) -> str:
 
 def portable(name: str) -> str:
     """A file's name with `-` for what other file systems, or recipes, cannot have in it."""
-    return re.sub(rf'^~|[\x00-\x1f\x7f\\/:*?"<>|\ud800-\udfff{UNSEEN}]', "-", name)
+    name = re.sub(rf'^~|[\x00-\x1f\x7f\\/:*?"<>|\ud800-\udfff{UNSEEN}]', "-", name)
+    return f"-{name}" if is_device(name) else name
+
+
+def is_device(name: str) -> bool:
+    """Whether a file's name is that of a device on Windows, as is all that begins with one and a dot."""
+    return _DEVICE.fullmatch(name) is not None
 
 
 def numbered(path: Path, suffix: str | None = None) -> Iterator[Path]:

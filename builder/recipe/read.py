@@ -15,6 +15,7 @@ from builder.base.errors import Place, Problem, RecipeError, UsageError, did_you
 from builder.base.inside import leads_out
 from builder.base.kinds import WRONG, At, Item, listed, note
 from builder.base.toml import Document, Keys
+from builder.base.words import command_line
 from builder.operations import OPERATIONS
 from builder.operations.fixes import FIXES, Fix
 from builder.operations.registry import Operation
@@ -179,7 +180,7 @@ def _document(path: Path, named: Place | None) -> Document:
         if type(document.data.get("format")) is int:
             return document
     evidence = (f"{status.st_size:,} bytes, which are no TOML with `format = 1`",)
-    own = f"`ckpt plan {path}` says what is wrong with it" if named else "name the file itself"
+    own = f"`{command_line('plan', path)}` says what is wrong with it" if named else "name the file itself"
     raise RecipeError(Problem(f"`{path}` is no recipe", named, evidence, f"if it is yours, {own}"))
 
 

@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from builder.base.errors import FetchError, LockError, MissingError, Place, Problem
+from builder.base.words import command_line
 from builder.recipe.lock import Lock, LockedSource, changed
 from builder.sources.job import SourceJob, entry_name
 from builder.sources.opened import Sources
@@ -64,7 +65,7 @@ def check_lock(recipe: Recipe, lock: Lock) -> None:
         then |= {f"output `{name}`": o.file for name, o in lock.outputs.items()}
     if changes := changed(then, now) + [f"source `{n}`: not pinned" for n in pins if n not in lock.sources]:
         place = Place(str(recipe.lock))
-        hint = f"`ckpt lock {recipe.path}` writes it anew"
+        hint = f"`{command_line('lock', recipe.path)}` writes it anew"
         raise LockError(Problem("the lock is stale", place, tuple(changes), hint))
 
 

@@ -16,6 +16,7 @@ from builder.base.disk import check_free, new_folder, write_bytes
 from builder.base.errors import CkptError, LockError, OutputError, Problem, SourceError, printable
 from builder.base.files import read_bounded
 from builder.base.progress import human_bytes
+from builder.base.words import command_line
 from builder.recipe import Output, Recipe
 from builder.recipe import lock as locks
 from builder.recipe.lock import Lock, LockedOutput, LockedSource, lock_path
@@ -77,7 +78,8 @@ def share(
     lock = need_lock(recipe)
     if lock.recipe != recipe.digest or not lock.outputs.keys() >= {o.name for o in recipe.outputs}:
         fact = f"the lock says nothing of what `{recipe.path.name}` makes as it is now"
-        raise LockError(Problem(fact, hint=f"`ckpt build {recipe.path}` builds it and writes the lock"))
+        hint = f"`{command_line('build', recipe.path)}` builds it and writes the lock"
+        raise LockError(Problem(fact, hint=hint))
     parents = [_parent(job, lock, sources, workspace) for job in source_jobs(recipe, sources, lock)]
     files = [
         _file(recipe, output, lock.outputs[output.name], workspace, threads) for output in recipe.outputs
@@ -209,11 +211,11 @@ def _file(
         same = hash_files(path, workspace.store, workspace.reporter) == locked.sha256
     except (SourceError, OSError):
         fact = f"`{path}` is not here: of its hashes only those that follow from the lock are given"
-        workspace.reporter.warn(Problem(fact, hint=f"`ckpt build {recipe.path}` makes it"))
+        workspace.reporter.warn(Problem(fact, hint=f"`{command_line('build', recipe.path)}` makes it"))
         return said
     if not same:
         fact = f"`{path}` is not what the lock says"
-        raise OutputError(Problem(fact, hint=f"`ckpt build {recipe.path}` makes it anew"))
+        raise OutputError(Problem(fact, hint=f"`{command_line('build', recipe.path)}` makes it anew"))
     report = build_report(
         path,
         catalog=workspace.catalog,
@@ -337,7 +339,7 @@ def _card(recipe: Recipe, licence: str, parents: list[Parent], fields: Mapping[s
         "",
         f"`{name}` and its lock make these files with `ckpt-build`, byte for byte:",
         "",
-        f"    ckpt build {name} --locked",
+        f"    {command_line('build', name, '--locked')}",
         "",
         "## Made of",
         "",

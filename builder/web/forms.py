@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -145,26 +144,6 @@ def option_words(form: Form) -> list[str]:
         for w in (f"--{name.replace('_', '-')}", value)
     ]
     return [*words, *(w for name in fixes_of(form) for w in ("--fix", name))]
-
-
-def command_line(*words: object) -> str:
-    """A command as it is typed in a shell; what does not print is spelt out, as `$'…'`."""
-    return " ".join(["ckpt", *(_word(str(word)) for word in words)])
-
-
-def _word(word: str) -> str:
-    if word.isprintable():
-        return shlex.quote(word)
-    return f"$'{''.join(map(_letter, word))}'"
-
-
-def _letter(letter: str) -> str:
-    number = ord(letter)
-    if letter.isprintable():
-        return f"\\{letter}" if letter in "'\\" else letter
-    if 0xDC80 <= number <= 0xDCFF:  # a byte that is no UTF-8
-        return f"\\x{number - 0xDC00:02x}"
-    return f"\\U{number:08x}"
 
 
 def the_same(command: str, recipe: str = "", data: str = "") -> Markup:

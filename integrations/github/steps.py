@@ -9,10 +9,11 @@ import secrets
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+import tempfile
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+
+ANNOTATIONS = ("::error ", "::error::", "::warning ", "::warning::")
 
 
 def recipes() -> list[Path]:
@@ -40,28 +41,18 @@ def key() -> None:
 
 
 def build() -> int:
-    """Build each recipe, say what went wrong where it went wrong; the exit code of the first that failed."""
+    """Build the recipes as one, and tell the workflow what was built; the exit code of `ckpt build`."""
     options = shlex.split(os.environ.get("INPUT_ARGS", ""))
     if os.environ.get("INPUT_LOCKED", "true") == "true":
         options.append("--locked")
-    outputs, code = [], 0
-    for recipe in recipes():
-        command = [sys.executable, "-m", "ckpt_build", "build", str(recipe), "--json", *options]
-        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
-        try:
-            said = json.loads(done.stdout)
-        except ValueError:  # it ended before it could say anything, as where an option is wrong
-            said = {"errors": [{"fact": f"`ckpt build` ended with {done.returncode}"}]}
-        quoted("\n".join([*lines(said), done.stderr]))
-        for severity in ("warning", "error"):
-            for problem in said.get(f"{severity}s", ()):
-                annotate(severity, recipe, problem)
-        outputs += said.get("outputs", ())
-        code = code or done.returncode
+    command = [sys.executable, "-m", "ckpt_build", "build", "--json", "--output-format=github"]
+    code, document = shown([*command, "--keep-going", *options, "--", *map(str, recipes())])
+    said = json.loads(document or "{}")
+    outputs = [output for one in said.get("recipes", [said]) for output in one.get("outputs", ())]
     if outputs:
         first = outputs[0]
-        said = {"sha256": first["sha256"], "tensor-digest": first["tensor_digest"]}
-        tell("GITHUB_OUTPUT", **said, outputs=json.dumps(outputs))
+        told = {"sha256": first["sha256"], "tensor-digest": first["tensor_digest"]}
+        tell("GITHUB_OUTPUT", **told, outputs=json.dumps(outputs))
         with Path(os.environ["GITHUB_STEP_SUMMARY"]).open("a", encoding="utf-8") as summary:
             summary.write("| file | state | bytes | SHA-256 |\n|---|---|---:|---|\n")
             for o in outputs:
@@ -69,46 +60,27 @@ def build() -> int:
     return code
 
 
-def quoted(text: str) -> None:
-    """Show text of which no line is taken for a command to the runner, whatever a recipe or a file says."""
-    token = secrets.token_hex(16)
-    print(f"::stop-commands::{token}\n{text.rstrip()}\n::{token}::", flush=True)
+def shown(command: list[str]) -> tuple[int, str]:
+    """Run a command; its exit code, and what it says on stdout. What it says on stderr is shown as it comes.
 
-
-def lines(said: dict[str, Any]) -> Iterator[str]:
-    """What the build said, for people."""
-    for output in said.get("outputs", ()):
-        yield plain(f"{output['state']}  {output['path']}  sha256 {output['sha256']}")
-    for note in said.get("notes", ()):
-        yield plain(f"note: {note}")
-    for severity in ("warning", "error"):
-        for problem in said.get(f"{severity}s", ()):
-            yield plain(f"{severity}: {problem['fact']}")
-            if place := problem.get("place"):
-                yield plain("  --> " + ":".join(str(v) for v in place.values() if v is not None))
-            yield from (plain(f"   = {e}") for e in problem.get("evidence", ()))
-            if problem.get("hint"):
-                yield plain(f"hint: {problem['hint']}")
-
-
-def annotate(severity: str, recipe: Path, problem: dict[str, Any]) -> None:
-    """Mark the place of a problem, the recipe where it has none in one."""
-    place = problem.get("place") or {}
-    where = {"file": str(recipe)}
-    if str(place.get("path", "")).endswith(".toml"):
-        where = {"file": place["path"], "line": place["line"], "col": place["column"]}
-    marks = ",".join(f"{k}={escaped(str(v), ':,')}" for k, v in where.items() if v is not None)
-    print(f"::{severity} {marks}::{escaped(plain(problem['fact']))}", flush=True)
-
-
-def plain(text: str) -> str:
-    """Text that drives no terminal."""
-    return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text)
-
-
-def escaped(text: str, also: str = "") -> str:
-    """Text as a command to the runner has it."""
-    return "".join(f"%{ord(c):02X}" if c in "%\r\n" + also else c for c in text)
+    Of that no line is taken for a command to the runner, whatever a recipe or a file says: it lies between
+    marks that nobody can know before. What marks a line of a file follows after the last.
+    """
+    token, marks = secrets.token_hex(16), []
+    print(f"::stop-commands::{token}", flush=True)
+    with tempfile.TemporaryFile() as stdout:
+        with subprocess.Popen(command, stdout=stdout, stderr=subprocess.PIPE) as process:
+            assert process.stderr is not None
+            for data in process.stderr:
+                line = data.decode("utf-8", "replace").rstrip()
+                if line.startswith(ANNOTATIONS):
+                    marks.append(line)
+                else:
+                    print(line, flush=True)
+        stdout.seek(0)
+        said = stdout.read().decode("utf-8", "replace")
+    print("\n".join([f"::{token}::", *marks]), flush=True)
+    return process.returncode, said
 
 
 def cell(text: str) -> str:

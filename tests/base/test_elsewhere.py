@@ -9,8 +9,8 @@ import pytest
 
 from tests.help.building import RECIPE, ROOT, Folder, files, save_dirty
 
-# As on Windows: no locks, no positioned reads and writes, no folders held open or flushed, no nameless files,
-# and a file that is open is neither removed nor renamed nor replaced.
+# As on Windows: no locks, no positioned reads and writes, no folders held open or flushed, no nameless files;
+# a file that is open is neither removed nor renamed nor replaced, and renaming replaces nothing.
 WITHOUT = """
 import os, shutil, sys
 assert "builder.base.disk" not in sys.modules, "it is to be without them from the start"
@@ -38,6 +38,15 @@ def closed(call):
         return call(*paths, **more)
     return checked
 os.open = open_file
+_close, _rename = os.close, os.rename
+def close(fd):
+    assert os.path.lexists(f"/proc/self/fd/{fd}"), "closed twice: another thread may have it by now"
+    _close(fd)
+def rename(path, to, **more):
+    if os.path.lexists(to):
+        raise FileExistsError(17, "File exists", str(to))
+    _rename(path, to, **more)
+os.close, os.rename = close, rename
 for name in ("rename", "replace", "unlink", "remove"):
     setattr(os, name, closed(getattr(os, name)))
 """
@@ -81,6 +90,11 @@ def test_all_that_is_made_is_the_same_without_them(tmp_path: Path) -> None:
     said = [folder(*command) for command in COMMANDS]
     assert [s.code for s in said] == [0] * len(COMMANDS), [s.err for s in said if s.code]
     runs = "".join(f"code = run({c!r})\nassert code == 0, ({c!r}, code)\n" for c in COMMANDS)
+    runs += (
+        "from pathlib import Path\nfrom builder.base.disk import new_folder\nPath('empty').mkdir()\n"
+        "with new_folder(Path('empty')) as made:\n    (made / 'x').touch()\n"
+        "assert Path('empty/x').is_file()\nimport shutil\nshutil.rmtree('empty')\n"
+    )
     elsewhere = other.process("store", "list", before=WITHOUT + runs, CKPT_STORE_KEEP="all")
     assert elsewhere.code == 0, elsewhere.err
     assert files(other.path) == files(folder.path) > {"m.safetensors", "models/checkpoints"}

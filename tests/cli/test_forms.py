@@ -61,6 +61,22 @@ def test_annotations(folder: Folder) -> None:
     assert line.startswith("::error file=wrong.toml,line=4,col=1::unknown key `fixs`%0Ahint: did you mean")
 
 
+def test_annotations_beside_the_object(folder: Folder) -> None:
+    """For programs that run the command for GitHub: people and annotations on stderr."""
+    said = folder("build", "wrong.toml", "tiny.toml", "--json", "--output-format=github", "--keep-going")
+    assert said.code == json.loads(said.out)["code"] == 3
+    lines = said.err.splitlines()
+    assert any(line.startswith("written  ") for line in lines) and "error: unknown key `fixs`" in lines
+    assert sum(line.startswith("::error file=wrong.toml,line=4,col=1::") for line in lines) == 1
+
+
+def test_what_has_no_place_is_marked_in_the_recipe(folder: Folder) -> None:
+    folder.write("gone.toml", (folder / "tiny.toml").read_text().replace("dirty.ckpt", "none.ckpt"))
+    for more in ((), ("tiny.toml",)):
+        said = folder("build", "gone.toml", *more, "--output-format=github")
+        assert said.code == 5 and "::error file=gone.toml" in said.out
+
+
 @pytest.mark.parametrize("command", ["build", "plan", "lock --check", "verify"])
 @pytest.mark.parametrize("form", ["sarif", "junit", "github"])
 def test_each_command_has_each_form(folder: Folder, command: str, form: str) -> None:

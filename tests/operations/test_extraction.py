@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -61,13 +62,56 @@ def test_as_others_extract_and_resize(case: Mapping[str, Any]) -> None:
     assert (product(again) - expected).abs().max() < 5e-6
 
 
-@pytest.mark.parametrize("shape", [(40, 90), (90, 40)])
-def test_the_square_of_a_matrix_gives_what_its_svd_gives(shape: tuple[int, int]) -> None:
-    whole = torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    u, s, v = torch.linalg.svd(whole, full_matrices=False)
-    factors = Factors("m", lambda: [whole], shape, 7)
-    assert torch.allclose(factors.values(), s, rtol=1e-12)
-    assert (product(factors) - (u[:, :7] * s[:7]) @ v[:7]).abs().max() < 1e-5  # FP32 factors
+def noisy(rows: int, columns: int, rank: int) -> torch.Tensor:
+    """A change of so many directions between two models in FP32, with what their rounding adds to it."""
+    generator = torch.Generator().manual_seed(rows)
+    weight, left, right = (
+        torch.randn(*shape, generator=generator) for shape in ((rows, columns), (rows, rank), (rank, columns))
+    )
+    return (weight + left @ right * 0.1).double() - weight.double()
+
+
+EXACT = {
+    "linear": matrix("linear"),
+    "conv": matrix("conv"),
+    "wide": noisy(40, 90, 3),
+    "tall": noisy(90, 40, 3),
+    "nothing": torch.zeros(8, 12, dtype=torch.float64),
+    "signs alike": torch.tensor([[1.0, -2.0], [-1.0, 2.0]], dtype=torch.float64),
+    "next to nothing": torch.diag(torch.tensor([3.0, 2.0, 2e-5, 1e-15], dtype=torch.float64)),
+}
+
+
+def by_numpy(whole: np.ndarray) -> tuple[np.ndarray, ...]:
+    return tuple(np.linalg.svd(whole, full_matrices=False))
+
+
+def by_square(whole: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Exact to the root of FP64's epsilon: where nothing is zero that should not be."""
+    squares, vectors = np.linalg.eigh(whole @ whole.T)
+    sizes, vectors = np.sqrt(squares.clip(0))[::-1], vectors[:, ::-1]
+    return vectors, sizes, (vectors.T @ whole) / sizes.clip(1e-300)[:, None]
+
+
+@pytest.mark.parametrize("of", EXACT)
+@pytest.mark.parametrize("algorithm", [by_numpy, by_square])
+def test_any_library_and_algorithm_makes_the_same_bytes(of: str, algorithm: Any) -> None:
+    """Of more directions than there are too: those beyond are zeros. numpy's LAPACK is not torch's."""
+    whole = EXACT[of]
+    rank = min(whole.shape)
+    u, s, v = algorithm(whole.numpy())
+    count = int((s > 1e-5 * s[0]).sum())
+    expected = [np.zeros((len(u), rank)), np.zeros((rank, whole.shape[1]))]
+    for n in range(count):
+        large = np.abs(u[:, n])
+        sign = np.sign(u[np.argmax(large > 0.9 * large.max()), n])
+        expected[0][:, n], expected[1][n] = sign * s[n] * u[:, n], sign * v[n]
+    q, r = torch.linalg.qr(whole)
+    for parts in ([whole], [q, r]):
+        factors = Factors("m", lambda parts=parts: parts, (len(u), whole.shape[1]), rank)  # type: ignore[misc]
+        assert int((factors.values() > 0).sum()) == count
+        for found, array in zip(factors.get(), expected, strict=True):
+            assert torch.equal(found.half(), torch.from_numpy(array).half().flatten()), count
 
 
 def test_clamped_at_a_quantile_of_both_factors() -> None:
@@ -78,6 +122,13 @@ def test_clamped_at_a_quantile_of_both_factors() -> None:
     clamped = torch.cat(tuple(Factors("m", lambda: [whole], (8, 12), 2, 0.99).get()))
     assert float(clamped.abs().max()) == pytest.approx(most, rel=1e-6)
     assert torch.allclose(clamped.double(), values_.clamp(-most, most), rtol=1e-6)
+
+
+def test_zeros_decide_nothing_of_where_sizes_end() -> None:
+    whole = noisy(40, 90, 2)
+    three, thirty = (Factors("m", lambda: [whole], (40, 90), rank, 0.99).get() for rank in (2, 30))
+    assert torch.equal(three[0].view(40, 2), thirty[0].view(40, 30)[:, :2])
+    assert torch.equal(three[1], thirty[1][: 2 * 90]) and not thirty[1][2 * 90 :].any()
 
 
 @pytest.mark.parametrize(

@@ -19,11 +19,11 @@ import pytest
 
 from builder.base.errors import CkptError
 from builder.base.parallel import Cancelled
+from builder.base.words import command_line
 from builder.build import build_recipe
 from builder.toolkit.prune import Options
 from builder.toolkit.watch import Watch
 from builder.web import server as module
-from builder.web.forms import command_line
 from builder.web.html import tag
 from builder.web.jobs import Job, Outcome, Task
 from builder.web.server import HOST

@@ -27,7 +27,12 @@ if TYPE_CHECKING:
     import torch
 
 TEXT_ENCODERS = ("CLIP", "T5")  # first words of their classes
-LEAST = 1e-6  # a greatest singular value that is no more than this is none
+LEAST = 1e-6  # a greatest singular value that is no more than this is none, as kohya's script has it
+# Of the greatest singular value: what is no more is zero. It is less than programs that compute in FP32 can
+# tell from zero, and than FP16 keeps of the product; there, vectors are those of what rounding left, which
+# no two libraries agree on.
+NOTHING = 1e-5
+LARGE = 0.9  # of the largest value of a vector
 WORKERS = 4  # each holds one matrix
 
 # ── factors ──
@@ -58,8 +63,9 @@ class Kept:
 class Factors:
     """A matrix as the product of two, `[rows, rank]` and `[rank, columns]`, of the greatest singular values.
 
-    `read` gives the matrix in FP64, or two of which it is the product. `clamp` is the quantile of all values
-    of both factors at which their sizes end.
+    Where it has fewer that are something, columns of the first and rows of the second are zero. `read` gives
+    the matrix in FP64, or two of which it is the product. `clamp` is the quantile of the values of both
+    factors, but for those zeros, at which their sizes end.
     """
 
     module: str
@@ -71,18 +77,16 @@ class Factors:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def values(self) -> torch.Tensor:
-        """The singular values in FP64, the greatest first."""
+        """The singular values in FP64, the greatest first; those that are nothing are 0."""
         import torch
 
         with exact_torch():
             parts = self._finite()
             if len(parts) == 2:
                 upper, lower = (torch.linalg.qr(p, "r")[1] for p in (parts[0], parts[1].T))
-                found: torch.Tensor = torch.linalg.svdvals(upper @ lower.T)
-            else:
-                short = _wide(parts[0])
-                found = torch.linalg.eigvalsh(short @ short.T).clamp(min=0).sqrt().flip(0)
-            return found
+                parts = [upper @ lower.T]
+            found: torch.Tensor = torch.linalg.svdvals(_tall(parts[0]))
+            return torch.where(found > NOTHING * found[:1], found, 0.0)
 
     def get(self) -> Sequence[torch.Tensor]:
         """Both factors, flat and in FP32; those of the last few are kept."""
@@ -91,12 +95,15 @@ class Factors:
 
     def _made(self) -> tuple[torch.Tensor, ...]:
         import numpy as np
+        import torch
 
         left, sizes, right = self._decomposed(self.rank)
         up, down = left * sizes, right
-        if self.clamp < 1.0:
+        if self.clamp < 1.0 and len(sizes):
             most = max(0.0, float(np.quantile(np.concatenate((up.flatten(), down.flatten())), self.clamp)))
             up, down = up.clamp(-most, most), down.clamp(-most, most)
+        rest = self.rank - len(sizes)
+        up, down = torch.nn.functional.pad(up, (0, rest)), torch.nn.functional.pad(down, (0, 0, 0, rest))
         return up.float().flatten(), down.float().flatten()
 
     def _finite(self) -> Sequence[torch.Tensor]:
@@ -106,40 +113,33 @@ class Factors:
             raise OutputError(Problem(f"what is extracted for `{self.module}` is not finite"))
         return parts
 
-    def _decomposed(self, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The first singular vectors and values: U `[rows, count]`, S, V `[count, columns]`."""
+    def _decomposed(self, most: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The first singular vectors and values that are something: U `[rows, n]`, S, V `[n, columns]`."""
         import torch
 
         parts = self._finite()
         if len(parts) == 2:  # orthogonal factors of each leave a matrix of their rank
             (left, upper), (right, lower) = (torch.linalg.qr(p) for p in (parts[0], parts[1].T))
             u, sizes, v = torch.linalg.svd(upper @ lower.T, full_matrices=False)
-            found = [left @ u, sizes, v @ right.T]
+            u, v = left @ u, v @ right.T
         else:
-            found = _of_gram(parts[0], count)
-        made, sizes, right = found[0][:, :count], found[1][:count], found[2][:count]
-        # Either sign of a pair of vectors is as good: the largest value on the left is positive.
-        signs = made.gather(0, made.abs().argmax(0, keepdim=True)).sign()
-        return made * signs, sizes, right * signs.T
+            tall = _tall(parts[0])
+            u, sizes, v = torch.linalg.svd(tall, full_matrices=False)
+            if tall is not parts[0]:
+                u, v = v.T, u.T
+        count = min(most, int((sizes > NOTHING * sizes[:1]).sum()))
+        u, sizes, v = u[:, :count], sizes[:count], v[:count]
+        # Either sign of a pair of vectors is as good: the first large value on the left is positive. That is
+        # not always the largest, which another may equal but for rounding.
+        size = u.abs()
+        first = (size > LARGE * size.amax(0)).byte().argmax(0, keepdim=True)
+        signs = u.gather(0, first).sign()
+        return u * signs, sizes, v * signs.T
 
 
-def _of_gram(matrix: torch.Tensor, count: int) -> list[torch.Tensor]:
-    """The first singular vectors and values by the square of a matrix: a fraction of the time of an SVD.
-
-    In FP64, what this leaves out is 1e-8 of the greatest value.
-    """
-    import torch
-
-    short = _wide(matrix)
-    vectors = torch.linalg.eigh(short @ short.T)[1].flip(1)[:, :count]
-    others = vectors.T @ short
-    sizes = others.norm(dim=1)
-    others = others / sizes.clamp(min=1e-300)[:, None]
-    return [vectors, sizes, others] if short is matrix else [others.T, sizes, vectors.T]
-
-
-def _wide(matrix: torch.Tensor) -> torch.Tensor:
-    return matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+def _tall(matrix: torch.Tensor) -> torch.Tensor:
+    """A matrix, or its transpose where that has more rows: it is decomposed in half of the time."""
+    return matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
 
 
 class _Factor(Computed):
@@ -173,7 +173,7 @@ def extracted_rank(values: torch.Tensor, params: Mapping[str, Any], most: int) -
     elif (share := params.get("ratio")) is not None:
         found = int((values > share * values[0]).sum())
     elif (share := params.get("quantile")) is not None:
-        found = int((values.cumsum(0) < share * values.sum()).sum())
+        found = _until(values, share) - 1
     return max(1, min(found, most))
 
 
@@ -182,20 +182,23 @@ def resized_rank(values: torch.Tensor, params: Mapping[str, Any], most: int, ful
 
     `full` is how many a whole matrix has, those that are 0 among them.
     """
-    import torch
-
     if float(values[0]) <= LEAST:
         return 1
     if (share := params.get("sv_ratio")) is not None:
         found = int((values > values[0] / share).sum())
     elif (share := params.get("sv_cumulative")) is not None:
-        found = int(torch.searchsorted(values.cumsum(0) / values.sum(), share)) + 1
+        found = _until(values, share)
     elif (share := params.get("sv_fro")) is not None:
-        squares = values.square()
-        found = int(torch.searchsorted(squares.cumsum(0) / squares.sum(), share**2)) + 1
+        found = _until(values.square(), share**2)
     else:
         return min(most, len(values))
     return min(max(1, min(found, full - 1)) + 1, most, len(values))
+
+
+def _until(values: torch.Tensor, share: float) -> int:
+    """How many of the first have a sum that is at least this share of the sum of all."""
+    sums = values.cumsum(0)  # whose last is the sum of all to the bit
+    return int((sums < share * sums[-1]).sum()) + 1
 
 
 # ── of two models ──

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from builder.base.words import CONTAINERS, counted
+from builder.base.words import CONTAINERS, command_line, counted
 from builder.reports.diff import BlockChange, Diff, by_block, causes, compare, to_json
 from builder.reports.diff.compare import Part
 from builder.web import drawing
-from builder.web.forms import button, command_line, field, files, tick
+from builder.web.forms import button, field, files, tick
 from builder.web.html import Content, Markup, code, join, size, table, tag
 from builder.web.jobs import Job, Outcome
 from builder.web.pages import page

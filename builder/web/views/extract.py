@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from builder.base.words import command_line
 from builder.models.identify import Match
 from builder.models.parts import find_part, slot_of
 from builder.recipe.names import SUFFIXES, Target
@@ -13,7 +14,6 @@ from builder.toolkit.extract import extraction, target_of
 from builder.toolkit.made import to_json
 from builder.web.forms import (
     button,
-    command_line,
     field,
     files,
     fixes_of,

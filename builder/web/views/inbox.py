@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from builder.base.errors import CkptError, ExitCode
-from builder.base.words import counted
+from builder.base.words import command_line, counted
 from builder.recipe.names import SHARD, SUFFIXES
 from builder.toolkit.prune import Options
 from builder.toolkit.watch import SETTLE, Event, Watch, layout_of
 from builder.web.forms import (
     button,
-    command_line,
     field,
     fixes_of,
     folder,

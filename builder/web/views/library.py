@@ -6,9 +6,9 @@ import time
 from typing import Any
 from urllib.parse import quote
 
-from builder.base.words import counted
+from builder.base.words import command_line, counted
 from builder.reports.inspect import to_json
-from builder.web.forms import button, command_line, field, text
+from builder.web.forms import button, field, text
 from builder.web.html import Content, Markup, code, join, problem, size, table, tag
 from builder.web.jobs import Job, Outcome
 from builder.web.pages import page

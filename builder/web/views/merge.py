@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from builder.base.errors import CkptError, Problem, UsageError
+from builder.base.words import command_line
 from builder.operations import OPERATIONS
 from builder.operations.presets import V1_BLOCKS, presets
 from builder.operations.registry import Operation, Param
@@ -16,7 +17,6 @@ from builder.toolkit.made import to_json
 from builder.toolkit.merge import merging
 from builder.web.forms import (
     button,
-    command_line,
     field,
     files,
     fixes_of,

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from builder.base.words import CONTAINERS, counted
+from builder.base.words import CONTAINERS, command_line, counted
 from builder.recipe.names import free_name, portable, stem
 from builder.toolkit import prune_text
 from builder.toolkit.prune import Options, Pruning, Result, Share, plan_pruning, prune, recipe_of, unmatched
 from builder.web.drawing import bars
 from builder.web.forms import (
     button,
-    command_line,
     field,
     files,
     fixes_of,

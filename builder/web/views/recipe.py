@@ -8,12 +8,13 @@ from pathlib import Path
 from builder.base.disk import write_bytes
 from builder.base.errors import CkptError, OutputError, Place, Problem, UsageError
 from builder.base.files import read_text
+from builder.base.words import command_line
 from builder.build import build_recipe
 from builder.plan import Plan, explain
 from builder.recipe.read import MAX_SIZE
 from builder.toolkit.command_recipe import check_is_recipe
 from builder.toolkit.made import note_left_out, note_steps, to_json
-from builder.web.forms import button, command_line, field, folder, hidden, recipe_named, text, the_same, tick
+from builder.web.forms import button, field, folder, hidden, recipe_named, text, the_same, tick
 from builder.web.html import Content, Markup, join, problem, tag, verbatim
 from builder.web.jobs import Job, Outcome
 from builder.web.pages import page

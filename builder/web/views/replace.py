@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from builder.base.errors import CkptError, Problem, UsageError
-from builder.base.words import counted
+from builder.base.words import command_line, counted
 from builder.models.catalog import Architecture
 from builder.recipe.names import free_name, portable, stem
 from builder.toolkit.command_recipe import CommandRecipe, output_path
@@ -14,7 +14,6 @@ from builder.toolkit.made import to_json
 from builder.toolkit.replace import architecture_of, replacement
 from builder.web.forms import (
     button,
-    command_line,
     field,
     fixes_of,
     made_options,

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from builder.base.errors import Problem, UsageError
 from builder.base.progress import human_bytes
-from builder.base.words import counted, parse_size
+from builder.base.words import command_line, counted, parse_size
 from builder.store import Store
 from builder.store.upkeep import Item, item_json, items, to_json
 from builder.store.upkeep import check as check_all
 from builder.store.upkeep import collect as collect_all
-from builder.web.forms import button, command_line, field, text, the_same
+from builder.web.forms import button, field, text, the_same
 from builder.web.html import Content, Markup, code, join, problem, size, table, tag
 from builder.web.jobs import Job, Outcome
 from builder.web.pages import page
