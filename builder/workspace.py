@@ -16,6 +16,7 @@ from builder.base.progress import SILENT, Reporter
 from builder.base.recipe_address import parse_recipe_address
 from builder.models.catalog import Catalog, load_catalog
 from builder.plan import Plan, make_plan
+from builder.plan.folders import vocabulary_names
 from builder.plan.graph import CHECKPOINT
 from builder.recipe import Recipe, load_recipe
 from builder.recipe.lock import Lock, read_lock
@@ -219,7 +220,8 @@ class Workspace:
             raise UsageError(Problem("`--allow-outside` is for recipes that lie here", hint=hint))
         address = parse_recipe_address(named)
         root = self._folders.enter_context(self.store.scratch())
-        fetched = fetch_recipe(address, root, self.network(), lock=lock)
+        vocabulary = vocabulary_names(self.catalog.layouts.values())
+        fetched = fetch_recipe(address, root, self.network(), self.store, lock=lock, vocabulary=vocabulary)
         self._fetched.append(fetched)
         if str(fetched.address) != str(address):
             self.reporter.note(f"`{address}` is now `{fetched.address}`, which names it for ever")

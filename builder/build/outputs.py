@@ -26,7 +26,6 @@ from builder.formats.open import open_checkpoint
 from builder.formats.write_safetensors import Written
 from builder.models.catalog import Catalog, Names
 from builder.models.metric import counted
-from builder.plan.folders import MAX_VOCABULARY
 from builder.plan.graph import Key, Node, OutputJob
 from builder.plan.keys import (
     EMPTY,
@@ -41,7 +40,7 @@ from builder.plan.keys import (
 from builder.plan.metadata import DATE
 from builder.plan.resolve import output_state
 from builder.recipe.lock import Lock, LockedComponent, LockedOutput, differences
-from builder.recipe.profiles import MAX_SIDECAR
+from builder.recipe.profiles import MAX_SIDECAR, MAX_VOCABULARY
 from builder.recipe.recipe import Recipe
 from builder.sources.find import hash_files
 from builder.sources.have import locked_sources

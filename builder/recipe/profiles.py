@@ -13,6 +13,7 @@ from builder.models.prediction import Prediction
 from builder.operations.fixes import FIXES
 
 MAX_SIDECAR = 1 << 20  # bytes; a configuration has some thousands
+MAX_VOCABULARY = 64 << 20  # bytes; that of CLIP is 1.4 MB, that of Gemma 34 MB
 
 
 @dataclass(frozen=True)
