@@ -16,7 +16,8 @@ class Built(NamedTuple):
     """An output as it is: `state` is `written` or `unchanged`, digests are hex, `metric` empty for none.
 
     `autov3` has 64 digits, or none where nobody expects it. `files` is the SHA-256 of a folder's files that
-    hold no tensors, by path in it. `statement` is where one of it was written.
+    hold no tensors, by path in it, `beside` that of what was put beside the output, by name. `statement` is
+    where one of it was written.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Built(NamedTuple):
     state: str
     autov3: str = ""
     files: Mapping[str, str] = MappingProxyType({})
+    beside: Mapping[str, str] = MappingProxyType({})
     statement: Path | None = None
 
 

@@ -68,7 +68,9 @@ def command(
     lines = []
     with open_workspace(quiet, offline=statement is not None, outside=outside) as workspace:
         if statement is not None:
-            read = workspace.recipe(local(named[0], "`--statement`"), where) if named else None
+            for path in named:
+                local(path, "`--statement`")
+            read = workspace.recipe(named[0], where) if named else None
             public = PublicKey.read(key, "--key") if key is not None else None
             done = verify_statement(statement, workspace, key=public, recipe=read, file=file)
             files = done.files
