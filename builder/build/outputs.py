@@ -464,7 +464,7 @@ class Assembly:
         path, store = built.path.with_suffix(CONFIG), self.context.store
         key = expression_key("sidecar", 1, path=str(path.absolute()))
         wanted = hashlib.sha256(self.job.sidecar).hexdigest()
-        with_it = built._replace(beside={path.name: wanted})
+        with_it = built._replace(beside=((path.name, wanted),))
         if os.path.lexists(path):
             held = _sha256_of(path)
             if held == wanted:

@@ -120,7 +120,7 @@ def _statement(
         found = {file: workspace.store.sha256(file, workspace.reporter) for file in files_of(built.path)}
         digests = found | {built.path / name: sha256 for name, sha256 in built.files.items()}
         subjects = {file.relative_to(built.path.parent).as_posix(): d for file, d in digests.items()}
-    subjects |= built.beside
+    subjects |= dict(built.beside)
     return Statement(
         subjects, recipe.meaning_of(output), built.name, form, replace(said, sources=sources), locked
     )
