@@ -231,7 +231,7 @@ def _places(statement: Statement, path: Path, file: Path | None, workspace: Work
         places[own] = file  # which may have any name, and be a link
     file = named(file) if file is not None else None
     folder = path.parent if file is None else file.parent
-    for name in statement.subjects.keys() - places.keys():
+    for name in (n for n in statement.subjects if n not in places):
         _, slash, rest = name.partition("/")
         there = f"{file.name}/{rest}" if file is not None and slash else name
         if file is not None and own is not None:

@@ -648,6 +648,14 @@ def test_a_folder_that_is_none(name: str, stated: Folder) -> None:
     assert stated("verify", "--statement", STATEMENT).code == 7
 
 
+def test_the_first_file_that_is_not_there_is_named(stated: Folder) -> None:
+    data = said(stated)
+    names = ["z.safetensors", *(f"{n}.safetensors" for n in range(20))]
+    data["subject"] = [{"name": n, "digest": {"sha256": "0" * 64}} for n in names]
+    stated.write("many.json", json.dumps(data))
+    assert "there is no `z.safetensors`" in stated("verify", "--statement", "many.json").err
+
+
 def test_many_files_that_are_not_there(stated: Folder) -> None:
     """A statement of tens of thousands of files costs no more than the first that is missing."""
     data = said(stated)

@@ -380,6 +380,23 @@ def test_what_a_writer_of_the_shared_store_can_do(work: Folder) -> None:
     assert content(other / "tiny.safetensors") == content(work / "tiny.safetensors")
 
 
+def test_what_rests_on_anothers_word_is_told(work: Folder) -> None:
+    """Where no lock pins it, so that nobody signs unawares what he did not make."""
+    other, far = elsewhere(work), _poisoned(work)
+    (other / "tiny.lock.toml").unlink()
+    said = other("build", "tiny.toml", "--store", far)
+    assert "note: on the word of the shared store: `UNET-tiny of dirty`" in said.err
+    assert "the word of" not in other("build", "tiny.toml", "--store", far).err, "the lock pins it now"
+    (other / "tiny.lock.toml").unlink()
+    said = other("build", "tiny.toml", "--store", far, "--statement")
+    assert (
+        said.code == 0 and "warning: on the word of the shared store" in said.err and "`--check`" in said.err
+    )
+    (other / "tiny.lock.toml").unlink()
+    said = other("build", "tiny.toml", "--store", far, "--check", "--statement")
+    assert said.code == 8 and not (other / "tiny.lock.toml").exists(), "and is found out"
+
+
 def test_sharing_needs_a_store(work: Folder) -> None:
     assert work("build", "tiny.toml", "--store-write").code == 2
 
