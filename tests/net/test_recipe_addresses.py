@@ -358,7 +358,25 @@ def test_nothing_is_asked_for_outside_its_folder(net: Net, author: Folder, named
 def test_a_name_that_not_every_system_has_is_refused(net: Net) -> None:
     net.storage.routes["/o.toml"] = says(200, 'format = 1\nsources.i.recipe = "con.toml"\n')
     said = reader(net)("build", net.storage.url("/o.toml"), "--no-lock")
-    assert said.code == 5 and "`con.toml`" in said.err and "no file on other systems" in said.err
+    assert said.code == 5 and "`con.toml`" in said.err and "no path that every system has" in said.err
+
+
+@pytest.mark.parametrize("named", ["a/" * 20 + "x.toml", "a" * 300 + ".toml"])
+def test_what_would_be_hard_to_be_rid_of_is_not_fetched(net: Net, named: str) -> None:
+    """As folders in one another, each recipe some deeper."""
+    net.storage.prefixes["/"] = says(200, f'format = 1\nsources.i.recipe = "{named}"\n')
+    here = reader(net)
+    said = here("build", net.storage.url("/o.toml"), "--no-lock")
+    assert said.code == 5 and "no path that every system has" in said.err
+    assert len(net.storage.seen) == 1 and not list((here.store / "tmp").iterdir())
+
+
+def test_a_file_that_is_a_folder_too(net: Net) -> None:
+    text = 'format = 1\nsources.i.recipe = "q.toml"\nsources.j.recipe = "q.toml/y.toml"\n'
+    net.storage.prefixes["/"] = says(200, "format = 1\n")
+    net.storage.routes["/o.toml"] = says(200, text)
+    said = reader(net)("build", net.storage.url("/o.toml"), "--no-lock")
+    assert said.code == 5 and "cannot be put into the store" in said.err
 
 
 def test_names_that_begin_with_a_dot_are_beside_it(net: Net, author: Folder) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from builder.base import toml
 from builder.base.addresses import HuggingFace, Web, parse_address, safe_path
-from builder.base.errors import FetchError, Problem
+from builder.base.errors import FetchError, Problem, clipped
 from builder.base.recipe_address import LOCK, Git, RecipeAddress, beside, names_for_ever, path_of
 from builder.formats.write_sharded import SUFFIX
 from builder.recipe import Recipe, Source
@@ -31,6 +31,7 @@ from builder.store.records import MAX_RECORD, texts
 
 MAX_FILES = 256  # that are asked for beside one recipe: a tokenizer's folder is some forty
 MAX_SECONDS = 60.0  # for one of them
+MAX_PARTS = 16  # of the path of one: each is a folder, and what is too deep is hard to be rid of
 _ABSENT = {404, 410}
 _KEPT = "recipe"  # facts of the store: files of a commit
 
@@ -118,9 +119,12 @@ def fetch_recipe(
     Nothing else is asked for. A branch becomes the commit that it is now. What was fetched of a commit is
     kept in the store, and had from there the next time. Raises FetchError.
     """
-    if (kept := _kept(address, root / "recipe", store, lock)) is not None:
-        return kept
-    fetched = _fetched(address, root, session, lock, vocabulary)
+    try:
+        if (kept := _kept(address, root / "recipe", store, lock)) is not None:
+            return kept
+        fetched = _fetched(address, root, session, lock, vocabulary)
+    except Failure as failure:
+        raise _unfetched(session, address, failure) from None
     _keep(fetched, store, lock)
     return fetched
 
@@ -166,15 +170,12 @@ def _named_in(address: RecipeAddress, folder: Path) -> FetchedRecipe:
 def _fetched(
     address: RecipeAddress, root: Path, session: Session, lock: bool, vocabulary: Collection[str]
 ) -> FetchedRecipe:
-    folder = root / "recipe"
-    try:
-        exact, read = _opened(address, root, session)
-        data = read(exact, MAX_SIZE)
-        if data is None:
-            raise Failure("there is no such file")
-    except Failure as failure:
-        raise _unfetched(session, address, failure) from None
-    fetched = _named_in(exact, folder)
+    """A recipe and all that goes with it, from its host; raises Failure, or FetchError of its lock."""
+    exact, read = _opened(address, root, session)
+    data = read(exact, MAX_SIZE)
+    if data is None:
+        raise Failure("there is no such file")
+    fetched = _named_in(exact, root / "recipe")
     _put(fetched.path, data)
     if lock:
         where = beside(exact, path_of(exact).rpartition("/")[2].removesuffix(".toml") + LOCK)
@@ -185,11 +186,8 @@ def _fetched(
             raise _unfetched(session, where, failure) from None
         if found is not None:
             _put(locks.lock_path(fetched.path), found)
-    try:
-        _fetch_named(fetched, read, vocabulary)
-    except Failure as failure:
-        raise _unfetched(session, address, failure) from None
-    return _named_in(exact, folder)
+    _fetch_named(fetched, read, vocabulary)
+    return _named_in(exact, fetched.folder)
 
 
 def _opened(address: RecipeAddress, root: Path, session: Session) -> tuple[RecipeAddress, Read]:
@@ -240,7 +238,7 @@ def _fetch_named(fetched: FetchedRecipe, read: Read, vocabulary: Collection[str]
             if path in seen or not safe_path(path):
                 continue  # what is not beside the recipe, the reader of recipes refuses
             if not _is_file_name(path):
-                raise Failure(f"`{path}`, which it names, is the name of no file on other systems")
+                raise Failure(f"`{clipped(path, 200)}`, which it names, is no path that every system has")
             if len(seen) > MAX_FILES:
                 raise Failure(f"it brings more than {MAX_FILES} files along")
             seen.add(path)
@@ -252,7 +250,8 @@ def _fetch_named(fetched: FetchedRecipe, read: Read, vocabulary: Collection[str]
 
 def _is_file_name(path: str) -> bool:
     """Whether a path may be one of a file in a folder, on every system."""
-    return safe_path(path) and all(safe_name(part) == part for part in path.split("/"))
+    parts = path.split("/")
+    return safe_path(path) and len(parts) <= MAX_PARTS and all(safe_name(part) == part for part in parts)
 
 
 def _named(path: Path, vocabulary: Collection[str]) -> Iterator[tuple[str, int]]:
@@ -280,8 +279,12 @@ def _texts_of(key: str, tables: Iterable[Any]) -> Iterator[str]:
 
 
 def _put(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data)
+    """Write a file; raises Failure where that cannot be, as in a folder of the name that another file has."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    except OSError as error:
+        raise Failure(f"`{path.name}` cannot be put into the store: {error.strerror}") from None
 
 
 def _unfetched(session: Session, address: RecipeAddress, failure: Failure) -> FetchError:
