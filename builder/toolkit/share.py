@@ -144,7 +144,7 @@ class _Hosts:
     def terms(self, address: Address) -> StatedTerms | str | None:
         """What the host of an address states, None where that is nothing, or why nobody knows."""
         if not isinstance(address, (HuggingFace, Civitai)):
-            return None
+            return None  # such a host states nothing
         if self._workspace.offline:
             return f"{address} was not asked: the network is off"
         if (why := self._gone.get(type(address))) is not None:
