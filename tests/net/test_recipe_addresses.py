@@ -312,6 +312,8 @@ def test_a_lock_of_ones_own(net: Net, author: Folder) -> None:
     assert files(here.path) == {"tiny.safetensors"}
     assert here("build", address, "--locked").code == 4
     assert here("lock", address).code == 2
+    said = here("lock", "--check", address, "--lock", "mine.lock.toml")
+    assert said.code == 2 and "`--check` does not take a recipe's address" in said.err
     assert here("lock", address, "--lock", "mine.lock.toml").code == 0
     assert here("build", address, "--lock", "mine.lock.toml").code == 0
     assert here("build", address, "--lock", "mine.lock.toml", "--locked").code == 0
