@@ -293,7 +293,7 @@ def test_a_host_that_does_not_answer_is_told_of(net: Net) -> None:
     assert said.code == 0 and f"vae: hf://org/vae@{COMMIT}/vae.safetensors was not asked: " in said.err
 
 
-@pytest.mark.parametrize("body", ["\x1b", "{}", '{"cardData": 3}', '{"cardData": {"license": ["mit"]}}'])
+@pytest.mark.parametrize("body", ["{}", '{"cardData": 3}', '{"cardData": {"license": ["mit"]}}'])
 def test_what_hosts_may_state(net: Net, body: str) -> None:
     net.storage.routes["/dirty.ckpt"] = File(dirty())
     hugging_face(net.hub, net.storage, "org/dirty", "dirty.ckpt", dirty())
