@@ -373,6 +373,21 @@ def test_what_would_be_hard_to_be_rid_of_is_not_fetched(net: Net, named: str) ->
     assert len(net.storage.seen) == 1 and not list((here.store / "tmp").iterdir())
 
 
+def test_what_it_brings_along_is_bounded(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "format = 1\n" + "".join(f'sources.s{n}.recipe = "r{n}.toml"\n' for n in range(4))
+    net.storage.prefixes["/r"] = says(200, "format = 1\n" + "#" * 500)
+    net.storage.routes["/o.toml"] = says(200, text)
+    for name, most, words in (
+        ("MAX_FILES", 3, "more than 3 files"),
+        ("MAX_BYTES", 1000, "more than 1,000 bytes"),
+        ("MAX_TIME", -1.0, "takes more than"),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr(f"builder.sources.net.recipes.{name}", most)
+            said = reader(net, name)("build", net.storage.url("/o.toml"), "--no-lock")
+        assert said.code == 5 and words in said.err, said.err
+
+
 def test_a_file_that_is_a_folder_too(net: Net) -> None:
     text = 'format = 1\nsources.i.recipe = "q.toml"\nsources.j.recipe = "q.toml/y.toml"\n'
     net.storage.prefixes["/"] = says(200, "format = 1\n")

@@ -31,6 +31,8 @@ from builder.store.records import MAX_RECORD, texts
 
 MAX_FILES = 256  # that are asked for beside one recipe: a tokenizer's folder is some forty
 MAX_SECONDS = 60.0  # for one of them
+MAX_BYTES = 256 << 20  # of all of them
+MAX_TIME = 600.0  # seconds for all of them
 MAX_PARTS = 16  # of the path of one: each is a folder, and what is too deep is hard to be rid of
 _ABSENT = {404, 410}
 _KEPT = "recipe"  # facts of the store: files of a commit
@@ -94,13 +96,8 @@ def _beside_alone(source: Source) -> str | None:
     """The path of a source that is one file beside its recipe, and is said to be nowhere else."""
     if source.file is None or source.urls or source.file.endswith((SUFFIX, "/")):
         return None
-    path = _plain(source.file)
+    path = PurePosixPath(source.file).as_posix()  # less its empty and `.` parts
     return path if safe_path(path) else None
-
-
-def _plain(path: str) -> str:
-    """A path less its empty and `.` parts, which name nothing; `..` and a root stay, to be refused."""
-    return PurePosixPath(path).as_posix()
 
 
 def fetch_recipe(
@@ -231,6 +228,7 @@ def _download(address: RecipeAddress, most: int, session: Session) -> bytes | No
 def _fetch_named(fetched: FetchedRecipe, read: Read, vocabulary: Collection[str]) -> None:
     """Fetch what the recipe, and those that it includes, name in its folder; what is not there stays so."""
     waiting, seen = [fetched.path.name], {fetched.path.name}
+    left, until = MAX_BYTES, time.monotonic() + MAX_TIME
     while waiting:
         recipe = PurePosixPath(waiting.pop())
         for name, most in _named(fetched.folder / recipe, vocabulary):
@@ -241,9 +239,14 @@ def _fetch_named(fetched: FetchedRecipe, read: Read, vocabulary: Collection[str]
                 raise Failure(f"`{clipped(path, 200)}`, which it names, is no path that every system has")
             if len(seen) > MAX_FILES:
                 raise Failure(f"it brings more than {MAX_FILES} files along")
+            if time.monotonic() > until:
+                raise Failure(f"what it brings along takes more than {MAX_TIME:g} seconds")
             seen.add(path)
             data = read(beside(fetched.address, path), most)
             if data is not None:
+                left -= len(data)
+                if left < 0:
+                    raise Failure(f"it brings more than {MAX_BYTES:,} bytes along")
                 _put(fetched.folder / path, data)
                 waiting += [path] * path.endswith(".toml")
 
