@@ -16,6 +16,7 @@ from builder.base.progress import SILENT, Reporter
 from builder.base.recipe_address import parse_recipe_address
 from builder.models.catalog import Catalog, load_catalog
 from builder.plan import Plan, make_plan
+from builder.plan.folders import vocabulary_names
 from builder.plan.graph import CHECKPOINT
 from builder.recipe import Recipe, load_recipe
 from builder.recipe.lock import Lock, read_lock
@@ -23,11 +24,14 @@ from builder.sources.have import telling_all
 from builder.sources.opened import Sources
 from builder.store import Made, Store, default_root
 from builder.store.shared import Shared
+from builder.tensors.digests import Row
 
 if TYPE_CHECKING:
     from builder.sources.net.client import Session
     from builder.sources.net.recipes import FetchedRecipe
 
+WIDEST = 8  # bytes of a number
+MOST_BESIDE = 64 << 20  # bytes of what is of a component beyond its table
 STORE_SIZE = 20_000_000_000  # bytes of blobs and downloads that a store keeps, if nothing else is said
 
 
@@ -153,14 +157,31 @@ class Workspace:
         if far and self.offline:
             return None
         return Shared(
-            connect, settings.shared, writing=settings.share, known=self._knows, reporter=self.reporter
+            connect,
+            settings.shared,
+            writing=settings.share,
+            known=self._knows,
+            fits=self._fits,
+            reporter=self.reporter,
         )
 
     def _knows(self, made: Made) -> bool:
-        """Whether the catalog has the component that something is said to be."""
+        """Whether the catalog has the component that something is said to be, of such a size."""
         if CHECKPOINT in (made.cls, made.component):
             return made.cls == made.component
-        return made.component in self.catalog.components
+        component = self.catalog.components.get(made.component)
+        if component is None or component.parameters is None:
+            return component is not None
+        return made.bytes <= WIDEST * component.parameters + MOST_BESIDE
+
+    def _fits(self, made: Made, rows: Mapping[str, Row]) -> bool:
+        """Whether tensors of these names have all that the component has that they are said to be."""
+        component = self.catalog.components.get(made.component)
+        if component is None or component.parameters is None:
+            return True  # a whole file, or an adapter, which is of the layers that it changes
+        needed = {name for name, rule in component.tensors.items() if not rule.optional}
+        promoted = {component.promote.get(name, name) for name in needed}
+        return needed <= rows.keys() or promoted <= rows.keys()
 
     def network(self) -> Session:
         """The network, opened when it is first used: most work need not even load what speaks to it."""
@@ -219,7 +240,8 @@ class Workspace:
             raise UsageError(Problem("`--allow-outside` is for recipes that lie here", hint=hint))
         address = parse_recipe_address(named)
         root = self._folders.enter_context(self.store.scratch())
-        fetched = fetch_recipe(address, root, self.network(), lock=lock)
+        vocabulary = vocabulary_names(self.catalog.layouts.values())
+        fetched = fetch_recipe(address, root, self.network(), self.store, lock=lock, vocabulary=vocabulary)
         self._fetched.append(fetched)
         if str(fetched.address) != str(address):
             self.reporter.note(f"`{address}` is now `{fetched.address}`, which names it for ever")

@@ -157,6 +157,8 @@ def _loaders(kind: str) -> tuple[Any, Any]:
 
     def load(path: Path, option: str, loader: Any, raw: bytes) -> Any:
         new = "`openssl genpkey -algorithm ed25519 -out KEY` makes one"
+        if kind == "Ed25519PublicKey":
+            new = "`openssl pkey -in KEY -pubout` writes it, of the key that signed"
         try:
             key = loader(raw)
         except TypeError:  # as it says that a password is needed

@@ -11,7 +11,8 @@ from builder.base.errors import Problem, UsageError, clipped
 
 LOCK = ".lock.toml"  # ends the name of a lock
 FORMS = "`https://…/x.toml`, `hf://org/name[@revision]/x.toml` or `git+https://…#x.toml[@commit]`"
-_SCHEME = re.compile(r"(?:https?|hf|git\+\w+)://", re.IGNORECASE)
+_SCHEME = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)  # of one letter is a drive
+_SCHEMES = frozenset({"https", "http", "hf", "git+https", "git+http"})
 _GIT = re.compile(r"git\+(?P<url>https?://[^#]+)#(?P<path>[^@]+)(?:@(?P<revision>.+))?", re.IGNORECASE)
 _REVISION = re.compile(r"[A-Za-z0-9][\w./-]{0,199}", re.ASCII)
 _GITHUB = re.compile(r"https://github\.com(?P<repo>/[^/]+/[^/]+)/blob/(?P<revision>[^/]+)/(?P<path>[^?#]+)")
@@ -53,7 +54,11 @@ def parse_recipe_address(text: str) -> RecipeAddress:
                 hint=f"the file is `git+https://github.com{repo}#{path}@{revision}`",
             )
         )
-    address = _git(text) if text[:4].lower() == "git+" else parse_address(text)
+    scheme = text.partition("://")[0].lower()
+    if scheme not in _SCHEMES:
+        fact = f"`{clipped(scheme, 40)}://` begins no address of a recipe"
+        raise UsageError(Problem(fact, hint=f"a recipe's address is {FORMS}"))
+    address = _git(text) if scheme.startswith("git+") else parse_address(text)
     if not isinstance(address, RecipeAddress):
         raise _wrong(text, "there are no recipes at such an address")
     if not path_of(address).endswith(".toml"):
@@ -75,7 +80,7 @@ def _git(text: str) -> Git:
     if url.query:
         raise _wrong(text, "a repository's address has no `?`")
     if not safe_path(path):
-        raise _wrong(text, "its path has an empty, `.` or `..` part")
+        raise _wrong(text, "its path has an empty, `.` or `..` part, or what does not print")
     if not _REVISION.fullmatch(revision) or ".." in revision:
         raise _wrong(text, "what follows `@` is no commit, tag or branch")
     return Git(url.geturl(), path, revision)
@@ -89,6 +94,11 @@ def _wrong(text: str, why: str) -> UsageError:
 def path_of(address: RecipeAddress) -> str:
     """The path of the file, as names are written, from the root of its host or repository."""
     return unquote(urlsplit(address.url).path) if isinstance(address, Web) else address.path
+
+
+def names_for_ever(address: RecipeAddress) -> bool:
+    """Whether an address names the same file for ever, as one with a commit does."""
+    return not isinstance(address, Web) and address.pinned
 
 
 def beside(address: RecipeAddress, name: str) -> RecipeAddress:

@@ -33,7 +33,8 @@ Elsewhere = Callable[["Sequence[tuple[Builder, Assembly]]", bool], None]
 class Build:
     """What a build did: its outputs, the labels of the components it made, what fixes changed, the new lock.
 
-    `changes` are those of all components, whether made now or before.
+    `changes` are those of all components, whether made now or before. `claimed` are the labels of those that
+    the shared store alone vouches for, and no lock.
     """
 
     outputs: list[Built] = field(default_factory=list)
@@ -41,6 +42,7 @@ class Build:
     changes: dict[str, tuple[str, ...]] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
     lock: Lock | None = None
+    claimed: list[str] = field(default_factory=list)
 
 
 def build(
@@ -218,11 +220,14 @@ class Builder:
     def result(self) -> Build:
         """What was made."""
         context, plan = self.context, self.plan
-        changes = {}
+        changes, claimed = {}, []
         for node in plan.outputs():
             assert isinstance(node.job, OutputJob)
             for cls, (_, key) in node.job.slots.items():
-                changes[context.node(key).label] = self.products[node.key].parts[cls].changes
+                label = context.node(key).label
+                changes[label] = self.products[node.key].parts[cls].changes
+                if label not in claimed and context.locked(key) is None and context.claimed(key):
+                    claimed.append(label)
         return Build(
             [self.products[n.key].built for n in plan.outputs()],
             [n.label for n in plan if n.key in self.made],
@@ -233,6 +238,7 @@ class Builder:
                 if isinstance(n.job, SourceJob) and (sha256 := context.sources.sha256(n.job)) is not None
             },
             lock_of(context, self.products),
+            claimed,
         )
 
     # -- what is to be here first

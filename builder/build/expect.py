@@ -16,7 +16,8 @@ class Built(NamedTuple):
     """An output as it is: `state` is `written` or `unchanged`, digests are hex, `metric` empty for none.
 
     `autov3` has 64 digits, or none where nobody expects it. `files` is the SHA-256 of a folder's files that
-    hold no tensors, by path in it. `statement` is where one of it was written.
+    hold no tensors, by path in it; `beside` are the names of files put beside the output, each with its
+    SHA-256. `statement` is where one of it was written.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Built(NamedTuple):
     state: str
     autov3: str = ""
     files: Mapping[str, str] = MappingProxyType({})
+    beside: tuple[tuple[str, str], ...] = ()
     statement: Path | None = None
 
 

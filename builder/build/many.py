@@ -25,6 +25,7 @@ from builder.build.statements import Statements
 from builder.plan import OutputJob, Plan
 from builder.recipe import Recipe
 from builder.recipe.lock import LOCK
+from builder.recipe.profiles import CONFIG
 from builder.recipe.read import MAX_SIZE
 from builder.sources.have import telling_all
 from builder.sources.opened import NotPinned, Sources
@@ -241,7 +242,7 @@ def _check_targets(outcomes: Sequence[Outcome]) -> None:
     for outcome in outcomes:
         jobs = [n.job for n in outcome.plan.outputs()] if outcome.plan is not None else []
         for job in (j for j in jobs if isinstance(j, OutputJob)):
-            beside = [job.target.with_suffix(".yaml")] if job.sidecar is not None else []
+            beside = [job.target.with_suffix(CONFIG)] if job.sidecar is not None else []
             for path in map(os.path.realpath, [job.target, *beside]):
                 other = taken.setdefault(path, outcome)
                 if other is not outcome and outcome.error is None:

@@ -26,7 +26,6 @@ from builder.formats.open import open_checkpoint
 from builder.formats.write_safetensors import Written
 from builder.models.catalog import Catalog, Names
 from builder.models.metric import counted
-from builder.plan.folders import MAX_VOCABULARY
 from builder.plan.graph import Key, Node, OutputJob
 from builder.plan.keys import (
     EMPTY,
@@ -41,7 +40,7 @@ from builder.plan.keys import (
 from builder.plan.metadata import DATE
 from builder.plan.resolve import output_state
 from builder.recipe.lock import Lock, LockedComponent, LockedOutput, differences
-from builder.recipe.profiles import MAX_SIDECAR
+from builder.recipe.profiles import CONFIG, MAX_SIDECAR, MAX_VOCABULARY
 from builder.recipe.recipe import Recipe
 from builder.sources.find import hash_files
 from builder.sources.have import locked_sources
@@ -180,8 +179,7 @@ class Assembly:
             if context.sources.is_open(source):
                 context.settle(key, source)
         self._hold(built, known)
-        self._put_sidecar(built)
-        return Product(built, known)
+        return Product(self._with_sidecar(built), known)
 
     def _is(self, path: Path, sha256: str) -> bool:
         """Whether what lies at a path is known by a digest; it is hashed, unless that is remembered."""
@@ -254,7 +252,7 @@ class Assembly:
             if (problem := problem_of(lost)) is not None:
                 context.reporter.warn(problem)
         self._remember(written, parts, beside)
-        self._put_sidecar(self._product.built)
+        self._product.built = self._with_sidecar(self._product.built)
         return self._product
 
     def _is_locked(self) -> bool:
@@ -459,25 +457,27 @@ class Assembly:
         jobs = [job for _, job in self.context.source_nodes([key])]
         return ", ".join(dict.fromkeys(Path(j.file).name if j.file else j.name for j in jobs))
 
-    def _put_sidecar(self, built: Built) -> None:
-        """Put the configuration beside the output; one that is there and is none of ours stays."""
+    def _with_sidecar(self, built: Built) -> Built:
+        """The output, with its configuration put beside it; one that is there and is none of ours stays."""
         if self.job.sidecar is None:
-            return
-        path, store = built.path.with_suffix(".yaml"), self.context.store
+            return built
+        path, store = built.path.with_suffix(CONFIG), self.context.store
         key = expression_key("sidecar", 1, path=str(path.absolute()))
         wanted = hashlib.sha256(self.job.sidecar).hexdigest()
+        with_it = built._replace(beside=((path.name, wanted),))
         if os.path.lexists(path):
             held = _sha256_of(path)
             if held == wanted:
-                return
+                return with_it
             ours = store.recall("sidecar", key, lambda fact: fact["sha256"])
             if held is None or ours != held:
                 fact = f"`{path.name}` is there already and stays as it is"
                 hint = "remove it, and build again to have the one that the recipe asks for"
                 self.context.reporter.warn(Problem(fact, Place(str(path)), hint=hint))
-                return
+                return built
         write_bytes(path, self.job.sidecar, inputs=self._inputs())
         store.note("sidecar", key, {"sha256": wanted})
+        return with_it
 
     def _inputs(self) -> list[Path]:
         """Every file that this build reads: none of them may be overwritten."""

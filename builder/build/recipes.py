@@ -20,7 +20,7 @@ from builder.base.errors import (
     UsageError,
 )
 from builder.base.progress import SILENT
-from builder.base.words import counted
+from builder.base.words import counted, listed
 from builder.build.carry_out import Build, Elsewhere, build
 from builder.build.outputs import Naming
 from builder.build.spread import Done, Means, Task, make_node
@@ -160,6 +160,15 @@ def finish(
     """Compare what was made a second time, and write its lock and its statements, as for `build_recipe`."""
     if check:
         _check_again(workspace, recipe, made, place, threads)
+    elif made.claimed:
+        said = Problem(
+            f"on the word of the shared store: {listed(tuple(made.claimed))}",
+            hint="`--check` makes it here too, and compares",
+        )
+        if statements is not None:
+            workspace.reporter.warn(said)
+        else:
+            workspace.reporter.note(said.fact)
     if held.written:
         _write_lock(workspace, recipe, held.lock, made, place, explained)
     if statements is not None:

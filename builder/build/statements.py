@@ -26,7 +26,8 @@ from builder.plan.metadata import moment_of
 from builder.recipe import Recipe
 from builder.recipe.lock import MAX_SIZE as MAX_LOCK
 from builder.recipe.lock import Lock, differences, read_lock
-from builder.recipe.names import SINGLE, form_of, named
+from builder.recipe.names import SINGLE, SUFFIXES, form_of, named
+from builder.recipe.profiles import CONFIG
 from builder.recipe.provenance import (
     MAX_SIZE,
     PAYLOAD,
@@ -119,6 +120,7 @@ def _statement(
         found = {file: workspace.store.sha256(file, workspace.reporter) for file in files_of(built.path)}
         digests = found | {built.path / name: sha256 for name, sha256 in built.files.items()}
         subjects = {file.relative_to(built.path.parent).as_posix(): d for file, d in digests.items()}
+    subjects |= dict(built.beside)
     return Statement(
         subjects, recipe.meaning_of(output), built.name, form, replace(said, sources=sources), locked
     )
@@ -176,7 +178,7 @@ def verify_statement(
             hint = f"`{command_line('verify', '--statement', path)} FILE` names it" if file is None else None
             raise SourceError(Problem(f"there is no `{place}`, which the statement is of", hint=hint))
         found[name] = sha256_file(place, reporter=workspace.reporter).sha256
-    if found != statement.subjects:
+    if found != {name: statement.subjects[name] for name in places}:
         problems.append(_other_files(statement, found, _main(statement, places), workspace))
     elif statement.container == "diffusers":
         _note_more(_main(statement, places), places.values(), workspace)
@@ -219,15 +221,24 @@ def _check_signed(path: Path, envelope: Envelope | None, key: PublicKey) -> None
 
 
 def _places(statement: Statement, path: Path, file: Path | None, workspace: Workspace) -> dict[str, Path]:
-    """Where each file of an output lies; raises SourceError where a link leads out of their folder."""
-    if file is not None and len(statement.subjects) == 1 and "/" not in next(iter(statement.subjects)):
-        return dict.fromkeys(statement.subjects, file)  # which may have any name, and be a link
+    """Where each file of an output lies; raises SourceError where a link leads out of their folder.
+
+    A configuration that is not beside the `file` is told of, and left out.
+    """
+    places = {}
+    own = statement.file if file is not None else None
+    if file is not None and own is not None:
+        places[own] = file  # which may have any name, and be a link
     file = named(file) if file is not None else None
     folder = path.parent if file is None else file.parent
-    places = {}
-    for name in statement.subjects:
+    for name in (n for n in statement.subjects if n not in places):
         _, slash, rest = name.partition("/")
         there = f"{file.name}/{rest}" if file is not None and slash else name
+        if file is not None and own is not None:
+            there = file.with_suffix(CONFIG).name
+            if not os.path.lexists(folder / there):
+                workspace.reporter.note(f"`{name}`, which the statement is of too, is not beside `{file}`")
+                continue
         if (why := leads_out(folder, there, workspace.settings.models)) is not None:
             command = command_line("verify", "--statement", path)
             hint = f"name the file: `{command} FILE`" if file is None else None
@@ -239,7 +250,7 @@ def _places(statement: Statement, path: Path, file: Path | None, workspace: Work
 
 def _main(statement: Statement, places: dict[str, Path]) -> Path:
     """The path that an output is known by."""
-    name = next((n for n in places if n.endswith(SUFFIX)), min(places))
+    name = statement.file or next((n for n in places if n.endswith(SUFFIX)), min(places))
     levels = name.count("/") if statement.container == "diffusers" else 0
     return places[name].parents[levels - 1] if levels else places[name]
 
@@ -255,6 +266,8 @@ def _other_files(statement: Statement, found: dict[str, str], main: Path, worksp
         evidence = [
             f"{n}: expected SHA-256 {w[:12]}…, found {f[:12]}…" for n, (w, f) in sorted(wrong.items())
         ]
+    if not any(name.endswith(SUFFIXES) for name in wrong):
+        return Problem(f"`{main}` is not what the statement is of", evidence=tuple(evidence))
     try:
         said = (statement.output, main, "", statement.lock, workspace.catalog, workspace.reporter)
         made, differ = examine(*said)

@@ -58,7 +58,7 @@ def show(name: str, full: bool) -> None:
 
 
 @command.command()
-@click.argument("file", type=click.Path(path_type=Path), metavar="FILE")
+@click.argument("file", type=FILE, metavar="FILE")
 @click.option("-o", "--output", type=FILE, metavar="FOLDER", help="Write NAME.toml there.")
 @click.option("--name", help="The component's name (default: the file's).")
 @click.option("--class", "cls", help="The class that it fills (default: one of its own).")

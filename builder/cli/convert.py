@@ -11,6 +11,7 @@ from builder.base.errors import ExitCode, Problem, UsageError, printable
 from builder.base.progress import human_bytes
 from builder.base.words import counted
 from builder.cli.options import (
+    FILE,
     NAME,
     json_option,
     open_workspace,
@@ -27,7 +28,7 @@ from builder.toolkit.made import without_tokenizer
 
 
 @click.command("convert")
-@click.argument("source", metavar="FILE", type=click.Path(path_type=Path))
+@click.argument("source", metavar="FILE", type=FILE)
 @click.option(
     "-o",
     "--output",
@@ -64,7 +65,7 @@ from builder.toolkit.made import without_tokenizer
 )
 @click.option(
     "--tokenizer",
-    type=click.Path(path_type=Path),
+    type=FILE,
     metavar="FOLDER",
     help="With CLIP's vocab.json and merges.txt, or a model's tokenizers; for a diffusers folder.",
 )

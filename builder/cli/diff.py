@@ -7,14 +7,14 @@ from pathlib import Path
 import click
 
 from builder.base.errors import ExitCode
-from builder.cli.options import json_option, open_workspace
+from builder.cli.options import FILE, json_option, open_workspace
 from builder.cli.terminal import out
 from builder.reports.diff import compare, render, to_json
 
 
 @click.command("diff")
-@click.argument("a", type=click.Path(path_type=Path), metavar="A")
-@click.argument("b", type=click.Path(path_type=Path), metavar="B")
+@click.argument("a", type=FILE, metavar="A")
+@click.argument("b", type=FILE, metavar="B")
 @click.option(
     "--full", is_flag=True, help="Every tensor that differs, and every one that one file has alone."
 )

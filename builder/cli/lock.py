@@ -19,7 +19,7 @@ from builder.cli.options import (
     quiet_option,
     recipes_argument,
 )
-from builder.cli.several import are_several, one_only, told
+from builder.cli.several import are_several, local, one_only, told
 from builder.cli.terminal import out
 from builder.recipe import Recipe
 from builder.recipe.lock import Lock, differences, write_lock
@@ -56,6 +56,8 @@ def command(
     """
     if check and upgrade is not None:
         raise UsageError(Problem("`--check` and `--upgrade` exclude each other"))
+    for recipe in recipes if check else ():
+        local(recipe, "`--check`")  # which uses no network
     if lock is None and any(isinstance(recipe, str) for recipe in recipes):
         hint = "`--lock FILE` says where it goes, and `ckpt build --lock FILE` holds the recipe to it"
         raise UsageError(Problem("a lock cannot be written beside an address", hint=hint))

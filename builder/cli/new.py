@@ -29,12 +29,12 @@ MOST_NOTES = 20  # of what an imported recipe lacks
 
 
 @click.command("new")
-@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="FILE…")
+@click.argument("files", nargs=-1, required=True, type=FILE, metavar="FILE…")
 @click.option(
     "--library",
     "-l",
     multiple=True,
-    type=click.Path(path_type=Path),
+    type=FILE,
     metavar="FOLDER",
     help="Find files below FOLDER that its components are, or are merges of; may be given several times.",
 )

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import click
 
-from builder.base.errors import Problem, UsageError
+from builder.base.errors import Problem, UsageError, clipped
 from builder.base.recipe_address import is_address
 from builder.cli.forms import FORMS
 from builder.cli.terminal import make_reporter, out
@@ -26,11 +26,16 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class _Named(click.Path):
-    """A path that is not empty: that would be the folder one is in."""
+    """A path that is not empty, which would be the folder one is in, and no address, of which it would be a
+    part of some folder's name."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if value == "":
             self.fail("an empty name is that of no file: name one", param, ctx)
+        if isinstance(value, str) and is_address(value):
+            scheme = clipped(value.partition("://")[0], 40)
+            fact = f"`{scheme}://…` is an address, where a file or a folder of this machine is to be named"
+            raise UsageError(Problem(fact, hint="download it, and name the file"))
         return super().convert(value, param, ctx)
 
 

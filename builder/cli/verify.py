@@ -24,7 +24,7 @@ from builder.cli.options import (
     outside_option,
     quiet_option,
 )
-from builder.cli.several import one_only, told
+from builder.cli.several import local, one_only, told
 from builder.cli.terminal import out
 from builder.workspace import Workspace, find_lock
 
@@ -68,6 +68,8 @@ def command(
     lines = []
     with open_workspace(quiet, offline=statement is not None, outside=outside) as workspace:
         if statement is not None:
+            for path in named:
+                local(path, "`--statement`")
             read = workspace.recipe(named[0], where) if named else None
             public = PublicKey.read(key, "--key") if key is not None else None
             done = verify_statement(statement, workspace, key=public, recipe=read, file=file)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from builder.base.errors import Problem
 from builder.base.files import read_bounded
+from builder.recipe.profiles import MAX_VOCABULARY
 
 if TYPE_CHECKING:
     from builder.formats.layouts import Layout
@@ -27,7 +28,6 @@ _TOKENIZER = (  # the files of any other, as they are
     "added_tokens.json",
     "chat_template.jinja",
 )
-MAX_VOCABULARY = 64 << 20  # bytes; that of CLIP is 1.4 MB, that of Gemma 34 MB
 _OTHER_SCHEDULER = "edm_"  # begins the markers of models that diffusers' usual schedulers are not for
 
 
@@ -78,6 +78,12 @@ def vocabulary_files(folder: Path, layout: Layout) -> dict[str, str]:
                 break
         looked.append((f"{own}/{names[0]}", homes[-1] + names[0]))
     return found or dict(looked[:1])
+
+
+def vocabulary_names(layouts: Iterable[Layout]) -> tuple[str, ...]:
+    """Every path, from the folder that a recipe calls its tokenizer, that a file of one may have."""
+    own = {f"{p.tokenizer}/" for layout in layouts for p in layout.parts if p.tokenizer is not None}
+    return tuple(home + name for home in ("", *sorted(own)) for name in _TOKENIZER)
 
 
 def lacking(layout: Layout, vocabulary: Iterable[str]) -> tuple[str, ...]:

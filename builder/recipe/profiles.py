@@ -12,7 +12,9 @@ from builder.models.catalog import Architecture
 from builder.models.prediction import Prediction
 from builder.operations.fixes import FIXES
 
+CONFIG = ".yaml"  # ends the name of a configuration, which is else that of the file beside it
 MAX_SIDECAR = 1 << 20  # bytes; a configuration has some thousands
+MAX_VOCABULARY = 64 << 20  # bytes; that of CLIP is 1.4 MB, that of Gemma 34 MB
 
 
 @dataclass(frozen=True)

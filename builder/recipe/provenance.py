@@ -13,6 +13,7 @@ from builder import __version__
 from builder.base.files import parse_json
 from builder.base.inside import is_name
 from builder.recipe.lock import Lock, LockedComponent, LockedOutput, LockedSource
+from builder.recipe.profiles import CONFIG
 from builder.recipe.recipe import meaning_digest
 
 ENDING = ".intoto.json"  # of a statement's name, behind that of its output
@@ -43,6 +44,12 @@ class Statement:
     lock: Lock
     locked: tuple[str, str] | None = None
     times: tuple[str, str] | None = None
+
+    @property
+    def file(self) -> str | None:
+        """The name of the output's one file, a configuration beside it aside; None where it has several."""
+        found = [name for name in self.subjects if not name.endswith(CONFIG)]
+        return found[0] if len(found) == 1 and "/" not in found[0] else None
 
     def to_text(self) -> str:
         """The statement as JSON."""
@@ -190,7 +197,8 @@ def _component(part: Mapping[str, Any], output: str) -> LockedComponent:
 
 def _output(part: Mapping[str, Any], subjects: Mapping[str, str], date: str) -> LockedOutput:
     notes, digest = part["annotations"], _digest(part, "tensorDigest")
-    sha256 = next(iter(subjects.values())) if len(subjects) == 1 else ""
+    files = [sha256 for name, sha256 in subjects.items() if not name.endswith(CONFIG)]
+    sha256 = files[0] if len(files) == 1 else ""
     return LockedOutput("", sha256, digest, _get(notes, "size", int), _get(notes, "metric", str, ""), date)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -25,8 +26,11 @@ from builder.tensors.digests import Row, component_digest
 from builder.tensors.scan import scan
 
 T = TypeVar("T")
+_NOT_USED = "the shared store is not used any more: what it has is made here"
 
 MAX_RECORD = 1 << 20  # bytes
+PATIENCE = 60.0  # seconds that are waited for records in whole, where they take longer than `SLOW` each
+SLOW = 1.0
 FILE = "component.safetensors"  # what records call their blob
 
 VERSION = 1  # of records; another one's are other names
@@ -94,9 +98,9 @@ def claim_from_record(record: Mapping[str, Any]) -> Claim:
 class Shared:
     """A shared store, asked for what others made, and told of it if `writing`. Serves several threads.
 
-    Nothing here fails for its sake: once it cannot be reached it is not asked again, which is said once, and
-    what turns out to be other than it says is said and refused. What is not `known` is as if it
-    were not there.
+    Nothing here fails for its sake: once it cannot be reached, or takes too long, it is not asked again,
+    which is said once, and what turns out to be other than it says is said and refused. What is not `known`
+    is as if it were not there; what by its tensors is not what it is said to be does not fit (`fits`).
     """
 
     def __init__(
@@ -106,12 +110,17 @@ class Shared:
         *,
         writing: bool = False,
         known: Callable[[Made], bool] = lambda made: True,
+        fits: Callable[[Made, Mapping[str, Row]], bool] = lambda made, rows: True,
+        patience: float = PATIENCE,
         reporter: Reporter = SILENT,
     ) -> None:
         self.url = url
         self.writing = writing
         self._connect = connect
         self._known = known
+        self._fits = fits
+        self._patience = patience
+        self._waited, self._asks = 0.0, 0  # for and of records
         self._reporter = reporter
         self._bucket: Bucket | None = None
         self._off = False
@@ -147,7 +156,7 @@ class Shared:
         return claim if claim is not None and not self._is_refused(claim) else None
 
     def _asked(self, kind: str, key: str) -> Claim | None:
-        raw = self._best(lambda bucket: _joined(bucket.get(_record_name(kind, key), MAX_RECORD)))
+        raw = self._soon(lambda bucket: _joined(bucket.get(_record_name(kind, key), MAX_RECORD)))
         if raw is None or len(raw) > MAX_RECORD:
             return None
         try:
@@ -199,6 +208,8 @@ class Shared:
             rows = _rows(path, threads, stop)
             if (digest := component_digest(rows)) != made.digest:
                 raise _Wrong(f"expected BLAKE3 {made.digest}", f"received BLAKE3 {digest}")
+            if len(rows) != made.tensors or not self._fits(made, rows):
+                raise _Wrong(f"its {len(rows):,} tensors are not those of such a component")
             return rows
         except (SourceError, OutputError) as error:
             self.refuse(claim, error.problems[0].fact, *error.problems[0].evidence)
@@ -252,7 +263,7 @@ class Shared:
             self._tell("action", action, said)
 
     def _has(self, claim: Claim) -> bool:
-        return bool(self._best(lambda bucket: bucket.has(f"cas/{claim.sha256}")))
+        return bool(self._soon(lambda bucket: bucket.has(f"cas/{claim.sha256}")))
 
     def _tell(self, kind: str, key: str, claim: Claim) -> None:
         record = json.dumps({"kind": kind, "key": key, **claim.record()}, sort_keys=True)
@@ -261,6 +272,19 @@ class Shared:
         with self._lock:
             self._refused.discard((claim.made.digest, claim.sha256))
         self.believe(kind, key, claim)
+
+    def _soon(self, ask: Callable[[Bucket], T]) -> T | None:
+        """What the bucket answers to a short question; it may not take long over many of them."""
+        began = time.monotonic()
+        found = self._best(ask)
+        with self._lock:
+            self._waited, self._asks = self._waited + time.monotonic() - began, self._asks + 1
+            slow = self._waited > self._patience and self._waited > SLOW * self._asks
+            said, self._off = self._off, self._off or slow
+        if slow and not said:
+            each = Unavailable(f"it takes {self._waited / self._asks:.1f} seconds for an answer")
+            self._say(_NOT_USED, each)
+        return found
 
     def _best(self, ask: Callable[[Bucket], T]) -> T | None:
         """What the bucket answers; None for what is not there, and once it cannot be reached."""
@@ -274,7 +298,7 @@ class Shared:
             with self._lock:
                 said, self._off = self._off, True
             if not said:
-                self._say("the shared store is not used any more: what it has is made here", error)
+                self._say(_NOT_USED, error)
             return None
 
     def _put(self, name: str, data: bytes | Path) -> None:

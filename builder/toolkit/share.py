@@ -5,32 +5,34 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from builder.base.addresses import Civitai, HuggingFace, parse_address
+from builder.base.addresses import Address, Civitai, HuggingFace, parse_address
 from builder.base.disk import check_free, new_folder, write_bytes
 from builder.base.errors import CkptError, LockError, OutputError, Problem, SourceError, printable
 from builder.base.files import read_bounded
+from builder.base.inside import leads_out
 from builder.base.progress import human_bytes
 from builder.base.words import command_line
+from builder.plan.folders import vocabulary_names
 from builder.recipe import Output, Recipe
 from builder.recipe import lock as locks
 from builder.recipe.lock import Lock, LockedOutput, LockedSource, lock_path
 from builder.recipe.names import SINGLE
-from builder.recipe.profiles import MAX_SIDECAR
+from builder.recipe.profiles import MAX_SIDECAR, MAX_VOCABULARY
 from builder.recipe.read import MAX_SIZE
 from builder.reports.inspect import Report, build_report
 from builder.sources.find import hash_files
 from builder.sources.have import source_jobs
 from builder.sources.job import SourceJob
 from builder.sources.net.failure import Failure
-from builder.sources.net.hosts import stated_terms
+from builder.sources.net.hosts import StatedTerms, stated_terms
 from builder.sources.opened import Sources
-from builder.toolkit.licences import LICENCES, OTHER, Terms, contradictions, terms_of
+from builder.toolkit.licences import LICENCES, Terms, contradictions, terms_of
 from builder.workspace import Workspace, need_lock
 
 if TYPE_CHECKING:
@@ -44,7 +46,8 @@ LONGEST = 200  # characters of a licence's name
 class Parent:
     """A source as a page names it: `entry` is its name in the lock, `address` where others can have it.
 
-    `licence` is what is said of its licence, empty where nothing is; `terms` what that means, if known.
+    `licence` is what is said of its licence, empty where nothing is; `terms` what that means, if known;
+    `unasked` why a host did not say more.
     """
 
     entry: str
@@ -53,6 +56,7 @@ class Parent:
     repo: str | None
     licence: str
     terms: Terms | None
+    unasked: str = ""
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,8 @@ def share(
         fact = f"the lock says nothing of what `{recipe.path.name}` makes as it is now"
         hint = f"`{command_line('build', recipe.path)}` builds it and writes the lock"
         raise LockError(Problem(fact, hint=hint))
-    parents = [_parent(job, lock, sources, workspace) for job in source_jobs(recipe, sources, lock)]
+    hosts = _Hosts(workspace)
+    parents = [_parent(job, lock, sources, hosts) for job in source_jobs(recipe, sources, lock)]
     files = [
         _file(recipe, output, lock.outputs[output.name], workspace, threads) for output in recipe.outputs
     ]
@@ -93,9 +98,8 @@ def share(
         lock_path(recipe.path).name: read_bounded(recipe.lock or lock_path(recipe.path), locks.MAX_SIZE),
         CARD: _card(recipe, licence, parents, fields).encode(),
         FIELDS: (json.dumps(fields, indent=2, ensure_ascii=False) + "\n").encode(),
-        **dict(_beside(recipe, recipe.path.parent)),
+        **dict(_beside(recipe, recipe.path.parent, workspace.catalog)),
     }
-    folder = folder or recipe.path.with_name(f"{recipe.path.stem}-page")
     with new_folder(folder) as made:
         for name, data in written.items():
             (made / name).parent.mkdir(parents=True, exist_ok=True)
@@ -103,17 +107,21 @@ def share(
     return Shared(folder, tuple(written), fields)
 
 
-def _beside(recipe: Recipe, root: Path) -> Iterator[tuple[str, bytes]]:
-    """What a recipe needs beside it: those that it includes, and configurations."""
+def _beside(recipe: Recipe, root: Path, catalog: Catalog) -> Iterator[tuple[str, bytes]]:
+    """What a recipe needs beside it: those that it includes, configurations, and files of tokenizers."""
     assert recipe.path is not None
     for inner in recipe.included.values():
         assert inner.path is not None
         yield _below(inner.path, root), read_bounded(inner.path, MAX_SIZE)
-        yield from _beside(inner, root)
+        yield from _beside(inner, root, catalog)
     for output in recipe.outputs:
         if output.config is not None:
             path = recipe.path.parent / output.config
             yield _below(path, root), read_bounded(path, MAX_SIDECAR, follow=False)
+        for name in vocabulary_names(catalog.layouts.values()) if output.tokenizer is not None else ():
+            path = recipe.path.parent / (output.tokenizer or "") / name
+            if path.is_file() and leads_out(root, _below(path, root)) is None:
+                yield _below(path, root), read_bounded(path, MAX_VOCABULARY)
 
 
 def _below(path: Path, root: Path) -> str:
@@ -127,31 +135,59 @@ def _below(path: Path, root: Path) -> str:
 # -- sources
 
 
-def _parent(job: SourceJob, lock: Lock, sources: Sources, workspace: Workspace) -> Parent:
+class _Hosts:
+    """What hosts state of licences; one that cannot be reached is asked once."""
+
+    def __init__(self, workspace: Workspace) -> None:
+        self._workspace = workspace
+        self._gone: dict[type[Address], str] = {}
+
+    def terms(self, address: Address) -> StatedTerms | str | None:
+        """What the host of an address states, None where that is nothing, or why nobody knows."""
+        if not isinstance(address, (HuggingFace, Civitai)):
+            return None  # such a host states nothing
+        if self._workspace.offline:
+            return f"{address} was not asked: the network is off"
+        if (why := self._gone.get(type(address))) is not None:
+            return f"{address} was not asked: {why}"
+        try:
+            return stated_terms(address, self._workspace.network())
+        except Failure as failure:
+            if failure.retry or failure.wait is not None:  # not of this model alone
+                self._gone[type(address)] = failure.fact
+            return f"{address}: {failure.fact}"
+
+
+def _parent(job: SourceJob, lock: Lock, sources: Sources, hosts: _Hosts) -> Parent:
     locked = lock.sources.get(job.entry)
     if locked is None:
         raise LockError(Problem(f"the lock says nothing of the source `{job.entry}`", job.place))
-    known = workspace.catalog.known.file(locked.sha256)
+    known = sources.catalog.known.file(locked.sha256)
     published = [f"hf://{known.hf}"] if known is not None and known.hf else []
     named = [parse_address(a) for a in (*sources.addresses(job), *published)]
     addresses = [a for a in named if not str(a).startswith("file:")]
     hub = next((a for a in addresses if isinstance(a, HuggingFace)), None)
-    said = _licence(_metadata(job, sources))
+    said, unasked = _licence(_metadata(job, sources)), ""
     terms = terms_of(said)
-    for address in [] if terms is not None or workspace.offline else addresses:
-        with suppress(Failure):
-            stated = stated_terms(address, workspace.network())
-            if stated is not None and stated.name is not None:
-                said, terms = stated.name[:LONGEST], terms_of(stated.name)
-            elif stated is not None:
-                said = (
-                    f"the permissions on its page at {address.host}" if isinstance(address, Civitai) else ""
-                )
-                terms = Terms(said, bool(stated.commercial), bool(stated.derivatives), bool(stated.alike))
-            if stated is not None:
-                break
+    for address in addresses if terms is None else ():
+        stated = hosts.terms(address)
+        if isinstance(stated, str):
+            unasked = unasked or stated
+        elif stated is not None:
+            said, terms = _named(stated, address)
+            break
     where = str(addresses[0]) if addresses else ""
-    return Parent(job.entry, locked, where, hub.repo if hub else None, said, terms)
+    return Parent(job.entry, locked, where, hub.repo if hub else None, said, terms, unasked)
+
+
+def _named(stated: StatedTerms, address: Address) -> tuple[str, Terms | None]:
+    """What a host states as the name of a licence, and what that means, if it is known."""
+    if stated.name is not None:
+        return stated.name[:LONGEST], terms_of(stated.name)
+    assert isinstance(address, Civitai)
+    name = f"the permissions on its page at {address.host}"
+    allowed = (stated.commercial, stated.limited, stated.derivatives, stated.alike)
+    return name, Terms(name, *allowed)
 
 
 def _metadata(job: SourceJob, sources: Sources) -> Mapping[str, str]:
@@ -178,7 +214,11 @@ def _warnings(recipe: Recipe, licence: str, parents: list[Parent]) -> Iterator[P
     elif terms_of(licence) is None:
         fact = f"the licence `{licence}` is not known, and not compared with those of the sources"
         yield Problem(fact, hint=hint)
-    unknown = [f"{p.entry}: {p.licence or 'nothing is said'}" for p in parents if p.terms is None]
+    unknown = [
+        f"{p.entry}: {'; '.join(filter(None, (p.licence, p.unasked))) or 'nothing is said'}"
+        for p in parents
+        if p.terms is None
+    ]
     if unknown:
         fact = "not all licences of the sources are known"
         yield Problem(fact, evidence=tuple(unknown), hint="look at their pages")
@@ -230,6 +270,13 @@ def _file(
 
 # Those of Civitai's, under its names.
 _HASHES = ("AutoV1", "AutoV2", "AutoV3", "SHA256", "CRC32", "BLAKE3")
+_CONTAINERS: Mapping[str, str] = {
+    "safetensors": "SafeTensor",
+    "sharded": "SafeTensor",
+    "torch": "PickleTensor",
+    "gguf": "GGUF",
+    "diffusers": "Diffusers",
+}
 _PRECISIONS = {"F16": "fp16", "BF16": "bf16", "F32": "fp32", "F8_E4M3": "fp8", "F8_E5M2": "fp8"}
 
 
@@ -238,9 +285,8 @@ def _described(report: Report, output: Output, catalog: Catalog) -> dict[str, An
     for tensor in report.tensors.values():
         bytes_of[tensor.dtype.code] += tensor.nbytes
     widest = bytes_of.most_common(1)[0][0] if bytes_of else ""
-    containers = {"torch": "PickleTensor", "diffusers": "Diffusers"}
     metadata = {
-        "format": containers.get(output.form, "SafeTensor"),
+        "format": _CONTAINERS[output.form],
         "size": "full" if report.ema.keys or report.junk.keys else "pruned",
         "fp": output.quantize or _PRECISIONS.get(widest, widest.lower()),
     }
@@ -303,53 +349,47 @@ def _relation(recipe: Recipe, parents: list[Parent]) -> str | None:
 
 def _card(recipe: Recipe, licence: str, parents: list[Parent], fields: Mapping[str, Any]) -> str:
     """The model card: front matter as Hugging Face reads it, and a page for people."""
+    front = _front_matter(recipe, licence, parents, fields["tags"])
+    about = [_plain(recipe.description), ""] if recipe.description else []
+    name = fields["recipe"]["file"]
+    files = [
+        (
+            f["name"],
+            human_bytes(f["bytes"]),
+            f.get("metadata", {}).get("fp", ""),
+            f["hashes"]["SHA256"].lower(),
+        )
+        for f in fields["files"]
+    ]
+    sources = [(p.entry, p.locked.requested, p.locked.sha256, p.licence, p.address) for p in parents]
+    lines = [
+        *("---", *_yaml(front), "---", ""),
+        *(f"# {_plain(recipe.name)}", "", *about),
+        *("## Files", "", *_table(("file", "size", "precision", "SHA-256"), files), ""),
+        *("## The recipe", ""),
+        *(f"{_plain(name)} and its lock make these files with `ckpt-build`, byte for byte:", ""),
+        *(f"    {command_line('build', name, '--locked')}", ""),
+        *("## Made of", "", *_table(("source", "file", "SHA-256", "licence", "address"), sources), ""),
+    ]
+    return "\n".join(lines)
+
+
+def _front_matter(recipe: Recipe, licence: str, parents: list[Parent], tags: list[str]) -> dict[str, Any]:
+    """What Hugging Face is told of a model; a licence that it has no name for is `other`, with its name."""
     known = terms_of(licence)
     front: dict[str, Any] = {}
-    if known is not None and known.name not in OTHER:
+    if known is not None and not known.other:
         front["license"] = known.name
     elif licence:
         front |= {"license": "other", "license_name": _slug(known.name if known else licence)}
+    if known is not None and known.link:
+        front["license_link"] = known.link
     repos = list(dict.fromkeys(p.repo for p in parents if p.repo is not None))
     if repos:
         front["base_model"] = repos
         if (relation := _relation(recipe, parents)) is not None:
             front["base_model_relation"] = relation
-    front["tags"] = list(dict.fromkeys([*fields["tags"], "ckpt-build"]))
-    lines = ["---", *_yaml(front), "---", "", f"# {_plain(recipe.name)}", ""]
-    if recipe.description:
-        lines += [_plain(recipe.description), ""]
-    name = fields["recipe"]["file"]
-    lines += [
-        "## Files",
-        "",
-        *_table(
-            ("file", "size", "precision", "SHA-256"),
-            [
-                (
-                    f["name"],
-                    human_bytes(f["bytes"]),
-                    f.get("metadata", {}).get("fp", ""),
-                    f["hashes"]["SHA256"].lower(),
-                )
-                for f in fields["files"]
-            ],
-        ),
-        "",
-        "## The recipe",
-        "",
-        f"`{name}` and its lock make these files with `ckpt-build`, byte for byte:",
-        "",
-        f"    {command_line('build', name, '--locked')}",
-        "",
-        "## Made of",
-        "",
-        *_table(
-            ("source", "file", "SHA-256", "licence", "address"),
-            [(p.entry, p.locked.requested, p.locked.sha256, p.licence, p.address) for p in parents],
-        ),
-        "",
-    ]
-    return "\n".join(lines)
+    return {**front, "tags": list(dict.fromkeys([*tags, "ckpt-build"]))}
 
 
 def _yaml(front: Mapping[str, Any]) -> Iterator[str]:
@@ -363,13 +403,16 @@ def _yaml(front: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _quoted(text: str) -> str:
-    return (
-        text if re.fullmatch(r"[A-Za-z][\w./+-]*", text) else json.dumps(printable(text), ensure_ascii=False)
-    )
+    plain = re.fullmatch(r"[A-Za-z][\w./+-]*", text, re.ASCII) and text.casefold() not in _NO_TEXT
+    return text if plain else json.dumps(printable(text), ensure_ascii=False)
+
+
+# Words that YAML takes for truth values, or for nothing.
+_NO_TEXT = frozenset({"y", "yes", "n", "no", "on", "off", "true", "false", "null"})
 
 
 def _slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9.+]+", "-", text.casefold()).strip("-") or "unknown"
+    return re.sub(r"[^a-z0-9.]+", "-", text.casefold()).strip("-.") or "unknown"
 
 
 def _plain(text: str) -> str:
@@ -377,6 +420,6 @@ def _plain(text: str) -> str:
     return re.sub(r"([\\`*_{}\[\]<>#|~])", r"\\\1", printable(" ".join(text.split())))
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[str]:
     cells = [head, tuple("---" for _ in head), *(tuple(_plain(c) for c in row) for row in rows)]
     return [f"| {' | '.join(row)} |" for row in cells]

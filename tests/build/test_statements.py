@@ -186,6 +186,38 @@ def test_a_folder_of_diffusers(tmp_path: Path) -> None:
     assert told.code == 7 and "model/unet/config.json: expected SHA-256" in told.err
 
 
+def test_a_configuration_beside_it(folder: Folder) -> None:
+    """It says which classes a program makes, so it is stated as the weights are."""
+    folder.write("model.yaml", "model: {}\n")
+    folder.write("tiny.toml", RECIPE + 'output.config = "model.yaml"\n')
+    folder.build("tiny.toml", "--statement")
+    text = (folder / STATEMENT).read_bytes()
+    assert [s["name"] for s in said(folder)["subject"]] == ["tiny.safetensors", "tiny.yaml"]
+    verify = ("verify", "tiny.toml", "--statement", STATEMENT)
+    assert folder(*verify).code == 0
+    assert folder.build("tiny.toml", "--statement")["outputs"][0]["state"] == "unchanged"
+    assert (folder / STATEMENT).read_bytes() == text
+    (folder / "tiny.yaml").rename(folder / "other.yaml")
+    told = folder(*verify)
+    assert told.code == 6 and "no `tiny.yaml`" in told.err and f"--statement {STATEMENT} FILE" in told.err
+    told = folder(*verify, "tiny.safetensors")
+    assert told.code == 0 and "`tiny.yaml`, which the statement is of too, is not beside" in told.err
+    (folder / "tiny.safetensors").rename(folder / "other.safetensors")
+    assert "is not beside" not in folder(*verify, "other.safetensors").err
+    folder.write("other.yaml", "model: {target: os.system}\n")
+    told = folder(*verify, "other.safetensors")
+    assert told.code == 7 and "tiny.yaml: expected SHA-256" in told.err
+    assert "only the header" not in told.err
+
+
+def test_a_configuration_that_is_not_ours_is_not_stated(folder: Folder) -> None:
+    folder.write("model.yaml", "model: {}\n")
+    folder.write("tiny.yaml", "mine: {}\n")
+    folder.write("tiny.toml", RECIPE + 'output.config = "model.yaml"\n')
+    assert "stays as it is" in folder("build", "tiny.toml", "--statement").err
+    assert [s["name"] for s in said(folder)["subject"]] == ["tiny.safetensors"]
+
+
 # -- files are held to it
 
 
@@ -614,6 +646,14 @@ def test_a_folder_that_is_none(name: str, stated: Folder) -> None:
         told = stated("verify", "--statement", STATEMENT, file)
         assert told.code in ((2,) if not file else (6, 7)) and "Traceback" not in told.err, file
     assert stated("verify", "--statement", STATEMENT).code == 7
+
+
+def test_the_first_file_that_is_not_there_is_named(stated: Folder) -> None:
+    data = said(stated)
+    names = ["z.safetensors", *(f"{n}.safetensors" for n in range(20))]
+    data["subject"] = [{"name": n, "digest": {"sha256": "0" * 64}} for n in names]
+    stated.write("many.json", json.dumps(data))
+    assert "there is no `z.safetensors`" in stated("verify", "--statement", "many.json").err
 
 
 def test_many_files_that_are_not_there(stated: Folder) -> None:

@@ -18,7 +18,7 @@ from builder.base.addresses import HuggingFace, Web
 from builder.base.errors import CkptError, UsageError
 from builder.base.recipe_address import Git, beside, is_address, parse_recipe_address
 from builder.sources.net import git
-from tests.help.building import Folder, files
+from tests.help.building import Folder, files, save_dirty
 from tests.help.network import Net, dirty, hosts, sha256, vae
 from tests.help.servers import (
     COMMIT,
@@ -74,7 +74,11 @@ def repository(author: Folder) -> tuple[Path, str]:
         (work / "recipes" / name).write_bytes((author / name).read_bytes())
     (work / "large.bin").write_bytes(os.urandom(3_000_000))
     (work / "link.toml").symlink_to("recipes/tiny.toml")
+    (work / "folder").symlink_to("recipes")
     commit(work)
+    module = f"160000,{OTHER},module.toml"
+    run(work, "update-index", "--add", "--cacheinfo", module)
+    run(work, "commit", "-q", "-m", "a module")
     run(author.path.parent, "clone", "-q", "--bare", str(work), str(bare))
     return bare, run(bare, "rev-parse", "HEAD")
 
@@ -128,6 +132,8 @@ def test_addresses(text: str, address: object) -> None:
         "git+ssh://example.org/r#x.toml",
         "git+ext::sh#x.toml",
         "git+file:///srv/r#x.toml",
+        "ftp://user:secret@example.org/x.toml",
+        "file:///srv/x.toml",
         "git+https://-oProxyCommand=x/r#x.toml",
         "https://github.com/org/name/blob/main/x.toml",
         "https://huggingface.co/org/name/blob/main/x.toml",
@@ -236,7 +242,8 @@ def test_several_recipes(net: Net, author: Folder) -> None:
     assert files(here.path) == {"tiny.safetensors", "tiny.safetensors.intoto.json"}
     assert (here / "tiny.safetensors").read_bytes() == (author / "tiny.safetensors").read_bytes()
     assert here("verify", address).code == 0
-    assert here("verify", address, "--statement", "tiny.safetensors.intoto.json").code == 5, "no network"
+    said = here("verify", address, "--statement", "tiny.safetensors.intoto.json")
+    assert said.code == 2 and "`--statement` does not take a recipe's address" in said.err, "no network"
     (here / "tiny.safetensors").write_bytes(b"mine")
     said = here("build", address, other, "--no-lock")
     assert said.code == 7 and "`tiny.safetensors` is there already" in said.err
@@ -249,6 +256,26 @@ def test_where_others_read_the_recipe_it_is_to_be_here(net: Net, author: Folder)
     for command in (("plan", "--snakemake"), ("build", "--on", "dask://localhost:1")):
         said = here(*command, address)
         assert said.code == 2 and "does not take a recipe's address" in said.err
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("sweep", "ADDRESS", "x=1:2:1"),
+        ("diff", "ADDRESS", "ADDRESS"),
+        ("new", "ADDRESS"),
+        ("convert", "ADDRESS", "-o", "x.ckpt"),
+        ("build", "x.toml", "-o", "ADDRESS"),
+        ("build", "x.toml", "--lock", "ADDRESS"),
+        ("ui", "ADDRESS"),
+    ],
+)
+def test_where_a_file_is_named_an_address_is_refused(net: Net, command: tuple[str, ...]) -> None:
+    address = "https://user:secret@example.org/x.toml"
+    here = reader(net)
+    said = here(*(address if word == "ADDRESS" else word for word in command))
+    assert said.code == 2 and "`https://…` is an address" in said.err and "secret" not in said.err
+    assert not files(here.path)
 
 
 def test_what_is_there_and_is_what_the_lock_says_stays(net: Net, author: Folder) -> None:
@@ -285,6 +312,8 @@ def test_a_lock_of_ones_own(net: Net, author: Folder) -> None:
     assert files(here.path) == {"tiny.safetensors"}
     assert here("build", address, "--locked").code == 4
     assert here("lock", address).code == 2
+    said = here("lock", "--check", address, "--lock", "mine.lock.toml")
+    assert said.code == 2 and "`--check` does not take a recipe's address" in said.err
     assert here("lock", address, "--lock", "mine.lock.toml").code == 0
     assert here("build", address, "--lock", "mine.lock.toml").code == 0
     assert here("build", address, "--lock", "mine.lock.toml", "--locked").code == 0
@@ -328,6 +357,84 @@ def test_nothing_is_asked_for_outside_its_folder(net: Net, author: Folder, named
     assert {s.path for s in net.storage.seen} == {"/models/o.toml"}
 
 
+def test_a_name_that_not_every_system_has_is_refused(net: Net) -> None:
+    net.storage.routes["/o.toml"] = says(200, 'format = 1\nsources.i.recipe = "con.toml"\n')
+    said = reader(net)("build", net.storage.url("/o.toml"), "--no-lock")
+    assert said.code == 5 and "`con.toml`" in said.err and "no path that every system has" in said.err
+
+
+@pytest.mark.parametrize("named", ["a/" * 20 + "x.toml", "a" * 300 + ".toml"])
+def test_what_would_be_hard_to_be_rid_of_is_not_fetched(net: Net, named: str) -> None:
+    """As folders in one another, each recipe some deeper."""
+    net.storage.prefixes["/"] = says(200, f'format = 1\nsources.i.recipe = "{named}"\n')
+    here = reader(net)
+    said = here("build", net.storage.url("/o.toml"), "--no-lock")
+    assert said.code == 5 and "no path that every system has" in said.err
+    assert len(net.storage.seen) == 1 and not list((here.store / "tmp").iterdir())
+
+
+def test_what_it_brings_along_is_bounded(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "format = 1\n" + "".join(f'sources.s{n}.recipe = "r{n}.toml"\n' for n in range(4))
+    net.storage.prefixes["/r"] = says(200, "format = 1\n" + "#" * 500)
+    net.storage.routes["/o.toml"] = says(200, text)
+    for name, most, words in (
+        ("MAX_FILES", 3, "more than 3 files"),
+        ("MAX_BYTES", 1000, "more than 1,000 bytes"),
+        ("MAX_TIME", -1.0, "takes more than"),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr(f"builder.sources.net.recipes.{name}", most)
+            said = reader(net, name)("build", net.storage.url("/o.toml"), "--no-lock")
+        assert said.code == 5 and words in said.err, said.err
+
+
+def test_a_file_that_is_a_folder_too(net: Net) -> None:
+    text = 'format = 1\nsources.i.recipe = "q.toml"\nsources.j.recipe = "q.toml/y.toml"\n'
+    net.storage.prefixes["/"] = says(200, "format = 1\n")
+    net.storage.routes["/o.toml"] = says(200, text)
+    said = reader(net)("build", net.storage.url("/o.toml"), "--no-lock")
+    assert said.code == 5 and "cannot be put into the store" in said.err
+
+
+def test_names_that_begin_with_a_dot_are_beside_it(net: Net, author: Folder) -> None:
+    """As `./parts//inner.toml` is on the author's machine."""
+    text = (author / "tiny.toml").read_text()
+    author.write("parts/inner.toml", text.replace('"vae.safetensors"', '"./vae.safetensors"'))
+    author.write("o.toml", 'format = 1\nname = "o"\nbase = "i"\nsources.i.recipe = "./parts//inner.toml"\n')
+    serve(net, author)
+    for name in ("inner.toml", "dirty.ckpt", "vae.safetensors"):
+        body = (author / "parts" / name if name == "inner.toml" else author / name).read_bytes()
+        net.storage.routes[f"/models/parts/{name}"] = says(200, body)
+    here = reader(net)
+    assert here("build", net.storage.url("/models/o.toml"), "--no-lock").code == 0
+    assert files(here.path) == {"o.safetensors"}
+
+
+def test_a_set_beside_it_is_not_fetched(net: Net, author: Folder) -> None:
+    text = (author / "tiny.toml").read_text().replace('"vae.safetensors"', '"vae.safetensors.index.json"')
+    serve(net, author, "vae.safetensors")
+    net.storage.routes["/models/tiny.toml"] = says(200, text)
+    said = reader(net)("build", net.storage.url("/models/tiny.toml"), "--no-lock")
+    assert said.code == 5 and "the source `vae` is nowhere to be found" in said.err
+    assert "hint: set `CKPT_MODELS`" in said.err
+    assert not net.storage.asked("/models/vae.safetensors.index.json")
+
+
+def test_the_files_of_a_tokenizer(net: Net, author: Folder) -> None:
+    """They are asked for by the names that such files have."""
+    save_dirty(author / "mini.safetensors", "mini")
+    text = 'format = 1\nname = "mini"\nbase = "s"\nsources.s.file = "mini.safetensors"\n'
+    text += 'output.file = "mini/"\noutput.prediction = "epsilon"\noutput.tokenizer = "./words"\n'
+    net.storage.routes["/m/mini.toml"] = says(200, text)
+    here = replace(reader(net), environment={**author.environment, "CKPT_MODELS": str(author.path)})
+    address = net.storage.url("/m/mini.toml")
+    said = here("plan", address)
+    assert said.code == 3 and "cannot read `vocab.json` of `./words`" in said.err
+    for name, body in (("vocab.json", "{}"), ("merges.txt", "#version: 0.2\n")):
+        net.storage.routes[f"/m/words/tokenizer/{name}"] = says(200, body)
+    assert here("plan", address).code == 0
+
+
 def test_a_source_outside_is_refused(net: Net, author: Folder) -> None:
     here = reader(net)
     outside = here.path.parent / "private.safetensors"
@@ -338,6 +445,7 @@ def test_a_source_outside_is_refused(net: Net, author: Folder) -> None:
         )
         said = here("build", net.storage.url("/models/tiny.toml"), "--no-lock")
         assert said.code == 3 and "is outside the recipe's folder" in said.err
+        assert "--allow-outside" not in said.err and "for its author to mend" in said.err
     said = here("build", net.storage.url("/models/tiny.toml"), "--allow-outside")
     assert said.code == 2 and "`--allow-outside` is for recipes that lie here" in said.err
 
@@ -402,6 +510,29 @@ def test_without_the_network(net: Net, author: Folder) -> None:
     assert not net.requests
 
 
+def test_what_was_fetched_of_a_commit_needs_no_network(net: Net, author: Folder) -> None:
+    bare, at = repository(author)
+    git_host(net.hub, "/repo.git", bare)
+    for name in ("tiny.toml", "tiny.lock.toml"):
+        hugging_face(net.hub, net.storage, "org/name", f"a/{name}", (author / name).read_bytes(), lfs=False)
+    models = {"CKPT_MODELS": str(author.path)}
+    here = replace(reader(net), environment={**author.environment, **models})
+    git_address = f"git+{net.hub.url('/repo.git')}#recipes/tiny.toml"
+    for address, commit_ in ((git_address, f"@{at}"), ("hf://org/name/a/tiny.toml", f"@{COMMIT}")):
+        exact = address + commit_ if address == git_address else address.replace("/a/", f"{commit_}/a/")
+        said = here("plan", exact, "--offline")
+        assert said.code == 5 and "the network is off" in said.err
+        assert here("plan", address).code == 0, "a branch becomes the commit that is kept"
+        asked = net.requests
+        assert here("build", exact, "--offline").code == 0 and here("build", exact).code == 0
+        assert "there is no lock" not in here("verify", exact).err and net.requests == asked
+        assert here("build", address, "--offline").code == 5
+        assert here("plan", exact, "--offline", "--no-lock").code == 5, "that is another thing to fetch"
+    for kept in here.store.glob("facts/recipe/*/*.json"):
+        kept.write_bytes(kept.read_bytes().replace(b"files", b"filez"))
+    assert here("build", exact, "--offline").code == 5, "what is damaged is not there"
+
+
 def test_without_encryption_only_in_the_own_network(net: Net, author: Folder) -> None:
     address, here = serve(net, author), reader(net)
     strict = replace(here, environment={**here.environment, "CKPT_ALLOW_PRIVATE": ""})
@@ -463,6 +594,8 @@ def test_a_commit_of_the_past(net: Net, author: Folder) -> None:
     [
         ("recipes/none.toml", "main", "there is no such file"),
         ("link.toml", "main", "no file of the repository"),
+        ("module.toml", "main", "no file of the repository"),
+        ("folder/tiny.toml", "main", "there is no such file"),
         ("recipes/tiny.toml", OTHER, "no such commit"),
         ("recipes/tiny.toml", "nobranch", "no such commit, tag or branch"),
         ("recipes/tiny.toml", "0123456", "40 digits"),
@@ -537,8 +670,8 @@ def test_a_repository_of_a_host_with_a_certificate(net: Net, author: Folder) -> 
         assert here("build", address).code == 5
         here = replace(here, environment={**here.environment, "SSL_CERT_FILE": str(trusted)})
         assert here("build", address).code == 0
-        strict = replace(here, environment={**here.environment, "CKPT_ALLOW_PRIVATE": ""})
-        said = strict("build", address)
+        strict = {**here.environment, "CKPT_ALLOW_PRIVATE": ""}
+        said = replace(reader(net, "strict"), environment=strict)("build", address)
         assert said.code == 5 and "a loopback address" in said.err
 
 

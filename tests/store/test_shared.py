@@ -15,7 +15,7 @@ import pytest
 from builder.sources.net import buckets
 from builder.store import Made, Store
 from builder.store.action_result import decode, encode
-from builder.store.shared import FILE, Claim, Shared
+from builder.store.shared import FILE, Claim, Shared, Unavailable
 from ckpt_build import Workspace
 from tests.help.building import UNET, Folder, _environment, content, like, model, save
 from tests.store.test_store import A, B, C, Listener, files, opened, put
@@ -135,6 +135,7 @@ LIES = {
     "another size": lambda far: rewrite(far, lambda r: r.update(size=r["size"] - 1)),
     "a size without end": lambda far: rewrite(far, lambda r: r.update(size=1 << 62, bytes=1 << 62)),
     "another component": lambda far: rewrite(far, lambda r: r.update(blake3=B)),
+    "another number of tensors": lambda far: rewrite(far, lambda r: r.update(tensors=r["tensors"] + 1)),
     "another digest": lambda far: rewrite(far, lambda r: r.update(sha256=B)),
 }
 
@@ -186,6 +187,28 @@ def test_what_is_no_record_of_that_key_says_nothing(what: str, far: Path, tmp_pa
     NO_RECORDS[what](far)
     with Store(tmp_path / "second", shared=shared_in(far)) as store:
         assert store.lookup(A, "UNET-v1") is None
+
+
+def test_a_link_in_a_folder_is_nothing(tmp_path: Path) -> None:
+    (tmp_path / "cas").mkdir()
+    (tmp_path / "cas" / A).symlink_to(__file__)
+    assert not buckets.Folder(tmp_path).has(f"cas/{A}")
+    with pytest.raises(Unavailable, match="is a link"):
+        list(buckets.Folder(tmp_path).get(f"cas/{A}", 1 << 20))
+
+
+def test_answers_that_take_long_are_soon_done_without(
+    far: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is in time, and there are many: a build is not to wait for all of them."""
+    monkeypatch.setattr("builder.store.shared.SLOW", 0.0)
+    heard = Listener()
+    shared = Shared(lambda: buckets.Folder(far), str(far), patience=0.0, reporter=heard)
+    with Store(tmp_path / "second", shared=shared, reporter=heard) as store:
+        assert store.lookup(A, "UNET-v1") is not None, "what was answered is used"
+        (far / "ac").rename(far / "moved")  # nobody looks
+        assert store.lookup(B, "UNET-v1") is None and store.lookup(C, "UNET-v1") is None
+    assert len(heard.warnings) == 1 and "seconds for an answer" in heard.warnings[0].evidence[0]
 
 
 def test_no_room_ends_nothing(far: Path, tmp_path: Path) -> None:
@@ -291,14 +314,14 @@ def test_a_step_of_anothers_is_used_and_what_is_made_of_it_is_known_again(tmp_pa
     assert "stored" not in without.values()
 
 
-def _poisoned(work: Folder) -> Path:
+def _poisoned(work: Folder, change: Callable[[Any], Any] = dict) -> Path:
     """The shared store, of which one record now leads to another UNET, whole and sound in itself."""
     far = work.path.parent / "far"
     with Store(work.path.parent / "attacker", shared=shared_in(far)) as store:
         unet = {n.removeprefix(UNET): t for n, t in model().items() if n.startswith(UNET)}
         step = next(s for s in work.plan()["steps"] if s["label"].startswith("UNET"))
         name = Store(work.store).entry(step["digest"]).component
-        evil = store.save(name, "UNET-tiny", {n: like(t, fill=666.0) for n, t in unet.items()})
+        evil = store.save(name, "UNET-tiny", change({n: like(t, fill=666.0) for n, t in unet.items()}))
         key = step["action"]
         store.record(key, evil)
         store.share(key, evil)
@@ -310,6 +333,22 @@ def test_a_name_that_the_catalog_does_not_know(work: Folder) -> None:
     other, far = elsewhere(work), work.path.parent / "far"
     rewrite(far, lambda r: r.update(component="UNET-\x1b[31m"))
     assert len(other.build("tiny.toml", "--store", far)["made"]) == 3
+
+
+def test_a_size_that_no_such_component_has(work: Folder) -> None:
+    other, far = elsewhere(work), work.path.parent / "far"
+    rewrite(far, lambda r: r.update(size=1 << 40, bytes=(1 << 40) - 1000))
+    said = other("build", "tiny.toml", "--store", far, "--json").json
+    assert len(said["made"]) == 3 and not said["warnings"], "nothing of it is asked for"
+
+
+def test_what_is_no_such_component_is_made_here(work: Folder) -> None:
+    """Its digest is right, and it lacks a weight."""
+    other, far = elsewhere(work), _poisoned(work, lambda unet: dict(list(unet.items())[1:]))
+    (other / "tiny.lock.toml").unlink()
+    said = other("build", "tiny.toml", "--store", far)
+    assert said.code == 0 and "are not those of such a component" in said.err
+    assert (other / "tiny.safetensors").read_bytes() == (work / "tiny.safetensors").read_bytes()
 
 
 def test_what_the_lock_says_otherwise_is_made_here(work: Folder) -> None:
@@ -339,6 +378,23 @@ def test_what_a_writer_of_the_shared_store_can_do(work: Folder) -> None:
     (other / "tiny.lock.toml").unlink()
     other.build("tiny.toml")
     assert content(other / "tiny.safetensors") == content(work / "tiny.safetensors")
+
+
+def test_what_rests_on_anothers_word_is_told(work: Folder) -> None:
+    """Where no lock pins it, so that nobody signs unawares what he did not make."""
+    other, far = elsewhere(work), _poisoned(work)
+    (other / "tiny.lock.toml").unlink()
+    said = other("build", "tiny.toml", "--store", far)
+    assert "note: on the word of the shared store: `UNET-tiny of dirty`" in said.err
+    assert "the word of" not in other("build", "tiny.toml", "--store", far).err, "the lock pins it now"
+    (other / "tiny.lock.toml").unlink()
+    said = other("build", "tiny.toml", "--store", far, "--statement")
+    assert (
+        said.code == 0 and "warning: on the word of the shared store" in said.err and "`--check`" in said.err
+    )
+    (other / "tiny.lock.toml").unlink()
+    said = other("build", "tiny.toml", "--store", far, "--check", "--statement")
+    assert said.code == 8 and not (other / "tiny.lock.toml").exists(), "and is found out"
 
 
 def test_sharing_needs_a_store(work: Folder) -> None:

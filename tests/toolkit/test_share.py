@@ -14,11 +14,13 @@ from safetensors.numpy import save_file
 
 from builder.formats.hashes import file_hashes
 from builder.models.catalog import load_catalog
+from builder.recipe.names import FORMS
 from builder.tensors.lazy import LazyTensor
-from builder.toolkit.licences import LICENCES, OTHER, Terms, contradictions, terms_of
+from builder.toolkit.licences import LICENCES, Terms, contradictions, terms_of
+from builder.toolkit.share import _CONTAINERS, _beside
 from tests.help.building import IDS, Folder, files, model, save
 from tests.help.network import Net, dirty, hosts, sha256, vae
-from tests.help.servers import File, civitai, hugging_face, says
+from tests.help.servers import COMMIT, File, civitai, hugging_face, says
 
 RECIPE = """\
 format = 1
@@ -111,10 +113,14 @@ def test_the_fields_of_civitai(folder: Folder) -> None:
 
 def test_another_licence(folder: Folder) -> None:
     for said, front in (
-        ("FLUX.1 [dev] Non-Commercial", {"license": "other", "license_name": "flux.1-dev-non-commercial"}),
+        ("My own [++] licence.", {"license": "other", "license_name": "my-own-licence"}),
         (
             "Fair AI Public License 1.0-SD",
-            {"license": "other", "license_name": "fair-ai-public-license-1.0-sd"},
+            {
+                "license": "other",
+                "license_name": "fair-ai-public-license-1.0-sd",
+                "license_link": "https://freedevproject.org/faipl-1.0-sd/",
+            },
         ),
         ("CreativeML Open RAIL++-M License", {"license": "openrail++"}),
     ):
@@ -128,13 +134,13 @@ def test_another_licence(folder: Folder) -> None:
 
 
 def test_strange_words_stay_words(folder: Folder) -> None:
-    strange = 'metadata.tags = "x\\"y: z, ---, \\u001b[2J, # no, [a](javascript:b)"'
+    strange = 'metadata.tags = "x\\"y: z, ---, \\u001b[2J, # no, no, Null, [a](javascript:b)"'
     text = RECIPE.replace('metadata.tags = "anime, a | b"', strange)
     folder.write("tiny.toml", text.replace("A dirty one, made tidy", "<script>x</script> [a](b) | `c`"))
     folder.build()
     share(folder)
     front, page = card(folder)
-    assert front["tags"][:4] == ['x"y: z', "---", "\\x1b[2J", "# no"]
+    assert front["tags"][:6] == ['x"y: z', "---", "\\x1b[2J", "# no", "no", "Null"]
     assert "<script>" not in page.replace("\\<", "") and "\x1b" not in page and "\\[a\\](b)" in page
 
 
@@ -188,6 +194,18 @@ def test_what_the_recipe_needs_goes_along(folder: Folder) -> None:
     for name in ("dirty.ckpt", "vae.safetensors"):
         (other / name).write_bytes((folder / name).read_bytes())
     assert other("build", "tiny.toml", "--locked").code == 0
+
+
+def test_the_files_of_a_tokenizer_go_along(tmp_path: Path) -> None:
+    folder = Folder.below(tmp_path)
+    text = 'format = 1\nname = "x"\nbase = "s"\nsources.s.file = "s.safetensors"\n'
+    folder.write("x.toml", text + 'output.file = "x/"\noutput.tokenizer = "words"\n')
+    for name in ("words/merges.txt", "words/tokenizer_2/vocab.json", "words/tokenizer_2/notes.txt"):
+        folder.write(name, name)
+    (folder / "words" / "vocab.json").symlink_to(folder.write("../secret", "mine"))
+    with folder.workspace() as workspace:
+        found = dict(_beside(workspace.recipe(folder / "x.toml"), folder.path, workspace.catalog))
+    assert found == {n: n.encode() for n in ("words/merges.txt", "words/tokenizer_2/vocab.json")}
 
 
 # -- licences
@@ -248,15 +266,34 @@ def test_licences_that_hosts_state(net: Net) -> None:
     assert said.code == 0, said.err
     assert "the licence `mit` allows commercial use: that of `dirty` is against it" in said.err
     assert "the licence `mit` passes on no restrictions of use: that of `dirty`" in said.err
-    assert "nothing may be made of `vae`, by its licence" in said.err
+    assert "nothing that is made of `vae` may be shared, by its licence" in said.err
+    assert "the licence `mit` allows any commercial use: that of `vae` is against it" in said.err
     assert card(net.folder)[0]["base_model"] == ["org/dirty"]
     asked = net.requests
     assert net.folder("share", "tiny.toml", "--offline", "-o", "b").code == 0 and net.requests == asked
 
 
-@pytest.mark.parametrize(
-    "body", ["[]", "{}", '{"cardData": 3}', '{"cardData": {"license": ["mit"]}}', "\x1b"]
-)
+def test_a_host_that_does_not_answer_is_told_of(net: Net) -> None:
+    """And asked for one source alone."""
+    hugging_face(net.hub, net.storage, "org/dirty", "dirty.ckpt", dirty())
+    hugging_face(net.hub, net.storage, "org/vae", "vae.safetensors", vae())
+    net.folder.write("tiny.toml", RECIPE)
+    net.folder.build()
+    said = net.folder("share", "tiny.toml", "--offline")
+    assert f"dirty: hf://org/dirty@{COMMIT}/dirty.ckpt was not asked: the network is off" in said.err
+    for repo in ("dirty", "vae"):
+        net.hub.routes[f"/api/models/org/{repo}"] = says(501, "closed")
+    said = net.folder("share", "tiny.toml", "-o", "a")
+    assert (
+        said.code == 0 and f"dirty: hf://org/dirty@{COMMIT}/dirty.ckpt: `127.0.0.1` answers 501" in said.err
+    )
+    for repo in ("dirty", "vae"):
+        net.hub.routes[f"/api/models/org/{repo}"] = says(503, "busy", Retry_After="3600")
+    said = net.folder("share", "tiny.toml", "-o", "b")
+    assert said.code == 0 and f"vae: hf://org/vae@{COMMIT}/vae.safetensors was not asked: " in said.err
+
+
+@pytest.mark.parametrize("body", ["{}", '{"cardData": 3}', '{"cardData": {"license": ["mit"]}}'])
 def test_what_hosts_may_state(net: Net, body: str) -> None:
     net.storage.routes["/dirty.ckpt"] = File(dirty())
     hugging_face(net.hub, net.storage, "org/dirty", "dirty.ckpt", dirty())
@@ -290,6 +327,12 @@ def test_the_page_builds_by_its_address(net: Net) -> None:
 
 NC, ND, SA = LICENCES["cc-by-nc-4.0"], LICENCES["cc-by-nd-4.0"], LICENCES["cc-by-sa-4.0"]
 GPL, RAIL, MIT = LICENCES["gpl-3.0"], LICENCES["openrail++"], LICENCES["mit"]
+GPL2, FAIR, SAI = (
+    LICENCES["gpl-2.0"],
+    LICENCES["fair-ai-public-license-1.0-sd"],
+    terms_of("Stability AI Community"),
+)
+FLUX, PAGE = LICENCES["flux-1-dev-non-commercial-license"], Terms("the permissions on its page", alike=True)
 
 
 @pytest.mark.parametrize(
@@ -300,11 +343,26 @@ GPL, RAIL, MIT = LICENCES["gpl-3.0"], LICENCES["openrail++"], LICENCES["mit"]
         (NC, [MIT, NC], []),
         (GPL, [MIT, GPL], []),
         (None, [RAIL, NC], []),
-        (None, [ND], ["nothing may be made of `a`, by its licence"]),
+        (None, [ND], ["nothing that is made of `a` may be shared, by its licence"]),
+        (RAIL, [SAI], ["the licence `openrail++` allows any commercial use: that of `a` is against it"]),
+        (SAI, [SAI, RAIL, MIT], []),
+        (
+            NC,
+            [SAI],
+            ["the licence `cc-by-nc-4.0` passes on no restrictions of use: that of `a` is against it"],
+        ),
+        (FAIR, [FAIR, RAIL], []),
+        (None, [FAIR, SAI], ["the licences of `a` and `b` exclude each other"]),
+        (FLUX, [FLUX, MIT, RAIL], []),
+        (None, [FLUX, FAIR], ["the licences of `a` and `b` exclude each other"]),
+        (MIT, [PAGE], ["the licence `mit` is another one: that of `a` is against it"]),
+        (GPL, [SA, LICENCES["cc-by-sa-3.0"], LICENCES["lgpl-3.0"]], []),
+        (SA, [GPL], ["the licence `cc-by-sa-4.0` is another one: that of `a` is against it"]),
         (MIT, [RAIL], ["the licence `mit` passes on no restrictions of use: that of `a` is against it"]),
         (RAIL, [NC], ["the licence `openrail++` allows commercial use: that of `a` is against it"]),
         (MIT, [SA], ["the licence `mit` is another one: that of `a` is against it"]),
-        (None, [GPL, SA], ["the licences of `a` and `b` exclude each other"]),
+        (None, [GPL2, SA], ["the licences of `a` and `b` exclude each other"]),
+        (None, [GPL, SA], []),
         (None, [GPL, RAIL], ["the licences of `a` and `b` exclude each other"]),
         (None, [NC, SA], ["the licences of `a` and `b` exclude each other"]),
         (None, [LICENCES["cc-by-nc-sa-4.0"], NC], []),
@@ -320,7 +378,13 @@ def test_licences_by_any_spelling() -> None:
     assert terms_of("CreativeML OpenRAIL-M") is LICENCES["creativeml-openrail-m"]
     assert terms_of("creativeml open rail m license") is LICENCES["creativeml-openrail-m"]
     assert terms_of("My own") is None and terms_of("") is None
-    assert set(OTHER) <= LICENCES.keys()
+    assert terms_of("FLUX.1 [dev] Non-Commercial License") is FLUX and terms_of("faipl-1.0-sd") is FAIR
+    assert SAI is not None and SAI.limited and not FLUX.commercial
+    assert all(t.other or not t.link for t in LICENCES.values())
+
+
+def test_every_form_of_output_has_a_name_at_civitai() -> None:
+    assert _CONTAINERS.keys() == {*FORMS.values(), "diffusers"} and _CONTAINERS["gguf"] == "GGUF"
 
 
 def test_names_of_civitai_are_of_what_the_catalog_knows() -> None:

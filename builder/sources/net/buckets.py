@@ -28,11 +28,11 @@ TOKEN = "CKPT_SHARED_TOKEN"
 FORMS = "s3://BUCKET/PREFIX, gs://…, az://…, http(s)://HOST of bazel-remote, or a folder"
 
 # A build waits for what it could make itself: no longer than that makes sense.
-LIMITS = Limits(connect=5, headers=10, read=10, slowest=64 << 10, patience=15)
+LIMITS = Limits(connect=5, headers=10, read=10, slowest=1 << 20, patience=15)
 
 _OBJECTS = frozenset({"s3", "s3a", "gs", "az", "azure"})
 _PIECE = 1 << 20  # bytes that are read of a file at a time
-_RANGE = 16 << 20  # bytes asked of an object store at a time, for which it has a minute
+_RANGE = 16 << 20  # bytes asked of an object store at a time
 _MISSING = frozenset({404, 410})
 
 
@@ -91,7 +91,8 @@ class Folder:
 
     def has(self, name: str) -> bool:
         """Whether there is such a file."""
-        return (self.root / name).is_file()
+        path = self.root / name
+        return path.is_file() and not path.is_symlink()
 
     def put(self, name: str, data: bytes | Path) -> None:
         """Write a file."""
@@ -199,7 +200,7 @@ class Objects:
                 client_options={
                     "allow_http": any(environment.get(v, "").lower() in ("true", "1") for v in plain),
                     "connect_timeout": timedelta(seconds=limits.connect),
-                    "timeout": timedelta(seconds=4 * limits.patience),
+                    "timeout": timedelta(seconds=limits.patience + _RANGE / limits.slowest),
                 },
                 retry_config={"max_retries": 2, "retry_timeout": timedelta(seconds=limits.patience)},
             )

@@ -332,9 +332,8 @@ class Session:
     def pause(self, attempt: int, failure: Failure) -> float:
         """Seconds to wait after a number of failures in a row. Raises Failure for a wait that is too long."""
         if failure.wait is not None and failure.wait > self.limits.longest_wait:
-            raise Failure(
-                f"{failure.fact}, and asks to wait {failure.wait:,.0f} seconds", hint="try again later"
-            )
+            fact = f"{failure.fact}, and asks to wait {failure.wait:,.0f} seconds"
+            raise Failure(fact, hint="try again later", wait=failure.wait)
         doubled = min(self.limits.backoff * 2.0 ** (attempt - 1), self.limits.longest_wait)
         # Jitter keeps clients that failed together from coming back together.
         seconds = max(failure.wait or 0.0, doubled * random.uniform(0.5, 1.0))

@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 from builder.base.addresses import Address, Civitai, HuggingFace, LocalFile, Web
 from builder.base.files import parse_json
-from builder.sources.net.client import REDIRECTS, Response, Session
+from builder.sources.net.client import REDIRECTS, Response, Session, origin_of
 from builder.sources.net.failure import Failure
 
 MAX_ANSWER = 4 << 20  # bytes of an answer of an API; those of models with many versions have 1 MB
@@ -177,12 +177,13 @@ def _file_pin(address: Civitai, file: dict[str, Any]) -> Pin:
 
 @dataclass(frozen=True, slots=True)
 class StatedTerms:
-    """What a host says of a model's licence: its name, or what it allows (None: nothing is said)."""
+    """What a host says of a model's licence: its name, or else what it allows, as licences do."""
 
     name: str | None = None
-    commercial: bool | None = None
-    derivatives: bool | None = None
-    alike: bool | None = None
+    commercial: bool = False
+    limited: bool = False
+    derivatives: bool = False
+    alike: bool = False
 
 
 def stated_terms(address: Address, session: Session) -> StatedTerms | None:
@@ -201,7 +202,12 @@ def stated_terms(address: Address, session: Session) -> StatedTerms | None:
     if not said.keys() & set(keys):
         return None
     uses = set(re.findall(r"[A-Za-z]+", str(commercial))) - {"None"}  # a list, or one written as a word
-    return StatedTerms(None, bool(uses), derivatives is not False, other is False)
+    return StatedTerms(
+        commercial=bool(uses),
+        limited=bool(uses) and "Sell" not in uses,  # images, or at some hosts, and not what is made of it
+        derivatives=derivatives is not False,
+        alike=other is False,
+    )
 
 
 def _number(said: dict[str, Any], key: str) -> int:
@@ -229,7 +235,7 @@ def _ask(session: Session, url: str, *, absent: bool = False) -> dict[str, Any] 
         finally:
             response.close()
         if not isinstance(said, dict):
-            raise Failure("Civitai's answer is not what its API promises", retry=True)
+            raise Failure(f"the answer of `{origin_of(url).host}` is not what its API promises", retry=True)
         return said
 
     return session.retrying(ask)
