@@ -12,7 +12,7 @@ from math import prod
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from builder.base.disk import check_room, new_file, write_all, write_through
+from builder.base.disk import new_file, write_all, write_through
 from builder.base.errors import CkptError, OutputError, Problem
 from builder.base.progress import SILENT, Reporter
 from builder.base.words import fits_pattern
@@ -224,7 +224,7 @@ def writing_gguf(
     reporter.start(task, sum(s.length for s in spans))
     try:
         with new_file(path, durable=durable, inputs=inputs) as file:
-            check_room(path, file.fd, layout.size)
+            file.reserve(layout.size)
             write_all(file.fd, memoryview(layout.head), 0)
             packer = _Packer(file.fd, layout.items, spans, encoding, durable)
             found = yield from alone(

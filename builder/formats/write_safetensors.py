@@ -12,7 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from builder.base.disk import check_room, new_file, write_all, write_through
+from builder.base.disk import new_file, write_all, write_through
 from builder.base.errors import OutputError, Problem
 from builder.base.progress import SILENT, Reporter
 from builder.formats.safetensors import MAX_HEADER, METADATA, Entry
@@ -166,7 +166,7 @@ def writing(
     reporter.start(task, sum(s.length for s in spans))
     try:
         with new_file(path, durable=durable, inputs=inputs) as file:
-            check_room(path, file.fd, layout.size)
+            file.reserve(layout.size)
             write_all(file.fd, memoryview(layout.head), 0)
             whole, data = hashlib.sha256(layout.head), hashlib.sha256()
             found = yield from alone(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from builder.base.disk import check_room, new_file, read_at, write_all
+from builder.base.disk import new_file, read_at, write_all
 from builder.base.errors import OutputError, Problem
 from builder.base.progress import SILENT, Reporter
 from builder.formats.write_safetensors import Accept, Written
@@ -73,7 +73,7 @@ def writing_torch(
     reporter.start(task, sum(s.length for s in spans))
     try:
         with new_file(path, durable=durable, inputs=inputs) as file:
-            check_room(path, file.fd, records[-1].start + records[-1].size)
+            file.reserve(records[-1].start + records[-1].size)
             found = yield from alone(
                 Pass(
                     spans,
