@@ -8,20 +8,17 @@ from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from builder.base.dsse import PrivateKey, PublicKey
 from builder.base.errors import Problem, UsageError
 from builder.base.toml import escaped
-from builder.build import Build, build_recipe, verify
+from builder.build import build_recipe, verify
 from builder.build.spread import Farm, means_of
 from builder.build.statements import Statements, verify_statement
 from builder.formats import open_checkpoint
 from builder.models.catalog import Catalog, load_catalog
 from builder.models.parts import find_part, slot_of
-from builder.plan import ComponentJob, OutputJob, StepJob, explain
-from builder.plan import Node as PlanNode
-from builder.plan import Plan as MadePlan
 from builder.recipe import load_recipe
 from builder.recipe import recipe as model
 from builder.recipe.names import Target
@@ -29,11 +26,8 @@ from builder.reports.diff import causes as diff_causes
 from builder.reports.diff import compare
 from builder.reports.diff import render as diff_to_text
 from builder.reports.diff import to_json as diff_to_json
-from builder.reports.inspect import Report, build_report
-from builder.reports.inspect import render as inspection_to_text
-from builder.reports.inspect import to_json as inspection_to_json
+from builder.reports.inspect import build_report
 from builder.reports.new import describe, write
-from builder.sources.job import SourceJob
 from builder.sources.opened import Sources
 from builder.toolkit.command_recipe import output_path, place_of, run
 from builder.toolkit.convert import convert
@@ -44,18 +38,13 @@ from builder.toolkit.replace import replacement
 from builder.workspace import Settings, find_lock
 from builder.workspace import Workspace as Inner
 from ckpt_build.checkpoint import Checkpoint
+from ckpt_build.given import inspection_of, plan_of, result_of
 from ckpt_build.listening import Listener, OnProgress
 from ckpt_build.recipe import Recipe, composed, made_of
-from ckpt_build.results import Component, Difference, Inspection, Node, Output, Plan, Result, Share
+from ckpt_build.results import Difference, Inspection, Plan, Result
 from ckpt_build.store import Store
 
 UNNAMED = "<recipe>"  # what messages call a recipe that is no file
-KINDS: dict[type, Literal["source", "step", "component", "output"]] = {
-    SourceJob: "source",
-    StepJob: "step",
-    ComponentJob: "component",
-    OutputJob: "output",
-}
 
 
 class Workspace:
@@ -139,7 +128,7 @@ class Workspace:
                 threads=threads,
                 reporter=listener,
             )
-            return _inspection(report, full)
+            return inspection_of(report, full)
 
     def diff(
         self,
@@ -222,7 +211,7 @@ class Workspace:
         with self._work(None, None) as (inner, sources, listener):
             place = place_of(recipe.inner, _name(output))
             made = inner.plan(recipe.inner, sources, find_lock(recipe.inner), place=place)
-            return _plan(made, sources, listener)
+            return plan_of(made, sources, listener)
 
     def build(
         self,
@@ -270,7 +259,7 @@ class Workspace:
                 statements=Statements.of(inner, key) if statement or key is not None else None,
                 elsewhere=self._elsewhere(executor, threads),
             )
-            return _result(made, listener)
+            return result_of(made, listener)
 
     def _elsewhere(self, executor: Executor | None, threads: int | None) -> Farm | None:
         if executor is None:
@@ -339,7 +328,7 @@ class Workspace:
             place = Target.named(str(output)) if output is not None else None
             target, naming = target_of(file, match, cls, place, None, inner)
             recipe = extraction(file, match, cls, fixes, **options)
-            return _result(run(recipe, target, inner, sources, naming=naming, hashing=False), listener)
+            return result_of(run(recipe, target, inner, sources, naming=naming, hashing=False), listener)
 
     def replace(
         self,
@@ -367,7 +356,7 @@ class Workspace:
             recipe = replacement(file, parts, sources, fixes, precision=precision, **options)
             place = Target.named(str(output)).file(f"{recipe.name}.safetensors")
             target = output_path(place, recipe.sources.values())
-            return _result(run(recipe, target, inner, sources), listener)
+            return result_of(run(recipe, target, inner, sources), listener)
 
     def prune(
         self,
@@ -394,7 +383,7 @@ class Workspace:
             planned = plan_pruning(file, sources, how)
             if planned.unmatched:
                 raise unmatched(planned)
-            return _result(prune(planned, output_path(Path(output), [file]), inner, sources), listener)
+            return result_of(prune(planned, output_path(Path(output), [file]), inner, sources), listener)
 
     def convert(
         self,
@@ -417,7 +406,7 @@ class Workspace:
             made = convert(Path(file), str(output), inner, sources, **options)
             for lost in made.lost:
                 listener.note(f"not carried over: {lost}")
-            return _result(made.build, listener)
+            return result_of(made.build, listener)
 
     # -- what all of it needs
 
@@ -446,93 +435,3 @@ class Workspace:
 
 def _name(output: str | Path | None) -> str | None:
     return None if output is None else str(output)
-
-
-def _inspection(report: Report, full: bool) -> Inspection:
-    identity = report.identity
-    parts = [
-        Component(
-            p.match.component.name,
-            p.match.component.cls,
-            p.match.prefix,
-            p.tensors,
-            p.parameters,
-            p.bytes,
-            dict(p.dtypes),
-            p.digest,
-            p.known,
-        )
-        for p in report.parts
-    ]
-    ema, junk, unknown = (Share(s.keys, s.bytes) for s in (report.ema, report.junk, report.unknown))
-    return Inspection(
-        Path(report.path),
-        report.container,
-        report.size,
-        identity.architecture,
-        identity.intact,
-        report.sound,
-        report.kind and report.kind.kind,
-        tuple(parts),
-        report.metric.text if report.metric else None,
-        ema,
-        junk,
-        unknown,
-        report.pruned,
-        report.prediction.kind,
-        report.faults,
-        dict(report.metadata),
-        dict(report.hashes),
-        inspection_to_json([report])["files"][0],
-        inspection_to_text(report, full=full),
-    )
-
-
-def _plan(made: MadePlan, sources: Sources, listener: Listener) -> Plan:
-    nodes = tuple(_node(n, sources) for n in made.by_kind())
-    reads, writes = explain.totals(made)
-    return Plan(
-        made.recipe.name,
-        nodes,
-        reads,
-        writes,
-        tuple(made.notes),
-        tuple(listener.warnings),
-        explain.to_json(made),
-        explain.to_text(made),
-    )
-
-
-def _node(node: PlanNode, sources: Sources) -> Node:
-    job, path, sha256 = node.job, None, None
-    if isinstance(job, SourceJob):
-        found, sha256 = sources.find(job), node.action
-        path = found.path if found is not None else None
-    elif isinstance(job, OutputJob):
-        path = job.target
-    return Node(
-        node.key,
-        node.label,
-        KINDS[type(job)],
-        node.state,
-        node.why,
-        tuple(job.inputs),
-        node.reads,
-        node.writes,
-        path,
-        sha256,
-    )
-
-
-def _result(made: Build, listener: Listener) -> Result:
-    return Result(
-        tuple(
-            Output(b.name, b.path, b.state, b.size, b.sha256, b.tensor_digest, b.metric or None, b.statement)
-            for b in made.outputs
-        ),
-        tuple(sorted(made.made)),
-        dict(sorted(made.changes.items())),
-        dict(made.sources),
-        tuple(listener.notes),
-        tuple(listener.warnings),
-    )
