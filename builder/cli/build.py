@@ -31,12 +31,12 @@ from builder.cli.options import (
     recipes_argument,
     sharing,
 )
-from builder.cli.several import are_several, local, one_only, told
+from builder.cli.several import are_several, as_given, local, one_only, told
 from builder.cli.terminal import out
 from builder.plan import Plan, explain, joined
 from builder.recipe import Recipe
 from builder.sources.opened import Sources
-from builder.toolkit.command_recipe import place_of
+from builder.toolkit.command_recipe import place_in, place_of
 from builder.toolkit.made import (
     note_changes,
     note_left_out,
@@ -123,7 +123,8 @@ def command(
             note_steps(plan, workspace.reporter)
 
         if where is not None:  # workers are in other folders
-            recipes = tuple(local(recipe, "`--on`") for recipe in recipes)
+            here = [local(recipe, "`--on`") for recipe in recipes]
+            recipes = tuple(context.enter_context(as_given(here)))
             lock = lock.absolute() if lock is not None else None
             output = f"{Path(output).absolute()}{'/' * output.endswith('/')}" if output is not None else None
         how: dict[str, Any] = {
@@ -136,9 +137,10 @@ def command(
             "elsewhere": context.enter_context(_workers(workspace, where, threads)),
         }
         if are_several(recipes):
-            one_only(recipes, output=output, lock=lock)
+            one_only(recipes, lock=lock)
+            place = place_in(output) if output is not None else None
             found = read_recipes(workspace, recipes, lock_place(lock, no_lock))
-            build_several(workspace, found, sources, keep_going=keep_going, **how)
+            build_several(workspace, found, sources, place=place, keep_going=keep_going, **how)
             return ExitCode.DONE
         read = workspace.recipe(recipes[0], lock_place(lock, no_lock))
         if only is not None:

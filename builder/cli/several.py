@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-from builder.base.errors import Problem, UsageError
+from builder.base.errors import CkptError, Problem, UsageError
 from builder.build.many import Outcome, check_all
 from builder.cli.forms import Case
 from builder.cli.terminal import out
@@ -33,8 +34,26 @@ def one_only(recipes: Sequence[Path | str], **options: object) -> None:
 
 
 def local(recipe: Path | str, what: str) -> Path:
-    """The whole path of a recipe; raises UsageError for an address, which `what` does not take."""
+    """The path of a recipe; raises UsageError for an address, which `what` does not take."""
     if isinstance(recipe, str):
         hint = "download it, with what lies beside it, and name the file"
         raise UsageError(Problem(f"{what} does not take a recipe's address", hint=hint))
-    return recipe.absolute()
+    return recipe
+
+
+@contextmanager
+def as_given(recipes: Sequence[Path]) -> Iterator[Sequence[Path]]:
+    """Whole paths of recipes, for work in other folders; an error names what lies there as they are given."""
+    folders = [path.parent for path in recipes]
+    given = {f"{folder.absolute()}/": "" if folder == Path() else f"{folder}/" for folder in folders}
+
+    def rename(text: str) -> str:
+        for whole, named in given.items():
+            text = text.replace(whole, named)
+        return text
+
+    try:
+        yield [path.absolute() for path in recipes]
+    except CkptError as error:
+        error.problems = tuple(p.renamed(rename) for p in error.problems)
+        raise

@@ -194,7 +194,13 @@ def test_what_another_recipe_writes_is_made_first(folder: Folder) -> None:
     said = folder("build", "first.toml", "m0.toml")
     assert said.code == 0, said.err
     assert (folder / "n.safetensors").exists()
-    folder.write("m0.toml", MERGE.format(name="m0", alpha=0.5).replace("b.saf", "n.saf"))
+    # Where that fails, neither what reads it nor what reads that in turn is made of what was there before.
+    folder.write("last.toml", 'format = 1\nname = "p"\nbase = "n"\nsources.n.file = "n.safetensors"\n')
+    broken = MERGE.format(name="m0", alpha=0.5).replace("b.saf", "gone.saf")
+    folder.write("m0.toml", broken)
+    said = folder("build", "last.toml", "first.toml", "m0.toml", "--keep-going")
+    assert said.code == 5 and said.out.endswith("3 recipes: 1 failed, 2 not begun\n")
+    folder.write("m0.toml", broken.replace("gone.saf", "n.saf"))
     said = folder("build", "first.toml", "m0.toml")
     assert said.code == 3 and "in a circle" in said.err
 
@@ -212,9 +218,13 @@ def test_locks_in_a_pattern_are_passed_over_and_folders_searched(folder: Folder)
 
 def test_options_of_one_recipe(folder: Folder) -> None:
     recipes = merges(folder, 2)
-    for option in (("-o", "x.safetensors"), ("--lock", "x.lock.toml")):
-        said = folder("build", *recipes, *option)
-        assert said.code == 2 and "is for one recipe" in said.err
+    said = folder("build", *recipes, "--lock", "x.lock.toml")
+    assert said.code == 2 and "is for one recipe" in said.err
+    said = folder("build", *recipes, "-o", "x.safetensors")
+    assert said.code == 2 and "`-o x.safetensors/` is one" in said.err
+    assert folder("build", *recipes, "-o", "out/").code == 0
+    assert {p.name for p in (folder / "out").iterdir()} == {"m0.safetensors", "m1.safetensors"}
+    assert set(made(folder)) == {"m0.lock.toml", "m1.lock.toml"}
 
 
 def test_two_builds_locked_and_checked(folder: Folder) -> None:

@@ -70,16 +70,10 @@ class FetchedRecipe:
 
         The lock is its author's: no hint is to write it anew, where the problem is one `of_lock` or says so.
         """
-        place, hint = problem.place, problem.hint
-        if self.locked and (of_lock or "`ckpt lock" in (hint or "")):
+        if self.locked and (of_lock or "`ckpt lock" in (problem.hint or "")):
             hint = "`--no-lock` builds it without its lock: what comes out is then on nobody's word"
-        return replace(
-            problem,
-            fact=self.renamed(problem.fact),
-            place=place and replace(place, path=self.renamed(place.path)),
-            evidence=tuple(map(self.renamed, problem.evidence)),
-            hint=hint and self.renamed(hint),
-        )
+            problem = replace(problem, hint=hint)
+        return problem.renamed(self.renamed)
 
 
 def fetch_recipe(address: RecipeAddress, root: Path, session: Session, *, lock: bool = True) -> FetchedRecipe:
