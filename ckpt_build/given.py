@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from builder.build import Build
+from builder.build import Build, many
 from builder.plan import ComponentJob, OutputJob, StepJob, explain
 from builder.plan import Node as PlanNode
 from builder.plan import Plan as MadePlan
+from builder.recipe import recipe as model
 from builder.reports.inspect import Report
 from builder.reports.inspect import render as inspection_to_text
 from builder.reports.inspect import to_json as inspection_to_json
 from builder.sources.job import SourceJob
 from builder.sources.opened import Sources
+from builder.toolkit.made import several_to_json, several_to_text, to_json, to_text
 from ckpt_build.listening import Listener
-from ckpt_build.results import Component, Inspection, Node, Output, Plan, Result, Share
+from ckpt_build.results import Component, Inspection, Node, Outcome, Output, Plan, Result, Results, Share
 
 KINDS: dict[type, Literal["source", "step", "component", "output"]] = {
     SourceJob: "source",
@@ -26,6 +29,7 @@ KINDS: dict[type, Literal["source", "step", "component", "output"]] = {
 
 
 def inspection_of(report: Report, full: bool) -> Inspection:
+    """What an inspection found."""
     identity = report.identity
     parts = [
         Component(
@@ -65,17 +69,20 @@ def inspection_of(report: Report, full: bool) -> Inspection:
     )
 
 
-def plan_of(made: MadePlan, sources: Sources, listener: Listener) -> Plan:
+def plan_of(
+    made: MadePlan, sources: Sources, listener: Listener, several: Sequence[model.Recipe] = ()
+) -> Plan:
+    """A plan of one recipe, or one of `several`."""
     nodes = tuple(_node(n, sources) for n in made.by_kind())
     reads, writes = explain.totals(made)
     return Plan(
-        made.recipe.name,
+        ", ".join(r.name for r in several or [made.recipe]),
         nodes,
         reads,
         writes,
         tuple(made.notes),
         tuple(listener.warnings),
-        explain.to_json(made),
+        explain.to_json(made, several),
         explain.to_text(made),
     )
 
@@ -101,7 +108,27 @@ def _node(node: PlanNode, sources: Sources) -> Node:
     )
 
 
-def result_of(made: Build, listener: Listener) -> Result:
+def results_of(outcomes: Sequence[many.Outcome], listener: Listener) -> Results:
+    """What became of several recipes."""
+    return Results(
+        tuple(
+            Outcome(
+                str(o.path),
+                o.state,
+                result_of(o.made) if o.made is not None else None,
+                o.error.problems if o.error is not None else (),
+            )
+            for o in outcomes
+        ),
+        tuple(listener.notes),
+        tuple(listener.warnings),
+        several_to_json(outcomes),
+        several_to_text(outcomes),
+    )
+
+
+def result_of(made: Build, listener: Listener | None = None) -> Result:
+    """What a build made, and what was said meanwhile if that is all its own."""
     return Result(
         tuple(
             Output(b.name, b.path, b.state, b.size, b.sha256, b.tensor_digest, b.metric or None, b.statement)
@@ -110,6 +137,8 @@ def result_of(made: Build, listener: Listener) -> Result:
         tuple(sorted(made.made)),
         dict(sorted(made.changes.items())),
         dict(made.sources),
-        tuple(listener.notes),
-        tuple(listener.warnings),
+        tuple(listener.notes) if listener is not None else (),
+        tuple(listener.warnings) if listener is not None else (),
+        to_json(made),
+        to_text(made),
     )

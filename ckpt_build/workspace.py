@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,14 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from builder.base.dsse import PrivateKey, PublicKey
-from builder.base.errors import Problem, UsageError
+from builder.base.errors import FetchError, Problem, UsageError
+from builder.base.recipe_address import is_address
 from builder.base.toml import escaped
 from builder.build import build_recipe, verify
+from builder.build.many import Outcome, build_recipes, check_all, plan_recipes
 from builder.build.spread import Farm, means_of
 from builder.build.statements import Statements, verify_statement
 from builder.formats import open_checkpoint
 from builder.models.catalog import Catalog, load_catalog
 from builder.models.parts import find_part, slot_of
+from builder.plan import joined
 from builder.recipe import load_recipe
 from builder.recipe import recipe as model
 from builder.recipe.names import Target
@@ -29,19 +32,20 @@ from builder.reports.diff import to_json as diff_to_json
 from builder.reports.inspect import build_report
 from builder.reports.new import describe, write
 from builder.sources.opened import Sources
-from builder.toolkit.command_recipe import output_path, place_of, run
+from builder.toolkit.command_recipe import output_path, place_in, place_of, run
 from builder.toolkit.convert import convert
 from builder.toolkit.extract import extraction, target_of
 from builder.toolkit.prune import Options as PruneOptions
 from builder.toolkit.prune import plan_pruning, prune, unmatched
 from builder.toolkit.replace import replacement
+from builder.toolkit.sweep import axis_of, variants
 from builder.workspace import Settings, find_lock
 from builder.workspace import Workspace as Inner
 from ckpt_build.checkpoint import Checkpoint
-from ckpt_build.given import inspection_of, plan_of, result_of
+from ckpt_build.given import inspection_of, plan_of, result_of, results_of
 from ckpt_build.listening import Listener, OnProgress
 from ckpt_build.recipe import Recipe, composed, made_of
-from ckpt_build.results import Difference, Inspection, Plan, Result
+from ckpt_build.results import Difference, Inspection, Plan, Result, Results
 from ckpt_build.store import Store
 
 UNNAMED = "<recipe>"  # what messages call a recipe that is no file
@@ -160,7 +164,16 @@ class Workspace:
     # -- recipes
 
     def load(self, file: str | Path) -> Recipe:
-        """The recipe in a file, with those that it includes; raises RecipeError with all that is wrong."""
+        """The recipe in a file, with those that it includes; raises RecipeError with all that is wrong.
+
+        A string may be its address, as `https://…`, `hf://…` or `git+https://…`. Such a recipe is a
+        stranger's: its outputs go into the current folder, and it is held to the lock beside it. Nothing of
+        it is kept here: whatever is done with it fetches it again, and raises FetchError if it is another
+        one. Raises FetchError, UsageError.
+        """
+        if isinstance(file, str) and is_address(file):
+            with self._work(None, None) as (inner, *_):
+                return made_of(inner.recipe(file), None)
         return made_of(load_recipe(Path(file), self._catalog, outside=self._outside), Path(file))
 
     def parse(self, text: str, folder: str | Path = ".") -> Recipe:
@@ -202,6 +215,24 @@ class Workspace:
             text = escaped(write(draft, folder=Path(folder), catalog=inner.catalog, name=name))
         return made_of(replace(self._read(text, Path(folder)), own=True), None)
 
+    def variants(self, recipe: Recipe, axes: Mapping[str, Iterable[Any]]) -> tuple[Recipe, ...]:
+        """A recipe for each combination of values of some keys, as `ckpt sweep` makes them.
+
+        A key is spelled as in TOML: `steps.half.alpha`. They lie in the recipe's folder, and have no lock:
+        `save` makes one a file. Raises UsageError for a key that the recipe has no place for, or where there
+        are more than 1,000, RecipeError for a value that it cannot have.
+        """
+        if recipe.address is not None:
+            hint = "download it, with what lies beside it, and load the file"
+            raise UsageError(Problem("there are no variants of a recipe's address", hint=hint))
+        asked = [axis_of(key, values) for key, values in axes.items()]
+        path = recipe.file or recipe.folder / f"{recipe.name}.toml"
+        lock = find_lock(recipe.inner)
+        return tuple(
+            made_of(replace(self._read(v.text, recipe.folder), own=recipe.inner.own), None)
+            for v in variants(path, recipe.inner, asked, self._catalog, lock)
+        )
+
     def plan(self, recipe: Recipe, output: str | Path | None = None) -> Plan:
         """What building a recipe would do, and why. Reads tables of contents, and fetches nothing else.
 
@@ -209,9 +240,20 @@ class Workspace:
         SourceError for those that are refused, FetchError for those that are nowhere to be found, LockError.
         """
         with self._work(None, None) as (inner, sources, listener):
-            place = place_of(recipe.inner, _name(output))
-            made = inner.plan(recipe.inner, sources, find_lock(recipe.inner), place=place)
-            return plan_of(made, sources, listener)
+            read = _again(inner, recipe)
+            place = place_of(read, _name(output))
+            return plan_of(inner.plan(read, sources, find_lock(read), place=place), sources, listener)
+
+    def plan_all(self, recipes: Iterable[Recipe]) -> Plan:
+        """What building several recipes as one would do: a step that they share is one.
+
+        All that `plan` raises of each comes together, in a CkptError.
+        """
+        with self._work(None, None) as (inner, sources, listener):
+            found = _begun(inner, recipes, lock=True)
+            plans = plan_recipes(inner, found, sources)
+            check_all(found)
+            return plan_of(joined(plans), sources, listener, [p.recipe for p in plans])
 
     def build(
         self,
@@ -246,24 +288,78 @@ class Workspace:
         Cancelled; then every output is as it was, but those that were finished before.
         """
         key = PrivateKey.read(Path(sign), "sign") if sign is not None else None
+        elsewhere = self._elsewhere(executor, threads, [recipe])
         with self._work(progress, cancel) as (inner, sources, listener):
+            read = _again(inner, recipe, lock)
             made = build_recipe(
                 inner,
-                recipe.inner if lock else replace(recipe.inner, lock=None),
+                read,
                 sources,
-                place=place_of(recipe.inner, _name(output)),
+                place=place_of(read, _name(output)),
                 locked=locked,
                 partial=partial,
                 check=check,
                 threads=threads,
                 statements=Statements.of(inner, key) if statement or key is not None else None,
-                elsewhere=self._elsewhere(executor, threads),
+                elsewhere=elsewhere,
             )
             return result_of(made, listener)
 
-    def _elsewhere(self, executor: Executor | None, threads: int | None) -> Farm | None:
+    def build_all(
+        self,
+        recipes: Iterable[Recipe],
+        folder: str | Path | None = None,
+        *,
+        keep_going: bool = False,
+        lock: bool = True,
+        locked: bool = False,
+        partial: bool = False,
+        check: bool = False,
+        statement: bool = False,
+        sign: str | Path | None = None,
+        threads: int | None = None,
+        executor: Executor | None = None,
+        progress: OnProgress | None = None,
+        cancel: threading.Event | None = None,
+    ) -> Results:
+        """Build several recipes as one: what they share is read once and made once.
+
+        All outputs go into `folder`, if one is given. What one recipe reads and another writes is made first.
+        Unless it is to `keep_going`, nothing more is begun once one has failed, and the problems of all are
+        raised together, in a CkptError whose exit code is that of the first; else what became of each is in
+        the results. All other arguments are as for `build`. Raises UsageError, Cancelled.
+        """
+        key = PrivateKey.read(Path(sign), "sign") if sign is not None else None
+        recipes = list(recipes)
+        elsewhere = self._elsewhere(executor, threads, recipes)
+        with self._work(progress, cancel) as (inner, sources, listener):
+            found = _begun(inner, recipes, lock)
+            build_recipes(
+                inner,
+                found,
+                sources,
+                place=place_in(f"{folder}/") if folder is not None else None,
+                locked=locked,
+                keep_going=keep_going,
+                partial=partial,
+                check=check,
+                threads=threads,
+                statements=Statements.of(inner, key) if statement or key is not None else None,
+                elsewhere=elsewhere,
+            )
+            if not keep_going:
+                check_all(found)
+            return results_of(found, listener)
+
+    def _elsewhere(
+        self, executor: Executor | None, threads: int | None, recipes: Sequence[Recipe]
+    ) -> Farm | None:
         if executor is None:
             return None
+        if (address := next((r.address for r in recipes if r.address is not None), None)) is not None:
+            hint = "download it, with what lies beside it, and load the file"
+            evidence = (f"`{address}`",)
+            raise UsageError(Problem("an executor does not take a recipe's address", None, evidence, hint))
         if not self._settings.shared:
             hint = "`Workspace(shared=…)` names one"
             raise UsageError(Problem("an executor needs a store that its workers share", hint=hint))
@@ -277,7 +373,8 @@ class Workspace:
         """
         with self._work(None, None) as (inner, *_):
             there = Path(file) if file is not None else None
-            return verify(recipe.inner, find_lock(recipe.inner), there, inner)
+            read = _again(inner, recipe)
+            return verify(read, find_lock(read), there, inner)
 
     def verify_statement(
         self,
@@ -296,7 +393,7 @@ class Workspace:
         public = PublicKey.read(Path(key), "key") if key is not None else None
         there = Path(file) if file is not None else None
         with self._work(None, None) as (inner, *_):
-            read = recipe.inner if recipe is not None else None
+            read = _again(inner, recipe) if recipe is not None else None
             return verify_statement(Path(statement), inner, key=public, recipe=read, file=there).files
 
     # -- the model toolkit, each a recipe that is made on the spot
@@ -431,6 +528,27 @@ class Workspace:
             listener.during(sources.stop),
         ):
             yield workspace, sources, listener
+
+
+def _again(inner: Inner, recipe: Recipe, lock: bool = True) -> model.Recipe:
+    """A recipe as it is worked with; one of an address is fetched, as nothing of it was kept."""
+    if recipe.address is None:
+        return recipe.inner if lock else replace(recipe.inner, lock=None)
+    found = inner.recipe(recipe.address, lock)
+    if found.document.text != recipe.text:
+        hint = "load it again to have it as it is now"
+        raise FetchError(Problem(f"`{recipe.address}` is another recipe than it was", hint=hint))
+    return found
+
+
+def _begun(inner: Inner, recipes: Iterable[Recipe], lock: bool) -> list[Outcome]:
+    """Several recipes that something is to become of."""
+    found = []
+    for recipe in recipes:
+        found.append(outcome := Outcome(recipe.where))
+        with outcome.failing(inner):
+            outcome.recipe = _again(inner, recipe, lock)
+    return found
 
 
 def _name(output: str | Path | None) -> str | None:
