@@ -24,7 +24,7 @@ from builder.models.parts import find_part, slot_of
 from builder.plan import joined
 from builder.recipe import load_recipe
 from builder.recipe import recipe as model
-from builder.recipe.names import Target
+from builder.recipe.names import Target, whole_name
 from builder.reports.diff import causes as diff_causes
 from builder.reports.diff import compare
 from builder.reports.diff import render as diff_to_text
@@ -250,7 +250,7 @@ class Workspace:
         All that `plan` raises of each comes together, in a CkptError.
         """
         with self._work(None, None) as (inner, sources, listener):
-            found = _begun(inner, recipes, lock=True)
+            found = _begun(inner, recipes)
             plans = plan_recipes(inner, found, sources)
             check_all(found)
             return plan_of(joined(plans), sources, listener, [p.recipe for p in plans])
@@ -291,11 +291,12 @@ class Workspace:
         elsewhere = self._elsewhere(executor, threads, [recipe])
         with self._work(progress, cancel) as (inner, sources, listener):
             read = _again(inner, recipe, lock)
+            read = read.absolute() if elsewhere is not None else read
             made = build_recipe(
                 inner,
                 read,
                 sources,
-                place=place_of(read, _name(output)),
+                place=place_of(read, _name(output, whole=elsewhere is not None)),
                 locked=locked,
                 partial=partial,
                 check=check,
@@ -333,12 +334,13 @@ class Workspace:
         recipes = list(recipes)
         elsewhere = self._elsewhere(executor, threads, recipes)
         with self._work(progress, cancel) as (inner, sources, listener):
-            found = _begun(inner, recipes, lock)
+            into = _name(folder, whole=elsewhere is not None)
+            found = _begun(inner, recipes, lock, whole=elsewhere is not None)
             build_recipes(
                 inner,
                 found,
                 sources,
-                place=place_in(f"{folder}/") if folder is not None else None,
+                place=place_in(f"{into}/") if into is not None else None,
                 locked=locked,
                 keep_going=keep_going,
                 partial=partial,
@@ -541,15 +543,19 @@ def _again(inner: Inner, recipe: Recipe, lock: bool = True) -> model.Recipe:
     return found
 
 
-def _begun(inner: Inner, recipes: Iterable[Recipe], lock: bool) -> list[Outcome]:
-    """Several recipes that something is to become of."""
+def _begun(inner: Inner, recipes: Iterable[Recipe], lock: bool = True, whole: bool = False) -> list[Outcome]:
+    """Several recipes that something is to become of, with `whole` paths for work in other folders."""
     found = []
     for recipe in recipes:
         found.append(outcome := Outcome(recipe.where))
         with outcome.failing(inner):
-            outcome.recipe = _again(inner, recipe, lock)
+            read = _again(inner, recipe, lock)
+            outcome.recipe = read.absolute() if whole else read
     return found
 
 
-def _name(output: str | Path | None) -> str | None:
-    return None if output is None else str(output)
+def _name(output: str | Path | None, whole: bool = False) -> str | None:
+    """Where an output goes, as it is given or as a `whole` path."""
+    if output is None:
+        return None
+    return whole_name(str(output)) if whole else str(output)

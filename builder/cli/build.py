@@ -35,6 +35,7 @@ from builder.cli.several import are_several, as_given, local, one_only, told
 from builder.cli.terminal import out
 from builder.plan import Plan, explain, joined
 from builder.recipe import Recipe
+from builder.recipe.names import whole_name
 from builder.sources.opened import Sources
 from builder.toolkit.command_recipe import place_in, place_of
 from builder.toolkit.made import (
@@ -126,7 +127,7 @@ def command(
             here = [local(recipe, "`--on`") for recipe in recipes]
             recipes = tuple(context.enter_context(as_given(here)))
             lock = lock.absolute() if lock is not None else None
-            output = f"{Path(output).absolute()}{'/' * output.endswith('/')}" if output is not None else None
+            output = whole_name(output) if output is not None else None
         how: dict[str, Any] = {
             "locked": locked or frozen,
             "partial": partial,
