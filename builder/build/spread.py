@@ -219,8 +219,8 @@ class _Run:
     ) -> None:
         self.farm, self.works, self.keep_going = farm, works, keep_going
         self.builders = list({id(b): b for b in builders}.values())
-        plan = joined([b.plan for b in self.builders])
-        self.waits = tasks_of(plan, list(works))
+        self.plan = joined([b.plan for b in self.builders])
+        self.waits = tasks_of(self.plan, list(works))
         self.owners: dict[Key, Builder] = {}
         for builder in self.builders:
             for key in builder.plan.nodes:
@@ -253,8 +253,7 @@ class _Run:
 
     def _tell(self, key: Key, what: str, *count: int) -> None:
         """Have a reporter hear of a task."""
-        context = self.owners[key].context
-        getattr(context.reporter, what)(context.node(key).label, *count)
+        getattr(self.owners[key].context.reporter, what)(self.plan.nodes[key].label, *count)
 
     def _ready(self) -> Iterator[Key]:
         """The tasks that wait for nothing, as many as an executor is given at a time."""
@@ -276,7 +275,8 @@ class _Run:
             self.running[farm.executor.submit(make, __version__, pickle.dumps(task))] = key
             self._tell(key, "start", plan.nodes[key].writes or 0)
         except Exception as error:  # whatever an executor raises that takes no more
-            self._fail(key, self._gone(key, error))
+            fact, hint = "the executor takes no tasks", "what was made until now is in the shared store"
+            self._fail(key, OutputError(Problem(fact, evidence=(_said(error),), hint=hint)))
 
     def _take(self, key: Key, future: Future[Done]) -> None:
         builder = self.owners[key]
@@ -290,7 +290,7 @@ class _Run:
             lost = isinstance(error, (BrokenExecutor, CancelledError, *self.farm.lost))
             self.losses[key] += lost
             if lost and self.losses[key] < ATTEMPTS:
-                label = builder.context.node(key).label
+                label = self.plan.nodes[key].label
                 builder.context.reporter.note(f"the worker that made `{label}` was lost: it is made again")
                 self._submit(key)
             else:  # or it cannot even begin, as one without the package
@@ -319,7 +319,7 @@ class _Run:
 
     def _check(self, key: Key, done: object) -> None:
         """Raise OutputError where an answer is none, or tells of a file that is not there as it says."""
-        label = self.owners[key].context.node(key).label
+        label = self.plan.nodes[key].label
         if not isinstance(done, Done):
             fact = f"a worker's answer about `{label}` is none"
             raise OutputError(Problem(fact, evidence=(_said(done),), hint="is it ckpt-build that answers?"))
@@ -343,7 +343,7 @@ class _Run:
             )
 
     def _gone(self, key: Key, error: BaseException) -> CkptError:
-        label, times = self.owners[key].context.node(key).label, self.losses[key]
+        label, times = self.plan.nodes[key].label, self.losses[key]
         often = f", {times} times" if times > 1 else ""
         fact = f"`{label}` could not be made elsewhere{often}"
         hint = "each worker needs ckpt-build, and memory for its threads' windows"

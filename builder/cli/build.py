@@ -124,9 +124,8 @@ def command(
             note_steps(plan, workspace.reporter)
 
         if where is not None:  # workers are in other folders
-            here = [local(recipe, "`--on`") for recipe in recipes]
-            recipes = tuple(context.enter_context(as_given(here)))
-            lock = lock.absolute() if lock is not None else None
+            recipes = tuple(local(recipe, "`--on`") for recipe in recipes)
+            context.enter_context(as_given(recipes))
             output = whole_name(output) if output is not None else None
         how: dict[str, Any] = {
             "locked": locked or frozen,
@@ -141,9 +140,12 @@ def command(
             one_only(recipes, lock=lock)
             place = place_in(output) if output is not None else None
             found = read_recipes(workspace, recipes, lock_place(lock, no_lock))
+            for outcome in found:
+                outcome.recipe = outcome.recipe and (outcome.recipe.absolute() if where else outcome.recipe)
             build_several(workspace, found, sources, place=place, keep_going=keep_going, **how)
             return ExitCode.DONE
         read = workspace.recipe(recipes[0], lock_place(lock, no_lock))
+        read = read.absolute() if where is not None else read
         if only is not None:
             return _make_only(workspace, read, sources, only, threads)
         made = build_recipe(workspace, read, sources, place=place_of(read, output), before=before, **how)
@@ -166,7 +168,7 @@ def _workers(workspace: Workspace, where: str | None, threads: int | None) -> It
         hint = "`--store URL` names one, which here and every worker reaches"
         raise UsageError(Problem("`--on` needs a store that the workers share", hint=hint))
     means = means_of(settings, offline=workspace.offline, outside=workspace.outside, threads=threads)
-    with workers_on(where, means) as farm:
+    with workers_on(where, means, workspace.reporter) as farm:
         yield farm
 
 

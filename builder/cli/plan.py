@@ -68,8 +68,9 @@ def command(
                 fact = "`--snakemake` is for one recipe"
                 raise UsageError(Problem(fact, hint="each recipe has a Snakefile of its own"))
             # Its commands run in other folders, and other keys follow from other paths.
-            (whole,) = context.enter_context(as_given([local(recipes[0], "`--snakemake`")]))
-            recipes, lock = (whole,), lock.absolute() if lock is not None else None
+            here = local(recipes[0], "`--snakemake`")
+            context.enter_context(as_given([here]))
+            lock = lock.absolute() if lock is not None else None
         where = lock_place(lock, no_lock)
         if several:
             one_only(recipes, lock=lock)
@@ -79,6 +80,7 @@ def command(
             plan = joined(plans)
         else:
             read = workspace.recipe(recipes[0], where)
+            read = read.absolute() if form == "snakemake" else read
             plan = workspace.plan(read, sources, find_lock(read))
             said.cases.append(Case(str(recipes[0])))
         if form == "snakemake":
@@ -86,7 +88,7 @@ def command(
             options = [option for option, is_given in repeated.items() if is_given]
             options += ["--lock", str(lock)] if lock is not None else []
             shared = workspace.settings.shared or None
-            drawn = to_snakefile(plan, sources, whole, shared=shared, options=options)
+            drawn = to_snakefile(plan, sources, here, shared=shared, options=options)
         elif form is not None:
             drawn = explain.to_dot(plan) if form == "dot" else explain.to_mermaid(plan)
     if form is None:

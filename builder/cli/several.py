@@ -42,18 +42,12 @@ def local(recipe: Path | str, what: str) -> Path:
 
 
 @contextmanager
-def as_given(recipes: Sequence[Path]) -> Iterator[Sequence[Path]]:
-    """Whole paths of recipes, for work in other folders; an error names what lies there as they are given."""
-    folders = [path.parent for path in recipes]
-    given = {f"{folder.absolute()}/": "" if folder == Path() else f"{folder}/" for folder in folders}
-
-    def rename(text: str) -> str:
-        for whole, named in given.items():
-            text = text.replace(whole, named)
-        return text
-
+def as_given(recipes: Sequence[Path | str]) -> Iterator[None]:
+    """Have errors about whole paths name files from the current folder, where all recipes are given so."""
     try:
-        yield [path.absolute() for path in recipes]
+        yield
     except CkptError as error:
-        error.problems = tuple(p.renamed(rename) for p in error.problems)
+        if not any(Path(recipe).is_absolute() for recipe in recipes):
+            here = f"{Path.cwd()}/"
+            error.problems = tuple(p.renamed(lambda said: said.replace(here, "")) for p in error.problems)
         raise

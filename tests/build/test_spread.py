@@ -290,7 +290,7 @@ def test_workers_that_are_all_lost_are_given_up(work: Folder) -> None:
 def test_a_pool_whose_process_died(work: Folder) -> None:
     with processes(work, 1) as pool:
         pool.submit(os._exit, 1).exception()
-        with pytest.raises(OutputError, match="could not be made elsewhere"):
+        with pytest.raises(OutputError, match="takes no tasks"):
             build_on(pool, work)
 
 
@@ -366,7 +366,7 @@ def test_an_executor_that_takes_nothing(work: Folder, error: Exception) -> None:
         def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
             raise error
 
-    with pytest.raises(OutputError, match=f"could not be made elsewhere\n.*{error}"):
+    with pytest.raises(OutputError, match=f"takes no tasks\n.*{error}"):
         build_on(Closed(), work)
 
 
@@ -453,6 +453,12 @@ def test_a_dask_worker_that_is_killed(work: Folder, truth: dict[str, bytes]) -> 
         assert said.code == 0, said.err
         assert killed
     assert made_in(work) == truth
+
+
+def test_errors_name_files_as_they_were_given(work: Folder) -> None:
+    work.write("family.toml", RECIPE.replace("op =", "po ="))
+    said = work("plan", "--snakemake", "family.toml")
+    assert said.code == 3 and "--> family.toml:" in said.err and str(work.path) not in said.err
 
 
 def test_where_nobody_answers(work: Folder) -> None:
