@@ -21,7 +21,7 @@ def told(outcomes: Sequence[Outcome]) -> None:
     """Have a report name each of several recipes, and raise SeveralError where one has failed."""
     for o in outcomes:
         code, problems = (o.error.exit_code, o.error.problems) if o.error is not None else (0, ())
-        out().cases.append(Case(str(o.path), int(code), problems, o.is_skipped))
+        out().cases.append(Case(str(o.path), int(code), problems, o.is_skipped and not problems))
     check_all(outcomes)
 
 

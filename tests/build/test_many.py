@@ -160,6 +160,8 @@ def test_failures_are_told_together_and_nothing_is_made(folder: Folder) -> None:
     assert "unknown key `nmae`" in said.err and "`b` is nowhere to be found" in said.err
     assert "wrong.toml:2" in said.err and "gone.toml" in said.err
     assert not made(folder) and said.out.endswith("4 recipes: 2 failed, 2 not begun\n")
+    junit = folder("build", *recipes, "wrong.toml", "gone.toml", "--output-format", "junit").out
+    assert 'tests="4" failures="2" errors="0" skipped="2"' in junit and junit.count("<skipped/>") == 2
 
 
 def test_what_can_be_built_is_built(folder: Folder) -> None:
