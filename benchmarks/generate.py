@@ -13,9 +13,10 @@ from typing import Literal
 import numpy as np
 
 from builder.formats import open_checkpoint
-from builder.formats.write_torch import write_torch
+from builder.formats.write_torch import writing_torch
 from builder.models.samples import CLEAN, DIRTY, Content, Dirt, Model, Repeated, make
 from builder.tensors.lazy import DType, LazyTensor
+from builder.tensors.scan import carry_out
 
 __all__ = ["CLEAN", "DIRTY", "Content", "Dirt", "Model", "main", "make", "write", "write_lora"]
 
@@ -26,7 +27,9 @@ ORDER = {dtype: index for index, dtype in enumerate(DType)}
 def write(model: Model, path: Path | str, form: Format) -> None:
     """Write a model; what only a PyTorch file can hold is left out of a safetensors file."""
     if form == "ckpt":
-        write_torch(path, model.tensors, nesting=model.nesting, extras=model.extras, durable=False)
+        carry_out(
+            writing_torch(path, model.tensors, nesting=model.nesting, extras=model.extras, durable=False)
+        )
     else:
         _write_safetensors(Path(path), model.tensors)
 

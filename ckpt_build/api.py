@@ -28,10 +28,12 @@ from ckpt_build.results import (
     Inspection,
     Item,
     Node,
+    Outcome,
     Output,
     Plan,
     Progress,
     Result,
+    Results,
     Share,
 )
 from ckpt_build.store import Store
@@ -51,6 +53,7 @@ __all__ = [
     "Item",
     "LockError",
     "Node",
+    "Outcome",
     "Output",
     "OutputError",
     "Place",
@@ -60,6 +63,7 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "Result",
+    "Results",
     "Share",
     "SourceError",
     "Store",

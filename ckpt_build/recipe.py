@@ -20,11 +20,11 @@ from builder.recipe.recipe import FORMAT
 class Recipe:
     """A valid recipe.
 
-    `text` is its TOML. `file` is where it was read from, None for one that was not; `folder` is where its
-    relative paths begin and its outputs go. `digest` is the SHA-256, in hex, of its meaning: comments, order
-    and the places of pinned sources are no part of that. `outputs` are the files that it makes, and
-    `sources` what it takes from, by name: a path as it is written, or None where there are addresses alone.
-    `notes` are remarks on it that are no errors.
+    `text` is its TOML. `file` is where it was read from, and `address` where it was fetched from, None for
+    one that was not; `folder` is where its relative paths begin and its outputs go. `digest` is the SHA-256,
+    in hex, of its meaning: comments, order and the places of pinned sources are no part of that. `outputs`
+    are the files that it makes, and `sources` what it takes from, by name: a path as it is written, or None
+    where there are addresses alone. `notes` are remarks on it that are no errors.
     """
 
     name: str
@@ -36,7 +36,13 @@ class Recipe:
     outputs: tuple[str, ...]
     sources: Mapping[str, str | None]
     notes: tuple[Problem, ...]
-    inner: model.Recipe = field(repr=False, compare=False)
+    address: str | None = None
+    inner: model.Recipe = field(repr=False, compare=False, kw_only=True)
+
+    @property
+    def where(self) -> str:
+        """What it is known by among several: its file or address, else its name."""
+        return self.address or (str(self.file) if self.file is not None else self.name)
 
     def save(self, file: str | Path) -> Path:
         """Write its text as a file of its own, whose folder it then speaks of; gives the path.
@@ -54,12 +60,13 @@ def made_of(inner: model.Recipe, file: Path | None) -> Recipe:
         inner.description,
         inner.document.text,
         file,
-        inner.path.parent if inner.path is not None else Path(),
+        inner.path.parent if inner.path is not None and inner.address is None else Path(),
         inner.digest,
         tuple(o.file for o in inner.outputs),
         {n: s.file or s.recipe for n, s in inner.sources.items()},
         inner.notes,
-        inner,
+        inner.address,
+        inner=inner,
     )
 
 

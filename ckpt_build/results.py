@@ -206,7 +206,8 @@ class Result:
 
     `made` are the components that were made, by their labels, and `changes` what fixes changed in each, in
     words, also where it was made before. `sources` are the SHA-256 of the recipe's, by name, as far as they
-    are known. `notes` and `warnings` are what the command line would have shown meanwhile.
+    are known. `notes` and `warnings` are what the command line would have shown meanwhile. `json` is the
+    object that `ckpt build --json` prints (docs/commands.md), `str()` what it shows.
     """
 
     outputs: tuple[Output, ...]
@@ -215,12 +216,54 @@ class Result:
     sources: Mapping[str, str]
     notes: tuple[str, ...]
     warnings: tuple[Problem, ...]
+    json: Json = field(repr=False)
+    text: str = field(repr=False)
 
     @property
     def output(self) -> Output:
         """The only output; raises ValueError where there are several."""
         (only,) = self.outputs
         return only
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one of several recipes: `built`, with its `result`, `failed` by `problems`, `not begun`.
+
+    `recipe` is its file or its address, or its name where it has none. Notes and warnings are of all recipes
+    together, and not in the result.
+    """
+
+    recipe: str
+    state: Literal["built", "failed", "not begun"]
+    result: Result | None
+    problems: tuple[Problem, ...] = ()
+
+
+@dataclass(frozen=True)
+class Results:
+    """What became of several recipes that were built as one; `str()` is what `ckpt build` shows of them.
+
+    `outcomes` are in the order of the recipes. `json` is the object that `ckpt build --json` prints of
+    several (docs/commands.md).
+    """
+
+    outcomes: tuple[Outcome, ...]
+    notes: tuple[str, ...]
+    warnings: tuple[Problem, ...]
+    json: Json = field(repr=False)
+    text: str = field(repr=False)
+
+    @property
+    def failed(self) -> tuple[Outcome, ...]:
+        """Those that failed."""
+        return tuple(o for o in self.outcomes if o.state == "failed")
+
+    def __str__(self) -> str:
+        return self.text
 
 
 @dataclass(frozen=True)

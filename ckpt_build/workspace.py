@@ -3,59 +3,52 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from builder.base.dsse import PrivateKey, PublicKey
-from builder.base.errors import Problem, UsageError
+from builder.base.errors import FetchError, Problem, UsageError
+from builder.base.recipe_address import is_address
 from builder.base.toml import escaped
-from builder.build import Build, build_recipe, verify
+from builder.build import build_recipe, verify
+from builder.build.many import Outcome, build_recipes, check_all, plan_recipes
 from builder.build.spread import Farm, means_of
 from builder.build.statements import Statements, verify_statement
 from builder.formats import open_checkpoint
 from builder.models.catalog import Catalog, load_catalog
 from builder.models.parts import find_part, slot_of
-from builder.plan import ComponentJob, OutputJob, StepJob, explain
-from builder.plan import Node as PlanNode
-from builder.plan import Plan as MadePlan
+from builder.plan import joined
 from builder.recipe import load_recipe
 from builder.recipe import recipe as model
-from builder.recipe.names import Target
+from builder.recipe.names import Target, whole_name
 from builder.reports.diff import causes as diff_causes
 from builder.reports.diff import compare
 from builder.reports.diff import render as diff_to_text
 from builder.reports.diff import to_json as diff_to_json
-from builder.reports.inspect import Report, build_report
-from builder.reports.inspect import render as inspection_to_text
-from builder.reports.inspect import to_json as inspection_to_json
+from builder.reports.inspect import build_report
 from builder.reports.new import describe, write
-from builder.sources.job import SourceJob
 from builder.sources.opened import Sources
-from builder.toolkit.command_recipe import output_path, place_of, run
+from builder.toolkit.command_recipe import output_path, place_in, place_of, run
 from builder.toolkit.convert import convert
 from builder.toolkit.extract import extraction, target_of
 from builder.toolkit.prune import Options as PruneOptions
 from builder.toolkit.prune import plan_pruning, prune, unmatched
 from builder.toolkit.replace import replacement
+from builder.toolkit.sweep import axis_of, variants
 from builder.workspace import Settings, find_lock
 from builder.workspace import Workspace as Inner
 from ckpt_build.checkpoint import Checkpoint
+from ckpt_build.given import inspection_of, plan_of, result_of, results_of
 from ckpt_build.listening import Listener, OnProgress
 from ckpt_build.recipe import Recipe, composed, made_of
-from ckpt_build.results import Component, Difference, Inspection, Node, Output, Plan, Result, Share
+from ckpt_build.results import Difference, Inspection, Plan, Result, Results
 from ckpt_build.store import Store
 
 UNNAMED = "<recipe>"  # what messages call a recipe that is no file
-KINDS: dict[type, Literal["source", "step", "component", "output"]] = {
-    SourceJob: "source",
-    StepJob: "step",
-    ComponentJob: "component",
-    OutputJob: "output",
-}
 
 
 class Workspace:
@@ -139,7 +132,7 @@ class Workspace:
                 threads=threads,
                 reporter=listener,
             )
-            return _inspection(report, full)
+            return inspection_of(report, full)
 
     def diff(
         self,
@@ -171,7 +164,16 @@ class Workspace:
     # -- recipes
 
     def load(self, file: str | Path) -> Recipe:
-        """The recipe in a file, with those that it includes; raises RecipeError with all that is wrong."""
+        """The recipe in a file, with those that it includes; raises RecipeError with all that is wrong.
+
+        A string may be its address, as `https://…`, `hf://…` or `git+https://…`. Such a recipe is a
+        stranger's: its outputs go into the current folder, and it is held to the lock beside it. Nothing of
+        it is kept here: whatever is done with it fetches it again, and raises FetchError if it is another
+        one. Raises FetchError, UsageError.
+        """
+        if isinstance(file, str) and is_address(file):
+            with self._work(None, None) as (inner, *_):
+                return made_of(inner.recipe(file), None)
         return made_of(load_recipe(Path(file), self._catalog, outside=self._outside), Path(file))
 
     def parse(self, text: str, folder: str | Path = ".") -> Recipe:
@@ -213,6 +215,24 @@ class Workspace:
             text = escaped(write(draft, folder=Path(folder), catalog=inner.catalog, name=name))
         return made_of(replace(self._read(text, Path(folder)), own=True), None)
 
+    def variants(self, recipe: Recipe, axes: Mapping[str, Iterable[Any]]) -> tuple[Recipe, ...]:
+        """A recipe for each combination of values of some keys, as `ckpt sweep` makes them.
+
+        A key is spelled as in TOML: `steps.half.alpha`. They lie in the recipe's folder, and have no lock:
+        `save` makes one a file. Raises UsageError for a key that the recipe has no place for, or where there
+        are more than 1,000, RecipeError for a value that it cannot have.
+        """
+        if recipe.address is not None:
+            hint = "download it, with what lies beside it, and load the file"
+            raise UsageError(Problem("there are no variants of a recipe's address", hint=hint))
+        asked = [axis_of(key, values) for key, values in axes.items()]
+        path = recipe.file or recipe.folder / f"{recipe.name}.toml"
+        lock = find_lock(recipe.inner)
+        return tuple(
+            made_of(replace(self._read(v.text, recipe.folder), own=recipe.inner.own), None)
+            for v in variants(path, recipe.inner, asked, self._catalog, lock)
+        )
+
     def plan(self, recipe: Recipe, output: str | Path | None = None) -> Plan:
         """What building a recipe would do, and why. Reads tables of contents, and fetches nothing else.
 
@@ -220,9 +240,20 @@ class Workspace:
         SourceError for those that are refused, FetchError for those that are nowhere to be found, LockError.
         """
         with self._work(None, None) as (inner, sources, listener):
-            place = place_of(recipe.inner, _name(output))
-            made = inner.plan(recipe.inner, sources, find_lock(recipe.inner), place=place)
-            return _plan(made, sources, listener)
+            read = _again(inner, recipe)
+            place = place_of(read, _name(output))
+            return plan_of(inner.plan(read, sources, find_lock(read), place=place), sources, listener)
+
+    def plan_all(self, recipes: Iterable[Recipe]) -> Plan:
+        """What building several recipes as one would do: a step that they share is one.
+
+        All that `plan` raises of each comes together, in a CkptError.
+        """
+        with self._work(None, None) as (inner, sources, listener):
+            found = _begun(inner, recipes)
+            plans = plan_recipes(inner, found, sources)
+            check_all(found)
+            return plan_of(joined(plans), sources, listener, [p.recipe for p in plans])
 
     def build(
         self,
@@ -257,24 +288,80 @@ class Workspace:
         Cancelled; then every output is as it was, but those that were finished before.
         """
         key = PrivateKey.read(Path(sign), "sign") if sign is not None else None
+        elsewhere = self._elsewhere(executor, threads, [recipe])
         with self._work(progress, cancel) as (inner, sources, listener):
+            read = _again(inner, recipe, lock)
+            read = read.absolute() if elsewhere is not None else read
             made = build_recipe(
                 inner,
-                recipe.inner if lock else replace(recipe.inner, lock=None),
+                read,
                 sources,
-                place=place_of(recipe.inner, _name(output)),
+                place=place_of(read, _name(output, whole=elsewhere is not None)),
                 locked=locked,
                 partial=partial,
                 check=check,
                 threads=threads,
                 statements=Statements.of(inner, key) if statement or key is not None else None,
-                elsewhere=self._elsewhere(executor, threads),
+                elsewhere=elsewhere,
             )
-            return _result(made, listener)
+            return result_of(made, listener)
 
-    def _elsewhere(self, executor: Executor | None, threads: int | None) -> Farm | None:
+    def build_all(
+        self,
+        recipes: Iterable[Recipe],
+        folder: str | Path | None = None,
+        *,
+        keep_going: bool = False,
+        lock: bool = True,
+        locked: bool = False,
+        partial: bool = False,
+        check: bool = False,
+        statement: bool = False,
+        sign: str | Path | None = None,
+        threads: int | None = None,
+        executor: Executor | None = None,
+        progress: OnProgress | None = None,
+        cancel: threading.Event | None = None,
+    ) -> Results:
+        """Build several recipes as one: what they share is read once and made once.
+
+        All outputs go into `folder`, if one is given. What one recipe reads and another writes is made first.
+        Unless it is to `keep_going`, nothing more is begun once one has failed, and the problems of all are
+        raised together, in a CkptError whose exit code is that of the first; else what became of each is in
+        the results. All other arguments are as for `build`. Raises UsageError, Cancelled.
+        """
+        key = PrivateKey.read(Path(sign), "sign") if sign is not None else None
+        recipes = list(recipes)
+        elsewhere = self._elsewhere(executor, threads, recipes)
+        with self._work(progress, cancel) as (inner, sources, listener):
+            into = _name(folder, whole=elsewhere is not None)
+            found = _begun(inner, recipes, lock, whole=elsewhere is not None)
+            build_recipes(
+                inner,
+                found,
+                sources,
+                place=place_in(f"{into}/") if into is not None else None,
+                locked=locked,
+                keep_going=keep_going,
+                partial=partial,
+                check=check,
+                threads=threads,
+                statements=Statements.of(inner, key) if statement or key is not None else None,
+                elsewhere=elsewhere,
+            )
+            if not keep_going:
+                check_all(found)
+            return results_of(found, listener)
+
+    def _elsewhere(
+        self, executor: Executor | None, threads: int | None, recipes: Sequence[Recipe]
+    ) -> Farm | None:
         if executor is None:
             return None
+        if (address := next((r.address for r in recipes if r.address is not None), None)) is not None:
+            hint = "download it, with what lies beside it, and load the file"
+            evidence = (f"`{address}`",)
+            raise UsageError(Problem("an executor does not take a recipe's address", None, evidence, hint))
         if not self._settings.shared:
             hint = "`Workspace(shared=…)` names one"
             raise UsageError(Problem("an executor needs a store that its workers share", hint=hint))
@@ -288,7 +375,8 @@ class Workspace:
         """
         with self._work(None, None) as (inner, *_):
             there = Path(file) if file is not None else None
-            return verify(recipe.inner, find_lock(recipe.inner), there, inner)
+            read = _again(inner, recipe)
+            return verify(read, find_lock(read), there, inner)
 
     def verify_statement(
         self,
@@ -307,7 +395,7 @@ class Workspace:
         public = PublicKey.read(Path(key), "key") if key is not None else None
         there = Path(file) if file is not None else None
         with self._work(None, None) as (inner, *_):
-            read = recipe.inner if recipe is not None else None
+            read = _again(inner, recipe) if recipe is not None else None
             return verify_statement(Path(statement), inner, key=public, recipe=read, file=there).files
 
     # -- the model toolkit, each a recipe that is made on the spot
@@ -339,7 +427,7 @@ class Workspace:
             place = Target.named(str(output)) if output is not None else None
             target, naming = target_of(file, match, cls, place, None, inner)
             recipe = extraction(file, match, cls, fixes, **options)
-            return _result(run(recipe, target, inner, sources, naming=naming, hashing=False), listener)
+            return result_of(run(recipe, target, inner, sources, naming=naming, hashing=False), listener)
 
     def replace(
         self,
@@ -367,7 +455,7 @@ class Workspace:
             recipe = replacement(file, parts, sources, fixes, precision=precision, **options)
             place = Target.named(str(output)).file(f"{recipe.name}.safetensors")
             target = output_path(place, recipe.sources.values())
-            return _result(run(recipe, target, inner, sources), listener)
+            return result_of(run(recipe, target, inner, sources), listener)
 
     def prune(
         self,
@@ -394,7 +482,7 @@ class Workspace:
             planned = plan_pruning(file, sources, how)
             if planned.unmatched:
                 raise unmatched(planned)
-            return _result(prune(planned, output_path(Path(output), [file]), inner, sources), listener)
+            return result_of(prune(planned, output_path(Path(output), [file]), inner, sources), listener)
 
     def convert(
         self,
@@ -417,7 +505,7 @@ class Workspace:
             made = convert(Path(file), str(output), inner, sources, **options)
             for lost in made.lost:
                 listener.note(f"not carried over: {lost}")
-            return _result(made.build, listener)
+            return result_of(made.build, listener)
 
     # -- what all of it needs
 
@@ -444,95 +532,30 @@ class Workspace:
             yield workspace, sources, listener
 
 
-def _name(output: str | Path | None) -> str | None:
-    return None if output is None else str(output)
+def _again(inner: Inner, recipe: Recipe, lock: bool = True) -> model.Recipe:
+    """A recipe as it is worked with; one of an address is fetched, as nothing of it was kept."""
+    if recipe.address is None:
+        return recipe.inner if lock else replace(recipe.inner, lock=None)
+    found = inner.recipe(recipe.address, lock)
+    if found.document.text != recipe.text:
+        hint = "load it again to have it as it is now"
+        raise FetchError(Problem(f"`{recipe.address}` is another recipe than it was", hint=hint))
+    return found
 
 
-def _inspection(report: Report, full: bool) -> Inspection:
-    identity = report.identity
-    parts = [
-        Component(
-            p.match.component.name,
-            p.match.component.cls,
-            p.match.prefix,
-            p.tensors,
-            p.parameters,
-            p.bytes,
-            dict(p.dtypes),
-            p.digest,
-            p.known,
-        )
-        for p in report.parts
-    ]
-    ema, junk, unknown = (Share(s.keys, s.bytes) for s in (report.ema, report.junk, report.unknown))
-    return Inspection(
-        Path(report.path),
-        report.container,
-        report.size,
-        identity.architecture,
-        identity.intact,
-        report.sound,
-        report.kind and report.kind.kind,
-        tuple(parts),
-        report.metric.text if report.metric else None,
-        ema,
-        junk,
-        unknown,
-        report.pruned,
-        report.prediction.kind,
-        report.faults,
-        dict(report.metadata),
-        dict(report.hashes),
-        inspection_to_json([report])["files"][0],
-        inspection_to_text(report, full=full),
-    )
+def _begun(inner: Inner, recipes: Iterable[Recipe], lock: bool = True, whole: bool = False) -> list[Outcome]:
+    """Several recipes that something is to become of, with `whole` paths for work in other folders."""
+    found = []
+    for recipe in recipes:
+        found.append(outcome := Outcome(recipe.where))
+        with outcome.failing(inner):
+            read = _again(inner, recipe, lock)
+            outcome.recipe = read.absolute() if whole else read
+    return found
 
 
-def _plan(made: MadePlan, sources: Sources, listener: Listener) -> Plan:
-    nodes = tuple(_node(n, sources) for n in made.by_kind())
-    reads, writes = explain.totals(made)
-    return Plan(
-        made.recipe.name,
-        nodes,
-        reads,
-        writes,
-        tuple(made.notes),
-        tuple(listener.warnings),
-        explain.to_json(made),
-        explain.to_text(made),
-    )
-
-
-def _node(node: PlanNode, sources: Sources) -> Node:
-    job, path, sha256 = node.job, None, None
-    if isinstance(job, SourceJob):
-        found, sha256 = sources.find(job), node.action
-        path = found.path if found is not None else None
-    elif isinstance(job, OutputJob):
-        path = job.target
-    return Node(
-        node.key,
-        node.label,
-        KINDS[type(job)],
-        node.state,
-        node.why,
-        tuple(job.inputs),
-        node.reads,
-        node.writes,
-        path,
-        sha256,
-    )
-
-
-def _result(made: Build, listener: Listener) -> Result:
-    return Result(
-        tuple(
-            Output(b.name, b.path, b.state, b.size, b.sha256, b.tensor_digest, b.metric or None, b.statement)
-            for b in made.outputs
-        ),
-        tuple(sorted(made.made)),
-        dict(sorted(made.changes.items())),
-        dict(made.sources),
-        tuple(listener.notes),
-        tuple(listener.warnings),
-    )
+def _name(output: str | Path | None, whole: bool = False) -> str | None:
+    """Where an output goes, as it is given or as a `whole` path."""
+    if output is None:
+        return None
+    return whole_name(str(output)) if whole else str(output)

@@ -146,6 +146,45 @@ class NewFile:
     fd: int
     path: Path | None
 
+    def reserve(self, size: int) -> None:
+        """Raise OutputError where there is no room for `size` bytes beside what others in the making need."""
+        assert self.path is not None
+        with _reserving:
+            free, device = _free(self.fd, self.path.parent), os.fstat(self.fd).st_dev
+            others = sum(_lacking(fd, device) for fd in _reserved if fd != self.fd)
+            if free is None or size <= free - others:
+                _reserved[self.fd] = size
+                return
+        beside = f", of which what is written beside it takes {others:,}" * bool(others)
+        raise OutputError(
+            Problem(
+                f"there is no room to write `{self.path}`",
+                evidence=(f"it needs {size:,} bytes, {free:,} are free{beside}",),
+                hint="make room there, or write to another folder",
+            )
+        )
+
+
+_reserved: dict[int, int] = {}  # the sizes that files in the making will have, by descriptor
+_reserving = threading.Lock()
+
+
+def _free(fd: int, folder: Path) -> int | None:
+    """The bytes that are free where an open file of a folder lies; None where that is not told."""
+    if not hasattr(os, "fstatvfs"):
+        return shutil.disk_usage(folder).free
+    disk = os.fstatvfs(fd)
+    return disk.f_bavail * disk.f_frsize if disk.f_blocks else None  # some network file systems have none
+
+
+def _lacking(fd: int, device: int) -> int:
+    """The bytes that a file in the making will still take on a device."""
+    found = os.fstat(fd)
+    if found.st_dev != device:
+        return 0
+    has = found.st_blocks * 512 if hasattr(found, "st_blocks") else found.st_size
+    return max(0, _reserved[fd] - has)
+
 
 @contextmanager
 def new_file(
@@ -239,23 +278,6 @@ def making_folders(folders: Iterable[Path]) -> Iterator[None]:
             with suppress(OSError):
                 path.rmdir()
         raise
-
-
-def check_room(path: Path, fd: int, size: int) -> None:
-    """Raise OutputError where the file system of a descriptor has no room for `size` bytes."""
-    if hasattr(os, "fstatvfs"):
-        disk = os.fstatvfs(fd)
-        blocks, free = disk.f_blocks, disk.f_bavail * disk.f_frsize
-    else:
-        blocks, _, free = shutil.disk_usage(path.parent)
-    if blocks and free < size:  # some network file systems say that they have no blocks at all
-        raise OutputError(
-            Problem(
-                f"there is no room to write `{path}`",
-                evidence=(f"it needs {size:,} bytes, {free:,} are free",),
-                hint="make room there, or write to another folder",
-            )
-        )
 
 
 def output_error(path: Path | str, error: OSError) -> OutputError:
@@ -387,6 +409,8 @@ class _Unnamed:
         """Close it, once: another thread may have its number a moment later."""
         if not self.closed:
             self.closed = True
+            with _reserving:
+                _reserved.pop(self.fd, None)
             os.close(self.fd)
 
 

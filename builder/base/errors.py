@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import difflib
 import heapq
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Any
 
@@ -53,6 +53,15 @@ class Problem:
     place: Place | None = None
     evidence: tuple[str, ...] = ()
     hint: str | None = None
+
+    def renamed(self, rename: Callable[[str], str]) -> Problem:
+        """The same, with all of its words as `rename` has them."""
+        return Problem(
+            rename(self.fact),
+            self.place and replace(self.place, path=rename(self.place.path)),
+            tuple(map(rename, self.evidence)),
+            self.hint and rename(self.hint),
+        )
 
 
 class CkptError(Exception):

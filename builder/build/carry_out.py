@@ -19,12 +19,13 @@ from builder.build.in_parts import Parts
 from builder.build.outputs import Assembly, Naming, Product, lock_of
 from builder.operations import OPERATIONS
 from builder.operations.registry import Operation
+from builder.plan.at_once import written_at_once
 from builder.plan.graph import TO_DO, ComponentJob, Key, Node, OutputJob, Plan, joined, total
 from builder.recipe.lock import Lock
 from builder.sources.job import SourceJob
 from builder.sources.opened import Sources
 from builder.store import DamagedEntry
-from builder.tensors.scan import Scan, run_passes
+from builder.tensors.scan import carry_out, together
 
 Elsewhere = Callable[["Sequence[tuple[Builder, Assembly]]", bool], None]
 
@@ -111,10 +112,12 @@ def _carry_out(
     if elsewhere is not None:
         elsewhere(works, keep_going)
         return
-    for group in _groups(context, works):
+    by_key = {a.node.key: (b, a) for b, a in works}
+    for keys in written_at_once(context.plan, list(by_key)):
         if not keep_going and any(b.error is not None for b in builders):
             return
-        made = make_together(context, [a for _, a in group])
+        group = [by_key[key] for key in keys]
+        made = make_together(context, [a for _, a in group], keep_going=keep_going)
         for (builder, assembly), found in zip(group, made, strict=True):
             builder.finish(assembly, found)
 
@@ -127,52 +130,18 @@ def _announce(context: Context) -> None:
         context.reporter.expect(count)
 
 
-MOST = 64  # outputs that are written at once
-
-
-def _groups(
-    context: Context, works: Sequence[tuple[Builder, Assembly]]
-) -> Iterator[list[tuple[Builder, Assembly]]]:
-    """The outputs that have sources in common, at most `MOST` at once, those with the same ones together."""
-    groups: list[tuple[set[Key], list[tuple[tuple[Key, ...], int]]]] = []
-    for n, (_, assembly) in enumerate(works):
-        own = tuple(key for key, _ in context.source_nodes([assembly.node.key]))
-        near = [g for g in groups if not g[0].isdisjoint(own)]
-        groups = [g for g in groups if g not in near]
-        joined_ = sorted((w for _, ws in near for w in ws), key=lambda w: w[1])
-        groups.append((set(own).union(*(keys for keys, _ in near)), [*joined_, (own, n)]))
-    for _, found in sorted(groups, key=lambda g: g[1][0][1]):
-        order = [works[n] for _, n in (sorted(found) if len(found) > MOST else found)]
-        yield from (order[at : at + MOST] for at in range(0, len(order), MOST))
-
-
-def make_together(context: Context, assemblies: Sequence[Assembly]) -> list[Product | CkptError]:
+def make_together(
+    context: Context, assemblies: Sequence[Assembly], *, keep_going: bool = False
+) -> list[Product | CkptError | None]:
     """Make outputs side by side, in passes that read what they have in common once.
 
-    Of each the product, or why it could not be made.
+    Of each the product, or why it could not be made; None where another one could not, and so it was given up
+    before its pass, unless it is to `keep_going`.
     """
-    done: dict[int, Product | CkptError] = {}
-    answers: dict[int, Scan | Exception | None] = dict.fromkeys(range(len(assemblies)))
     with ExitStack() as opened:
-        together = Composer(context, opened, together=True) if len(assemblies) > 1 else None
-        works = [a.making(together) for a in assemblies]
-        for work in works:
-            opened.callback(work.close)
-        while answers:
-            asked = {}
-            for n, answer in answers.items():
-                try:
-                    work = works[n]
-                    asked[n] = work.throw(answer) if isinstance(answer, Exception) else work.send(answer)  # type: ignore[arg-type]
-                except StopIteration as finished:
-                    done[n] = finished.value
-                except Cancelled:
-                    raise
-                except CkptError as error:
-                    done[n] = error
-            found = run_passes(list(asked.values()), threads=context.threads, stop=context.stop)
-            answers = dict(zip(asked, found, strict=True))
-    return [done[n] for n in range(len(assemblies))]
+        composer = Composer(context, opened, together=True) if len(assemblies) > 1 else None
+        work = together([a.making(composer) for a in assemblies], keep_going=keep_going)
+        return carry_out(work, threads=context.threads, stop=context.stop)
 
 
 class Builder:
@@ -204,11 +173,11 @@ class Builder:
         for node in self.plan.outputs():
             yield Assembly(self.context, node, self.parts, self._prepare, self.locked, self.naming)
 
-    def finish(self, assembly: Assembly, found: Product | CkptError) -> None:
-        """Take note of what became of an output; of several failures the first stays."""
+    def finish(self, assembly: Assembly, found: Product | CkptError | None) -> None:
+        """Take note of what became of an output, if it was begun; of several failures the first stays."""
         if isinstance(found, CkptError):
             self.error = self.error or found
-        else:
+        elif found is not None:
             self.products[assembly.node.key] = found
             self.made |= set(found.fresh)
 

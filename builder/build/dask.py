@@ -9,14 +9,15 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 
 from builder.base.errors import FetchError, Problem, UsageError
+from builder.base.progress import Reporter
 from builder.build.spread import Farm, Means
 
 PATIENCE = 10.0  # seconds to find a scheduler
 
 
 @contextmanager
-def workers_on(address: str, means: Means) -> Iterator[Farm]:
-    """The workers of the scheduler at `dask://HOST:PORT`.
+def workers_on(address: str, means: Means, reporter: Reporter) -> Iterator[Farm]:
+    """The workers of the scheduler at `dask://HOST:PORT`; that there are none yet is noted.
 
     Raises UsageError for another address or without the package, FetchError where nobody answers.
     """
@@ -29,11 +30,15 @@ def workers_on(address: str, means: Means) -> Iterator[Farm]:
     from distributed import Client
     from distributed.scheduler import KilledWorker
 
-    logging.getLogger("distributed").setLevel(logging.CRITICAL)  # what counts is said by the build
+    for name in ("distributed", "distributed.client"):  # what counts is said by the build
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         client = Client(f"tcp://{found[1]}", timeout=PATIENCE, set_as_default=False)
     except (OSError, TimeoutError, ValueError) as error:
         said = (str(error).splitlines() or [type(error).__name__])[0]
-        raise FetchError(Problem(f"no scheduler answers at `{address}`", evidence=(said,))) from None
+        hint = "`dask scheduler` is one; the address is what it prints, with `dask` for `tcp`"
+        raise FetchError(Problem(f"no scheduler answers at `{address}`", None, (said,), hint)) from None
+    if not client.scheduler_info()["workers"]:
+        reporter.note(f"`{address}` has no workers yet: nothing is made until one comes")
     with client, client.get_executor(pure=False) as executor:
         yield Farm(executor, means, (KilledWorker,))

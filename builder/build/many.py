@@ -8,12 +8,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from builder.base.errors import CkptError, Place, Problem, RecipeError, UsageError
 from builder.base.files import read_bounded
 from builder.build.carry_out import Build, Elsewhere, build_all
 from builder.build.recipes import (
     Held,
+    Placing,
     check_lock_place,
     check_places,
     finish,
@@ -49,7 +51,7 @@ class Outcome:
     is_skipped: bool = False
 
     @property
-    def state(self) -> str:
+    def state(self) -> Literal["built", "failed", "not begun"]:
         """What became of it in a word or two."""
         if self.error is not None:
             return "failed"
@@ -142,6 +144,7 @@ def build_recipes(
     outcomes: Sequence[Outcome],
     sources: Sources,
     *,
+    place: Placing | None = None,
     locked: bool = False,
     keep_going: bool = False,
     partial: bool = False,
@@ -160,10 +163,10 @@ def build_recipes(
     """
     for outcome in outcomes:
         outcome.is_skipped = True
-    for wave in _waves(outcomes):
+    for wave in _waves(outcomes, place):
         pending = wave
         while pending:
-            _plan_seen(workspace, pending, sources, locked, statements)
+            _plan_seen(workspace, pending, sources, place, locked, statements)
             _check_targets(pending)
             ready = [o for o in pending if o.error is None]
             if not ready or (not keep_going and any(o.error for o in outcomes)):
@@ -182,6 +185,7 @@ def build_recipes(
                         outcome.recipe,
                         outcome.held,
                         outcome.made,
+                        place=place,
                         check=check,
                         explained=explained,
                         threads=threads,
@@ -203,28 +207,32 @@ def _again(outcome: Outcome, sources: Sources) -> bool:
     return again
 
 
-def _waves(outcomes: Sequence[Outcome]) -> Iterator[list[Outcome]]:
+def _waves(outcomes: Sequence[Outcome], place: Placing | None) -> Iterator[list[Outcome]]:
     """Recipes in an order in which none reads a file that one in the same or a later wave writes."""
     writes = {
-        os.path.realpath(o.recipe.target(out)): o for o in outcomes if o.recipe for out in o.recipe.outputs
+        os.path.realpath(place(out) if place is not None else o.recipe.target(out)): n
+        for n, o in enumerate(outcomes)
+        if o.recipe is not None
+        for out in o.recipe.outputs
     }
     after = {
-        o.path: {q.path for f in _files(o.recipe) if (q := writes.get(f, o)) is not o}
-        for o in outcomes
+        n: {writes[f] for f in _files(o.recipe) if f in writes} - {n}
+        for n, o in enumerate(outcomes)
         if o.recipe is not None
     }
-    left = [o for o in outcomes if o.recipe is not None]
+    left = set(after)
     while left:
-        wave = [o for o in left if not after[o.path] & {q.path for q in left}]
+        wave = sorted(n for n in left if not after[n] & left)
         if not wave:
-            names = tuple(str(o.path) for o in left)
+            names = tuple(str(outcomes[n].path) for n in sorted(left))
             fact = "these recipes read what one of the others writes, in a circle"
-            for outcome in left:
-                outcome.error = RecipeError(Problem(fact, evidence=names, hint="give an output another name"))
+            for n in left:
+                problem = Problem(fact, evidence=names, hint="give an output another name")
+                outcomes[n].error = RecipeError(problem)
             return
-        left = [o for o in left if o not in wave]
-        failed = {o.path for o in outcomes if o.error is not None}
-        yield [o for o in wave if o.error is None and not after[o.path] & failed]
+        left -= set(wave)
+        failed = {n for n, o in enumerate(outcomes) if o.made is None and n not in left and n not in wave}
+        yield [outcomes[n] for n in wave if outcomes[n].error is None and not after[n] & failed]
 
 
 def _files(recipe: Recipe) -> Iterator[str]:
@@ -257,6 +265,7 @@ def _plan_seen(
     workspace: Workspace,
     outcomes: Sequence[Outcome],
     sources: Sources,
+    place: Placing | None,
     locked: bool,
     statements: Statements | None,
 ) -> None:
@@ -268,7 +277,7 @@ def _plan_seen(
         with outcome.failing(workspace):
             outcome.held = hold(recipe, locked)
             check_lock_place(recipe, outcome.held)
-            outcome.plan = plan_seen(workspace, recipe, sources, outcome.held.lock)
+            outcome.plan = plan_seen(workspace, recipe, sources, outcome.held.lock, place)
             check_places(outcome.plan, workspace, statements)
 
 

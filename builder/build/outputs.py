@@ -238,11 +238,9 @@ class Assembly:
                 self._catalog,
                 autov3=job.output.expect.autov3 is not None,
                 groups=self._groups(parts),
-                threads=context.threads,
                 inputs=self._inputs(),
                 reporter=context.reporter,
                 task=job.output.file,
-                stop=context.stop,
                 accept=lambda w: self._accept(w, parts, beside, made_by, read),
             )
             assert self._product is not None

@@ -39,7 +39,7 @@ from builder.workspace import Workspace, find_lock, need_lock
 
 T = TypeVar("T")
 
-Place = Callable[[Output], str | Path]
+Placing = Callable[[Output], str | Path]
 
 
 def build_recipe(
@@ -47,7 +47,7 @@ def build_recipe(
     recipe: Recipe,
     sources: Sources,
     *,
-    place: Place | None = None,
+    place: Placing | None = None,
     naming: Naming | None = None,
     locked: bool = False,
     partial: bool = False,
@@ -151,7 +151,7 @@ def finish(
     held: Held,
     made: Build,
     *,
-    place: Place | None = None,
+    place: Placing | None = None,
     check: bool = False,
     explained: bool = False,
     threads: int | None = None,
@@ -213,7 +213,7 @@ def _built(
     recipe: Recipe,
     sources: Sources,
     lock: Lock | None,
-    place: Place | None,
+    place: Placing | None,
     before: Callable[[Plan], object],
     carry_out: Callable[[Plan], T],
 ) -> T:
@@ -230,7 +230,7 @@ def _built(
 
 
 def plan_seen(
-    workspace: Workspace, recipe: Recipe, sources: Sources, lock: Lock | None, place: Place | None = None
+    workspace: Workspace, recipe: Recipe, sources: Sources, lock: Lock | None, place: Placing | None = None
 ) -> Plan:
     """The plan of a recipe with the tables of contents of all its sources."""
     while True:
@@ -316,7 +316,7 @@ def _write_lock(
     recipe: Recipe,
     lock: Lock | None,
     made: Build,
-    place: Place | None,
+    place: Placing | None,
     explained: bool,
 ) -> None:
     """Write the lock of a recipe, if what was made is the recipe's own; what changes is said."""
@@ -342,7 +342,7 @@ def standing(*made: Path) -> Iterator[None]:
         raise
 
 
-def _is_the_recipes_own(recipe: Recipe, place: Place | None) -> bool:
+def _is_the_recipes_own(recipe: Recipe, place: Placing | None) -> bool:
     """Whether what was made is what the recipe says, not its contents in another container.
 
     The files of a set are named after it, and so part of what it is.
@@ -357,7 +357,7 @@ def _is_the_recipes_own(recipe: Recipe, place: Place | None) -> bool:
 
 
 def _check_again(
-    workspace: Workspace, recipe: Recipe, made: Build, place: Place | None, threads: int | None
+    workspace: Workspace, recipe: Recipe, made: Build, place: Placing | None, threads: int | None
 ) -> None:
     """Build again from nothing, in a folder of its own, and compare; raises UnreproducibleError."""
 

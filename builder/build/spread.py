@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import pickle
+import socket
+import stat
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, CancelledError, Executor, Future, wait
@@ -11,10 +15,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from builder import __version__
-from builder.base.errors import CkptError, LockError, OutputError, Problem, SourceError
+from builder.base.errors import CkptError, LockError, OutputError, Problem, SourceError, clipped
 from builder.base.progress import Reporter
 from builder.build.carry_out import Builder, make_together
 from builder.build.context import Context
+from builder.build.expect import Built
 from builder.build.in_parts import Parts
 from builder.build.outputs import Assembly, Product
 from builder.operations import OPERATIONS
@@ -29,6 +34,7 @@ Work = tuple[Builder, Assembly]
 ATTEMPTS = 3  # of a task whose worker was lost
 MOST = 256  # tasks that an executor is given at a time
 POLL = 0.5  # seconds after which it is asked whether to go on
+SEEN = 60.0  # seconds until a network's file system shows what another machine wrote, at most
 
 
 @dataclass(frozen=True)
@@ -72,7 +78,6 @@ class Task:
     told: Mapping[Key, Told]
     locked: bool = False
     partial: bool = False
-    version: str = __version__
 
 
 @dataclass(frozen=True)
@@ -99,8 +104,24 @@ class _Heard(Reporter):
         self.said.append(problem)
 
 
-def make(task: Task) -> Done:
-    """Make a component or an output, on a worker; what fails is part of the answer."""
+def make(version: str, sent: bytes) -> Done:
+    """Make a component or an output, on a worker; what fails is part of the answer.
+
+    `sent` is a pickled Task, which is not looked at where it is another `version` that asks for it. Raises
+    OutputError then, and for what no build raises, with where that was.
+    """
+    if version != __version__:
+        fact = f"a worker has ckpt-build {__version__}, and {version} is asked for"
+        raise OutputError(Problem(fact, hint="install the same version everywhere"))
+    try:
+        return _make(pickle.loads(sent))
+    except Exception as error:
+        fact = f"a worker on `{socket.gethostname()}` cannot work"
+        hint = "each worker needs ckpt-build with all that it needs, and memory for its threads' windows"
+        raise OutputError(Problem(fact, evidence=(_said(error),), hint=hint)) from None
+
+
+def _make(task: Task) -> Done:
     means, heard = task.means, _Heard()
     settings = replace(
         Settings.from_environment(),
@@ -110,9 +131,6 @@ def make(task: Task) -> Done:
         components=means.components,
     )
     try:
-        if task.version != __version__:
-            fact = f"a worker has ckpt-build {__version__}, and {task.version} is asked for"
-            raise OutputError(Problem(fact, hint="install the same version everywhere"))
         with (
             Workspace(settings, offline=means.offline, outside=means.outside, reporter=heard) as workspace,
             workspace.sources() as sources,
@@ -201,8 +219,8 @@ class _Run:
     ) -> None:
         self.farm, self.works, self.keep_going = farm, works, keep_going
         self.builders = list({id(b): b for b in builders}.values())
-        plan = joined([b.plan for b in self.builders])
-        self.waits = tasks_of(plan, list(works))
+        self.plan = joined([b.plan for b in self.builders])
+        self.waits = tasks_of(self.plan, list(works))
         self.owners: dict[Key, Builder] = {}
         for builder in self.builders:
             for key in builder.plan.nodes:
@@ -235,8 +253,7 @@ class _Run:
 
     def _tell(self, key: Key, what: str, *count: int) -> None:
         """Have a reporter hear of a task."""
-        context = self.owners[key].context
-        getattr(context.reporter, what)(context.node(key).label, *count)
+        getattr(self.owners[key].context.reporter, what)(self.plan.nodes[key].label, *count)
 
     def _ready(self) -> Iterator[Key]:
         """The tasks that wait for nothing, as many as an executor is given at a time."""
@@ -255,20 +272,25 @@ class _Run:
         told = {k: t for k, t in self.told.items() if k in plan.nodes}
         task = Task(plan, key, farm.means, told, builder.locked is not None, builder.parts.believing)
         try:
-            self.running[farm.executor.submit(make, task)] = key
+            self.running[farm.executor.submit(make, __version__, pickle.dumps(task))] = key
             self._tell(key, "start", plan.nodes[key].writes or 0)
-        except (BrokenExecutor, RuntimeError) as error:
-            self._fail(key, self._gone(key, error))
+        except Exception as error:  # whatever an executor raises that takes no more
+            fact, hint = "the executor takes no tasks", "what was made until now is in the shared store"
+            self._fail(key, OutputError(Problem(fact, evidence=(_said(error),), hint=hint)))
 
     def _take(self, key: Key, future: Future[Done]) -> None:
         builder = self.owners[key]
         try:
             done = future.result()
+            self._check(key, done)
+        except CkptError as error:
+            self._fail(key, error)
+            return
         except (Exception, CancelledError) as error:
             lost = isinstance(error, (BrokenExecutor, CancelledError, *self.farm.lost))
             self.losses[key] += lost
             if lost and self.losses[key] < ATTEMPTS:
-                label = builder.context.node(key).label
+                label = self.plan.nodes[key].label
                 builder.context.reporter.note(f"the worker that made `{label}` was lost: it is made again")
                 self._submit(key)
             else:  # or it cannot even begin, as one without the package
@@ -295,13 +317,37 @@ class _Run:
             builder.finish(assembly, done.product)
             _remember(builder.context, assembly, done.product)
 
+    def _check(self, key: Key, done: object) -> None:
+        """Raise OutputError where an answer is none, or tells of a file that is not there as it says."""
+        label = self.plan.nodes[key].label
+        if not isinstance(done, Done):
+            fact = f"a worker's answer about `{label}` is none"
+            raise OutputError(Problem(fact, evidence=(_said(done),), hint="is it ckpt-build that answers?"))
+        if done.error is not None or key not in self.works:
+            return
+        job, product = self.works[key][1].job, done.product
+        if product is None or product.built.path != job.target or product.parts.keys() != job.slots.keys():
+            fact = f"a worker's answer about `{label}` is of something else"
+            raise OutputError(Problem(fact, hint="is it ckpt-build that answers?"))
+        until = time.monotonic() + SEEN
+        single = job.container.single
+        while not (is_there := _is_there(product.built, single)) and time.monotonic() < until:
+            time.sleep(POLL)
+        if not is_there:
+            raise OutputError(
+                Problem(
+                    f"`{job.target}` is not here as the worker that made it says",
+                    evidence=(f"it wrote {product.built.size:,} bytes",),
+                    hint="workers and this machine have to see the same files under the same paths",
+                )
+            )
+
     def _gone(self, key: Key, error: BaseException) -> CkptError:
-        label, times = self.owners[key].context.node(key).label, self.losses[key]
+        label, times = self.plan.nodes[key].label, self.losses[key]
         often = f", {times} times" if times > 1 else ""
         fact = f"`{label}` could not be made elsewhere{often}"
         hint = "each worker needs ckpt-build, and memory for its threads' windows"
-        said = (str(error).strip().splitlines() or [""])[0]
-        return OutputError(Problem(fact, evidence=(f"{type(error).__name__}: {said}",), hint=hint))
+        return OutputError(Problem(fact, evidence=(_said(error),), hint=hint))
 
     def _fail(self, key: Key, error: CkptError) -> None:
         """Have a task failed, and all outputs that wait for it."""
@@ -312,6 +358,22 @@ class _Run:
                 if waiting in self.works:
                     builder, assembly = self.works[waiting]
                     builder.finish(assembly, error)
+
+
+def _said(something: object) -> str:
+    """An exception, or what is none, in a line."""
+    said = (str(something).strip().splitlines() or [""])[0]
+    return f"{type(something).__name__}: {clipped(said, 200)}"
+
+
+def _is_there(built: Built, single: bool) -> bool:
+    """Whether an output lies in its place, and in its size if it is a `single` file."""
+    try:
+        with os.scandir(built.path.parent):  # has a network's file system ask anew
+            found = built.path.lstat()
+    except OSError:
+        return False
+    return not single or (stat.S_ISREG(found.st_mode) and found.st_size == built.size)
 
 
 def _remember(context: Context, assembly: Assembly, product: Product) -> None:

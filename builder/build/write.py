@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,7 @@ from builder.base.progress import Reporter, human_bytes
 from builder.formats.hashes import sha256_file
 from builder.formats.open import files_of
 from builder.formats.write_safetensors import Accept, Written, writing
-from builder.formats.write_torch import write_torch
+from builder.formats.write_torch import writing_torch
 from builder.plan.graph import Container
 from builder.sources.find import set_digest
 from builder.tensors.lazy import LazyTensor
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
     from builder.models.catalog import Architecture, Catalog
 
 Tensors = Mapping[str, LazyTensor]
-Fill = Callable[[Path], "tuple[list[Written], Mapping[str, str]]"]  # the files written, and digests by name
+Filled = tuple["list[Written]", Mapping[str, str]]  # the files of a folder, and digests by tensor
 
 
 class _Discarded(Exception):
@@ -44,13 +43,9 @@ def write_output(
     task: str,
     accept: Accept,
     autov3: bool = False,
-    threads: int = 2,
-    stop: threading.Event | None = None,
     **options: Any,
 ) -> Passing[Written]:
-    """The work of writing tensors to `path` in a container; options are those of `write`.
-
-    One safetensors file is written in a pass that others may be carried out beside, all else at once.
+    """The work of writing tensors to `path` in a container; options are those of `writing`.
 
     `architecture` says which tensors a folder has a place for; `autov3` is of a safetensors file alone. Of
     several files, `accept` sees all of them before the first has its name. Raises what reading, writing or
@@ -58,32 +53,27 @@ def write_output(
     """
     options |= {"digests": True, "sha256": True}
     if container.form == "safetensors":
-        return (
-            yield from writing(path, tensors, metadata, task=task, accept=accept, autov3=autov3, **options)
-        )
-    options |= {"threads": threads, "stop": stop}
+        how = {"task": task, "accept": accept, "autov3": autov3, **options}
+        return (yield from writing(path, tensors, metadata, **how))
     if container.encoding is not None:
-        from builder.formats.write_gguf import write_gguf
+        from builder.formats.write_gguf import writing_gguf
 
-        return write_gguf(path, tensors, container.encoding, metadata, task=task, accept=accept, **options)
+        how = {"task": task, "accept": accept, **options}
+        return (yield from writing_gguf(path, tensors, container.encoding, metadata, **how))
     if container.form == "torch":
-        held, nesting = dict(sorted(tensors.items())), container.nesting
-        return write_torch(path, held, nesting=nesting, task=task, accept=accept, **options)
-
-    def fill(folder: Path) -> tuple[list[Written], Mapping[str, str]]:
-        if container.form == "sharded":
-            from builder.formats.write_sharded import write_shards
-
-            size = container.shard_size or 0
-            made = write_shards(folder, container.stem, tensors, metadata, shard_size=size, **options)
-            return made, {n: digest for w in made for n, digest in w.digests.items()}
-        return _fill_folder(folder, container, tensors, metadata, architecture, catalog, options)
+        how = {"nesting": container.nesting, "task": task, "accept": accept, **options}
+        return (yield from writing_torch(path, dict(sorted(tensors.items())), **how))
 
     makes = new_set if container.form == "sharded" else new_folder
     written: Written | None = None
     try:
         with makes(path, anew=False) as folder:
-            made, digests = fill(folder)
+            if container.form == "sharded":
+                made, digests = yield from _writing_set(folder, container, tensors, metadata, options)
+            else:
+                made, digests = yield from _writing_folder(
+                    folder, container, tensors, metadata, architecture, catalog, options
+                )
             opened = folder / path.name if container.form == "sharded" else folder
             written = _together(path, folder, files_of(opened), made, digests, tensors)
             if accept(written) is None:
@@ -94,7 +84,21 @@ def write_output(
     return written
 
 
-def _fill_folder(
+def _writing_set(
+    folder: Path,
+    container: Container,
+    tensors: Tensors,
+    metadata: Mapping[str, str],
+    options: Mapping[str, Any],
+) -> Passing[Filled]:
+    from builder.formats.write_sharded import writing_shards
+
+    how = {"shard_size": container.shard_size or 0, **options}
+    made = yield from writing_shards(folder, container.stem, tensors, metadata, **how)
+    return made, {n: digest for w in made for n, digest in w.digests.items()}
+
+
+def _writing_folder(
     folder: Path,
     container: Container,
     tensors: Tensors,
@@ -102,9 +106,9 @@ def _fill_folder(
     architecture: Architecture,
     catalog: Catalog,
     options: Mapping[str, Any],
-) -> tuple[list[Written], Mapping[str, str]]:
+) -> Passing[Filled]:
     from builder.formats.diffusers import REMAINDER
-    from builder.formats.write_diffusers import write_folder
+    from builder.formats.write_diffusers import writing_folder
 
     names = {
         catalog.component_for(cls, architecture).prefix + name
@@ -114,7 +118,7 @@ def _fill_folder(
     }
     if packed := packing(tensors):
         raise packed.refused("have no place in diffusers' layout", "name a file to write them")
-    made = write_folder(
+    made = yield from writing_folder(
         folder,
         catalog.layouts[container.layout],
         {n: t for n, t in tensors.items() if n in names},

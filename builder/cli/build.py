@@ -31,12 +31,13 @@ from builder.cli.options import (
     recipes_argument,
     sharing,
 )
-from builder.cli.several import are_several, local, one_only, told
+from builder.cli.several import are_several, as_given, local, one_only, told
 from builder.cli.terminal import out
 from builder.plan import Plan, explain, joined
 from builder.recipe import Recipe
+from builder.recipe.names import whole_name
 from builder.sources.opened import Sources
-from builder.toolkit.command_recipe import place_of
+from builder.toolkit.command_recipe import place_in, place_of
 from builder.toolkit.made import (
     note_changes,
     note_left_out,
@@ -124,8 +125,8 @@ def command(
 
         if where is not None:  # workers are in other folders
             recipes = tuple(local(recipe, "`--on`") for recipe in recipes)
-            lock = lock.absolute() if lock is not None else None
-            output = f"{Path(output).absolute()}{'/' * output.endswith('/')}" if output is not None else None
+            context.enter_context(as_given(recipes))
+            output = whole_name(output) if output is not None else None
         how: dict[str, Any] = {
             "locked": locked or frozen,
             "partial": partial,
@@ -136,11 +137,15 @@ def command(
             "elsewhere": context.enter_context(_workers(workspace, where, threads)),
         }
         if are_several(recipes):
-            one_only(recipes, output=output, lock=lock)
+            one_only(recipes, lock=lock)
+            place = place_in(output) if output is not None else None
             found = read_recipes(workspace, recipes, lock_place(lock, no_lock))
-            build_several(workspace, found, sources, keep_going=keep_going, **how)
+            for outcome in found:
+                outcome.recipe = outcome.recipe and (outcome.recipe.absolute() if where else outcome.recipe)
+            build_several(workspace, found, sources, place=place, keep_going=keep_going, **how)
             return ExitCode.DONE
         read = workspace.recipe(recipes[0], lock_place(lock, no_lock))
+        read = read.absolute() if where is not None else read
         if only is not None:
             return _make_only(workspace, read, sources, only, threads)
         made = build_recipe(workspace, read, sources, place=place_of(read, output), before=before, **how)
@@ -163,7 +168,7 @@ def _workers(workspace: Workspace, where: str | None, threads: int | None) -> It
         hint = "`--store URL` names one, which here and every worker reaches"
         raise UsageError(Problem("`--on` needs a store that the workers share", hint=hint))
     means = means_of(settings, offline=workspace.offline, outside=workspace.outside, threads=threads)
-    with workers_on(where, means) as farm:
+    with workers_on(where, means, workspace.reporter) as farm:
         yield farm
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 
 import click
@@ -19,7 +20,7 @@ from builder.cli.options import (
     quiet_option,
     recipes_argument,
 )
-from builder.cli.several import are_several, local, one_only, told
+from builder.cli.several import are_several, as_given, local, one_only, told
 from builder.cli.terminal import out
 from builder.plan import explain, joined
 from builder.toolkit.snakefile import to_snakefile
@@ -59,6 +60,7 @@ def command(
     with (
         open_workspace(quiet, offline=offline, outside=outside, shared=shared) as workspace,
         workspace.sources() as sources,
+        ExitStack() as context,
     ):
         several = are_several(recipes)
         if form == "snakemake":
@@ -66,8 +68,9 @@ def command(
                 fact = "`--snakemake` is for one recipe"
                 raise UsageError(Problem(fact, hint="each recipe has a Snakefile of its own"))
             # Its commands run in other folders, and other keys follow from other paths.
-            whole = local(recipes[0], "`--snakemake`")
-            recipes, lock = (whole,), lock.absolute() if lock is not None else None
+            here = local(recipes[0], "`--snakemake`")
+            context.enter_context(as_given([here]))
+            lock = lock.absolute() if lock is not None else None
         where = lock_place(lock, no_lock)
         if several:
             one_only(recipes, lock=lock)
@@ -77,6 +80,7 @@ def command(
             plan = joined(plans)
         else:
             read = workspace.recipe(recipes[0], where)
+            read = read.absolute() if form == "snakemake" else read
             plan = workspace.plan(read, sources, find_lock(read))
             said.cases.append(Case(str(recipes[0])))
         if form == "snakemake":
@@ -84,7 +88,7 @@ def command(
             options = [option for option, is_given in repeated.items() if is_given]
             options += ["--lock", str(lock)] if lock is not None else []
             shared = workspace.settings.shared or None
-            drawn = to_snakefile(plan, sources, whole, shared=shared, options=options)
+            drawn = to_snakefile(plan, sources, here, shared=shared, options=options)
         elif form is not None:
             drawn = explain.to_dot(plan) if form == "dot" else explain.to_mermaid(plan)
     if form is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -11,22 +12,25 @@ from builder.base.errors import ExitCode, printable
 from builder.build.many import read_recipes
 from builder.cli.build import build_several
 from builder.cli.options import (
-    FILE,
+    NAME,
+    RECIPE,
     format_option,
     json_option,
     open_workspace,
     outside_option,
     quiet_option,
 )
+from builder.cli.several import local
 from builder.cli.terminal import out
-from builder.toolkit.command_recipe import check_vacant
+from builder.toolkit.command_recipe import check_vacant, place_in
 from builder.toolkit.sweep import parse_axis, variants
 from builder.workspace import find_lock
 
 
 @click.command("sweep")
-@click.argument("recipe", type=FILE, metavar="RECIPE")
+@click.argument("recipe", type=RECIPE, metavar="RECIPE")
 @click.argument("axes", nargs=-1, required=True, metavar="KEY=VALUES...")
+@click.option("-o", "--output", type=NAME, metavar="FOLDER", help="The folder that all outputs go into.")
 @click.option("--no-build", is_flag=True, help="Write the recipes, and build nothing.")
 @click.option("--offline", is_flag=True, help="Use no network.")
 @click.option("--keep-going", is_flag=True, help="Build all variants that can be built.")
@@ -37,8 +41,9 @@ from builder.workspace import find_lock
 @json_option
 @quiet_option
 def command(
-    recipe: Path,
+    recipe: Path | str,
     axes: tuple[str, ...],
+    output: str | None,
     no_build: bool,
     offline: bool,
     keep_going: bool,
@@ -54,10 +59,12 @@ def command(
 
     Example: ckpt sweep mix.toml steps.half.alpha=0.1:0.9:0.1
     """
+    path = local(recipe, "`ckpt sweep`")
     asked = [parse_axis(axis) for axis in axes]
+    place = place_in(output) if output is not None else None
     with open_workspace(quiet, offline=offline, outside=outside) as workspace, workspace.sources() as sources:
-        read = workspace.recipe(recipe)
-        made = variants(recipe, read, asked, workspace.catalog, find_lock(read))
+        read = workspace.recipe(path)
+        made = variants(path, read, asked, workspace.catalog, find_lock(read))
         new = [v for v in made if not check_vacant(v.path, v.text.encode())]
         for variant in new:
             write_bytes(variant.path, variant.text.encode())
@@ -68,5 +75,6 @@ def command(
             out().result({"recipes": data}, text)
             return ExitCode.DONE
         found = read_recipes(workspace, [v.path for v in made])
-        build_several(workspace, found, sources, keep_going=keep_going, explained=explained, threads=threads)
+        how: dict[str, Any] = {"keep_going": keep_going, "explained": explained, "threads": threads}
+        build_several(workspace, found, sources, place=place, **how)
     return ExitCode.DONE

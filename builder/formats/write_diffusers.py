@@ -12,13 +12,14 @@ from builder.formats.diffusers import REMAINDER
 from builder.formats.layouts import Layout
 from builder.formats.layouts.configs import Prediction, configs
 from builder.formats.open import open_checkpoint
-from builder.formats.write_safetensors import Written, write
-from builder.formats.write_sharded import plan_shards, write_shards
+from builder.formats.write_safetensors import Written, writing, writing_files
+from builder.formats.write_sharded import plan_shards, writing_shards
 from builder.tensors.lazy import LazyTensor
 from builder.tensors.moves import Reshaped
-from builder.tensors.scan import scan
+from builder.tensors.scan import Pass, Passing, alone, side_by_side, spans_of
 
 STEM = "diffusion_pytorch_model"  # of weights that diffusers itself loads
+PLAIN = {"format": "pt"}  # metadata that loaders ask for
 
 
 class WrittenFolder(NamedTuple):
@@ -32,7 +33,7 @@ class WrittenFolder(NamedTuple):
     digests: dict[str, str]
 
 
-def write_folder(
+def writing_folder(
     folder: Path,
     layout: Layout,
     tensors: Mapping[str, LazyTensor],
@@ -46,14 +47,14 @@ def write_folder(
     digests: bool = False,
     groups: Mapping[str, str] | None = None,
     **options: Any,
-) -> WrittenFolder:
-    """Write a full checkpoint's tensors, under their original names, into a folder in diffusers' layout.
+) -> Passing[WrittenFolder]:
+    """The work of writing a full checkpoint, under its original names, into a folder in diffusers' layout.
 
     What the layout has no place for goes to `REMAINDER`, so that nothing is lost: tensors of the model,
     `others`, which are none of its, and metadata. `vocabulary` are the files of tokenizers by their path;
     without them, loaders have to be given a tokenizer, or they would make up an empty one. Parts of more than
-    `shard_size` bytes become sharded sets. All else is as for `write` of `write_safetensors`. Make the folder
-    with `builder.base.disk`.
+    `shard_size` bytes become sharded sets. All else is as for `writing` of `write_safetensors`. Make the
+    folder with `builder.base.disk`.
     Raises OutputError, and what the tensors' `read_into` raises.
     """
     parts: dict[str, dict[str, LazyTensor]] = {part.folder: {} for part in layout.parts}
@@ -78,36 +79,30 @@ def write_folder(
         (folder / path).parent.mkdir(exist_ok=True)
         write_bytes(folder / path, data, durable=durable)
     options["digests"] = digests
-    files: list[Written] = []
-    known: dict[str, str] = {}
+    works: list[Passing[list[Written]]] = []
     for library, part in ((p.library, p.folder) for p in layout.parts if parts[p.folder]):
         stem, home, found = "model" if library == "transformers" else STEM, homes[part], parts[part]
         counted = {n: groups[home[n]] for n in found if home[n] in groups} if groups else None
+        how = {"groups": counted, **options}
         if shard_size is not None and len(plan_shards(found, stem, shard_size)) > 1:
-            plain, size = {"format": "pt"}, shard_size
-            new = write_shards(folder / part, stem, found, plain, shard_size=size, groups=counted, **options)
+            works.append(writing_shards(folder / part, stem, found, PLAIN, shard_size=shard_size, **how))
         else:
-            new = [_write(folder, f"{part}/{stem}.safetensors", found, {"format": "pt"}, counted, options)]
-        files += new
-        known |= {home[n]: digest for w in new for n, digest in w.digests.items()}
+            works.append(_writing(folder, f"{part}/{stem}.safetensors", found, PLAIN, **how))
     if rest or metadata.keys() - {"format"}:
-        files.append(_write(folder, REMAINDER, rest, metadata, groups, options))
-        known |= files[-1].digests
+        works.append(_writing(folder, REMAINDER, rest, metadata, groups=groups, **options))
+        homes[REMAINDER] = {name: name for name in rest}
+    written = yield from side_by_side(works)
+    named = zip((home for home in homes.values() if home), written, strict=True)
+    known = {home[n]: digest for home, new in named for w in new for n, digest in w.digests.items()}
     if digests and moved:  # whose bytes lie in another order: they are read as they will be
         with open_checkpoint(folder, {layout.name: layout}) as held:
             pieces = {name: held[name] for name in sorted(moved)}
-            stop, threads = options.get("stop"), options.get("threads", 2)
-            found_ = scan(pieces, digests=True, numbers=False, threads=threads, stop=stop)
+            found_ = yield from alone(Pass(spans_of(pieces), digests=True))
         known |= {name: str(t.digest) for name, t in found_.tensors.items()}
-    return WrittenFolder(files, rest, known)
+    return WrittenFolder([w for new in written for w in new], rest, known)
 
 
-def _write(
-    folder: Path,
-    path: str,
-    tensors: Mapping[str, LazyTensor],
-    metadata: Mapping[str, str],
-    groups: Mapping[str, str] | None,
-    options: Mapping[str, Any],
-) -> Written:
-    return write(folder / path, tensors, metadata, groups=groups, task=f"writing {path}", **options)
+def _writing(
+    folder: Path, path: str, tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str], **how: Any
+) -> Passing[list[Written]]:
+    return writing_files([writing(folder / path, tensors, metadata, task=f"writing {path}", **how)])

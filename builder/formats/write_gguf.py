@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
-import threading
 from bisect import bisect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -13,7 +12,7 @@ from math import prod
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from builder.base.disk import check_room, new_file, write_all, write_through
+from builder.base.disk import new_file, write_all, write_through
 from builder.base.errors import CkptError, OutputError, Problem
 from builder.base.progress import SILENT, Reporter
 from builder.base.words import fits_pattern
@@ -22,10 +21,10 @@ from builder.formats.write_safetensors import Accept, Written
 from builder.tensors.cast import PRECISIONS, Cast, Fault, Faults, Narrow, NonFinite, Overflow, Precision
 from builder.tensors.conversions import floats
 from builder.tensors.ggml_blocks import BLOCKS, LARGE, SMALL, encode_q8_0
-from builder.tensors.lazy import WINDOW, DType, LazyTensor, MemoryTensor
+from builder.tensors.lazy import DType, LazyTensor, MemoryTensor
 from builder.tensors.moves import Reshaped
 from builder.tensors.packed import packing
-from builder.tensors.scan import Span, run_pass
+from builder.tensors.scan import Pass, Passing, Span, alone
 
 VERSION = 3
 BLOCKS_VERSION = 2  # of ggml's blocks
@@ -189,7 +188,7 @@ def _key(name: str, kind: int, value: bytes) -> bytes:
     return _text(name) + struct.pack("<I", kind) + value
 
 
-def write_gguf(
+def writing_gguf(
     path: Path | str,
     tensors: Mapping[str, LazyTensor],
     encoding: Encoding,
@@ -198,19 +197,16 @@ def write_gguf(
     sha256: bool = True,
     digests: bool = False,
     groups: Mapping[str, str] | None = None,
-    threads: int = 2,
     durable: bool = True,
     inputs: Iterable[os.stat_result | Path | str] = (),
     reporter: Reporter = SILENT,
     task: str = "",
-    max_memory: int = 256 << 20,
-    stop: threading.Event | None = None,
     accept: Accept = lambda written: written.path,
-) -> Written:
-    """Write tensors as a GGUF file, which takes the place of `path` whole or not at all.
+) -> Passing[Written]:
+    """The work of writing a GGUF file in one pass, whose windows hold whole blocks.
 
-    All is as for `write` of `write_safetensors`, but that digests, zeros and histograms are of the tensors as
-    they are given, and no offsets are told: what is in the file are other bytes. Raises OutputError also
+    All is as for `writing` of `write_safetensors`, but that digests, zeros and histograms are of the tensors
+    as they are given, and no offsets are told: what is in the file are other bytes. Raises OutputError also
     where values would not survive; finite values beyond a block's range are an error or clamped, those that
     are none always one.
     """
@@ -229,19 +225,18 @@ def write_gguf(
     reporter.start(task, sum(s.length for s in spans))
     try:
         with new_file(path, durable=durable, inputs=inputs) as file:
-            check_room(path, file.fd, layout.size)
+            file.reserve(layout.size)
             write_all(file.fd, memoryview(layout.head), 0)
             packer = _Packer(file.fd, layout.items, spans, encoding, durable)
-            found = run_pass(
-                spans,
-                write=packer.write,
-                whole=[_InOrder(packer, whole)] if sha256 else [],
-                groups=groups,
-                digests=digests,
-                threads=threads,
-                max_memory=max(max_memory, WINDOW),  # of whole blocks
-                stop=stop,
-                advance=lambda count: reporter.advance(task, count),
+            found = yield from alone(
+                Pass(
+                    spans,
+                    write=packer.write,
+                    whole=[_InOrder(packer, whole)] if sha256 else [],
+                    groups=groups or {},
+                    digests=digests,
+                    advance=lambda count: reporter.advance(task, count),
+                )
             )
             if (error := packer.error(path.name)) is not None:
                 raise error

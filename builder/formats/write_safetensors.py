@@ -6,23 +6,25 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from builder.base.disk import check_room, new_file, write_all, write_through
+from builder.base.disk import new_file, write_all, write_through
 from builder.base.errors import OutputError, Problem
 from builder.base.progress import SILENT, Reporter
 from builder.formats.safetensors import MAX_HEADER, METADATA, Entry
 from builder.tensors.lazy import DType, LazyTensor
-from builder.tensors.scan import Pass, Passing, Span, carry_out
+from builder.tensors.scan import Pass, Passing, Span, alone, carry_out, side_by_side
 from builder.tensors.zeros import Stretch
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+AT_ONCE = 64  # files that are written side by side
 
 _ORDER = {dtype: index for index, dtype in enumerate(DType)}
 
@@ -146,7 +148,7 @@ def writing(
     task: str = "",
     accept: Accept = lambda written: written.path,
 ) -> Passing[Written]:
-    """The work of writing a safetensors file in one pass, which others may be carried out beside.
+    """The work of writing a safetensors file in one pass.
 
     The bytes depend on the tensors and the metadata alone. `reporter` hears of `task` in bytes of tensors.
     `groups` are those of `Pass`.
@@ -164,16 +166,18 @@ def writing(
     reporter.start(task, sum(s.length for s in spans))
     try:
         with new_file(path, durable=durable, inputs=inputs) as file:
-            check_room(path, file.fd, layout.size)
+            file.reserve(layout.size)
             write_all(file.fd, memoryview(layout.head), 0)
             whole, data = hashlib.sha256(layout.head), hashlib.sha256()
-            found = yield Pass(
-                spans,
-                write=partial(write_through if durable else write_all, file.fd),
-                whole=[whole] * sha256 + [data] * autov3,
-                groups=groups or {},
-                digests=digests,
-                advance=lambda count: reporter.advance(task, count),
+            found = yield from alone(
+                Pass(
+                    spans,
+                    write=partial(write_through if durable else write_all, file.fd),
+                    whole=[whole] * sha256 + [data] * autov3,
+                    groups=groups or {},
+                    digests=digests,
+                    advance=lambda count: reporter.advance(task, count),
+                )
             )
             written = Written(
                 path,
@@ -190,3 +194,11 @@ def writing(
     finally:
         reporter.finish(task)
     return written._replace(path=file.path)
+
+
+def writing_files(works: Sequence[Passing[Written]]) -> Passing[list[Written]]:
+    """The work of writing several files, `AT_ONCE` of them side by side; raises what the first raises."""
+    made: list[Written] = []
+    for at in range(0, len(works), AT_ONCE):
+        made += yield from side_by_side(works[at : at + AT_ONCE])
+    return made

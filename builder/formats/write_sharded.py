@@ -10,8 +10,9 @@ from typing import Any
 
 from builder.base.disk import write_text
 from builder.base.errors import OutputError, Problem
-from builder.formats.write_safetensors import Written, write
+from builder.formats.write_safetensors import Written, writing, writing_files
 from builder.tensors.lazy import LazyTensor
+from builder.tensors.scan import Passing
 
 SHARD_SIZE = 5_000_000_000  # bytes of tensors; what the Hugging Face libraries take by default
 SUFFIX = ".safetensors.index.json"
@@ -47,7 +48,7 @@ def plan_shards(
     )
 
 
-def write_shards(
+def writing_shards(
     folder: Path,
     stem: str,
     tensors: Mapping[str, LazyTensor],
@@ -56,23 +57,24 @@ def write_shards(
     shard_size: int = SHARD_SIZE,
     groups: Mapping[str, str] | None = None,
     **options: Any,
-) -> list[Written]:
-    """Write a sharded set into `folder`, its index last; what was written, by file.
+) -> Passing[list[Written]]:
+    """The work of writing a sharded set into `folder`, its index last; what was written, by file.
 
-    Every shard carries the metadata; all else is as for `write` of `write_safetensors`. Make the folder with
-    `builder.base.disk`, so that no part of a set is ever seen. Raises OutputError, and what the tensors'
+    Every shard carries the metadata; all else is as for `writing` of `write_safetensors`. Make the folder
+    with `builder.base.disk`, so that no part of a set is ever seen. Raises OutputError, and what the tensors'
     `read_into` raises.
     """
     if not tensors:
         raise OutputError(Problem("a sharded set of no tensors cannot be read"))
     weight_map: dict[str, str] = {}
-    made = []
+    works = []
     for shard in plan_shards(tensors, stem, shard_size):
         held = {name: tensors[name] for name in shard.names}
         counted = {name: groups[name] for name in shard.names if name in groups} if groups else None
         task = f"writing {shard.file}"
-        made.append(write(folder / shard.file, held, metadata, groups=counted, task=task, **options))
+        works.append(writing(folder / shard.file, held, metadata, groups=counted, task=task, **options))
         weight_map |= dict.fromkeys(shard.names, shard.file)
+    made = yield from writing_files(works)
     index = {
         "metadata": {"total_size": sum(t.nbytes for t in tensors.values())},
         "weight_map": dict(sorted(weight_map.items())),

@@ -5,18 +5,18 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
-import threading
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from builder.base.disk import check_room, new_file, read_at, write_all
+from builder.base.disk import new_file, read_at, write_all
 from builder.base.errors import OutputError, Problem
 from builder.base.progress import SILENT, Reporter
 from builder.formats.write_safetensors import Accept, Written
-from builder.tensors.lazy import WINDOW, DType, LazyTensor, MemoryTensor
-from builder.tensors.scan import Span, run_pass
+from builder.tensors.lazy import WINDOW, DType, LazyTensor
+from builder.tensors.scan import Pass, Passing, Span, alone
 
 ROOT = "archive"
 ALIGNMENT = 64  # of every record's data, as torch does
@@ -37,7 +37,7 @@ _STORAGES = {
 }
 
 
-def write_torch(
+def writing_torch(
     path: Path | str,
     tensors: Mapping[str, LazyTensor],
     *,
@@ -46,59 +46,56 @@ def write_torch(
     sha256: bool = False,
     digests: bool = False,
     groups: Mapping[str, str] | None = None,
-    threads: int = 2,
     durable: bool = True,
     inputs: Iterable[os.stat_result | Path | str] = (),
     reporter: Reporter = SILENT,
     task: str = "writing",
-    stop: threading.Event | None = None,
     accept: Accept = lambda written: written.path,
-) -> Written:
-    """Write a dict of tensors as `torch.save` would, but streaming and always the same bytes.
+) -> Passing[Written]:
+    """The work of writing a dict of tensors as `torch.save` would, but always the same bytes, in one pass.
 
     With `nesting` the tensors lie in a dict of that name inside the file's dict. `extras` are further
     entries of the file's dict: the opcodes (pickle protocol 2, without header and STOP) that push each
     value; with none, `torch.load(weights_only=True)` reads the file. The order of tensors is kept. All else
-    is as for `write` of `write_safetensors`; with `sha256` the file is read again, as what stands before a
+    is as for `writing` of `write_safetensors`; with `sha256` the file is read again, as what stands before a
     tensor follows from it.
-    Raises OutputError for a type that torch has no tensors of, and as `write` does.
+    Raises OutputError for a type that torch has no tensors of, and as `writing` does.
     """
     table = _Pickle().file(tensors, nesting, extras or {})
-    named = {f"data/{number}": name for number, name in enumerate(tensors)}
-    records = _lay_out(
-        {
-            "data.pkl": _bytes(table),
-            "byteorder": _bytes(b"little"),
-            **{path: tensors[name] for path, name in named.items()},
-            "version": _bytes(b"3\n"),
-        }
-    )
-    path, ours = Path(path), dict(zip(named, tensors, strict=True))
-    spans = [Span(r.path, r.tensor, r.start, r.size) for r in records]
+    paths = {f"data/{number}": name for number, name in enumerate(tensors)}
+    first, last = {"data.pkl": table, "byteorder": b"little"}, {"version": b"3\n"}
+    plain = first | last
+    sizes = {p: tensors[n].nbytes for p, n in paths.items()}
+    records = _lay_out({**_sizes(first), **sizes, **_sizes(last)})
+    spans = [Span(n := paths[r.path], tensors[n], r.start, r.size) for r in records if r.path in paths]
+    path = Path(path)
     sums: dict[str, int] = {}
-    reporter.start(task, sum(r.size for r in records))
+    reporter.start(task, sum(s.length for s in spans))
     try:
         with new_file(path, durable=durable, inputs=inputs) as file:
-            check_room(path, file.fd, records[-1].start + records[-1].size)
-            found = run_pass(
-                spans,
-                write=partial(_write_unless_blank, file.fd),
-                groups={p: groups[n] for p, n in named.items() if n in groups} if groups else None,
-                digests=digests,
-                checksums=sums,
-                threads=threads,
-                stop=stop,
-                advance=lambda count: reporter.advance(task, count),
+            file.reserve(records[-1].start + records[-1].size)
+            found = yield from alone(
+                Pass(
+                    spans,
+                    write=partial(_write_unless_blank, file.fd),
+                    groups=groups or {},
+                    digests=digests,
+                    checksums=sums,
+                    advance=lambda count: reporter.advance(task, count),
+                )
             )
-            _write_headers(file.fd, records, [sums[r.path] for r in records])
+            for record in (r for r in records if r.path in plain):
+                write_all(file.fd, plain[record.path], record.start)
+            known = {**{p: sums[n] for p, n in paths.items()}, **{p: zlib.crc32(d) for p, d in plain.items()}}
+            _write_headers(file.fd, records, [known[r.path] for r in records])
             written = Written(
                 path,
                 os.fstat(file.fd).st_size,
                 _sha256(file.fd) if sha256 else None,
-                {n: str(found.tensors[p].digest) for p, n in ours.items()} if digests else {},
+                {n: str(t.digest) for n, t in found.tensors.items()} if digests else {},
                 found.histograms,
-                {n: zeros for p, n in ours.items() if (zeros := found.tensors[p].zeros)},
-                {ours[r.path]: r.start for r in records if r.path in ours},
+                {n: t.zeros for n, t in found.tensors.items() if t.zeros},
+                {s.name: s.offset for s in spans},
                 os.fstat(file.fd),
             )
             file.path = accept(written)
@@ -121,8 +118,8 @@ def _sha256(fd: int) -> str:
     return digest.hexdigest()
 
 
-def _bytes(data: bytes) -> LazyTensor:
-    return MemoryTensor(DType.U8, (len(data),), data)
+def _sizes(data: Mapping[str, bytes]) -> dict[str, int]:
+    return {path: len(each) for path, each in data.items()}
 
 
 class _Pickle:
@@ -214,7 +211,7 @@ class _Record:
     """A file of the archive: its local header begins at `offset`, its data at `start`."""
 
     path: str
-    tensor: LazyTensor
+    size: int
     offset: int
     start: int
 
@@ -223,25 +220,21 @@ class _Record:
         """The whole name in the archive."""
         return f"{ROOT}/{self.path}".encode()
 
-    @property
-    def size(self) -> int:
-        return self.tensor.nbytes
-
 
 _ELSEWHERE = 0xFFFFFFFF  # says that a value is in the 64-bit fields
 _LIMIT = _ELSEWHERE  # which values from here on need
 _DATE = 0x21  # 1980-01-01, the first that zip can say
 
 
-def _lay_out(contents: Mapping[str, LazyTensor]) -> list[_Record]:
+def _lay_out(sizes: Mapping[str, int]) -> list[_Record]:
     records: list[_Record] = []
     offset = 0
-    for path, tensor in contents.items():
+    for path, size in sizes.items():
         name = f"{ROOT}/{path}".encode()
-        bare = offset + 30 + len(name) + (20 if tensor.nbytes >= _LIMIT else 0)
+        bare = offset + 30 + len(name) + (20 if size >= _LIMIT else 0)
         start = -(-(bare + 4) // ALIGNMENT) * ALIGNMENT  # room for the padding's own header
-        records.append(_Record(path, tensor, offset, start))
-        offset = start + tensor.nbytes
+        records.append(_Record(path, size, offset, start))
+        offset = start + size
     return records
 
 

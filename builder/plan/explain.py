@@ -9,6 +9,7 @@ from builder.base.errors import printable
 from builder.base.page import columns
 from builder.base.progress import human_bytes
 from builder.plan import ComponentJob, Node, OutputJob, Plan, StepJob
+from builder.plan.at_once import written_at_once
 from builder.plan.graph import TO_DO, total
 from builder.recipe import Recipe
 from builder.sources.job import SourceJob
@@ -34,18 +35,19 @@ def totals(plan: Plan) -> tuple[int | None, int | None]:
     """Bytes to be read and to be written by the whole plan, None where some are not known yet.
 
     A component that is made goes straight into its output; what is stored is read from where it lies. What
-    several components take alike is read once.
+    outputs that are written at once take alike is read once.
     """
-    pending = [n for n in plan.outputs() if n.state != "unchanged"]
-    used = [plan.nodes[k] for k in dict.fromkeys(i for n in pending for i in n.job.inputs)]
-    parts = [n for n in used if isinstance(n.job, ComponentJob)]
+    pending = {n.key: n for n in plan.outputs() if n.state != "unchanged"}
     read = [n.reads for n in plan if isinstance(n.job, SourceJob) and n.state in TO_DO]
-    made = [n for n in parts if n.state == "make"]
-    read += [n.writes for n in parts if n.state != "make"]
-    read += [None for n in made if n.reads is None]
-    read += {taken: size for n in made for taken, size in n.takes.items()}.values()
+    for keys in written_at_once(plan, list(pending)):
+        used = [plan.nodes[k] for k in dict.fromkeys(i for key in keys for i in pending[key].job.inputs)]
+        parts = [n for n in used if isinstance(n.job, ComponentJob)]
+        made = [n for n in parts if n.state == "make"]
+        read += [n.writes for n in parts if n.state != "make"]
+        read += [None for n in made if n.reads is None]
+        read += {taken: size for n in made for taken, size in n.takes.items()}.values()
     kept = [n for n in plan if isinstance(n.job, ComponentJob) and n.job.store and n.state == "make"]
-    return total(read), total(n.writes for n in [*pending, *kept])
+    return total(read), total(n.writes for n in [*pending.values(), *kept])
 
 
 def _row(plan: Plan, node: Node) -> tuple[str, str, str, str]:

@@ -86,6 +86,11 @@ class Target(NamedTuple):
         return self.path / name if self.folder else self.path
 
 
+def whole_name(name: str) -> str:
+    """The name of an output as a whole path; the slash at its end counts."""
+    return f"{Path(name).absolute()}{'/' * name.endswith(('/', os.sep))}"
+
+
 def recipe_name(path: Path, taken: Iterable[str] = ()) -> str:
     """A name for a recipe or a source after a file's, less what names may not hold, and unlike `taken`."""
     name = re.sub(r"[^\w.-]+", "-", _ENDINGS.sub("", stem(path))).strip("-_.")[:80].rstrip("-_.") or "model"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -288,6 +288,15 @@ class Recipe:
             "steps": {n: self.steps[n].meaning() for n in sorted(steps)},
             "output": output.meaning(),
         }
+
+    def absolute(self) -> Recipe:
+        """The same with whole paths, for work in other folders."""
+        return replace(
+            self,
+            path=self.path and self.path.absolute(),
+            lock=self.lock and self.lock.absolute(),
+            included={name: inner.absolute() for name, inner in self.included.items()},
+        )
 
     def closure(self, output: Output) -> str:
         """The digest of what the recipe means for one output."""

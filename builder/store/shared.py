@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from builder.base.disk import check_room, new_file, write_all
+from builder.base.disk import new_file, write_all
 from builder.base.errors import OutputError, Place, Problem, SourceError
 from builder.base.files import parse_json
 from builder.base.parallel import Cancelled
@@ -225,7 +225,7 @@ class Shared:
         """Write a blob to `path`; raises _Wrong when it is not the one that was promised."""
         sha256, at = hashlib.sha256(), 0
         with new_file(path, durable=False) as file:
-            check_room(path, file.fd, claim.size)
+            file.reserve(claim.size)
             for piece in bucket.get(f"cas/{claim.sha256}", claim.size):
                 if stop is not None and stop.is_set():
                     raise Cancelled

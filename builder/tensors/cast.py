@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -133,6 +133,11 @@ class Cast(LazyTensor):
     def computed(self) -> bool:
         """True: torch rounds."""
         return True
+
+    @property
+    def made_of(self) -> Sequence[LazyTensor]:
+        """The source."""
+        return (self.source,)
 
     def read_into(self, start: int, out: memoryview) -> None:
         """Read the source's elements and round them, a scratch buffer at a time."""

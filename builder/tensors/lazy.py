@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from enum import Enum
 from math import prod
 from typing import TYPE_CHECKING
@@ -89,6 +89,11 @@ class LazyTensor(ABC):
         return False
 
     @property
+    def made_of(self) -> Sequence[LazyTensor]:
+        """The tensors that this one reads, if it does not read a file or memory."""
+        return ()
+
+    @property
     def numel(self) -> int:
         """Number of elements; 1 for a 0-dim tensor."""
         return prod(self.shape)
@@ -147,6 +152,11 @@ class Derived(LazyTensor):
     def computed(self) -> bool:
         """As the source."""
         return self.source.computed
+
+    @property
+    def made_of(self) -> Sequence[LazyTensor]:
+        """The source."""
+        return (self.source,)
 
 
 class MemoryTensor(LazyTensor):

@@ -78,6 +78,11 @@ class Computed(LazyTensor):
         """True."""
         return True
 
+    @property
+    def made_of(self) -> Sequence[LazyTensor]:
+        """The sources."""
+        return self.sources
+
     def read_into(self, start: int, out: memoryview) -> None:
         """Compute the range, a window of elements at a time."""
         import torch

@@ -83,6 +83,11 @@ class Joined(LazyTensor):
         """Whether any source is."""
         return any(s.computed for s in self.sources)
 
+    @property
+    def made_of(self) -> Sequence[LazyTensor]:
+        """The sources."""
+        return self.sources
+
     def read_into(self, start: int, out: memoryview) -> None:
         """Read from each source that the range touches."""
         for source in self.sources:
@@ -172,6 +177,11 @@ class SideBySide(LazyTensor):
     def computed(self) -> bool:
         """Whether any source is."""
         return any(s.computed for s in self.sources)
+
+    @property
+    def made_of(self) -> Sequence[LazyTensor]:
+        """The sources."""
+        return self.sources
 
     def read_into(self, start: int, out: memoryview) -> None:
         """Read from each source what of each row the range touches."""

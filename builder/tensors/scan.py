@@ -7,10 +7,11 @@ import os
 import threading
 import zlib
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from heapq import heapify, heappop, heapreplace
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
+from itertools import islice
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar, cast
 
 from blake3 import blake3
 
@@ -109,13 +110,8 @@ def scan(
     `TensorScan` counts. The result does not depend on `threads`. Raises SourceError when bytes cannot be
     had.
     """
-    # Wide elements first, as in a file: so every tensor begins at a multiple of its element's size.
-    order = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
-    spans, at = [], 0
-    for name, tensor in order:
-        spans.append(Span(name, tensor, at, tensor.nbytes))
-        at += tensor.nbytes
-    reporter.start(task, at)
+    spans = spans_of(tensors)
+    reporter.start(task, sum(s.length for s in spans))
     try:
         found = run_pass(
             spans,
@@ -129,6 +125,18 @@ def scan(
     finally:
         reporter.finish(task)
     return Scan({name: found.tensors[name] for name in tensors}, found.histograms)
+
+
+def spans_of(tensors: Mapping[str, LazyTensor]) -> list[Span]:
+    """Tensors side by side.
+
+    Wide elements come first, as in a file: so every tensor begins at a multiple of its element's size.
+    """
+    spans, at = [], 0
+    for name, tensor in sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize):
+        spans.append(Span(name, tensor, at, tensor.nbytes))
+        at += tensor.nbytes
+    return spans
 
 
 @dataclass(frozen=True)
@@ -151,7 +159,8 @@ class Pass:
 
 
 T = TypeVar("T")
-Passing = Generator[Pass, Scan, T]  # work that asks for passes, and is given what they found
+# Work that asks for passes, some at once, and is given what each found, or why it failed.
+Passing = Generator[Sequence[Pass], "Sequence[Scan | Exception]", T]
 
 
 def run_pass(
@@ -176,16 +185,63 @@ def run_pass(
     return found
 
 
+def alone(asked: Pass) -> Passing[Scan]:
+    """The work of one pass; raises why it failed."""
+    (found,) = yield [asked]
+    if isinstance(found, Exception):
+        raise found
+    return found
+
+
+def together(works: Sequence[Passing[T]], *, keep_going: bool = False) -> Passing[list[T | CkptError | None]]:
+    """Several pieces of work as one: all passes that they ask for are carried out side by side.
+
+    Of each what came of it, or why it failed; None where it was given up because another one had failed, as
+    no further pass is begun then, unless it is to `keep_going`. Raises Cancelled.
+    """
+    done: list[T | CkptError | None] = [None] * len(works)
+    answers: dict[int, Sequence[Scan | Exception] | None] = dict.fromkeys(range(len(works)))
+    with ExitStack() as opened:
+        for work in works:
+            opened.callback(work.close)
+        while answers:
+            asked = {}
+            for n, answer in answers.items():
+                try:
+                    asked[n] = works[n].send(answer)  # type: ignore[arg-type]  # None begins it
+                except StopIteration as finished:
+                    done[n] = finished.value
+                except Cancelled:
+                    raise
+                except CkptError as error:
+                    done[n] = error
+            if not asked or (not keep_going and any(isinstance(d, CkptError) for d in done)):
+                break
+            found = iter((yield [p for passes in asked.values() for p in passes]))
+            answers = {n: list(islice(found, len(passes))) for n, passes in asked.items()}
+    return done
+
+
+def side_by_side(works: Sequence[Passing[T]]) -> Passing[list[T]]:
+    """Several pieces of work as one, which raises what the first that fails raises."""
+    made: list[T] = []
+    for found in (yield from together(works)):
+        if isinstance(found, CkptError):
+            raise found
+        made.append(cast("T", found))  # or another one has failed
+    return made
+
+
 def carry_out(work: Passing[T], **how: Any) -> T:
-    """Do work that asks for passes, one after the other; `how` is as for `run_passes`. Raises as they do."""
-    try:
-        asked = next(work)
-        while True:
-            (found,) = run_passes([asked], **how)
-            asked = work.throw(found) if isinstance(found, Exception) else work.send(found)
-    except StopIteration as done:
-        made: T = done.value
-        return made
+    """Do work that asks for passes; `how` is as for `run_passes`. Raises as the work does."""
+    with closing(work):
+        try:
+            asked = next(work)
+            while True:
+                asked = work.send(run_passes(asked, **how))
+        except StopIteration as done:
+            made: T = done.value
+            return made
 
 
 def run_passes(
@@ -198,9 +254,10 @@ def run_passes(
 ) -> list[Scan | Exception]:
     """Carry out passes side by side, like beside like; of each what it found, or why it failed.
 
-    Windows of tensors of one name, or of one tensor, come one after the other in all passes that have them:
-    so what several of them read can be read once. A failure ends its own pass alone: of several the first
-    in the order of its spans is given. All else is as for `run_pass`.
+    Windows of tensors of one name, or made of one tensor, come one after the other in all passes that have
+    them, as far as the order within each allows: so what several of them read can be read once. A failure
+    ends its own pass alone: of several the first in the order of its spans is given. All else is as for
+    `run_pass`.
     """
     window = max(16, min(window, max_memory) // 16 * 16)  # so that no element is cut
     works = [_Work(p, list(_chunks(p.spans, window))) for p in passes]
@@ -288,26 +345,48 @@ class _Work:
 
 def _side_by_side(works: Sequence[_Work]) -> list[tuple[_Work, int]]:
     """The windows of all passes in one order, which is each one's own, like beside like."""
-    ranks: dict[object, int] = {}
+    ranks = _ranks(works)
 
-    def rank(work: _Work, index: int) -> tuple[int, float]:
-        span, start, _ = work.chunks[index].parts[0]
-        known = ranks.get(id(span.tensor), ranks.get(span.name))
-        found = ranks.setdefault(span.name, len(ranks) if known is None else known)
-        ranks[id(span.tensor)] = found
-        return found, start / span.length if span.length else 0.0
+    def rank(n: int, index: int) -> tuple[int, float]:
+        span, start, _ = works[n].chunks[index].parts[0]
+        return ranks[n][span.name], start / span.length if span.length else 0.0
 
     order = []
-    heads = [(rank(w, 0), n, 0) for n, w in enumerate(works) if w.chunks]
+    heads = [(rank(n, 0), n, 0) for n, w in enumerate(works) if w.chunks]
     heapify(heads)
     while heads:
         _, n, index = heads[0]
         order.append((works[n], index))
         if index + 1 < len(works[n].chunks):
-            heapreplace(heads, (rank(works[n], index + 1), n, index + 1))
+            heapreplace(heads, (rank(n, index + 1), n, index + 1))
         else:
             heappop(heads)
     return order
+
+
+def _ranks(works: Sequence[_Work]) -> dict[int, dict[str, int]]:
+    """The place of each pass's tensors in the order of the largest pass that has them or their like."""
+    known: dict[object, int] = {}
+    ranks: dict[int, dict[str, int]] = {}
+    for n in sorted(range(len(works)), key=lambda n: -sum(s.length for s in works[n].asked.spans)):
+        ranks[n] = own = {}
+        for span in works[n].asked.spans:
+            like = [*map(id, _leaves(span.tensor)), span.name]
+            own[span.name] = rank = next((known[k] for k in like if k in known), len(known))
+            for key in like:
+                known.setdefault(key, rank)
+    return ranks
+
+
+def _leaves(tensor: LazyTensor) -> Iterator[LazyTensor]:
+    """The tensors that one is made of in the end."""
+    near, seen = [tensor], {id(tensor)}
+    while near:
+        each = near.pop()
+        if not each.made_of:
+            yield each
+        near += [t for t in each.made_of if id(t) not in seen]
+        seen.update(map(id, each.made_of))
 
 
 def _dealt(order: Sequence[tuple[_Work, int]], consumers: Sequence[tuple[_Work, Consume]]) -> Consume:

@@ -267,20 +267,38 @@ def vacant(path: Path, built: Built, store: Store, suffix: str | None = None) ->
 
 
 def place_of(recipe: Recipe, output: str | None) -> Callable[[Output], str] | None:
-    """Where a recipe's output goes by a name that is given; raises UsageError where there are several."""
+    """Where a recipe's output goes by a name that is given; several go into a folder of that name.
+
+    Raises UsageError where several are given the name of a file.
+    """
     if output is None:
         return None
     if len(recipe.outputs) > 1:
-        files = tuple(o.file for o in recipe.outputs)
-        fact, hint = "one output is named, and the recipe has several", "name the files in the recipe"
-        hint = hint if recipe.address is None else "they go into the folder that one is in"
-        raise UsageError(Problem(fact, evidence=files, hint=hint))
+        return place_in(output, tuple(o.file for o in recipe.outputs))
     path, (only,) = Path(output), recipe.outputs
     if only.form in SINGLE and Target.named(output).folder and not (path / MODEL_INDEX).exists():
-        output = str(path := path / Path(only.file).name)  # no model's folder, but one to have the file in
+        return place_in(output)  # no model's folder, but one to have the file in
     if form_of(output) in SINGLE:
         output_path(path)
     return lambda _: output
+
+
+def place_in(folder: str, files: tuple[str, ...] = ()) -> Callable[[Output], str]:
+    """Where outputs go that are put into a folder, each under its own name.
+
+    Raises UsageError for the name of a file, which the outputs `files` cannot all have.
+    """
+    if not Target.named(folder).folder:
+        fact, hint = f"`{folder}` is no folder, and there are several outputs", f"`-o {folder}/` is one"
+        raise UsageError(Problem(fact, evidence=files, hint=hint))
+
+    def place(output: Output) -> str:
+        path = Path(folder) / Path(output.file).name
+        if output.form in SINGLE:
+            output_path(path)
+        return f"{path}{'/' * (output.form == 'diffusers')}"
+
+    return place
 
 
 def output_path(path: Path, inputs: Iterable[Path] = (), *, folders: bool = False) -> Path:

@@ -11,9 +11,10 @@ from builder.base.disk import write_bytes, write_text
 from builder.base.errors import OutputError, Problem
 from builder.base.files import read_bounded
 from builder.formats.write_safetensors import write
-from builder.formats.write_torch import write_torch
+from builder.formats.write_torch import writing_torch
 from builder.models.samples import CLEAN, DIRTY, Model, make
 from builder.tensors.lazy import DType
+from builder.tensors.scan import carry_out
 
 RECIPE = """\
 format = 1
@@ -85,7 +86,8 @@ def _holds(path: Path, contents: Collection[bytes]) -> bool:
 
 def _write(folder: Path) -> dict[str, str]:
     dirty = make("SD-mini", precision=DType.F32, seed=1, dirt=DIRTY)
-    write_torch(folder / DIRTY_FILE, dirty.tensors, nesting=dirty.nesting, extras=dirty.extras, durable=False)
+    path, nesting, extras = folder / DIRTY_FILE, dirty.nesting, dirty.extras
+    carry_out(writing_torch(path, dirty.tensors, nesting=nesting, extras=extras, durable=False))
     for seed, name in ((2, GOOD), (3, OTHER)):
         _write_vae(folder / name, make("VAE-mini", precision=DType.F32, seed=seed, dirt=CLEAN))
     write_text(folder / NAMED, RECIPE, durable=False)

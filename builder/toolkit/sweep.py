@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -16,6 +16,7 @@ import tomli_w
 
 from builder.base.errors import Problem, UsageError, did_you_mean
 from builder.base.toml import escaped
+from builder.base.words import listed
 from builder.models.catalog import Catalog
 from builder.recipe import Recipe, parse_recipe
 from builder.recipe.lock import Lock
@@ -28,10 +29,15 @@ _HEADING = "# A variant of `{recipe}`: {said}. Made by `ckpt sweep`.\n\n"
 
 @dataclass(frozen=True)
 class Axis:
-    """A key of a recipe, as its names from the top, and the values that it is to have."""
+    """A key of a recipe, as its names from the top, and the values that it is to have, each once."""
 
     keys: tuple[str, ...]
     values: tuple[Any, ...]
+
+    def __post_init__(self) -> None:
+        if len(set(map(repr, self.values))) < len(self.values):
+            said = ", ".join(map(_word, self.values))
+            raise UsageError(Problem(f"`{'.'.join(self.keys)}` has a value twice", evidence=(said,)))
 
     @property
     def label(self) -> str:
@@ -53,22 +59,34 @@ def parse_axis(said: str) -> Axis:
     VALUES are `FIRST:LAST:STEP`, both ends included, or values with commas between them.
     """
     name, sign, values = said.partition("=")
-    keys: list[str] = []
-    try:
-        table: Any = tomli.loads(f"{name} = 0") if sign and "\n" not in name else {}
-        while isinstance(table, dict) and table:
-            (key,) = table
-            keys.append(key)
-            table = table[key]
-    except tomli.TOMLDecodeError:
-        keys = []
+    keys = parse_key(name) if sign else ()
     if not keys or not values:
         hint = "as in `steps.half.alpha=0.1:0.9:0.1`, or `output.precision=fp16,bf16`"
         raise UsageError(Problem(f"`{said}` is no key with its values", hint=hint))
-    found = _range(values) if ":" in values else tuple(map(_value, values.split(",")))
-    if len(set(map(repr, found))) < len(found):
-        raise UsageError(Problem(f"`{values}` has a value twice"))
-    return Axis(tuple(keys), found)
+    return Axis(keys, _range(values) if ":" in values else tuple(map(_value, values.split(","))))
+
+
+def axis_of(key: str, values: Iterable[Any]) -> Axis:
+    """The axis of a key as TOML spells it; raises UsageError for what is none, or has no values."""
+    keys, found = parse_key(key), tuple(values)
+    if not keys or not found:
+        fact = f"`{key}` has no values" if keys else f"`{key}` is no key"
+        raise UsageError(Problem(fact, hint='as in `{"steps.half.alpha": [0.25, 0.5]}`'))
+    return Axis(keys, found)
+
+
+def parse_key(name: str) -> tuple[str, ...]:
+    """The names from the top that a key such as `steps."my step".alpha` has; none where it is no key."""
+    keys: list[str] = []
+    try:
+        table: Any = tomli.loads(f"{name} = 0") if "\n" not in name else {}
+    except tomli.TOMLDecodeError:
+        return ()
+    while isinstance(table, dict) and table:
+        (key,) = table
+        keys.append(key)
+        table = table[key]
+    return tuple(keys)
 
 
 def _range(said: str) -> tuple[int | float, ...]:
@@ -137,9 +155,12 @@ def _check(said: dict[str, Any], axis: Axis) -> None:
         if isinstance(table, dict) and depth == 0 and key == "output" and key not in table:
             return
         if not isinstance(table, dict) or key not in table:
-            known = table if isinstance(table, dict) else ()
+            known = [k for k, v in table.items() if isinstance(v, dict)] if isinstance(table, dict) else []
             where = ".".join(axis.keys[: depth + 1])
-            raise UsageError(Problem(f"the recipe has no `{where}`", hint=did_you_mean(key, known)))
+            near = did_you_mean(key, known)
+            hint: str | None = near or "vary what it has, or as in `output.precision=fp16,bf16`"
+            evidence = (f"it has {listed(tuple(known))}" if known else "it has no tables there",)
+            raise UsageError(Problem(f"the recipe has no `{where}`", evidence=evidence, hint=hint))
         table = table[key]
     if not isinstance(table, dict):
         name = ".".join(axis.keys[:-1])

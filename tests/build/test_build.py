@@ -376,7 +376,10 @@ def test_elsewhere_and_in_another_container(whole: Folder, suffix: str) -> None:
 def test_elsewhere_is_for_one_output(whole: Folder) -> None:
     whole.write("m.toml", WHOLE + '[[output]]\nname = "x"\n[[output]]\nname = "y"\n')
     said = whole("build", "m.toml", "-o", "z.safetensors")
-    assert said.code == 2 and "one output is named, and the recipe has several" in said.err
+    assert said.code == 2 and "`z.safetensors` is no folder, and there are several outputs" in said.err
+    assert "`-o z.safetensors/` is one" in said.err
+    assert whole("build", "m.toml", "-o", "new/").code == 0
+    assert {p.name for p in (whole / "new").iterdir()} == {"m-x.safetensors", "m-y.safetensors"}
 
 
 def test_a_folder_that_is_not_there(whole: Folder) -> None:

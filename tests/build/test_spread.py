@@ -8,12 +8,13 @@ import pickle
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
@@ -24,6 +25,7 @@ from typing import Any
 
 import pytest
 
+from builder import __version__
 from builder.base.errors import CkptError, OutputError, UsageError
 from builder.base.parallel import Cancelled
 from builder.base.progress import Reporter
@@ -220,15 +222,33 @@ def test_what_is_stale_is_said_here(work: Folder) -> None:
             build_on(pool, work, locked=True)
 
 
-def test_from_python(work: Folder, truth: dict[str, bytes]) -> None:
+class Abroad(Executor):
+    """A worker in another folder."""
+
+    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
+        said: Future[Any] = Future()
+        here = Path.cwd()
+        os.chdir("/")
+        try:
+            said.set_result(fn(*args, **kwargs))
+        finally:
+            os.chdir(here)
+        return said
+
+
+def test_from_python(work: Folder, truth: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
     with _environment(work.variables), ThreadPoolExecutor(2) as pool:
         face = Face(shared=str(work.path.parent / "far"), offline=True)
-        recipe = face.load((work / "family.toml").absolute())
+        monkeypatch.chdir(work.path)
+        recipe = face.load("family.toml")
         stop = threading.Event()
         stop.set()
         with pytest.raises(Cancelled):
             face.build(recipe, executor=pool, cancel=stop)
-        assert len(face.build(recipe, executor=pool).outputs) == 3
+        made = face.build(recipe, executor=Abroad())
+        assert {o.path for o in made.outputs} == {work / f"family-{name}.safetensors" for name in OUTPUTS}
+        (again,) = face.build_all([recipe], executor=pool).outcomes
+        assert again.result is not None and {o.state for o in again.result.outputs} == {"unchanged"}
         with pytest.raises(UsageError, match="share"):
             Face(offline=True).build(recipe, executor=pool)
     assert made_in(work) == truth
@@ -270,16 +290,84 @@ def test_workers_that_are_all_lost_are_given_up(work: Folder) -> None:
 def test_a_pool_whose_process_died(work: Folder) -> None:
     with processes(work, 1) as pool:
         pool.submit(os._exit, 1).exception()
-        with pytest.raises(OutputError, match="could not be made elsewhere"):
+        with pytest.raises(OutputError, match="takes no tasks"):
             build_on(pool, work)
 
 
 def test_another_version_is_refused(work: Folder) -> None:
-    plan = plan_of(work)
-    node = plan.outputs()[0]
-    with workspace(work) as opened:
-        done = spread.make(Task(plan.part(node.key), node.key, means_of(opened.settings), {}, version="0"))
-    assert isinstance(done, Done) and "a worker has ckpt-build" in str(done.error)
+    """Before what it sent is looked at."""
+    with pytest.raises(OutputError, match="a worker has ckpt-build"):
+        spread.make("0", b"of a class that is not here")
+    with pytest.raises(OutputError, match=f"a worker on `{socket.gethostname()}` cannot work"):
+        spread.make(__version__, b"of a class that is not here")
+
+
+def something_else(done: Done) -> object:
+    return "done"
+
+
+def of_nothing(done: Done) -> object:
+    return Done()
+
+
+def of_another_file(done: Done) -> object:
+    if done.product is None:
+        return done
+    built = done.product.built._replace(path=Path("/etc/passwd"))
+    return replace(done, product=replace(done.product, built=built))
+
+
+def of_what_is_not_there(done: Done) -> object:
+    if done.product is not None:
+        done.product.built.path.unlink()
+    return done
+
+
+def of_another_size(done: Done) -> object:
+    if done.product is not None:
+        done.product.built.path.write_bytes(b"something else")
+    return done
+
+
+class Lying(Executor):
+    """Workers who answer with what a function makes of the true answer."""
+
+    def __init__(self, lie: Callable[[Done], object]) -> None:
+        self.lie = lie
+
+    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
+        said: Future[Any] = Future()
+        said.set_result(self.lie(fn(*args, **kwargs)))
+        return said
+
+
+@pytest.mark.parametrize(
+    ("lie", "words"),
+    [
+        (something_else, "answer about `.*` is none"),
+        (of_nothing, "is of something else"),
+        (of_another_file, "is of something else"),
+        (of_what_is_not_there, "is not here as the worker that made it says"),
+        (of_another_size, "is not here as the worker that made it says"),
+    ],
+)
+def test_what_a_worker_says_is_looked_at(
+    work: Folder, lie: Callable[[Done], object], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spread, "SEEN", 0.0)
+    with _environment(work.variables), pytest.raises(OutputError, match=words):
+        build_on(Lying(lie), work)
+    assert not (work / "family.lock.toml").exists()
+
+
+@pytest.mark.parametrize("error", [BrokenExecutor("gone"), TypeError("no pickle"), RuntimeError("over")])
+def test_an_executor_that_takes_nothing(work: Folder, error: Exception) -> None:
+    class Closed(Executor):
+        def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
+            raise error
+
+    with pytest.raises(OutputError, match=f"takes no tasks\n.*{error}"):
+        build_on(Closed(), work)
 
 
 def test_a_source_that_is_another_there(work: Folder) -> None:
@@ -288,7 +376,8 @@ def test_a_source_that_is_another_there(work: Folder) -> None:
     node = plan.outputs()[2]
     told = {n.key: spread.Told("0" * 64, 1) for n in plan.part(node.key) if n.kind == "source" and n.label}
     with workspace(work) as opened, _environment(work.variables):
-        done = spread.make(Task(plan.part(node.key), node.key, means_of(opened.settings), told))
+        task = Task(plan.part(node.key), node.key, means_of(opened.settings), told)
+        done = spread.make(__version__, pickle.dumps(task))
     assert done.error is not None and not (work / "family-three.safetensors").exists()
 
 
@@ -364,6 +453,12 @@ def test_a_dask_worker_that_is_killed(work: Folder, truth: dict[str, bytes]) -> 
         assert said.code == 0, said.err
         assert killed
     assert made_in(work) == truth
+
+
+def test_errors_name_files_as_they_were_given(work: Folder) -> None:
+    work.write("family.toml", RECIPE.replace("op =", "po ="))
+    said = work("plan", "--snakemake", "family.toml")
+    assert said.code == 3 and "--> family.toml:" in said.err and str(work.path) not in said.err
 
 
 def test_where_nobody_answers(work: Folder) -> None:

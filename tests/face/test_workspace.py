@@ -6,6 +6,7 @@ import hashlib
 import os
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -273,7 +274,7 @@ def test_where_an_output_goes(folder: Folder, work: Workspace) -> None:
     with pytest.raises(LockError):
         work.build(work.parse(recipe.text, folder.path), locked=True)
     several = work.parse(recipe.text + 'output = [{ name = "a" }, { name = "b" }]\n', folder.path)
-    with pytest.raises(UsageError, match="the recipe has several"):
+    with pytest.raises(UsageError, match="there are several outputs"):
         work.build(several, folder / "x.safetensors")
     with pytest.raises(ValueError):
         _ = work.build(several).output
@@ -411,3 +412,72 @@ def test_the_store(folder: Folder, work: Workspace) -> None:
 
 
 STEPS = {"half": {"op": "weighted-sum", "a": "d", "b": "d", "alpha": 0.5, "store": True}}
+
+
+# -- several recipes
+
+
+@pytest.fixture
+def three(folder: Folder) -> list[str]:
+    """Recipes of the same sources, of which the last builds on the first."""
+    text = (folder / "tiny.toml").read_text()
+    for name in ("one", "two"):
+        precision = {"one": "fp16", "two": "bf16"}[name]
+        folder.write(
+            f"{name}.toml",
+            text.replace('name = "tiny"', f'name = "{name}"') + f'[output]\nprecision = "{precision}"\n',
+        )
+    folder.write("zero.toml", 'format = 1\nname = "zero"\nbase = "a"\nsources.a.file = "one.safetensors"\n')
+    return ["zero", "one", "two"]
+
+
+def test_several_recipes_are_built_as_one(folder: Folder, work: Workspace, three: list[str]) -> None:
+    recipes = [work.load(folder / f"{name}.toml") for name in three[1:]]
+    plan = work.plan_all(recipes)
+    assert plan.recipe == "one, two" and plan.json["recipes"] == ["one", "two"]
+    assert sum(n.kind == "source" for n in plan.nodes) == 2
+    made = work.build_all([work.load(folder / "zero.toml"), *recipes])
+    assert [o.state for o in made.outcomes] == ["built"] * 3 and not made.failed
+    assert str(made).endswith("3 recipes: 3 built") and pickle.loads(pickle.dumps(made)) == made
+    said = folder("build", *(folder / f"{name}.toml" for name in three), "--json").json
+    for outcome, recipe in zip(made.outcomes, said["recipes"], strict=True):
+        assert outcome.result is not None and outcome.recipe == recipe["recipe"]
+        assert recipe["outputs"] == [{**o, "state": "unchanged"} for o in outcome.result.json["outputs"]]
+    assert work.build(recipes[0]).json["outputs"] == said["recipes"][1]["outputs"]
+
+
+def test_several_into_a_folder(folder: Folder, work: Workspace, three: list[str]) -> None:
+    recipes = [work.load(folder / f"{name}.toml") for name in three[1:]]
+    work.build_all(recipes, folder / "out", lock=False)
+    assert files(folder / "out") == {"one.safetensors", "two.safetensors"}
+    assert not list(folder.path.glob("*.lock.toml"))
+
+
+def test_failures_of_several(folder: Folder, work: Workspace, three: list[str]) -> None:
+    """They come together, and nothing is made; with `keep_going` what waits for none of them is."""
+    recipes = [work.load(folder / f"{name}.toml") for name in three]
+    broken = work.compose(folder.path, name="broken", base="x", sources={"x": "nowhere.safetensors"})
+    wrong = work.parse(
+        (folder / "one.toml").read_text() + '[expect]\nmetric = "0001/0001/0001"\n', folder.path
+    )
+    with pytest.raises(CkptError) as caught:
+        work.build_all([broken, recipes[2], replace(broken, name="again")])
+    assert caught.value.exit_code == 5 and {p.fact for p in caught.value.problems}
+    assert not (folder / "two.safetensors").exists()
+    made = work.build_all([recipes[0], wrong, recipes[2]], keep_going=True)
+    assert [o.state for o in made.outcomes] == ["not begun", "failed", "built"]
+    assert made.failed[0].problems and made.json["recipes"][1]["state"] == "failed"
+
+
+def test_variants(folder: Folder, work: Workspace) -> None:
+    made = work.variants(work.load(folder / "tiny.toml"), {"output.precision": ["fp16", "bf16"]})
+    assert [v.name for v in made] == ["tiny-precision-fp16", "tiny-precision-bf16"]
+    assert folder("sweep", "tiny.toml", "output.precision=fp16,bf16", "--no-build").code == 0
+    assert [v.text for v in made] == [(folder / f"{v.name}.toml").read_text() for v in made]
+    digests = {o.result.output.sha256 for o in work.build_all(made).outcomes if o.result is not None}
+    assert len(digests) == 2 and not list(folder.path.glob("*.lock.toml"))
+    own = work.compose(folder.path, name="own", base="x", sources={"x": folder / "dirty.ckpt"})
+    assert len(work.variants(own, {"output.precision": ["fp16", "bf16"], "name": ["y"]})) == 2
+    for axes in ({"steps.x.alpha": [1]}, {"a b": [1]}, {"output.precision": []}, {"name": ["x", "x"]}):
+        with pytest.raises(UsageError):
+            work.variants(own, axes)

@@ -20,9 +20,10 @@ from builder.base.errors import SourceError
 from builder.formats import open_checkpoint
 from builder.formats.layouts import layout_of
 from builder.formats.layouts.configs import configs
-from builder.formats.write_diffusers import write_folder
+from builder.formats.write_diffusers import WrittenFolder, writing_folder
 from builder.formats.write_safetensors import write
 from builder.tensors.lazy import DType, LazyTensor, MemoryTensor
+from builder.tensors.scan import carry_out
 from tests.help.building import (
     CLIP,
     IDS,
@@ -54,6 +55,10 @@ status = Path("/proc/self/status")
 peak = lambda: next(line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM"))
 atexit.register(lambda: print(peak(), file=sys.stderr))
 """
+
+
+def write_folder(folder: Path, *what: Any, **how: Any) -> WrittenFolder:
+    return carry_out(writing_folder(folder, *what, **how))
 
 
 class Spec(LazyTensor):

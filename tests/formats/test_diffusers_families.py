@@ -16,11 +16,12 @@ import torch
 from builder.formats import open_checkpoint
 from builder.formats.diffusers import weights_in
 from builder.formats.layouts import Layout
-from builder.formats.write_diffusers import write_folder
+from builder.formats.write_diffusers import writing_folder
 from builder.models.catalog.learn import compress
 from builder.models.catalog.tables import TensorRule
 from builder.operations.lora.names import Shaped, Target, targets
 from builder.tensors.lazy import DType, LazyTensor, MemoryTensor
+from builder.tensors.scan import carry_out
 from tests.formats.test_diffusers import FAMILIES, LAYOUTS, as_torch, raw, same, specs, vocabulary
 from tests.help.building import Folder, catalog, content, files, values
 
@@ -83,7 +84,7 @@ def test_diffusers_own_converter_gives_the_same_vae_of_wan() -> None:
 def test_a_folder_holds_the_very_same_tensors(tmp_path: Path, architecture: str) -> None:
     before = {**thin(architecture), "what.is.this": values([1.0])}
     layout = LAYOUTS[FAMILIES[architecture]]
-    write_folder(tmp_path, layout, before, {"format": "pt"}, prediction="epsilon", durable=False)
+    carry_out(writing_folder(tmp_path, layout, before, {"format": "pt"}, prediction="epsilon", durable=False))
     with open_checkpoint(tmp_path, LAYOUTS) as found:
         assert raw(found) == raw(before)
         assert not found.others

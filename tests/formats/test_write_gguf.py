@@ -13,9 +13,10 @@ from blake3 import blake3
 
 from builder.base.errors import CkptError, OutputError
 from builder.formats import open_checkpoint
-from builder.formats.write_gguf import Encoding, write_gguf
+from builder.formats.write_gguf import Encoding, writing_gguf
 from builder.tensors.cast import BeyondError, UnfitError
 from builder.tensors.lazy import DType, LazyTensor, MemoryTensor
+from builder.tensors.scan import carry_out
 from tests.help.gguf_files import Types
 
 Arrays = dict[str, np.ndarray[Any, Any]]
@@ -102,7 +103,7 @@ def test_the_bytes_are_the_references(tmp_path: Path, kind: str, threads: int) -
     path = tmp_path / "ours.gguf"
     tensors = {n: lazy(a) for n, a in arrays.items()}
     said = {"author": "né", "format": "pt", "general.architecture": "another"}
-    written = write_gguf(path, tensors, encoding, said, digests=True, threads=threads)
+    written = carry_out(writing_gguf(path, tensors, encoding, said, digests=True), threads=threads)
     assert path.read_bytes() == wanted
     assert written.sha256 == hashlib.sha256(wanted).hexdigest()
     assert written.size == len(wanted)
@@ -122,7 +123,7 @@ def test_every_tensor_may_keep_its_type(tmp_path: Path) -> None:
         "none": np.zeros((0, 4), dtype="f4"),
     }
     path = tmp_path / "a.gguf"
-    write_gguf(path, {n: lazy(a) for n, a in arrays.items()}, Encoding("flux", "keep"))
+    carry_out(writing_gguf(path, {n: lazy(a) for n, a in arrays.items()}, Encoding("flux", "keep")))
     with open_checkpoint(path) as held:
         assert {n: bytes(t.tobytes()) for n, t in held.items()} == {n: a.tobytes() for n, a in arrays.items()}
 
@@ -131,14 +132,14 @@ def test_what_is_narrow_may_stay_so(tmp_path: Path) -> None:
     half = np.ones((64, 64), dtype="f2")
     wide = np.ones((64, 64), dtype="f4")
     encoding = Encoding("flux", "bf16", narrow=True)
-    write_gguf(tmp_path / "a.gguf", {"half": lazy(half), "wide": lazy(wide)}, encoding)
+    carry_out(writing_gguf(tmp_path / "a.gguf", {"half": lazy(half), "wide": lazy(wide)}, encoding))
     with open_checkpoint(tmp_path / "a.gguf") as held:
         assert {n: t.stored[0] for n, t in held.items()} == {"half": "F16", "wide": "BF16"}
 
 
 def test_halves_become_blocks(tmp_path: Path) -> None:
     half = np.random.default_rng(0).standard_normal((64, 64)).astype("f2")
-    write_gguf(tmp_path / "a.gguf", {"a": lazy(half)}, Encoding("flux", quantize="q8_0"))
+    carry_out(writing_gguf(tmp_path / "a.gguf", {"a": lazy(half)}, Encoding("flux", quantize="q8_0")))
     wanted = gguf.quants.quantize(half.astype("f4"), Types.Q8_0)
     assert gguf.GGUFReader(tmp_path / "a.gguf").tensors[0].data.tobytes() == wanted.tobytes()
 
@@ -154,7 +155,7 @@ def test_halves_become_blocks(tmp_path: Path) -> None:
 )
 def test_what_the_form_cannot_hold(tmp_path: Path, tensors: dict[str, LazyTensor], fact: str) -> None:
     with pytest.raises(OutputError) as caught:
-        write_gguf(tmp_path / "a.gguf", tensors, Encoding("flux", "keep"))
+        carry_out(writing_gguf(tmp_path / "a.gguf", tensors, Encoding("flux", "keep")))
     assert fact in str(caught.value)
     assert not list(tmp_path.iterdir())
 
@@ -175,7 +176,7 @@ def test_values_that_would_not_survive(tmp_path: Path, name: str) -> None:
     array[5, 6] = value
     (tmp_path / "a.gguf").write_bytes(b"old")
     with pytest.raises(CkptError) as caught:
-        write_gguf(tmp_path / "a.gguf", {"layer": lazy(array)}, Encoding("flux", **how))
+        carry_out(writing_gguf(tmp_path / "a.gguf", {"layer": lazy(array)}, Encoding("flux", **how)))
     assert type(caught.value) is error
     (problem,) = caught.value.problems
     assert "tensor `layer`" in problem.fact and word in problem.evidence[0]
@@ -188,7 +189,7 @@ def test_values_that_are_clamped(tmp_path: Path) -> None:
     array[5, 6], array[7, 0] = 9e6, -7e4
     for kind, least in (("q8_0", -7e4), (None, -65504.0)):
         encoding = Encoding("flux", quantize=kind, overflow="clamp")  # type: ignore[arg-type]
-        write_gguf(tmp_path / "a.gguf", {"layer": lazy(array)}, encoding)
+        carry_out(writing_gguf(tmp_path / "a.gguf", {"layer": lazy(array)}, encoding))
         with open_checkpoint(tmp_path / "a.gguf") as held:
             values = np.frombuffer(held["layer"].tobytes(), "f4" if kind else "f2")
         assert values.max() == (65504 * 127 if kind else 65504)

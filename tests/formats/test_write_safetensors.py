@@ -23,10 +23,10 @@ from hypothesis import strategies as st
 from builder.base.errors import CkptError, OutputError, Problem, SourceError
 from builder.base.progress import Reporter
 from builder.formats import open_checkpoint
-from builder.formats.write_safetensors import Written, plan_layout, write
+from builder.formats.write_safetensors import Written, plan_layout, write, writing
 from builder.tensors.digests import tensor_digest
 from builder.tensors.lazy import DType, LazyTensor, MemoryTensor
-from builder.tensors.scan import scan
+from builder.tensors.scan import carry_out, scan, side_by_side
 
 DTYPES = [d for d in DType if d.torch_name and hasattr(torch, d.torch_name)]
 # Names of wrapped modules are read without the wrapper.
@@ -409,8 +409,7 @@ FULL = """
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
     big = {str(n): Slow(DType.U8, (1_000_000,)) for n in range(10)}
     disk.NAMELESS = disk.NAMELESS and "named" not in sys.argv
-    import builder.formats.write_safetensors as writer
-    writer.check_room = lambda *_: None  # as when another process takes the room meanwhile
+    disk.NewFile.reserve = lambda *_: None  # as when another process takes the room meanwhile
     for sha256 in (True, False):
         try:
             write(Path(sys.argv[1]), big, sha256=sha256)
@@ -449,6 +448,12 @@ def test_a_full_disk(tmp_path: Path) -> None:
         assert litter(tmp_path) == ["x"]
         with pytest.raises(OutputError, match="there is no room to write"):
             write(path, {"a": tensor(DType.U8, (5_000_000,))})
+        half = {"a": Failing(2_500_000, AssertionError("read"))}
+        with pytest.raises(OutputError) as caught:
+            carry_out(side_by_side([writing(tmp_path / name, half) for name in "yz"]))
+        assert "of which what is written beside it takes 2,49" in caught.value.problems[0].evidence[0]
+        assert litter(tmp_path) == ["x"]
+        write(path, {"a": tensor(DType.U8, (2_500_000,))})
     finally:
         subprocess.run(["umount", str(tmp_path)], check=True)
 

@@ -22,11 +22,12 @@ from benchmarks.generate import write
 from benchmarks.harness import Sample, Target, outcome
 from builder.base.errors import OutputError, Problem, SourceError, UsageError
 from builder.formats import open_checkpoint
-from builder.formats.write_torch import write_torch
+from builder.formats.write_torch import writing_torch
 from builder.models.catalog import load_catalog
 from builder.models.identify import identify
 from builder.models.samples import CLEAN, DIRTY, SPREADS, Dirt, Repeated, make
 from builder.tensors.lazy import DType, LazyTensor, MemoryTensor
+from builder.tensors.scan import carry_out
 
 WRITABLE = [d for d in DType if d.torch_name and d.bits >= 8]
 
@@ -59,7 +60,7 @@ def test_torch_and_our_reader_read_back_what_was_written(
     tmp_path_factory: pytest.TempPathFactory, table: dict[str, LazyTensor], nesting: str
 ) -> None:
     path = tmp_path_factory.mktemp("torch") / "t.pt"
-    write_torch(path, table, nesting=nesting, durable=False)
+    carry_out(writing_torch(path, table, nesting=nesting, durable=False))
     for mmap in (False, True):
         loaded = torch.load(path, weights_only=True, mmap=mmap)
         loaded = loaded[nesting] if nesting else loaded
@@ -84,7 +85,7 @@ def test_records_are_aligned_stored_and_dated_the_same(tmp_path: Path) -> None:
     written = []
     for threads in (1, 4):
         path = tmp_path / f"{threads}.pt"
-        write_torch(path, table, threads=threads)
+        carry_out(writing_torch(path, table), threads=threads)
         written.append(path.read_bytes())
         with zipfile.ZipFile(path) as archive:
             assert archive.testzip() is None
@@ -103,7 +104,7 @@ def test_zip64_fields(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table: dict[str, LazyTensor] = {
         str(n): MemoryTensor(DType.I64, (n,), bytes(range(8)) * n) for n in (1, 512, 600)
     }
-    write_torch(path, table)
+    carry_out(writing_torch(path, table))
     loaded = torch.load(path, weights_only=True)
     assert {n: content(t) for n, t in loaded.items()} == {n: t.tobytes() for n, t in table.items()}
 
@@ -117,7 +118,7 @@ def test_a_tensor_that_cannot_be_read_leaves_the_old_file(tmp_path: Path) -> Non
     path.write_bytes(b"old")
     table: dict[str, LazyTensor] = {str(n): MemoryTensor(DType.U8, (9,), bytes(9)) for n in range(50)}
     with pytest.raises(SourceError, match="gone"):
-        write_torch(path, {**table, "broken": Broken(DType.U8, (1,))})
+        carry_out(writing_torch(path, {**table, "broken": Broken(DType.U8, (1,))}))
     assert [p.name for p in tmp_path.iterdir()] == ["t.pt"]
     assert path.read_bytes() == b"old"
 
@@ -125,7 +126,7 @@ def test_a_tensor_that_cannot_be_read_leaves_the_old_file(tmp_path: Path) -> Non
 def test_what_torch_has_no_tensors_of(tmp_path: Path) -> None:
     path = tmp_path / "f6.pt"
     with pytest.raises(OutputError, match="PyTorch files hold no F6_E2M3 tensors"):
-        write_torch(path, {"t": MemoryTensor(DType.F6_E2M3, (4,), bytes(3))})
+        carry_out(writing_torch(path, {"t": MemoryTensor(DType.F6_E2M3, (4,), bytes(3))}))
     assert not list(tmp_path.iterdir())
 
 
@@ -228,7 +229,7 @@ def test_the_command_line_makes_sparse_files(tmp_path: Path) -> None:
 
 
 def test_checksums_cover_zeros(tmp_path: Path) -> None:
-    write_torch(tmp_path / "z.pt", {"z": MemoryTensor(DType.U8, (9_000_000,), bytes(9_000_000))})
+    carry_out(writing_torch(tmp_path / "z.pt", {"z": MemoryTensor(DType.U8, (9_000_000,), bytes(9_000_000))}))
     with zipfile.ZipFile(tmp_path / "z.pt") as archive:
         assert zlib.crc32(bytes(9_000_000)) == archive.getinfo("archive/data/0").CRC
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -15,9 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from builder.base.addresses import HuggingFace, Web
-from builder.base.errors import CkptError, UsageError
+from builder.base.errors import CkptError, FetchError, UsageError
 from builder.base.recipe_address import Git, beside, is_address, parse_recipe_address
 from builder.sources.net import git
+from ckpt_build import Workspace
 from tests.help.building import Folder, files, save_dirty
 from tests.help.network import Net, dirty, hosts, sha256, vae
 from tests.help.servers import (
@@ -218,7 +220,7 @@ def test_several_outputs(net: Net, author: Folder) -> None:
     author.build()
     address, here = serve(net, author), reader(net)
     said = here("build", address, "-o", "x.safetensors")
-    assert said.code == 2 and "the folder that one is in" in said.err
+    assert said.code == 2 and "`-o x.safetensors/` is one" in said.err
     assert here("build", address).code == 0
     assert files(here.path) == {"tiny-a.safetensors", "tiny-b.safetensors"}
     (here / "tiny-b.safetensors").write_bytes(b"mine")
@@ -251,6 +253,32 @@ def test_several_recipes(net: Net, author: Folder) -> None:
     assert files(here.path) == {"tiny.safetensors", "tiny.safetensors.intoto.json"}
 
 
+def test_from_python(net: Net, author: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    address, here = serve(net, author), reader(net)
+    monkeypatch.chdir(here.path)
+    work = Workspace(environment=here.variables)
+    recipe = work.load(address)
+    assert (recipe.address, recipe.file, recipe.folder) == (address, None, Path())
+    assert recipe.outputs == ("tiny.safetensors",) and not list(here.store.glob("tmp/*"))
+    with ThreadPoolExecutor(1) as pool, pytest.raises(UsageError, match="does not take a recipe's address"):
+        work.build(recipe, executor=pool)
+    with pytest.raises(UsageError, match="no variants of a recipe's address"):
+        work.variants(recipe, {"output.precision": ["bf16"]})
+    assert work.plan(recipe).nodes
+    (outcome,) = work.build_all([recipe], keep_going=True).outcomes
+    assert (outcome.recipe, outcome.state) == (address, "built")
+    assert work.build(recipe).output.state == "unchanged"
+    made = (author / "tiny.safetensors").read_bytes()
+    assert work.verify(recipe) == {Path("tiny.safetensors"): sha256(made)}
+    assert files(here.path) == {"tiny.safetensors"}
+    route = net.storage.routes
+    route["/models/tiny.toml"] = says(200, b"# changed\n" + (author / "tiny.toml").read_bytes())
+    with pytest.raises(FetchError, match="is another recipe than it was"):
+        work.build(recipe)
+    with pytest.raises(FetchError, match="network is off"):
+        Workspace(environment=here.variables, offline=True).load(address)
+
+
 def test_where_others_read_the_recipe_it_is_to_be_here(net: Net, author: Folder) -> None:
     address, here = serve(net, author), reader(net)
     for command in (("plan", "--snakemake"), ("build", "--on", "dask://localhost:1")):
@@ -261,7 +289,6 @@ def test_where_others_read_the_recipe_it_is_to_be_here(net: Net, author: Folder)
 @pytest.mark.parametrize(
     "command",
     [
-        ("sweep", "ADDRESS", "x=1:2:1"),
         ("diff", "ADDRESS", "ADDRESS"),
         ("new", "ADDRESS"),
         ("convert", "ADDRESS", "-o", "x.ckpt"),

@@ -11,12 +11,27 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from builder.base.errors import Problem, SourceError
+from builder.base.errors import OutputError, Problem, SourceError
 from builder.base.progress import Reporter
 from builder.formats.blob import BlobTensor, FileBlob
 from builder.tensors.digests import tensor_digest
 from builder.tensors.lazy import WINDOW, DType, LazyTensor, MemoryTensor
-from builder.tensors.scan import BINS, Scan, TensorScan, scan
+from builder.tensors.merged import Common, Recent
+from builder.tensors.moves import Reshaped
+from builder.tensors.scan import (
+    BINS,
+    Pass,
+    Passing,
+    Scan,
+    TensorScan,
+    alone,
+    carry_out,
+    run_passes,
+    scan,
+    side_by_side,
+    spans_of,
+    together,
+)
 
 FLOATING = [d for d in DType if d.floating and d.torch_name and d not in (DType.F4, DType.F8_E8M0)]
 
@@ -158,3 +173,51 @@ def test_progress_adds_up() -> None:
     assert sum(count for _, count in ear.heard) == 0
     assert {task for task, _ in ear.heard} == {"look"}
     assert ear.ended == ["look"]
+
+
+class Counting(MemoryTensor):
+    """Counts how often it is read."""
+
+    __slots__ = ("reads",)
+
+    def __init__(self, values: bytes) -> None:
+        super().__init__(DType.U8, (len(values),), values)
+        self.reads = 0
+
+    def read_into(self, start: int, out: memoryview) -> None:
+        self.reads += 1
+        super().read_into(start, out)
+
+
+def test_what_passes_have_in_common_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a pass has only some of it, or calls it by other names."""
+    monkeypatch.setattr("builder.tensors.merged._RECENT", 3000)
+    recent = Recent()
+    sources = {f"n{i}": Counting(bytes([i]) * 1000) for i in range(40)}
+    common = {name: Common(tensor, recent) for name, tensor in sources.items()}
+    some = {f"x{n}": Reshaped(t, (10, 100)) for n, t in list(common.items())[20:]}
+    passes = [Pass(spans_of(tensors), digests=True) for tensors in (some, common, some)]
+    few, whole, again = run_passes(passes, threads=1, window=1000)
+    assert isinstance(few, Scan) and isinstance(whole, Scan) and few == again
+    assert [few.tensors[f"x{n}"].digest for n in list(sources)[20:]] == [
+        whole.tensors[n].digest for n in list(sources)[20:]
+    ]
+    assert {t.reads for t in sources.values()} == {1}
+
+
+def test_a_failure_gives_up_what_has_not_begun() -> None:
+    begun = []
+
+    def work(error: bool) -> Passing[str]:
+        if error:
+            raise OutputError(Problem("no"))
+        found = yield from alone(Pass(spans_of({"t": held(torch.ones(3))})))
+        begun.append(found)
+        return "made"
+
+    made, failed, left = carry_out(together([work(False), work(True), work(False)]))
+    assert (made, left, begun) == (None, None, []) and isinstance(failed, OutputError)
+    made, failed, left = carry_out(together([work(False), work(True), work(False)], keep_going=True))
+    assert (made, left) == ("made", "made") and isinstance(failed, OutputError)
+    with pytest.raises(OutputError):
+        carry_out(side_by_side([work(False), work(True)]))

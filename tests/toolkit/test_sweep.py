@@ -109,6 +109,24 @@ def test_what_cannot_be_varied(folder: Folder, axis: str, code: int, words: str)
     assert not list(folder.path.glob("mix-*"))
 
 
+def test_where_outputs_go(folder: Folder) -> None:
+    assert folder("sweep", "mix.toml", "output.precision=fp16,bf16", "-o", "new/").code == 0
+    names = {f"mix-precision-{p}" for p in ("fp16", "bf16")}
+    assert {p.name for p in (folder / "new").iterdir()} == {f"{n}.safetensors" for n in names}
+    assert {p.stem for p in folder.path.glob("mix-*.toml")} == names | {f"{n}.lock" for n in names}
+    said = folder("sweep", "mix.toml", "output.precision=fp16", "-o", "x.ckpt")
+    assert said.code == 2 and "`-o x.ckpt/` is one" in said.err
+
+
+def test_what_is_not_there_to_vary(folder: Folder) -> None:
+    folder.write("plain.toml", 'format = 1\nname = "p"\nbase = "a"\nsources.a.file = "a.safetensors"\n')
+    said = folder("sweep", "plain.toml", "steps.half.alpha=0.1,0.2")
+    assert said.code == 2 and "the recipe has no `steps`" in said.err and "it has `sources`" in said.err
+    assert "hint: " in said.err
+    said = folder("sweep", "https://example.org/x.toml", "steps.half.alpha=0.1,0.2")
+    assert said.code == 2 and "does not take a recipe's address" in said.err
+
+
 def test_a_recipe_that_is_there_stays(folder: Folder) -> None:
     mine = folder.write("mix-half-alpha-0.5.toml", MIX)
     said = folder("sweep", "mix.toml", "steps.half.alpha=0.5")

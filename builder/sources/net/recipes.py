@@ -78,18 +78,12 @@ class FetchedRecipe:
 
         The lock is its author's: no hint is to write it anew, where the problem is one `of_lock` or says so.
         """
-        place, hint = problem.place, (problem.hint or "").replace("put the file there, or set", "set") or None
+        hint = (problem.hint or "").replace("put the file there, or set", "set") or None
         if self.locked and (of_lock or "`ckpt lock" in (hint or "")):
             hint = "`--no-lock` builds it without its lock: what comes out is then on nobody's word"
         elif "--allow-outside" in (hint or ""):
             hint = "that is for its author to mend: by its address it is built from its own folder alone"
-        return replace(
-            problem,
-            fact=self.renamed(problem.fact),
-            place=place and replace(place, path=self.renamed(place.path)),
-            evidence=tuple(map(self.renamed, problem.evidence)),
-            hint=hint and self.renamed(hint),
-        )
+        return replace(problem, hint=hint).renamed(self.renamed)
 
 
 def _beside_alone(source: Source) -> str | None:
