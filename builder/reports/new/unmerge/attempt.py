@@ -73,8 +73,11 @@ class Attempt:
         common = max(votes, key=lambda p: (votes[p], p), default=unknown)
         for i, (group, f) in enumerate(zip(self.groups, fits, strict=True)):
             ways = dict.fromkeys([common, *found[i], tuple(f.factors)])
-            found[i] = [p for p in ways if group.fits(self.formula.weights(p, self.kind.size))][:MOST_TRIES]
+            found[i] = [p for p in ways if self._explains(group, p)][:MOST_TRIES]
         return found if all(found) else None
+
+    def _explains(self, group: Group, params: Params) -> bool:
+        return group.fits(self.formula.weights(params, self.kind.size))
 
     def weights(self, group: int) -> tuple[float, ...]:
         """How much of each parent is in a group."""
@@ -112,7 +115,7 @@ class Attempt:
                     for i, some in enumerate(self.options):
                         moved = [*some[self.used[i]]]
                         moved[at] = round(moved[at] + step * 10.0**-digits, digits) + 0.0
-                        if tuple(moved) not in some:
+                        if tuple(moved) not in some and self._explains(self.groups[i], tuple(moved)):
                             ways[i] = len(some)
                             some.append(tuple(moved))
                     self._turn(ways, target, samples)
@@ -123,9 +126,10 @@ class Attempt:
         for group, some, at in zip(self.groups, self.options, self.used, strict=True):
             votes[some[at]] += group.products.count
         common = max(votes, key=lambda p: (votes[p], p))
-        for some in self.options:
-            some.append(common)
-        self._turn({i: len(some) - 1 for i, some in enumerate(self.options)}, target, samples, ties=True)
+        ways = {i: len(self.options[i]) for i, g in enumerate(self.groups) if self._explains(g, common)}
+        for i in ways:
+            self.options[i].append(common)
+        self._turn(ways, target, samples, ties=True)
         return self.score
 
     def _turn(
