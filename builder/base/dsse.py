@@ -162,7 +162,9 @@ def _loaders(kind: str) -> tuple[Any, Any]:
         try:
             key = loader(raw)
         except TypeError:  # as it says that a password is needed
-            hint = "only a key without a password is read: keep one where no other can read it"
+            ssh = b"OPENSSH" in raw
+            bare = "a copy, and `ssh-keygen -p` of that," if ssh else f"`openssl pkey -in {path} -out COPY`"
+            hint = f"{bare} gives one without a password: keep it where no other can read it"
             raise _wrong(path, option, "it is encrypted", hint) from None
         except (ValueError, UnsupportedAlgorithm):
             encrypted = b"ENCRYPTED" in raw

@@ -442,7 +442,9 @@ def test_an_encrypted_key_is_told_of(folder: Folder) -> None:
     form = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
     (folder / "locked").write_bytes(key.private_bytes(*form, lock))
     told = folder("build", "tiny.toml", "--sign", "locked")
-    assert told.code == 2 and "it is encrypted" in told.err
+    assert (
+        told.code == 2 and "it is encrypted" in told.err and "`openssl pkey -in locked -out COPY`" in told.err
+    )
 
 
 def test_without_what_signs(folder: Folder) -> None:
