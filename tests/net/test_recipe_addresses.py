@@ -152,7 +152,7 @@ def test_what_is_no_address_of_a_recipe(text: str) -> None:
     | st.from_regex(r"(hf://|https://|git\+https://)[!-~]{0,40}\.toml(@[!-~]{0,10})?", fullmatch=True)
     | st.from_regex(r"git\+https://[a-z\[\]:.]{1,8}/[a-z]#[!-~]{1,20}\.toml", fullmatch=True)
 )
-@settings(deadline=None, max_examples=400)
+@settings(max_examples=400)
 def test_any_text_is_an_address_of_a_recipe_or_is_refused(text: str) -> None:
     with suppress(UsageError):
         address = parse_recipe_address(text)
