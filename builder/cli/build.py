@@ -17,6 +17,7 @@ from builder.build.many import Outcome, build_recipes, read_recipes
 from builder.build.recipes import build_node
 from builder.build.spread import means_of
 from builder.build.statements import Statements
+from builder.cli.command import Command
 from builder.cli.forms import Case
 from builder.cli.options import (
     FILE,
@@ -49,7 +50,7 @@ from builder.toolkit.made import (
 from builder.workspace import Workspace
 
 
-@click.command("build")
+@click.command("build", cls=Command)
 @recipes_argument
 @click.option("-o", "--output", type=NAME, help="Where the output goes; its name says in which form.")
 @click.option("--locked", is_flag=True, help="Fail if the lock would change, and show how.")

@@ -13,6 +13,7 @@ from builder.base.disk import write_bytes
 from builder.base.errors import ExitCode, Problem, UsageError
 from builder.base.progress import SILENT, Reporter
 from builder.base.toml import escaped
+from builder.cli.command import Command
 from builder.cli.options import FILE, json_option, open_workspace, quiet_option, recipe_path
 from builder.cli.terminal import out
 from builder.models.catalog import Architecture
@@ -28,7 +29,7 @@ from builder.toolkit.replace import check_filled, find_parts, new_architecture, 
 MOST_NOTES = 20  # of what an imported recipe lacks
 
 
-@click.command("new")
+@click.command("new", cls=Command)
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="FILE…")
 @click.option(
     "--library",

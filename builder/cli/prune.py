@@ -11,6 +11,7 @@ import click
 
 from builder.base.disk import making_folders
 from builder.base.errors import CkptError, ExitCode, Problem, SourceError, UsageError
+from builder.cli.command import Command
 from builder.cli.options import (
     FILE,
     PLACE,
@@ -47,7 +48,7 @@ class Request:
     single: bool
 
 
-@click.command("prune")
+@click.command("prune", cls=Command)
 @click.argument("files", nargs=-1, type=FILE, metavar="FILE|FOLDER…")
 @click.option("-o", "--output", type=PLACE, help="The file to write, or the folder to write in.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")

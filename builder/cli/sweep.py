@@ -10,6 +10,7 @@ from builder.base.disk import write_bytes
 from builder.base.errors import ExitCode, printable
 from builder.build.many import read_recipes
 from builder.cli.build import build_several
+from builder.cli.command import Command
 from builder.cli.options import (
     FILE,
     format_option,
@@ -24,7 +25,7 @@ from builder.toolkit.sweep import parse_axis, variants
 from builder.workspace import find_lock
 
 
-@click.command("sweep")
+@click.command("sweep", cls=Command)
 @click.argument("recipe", type=FILE, metavar="RECIPE")
 @click.argument("axes", nargs=-1, required=True, metavar="KEY=VALUES...")
 @click.option("--no-build", is_flag=True, help="Write the recipes, and build nothing.")

@@ -12,6 +12,7 @@ from builder.base.errors import ExitCode, Problem, UsageError, printable
 from builder.build import verify
 from builder.build.many import read_recipes, recipes_below
 from builder.build.statements import verify_statement
+from builder.cli.command import Command
 from builder.cli.forms import Case
 from builder.cli.options import (
     FILE,
@@ -29,7 +30,7 @@ from builder.cli.terminal import out
 from builder.workspace import Workspace, find_lock
 
 
-@click.command("verify")
+@click.command("verify", cls=Command)
 @click.argument("recipes", nargs=-1, type=RECIPE, metavar="[RECIPE]... [FILE]")
 @click.option("--statement", type=FILE, metavar="FILE", help="Hold it to this statement of provenance.")
 @click.option(
