@@ -62,7 +62,8 @@ def test_a_wrong_header_only(folder: Folder) -> None:
     said = folder("verify", "tiny.toml")
     assert said.code == 7
     assert "every tensor is as it should be: only the header differs" in said.err
-    assert "expected SHA-256" in said.err and "found    SHA-256" in said.err
+    told = [line for line in said.err.splitlines() if "= expected " in line or "= found " in line]
+    assert [len(line) for line in told] == [78, 78], "one line each on a terminal of 80 columns"
 
 
 def test_without_a_lock(folder: Folder) -> None:
