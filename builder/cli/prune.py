@@ -128,10 +128,13 @@ def command(
     _check(request, found)
     with open_workspace(quiet) as workspace:
         results = []
+        if not found:
+            below = "" if recursive else "; `--recursive` looks in the folders below, too"
+            workspace.reporter.note(f"no checkpoint is there to prune{below}")
         for path in found:
             results.append(_prune(path, request, workspace, _silent if quiet else out().say))
             out().fail(*results[-1].problems)
-    said = prune_text.line(results[0]) if single else prune_text.table(results)
+    said = prune_text.line(results[0]) if single else prune_text.table(results) if results else ""
     out().result({"files": [prune_text.to_json(r) for r in results]}, said)
     return max((r.code for r in results), default=ExitCode.DONE)
 

@@ -27,6 +27,8 @@ from builder.cli.options import (
 )
 from builder.cli.several import one_only, told
 from builder.cli.terminal import out
+from builder.recipe.names import SUFFIXES
+from builder.recipe.provenance import ENDING
 from builder.workspace import Workspace, find_lock
 
 
@@ -64,6 +66,8 @@ def command(
         raise UsageError(Problem("name a RECIPE, or with `--statement FILE` a statement"))
     if statement is None and key is not None:
         raise UsageError(Problem("`--key` is of a statement", hint="`--statement FILE` names it"))
+    if statement is None:
+        _check_recipes(named)
     files: dict[Path, str] = {}
     about = None
     lines = []
@@ -101,6 +105,17 @@ def _split(named: Sequence[Path | str], *, stated: bool) -> tuple[Sequence[Path 
     if stated or (before and not (last.is_dir() and recipes_below(last))):
         return before, last
     return named, None
+
+
+def _check_recipes(named: Sequence[Path | str]) -> None:
+    """Raise UsageError for a model or a statement among recipes: what it is held to is not said then."""
+    for path in (p for p in named if isinstance(p, Path) and p.is_file()):
+        if path.name.endswith(ENDING):
+            hint = f"`ckpt verify --statement {path}` holds its files to it"
+            raise UsageError(Problem(f"`{path}` is a statement, not a recipe", hint=hint))
+        if path.suffix in SUFFIXES:
+            hint = f"`ckpt verify RECIPE {path}` holds it to one recipe"
+            raise UsageError(Problem(f"`{path}` is a model, not a recipe", hint=hint))
 
 
 def _signed(signed: bool, key: PublicKey | None, workspace: Workspace) -> str:

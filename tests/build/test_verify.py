@@ -73,6 +73,23 @@ def test_without_a_lock(folder: Folder) -> None:
     assert golden(GOLDEN / "verify-no-lock.txt", said.err) == said.err
 
 
+@pytest.mark.parametrize(
+    ("line", "hint"),
+    [
+        ("tiny.safetensors", "`ckpt verify RECIPE tiny.safetensors` holds it to one recipe"),
+        (
+            "tiny.toml . tiny.safetensors",
+            "`ckpt verify RECIPE tiny.safetensors` holds it to one recipe",
+        ),
+        ("x.intoto.json", "`ckpt verify --statement x.intoto.json` holds its files to it"),
+    ],
+)
+def test_what_is_no_recipe_is_told_how_to_verify(folder: Folder, line: str, hint: str) -> None:
+    folder.write("x.intoto.json", "{}")
+    said = folder("verify", *line.split())
+    assert said.code == 2 and f"hint: {hint}\n" in said.err
+
+
 def test_expectations_without_a_lock(folder: Folder) -> None:
     (folder / "tiny.lock.toml").unlink()
     digest = hashlib.sha256((folder / "tiny.safetensors").read_bytes()).hexdigest()
