@@ -93,6 +93,8 @@ def test_every_command_and_option_is_documented() -> None:
     assert not missing
     assert sections.keys() == {words.split()[0] for words, _ in commands()}
     assert list(sections) == sorted(sections)
+    named = re.findall(r"\[(\w+)\]\(#ckpt-\1\)", COMMANDS.read_text(encoding="utf-8").partition("\n## ")[0])
+    assert named == list(cli.COMMANDS), "in the order of `ckpt --help`"
 
 
 @pytest.mark.parametrize("name", sorted(_sections()))
