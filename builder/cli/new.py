@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from builder.base.disk import write_bytes
+from builder.base.disk import check_place, write_bytes
 from builder.base.errors import ExitCode, Problem, UsageError
 from builder.base.progress import SILENT, Reporter
 from builder.base.toml import escaped
@@ -73,6 +73,8 @@ def command(
         if not force:
             raise UsageError(Problem(f"there is a file `{output}` already", hint="`--force` overwrites it"))
         check_is_recipe(output)
+    elif output is not None:
+        check_place(output)
     folder = output.parent if output is not None else Path()
     found: dict[str, Any] = {}
     with open_workspace(quiet) as workspace, workspace.sources() as sources:

@@ -195,7 +195,7 @@ def recipe_path(path: Path | None, option: str = "--save-recipe") -> Path | None
         better = path.with_name(f"{path.name.removesuffix(LOCK) or 'recipe'}.toml")
         raise UsageError(Problem(f"`{path}` is the name of a recipe's lock", hint=f"`{option} {better}`"))
     if path is not None and path.suffix != ".toml":
-        better = path.with_suffix(".toml") if path.name else path / "recipe.toml"
+        better = path / "recipe.toml" if path.is_dir() else path.with_suffix(".toml")
         fact = f"a recipe's name ends in `.toml`, not as `{path}` does"
         raise UsageError(Problem(fact, hint=f"`{option} {better}`"))
     return path
