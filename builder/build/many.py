@@ -101,7 +101,8 @@ def read_recipes(
         paths = [path for path in paths if isinstance(path, str) or not path.name.endswith(LOCK)]
     if not paths:
         folder = ", ".join(f"`{path}`" for path in named)
-        raise UsageError(Problem(f"there is no recipe in {folder}"))
+        hint = "a recipe ends in `.toml`, and has a line `format = 1`"
+        raise UsageError(Problem(f"there is no recipe in {folder}", hint=hint))
     once = {p if isinstance(p, str) else os.path.realpath(p): p for p in reversed(paths)}
     found = [Outcome(path) for path in once.values()][::-1]
     for outcome in found:

@@ -59,6 +59,7 @@ def test_each_is_as_if_built_alone(folder: Folder) -> None:
     said = folder("build", *recipes, "m9.toml")
     assert said.code == 0, said.err
     assert said.out.endswith("5 recipes: 5 built\n")
+    assert said.err.count("the VAE is that of `a`") == 1 == said.err.count("the VAE is that of `x`")
     assert made(folder) == made(alone) and len(made(folder)) == 10
 
 

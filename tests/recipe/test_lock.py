@@ -125,7 +125,7 @@ def test_frozen_is_locked_and_offline(locked: Folder) -> None:
 
 def test_locked_needs_a_lock(folder: Folder) -> None:
     said = folder("build", "tiny.toml", "--locked")
-    assert said.code == 4 and "there is no lock `tiny.lock.toml`" in said.err
+    assert said.code == 4 and "there is no lock `tiny.lock.toml`\n  --> tiny.toml\n" in said.err
     assert not (folder / "tiny.safetensors").exists()
 
 
