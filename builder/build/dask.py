@@ -39,7 +39,7 @@ def workers_on(address: str, means: Means, reporter: Reporter) -> Iterator[Farm]
         said = (str(error).splitlines() or [type(error).__name__])[0]
         hint = "`dask scheduler` is one; the address is what it prints, with `dask` for `tcp`"
         raise FetchError(Problem(f"no scheduler answers at `{address}`", None, (said,), hint)) from None
-    if not client.scheduler_info()["workers"]:
-        reporter.note(f"`{address}` has no workers yet: nothing is made until one comes")
     with client, client.get_executor(pure=False) as executor:
+        if not client.scheduler_info()["workers"]:
+            reporter.note(f"`{address}` has no workers yet: nothing is made until one comes")
         yield Farm(executor, means, (KilledWorker,))

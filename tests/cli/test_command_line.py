@@ -89,7 +89,7 @@ def test_every_command_takes_a_value_once(capsys: pytest.CaptureFixture[str]) ->
 )
 def test_one_form_is_asked_for(words: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(words.split()) == 2
-    assert told in capsys.readouterr().err
+    assert told in "".join(capsys.readouterr())
 
 
 def test_what_may_be_said_again_may(capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,6 +22,7 @@ from builder.sources.net import git
 from ckpt_build import Workspace
 from tests.help.building import Folder, files, save_dirty
 from tests.help.network import Net, dirty, hosts, sha256, vae
+from tests.help.pages import served
 from tests.help.servers import (
     COMMIT,
     Server,
@@ -277,6 +278,20 @@ def test_from_python(net: Net, author: Folder, monkeypatch: pytest.MonkeyPatch) 
         work.build(recipe)
     with pytest.raises(FetchError, match="network is off"):
         Workspace(environment=here.variables, offline=True).load(address)
+
+
+def test_on_the_page(net: Net, author: Folder) -> None:
+    address, here = serve(net, author), reader(net)
+    (here / "models").mkdir()
+    with served(here) as client:
+        done, page = client.job("build", address=address, folder="work/models")
+        assert done["state"] == "done", done
+        assert f"-o {here / 'models'}/" in page.read
+        (here / "models" / "tiny.safetensors").write_bytes(b"mine")
+        done, page = client.job("build", address=address, folder="work/models")
+        assert done["state"] == "failed" and "is there already" in page.read
+        assert client.post("build", address=address, folder="elsewhere").status == 422
+    assert files(here.path) == {"models", "models/tiny.safetensors"}
 
 
 def test_where_others_read_the_recipe_it_is_to_be_here(net: Net, author: Folder) -> None:
