@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, NamedTuple
 from builder.base.errors import Place, Problem, SourceError
 from builder.models.catalog import RANK, Names
 from builder.models.catalog.tables import NAMINGS, Patterns
-from builder.models.identify import Identity, Match, as_class, attention_changes, identify, layers_of
+from builder.models.identify import identify
+from builder.models.identity import Identity, Match
+from builder.models.matching import as_class, attention_changes, layers_of
 from builder.tensors.lazy import LazyTensor
 from builder.tensors.moves import Reshaped
 from builder.tensors.packed.decode import Numbers, decoded

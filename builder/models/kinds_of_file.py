@@ -7,7 +7,7 @@ from math import prod
 from typing import NamedTuple
 
 from builder.models.catalog import Catalog, KindRule, ModelRule
-from builder.models.identify import Identity
+from builder.models.identity import Identity
 from builder.models.parts import kind
 from builder.tensors.packed.schemes import Spec
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
-from builder.models.identify import Identity, Match
+from builder.models.identity import Identity, Match
 
 if TYPE_CHECKING:
     from builder.models.catalog import Catalog, KnownPart

@@ -8,7 +8,7 @@ from pathlib import Path
 from builder.base.errors import Place, Problem, UsageError, did_you_mean
 from builder.base.words import spelling
 from builder.models.catalog import Architecture, Catalog
-from builder.models.identify import Identity, Match
+from builder.models.identity import Identity, Match
 from builder.tensors.packed.decode import WIDER
 
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from builder.base.errors import Problem
-from builder.models.identify import DIFFUSERS_ATTENTION, Match, attention_changes
+from builder.models.identity import Match
+from builder.models.matching import DIFFUSERS_ATTENTION, attention_changes
 from builder.tensors.cast import Narrow, Precision, UnfitError, cast_types
 from builder.tensors.lazy import DType, LazyTensor, MemoryTensor
 from builder.tensors.moves import Reshaped

@@ -16,7 +16,7 @@ from builder.base.words import listed
 from builder.formats.write_gguf import Encoding
 from builder.formats.write_sharded import SHARD_SIZE, SUFFIX
 from builder.models.catalog import PLAIN, Architecture, Names
-from builder.models.identify import EMA, Identity
+from builder.models.identity import EMA, Identity
 from builder.models.parts import words_for
 from builder.models.prediction import WORDS, Prediction, prediction
 from builder.operations import OPERATIONS

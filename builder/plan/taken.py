@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from builder.base.errors import Place, Problem, RecipeError
 from builder.models.cut import choose, cut, usual
-from builder.models.identify import Identity, Match, as_class
+from builder.models.identity import Identity, Match
+from builder.models.matching import as_class
 from builder.plan.graph import (
     CHECKPOINT,
     ComponentJob,

@@ -20,7 +20,8 @@ from builder.formats.blob import FileBlob, checking
 from builder.formats.checkpoint import Checkpoint
 from builder.formats.hashes import sha256_blob
 from builder.formats.open import open_checkpoint
-from builder.models.identify import Identity, identify
+from builder.models.identify import identify
+from builder.models.identity import Identity
 from builder.recipe.read import outside
 from builder.sources.find import BESIDE, Found, find_source, hash_files, not_pinned, set_digest, this_file
 from builder.sources.job import SourceJob

@@ -8,7 +8,7 @@ from pathlib import Path
 from builder.base.errors import Problem, UsageError
 from builder.build import Built
 from builder.models.catalog import PARTS
-from builder.models.identify import Match
+from builder.models.identity import Match
 from builder.models.parts import kind
 from builder.recipe import Pick
 from builder.recipe.names import Target, free_name, recipe_name, stem

@@ -18,7 +18,7 @@ from builder.base.progress import Reporter
 from builder.build import Build, Built
 from builder.formats.open import is_model
 from builder.models.cut import cut
-from builder.models.identify import EMA, Identity, Match
+from builder.models.identity import EMA, Identity, Match
 from builder.models.parts import home, words_for
 from builder.operations.fixes import FIXES, match_types
 from builder.recipe import Pick

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from builder.base.errors import Place, Problem, SourceError, UsageError, did_you_mean
 from builder.models.catalog import Architecture, Catalog
-from builder.models.identify import Identity
+from builder.models.identity import Identity
 from builder.models.parts import find_part, home, kind, meant, slot_of
 from builder.recipe import Pick
 from builder.recipe.language import NEW

@@ -27,7 +27,8 @@ from builder.base.files import read_bounded
 from builder.base.inside import is_inside
 from builder.base.parallel import Cancelled
 from builder.formats import open_checkpoint
-from builder.models.identify import Identity, identify
+from builder.models.identify import identify
+from builder.models.identity import Identity
 from builder.recipe.names import PRUNED, SHARD, free_name, numbered, stem
 from builder.recipe.profiles import MAX_SIDECAR
 from builder.sources.opened import Sources

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from builder.models.catalog import RANK, _load, load_catalog
-from builder.models.identify import Identity, Misshapen, identify
+from builder.models.identify import identify
+from builder.models.identity import Identity, Misshapen
 from builder.tensors.lazy import DType, LazyTensor
 
 CATALOG = load_catalog([])

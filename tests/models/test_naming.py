@@ -11,7 +11,8 @@ from builder.base.errors import SourceError
 from builder.formats import open_checkpoint
 from builder.models.catalog import load_catalog
 from builder.models.cut import choose, cut, joined
-from builder.models.identify import Identity, identify
+from builder.models.identify import identify
+from builder.models.identity import Identity
 from builder.tensors.lazy import DType, LazyTensor, MemoryTensor
 from builder.tensors.moves import Reshaped
 from tests.help.building import CLIP, UNET, VAE, Folder, catalog, content, model, save

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from builder.base.progress import human_bytes
 from builder.base.words import counted
-from builder.models.identify import EMA, Identity
+from builder.models.identity import EMA, Identity
 from builder.operations.fixes import POSITION_IDS
 from builder.reports.diff.compare import Diff, Part, Side, TensorDiff
 from builder.tensors.lazy import DType

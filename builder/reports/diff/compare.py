@@ -16,7 +16,8 @@ from builder.formats import open_checkpoint
 from builder.formats.checkpoint import Checkpoint
 from builder.models.catalog import Catalog, KnownPart
 from builder.models.cut import joined
-from builder.models.identify import Identity, Match, identify
+from builder.models.identify import identify
+from builder.models.identity import Identity, Match
 from builder.models.metric import counted, labels
 from builder.reports.diff.pairs import Pair, pair_up, same_layout
 from builder.reports.diff.values import Comparer, Spot, Values

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from builder.models.identify import Identity, Match
+from builder.models.identity import Identity, Match
 from builder.tensors.lazy import LazyTensor
 
 Shape = tuple[int, ...]

@@ -16,7 +16,8 @@ from builder.base.progress import SILENT, Reporter
 from builder.formats import open_checkpoint
 from builder.formats.checkpoint import Checkpoint
 from builder.formats.lost import Lost, find_lost
-from builder.models.identify import EMA, Identity, Match, identify
+from builder.models.identify import identify
+from builder.models.identity import EMA, Identity, Match
 from builder.models.kinds_of_file import FileKind, kind_of_file
 from builder.models.lineage import Lineage, lineage, main_part
 from builder.models.prediction import Prediction, prediction

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from builder.base.errors import Problem
 from builder.base.words import EXAMPLES, counted, listed
 from builder.formats.lost import problem_of
-from builder.models.identify import Match, Rejection
+from builder.models.identity import Match, Rejection
 from builder.reports.inspect.positions import Position
 from builder.tensors.packed.decode import why_not
 

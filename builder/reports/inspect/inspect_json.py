@@ -9,7 +9,7 @@ from typing import Any
 
 from builder.base.errors import Problem, problem_data
 from builder.formats.lost import Lost
-from builder.models.identify import Rejection
+from builder.models.identity import Rejection
 from builder.reports.inspect.examine import Part, Report, Share
 from builder.reports.inspect.positions import Position
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from builder.base.progress import human_bytes
 from builder.base.words import counted as number
 from builder.models.catalog import Architecture, Catalog
-from builder.models.identify import EMA
+from builder.models.identity import EMA
 from builder.models.prediction import EMPTY, MARKERS
 from builder.operations.fixes import FIXES, POSITION_IDS, exact_position_ids
 from builder.reports.new.described import File, Taken, rounded

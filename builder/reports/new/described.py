@@ -10,7 +10,7 @@ from pathlib import Path
 
 from builder.models.catalog import Architecture
 from builder.models.cut import cut
-from builder.models.identify import Match
+from builder.models.identity import Match
 from builder.operations.fixes import POSITION_IDS
 from builder.recipe.names import recipe_name
 from builder.sources.opened import OpenSource, Sources

@@ -11,7 +11,7 @@ from builder.base.progress import Reporter
 from builder.base.words import counted
 from builder.formats.blob import TooManyOpen
 from builder.models.catalog import Architecture, Catalog
-from builder.models.identify import Match
+from builder.models.identity import Match
 from builder.recipe.names import SUFFIXES
 from builder.reports.new.described import File, Taken, open_file, rounded
 from builder.sources.find import files_below

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from builder.base.words import command_line
-from builder.models.identify import Match
+from builder.models.identity import Match
 from builder.models.parts import find_part, slot_of
 from builder.recipe.names import SUFFIXES, Target
 from builder.toolkit.command_recipe import CommandRecipe

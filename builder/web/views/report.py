@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from builder.base.words import CONTAINERS, command_line, counted
-from builder.models.identify import Rejection
+from builder.models.identity import Rejection
 from builder.reports.inspect import Part, Report, to_json, types_of
 from builder.web.forms import button, hidden, the_same, tick
 from builder.web.html import Content, Markup, code, facts, join, problem, size, table, tag
