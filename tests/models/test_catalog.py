@@ -17,18 +17,12 @@ from builder.base.errors import CatalogError, UsageError, render
 from builder.base.words import fits_pattern
 from builder.cli import run
 from builder.models.catalog import RANK, TensorRule, load_catalog
+from builder.models.catalog.classes import _CLASS, _SCALE
+from builder.models.catalog.components import _ALONE, _COMPONENT, parse_table
+from builder.models.catalog.fields import _MODELSPEC
 from builder.models.catalog.layouts import _LAYOUT, _PART, _RULES
 from builder.models.catalog.learn import compress
-from builder.models.catalog.reading import (
-    _ALONE,
-    _ARCHITECTURE,
-    _CLASS,
-    _COMPONENT,
-    _MODELSPEC,
-    _PREFIXES,
-    _SCALE,
-    parse_table,
-)
+from builder.models.catalog.reading import _ARCHITECTURE, _PREFIXES
 from builder.recipe import parse_recipe
 
 # ── braces ──

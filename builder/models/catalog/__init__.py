@@ -12,21 +12,17 @@ from typing import TYPE_CHECKING, ClassVar
 import components_db
 from builder.base.errors import CatalogError, Problem, did_you_mean
 from builder.base.words import spelling
+from builder.models.catalog.classes import read_classes
+from builder.models.catalog.components import Table, alone, read_table
+from builder.models.catalog.fields import Fields, modelspec
 from builder.models.catalog.reading import (
-    MAX_BLOCKS_IN_ALL,
-    Fields,
-    Table,
-    alone,
-    modelspec,
     read_architectures,
-    read_classes,
     read_kinds,
     read_known,
     read_optional,
     read_prefixes,
     read_programs,
     read_sites,
-    read_table,
 )
 from builder.models.catalog.tables import (
     PARTS,
@@ -75,6 +71,7 @@ __all__ = [
 ]
 
 MAX_CHAIN = 8  # tables that extend each other
+MAX_BLOCKS_IN_ALL = 100_000  # of all classes
 MAX_TENSORS = 1_000_000  # of all tables that are a user's own
 BUILT_IN = Path(components_db.__file__).parent
 

@@ -14,7 +14,8 @@ from builder.base.toml import load
 from builder.formats.layouts import Layout, Part
 from builder.formats.layouts.configs import SHAPES, is_size
 from builder.formats.layouts.rules import Names, OtherName, Rules, all_rows
-from builder.models.catalog.reading import Fields, other_names
+from builder.models.catalog.classes import other_names
+from builder.models.catalog.fields import Fields
 
 _RULES = {"extends": str, "names": dict, "read_also": dict, "without": list, "within": str}
 _MODEL = {"library": str, "config": dict, "sizes": dict}

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from builder.base.braces import escape
 from builder.base.errors import CatalogError, Problem
-from builder.models.catalog.reading import parse_table
+from builder.models.catalog.components import parse_table
 from builder.models.catalog.tables import TensorRule, elements
 
 ROWS = 12  # keys under one heading, beyond which its parts get headings of their own
