@@ -18,10 +18,10 @@ from builder.base.recipe_address import is_address
 from builder.cli.forms import FORMS
 from builder.cli.terminal import make_reporter, out
 from builder.operations.fixes import FIXES
-from builder.recipe.language import QUANTIZE
 from builder.recipe.lock import LOCK
 from builder.recipe.names import Target
 from builder.recipe.profiles import PROFILES
+from builder.recipe.values import QUANTIZE
 from builder.tensors.cast import PRECISIONS
 from builder.workspace import Settings, Workspace
 

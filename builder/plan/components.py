@@ -39,7 +39,7 @@ from builder.plan.metadata import carried_metadata
 from builder.plan.taken import component_name, place_of, quoted, sizes_of, taken
 from builder.recipe import FromBase, NewBase, Output, Pick, Recipe, Step, slot_problems
 from builder.recipe.check import MAX_STEPS, with_classes
-from builder.recipe.language import EMA, PUBLISHED
+from builder.recipe.values import EMA, PUBLISHED
 from builder.sources.job import SourceJob, entry_name
 from builder.tensors.lazy import DType, LazyTensor
 from builder.tensors.packed.decode import WIDER

@@ -50,10 +50,10 @@ from builder.plan.metadata import stated_metadata
 from builder.plan.taken import component_name, quoted, sizes_of
 from builder.recipe import FromBase, Output, Pick, Recipe
 from builder.recipe.check import form_problem
-from builder.recipe.language import PUBLISHED, QUANTIZE
 from builder.recipe.names import SINGLE, Form, form_of
 from builder.recipe.profiles import MAX_SIDECAR, sidecar, warnings, with_profile
 from builder.recipe.read import outside
+from builder.recipe.values import PUBLISHED, QUANTIZE
 from builder.sources.find import recall_files
 from builder.sources.job import SourceJob
 

@@ -16,9 +16,10 @@ from builder.base.errors import Place, Problem, UsageError, did_you_mean, neares
 from builder.base.kinds import listed
 from builder.base.toml import Keys
 from builder.models.parts import kind, meant
-from builder.recipe.language import EMA, NEW, Vocabulary
+from builder.recipe.language import Vocabulary
 from builder.recipe.names import SUFFIXES, Form, is_device
 from builder.recipe.recipe import FromBase, NewBase, Output, Pick, Recipe
+from builder.recipe.values import EMA, NEW
 
 if TYPE_CHECKING:
     from builder.models.catalog import Architecture, Catalog

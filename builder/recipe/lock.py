@@ -18,7 +18,7 @@ from builder.base.errors import LockError, Problem, clipped
 from builder.base.files import read_text
 from builder.base.recipe_address import LOCK as LOCK
 from builder.base.toml import parse
-from builder.recipe.language import URL
+from builder.recipe.values import URL
 from builder.tensors.digests import PROFILE
 
 VERSION = 1

@@ -20,9 +20,10 @@ from builder.operations import OPERATIONS
 from builder.operations.fixes import FIXES, Fix
 from builder.operations.registry import Operation
 from builder.recipe.check import problems_of, with_classes
-from builder.recipe.language import NEW, Format, Vocabulary
+from builder.recipe.language import Vocabulary
 from builder.recipe.lock import LOCK, lock_path
 from builder.recipe.recipe import SETTINGS, Expect, FromBase, NewBase, Output, Pick, Recipe, Source, Step
+from builder.recipe.values import NEW, Format
 
 if TYPE_CHECKING:
     from builder.models.catalog import Catalog

@@ -23,9 +23,9 @@ from builder.models.catalog import Catalog
 from builder.operations.fixes import FIXES
 from builder.plan import Plan
 from builder.recipe import FromBase, NewBase, Output, Pick, Recipe, Source, Step, parse_recipe
-from builder.recipe.language import OUTPUT_FILE, PATH, PUBLISHED
 from builder.recipe.names import SINGLE, SUFFIXES, Target, form_of, numbered, portable
 from builder.recipe.read import MAX_SIZE
+from builder.recipe.values import OUTPUT_FILE, PATH, PUBLISHED
 from builder.sources.opened import Sources
 from builder.store import Store
 from builder.tensors.cast import UnfitError

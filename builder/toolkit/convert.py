@@ -19,8 +19,8 @@ from builder.models.cut import foreign
 from builder.models.prediction import prediction as find_told
 from builder.plan import Plan
 from builder.plan.folders import find_layout, find_prediction, lacking, no_tokenizer, vocabulary_files
-from builder.recipe.language import PUBLISHED
 from builder.recipe.names import SINGLE, Form, form_of, recipe_name
+from builder.recipe.values import PUBLISHED
 from builder.sources.opened import OpenSource, Sources
 from builder.toolkit.command_recipe import CommandRecipe, run
 from builder.workspace import Workspace

@@ -22,9 +22,9 @@ from builder.models.identity import EMA, Identity, Match
 from builder.models.parts import home, words_for
 from builder.operations.fixes import FIXES, match_types
 from builder.recipe import Pick
-from builder.recipe.language import PUBLISHED
 from builder.recipe.names import PRUNED, SHARD, free_name, named, recipe_name
 from builder.recipe.profiles import MAX_SIDECAR, with_profile
+from builder.recipe.values import PUBLISHED
 from builder.reports.inspect import Report, examine
 from builder.sources.opened import Sources
 from builder.tensors.cast import Narrow

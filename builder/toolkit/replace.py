@@ -11,8 +11,8 @@ from builder.models.catalog import Architecture, Catalog
 from builder.models.identity import Identity
 from builder.models.parts import find_part, home, kind, meant, slot_of
 from builder.recipe import Pick
-from builder.recipe.language import NEW
 from builder.recipe.names import recipe_name
+from builder.recipe.values import NEW
 from builder.sources.opened import Sources
 from builder.toolkit.command_recipe import CommandRecipe, output_keys
 

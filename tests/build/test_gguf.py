@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from builder.formats import open_checkpoint
-from builder.recipe.language import QUANTIZE
 from builder.recipe.lock import read_lock
+from builder.recipe.values import QUANTIZE
 from builder.tensors.ggml_blocks import BLOCKS
 from builder.tensors.packed.encode import FORMS
 from tests.help.building import UNET, Folder, content, model, save, save_dirty, values

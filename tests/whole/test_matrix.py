@@ -14,7 +14,7 @@ import pytest
 import tomli
 
 from builder.operations import OPERATIONS
-from builder.recipe.language import QUANTIZE
+from builder.recipe.values import QUANTIZE
 from builder.tensors.lazy import DType
 from tests.help.building import ROOT
 from tests.matrix.__main__ import Cell, around, differences, measured

@@ -15,8 +15,8 @@ from builder.formats.checkpoint import Checkpoint
 from builder.models.catalog import Catalog
 from builder.models.metric import NOT_A_NUMBER
 from builder.models.prediction import TYPE, prediction
-from builder.recipe.language import PATH
 from builder.recipe.names import named, numbered, recipe_name
+from builder.recipe.values import PATH
 from builder.reports.new.describe import Draft
 from builder.reports.new.described import File, Taken, lone_name
 from builder.reports.new.merge_text import Steps, told
