@@ -22,7 +22,7 @@ from builder.models.prediction import WORDS, Prediction, prediction
 from builder.operations import OPERATIONS
 from builder.operations.registry import Operation
 from builder.operations.weights import patterns
-from builder.plan.components import Components, Told
+from builder.plan.components import Components
 from builder.plan.folders import (
     find_layout,
     find_prediction,
@@ -47,7 +47,8 @@ from builder.plan.graph import (
 )
 from builder.plan.keys import assembly_key, recall_beside, recall_output
 from builder.plan.metadata import stated_metadata
-from builder.plan.taken import component_name, quoted, sizes_of
+from builder.plan.models import Told
+from builder.plan.taken import component_name, published_in, quoted, sizes_of
 from builder.recipe import FromBase, Output, Pick, Recipe
 from builder.recipe.check import form_problem
 from builder.recipe.names import SINGLE, Form, form_of
@@ -83,7 +84,7 @@ def make_plan(
     refused, FetchError for those that are needed and nowhere to be found.
     """
     plan = Plan(recipe, lock)
-    resolver = _Resolver(plan, recipe, (), sources, operations)
+    resolver = _Resolver(Components(plan, recipe, (), sources, operations))
     for output in recipe.outputs:
         resolver.output(output, place, environment)
     _check_sidecars(plan)
@@ -92,43 +93,47 @@ def make_plan(
     return plan
 
 
-class _Resolver(Components):
-    """The outputs of one recipe, and all that they need."""
+class _Resolver:
+    """The outputs of one recipe, which `components` fill."""
 
-    # -- outputs
+    def __init__(self, components: Components) -> None:
+        self.components, self.nodes = components, components.nodes
+        self.plan, self.recipe, self.sources = components.plan, components.recipe, components.sources
+        self.catalog, self.store = self.nodes.catalog, self.nodes.store
 
     def output(
         self, output: Output, place: Callable[[Output], str | Path] | None, environment: Mapping[str, str]
     ) -> None:
         """Plan an output and all that it needs."""
-        output = replace(self.spelt(output), fixes=with_profile(output.fixes, output.profile))
+        output = replace(self.components.spelt(output), fixes=with_profile(output.fixes, output.profile))
         name = str(place(output)) if place is not None else output.file
         target, form = (Path(name) if place is not None else self._target(output)), form_of(name)
         self._check_quantize(output, target, form)
-        base = self.source(output.base.name) if self._is_file(output.base) else None
-        adapter = self.adapter(output)
-        carried = self._carried(base)
+        base = self.nodes.source(output.base.name) if self.nodes.is_file(output.base) else None
+        adapter = self.components.adapter(output)
+        carried = self.nodes.carried(base)
         picks: dict[str, Pick] = {}
         sidecar_: bytes | None = None
         if output.verbatim and isinstance(output.base, FromBase):
-            architecture, beside = self._base_architecture(output.base, any_=True), Beside()
+            architecture, beside = self.components.base_architecture(output.base, any_=True), Beside()
             told = Told(Prediction())
             metadata = {**carried, **output.metadata}
             container = self._container(output, target, form, architecture, base, told.prediction)
-            nodes = {CHECKPOINT: self._whole(output, base, container, architecture)}
+            nodes = {CHECKPOINT: self.components.whole(output, base, container, architecture)}
         elif adapter is not None and adapter.metadata is not None:
             architecture, beside = Architecture("adapter", ()), Beside()
             told = Told(Prediction())
             said = adapter.metadata()
             metadata = stated_metadata(self.recipe, output, None, _model_spec(said), said, environment, {})
             container = self._container(output, target, form, architecture, None, told.prediction)
-            nodes = {CHECKPOINT: self.component(output, Pick(CHECKPOINT, adapter.name, None, output.base.at))}
+            pick = Pick(CHECKPOINT, adapter.name, None, output.base.at)
+            nodes = {CHECKPOINT: self.components.component(output, pick)}
         else:
-            architecture, picks = self.filled(output)
+            architecture, picks = self.components.filled(output)
             finished = self._before_encoding(output, form)
-            nodes = {cls: self.component(finished, pick) for cls, pick in picks.items()}
-            told = self.told(output, picks, carried)
-            denoiser = self._denoiser(picks)
+            nodes = {cls: self.components.component(finished, pick) for cls, pick in picks.items()}
+            told = self.components.told(output, picks, carried)
+            denoiser = self.components.denoiser(picks)
             called = self._name(nodes[denoiser], told) if denoiser is not None else None
             spec = (self.catalog.components[called].modelspec if called else None) or architecture.modelspec
             beside = self._beside(output, architecture, base, told.prediction, denoiser is not None)
@@ -136,7 +141,7 @@ class _Resolver(Components):
                 beside = self._beside_nothing(output, beside)
             stated = told.prediction.stated(spec, self.catalog)
             told_of = {
-                n: self._carried(self.source(n))
+                n: self.nodes.carried(self.nodes.source(n))
                 for n in self.recipe.merged(output)
                 if self.recipe.sources[n].recipe is None
             }
@@ -167,7 +172,7 @@ class _Resolver(Components):
             container,
             told.by,
         )
-        denoiser = self._denoiser(picks)
+        denoiser = self.components.denoiser(picks)
         if denoiser is not None and (signs := told.prediction.contradiction):
             self.plan.warnings.append(
                 Problem(
@@ -181,7 +186,7 @@ class _Resolver(Components):
         self.plan.warnings += warnings(output.profile, architecture, told.prediction, job.sidecar, target)
         parts = [self.plan.nodes[n] for n in nodes.values()]
         size = total(p.writes for p in parts)
-        key = self.add(
+        key = self.nodes.add(
             job, f"output {output.file}", action=None, state="make", why="", reads=size, writes=size
         )
         node = self._state(self.plan.nodes[key], job, parts, base)
@@ -198,7 +203,7 @@ class _Resolver(Components):
             return node.made.component
         job = self.plan.nodes[told.by[0]].job if told.by is not None else None
         assert isinstance(node.job, ComponentJob) and isinstance(job, SourceJob)
-        return component_name(self.plan, self.sources, node.job.origin) if self._is_seen(job) else None
+        return component_name(self.plan, self.sources, node.job.origin) if self.nodes.is_seen(job) else None
 
     def _state(self, node: Node, job: OutputJob, parts: list[Node], base: SourceJob | None) -> Node:
         waiting = [p.label for p in parts if p.made is None]
@@ -269,7 +274,7 @@ class _Resolver(Components):
             stem = target.name[: -len(SUFFIX)]
             return Container(form, stem=stem, shard_size=output.shard_size or SHARD_SIZE)
         if form != "diffusers":
-            model = not output.verbatim and self.adapter(output) is None
+            model = not output.verbatim and self.components.adapter(output) is None
             return Container(form, nesting="state_dict" if form == "torch" and model else "")
         opened = self.sources.open(base) if base is not None and self.sources.seen(base) else None
         name = output.name
@@ -334,10 +339,12 @@ class _Resolver(Components):
                 )
             )
         said = traits.gguf
-        published = output.precision == PUBLISHED
+        precision = output.precision
+        if precision == PUBLISHED:
+            precision = published_in(self.plan, self.sources, classes[0])
         return Encoding(
             said.architecture,
-            self._published(classes[0]) if published else output.precision,  # type: ignore[arg-type]
+            precision,  # type: ignore[arg-type]
             output.narrow,  # type: ignore[arg-type]
             output.quantize,  # type: ignore[arg-type]
             said.reshaped,
