@@ -11,7 +11,7 @@ from builder.formats.layouts.rules import Source
 from builder.models.catalog import PLAIN, Component, Names
 from builder.tensors.packed.schemes import Shape
 
-EMA = "model_ema."
+EMA = "model_ema."  # what stands before averaged weights
 
 
 @dataclass(frozen=True)

@@ -100,6 +100,7 @@ class Fields:
 
 
 def is_name(text: object) -> bool:
+    """Whether it is a word that can be shown."""
     return isinstance(text, str) and text.strip() != "" and text.isprintable()
 
 
