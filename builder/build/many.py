@@ -201,7 +201,8 @@ def build_recipes(
 
 def _again(outcome: Outcome, sources: Sources) -> bool:
     """Whether a recipe is to be built again, another file having been taken for a pinned source."""
-    again = isinstance(outcome.error, NotPinned) and sources.another(outcome.error.job)
+    error = outcome.error
+    again = isinstance(error, NotPinned) and sources.another(error.job, error.path)
     if again:
         outcome.error = None
     return again

@@ -225,7 +225,7 @@ def _built(
             with telling_all(recipe, sources, lock), with_folders(plan):
                 return carry_out(plan)
         except NotPinned as error:
-            if not sources.another(error.job):
+            if not sources.another(error.job, error.path):
                 raise
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +191,19 @@ def test_two_recipes_that_write_one_file_are_refused(folder: Folder) -> None:
     folder.write("m1.toml", (folder / "m0.toml").read_text())
     said = folder("build", "m0.toml", "m1.toml")
     assert said.code == 3 and "two recipes write the same file" in said.err and not made(folder)
+
+
+def test_a_namesake_of_what_several_pin_is_passed_over_once(folder: Folder, tmp_path: Path) -> None:
+    merges(folder, 2)
+    right = (folder / "b.safetensors").rename(save(tmp_path / "second" / "b.safetensors", model(seed=2)))
+    save(tmp_path / "first" / "b.safetensors", model(seed=7))
+    pinned = f'b = {{ file = "b.safetensors", sha256 = "{sha256(right.read_bytes()).hexdigest()}" }}'
+    for name in ("m0.toml", "m1.toml"):
+        folder.write(name, (folder / name).read_text().replace('b.file = "b.safetensors"', pinned))
+    models = os.pathsep.join(str(tmp_path / name) for name in ("first", "second"))
+    found = replace(folder, store=tmp_path / "new", environment={"CKPT_MODELS": models})
+    said = found("build", "m0.toml", "m1.toml", "--offline")
+    assert said.code == 0 and said.out.endswith("2 recipes: 2 built\n"), said.err
 
 
 def test_what_another_recipe_writes_is_made_first(folder: Folder) -> None:
