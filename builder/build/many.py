@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -292,33 +292,30 @@ def _make(
     elsewhere: Elsewhere | None,
 ) -> None:
     """Carry out the plans of recipes."""
-    folders: Mapping[int, ExitStack] = {n: ExitStack() for n in range(len(outcomes))}
-    with ExitStack() as stack:
-        for each in folders.values():
-            stack.push(each)
+    with ExitStack() as folders:
         ready = []
-        for n, outcome in enumerate(outcomes):
+        for outcome in outcomes:
             assert outcome.plan is not None
             with outcome.failing(workspace):
-                folders[n].enter_context(with_folders(outcome.plan))
-                ready.append((n, outcome, outcome.plan))
+                folders.enter_context(with_folders(outcome.plan))
+                ready.append((outcome, outcome.plan))
         if len(ready) < len(outcomes) and not keep_going:
             return
         made = build_all(
-            [plan for _, _, plan in ready],
+            [plan for _, plan in ready],
             sources,
-            locked=[outcome.held.kept if outcome.held is not None else None for _, outcome, _ in ready],
+            locked=[outcome.held.kept if outcome.held is not None else None for outcome, _ in ready],
             keep_going=keep_going,
             partial=partial,
             threads=threads,
             elsewhere=elsewhere,
             reporter=workspace.reporter,
         )
-        for (n, outcome, plan), found in zip(ready, made, strict=True):
+        for (outcome, plan), found in zip(ready, made, strict=True):
             if isinstance(found, Build):
                 outcome.made = found
             elif found is not None:
                 assert outcome.recipe is not None
                 told = telling_all(outcome.recipe, sources, plan.lock)
-                with outcome.failing(workspace), folders[n].pop_all(), told:
+                with outcome.failing(workspace), told:
                     raise found

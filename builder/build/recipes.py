@@ -265,7 +265,7 @@ def _check_free(plan: Plan, workspace: Workspace) -> None:
 
 @contextmanager
 def with_folders(plan: Plan) -> Iterator[None]:
-    """With the folders of what is to be written; those that were missing are gone where nothing came of it.
+    """With the folders of what is to be written; those that were missing are gone if nothing is in them.
 
     Raises OutputError where nothing could be written.
     """

@@ -186,6 +186,19 @@ def test_a_failure_in_the_pass_fails_its_own_recipe(folder: Folder) -> None:
     assert sorted(made(folder)) == ["m0.lock.toml", "m0.safetensors", "m2.lock.toml", "m2.safetensors"]
 
 
+def test_folders_of_what_was_not_built_are_gone(folder: Folder) -> None:
+    wrong = '[output]\nfile = "{}/m.safetensors"\n[expect]\nmetric = "0001/0001/0001"\n'
+    recipes = merges(folder, 3)
+    for name, place in zip(recipes, ("out", "out/sub", "out/sub/sub"), strict=True):
+        folder.write(name, (folder / name).read_text() + wrong.format(place))
+    assert folder("build", *recipes, "--keep-going").code == 7
+    assert not (folder / "out").exists()
+    folder.write(recipes[2], (folder / recipes[2]).read_text().replace("out/sub/sub", "m0.toml"))
+    said = folder("build", *recipes)
+    assert said.out.endswith("3 recipes: 1 failed, 2 not begun\n") and not (folder / "out").exists()
+    assert "cannot write `m0.toml`" in said.err and "Not a directory" in said.err
+
+
 def test_two_recipes_that_write_one_file_are_refused(folder: Folder) -> None:
     merges(folder, 2)
     folder.write("m1.toml", (folder / "m0.toml").read_text())
@@ -238,6 +251,9 @@ def test_options_of_one_recipe(folder: Folder) -> None:
     recipes = merges(folder, 2)
     said = folder("build", *recipes, "--lock", "x.lock.toml")
     assert said.code == 2 and "is for one recipe" in said.err
+    for command in ("build", "plan", "lock", "verify"):
+        said = folder(command, ".", "--lock", "x.lock.toml")
+        assert said.code == 2 and "`.` is a folder of them" in said.err
     said = folder("build", *recipes, "-o", "x.safetensors")
     assert said.code == 2 and "`-o x.safetensors/` is one" in said.err
     assert folder("build", *recipes, "-o", "out/").code == 0
