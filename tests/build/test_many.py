@@ -296,6 +296,12 @@ def test_locks_of_several(folder: Folder) -> None:
     folder.write("m0.lock.toml", text.replace("[sources.b]", "[sources.c]"))
     said = folder("lock", "--check", "m0.toml")
     assert said.code == 4 and "source `b`" in said.err and "source `c`" in said.err
+    # One that does not have the source to be upgraded stays as it is.
+    other = (folder / "m1.toml").read_text().replace("b.file", "c.file").replace('b = "b"', 'b = "c"')
+    folder.write("m1.toml", other)
+    assert folder("lock", *recipes, "--upgrade", "b").code == 0
+    said = folder("lock", *recipes, "--upgrade", "d")
+    assert said.code == 2 and "no recipe has a source `d`" in said.err
 
 
 def test_verify_several(folder: Folder) -> None:
