@@ -6,6 +6,7 @@ import base64
 import io
 import os
 import re
+import stat
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
@@ -91,8 +92,12 @@ class Folder:
 
     def has(self, name: str) -> bool:
         """Whether there is such a file."""
-        path = self.root / name
-        return path.is_file() and not path.is_symlink()
+        try:
+            return stat.S_ISREG((self.root / name).lstat().st_mode)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except OSError as error:  # as of a folder that may not be looked into
+            raise Unavailable(str(error.strerror)) from None
 
     def put(self, name: str, data: bytes | Path) -> None:
         """Write a file."""
