@@ -35,6 +35,19 @@ def lone_torch() -> Iterator[None]:
 
 
 @contextmanager
+def single_torch() -> Iterator[None]:
+    """Have torch compute alone in a thread that goes on afterwards, and gets its own setting back."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
 def exact_torch() -> Iterator[None]:
     """For a thread of a pass: torch computes in it alone, and with denormal numbers.
 
