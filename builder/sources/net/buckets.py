@@ -264,12 +264,14 @@ def _authorization(secret: str) -> str:
 
 @contextmanager
 def _opened(data: bytes | Path) -> Iterator[tuple[io.BufferedIOBase, int]]:
-    """Bytes, or those of a file, to be read, and how many they are."""
-    if isinstance(data, bytes):
-        yield io.BytesIO(data), len(data)
-        return
-    with data.open("rb") as file:
-        yield file, os.fstat(file.fileno()).st_size
+    """Bytes, or those of a file, to be read, and how many they are; raises Unavailable for an OSError."""
+    try:
+        with io.BytesIO(data) if isinstance(data, bytes) else data.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(0)
+            yield file, size
+    except OSError as error:
+        raise Unavailable(str(error.strerror)) from None
 
 
 class _Paced:
