@@ -387,7 +387,9 @@ class Assembly:
         others = {o.name for o in self.context.plan.recipe.outputs} - {self.job.output.name}
         if changes := differences(self.locked.without(others), now.had_as(self.locked)):
             hint = "`ckpt build` without `--locked` accepts the change"
-            raise LockError(Problem("the lock is stale", evidence=tuple(changes), hint=hint))
+            recipe = self.job.recipe
+            place = Place(str(recipe.path)) if recipe.path is not None and recipe.address is None else None
+            raise LockError(Problem("the lock is stale", place, tuple(changes), hint))
 
     def _remember(self, written: Written, parts: list[Part], beside: Mapping[str, LazyTensor]) -> None:
         """Have known what was made, and that its bytes lie in the file, as this is now."""

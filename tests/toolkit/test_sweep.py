@@ -104,10 +104,12 @@ def test_every_combination(folder: Folder) -> None:
         ("output.file=1,2", 3, "`file`"),
         ("output=fp16,1", 3, "`output`"),
         ("name=" + "[" * 2000, 3, "`name`"),
+        ("alpha=0.1,0.2", 2, "hint: as in `steps.half.alpha`"),
+        ("steps.half.alpha=0.1,0.2 steps.half.alpha=0.3", 2, "`steps.half.alpha` is given twice"),
     ],
 )
 def test_what_cannot_be_varied(folder: Folder, axis: str, code: int, words: str) -> None:
-    said = folder("sweep", "mix.toml", axis)
+    said = folder("sweep", "mix.toml", *axis.split())
     assert said.code == code and words in said.err
     assert not list(folder.path.glob("mix-*"))
 
