@@ -255,9 +255,9 @@ def check_place(path: Path) -> None:
 
 @contextmanager
 def making_folders(folders: Iterable[Path]) -> Iterator[None]:
-    """With folders that files can be made in; those made here are gone again where the block fails.
+    """With folders that files can be made in; those made here are gone at the end if nothing is in them.
 
-    What is written there by then stays, and its folder. Raises OutputError.
+    Raises OutputError.
     """
     made: list[Path] = []
     try:
@@ -271,13 +271,16 @@ def making_folders(folders: Iterable[Path]) -> Iterator[None]:
                 except OSError as error:
                     raise output_error(path, error) from None
                 made.append(path)
-            check_place(folder / _temp_name("place"))
+            try:
+                with _Folder(folder) as held, _unnamed(held):
+                    pass
+            except OSError as error:
+                raise output_error(folder, error) from None
         yield
-    except BaseException:
+    finally:
         for path in reversed(made):
             with suppress(OSError):
                 path.rmdir()
-        raise
 
 
 def output_error(path: Path | str, error: OSError) -> OutputError:

@@ -220,18 +220,17 @@ class Several:
 
     def _make(self, outcomes: Sequence[Outcome]) -> None:
         """Carry out the plans of recipes."""
-        with ExitStack() as stack:
-            folders = [stack.enter_context(ExitStack()) for _ in outcomes]
+        with ExitStack() as folders:
             ready = []
-            for folder, outcome in zip(folders, outcomes, strict=True):
+            for outcome in outcomes:
                 assert outcome.plan is not None and outcome.held is not None
                 with outcome.failing(self.workspace):
-                    folder.enter_context(with_folders(outcome.plan))
-                    ready.append((folder, outcome, outcome.plan, outcome.held.kept))
+                    folders.enter_context(with_folders(outcome.plan))
+                    ready.append((outcome, outcome.plan, outcome.held.kept))
             if self._is_over:
                 return
             made = build_all(
-                [plan for _, _, plan, _ in ready],
+                [plan for _, plan, _ in ready],
                 self.sources,
                 locked=[kept for *_, kept in ready],
                 keep_going=self.keep_going,
@@ -240,12 +239,12 @@ class Several:
                 elsewhere=self.elsewhere,
                 reporter=self.workspace.reporter,
             )
-            for (folder, outcome, plan, _), found in zip(ready, made, strict=True):
+            for (outcome, plan, _), found in zip(ready, made, strict=True):
                 if isinstance(found, Build):
                     outcome.made = found
                 elif found is not None:
                     told = telling_all(plan.recipe, self.sources, plan.lock)
-                    with outcome.failing(self.workspace), folder.pop_all(), told:
+                    with outcome.failing(self.workspace), told:
                         raise found
 
     def _finish(self, outcome: Outcome) -> None:
@@ -268,7 +267,8 @@ class Several:
 
 def _again(outcome: Outcome, sources: Sources) -> bool:
     """Whether a recipe is to be built again, another file having been taken for a pinned source."""
-    again = isinstance(outcome.error, NotPinned) and sources.another(outcome.error.job)
+    error = outcome.error
+    again = isinstance(error, NotPinned) and sources.another(error.job, error.path)
     if again:
         outcome.error = None
     return again

@@ -226,7 +226,7 @@ def _built(
             with telling_all(recipe, sources, lock), with_folders(plan):
                 return carry_out(plan)
         except NotPinned as error:
-            if not sources.another(error.job):
+            if not sources.another(error.job, error.path):
                 raise
 
 
@@ -266,7 +266,7 @@ def _check_free(plan: Plan, workspace: Workspace) -> None:
 
 @contextmanager
 def with_folders(plan: Plan) -> Iterator[None]:
-    """With the folders of what is to be written; those that were missing are gone where nothing came of it.
+    """With the folders of what is to be written; those that were missing are gone if nothing is in them.
 
     Raises OutputError where nothing could be written.
     """

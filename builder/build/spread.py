@@ -7,11 +7,12 @@ import pickle
 import socket
 import stat
 import time
-from collections import Counter
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, CancelledError, Executor, Future, wait
 from contextlib import closing
 from dataclasses import dataclass, field, replace
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 from builder import __version__
@@ -218,15 +219,21 @@ class _Run:
         self, farm: Farm, builders: Sequence[Builder], works: Mapping[Key, Work], keep_going: bool
     ) -> None:
         self.farm, self.works, self.keep_going = farm, works, keep_going
-        self.builders = list({id(b): b for b in builders}.values())
-        self.plan = joined([b.plan for b in self.builders])
-        self.waits = tasks_of(self.plan, list(works))
+        own = list({id(b): b for b in builders}.values())
+        self.plan = joined([b.plan for b in own])
+        waits = tasks_of(self.plan, list(works))
+        self.order = TopologicalSorter(waits)
+        self.order.prepare()
+        self.ready: deque[Key] = deque()
+        self.after: defaultdict[Key, list[Key]] = defaultdict(list)  # the outputs that wait for a task
+        for key in works:
+            for before in waits[key]:
+                self.after[before].append(key)
         self.owners: dict[Key, Builder] = {}
-        for builder in self.builders:
+        for builder in own:
             for key in builder.plan.nodes:
                 self.owners.setdefault(key, builder)
-        self.done: set[Key] = set()
-        self.failed: dict[Key, CkptError] = {}
+        self.has_failed = False
         self.losses: Counter[Key] = Counter()
         self.told: dict[Key, Told] = {}
         self.running: dict[Future[Done], Key] = {}
@@ -235,7 +242,7 @@ class _Run:
         """Hand out what is ready, and take what is done, until there is no more."""
         try:
             while True:
-                for key in list(self._ready()):
+                for key in self._ready():
                     self._submit(key)
                 if not self.running:
                     return
@@ -256,20 +263,15 @@ class _Run:
         getattr(self.owners[key].context.reporter, what)(self.plan.nodes[key].label, *count)
 
     def _ready(self) -> Iterator[Key]:
-        """The tasks that wait for nothing, as many as an executor is given at a time."""
-        if self.failed and not self.keep_going:
-            return
-        room = MOST - len(self.running)
-        busy = {*self.running.values(), *self.done, *self.failed}
-        for key, before in self.waits.items():
-            if room > 0 and key not in busy and self.done.issuperset(before):
-                room -= 1
-                yield key
+        """The tasks that wait for nothing, while an executor may be given more."""
+        self.ready.extend(self.order.get_ready())
+        while self.ready and len(self.running) < MOST and (self.keep_going or not self.has_failed):
+            yield self.ready.popleft()
 
     def _submit(self, key: Key) -> None:
         builder, farm = self.owners[key], self.farm
         plan = builder.plan.part(key)
-        told = {k: t for k, t in self.told.items() if k in plan.nodes}
+        told = {k: self.told[k] for k in plan.nodes if k in self.told}
         task = Task(plan, key, farm.means, told, builder.locked is not None, builder.parts.believing)
         try:
             self.running[farm.executor.submit(make, __version__, pickle.dumps(task))] = key
@@ -286,7 +288,7 @@ class _Run:
         except CkptError as error:
             self._fail(key, error)
             return
-        except (Exception, CancelledError) as error:
+        except Exception as error:
             lost = isinstance(error, (BrokenExecutor, CancelledError, *self.farm.lost))
             self.losses[key] += lost
             if lost and self.losses[key] < ATTEMPTS:
@@ -302,15 +304,15 @@ class _Run:
         if done.error is not None:
             self._fail(key, done.error)
             return
-        self.done.add(key)
+        self.order.done(key)
+        sources = builder.context.sources  # which all have in common
         for source, told in done.told.items():
-            self.told[source] = told
-            for owner in self.builders:
-                job = owner.plan.nodes[source].job if source in owner.plan.nodes else None
-                if isinstance(job, SourceJob):
-                    owner.context.sources.tell(job, told.sha256, told.size)
-                    if told.resolved:
-                        owner.context.sources.resolved[job] = told.resolved
+            job = self.plan.nodes[source].job if source in self.plan.nodes else None
+            if isinstance(job, SourceJob):
+                self.told[source] = told
+                sources.tell(job, told.sha256, told.size)
+                if told.resolved:
+                    sources.resolved[job] = told.resolved
         builder.made |= set(done.fresh)
         if done.product is not None:
             builder, assembly = self.works[key]
@@ -351,13 +353,11 @@ class _Run:
 
     def _fail(self, key: Key, error: CkptError) -> None:
         """Have a task failed, and all outputs that wait for it."""
-        self.failed[key] = error
-        for waiting, before in self.waits.items():
-            if waiting == key or key in before:
-                self.failed.setdefault(waiting, error)
-                if waiting in self.works:
-                    builder, assembly = self.works[waiting]
-                    builder.finish(assembly, error)
+        self.has_failed = True
+        for output in (key, *self.after[key]):
+            if output in self.works:
+                builder, assembly = self.works[output]
+                builder.finish(assembly, error)
 
 
 def _said(something: object) -> str:

@@ -99,13 +99,9 @@ def command(
 
     Several recipes, or all in a folder and below it, are built as one: what they share is read and made once.
     """
+    _check_only(only, recipes, statement, sign)
     if where is not None and (only is not None or partial):
         raise UsageError(Problem(f"`--on` and `--{'partial' if partial else 'only'}` exclude each other"))
-    if only is not None and are_several(recipes):
-        raise UsageError(Problem("`--only` is for one recipe", hint="name the one whose plan has the key"))
-    if only is not None and (statement or sign is not None):
-        fact = f"`--only` and `--{'sign' if sign is not None else 'statement'}` exclude each other"
-        raise UsageError(Problem(fact, hint="a statement is of a recipe that is built whole"))
     if no_lock and (locked or frozen):
         raise UsageError(Problem("`--locked` needs a lock, and `--no-lock` has none"))
     key = PrivateKey.read(sign, "--sign") if sign is not None else None
@@ -155,6 +151,17 @@ def command(
     out().cases.append(Case(str(recipes[0])))
     out().result(to_json(made), to_text(made))
     return ExitCode.DONE
+
+
+def _check_only(only: str | None, recipes: Sequence[Path | str], statement: bool, sign: Path | None) -> None:
+    """Raise UsageError where a node alone is asked for with what it cannot have."""
+    if only is None:
+        return
+    if are_several(recipes):
+        raise UsageError(Problem("`--only` is for one recipe", hint="name the one whose plan has the key"))
+    if statement or sign is not None:
+        fact = f"`--only` and `--{'sign' if sign is not None else 'statement'}` exclude each other"
+        raise UsageError(Problem(fact, hint="a statement is of a recipe that is built whole"))
 
 
 @contextmanager

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import click
-import tomli
 
-from builder.base.errors import CkptError, ExitCode, Problem, UsageError
+from builder.base import toml
+from builder.base.errors import CkptError, ExitCode, Problem, RecipeError, UsageError
 from builder.base.files import open_regular, read_bounded
 from builder.base.words import command_line
 from builder.cli.command import Command
@@ -87,10 +87,11 @@ def _recipe_of(path: Path) -> Path:
 def _may_be_recipe(path: Path) -> bool:
     """Whether a file that is there is a recipe, or no TOML: then nobody knows what it was to be."""
     try:
-        return "format" in tomli.loads(read_bounded(path, MAX_SIZE).decode())
+        text = read_bounded(path, MAX_SIZE).decode()
+        return "format" in toml.parse(text, str(path), RecipeError).data
     except OSError:
         return False
-    except ValueError:
+    except (ValueError, RecipeError):
         return True
 
 
@@ -134,11 +135,12 @@ def _holds_pickle(path: Path) -> bool:
         file.seek(max(0, status.st_size - _TAIL))
         tail = file.read(_TAIL)
     kind = looks_like_torch(head)
-    if path.suffix in PICKLES:
+    suffix = path.suffix.lower()
+    if suffix in PICKLES:
         return True
     if kind is None or is_safetensors(head):
         return False
-    return kind == "torch-legacy" or path.suffix in MODELS or b".pkl" in head or b".pkl" in tail
+    return kind == "torch-legacy" or suffix in MODELS or b".pkl" in head or b".pkl" in tail
 
 
 _HOOKS: dict[str, Callable[[tuple[Path, ...], Workspace], Iterator[CkptError]]] = {

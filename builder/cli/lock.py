@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
-from builder.base.errors import CkptError, ExitCode, Problem, UsageError, did_you_mean, printable
+from builder.base.errors import ExitCode, Problem, UsageError, did_you_mean, printable
 from builder.build.many import read_recipes
 from builder.cli.command import Command
 from builder.cli.options import (
@@ -65,17 +66,14 @@ def command(
     one_only(recipes, lock=lock)
     with open_workspace(quiet, offline=check, outside=outside) as workspace, workspace.sources() as sources:
         outcomes = read_recipes(workspace, recipes, lock or True)
+        _check_upgrade(upgrade, [o.recipe for o in outcomes if o.recipe is not None])
         done = []
         for outcome in outcomes:
-            try:
+            with outcome.failing(workspace):
                 if outcome.recipe is not None and check:
                     done.append(_checked(outcome.recipe))
                 elif outcome.recipe is not None:
                     done.append(_locked(outcome.recipe, sources, upgrade))
-            except UsageError:
-                raise
-            except CkptError as error:
-                outcome.error = workspace.by_address(error)
     if done:
         one = not are_several(recipes)
         lines = [[f"{d['state']}  {d['path']}", *(f"  {c}" for c in d.get("changes", ()))] for d in done]
@@ -83,6 +81,14 @@ def command(
         out().result(done[0] if one else {"locks": done}, text)
     told(outcomes)
     return ExitCode.DONE
+
+
+def _check_upgrade(upgrade: str | None, recipes: Sequence[Recipe]) -> None:
+    """Raise UsageError where none of the recipes has the source whose pin is to move."""
+    sources = {name for recipe in recipes for name in recipe.sources}
+    if recipes and upgrade is not None and upgrade not in {"*", *sources}:
+        fact = "the recipe has no source" if len(recipes) == 1 else "no recipe has a source"
+        raise UsageError(Problem(f"{fact} `{upgrade}`", hint=did_you_mean(upgrade, sources)))
 
 
 def _checked(recipe: Recipe) -> dict[str, Any]:
@@ -94,7 +100,7 @@ def _checked(recipe: Recipe) -> dict[str, Any]:
 def _locked(recipe: Recipe, sources: Sources, upgrade: str | None) -> dict[str, Any]:
     """Pin the sources of a recipe."""
     old = find_lock(recipe, anew=True)
-    pins = _unpinned(old, upgrade, recipe)
+    pins = _unpinned(old, upgrade)
     with telling_all(recipe, sources, pins):
         new = Lock(recipe.digest, resolve_sources(recipe, sources, pins))
     if old is not None and (old.recipe, old.profile, old.pins()) == (new.recipe, new.profile, new.pins()):
@@ -106,11 +112,8 @@ def _locked(recipe: Recipe, sources: Sources, upgrade: str | None) -> dict[str, 
     return {"path": str(recipe.lock), "state": state, "sources": pinned, "changes": list(changes)}
 
 
-def _unpinned(lock: Lock | None, upgrade: str | None, recipe: Recipe) -> Lock | None:
+def _unpinned(lock: Lock | None, upgrade: str | None) -> Lock | None:
     """The lock without the pins that may move."""
-    if upgrade is not None and upgrade not in {"*", *recipe.sources}:
-        hint = did_you_mean(upgrade, recipe.sources)
-        raise UsageError(Problem(f"the recipe has no source `{upgrade}`", hint=hint))
     if lock is None or upgrade is None:
         return lock
     # Of a source that is a recipe, those that it takes from move with it.

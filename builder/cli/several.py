@@ -14,7 +14,7 @@ from builder.cli.terminal import out
 
 def are_several(recipes: Sequence[Path | str]) -> bool:
     """Whether several recipes are meant, as a folder means those in it."""
-    return len(recipes) > 1 or (isinstance(recipes[0], Path) and recipes[0].is_dir())
+    return len(recipes) > 1 or any(isinstance(recipe, Path) and recipe.is_dir() for recipe in recipes)
 
 
 def told(outcomes: Sequence[Outcome]) -> None:
@@ -28,8 +28,9 @@ def told(outcomes: Sequence[Outcome]) -> None:
 def one_only(recipes: Sequence[Path | str], **options: object) -> None:
     """Raise UsageError where an option is for one recipe, and there are several."""
     for name, value in options.items():
-        if value and len(recipes) > 1:
-            fact = f"`--{name.replace('_', '-')}` is for one recipe, and there are {len(recipes)}"
+        if value and are_several(recipes):
+            there = f"there are {len(recipes)}" if len(recipes) > 1 else f"`{recipes[0]}` is a folder of them"
+            fact = f"`--{name.replace('_', '-')}` is for one recipe, and {there}"
             raise UsageError(Problem(fact, hint="name one recipe, or leave it out"))
 
 

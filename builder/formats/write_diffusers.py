@@ -79,20 +79,21 @@ def writing_folder(
         (folder / path).parent.mkdir(exist_ok=True)
         write_bytes(folder / path, data, durable=durable)
     options["digests"] = digests
-    works: list[Passing[list[Written]]] = []
+    works: list[tuple[Mapping[str, str], Passing[list[Written]]]] = []  # each with the names of its tensors
     for library, part in ((p.library, p.folder) for p in layout.parts if parts[p.folder]):
         stem, home, found = "model" if library == "transformers" else STEM, homes[part], parts[part]
         counted = {n: groups[home[n]] for n in found if home[n] in groups} if groups else None
         how = {"groups": counted, **options}
         if shard_size is not None and len(plan_shards(found, stem, shard_size)) > 1:
-            works.append(writing_shards(folder / part, stem, found, PLAIN, shard_size=shard_size, **how))
+            work = writing_shards(folder / part, stem, found, PLAIN, shard_size=shard_size, **how)
         else:
-            works.append(_writing(folder, f"{part}/{stem}.safetensors", found, PLAIN, **how))
+            work = _writing(folder, f"{part}/{stem}.safetensors", found, PLAIN, **how)
+        works.append((home, work))
     if rest or metadata.keys() - {"format"}:
-        works.append(_writing(folder, REMAINDER, rest, metadata, groups=groups, **options))
-        homes[REMAINDER] = {name: name for name in rest}
-    written = yield from side_by_side(works)
-    named = zip((home for home in homes.values() if home), written, strict=True)
+        work = _writing(folder, REMAINDER, rest, metadata, groups=groups, **options)
+        works.append(({name: name for name in rest}, work))
+    written = yield from side_by_side([work for _, work in works])
+    named = zip((home for home, _ in works), written, strict=True)
     known = {home[n]: digest for home, new in named for w in new for n, digest in w.digests.items()}
     if digests and moved:  # whose bytes lie in another order: they are read as they will be
         with open_checkpoint(folder, {layout.name: layout}) as held:

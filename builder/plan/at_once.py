@@ -26,13 +26,24 @@ def written_at_once(plan: Plan, outputs: Sequence[Key]) -> list[list[Key]]:
 
 def _related(sources: Mapping[Key, Sequence[Key]]) -> list[list[Key]]:
     """The outputs that have sources in common, with each other or with one between them."""
-    place = {key: n for n, key in enumerate(sources)}
-    found: list[tuple[set[Key], list[Key]]] = []
+    users: dict[Key, list[Key]] = {}
     for key, own in sources.items():
-        near = [f for f in found if not f[0].isdisjoint(own)]
-        found = [f for f in found if f not in near]
-        found.append((set(own).union(*(f[0] for f in near)), [*(k for f in near for k in f[1]), key]))
-    return [sorted(keys, key=place.__getitem__) for _, keys in found]
+        for source in own:
+            users.setdefault(source, []).append(key)
+    place = {key: n for n, key in enumerate(sources)}
+    left, found = set(sources), []
+    for first in sources:
+        if first not in left:
+            continue
+        group = {first: None}
+        near = [first]
+        while near:
+            more = [k for source in sources[near.pop()] for k in users.pop(source, ()) if k not in group]
+            near += dict.fromkeys(more)
+            group |= dict.fromkeys(more)
+        left -= group.keys()
+        found.append(sorted(group, key=place.__getitem__))
+    return found
 
 
 def _cut(plan: Plan, keys: Sequence[Key], sources: Mapping[Key, Sequence[Key]]) -> Iterator[list[Key]]:

@@ -253,9 +253,14 @@ class Sources:
         known = opened.checkpoint.size if opened is not None else self._told.get(job, ("", None))[1]
         return self.wanted(job).size or known
 
-    def another(self, job: SourceJob) -> bool:
-        """Refuse the file that was found for a source; whether there is another that may be it."""
+    def another(self, job: SourceJob, path: Path) -> bool:
+        """Refuse the file that was found for a source; whether there is another that may be it.
+
+        Of several recipes that have the source, each may ask.
+        """
         with self._guard:
+            if path in self._refused:
+                return self.find(job) is not None or self.remote(job)
             found = self._found.pop(job, None)
             if not isinstance(found, Found) or found.how == BESIDE:
                 return False
@@ -279,7 +284,7 @@ class Sources:
         for job, found in guessed:
             pinned = self.wanted(job).sha256
             if pinned is not None and self._is_other(found, pinned):
-                self.another(job)
+                self.another(job, found.path)
                 return True
         return False
 
@@ -484,7 +489,7 @@ class Sources:
         if pinned is not None and found.sha256 != pinned:
             known = self.catalog.known
             said = (_known_as(s, known) for s in (pinned, str(found.sha256)))
-            raise NotPinned(job, not_pinned(found.path, *said))
+            raise NotPinned(job, found.path, not_pinned(found.path, *said))
 
     def check_unchanged(self, job: SourceJob) -> None:
         """Raise SourceError when a file of a source changed since it was opened."""
@@ -509,11 +514,11 @@ class UnseenError(CkptError):
 
 
 class NotPinned(SourceError):
-    """A file that was found for a source is another one."""
+    """The file at `path`, which was found for a source, is another one."""
 
-    def __init__(self, job: SourceJob, problem: Problem) -> None:
+    def __init__(self, job: SourceJob, path: Path, problem: Problem) -> None:
         super().__init__(problem)
-        self.job = job
+        self.job, self.path = job, path
 
 
 @contextmanager

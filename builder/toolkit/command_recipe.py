@@ -12,6 +12,7 @@ from typing import Any
 import tomli
 import tomli_w
 
+from builder.base import toml
 from builder.base.disk import check_place, may_replace, write_bytes
 from builder.base.errors import CkptError, OutputError, Place, Problem, RecipeError, UsageError
 from builder.base.files import read_bounded
@@ -227,13 +228,13 @@ def _in_options(problem: Problem, options: Mapping[str, str]) -> Problem:
 def check_is_recipe(path: Path) -> dict[str, Any]:
     """What a recipe says, read as TOML alone; raises OutputError for what is none, and is not overwritten."""
     try:
-        said = tomli.loads(read_bounded(path, MAX_SIZE).decode())
+        said = toml.parse(read_bounded(path, MAX_SIZE).decode(), str(path), OutputError).data
         if "format" in said:
             return said
         evidence = "it has no `format`"
     except OSError as error:
         evidence = f"it cannot be read: {(error.strerror or str(error)).lower()}"
-    except ValueError:
+    except (ValueError, OutputError):
         evidence = "it is not valid TOML"
     fact = f"`{path}` is there already, and is no recipe"
     raise OutputError(Problem(fact, evidence=(evidence,), hint="give the recipe another name, or remove it"))

@@ -8,8 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import tomli
-
+from builder.base import toml
 from builder.base.errors import Problem, UsageError, did_you_mean
 from builder.base.words import counted, listed
 from builder.operations import OPERATIONS
@@ -53,9 +52,9 @@ def parse_value(text: str) -> Any:
         numbers = [float(i) if set(i) & set(".eE") else int(i) for i in items]
         return numbers if len(numbers) > 1 else numbers[0]
     try:
-        (value,) = tomli.loads(f"value = {text}\n").values()
+        (value,) = toml.parse(f"value = {text}\n", text, UsageError).data.values()
         return value
-    except ValueError:  # no TOML, or more of it than a value
+    except (ValueError, UsageError):  # no TOML, or more of it than a value
         pairs = [item.partition("=") for item in items]
         if all(key and equals and value for key, equals, value in pairs):
             return {key.strip(): parse_value(value.strip()) for key, _, value in pairs}

@@ -11,9 +11,9 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
 
-import tomli
 import tomli_w
 
+from builder.base import toml
 from builder.base.errors import Problem, UsageError, did_you_mean
 from builder.base.toml import escaped
 from builder.base.words import listed
@@ -79,8 +79,8 @@ def parse_key(name: str) -> tuple[str, ...]:
     """The names from the top that a key such as `steps."my step".alpha` has; none where it is no key."""
     keys: list[str] = []
     try:
-        table: Any = tomli.loads(f"{name} = 0") if "\n" not in name else {}
-    except tomli.TOMLDecodeError:
+        table: Any = toml.parse(f"{name} = 0", name, UsageError).data if "\n" not in name else {}
+    except UsageError:
         return ()
     while isinstance(table, dict) and table:
         (key,) = table
@@ -107,8 +107,8 @@ def _range(said: str) -> tuple[int | float, ...]:
 def _value(said: str) -> Any:
     """A number, a truth value, or a word."""
     try:
-        found = tomli.loads(f"value = {said}")["value"] if "\n" not in said else said
-    except tomli.TOMLDecodeError:
+        found = toml.parse(f"value = {said}", said, UsageError).data["value"] if "\n" not in said else said
+    except UsageError:
         return said
     return found if isinstance(found, (int, float, str)) else said
 
@@ -189,6 +189,10 @@ def _variant(
     data = copy.deepcopy(said)
     data.pop("expect", None)
     data["name"] = f"{recipe.name}-{mark}"
+    for name, source in recipe.sources.items():
+        locked = lock.sources.get(name) if lock is not None else None
+        if locked is not None and source.urls and source.sha256 is None:
+            data["sources"][name]["sha256"] = locked.sha256
     for axis, value in pairs:
         table = data
         for key in axis.keys[:-1]:
@@ -196,15 +200,14 @@ def _variant(
         table[axis.keys[-1]] = value
     for output in _outputs(data):
         output.pop("expect", None)
-        if "file" in output:
-            output["file"] = SUFFIX.sub(lambda end: f"-{mark}{end[0]}", output["file"], count=1)
-    for name, source in recipe.sources.items():
-        locked = lock.sources.get(name) if lock is not None else None
-        if locked is not None and source.urls and source.sha256 is None:
-            data["sources"][name]["sha256"] = locked.sha256
+        if isinstance(file := output.get("file"), str):
+            output["file"] = SUFFIX.sub(lambda end: f"-{mark}{end[0]}", file, count=1)
     return data
 
 
 def _outputs(data: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The tables of outputs; what a value has made of them otherwise, the reader of recipes refuses."""
     written = data.get("output", {})
-    yield from [written] if isinstance(written, dict) else written
+    yield from (
+        each for each in (written if isinstance(written, list) else [written]) if isinstance(each, dict)
+    )

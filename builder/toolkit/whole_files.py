@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from typing import Any
 
 from builder.base.disk import replacing, sync_folder
 from builder.base.errors import OutputError, Place, Problem, SourceError
+from builder.base.files import parse_json
 from builder.formats import open_checkpoint
 from builder.formats.hashes import sha256_file
 from builder.recipe.names import numbered
@@ -140,7 +140,7 @@ def _contents(path: Path) -> Any:
             said = {k: v for k, v in checkpoint.metadata.items() if not k.startswith("ckpt.")}
             if said.get("modelspec.title") == checkpoint.metadata.get("ckpt.recipe"):
                 said.pop("modelspec.title", None)
-            origin = json.loads(said.pop("pruned_from", "{}"))
+            origin = parse_json(said.pop("pruned_from", "{}"))
             origin.pop("file", None)
             return {n: (t.dtype, t.shape) for n, t in checkpoint.items()}, said, origin
     except (SourceError, ValueError, AttributeError):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -184,11 +187,37 @@ def test_a_failure_in_the_pass_fails_its_own_recipe(folder: Folder) -> None:
     assert sorted(made(folder)) == ["m0.lock.toml", "m0.safetensors", "m2.lock.toml", "m2.safetensors"]
 
 
+def test_folders_of_what_was_not_built_are_gone(folder: Folder) -> None:
+    wrong = '[output]\nfile = "{}/m.safetensors"\n[expect]\nmetric = "0001/0001/0001"\n'
+    recipes = merges(folder, 3)
+    for name, place in zip(recipes, ("out", "out/sub", "out/sub/sub"), strict=True):
+        folder.write(name, (folder / name).read_text() + wrong.format(place))
+    assert folder("build", *recipes, "--keep-going").code == 7
+    assert not (folder / "out").exists()
+    folder.write(recipes[2], (folder / recipes[2]).read_text().replace("out/sub/sub", "m0.toml"))
+    said = folder("build", *recipes)
+    assert said.out.endswith("3 recipes: 1 failed, 2 not begun\n") and not (folder / "out").exists()
+    assert "cannot write `m0.toml`" in said.err and "Not a directory" in said.err
+
+
 def test_two_recipes_that_write_one_file_are_refused(folder: Folder) -> None:
     merges(folder, 2)
     folder.write("m1.toml", (folder / "m0.toml").read_text())
     said = folder("build", "m0.toml", "m1.toml")
     assert said.code == 3 and "two recipes write the same file" in said.err and not made(folder)
+
+
+def test_a_namesake_of_what_several_pin_is_passed_over_once(folder: Folder, tmp_path: Path) -> None:
+    merges(folder, 2)
+    right = (folder / "b.safetensors").rename(save(tmp_path / "second" / "b.safetensors", model(seed=2)))
+    save(tmp_path / "first" / "b.safetensors", model(seed=7))
+    pinned = f'b = {{ file = "b.safetensors", sha256 = "{sha256(right.read_bytes()).hexdigest()}" }}'
+    for name in ("m0.toml", "m1.toml"):
+        folder.write(name, (folder / name).read_text().replace('b.file = "b.safetensors"', pinned))
+    models = os.pathsep.join(str(tmp_path / name) for name in ("first", "second"))
+    found = replace(folder, store=tmp_path / "new", environment={"CKPT_MODELS": models})
+    said = found("build", "m0.toml", "m1.toml", "--offline")
+    assert said.code == 0 and said.out.endswith("2 recipes: 2 built\n"), said.err
 
 
 def test_what_another_recipe_writes_is_made_first(folder: Folder) -> None:
@@ -223,6 +252,9 @@ def test_options_of_one_recipe(folder: Folder) -> None:
     recipes = merges(folder, 2)
     said = folder("build", *recipes, "--lock", "x.lock.toml")
     assert said.code == 2 and "is for one recipe" in said.err
+    for command in ("build", "plan", "lock", "verify"):
+        said = folder(command, ".", "--lock", "x.lock.toml")
+        assert said.code == 2 and "`.` is a folder of them" in said.err
     said = folder("build", *recipes, "-o", "x.safetensors")
     assert said.code == 2 and "`-o x.safetensors/` is one" in said.err
     assert folder("build", *recipes, "-o", "out/").code == 0
@@ -265,6 +297,12 @@ def test_locks_of_several(folder: Folder) -> None:
     folder.write("m0.lock.toml", text.replace("[sources.b]", "[sources.c]"))
     said = folder("lock", "--check", "m0.toml")
     assert said.code == 4 and "source `b`" in said.err and "source `c`" in said.err
+    # One that does not have the source to be upgraded stays as it is.
+    other = (folder / "m1.toml").read_text().replace("b.file", "c.file").replace('b = "b"', 'b = "c"')
+    folder.write("m1.toml", other)
+    assert folder("lock", *recipes, "--upgrade", "b").code == 0
+    said = folder("lock", *recipes, "--upgrade", "d")
+    assert said.code == 2 and "no recipe has a source `d`" in said.err
 
 
 def test_verify_several(folder: Folder) -> None:

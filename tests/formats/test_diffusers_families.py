@@ -20,6 +20,7 @@ from builder.formats.write_diffusers import writing_folder
 from builder.models.catalog.learn import compress
 from builder.models.catalog.tables import TensorRule
 from builder.operations.lora.names import Shaped, Target, targets
+from builder.tensors.digests import tensor_digest
 from builder.tensors.lazy import DType, LazyTensor, MemoryTensor
 from builder.tensors.scan import carry_out
 from tests.formats.test_diffusers import FAMILIES, LAYOUTS, as_torch, raw, same, specs, vocabulary
@@ -88,6 +89,17 @@ def test_a_folder_holds_the_very_same_tensors(tmp_path: Path, architecture: str)
     with open_checkpoint(tmp_path, LAYOUTS) as found:
         assert raw(found) == raw(before)
         assert not found.others
+
+
+def test_metadata_have_a_place_where_no_tensor_is_left_over(tmp_path: Path) -> None:
+    layout, before = LAYOUTS[FAMILIES["FLUX"]], thin("FLUX")
+    said = {"format": "pt", "author": "x"}
+    made = carry_out(
+        writing_folder(tmp_path, layout, before, said, prediction="epsilon", durable=False, digests=True)
+    )
+    assert not made.rest and made.digests == {n: tensor_digest(t) for n, t in before.items()}
+    with open_checkpoint(tmp_path, LAYOUTS) as found:
+        assert raw(found) == raw(before) and found.metadata["author"] == "x"
 
 
 # ── whole models of diffusers' own classes, in miniature ──

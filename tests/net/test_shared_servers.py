@@ -17,7 +17,7 @@ import pytest
 from builder.sources.net import buckets
 from builder.sources.net.wire import Limits
 from builder.store import Store
-from builder.store.shared import Shared
+from builder.store.shared import Shared, Unavailable
 from tests.help.bazel import BazelRemote
 from tests.help.building import Folder
 from tests.help.servers import Route, Server, dribble, endless, floods, garbage, redirects, says, silent
@@ -63,6 +63,15 @@ def test_what_one_made_another_has(far: BazelRemote, tmp_path: Path) -> None:
         for _ in range(3):  # what is known is not asked again
             assert store.lookup(A, "UNET-v1") == made
     assert far.asked("PUT") == 3
+
+
+def test_a_blob_that_is_gone_by_then_is_not_put(far: BazelRemote, tmp_path: Path) -> None:
+    with (
+        closing(buckets.BazelRemote(far.url, {}, QUICK)) as bucket,
+        pytest.raises(Unavailable, match="No such"),
+    ):
+        bucket.put(f"cas/{A}", tmp_path / "gone")
+    assert not far.held
 
 
 def test_a_token_goes_to_its_own_host_only(far: BazelRemote, tmp_path: Path) -> None:

@@ -161,25 +161,27 @@ def test_a_model_of_the_library_is_an_input_too(folder: Folder) -> None:
 
 def test_only_a_recipe_is_overwritten_and_only_a_recipes_name_written(folder: Folder) -> None:
     save(folder / "mine.safetensors", half(model()))
+    contents = {"model.toml": "\x80\x02}", "deep.toml": "format = " + "[" * 2000}
     for name, code in (
         ("other.ckpt", 2),
         ("r.txt", 2),
         ("mine.lock.toml", 2),
         ("model.toml", 7),
         ("pyproject.toml", 7),
+        ("deep.toml", 7),
         ("folder.toml", 7),
         ("", 2),
     ):
         if name == "folder.toml":
             (folder / name).mkdir()
         elif name:
-            folder.write(name, "\x80\x02}" if name == "model.toml" else "[project]")
+            folder.write(name, contents.get(name, "[project]"))
         before = files(folder.path)
         said = folder("new", "mine.safetensors", "-o", name, "--force")
         assert (said.code, files(folder.path)) == (code, before), (name, said.err)
         assert "hint: " in said.err
         if (folder / name).is_file():
-            assert (folder / name).read_text() in ("\x80\x02}", "[project]")
+            assert (folder / name).read_text() == contents.get(name, "[project]")
 
 
 def test_published_files_come_with_their_addresses(folder: Folder) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -25,6 +26,7 @@ from builder.tensors.cast import Faults, Precision, cast_all
 from builder.tensors.digests import Row, tensor_digest
 from builder.tensors.lazy import DType, LazyTensor, MemoryTensor
 from builder.tensors.merged import ELEMENTS
+from builder.tensors.torch_threads import lone_torch
 from tests.help.building import UNET, Folder, catalog, content, model, save, values
 
 Tensors = Mapping[str, LazyTensor]
@@ -356,6 +358,21 @@ def made_by(op: str, inputs: Mapping[str, Tensors], **params: Any) -> Tensors:
     applied = OPERATIONS[op].apply(inputs, params, Setting("UNET-tiny"))
     tensors = cast_all(applied.tensors, "fp16", faults=Faults())
     return {n: MemoryTensor(t.dtype, t.shape, bytes(t.tobytes())) for n, t in tensors.items()}
+
+
+def test_torchs_threads_are_as_they_were_beside_other_work() -> None:
+    found: list[int] = []
+
+    def work() -> None:
+        torch.set_num_threads(3)
+        search(some(1, in_w=(40, 40)), [some(2, in_w=(40, 40))])
+        found.append(torch.get_num_threads())
+
+    with lone_torch():
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    assert found == [3]
 
 
 def halves(tensors: Mapping[str, torch.Tensor]) -> dict[str, LazyTensor]:

@@ -127,8 +127,8 @@ class Place:
             while True:
                 try:
                     return sources.hash(job)
-                except NotPinned:
-                    if not sources.another(job):
+                except NotPinned as error:
+                    if not sources.another(job, error.path):
                         raise
 
     def missing(self, spec: Spec) -> str:

@@ -197,6 +197,14 @@ def test_a_link_in_a_folder_is_nothing(tmp_path: Path) -> None:
         list(buckets.Folder(tmp_path).get(f"cas/{A}", 1 << 20))
 
 
+def test_a_folder_that_cannot_be_looked_into_is_unavailable(tmp_path: Path) -> None:
+    nowhere = buckets.Folder(tmp_path / ("x" * 300))
+    with pytest.raises(Unavailable, match="File name too long"):
+        nowhere.has(f"cas/{A}")
+    with pytest.raises(Unavailable, match="File name too long"):
+        nowhere.put(f"cas/{A}", b"x")
+
+
 def test_answers_that_take_long_are_soon_done_without(
     far: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,7 +14,7 @@ from builder.formats import open_checkpoint
 from builder.formats.write_safetensors import write
 from builder.tensors.cast import Cast, Faults
 from builder.tensors.lazy import DType, LazyTensor, MemoryTensor
-from builder.tensors.scan import lone_torch
+from builder.tensors.torch_threads import lone_torch
 
 TINY = np.concatenate(
     [np.array([5e-324, -5e-324, 1e-310, -1e-310, -0.0, 1e-40, -6e-8]), np.linspace(-1, 1, 57)]

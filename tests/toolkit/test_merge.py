@@ -53,6 +53,7 @@ def recipe(folder: Folder, names: str, step: str, file: str = "r") -> Path:
         ("UNET=0.3,CLIP=GRAD_V", {"UNET": 0.3, "CLIP": "GRAD_V"}),
         ("base=0,IN00-IN03=0.1, OUT*=0.4", {"base": 0, "IN00-IN03": 0.1, "OUT*": 0.4}),
         ("a=,b", "a=,b"),
+        ("[" * 2000, "[" * 2000),
     ],
 )
 def test_values(text: str, value: Any) -> None:

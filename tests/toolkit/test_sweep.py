@@ -101,6 +101,9 @@ def test_every_combination(folder: Folder) -> None:
         ("steps.half.alpha=x", 3, "alpha"),
         ("steps.half.alhpa=1", 3, "did you mean `alpha`?"),
         ("name.x=1", 2, "is no table"),
+        ("output.file=1,2", 3, "`file`"),
+        ("output=fp16,1", 3, "`output`"),
+        ("name=" + "[" * 2000, 3, "`name`"),
         ("alpha=0.1,0.2", 2, "hint: as in `steps.half.alpha`"),
         ("steps.half.alpha=0.1,0.2 steps.half.alpha=0.3", 2, "`steps.half.alpha` is given twice"),
     ],
@@ -144,3 +147,7 @@ def test_pins_of_the_lock_go_along(folder: Folder) -> None:
     variant = tomli.loads((folder / "mix-half-alpha-0.1.toml").read_text())
     assert variant["sources"]["b"]["sha256"] == lock["sources"]["b"]["sha256"]
     assert "sha256" not in variant["sources"]["a"]
+    said = folder("sweep", "mix.toml", f"sources.b.sha256={'0' * 64}", "--no-build", "--json")
+    variant = tomli.loads((folder / said.json["recipes"][0]["recipe"]).read_text())
+    assert variant["sources"]["b"]["sha256"] == "0" * 64
+    assert folder("sweep", "mix.toml", "sources=1").code == 3

@@ -234,6 +234,8 @@ def test_twins_are_put_there_once(folder: Folder, watch: Watch) -> None:
     assert known.target == folder / "models/Stable-diffusion/a.safetensors"
     save_dirty(folder / "in/c.ckpt", seed=1)
     assert states(watch.poll()) == {"c.ckpt": "pruned"}
+    deep = {"pruned_from": "[" * 2000}  # by a stranger
+    write_safetensors(folder / "models/Stable-diffusion/deep.safetensors", model("SD-mini", DType.F16), deep)
     tensors = {**model("SD-mini", DType.F32), "loss.x": like(2)}
     for name, said in (("d", {"author": "x"}), ("e", {"author": "y"}), ("f", {"author": "x"})):
         write_safetensors(folder / f"in/{name}.safetensors", tensors, said)

@@ -21,7 +21,7 @@ from builder.operations.registry import Applied, Operation, Param, Setting, Tens
 from builder.tensors.lazy import DType, LazyTensor, MemoryTensor
 from builder.tensors.merged import Computed, Elementwise, Values, whole, windows
 from builder.tensors.moves import Rows
-from builder.tensors.scan import exact_torch, lone_torch
+from builder.tensors.torch_threads import exact_torch, lone_torch
 
 if TYPE_CHECKING:
     import torch

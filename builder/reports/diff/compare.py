@@ -23,7 +23,8 @@ from builder.reports.diff.pairs import Pair, pair_up, same_layout
 from builder.reports.diff.values import Comparer, Spot, Values
 from builder.tensors.digests import Row, component_digest
 from builder.tensors.lazy import DType, LazyTensor
-from builder.tensors.scan import Scan, exact_torch, lone_torch, scan
+from builder.tensors.scan import Scan, scan
+from builder.tensors.torch_threads import exact_torch, lone_torch
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import base64
 import io
 import os
 import re
+import stat
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
@@ -92,8 +93,12 @@ class Folder:
 
     def has(self, name: str) -> bool:
         """Whether there is such a file."""
-        path = self.root / name
-        return path.is_file() and not path.is_symlink()
+        try:
+            return stat.S_ISREG((self.root / name).lstat().st_mode)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except OSError as error:  # as of a folder that may not be looked into
+            raise Unavailable(str(error.strerror)) from None
 
     def put(self, name: str, data: bytes | Path) -> None:
         """Write a file."""
@@ -260,12 +265,14 @@ def _authorization(secret: str) -> str:
 
 @contextmanager
 def _opened(data: bytes | Path) -> Iterator[tuple[io.BufferedIOBase, int]]:
-    """Bytes, or those of a file, to be read, and how many they are."""
-    if isinstance(data, bytes):
-        yield io.BytesIO(data), len(data)
-        return
-    with data.open("rb") as file:
-        yield file, os.fstat(file.fileno()).st_size
+    """Bytes, or those of a file, to be read, and how many they are; raises Unavailable for an OSError."""
+    try:
+        with io.BytesIO(data) if isinstance(data, bytes) else data.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(0)
+            yield file, size
+    except OSError as error:
+        raise Unavailable(str(error.strerror)) from None
 
 
 class _Paced:

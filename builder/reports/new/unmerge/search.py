@@ -22,7 +22,8 @@ from builder.reports.new.unmerge.parents import NOTHING, Tensors, parents_of, sa
 from builder.tensors.cast import Precision
 from builder.tensors.digests import Row
 from builder.tensors.lazy import DType
-from builder.tensors.scan import exact_torch, lone_torch, scan
+from builder.tensors.scan import scan
+from builder.tensors.torch_threads import exact_torch, lone_torch, single_torch
 
 PROVED = 16, 1 << 14  # tensors and elements of a group by which formulas and weights are tried
 FAR = 0.5  # of the squares: what is left of more is near to nothing
@@ -61,10 +62,7 @@ def find(
     search = _Search(
         target, candidates, rows, setting, precision, types.pop(), preferred, settled, threads, reporter, task
     )
-    with lone_torch():
-        import torch
-
-        torch.set_num_threads(1)
+    with lone_torch(), single_torch():
         return search.run(took)
 
 
