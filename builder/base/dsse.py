@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from builder.base.errors import Problem, UsageError
@@ -33,7 +34,7 @@ class PublicKey:
         """The key of a file: PEM, or a line of OpenSSH's. Raises UsageError, which names the `option`."""
         raw = _read(path)
         if b"PRIVATE KEY-----" in raw:
-            hint = f"`openssl pkey -in {path} -pubout -out PUB` writes the public one"
+            hint = f"`openssl pkey -in {quote(str(path))} -pubout -out PUB` writes the public one"
             raise _wrong(path, option, "it is a private key", hint)
         load, serialization = _loaders("Ed25519PublicKey")
         ssh = raw.lstrip().startswith(b"ssh-")
@@ -163,7 +164,11 @@ def _loaders(kind: str) -> tuple[Any, Any]:
             key = loader(raw)
         except TypeError:  # as it says that a password is needed
             ssh = b"OPENSSH" in raw
-            bare = "a copy, and `ssh-keygen -p` of that," if ssh else f"`openssl pkey -in {path} -out COPY`"
+            bare = (
+                "a copy, and `ssh-keygen -p` of that,"
+                if ssh
+                else f"`openssl pkey -in {quote(str(path))} -out COPY`"
+            )
             hint = f"{bare} gives one without a password: keep it where no other can read it"
             raise _wrong(path, option, "it is encrypted", hint) from None
         except (ValueError, UnsupportedAlgorithm):

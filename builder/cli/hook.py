@@ -55,7 +55,7 @@ def _check_file(path: Path) -> None:
     if not (os.path.lexists(path) or os.path.lexists(_recipe_of(path))):
         raise UsageError(Problem(f"there is no `{path}`", hint="a hook checks files that are there"))
     if path.is_dir():
-        hint = f"`ckpt lock --check {path}` checks all recipes in it"
+        hint = f"`{command_line('lock', '--check', path)}` checks all recipes in it"
         raise UsageError(Problem(f"`{path}` is a folder, and a hook checks files", hint=hint))
 
 

@@ -9,6 +9,7 @@ import click
 
 from builder.base.dsse import PublicKey
 from builder.base.errors import ExitCode, Problem, UsageError, printable
+from builder.base.words import command_line
 from builder.build import verify
 from builder.build.many import read_recipes, recipes_below
 from builder.build.statements import verify_statement
@@ -113,10 +114,10 @@ def _check_recipes(named: Sequence[Path | str]) -> None:
     """Raise UsageError for a model or a statement among recipes: what it is held to is not said then."""
     for path in (p for p in named if isinstance(p, Path) and p.is_file()):
         if path.name.endswith(ENDING):
-            hint = f"`ckpt verify --statement {path}` holds its files to it"
+            hint = f"`{command_line('verify', '--statement', path)}` holds its files to it"
             raise UsageError(Problem(f"`{path}` is a statement, not a recipe", hint=hint))
-        if path.suffix in SUFFIXES:
-            hint = f"`ckpt verify RECIPE {path}` holds it to one recipe"
+        if path.suffix.lower() in SUFFIXES:
+            hint = f"`{command_line('verify', 'RECIPE', path)}` holds it to one recipe"
             raise UsageError(Problem(f"`{path}` is a model, not a recipe", hint=hint))
 
 

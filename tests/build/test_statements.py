@@ -440,10 +440,12 @@ def test_an_encrypted_key_is_told_of(folder: Folder) -> None:
     key = PrivateKey.read(keys.private(folder / "key"), "--sign").inner
     lock = serialization.BestAvailableEncryption(b"secret")
     form = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
-    (folder / "locked").write_bytes(key.private_bytes(*form, lock))
-    told = folder("build", "tiny.toml", "--sign", "locked")
+    (folder / "my key").write_bytes(key.private_bytes(*form, lock))
+    told = folder("build", "tiny.toml", "--sign", "my key")
     assert (
-        told.code == 2 and "it is encrypted" in told.err and "`openssl pkey -in locked -out COPY`" in told.err
+        told.code == 2
+        and "it is encrypted" in told.err
+        and "`openssl pkey -in 'my key' -out COPY`" in told.err
     )
 
 
