@@ -6,6 +6,9 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import combinations
+from pathlib import Path
+
+import tomli
 
 from builder.base.errors import Problem, clipped
 
@@ -16,8 +19,8 @@ class Terms:
 
     `commercial`: it may be used for money; `limited`: by some alone, as those of little revenue, or in some
     ways. `derivatives`: what is made of it may be shared. `alike`: that has to be under the same licence.
-    `uses`: some uses are forbidden, also to those who get what is made of it. `link` leads to the text of one
-    that Hugging Face has no name for.
+    `uses`: some uses are forbidden, also to those who get what is made of it. One that is `other` at Hugging
+    Face has its name beside that, and a `link` to its text if that is at one place.
     """
 
     name: str
@@ -26,75 +29,15 @@ class Terms:
     derivatives: bool = True
     alike: bool = False
     uses: bool = False
+    other: bool = False
     link: str = ""
 
-    @property
-    def other(self) -> bool:
-        """Whether it is `other` at Hugging Face, and has its name beside that."""
-        return self.name in _OTHER
 
-
-def _all(*names: str, **terms: bool) -> dict[str, Terms]:
-    return {name: Terms(name, link=_OTHER.get(name, ""), **terms) for name in names}
-
-
-# Of those that are `other` at Hugging Face, with a name: where their text is, if at one place.
-_OTHER = {
-    "flux-1-dev-non-commercial-license": "https://huggingface.co/black-forest-labs/FLUX.1-dev/blob/main/LICENSE.md",
-    "flux-non-commercial-license": "https://huggingface.co/black-forest-labs/FLUX.2-dev/blob/main/LICENSE.txt",
-    "stabilityai-ai-community": "https://stability.ai/license",
-    "stabilityai-nc-research-community": "",
-    "sai-nc-community": "",
-    "fair-ai-public-license-1.0-sd": "https://freedevproject.org/faipl-1.0-sd/",
-}
+_DATA = tomli.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
 LICENCES: Mapping[str, Terms] = {
-    **_all("mit", "apache-2.0", "bsd", "bsd-2-clause", "bsd-3-clause", "isc", "zlib", "unlicense", "wtfpl"),
-    **_all("cc0-1.0", "cc-by-2.0", "cc-by-2.5", "cc-by-3.0", "cc-by-4.0", "cdla-permissive-2.0"),
-    # RAIL asks for its restrictions of use in whatever licence what is made of it has, and for nothing else.
-    **_all("creativeml-openrail-m", "openrail++", "openrail", "bigscience-openrail-m", uses=True),
-    **_all("bigscience-bloom-rail-1.0", "bigcode-openrail-m", "gemma", uses=True),
-    **_all("cc-by-sa-3.0", "cc-by-sa-4.0", "gpl-2.0", "gpl-3.0", "lgpl-3.0", "agpl-3.0", alike=True),
-    **_all("cc-by-nc-2.0", "cc-by-nc-3.0", "cc-by-nc-4.0", commercial=False),
-    **_all("cc-by-nc-sa-2.0", "cc-by-nc-sa-3.0", "cc-by-nc-sa-4.0", commercial=False, alike=True),
-    **_all("cc-by-nd-4.0", derivatives=False),
-    **_all("cc-by-nc-nd-3.0", "cc-by-nc-nd-4.0", commercial=False, derivatives=False),
-    **_all("deepfloyd-if-license", commercial=False, uses=True),
-    # Rights to derivatives are granted by Black Forest Labs alone, and by this licence.
-    **_all("flux-1-dev-non-commercial-license", commercial=False, alike=True, uses=True),
-    **_all("flux-non-commercial-license", commercial=False, alike=True, uses=True),
-    # Commercial use is for those of less than a million dollars of revenue a year.
-    **_all("stabilityai-ai-community", limited=True, uses=True),
-    **_all("stabilityai-nc-research-community", "sai-nc-community", commercial=False, uses=True),
-    **_all("fair-ai-public-license-1.0-sd", alike=True, uses=True),
-}
-# What licences that ask for themselves take in their place: later versions, and those named as compatible.
-_INSTEAD: Mapping[str, tuple[str, ...]] = {
-    "cc-by-sa-3.0": ("cc-by-sa-4.0",),
-    "cc-by-sa-4.0": ("gpl-3.0",),
-    "cc-by-nc-sa-2.0": ("cc-by-nc-sa-3.0",),
-    "cc-by-nc-sa-3.0": ("cc-by-nc-sa-4.0",),
-    "lgpl-3.0": ("gpl-3.0",),
-    "gpl-3.0": ("agpl-3.0",),
-}
-# As people, and the metadata of files, write them.
-_ALIASES = {
-    "creativemlopenrailmlicense": "creativeml-openrail-m",
-    "creativemlopenrail++mlicense": "openrail++",
-    "creativemlopenrail++m": "openrail++",
-    "openrail++m": "openrail++",
-    "openrailm": "openrail",
-    "apache2": "apache-2.0",
-    "apachelicense20": "apache-2.0",
-    "apachelicenseversion20": "apache-2.0",
-    "mitlicense": "mit",
-    "cc0": "cc0-1.0",
-    "gplv3": "gpl-3.0",
-    "agplv3": "agpl-3.0",
-    "flux1devnoncommercial": "flux-1-dev-non-commercial-license",
-    "stabilityaicommunity": "stabilityai-ai-community",
-    "stabilityaicommunitylicense": "stabilityai-ai-community",
-    "faipl10sd": "fair-ai-public-license-1.0-sd",
-    "fairaipubliclicense10sd": "fair-ai-public-license-1.0-sd",
+    name: Terms(name, link=_DATA["other"].get(name, ""), other=name in _DATA["other"], **terms)
+    for terms in _DATA["licences"]
+    for name in terms.pop("names")
 }
 
 
@@ -102,7 +45,9 @@ def _plain(text: str) -> str:
     return re.sub(r"[^a-z0-9+]", "", text[:200].casefold())
 
 
-_BY_PLAIN = {**{_plain(n): t for n, t in LICENCES.items()}, **{a: LICENCES[n] for a, n in _ALIASES.items()}}
+_BY_PLAIN = {_plain(n): t for n, t in LICENCES.items()} | {
+    spelt: LICENCES[name] for spelt, name in _DATA["spellings"].items()
+}
 
 
 def terms_of(text: str) -> Terms | None:
@@ -147,7 +92,8 @@ def _freer(one: Terms, other: Terms) -> bool:
 
 def _taken(alike: Terms) -> set[Terms]:
     """The licences that what has to be under one may be under: that itself, and those it takes instead."""
-    return {alike}.union(*(_taken(LICENCES[name]) for name in _INSTEAD.get(alike.name, ())))
+    instead = _DATA["instead"].get(alike.name)
+    return {alike} if instead is None else {alike} | _taken(LICENCES[instead])
 
 
 def _excludes(alike: Terms, other: Terms) -> bool:

@@ -64,12 +64,13 @@ def test_the_guide_names_every_module_and_no_other() -> None:
 
 
 def test_imports_go_down_only() -> None:
+    modules = _modules()
+    names = {r for n, _ in modules for r in (n, n.removesuffix(".__init__"))}
     up = {
         (module, name)
-        for module, path in _modules()
-        for name in _imports(path)
-        if name in {r for n, _ in _modules() for r in (n, n.removesuffix(".__init__"))}
-        and _room(name) > _room(module)
+        for module, path in modules
+        for name in _imports(path) & names
+        if _room(name) > _room(module)
     }
     assert up == KNOWN
 
