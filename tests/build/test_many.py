@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -118,10 +119,25 @@ def test_shared_sources_are_read_once(tmp_path: Path) -> None:
 def test_what_is_not_written_at_once_is_read_again(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     recipes = merges(folder, 4)
     once = folder("plan", *recipes, "--json").json["reads"]
-    monkeypatch.setattr("builder.plan.at_once.AT_ONCE", 2)
+    monkeypatch.setattr("builder.plan.at_once.files_at_once", lambda: 2)
     assert folder("plan", *recipes, "--json").json["reads"] == 2 * once
     assert folder("plan", *recipes[:2], "--json").json["reads"] == once
     assert folder("build", *recipes).code == 0
+
+
+def test_where_few_files_may_be_open(folder: Folder) -> None:
+    resource = pytest.importorskip("resource")
+    recipes = merges(folder, 8)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = os.open(os.devnull, os.O_RDONLY)
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + 14, limits[1]))
+    try:
+        said = folder("build", *recipes)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert said.code == 0, said.err
+    assert said.out.endswith("8 recipes: 8 built\n")
 
 
 def test_one_plan(folder: Folder) -> None:
