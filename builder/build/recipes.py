@@ -20,7 +20,7 @@ from builder.base.errors import (
     UsageError,
 )
 from builder.base.progress import SILENT
-from builder.base.words import counted, listed
+from builder.base.words import listed
 from builder.build.carry_out import Build, Elsewhere, build
 from builder.build.outputs import Naming
 from builder.build.spread import Done, Means, Task, make_node
@@ -194,7 +194,8 @@ def build_node(
         made = (ComponentJob, OutputJob)
         found = [n for n in plan if n.key.startswith(key) and isinstance(n.job, made)]
         if len(found) != 1:
-            fact = f"`{key}` begins the key of {counted(len(found), 'component or output')} of the plan"
+            count = f"{len(found):,} components and outputs" if found else "no component or output"
+            fact = f"`{key}` begins the key of {count} of the plan"
             raise UsageError(Problem(fact, hint="`ckpt plan --json` has the keys"))
         (node,) = found
         task = Task(plan.part(node.key), node.key, Means("", threads=threads), {})

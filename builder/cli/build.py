@@ -97,13 +97,21 @@ def command(
 
     Several recipes, or all in a folder and below it, are built as one: what they share is read and made once.
     """
-    if where is not None and (only is not None or partial):
-        raise UsageError(Problem(f"`--on` and `--{'partial' if partial else 'only'}` exclude each other"))
+    if where is not None and partial:
+        raise UsageError(Problem("`--on` and `--partial` exclude each other"))
     if only is not None and are_several(recipes):
         raise UsageError(Problem("`--only` is for one recipe", hint="name the one whose plan has the key"))
-    if only is not None and (statement or sign is not None):
-        fact = f"`--only` and `--{'sign' if sign is not None else 'statement'}` exclude each other"
-        raise UsageError(Problem(fact, hint="a statement is of a recipe that is built whole"))
+    whole: dict[str, object] = {
+        "on": where,
+        "output": output,
+        "locked": locked,
+        "frozen": frozen,
+        "partial": partial,
+    }
+    whole |= {"check": check, "statement": statement, "sign": sign}
+    if only is not None and (named := next((name for name, given in whole.items() if given), None)):
+        hint = f"`--{named}` is for a recipe that is built whole"
+        raise UsageError(Problem(f"`--only` and `--{named}` exclude each other", hint=hint))
     if no_lock and (locked or frozen):
         raise UsageError(Problem("`--locked` needs a lock, and `--no-lock` has none"))
     key = PrivateKey.read(sign, "--sign") if sign is not None else None
