@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import filecmp
 import os
 import re
 import secrets
@@ -292,9 +293,9 @@ def check_place(path: Path) -> None:
 
 @contextmanager
 def making_folders(folders: Iterable[Path]) -> Iterator[None]:
-    """With folders that files can be made in; those made here are gone again where the block fails.
+    """With folders that files can be made in; those made here are gone again where nothing is in them then.
 
-    What is written there by then stays, and its folder. Raises OutputError.
+    Raises OutputError.
     """
     made: list[Path] = []
     try:
@@ -310,11 +311,10 @@ def making_folders(folders: Iterable[Path]) -> Iterator[None]:
                 made.append(path)
             check_place(folder / _temp_name("place"))
         yield
-    except BaseException:
+    finally:
         for path in reversed(made):
             with suppress(OSError):
                 path.rmdir()
-        raise
 
 
 def output_error(path: Path | str, error: OSError) -> OutputError:
@@ -538,7 +538,8 @@ def new_folder(path: Path, *, durable: bool = True, anew: bool = True) -> Iterat
 def new_set(index: Path, *, durable: bool = True, anew: bool = True) -> Iterator[Path]:
     """A new folder whose files are moved beside `index` when the block ends, and `index`, one of them, last.
 
-    So the index never names a file that is not there. Existing files are never replaced.
+    So the index never names a file that is not there. Existing files are never replaced; those that are the
+    same already, as a killed process leaves them, serve.
     Raises OutputError when `index` or another name is taken, and as `new_folder` does.
     """
     if anew:
@@ -546,16 +547,15 @@ def new_set(index: Path, *, durable: bool = True, anew: bool = True) -> Iterator
     with _beside(index, index.parent) as temp:
         yield temp
         made = sorted(temp.iterdir(), key=lambda p: (p.name == index.name, p.name))
-        moved: list[Path] = []
+        made = [file for file in made if not _is_there(file, index.with_name(file.name))]
         try:
             for file in made:
-                target = index.with_name(file.name)
-                check_free(target)
-                file.rename(target)
-                moved.append(target)
+                check_free(index.with_name(file.name))
+                file.rename(index.with_name(file.name))
         except BaseException:
-            for target in moved:
-                target.unlink()
+            for file in made:
+                if not file.exists():
+                    index.with_name(file.name).unlink()
             raise
         if durable:
             sync_folder(index.parent)
@@ -637,6 +637,11 @@ def _remove_tree(path: Path) -> int:
     freed = sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
     shutil.rmtree(path)
     return freed
+
+
+def _is_there(file: Path, place: Path) -> bool:
+    """Whether a file with the same bytes is in a place, and no link."""
+    return place.is_file() and not place.is_symlink() and filecmp.cmp(file, place, shallow=False)
 
 
 def _is_empty_folder(path: Path) -> bool:

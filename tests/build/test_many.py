@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -197,6 +198,37 @@ def test_a_failure_in_the_pass_fails_its_own_recipe(folder: Folder) -> None:
     assert said.code == 7
     assert [r["state"] for r in json.loads(said.out)["recipes"]] == ["built", "failed", "built"]
     assert sorted(made(folder)) == ["m0.lock.toml", "m0.safetensors", "m2.lock.toml", "m2.safetensors"]
+
+
+def test_what_is_not_begun_leaves_no_folder(folder: Folder) -> None:
+    merges(folder, 1)
+    folder.write("m0.toml", (folder / "m0.toml").read_text() + '[expect]\nmetric = "0001/0001/0001"\n')
+    save(folder / "c.safetensors", model(seed=3))
+    text = 'format = 1\nname = "n"\nbase = "c"\nsources.c.file = "c.safetensors"\n'
+    folder.write("n.toml", text + '[output]\nfile = "sub/deep/n.safetensors"\n')
+    said = folder("build", "m0.toml", "n.toml")
+    assert said.code == 7 and said.out.endswith("2 recipes: 1 failed, 1 not begun\n")
+    assert not (folder / "sub").exists() and not made(folder)
+
+
+@pytest.mark.skipif(not hasattr(os, "fstatvfs"), reason="asks otherwise what is free")
+def test_a_store_that_is_emptied_meanwhile_changes_no_lock(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (recipe,) = merges(folder, 1)
+    folder.build(recipe)
+    folder.write("m9.toml", MERGE.format(name="m9", alpha=0.5))
+    alone = folder.beside("alone", store="other")
+    alone.build("m9.toml")
+    ask = os.fstatvfs
+
+    def emptied(fd: int) -> os.statvfs_result:  # which is asked just before anything is written
+        shutil.rmtree(folder.store / "facts", ignore_errors=True)
+        return ask(fd)
+
+    monkeypatch.setattr(os, "fstatvfs", emptied)
+    folder.build("m9.toml")
+    assert made(folder) == made(alone)
 
 
 def test_two_recipes_that_write_one_file_are_refused(folder: Folder) -> None:
