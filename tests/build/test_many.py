@@ -241,6 +241,8 @@ def test_two_recipes_that_write_one_file_are_refused(folder: Folder) -> None:
 def test_what_another_recipe_writes_is_made_first(folder: Folder) -> None:
     merges(folder, 1)
     folder.write("first.toml", 'format = 1\nname = "n"\nbase = "a"\nsources.a.file = "m0.safetensors"\n')
+    said = folder("plan", "first.toml", "m0.toml")
+    assert said.code == 5 and "hint: `ckpt build m0.toml` makes it" in said.err
     said = folder("build", "first.toml", "m0.toml")
     assert said.code == 0, said.err
     assert (folder / "n.safetensors").exists()
