@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from builder.base.errors import CkptError, LockError, OutputError, Problem, UsageError
+from builder.base.errors import CkptError, LockError, OutputError, Place, Problem, UsageError
 from builder.base.progress import SILENT, Reporter
 from builder.base.recipe_address import parse_recipe_address
 from builder.models.catalog import Catalog, load_catalog
@@ -287,7 +287,8 @@ def need_lock(recipe: Recipe) -> Lock:
     lock = find_lock(recipe)
     if lock is None:
         where, hint = recipe.lock or recipe.name, "`ckpt build` or `ckpt lock` makes it"
+        place = Place(str(recipe.path)) if recipe.path is not None else None
         if recipe.address is not None:
-            where, hint = f"beside {recipe.address}", "build it without `--locked`"
-        raise LockError(Problem(f"there is no lock `{where}`", hint=hint))
+            where, place, hint = f"beside {recipe.address}", None, "build it without `--locked`"
+        raise LockError(Problem(f"there is no lock `{where}`", place, hint=hint))
     return lock

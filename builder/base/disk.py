@@ -538,7 +538,7 @@ def new_folder(path: Path, *, durable: bool = True, anew: bool = True) -> Iterat
 def new_set(index: Path, *, durable: bool = True, anew: bool = True) -> Iterator[Path]:
     """A new folder whose files are moved beside `index` when the block ends, and `index`, one of them, last.
 
-    So the index never names a file that is not there. Existing files are never replaced; those that are the
+    So the index never names a file that is not there. Existing files are never replaced; shards that are the
     same already, as a killed process leaves them, serve.
     Raises OutputError when `index` or another name is taken, and as `new_folder` does.
     """
@@ -547,7 +547,7 @@ def new_set(index: Path, *, durable: bool = True, anew: bool = True) -> Iterator
     with _beside(index, index.parent) as temp:
         yield temp
         made = sorted(temp.iterdir(), key=lambda p: (p.name == index.name, p.name))
-        made = [file for file in made if not _is_there(file, index.with_name(file.name))]
+        made = [f for f in made if f.name == index.name or not _is_there(f, index.with_name(f.name))]
         try:
             for file in made:
                 check_free(index.with_name(file.name))

@@ -23,7 +23,8 @@ def workers_on(address: str, means: Means, reporter: Reporter) -> Iterator[Farm]
     """
     found = re.fullmatch(r"dask://([^/@\s]+:[0-9]+)/?", address)
     if found is None:
-        raise UsageError(Problem(f"`{address}` is no address of workers", hint="such as `dask://HOST:8786`"))
+        hint = "such as `dask://HOST:8786`; for SLURM and the like there is `ckpt plan --snakemake`"
+        raise UsageError(Problem(f"`{address}` is no address of workers", hint=hint))
     if find_spec("distributed") is None:
         hint = "`pip install 'ckpt-build[dask]'`, here and on every worker"
         raise UsageError(Problem("`--on dask://…` needs the package distributed", hint=hint))
@@ -38,7 +39,7 @@ def workers_on(address: str, means: Means, reporter: Reporter) -> Iterator[Farm]
         said = (str(error).splitlines() or [type(error).__name__])[0]
         hint = "`dask scheduler` is one; the address is what it prints, with `dask` for `tcp`"
         raise FetchError(Problem(f"no scheduler answers at `{address}`", None, (said,), hint)) from None
-    if not client.scheduler_info()["workers"]:
-        reporter.note(f"`{address}` has no workers yet: nothing is made until one comes")
     with client, client.get_executor(pure=False) as executor:
+        if not client.scheduler_info()["workers"]:
+            reporter.note(f"`{address}` has no workers yet: nothing is made until one comes")
         yield Farm(executor, means, (KilledWorker,))

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from builder.base.errors import CkptError, FetchError, Place, Problem, RecipeError, UsageError
 from builder.base.files import read_bounded
@@ -102,7 +102,8 @@ def read_recipes(
         paths = [path for path in paths if isinstance(path, str) or not path.name.endswith(LOCK)]
     if not paths:
         folder = ", ".join(f"`{path}`" for path in named)
-        raise UsageError(Problem(f"there is no recipe in {folder}"))
+        hint = "a recipe ends in `.toml`, and has a line `format = 1`"
+        raise UsageError(Problem(f"there is no recipe in {folder}", hint=hint))
     once = {p if isinstance(p, str) else os.path.realpath(p): p for p in reversed(paths)}
     found = [Outcome(path) for path in once.values()][::-1]
     for outcome in found:
@@ -141,64 +142,130 @@ def plan_recipes(workspace: Workspace, outcomes: Sequence[Outcome], sources: Sou
     return [o.plan for o in outcomes if o.plan is not None and o.error is None]
 
 
-def build_recipes(
-    workspace: Workspace,
-    outcomes: Sequence[Outcome],
-    sources: Sources,
-    *,
-    place: Placing | None = None,
-    locked: bool = False,
-    keep_going: bool = False,
-    partial: bool = False,
-    check: bool = False,
-    explained: bool = False,
-    threads: int | None = None,
-    elsewhere: Elsewhere | None = None,
-    before: Callable[[Sequence[Plan]], object] = lambda plans: None,
-    statements: Statements | None = None,
-) -> None:
+def build_recipes(workspace: Workspace, outcomes: Sequence[Outcome], sources: Sources, **how: Any) -> None:
     """Build recipes that were read, and write the lock of each unless `locked`; failures are noted in them.
 
     All are planned before anything is made, but those that read a file which another of them writes: they
-    come after it. Unless it is to `keep_going`, nothing is made where one has failed. `before` sees the plans
-    of what is made together; all else is as for `build_recipe`.
+    come after it. `how` is as `Several` has it.
     """
-    for outcome in outcomes:
-        outcome.is_skipped = True
-    for wave in _waves(outcomes, place):
-        pending = wave
-        while pending:
-            _plan_seen(workspace, pending, sources, place, locked, statements)
-            _check_targets(pending)
-            ready = [o for o in pending if o.error is None]
-            if not ready or (not keep_going and any(o.error for o in outcomes)):
+    Several(workspace, outcomes, sources, **how).build()
+
+
+@dataclass
+class Several:
+    """Recipes that are built as one.
+
+    Unless it is to `keep_going`, nothing is made where one has failed. `before` sees the plans of what is
+    made together; all else is as for `build_recipe`.
+    """
+
+    workspace: Workspace
+    outcomes: Sequence[Outcome]
+    sources: Sources
+    _: KW_ONLY
+    place: Placing | None = None
+    locked: bool = False
+    keep_going: bool = False
+    partial: bool = False
+    check: bool = False
+    explained: bool = False
+    threads: int | None = None
+    elsewhere: Elsewhere | None = None
+    before: Callable[[Sequence[Plan]], object] = lambda plans: None
+    statements: Statements | None = None
+
+    def build(self) -> None:
+        """Build them, wave after wave; what becomes of each is noted in it."""
+        for outcome in self.outcomes:
+            outcome.is_skipped = True
+        for wave in _waves(self.outcomes, self.place):
+            pending = wave
+            while pending:
+                pending = self._build(pending)
+            if self._is_over:
                 break
-            before([o.plan for o in ready if o.plan is not None])
-            _make(workspace, ready, sources, keep_going, partial, threads, elsewhere)
-            pending = [o for o in ready if _again(o, sources)]
-            for outcome in ready:
-                outcome.is_skipped = outcome.made is None
-            for outcome in ready:
-                if outcome.recipe is None or outcome.held is None or outcome.made is None:
-                    continue
-                with outcome.failing(workspace):
-                    finish(
-                        workspace,
-                        outcome.recipe,
-                        outcome.held,
-                        outcome.made,
-                        place=place,
-                        check=check,
-                        explained=explained,
-                        threads=threads,
-                        statements=statements,
-                    )
-        if not keep_going and any(o.error for o in outcomes):
-            break
-    if len(outcomes) > 1:
+        if len(self.outcomes) > 1:
+            for outcome in self.outcomes:
+                outcome.placed()
+        self.workspace.tidy()
+
+    @property
+    def _is_over(self) -> bool:
+        """Whether nothing more is to be begun."""
+        return not self.keep_going and any(o.error is not None for o in self.outcomes)
+
+    def _build(self, outcomes: Sequence[Outcome]) -> list[Outcome]:
+        """Build some of them; those that are to be built again, as another file was pinned."""
         for outcome in outcomes:
-            outcome.placed()
-    workspace.tidy()
+            self._plan(outcome)
+        _check_targets(self.outcomes)
+        ready = [o for o in outcomes if o.error is None]
+        if not ready or self._is_over:
+            return []
+        self.before([o.plan for o in ready if o.plan is not None])
+        self._make(ready)
+        again = [o for o in ready if _again(o, self.sources)]
+        for outcome in ready:
+            outcome.is_skipped = outcome.made is None
+            self._finish(outcome)
+        return again
+
+    def _plan(self, outcome: Outcome) -> None:
+        """Plan a recipe with the tables of contents of all its sources."""
+        recipe, outcome.plan = outcome.recipe, None
+        assert recipe is not None
+        with outcome.failing(self.workspace):
+            outcome.held = hold(recipe, self.locked)
+            check_lock_place(recipe, outcome.held)
+            outcome.plan = plan_seen(self.workspace, recipe, self.sources, outcome.held.lock, self.place)
+            check_places(outcome.plan, self.workspace, self.statements)
+
+    def _make(self, outcomes: Sequence[Outcome]) -> None:
+        """Carry out the plans of recipes."""
+        with ExitStack() as stack:
+            folders = [stack.enter_context(ExitStack()) for _ in outcomes]
+            ready = []
+            for folder, outcome in zip(folders, outcomes, strict=True):
+                assert outcome.plan is not None and outcome.held is not None
+                with outcome.failing(self.workspace):
+                    folder.enter_context(with_folders(outcome.plan))
+                    ready.append((folder, outcome, outcome.plan, outcome.held.kept))
+            if self._is_over:
+                return
+            made = build_all(
+                [plan for _, _, plan, _ in ready],
+                self.sources,
+                locked=[kept for *_, kept in ready],
+                keep_going=self.keep_going,
+                partial=self.partial,
+                threads=self.threads,
+                elsewhere=self.elsewhere,
+                reporter=self.workspace.reporter,
+            )
+            for (folder, outcome, plan, _), found in zip(ready, made, strict=True):
+                if isinstance(found, Build):
+                    outcome.made = found
+                elif found is not None:
+                    told = telling_all(plan.recipe, self.sources, plan.lock)
+                    with outcome.failing(self.workspace), folder.pop_all(), told:
+                        raise found
+
+    def _finish(self, outcome: Outcome) -> None:
+        """Compare what was made a second time, and write its lock and its statements."""
+        if outcome.recipe is None or outcome.held is None or outcome.made is None:
+            return
+        with outcome.failing(self.workspace):
+            finish(
+                self.workspace,
+                outcome.recipe,
+                outcome.held,
+                outcome.made,
+                place=self.place,
+                check=self.check,
+                explained=self.explained,
+                threads=self.threads,
+                statements=self.statements,
+            )
 
 
 def _again(outcome: Outcome, sources: Sources) -> bool:
@@ -250,8 +317,8 @@ def _waves(outcomes: Sequence[Outcome], place: Placing | None) -> Iterator[list[
                 outcomes[n].error = RecipeError(problem)
             return
         left -= set(wave)
-        failed = {n for n, o in enumerate(outcomes) if o.made is None and n not in left and n not in wave}
-        yield [outcomes[n] for n in wave if outcomes[n].error is None and not after[n] & failed]
+        made = {n for n, o in enumerate(outcomes) if o.made is not None and o.error is None}
+        yield [outcomes[n] for n in wave if outcomes[n].error is None and after[n] <= made]
 
 
 def _files(recipe: Recipe) -> Iterator[str]:
@@ -278,65 +345,3 @@ def _check_targets(outcomes: Sequence[Outcome]) -> None:
                     hint = "give one of them another name"
                     problem = Problem("two recipes write the same file", place, evidence, hint)
                     outcome.error = RecipeError(problem)
-
-
-def _plan_seen(
-    workspace: Workspace,
-    outcomes: Sequence[Outcome],
-    sources: Sources,
-    place: Placing | None,
-    locked: bool,
-    statements: Statements | None,
-) -> None:
-    """Plan recipes with the tables of contents of all their sources."""
-    for outcome in outcomes:
-        recipe, outcome.plan = outcome.recipe, None
-        if recipe is None:
-            continue
-        with outcome.failing(workspace):
-            outcome.held = hold(recipe, locked)
-            check_lock_place(recipe, outcome.held)
-            outcome.plan = plan_seen(workspace, recipe, sources, outcome.held.lock, place)
-            check_places(outcome.plan, workspace, statements)
-
-
-def _make(
-    workspace: Workspace,
-    outcomes: Sequence[Outcome],
-    sources: Sources,
-    keep_going: bool,
-    partial: bool,
-    threads: int | None,
-    elsewhere: Elsewhere | None,
-) -> None:
-    """Carry out the plans of recipes."""
-    folders: Mapping[int, ExitStack] = {n: ExitStack() for n in range(len(outcomes))}
-    with ExitStack() as stack:
-        for each in folders.values():
-            stack.push(each)
-        ready = []
-        for n, outcome in enumerate(outcomes):
-            assert outcome.plan is not None
-            with outcome.failing(workspace):
-                folders[n].enter_context(with_folders(outcome.plan))
-                ready.append((n, outcome, outcome.plan))
-        if len(ready) < len(outcomes) and not keep_going:
-            return
-        made = build_all(
-            [plan for _, _, plan in ready],
-            sources,
-            locked=[outcome.held.kept if outcome.held is not None else None for _, outcome, _ in ready],
-            keep_going=keep_going,
-            partial=partial,
-            threads=threads,
-            elsewhere=elsewhere,
-            reporter=workspace.reporter,
-        )
-        for (n, outcome, plan), found in zip(ready, made, strict=True):
-            if isinstance(found, Build):
-                outcome.made = found
-            elif found is not None:
-                assert outcome.recipe is not None
-                told = telling_all(outcome.recipe, sources, plan.lock)
-                with outcome.failing(workspace), folders[n].pop_all(), told:
-                    raise found

@@ -256,6 +256,8 @@ class Assembly:
 
     def _may_be(self, tensors: Mapping[str, LazyTensor]) -> bool:
         """Whether what is in its place has the table of contents of this, and so may turn out to be it."""
+        if self.job.recipe.path is None:  # a command's, of which it may be the input
+            return False
         try:
             with open_checkpoint(self.job.target, self._catalog.layouts) as held:
                 return _specs(held) == _specs(tensors)
@@ -391,7 +393,9 @@ class Assembly:
         others = {o.name for o in self.context.plan.recipe.outputs} - {self.job.output.name}
         if changes := differences(self.locked.without(others), now.had_as(self.locked)):
             hint = "`ckpt build` without `--locked` accepts the change"
-            raise LockError(Problem("the lock is stale", evidence=tuple(changes), hint=hint))
+            recipe = self.job.recipe
+            place = Place(str(recipe.path)) if recipe.path is not None and recipe.address is None else None
+            raise LockError(Problem("the lock is stale", place, tuple(changes), hint))
 
     def _remember(self, written: Written, parts: list[Part], beside: Mapping[str, LazyTensor]) -> None:
         """Have known what was made, and that its bytes lie in the file, as this is now."""

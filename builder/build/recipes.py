@@ -194,8 +194,8 @@ def build_node(
         made = (ComponentJob, OutputJob)
         found = [n for n in plan if n.key.startswith(key) and isinstance(n.job, made)]
         if len(found) != 1:
-            count = f"{len(found):,} components and outputs" if found else "no component or output"
-            fact = f"`{key}` begins the key of {count} of the plan"
+            keys = f"{len(found)} components and outputs have keys that begin" if found else "no key begins"
+            fact = f"{keys} with `{key}`"
             raise UsageError(Problem(fact, hint="`ckpt plan --json` has the keys"))
         (node,) = found
         task = Task(plan.part(node.key), node.key, Means("", threads=threads), {})

@@ -259,9 +259,7 @@ def _other_files(statement: Statement, found: dict[str, str], main: Path, worksp
     """What of an output is not as it is said to be, and which components."""
     wrong = {n: (statement.subjects[n], f) for n, f in found.items() if f != statement.subjects[n]}
     if len(found) == 1:
-        evidence = [
-            line for w, f in wrong.values() for line in (f"expected SHA-256 {w}", f"found    SHA-256 {f}")
-        ]
+        evidence = [line for w, f in wrong.values() for line in (f"expected {w}", f"found    {f}")]
     else:
         evidence = [
             f"{n}: expected SHA-256 {w[:12]}…, found {f[:12]}…" for n, (w, f) in sorted(wrong.items())

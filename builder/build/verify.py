@@ -116,7 +116,7 @@ def examine(
 
 
 def _other(path: Path, locked: LockedOutput, made: Built, differ: list[str]) -> Problem:
-    evidence = [f"expected SHA-256 {locked.sha256}", f"found    SHA-256 {made.sha256}", *differ]
+    evidence = [f"expected {locked.sha256}", f"found    {made.sha256}", *differ]
     if made.tensor_digest == locked.tensor_digest:
         evidence.append(ONLY_HEADER)
     return Problem(f"`{path}` is not the file that the lock names", evidence=tuple(evidence))

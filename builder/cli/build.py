@@ -11,12 +11,14 @@ import click
 
 from builder.base.dsse import PrivateKey
 from builder.base.errors import ExitCode, Problem, UsageError, printable
+from builder.base.progress import Reporter
 from builder.build import build_recipe
 from builder.build.carry_out import Elsewhere
 from builder.build.many import Outcome, build_recipes, read_recipes
 from builder.build.recipes import build_node
 from builder.build.spread import means_of
 from builder.build.statements import Statements
+from builder.cli.command import Command
 from builder.cli.forms import Case
 from builder.cli.options import (
     FILE,
@@ -50,7 +52,7 @@ from builder.toolkit.made import (
 from builder.workspace import Workspace
 
 
-@click.command("build")
+@click.command("build", cls=Command)
 @recipes_argument
 @click.option("-o", "--output", type=NAME, help="Where the output goes; its name says in which form.")
 @click.option("--locked", is_flag=True, help="Fail if the lock would change, and show how.")
@@ -188,6 +190,18 @@ def _make_only(workspace: Workspace, recipe: Recipe, sources: Sources, key: str,
     return ExitCode.DONE
 
 
+class _Once(Reporter):
+    """Passes each note on once: a thousand recipes have most of them in common."""
+
+    def __init__(self, reporter: Reporter) -> None:
+        self._reporter, self._said = reporter, set[str]()
+
+    def note(self, message: str) -> None:
+        if message not in self._said:
+            self._said.add(message)
+            self._reporter.note(message)
+
+
 def build_several(
     workspace: Workspace, outcomes: Sequence[Outcome], sources: Sources, *, explained: bool, **how: Any
 ) -> None:
@@ -200,12 +214,13 @@ def build_several(
         elif explained:
             out().message(explain.to_text(joined(plans)))
         for plan in plans:
-            note_left_out(plan, workspace.reporter)
-            note_steps(plan, workspace.reporter)
+            note_left_out(plan, once)
+            note_steps(plan, once)
 
+    once = _Once(workspace.reporter)
     build_recipes(workspace, outcomes, sources, before=before, explained=explained, **how)
     for outcome in outcomes:
         if outcome.made is not None:
-            note_changes(outcome.made, workspace.reporter)
+            note_changes(outcome.made, once)
     out().result(several_to_json(outcomes), several_to_text(outcomes))
     told(outcomes)

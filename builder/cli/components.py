@@ -12,6 +12,7 @@ import click
 from builder.base.errors import CatalogError, Problem, UsageError, nearest, printable
 from builder.base.page import cells, columns, pad
 from builder.base.words import spelling
+from builder.cli.command import Group
 from builder.cli.options import FILE, json_option
 from builder.cli.terminal import make_reporter, out
 from builder.formats import open_checkpoint
@@ -21,7 +22,7 @@ from builder.models.parts import meant
 from builder.tensors.lazy import LazyTensor
 
 
-@click.group("components", invoke_without_command=True)
+@click.group("components", cls=Group, invoke_without_command=True)
 @json_option
 @click.pass_context
 def command(context: click.Context) -> None:

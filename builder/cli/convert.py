@@ -10,6 +10,7 @@ import click
 from builder.base.errors import ExitCode, Problem, UsageError, printable
 from builder.base.progress import human_bytes
 from builder.base.words import counted
+from builder.cli.command import Command
 from builder.cli.options import (
     FILE,
     NAME,
@@ -27,7 +28,7 @@ from builder.toolkit.convert import convert
 from builder.toolkit.made import without_tokenizer
 
 
-@click.command("convert")
+@click.command("convert", cls=Command)
 @click.argument("source", metavar="FILE", type=FILE)
 @click.option(
     "-o",

@@ -13,6 +13,7 @@ import click
 
 from builder.base.errors import ExitCode
 from builder.base.page import Style, columns
+from builder.cli.command import Command
 from builder.cli.options import json_option
 from builder.cli.terminal import Output, out
 from builder.toolkit.demo import swap_vaes, write_sources
@@ -33,7 +34,7 @@ STEPS = (
 )
 
 
-@click.command("demo")
+@click.command("demo", cls=Command)
 @json_option
 @click.argument(
     "folder", required=False, type=click.Path(path_type=Path, file_okay=False), metavar="[FOLDER]"

@@ -7,12 +7,13 @@ from pathlib import Path
 import click
 
 from builder.base.errors import ExitCode
+from builder.cli.command import Command
 from builder.cli.options import FILE, json_option, open_workspace
 from builder.cli.terminal import out
 from builder.reports.diff import compare, render, to_json
 
 
-@click.command("diff")
+@click.command("diff", cls=Command)
 @click.argument("a", type=FILE, metavar="A")
 @click.argument("b", type=FILE, metavar="B")
 @click.option(

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from builder.base.errors import ExitCode
+from builder.cli.command import Command
 from builder.cli.options import (
     FILE,
     PLACE,
@@ -25,7 +26,7 @@ from builder.toolkit.extract import extraction, target_of
 from builder.toolkit.made import note_changes, note_steps, to_json, to_text
 
 
-@click.command("extract")
+@click.command("extract", cls=Command)
 @click.argument("file", type=FILE)
 @click.argument("component", metavar="COMPONENT|CLASS")
 @click.option("-o", "--output", type=PLACE, help="The file to write, or the folder to write it in.")

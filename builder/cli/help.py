@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from builder.cli.command import Command
 from builder.cli.options import json_option
 from builder.cli.terminal import out
 
@@ -17,7 +18,7 @@ def _commands(context: click.Context, _: click.Parameter, begun: str) -> list[st
     return [name for name in names if name.startswith(begun)]
 
 
-@click.command("help")
+@click.command("help", cls=Command)
 @click.argument("words", nargs=-1, metavar="[COMMAND…]", shell_complete=_commands)
 @json_option
 @click.pass_context

@@ -13,6 +13,7 @@ import tomli
 from builder.base.errors import CkptError, ExitCode, Problem, UsageError
 from builder.base.files import open_regular, read_bounded
 from builder.base.words import command_line
+from builder.cli.command import Command
 from builder.cli.options import FILE, json_option, open_workspace
 from builder.cli.terminal import out
 from builder.formats.sniff import HEAD, is_safetensors
@@ -27,7 +28,7 @@ MODELS = {".ckpt", ".pt", ".pth", ".bin"}
 _TAIL = 4 << 20  # bytes that hold the directory of an archive
 
 
-@click.command("hook")
+@click.command("hook", cls=Command)
 @click.argument("name", type=click.Choice(["lock-check", "schema", "no-new-pickles"]), metavar="HOOK")
 @click.argument("files", nargs=-1, type=FILE, metavar="FILE…")
 @json_option
@@ -38,6 +39,8 @@ def command(name: str, files: tuple[Path, ...]) -> int:
     `no-new-pickles` (no file that is added holds a pickle). Of TOML files, those that are no recipes are
     passed over. Uses no network, and reads no weights.
     """
+    for path in files:
+        _check_file(path)
     code = ExitCode.DONE
     with open_workspace(quiet=True, offline=True) as workspace:
         for error in _HOOKS[name](files, workspace):
@@ -45,6 +48,15 @@ def command(name: str, files: tuple[Path, ...]) -> int:
             code = code or error.exit_code
     out().result({"hook": name, "files": [str(path) for path in files]}, "")
     return code
+
+
+def _check_file(path: Path) -> None:
+    """Raise UsageError for what would pass as a file without mistakes: a name of nothing, a folder."""
+    if not (os.path.lexists(path) or os.path.lexists(_recipe_of(path))):
+        raise UsageError(Problem(f"there is no `{path}`", hint="a hook checks files that are there"))
+    if path.is_dir():
+        hint = f"`ckpt lock --check {path}` checks all recipes in it"
+        raise UsageError(Problem(f"`{path}` is a folder, and a hook checks files", hint=hint))
 
 
 def _schema(files: tuple[Path, ...], workspace: Workspace) -> Iterator[CkptError]:

@@ -8,6 +8,7 @@ import re
 import click
 
 from builder.base.errors import ExitCode, FetchError, Problem, SourceError, UsageError
+from builder.cli.command import Command
 from builder.cli.options import json_option
 from builder.cli.terminal import make_reporter, out
 from builder.models.catalog import Catalog, load_catalog
@@ -16,7 +17,7 @@ from builder.reports.inspect import Refused, Report, build_report, examine, rend
 _ADDRESS = re.compile(r"(?:https?|hf|urn|air|civitai|sd1|sdxl):", re.IGNORECASE)
 
 
-@click.command("inspect")
+@click.command("inspect", cls=Command)
 @click.argument("files", nargs=-1, required=True, metavar="FILE…")
 @click.option("--full", is_flag=True, help="Everything there is to say; reads all data.")
 @click.option("--hashes", is_flag=True, help="The file's hashes of every kind in use; reads the whole file.")

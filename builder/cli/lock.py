@@ -10,6 +10,7 @@ import click
 
 from builder.base.errors import CkptError, ExitCode, Problem, UsageError, did_you_mean, printable
 from builder.build.many import read_recipes
+from builder.cli.command import Command
 from builder.cli.options import (
     FILE,
     format_option,
@@ -28,7 +29,7 @@ from builder.sources.opened import Sources
 from builder.workspace import find_lock, need_lock
 
 
-@click.command("lock")
+@click.command("lock", cls=Command)
 @recipes_argument
 @click.option(
     "--upgrade", is_flag=False, flag_value="*", metavar="[SOURCE]", help="Let the pins move: all, or one's."

@@ -6,11 +6,12 @@ from typing import Any
 
 import click
 
+from builder.cli.command import Command
 from builder.cli.merge import OPTIONS, make
 from builder.cli.options import PLACE, making, save_option
 
 
-@click.command("lora")
+@click.command("lora", cls=Command)
 @click.argument("model", metavar="FILE")
 @click.argument("loras", nargs=-1, required=True, metavar="LORA[=STRENGTH]…")
 @click.option("--ignore-unmatched", is_flag=True, help="Leave out what of a LoRA fits nothing in the model.")

@@ -9,13 +9,14 @@ from typing import Any
 import click
 
 from builder.base.errors import ExitCode, Problem, UsageError
+from builder.cli.command import Command
 from builder.cli.options import PLACE, making, open_workspace, recipe_path, save_option
 from builder.cli.terminal import out
 from builder.plan import Plan
 from builder.recipe.names import Target
 from builder.toolkit.command_recipe import output_path, run
 from builder.toolkit.made import note_changes, note_left_out, note_steps, to_json, to_text
-from builder.toolkit.merge import merging, parse_file
+from builder.toolkit.merge import merges, merging, parse_file
 
 OPTIONS = {  # by the words that a recipe has for them
     "VAE = true": "--vae",
@@ -23,9 +24,18 @@ OPTIONS = {  # by the words that a recipe has for them
 }
 
 
-@click.command("merge")
+def _merges(_: click.Context, __: click.Parameter, begun: str) -> list[str]:
+    return [name for name in merges() if name.startswith(begun)]
+
+
+@click.command("merge", cls=Command)
 @click.argument("models", nargs=-1, required=True, metavar="FILE[=WEIGHT]…")
-@click.option("--op", metavar="NAME", help="The merge; default: weighted-sum, or with weights linear.")
+@click.option(
+    "--op",
+    metavar="NAME",
+    shell_complete=_merges,
+    help="The merge; default: weighted-sum, or with weights linear.",
+)
 @click.option("--alpha", metavar="VALUE", help="How much of the second file: a number, blocks, a preset.")
 @click.option("--beta", metavar="VALUE", help="The other weight of merges that have one.")
 @click.option("--set", "more", multiple=True, metavar="KEY=VALUE", help="Any key of the step.")
@@ -57,6 +67,8 @@ def command(
         key, equals, value = text.partition("=")
         if not (key and equals and value):
             raise UsageError(Problem(f"`{text}` is not of the form KEY=VALUE", hint="as in `--set seed=7`"))
+        if params.get(key) is not None:
+            raise UsageError(Problem(f"`{key}` is given twice", hint="say it once: the step has one of it"))
         params[key] = value
     return make(models, op, {k: v for k, v in params.items() if v is not None}, **options)
 

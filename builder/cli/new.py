@@ -9,10 +9,11 @@ from typing import Any
 
 import click
 
-from builder.base.disk import write_bytes
+from builder.base.disk import check_place, write_bytes
 from builder.base.errors import ExitCode, Problem, UsageError
 from builder.base.progress import SILENT, Reporter
 from builder.base.toml import escaped
+from builder.cli.command import Command
 from builder.cli.options import FILE, json_option, open_workspace, quiet_option, recipe_path
 from builder.cli.terminal import out
 from builder.models.catalog import Architecture
@@ -28,7 +29,7 @@ from builder.toolkit.replace import check_filled, find_parts, new_architecture, 
 MOST_NOTES = 20  # of what an imported recipe lacks
 
 
-@click.command("new")
+@click.command("new", cls=Command)
 @click.argument("files", nargs=-1, required=True, type=FILE, metavar="FILE…")
 @click.option(
     "--library",
@@ -72,6 +73,8 @@ def command(
         if not force:
             raise UsageError(Problem(f"there is a file `{output}` already", hint="`--force` overwrites it"))
         check_is_recipe(output)
+    elif output is not None:
+        check_place(output)
     folder = output.parent if output is not None else Path()
     found: dict[str, Any] = {}
     with open_workspace(quiet) as workspace, workspace.sources() as sources:

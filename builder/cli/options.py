@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,6 +13,7 @@ from typing import Any, TypeVar
 import click
 
 from builder.base.errors import Problem, UsageError, clipped
+from builder.base.recipe_address import FORMS as ADDRESSES
 from builder.base.recipe_address import is_address
 from builder.cli.forms import FORMS
 from builder.cli.terminal import make_reporter, out
@@ -23,6 +26,7 @@ from builder.tensors.cast import PRECISIONS
 from builder.workspace import Settings, Workspace
 
 F = TypeVar("F", bound=Callable[..., Any])
+_MEANT = re.compile(r"[\w+.-]{2,}:/")  # as an address begins, and no drive of Windows
 
 
 class _Named(click.Path):
@@ -52,6 +56,9 @@ class _Recipe(_Named):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if isinstance(value, str) and is_address(value):
             return value
+        if isinstance(value, str) and _MEANT.match(value) and not os.path.lexists(value):
+            fact = f"`{value}` is neither a file nor the address of a recipe"
+            raise UsageError(Problem(fact, hint=f"a recipe's address is {ADDRESSES}"))
         return super().convert(value, param, ctx)
 
 
@@ -204,7 +211,7 @@ def recipe_path(path: Path | None, option: str = "--save-recipe") -> Path | None
         better = path.with_name(f"{path.name.removesuffix(LOCK) or 'recipe'}.toml")
         raise UsageError(Problem(f"`{path}` is the name of a recipe's lock", hint=f"`{option} {better}`"))
     if path is not None and path.suffix != ".toml":
-        better = path.with_suffix(".toml") if path.name else path / "recipe.toml"
+        better = path / "recipe.toml" if path.is_dir() else path.with_suffix(".toml")
         fact = f"a recipe's name ends in `.toml`, not as `{path}` does"
         raise UsageError(Problem(fact, hint=f"`{option} {better}`"))
     return path

@@ -9,6 +9,7 @@ import click
 
 from builder.base.errors import ExitCode, Problem, UsageError
 from builder.build.many import plan_recipes, read_recipes
+from builder.cli.command import Command
 from builder.cli.forms import Case
 from builder.cli.options import (
     format_option,
@@ -27,7 +28,7 @@ from builder.toolkit.snakefile import to_snakefile
 from builder.workspace import find_lock
 
 
-@click.command("plan")
+@click.command("plan", cls=Command)
 @recipes_argument
 @click.option("--dot", "form", flag_value="dot", help="A drawing for Graphviz.")
 @click.option("--mermaid", "form", flag_value="mermaid", help="A drawing for Markdown.")

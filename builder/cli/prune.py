@@ -11,6 +11,7 @@ import click
 
 from builder.base.disk import making_folders
 from builder.base.errors import CkptError, ExitCode, Problem, SourceError, UsageError
+from builder.cli.command import Command
 from builder.cli.options import (
     FILE,
     PLACE,
@@ -47,7 +48,7 @@ class Request:
     single: bool
 
 
-@click.command("prune")
+@click.command("prune", cls=Command)
 @click.argument("files", nargs=-1, type=FILE, metavar="FILE|FOLDER…")
 @click.option("-o", "--output", type=PLACE, help="The file to write, or the folder to write in.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
@@ -127,10 +128,13 @@ def command(
     _check(request, found)
     with open_workspace(quiet) as workspace:
         results = []
+        if not found:
+            below = "" if recursive else "; `--recursive` looks in the folders below, too"
+            workspace.reporter.note(f"no checkpoint is there to prune{below}")
         for path in found:
             results.append(_prune(path, request, workspace, _silent if quiet else out().say))
             out().fail(*results[-1].problems)
-    said = prune_text.line(results[0]) if single else prune_text.table(results)
+    said = prune_text.line(results[0]) if single else prune_text.table(results) if results else ""
     out().result({"files": [prune_text.to_json(r) for r in results]}, said)
     return max((r.code for r in results), default=ExitCode.DONE)
 

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from builder.base.errors import ExitCode
+from builder.cli.command import Command
 from builder.cli.options import FILE, PLACE, making, open_workspace, recipe_path, save_option
 from builder.cli.terminal import out
 from builder.recipe.names import Target
@@ -16,7 +17,7 @@ from builder.toolkit.made import note_changes, note_left_out, to_json, to_text
 from builder.toolkit.replace import parse_part, replacement
 
 
-@click.command("replace")
+@click.command("replace", cls=Command)
 @click.argument("file", type=FILE, metavar="FILE|'NEW ARCHITECTURE'")
 @click.argument("parts", nargs=-1, required=True, metavar="[CLASS=]FILE[:COMPONENT]…")
 @click.option("-o", "--output", type=PLACE, required=True, help="The file to write, or its folder.")

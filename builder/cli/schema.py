@@ -6,11 +6,12 @@ import json
 
 import click
 
+from builder.cli.command import Command
 from builder.cli.options import json_option
 from builder.cli.terminal import out
 
 
-@click.command("schema")
+@click.command("schema", cls=Command)
 @json_option
 def command() -> None:
     """Print the JSON Schema of recipes, with the classes of your own catalog.

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from builder.base.errors import ExitCode, Problem, UsageError, printable
+from builder.cli.command import Command
 from builder.cli.options import (
     FILE,
     json_option,
@@ -18,7 +19,7 @@ from builder.cli.terminal import out
 from builder.toolkit.share import share
 
 
-@click.command("share")
+@click.command("share", cls=Command)
 @recipe_argument
 @click.option("-o", "--output", type=FILE, metavar="FOLDER", help="Default: NAME-page beside RECIPE.")
 @click.option("--offline", is_flag=True, help="Ask no host about licences.")

@@ -13,6 +13,7 @@ from builder.base.errors import ExitCode, Problem, printable, problem_data
 from builder.base.page import columns
 from builder.base.progress import human_bytes
 from builder.base.words import counted
+from builder.cli.command import Group
 from builder.cli.options import json_option
 from builder.cli.sizes import parse_size
 from builder.cli.terminal import make_reporter, out
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from builder.store.upkeep import Item
 
 
-@click.group("store")
+@click.group("store", cls=Group)
 def command() -> None:
     """Look into the store of made components, make room in it, check it."""
 

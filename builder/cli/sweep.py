@@ -11,6 +11,7 @@ from builder.base.disk import write_bytes
 from builder.base.errors import ExitCode, printable
 from builder.build.many import read_recipes
 from builder.cli.build import build_several
+from builder.cli.command import Command
 from builder.cli.options import (
     NAME,
     RECIPE,
@@ -27,7 +28,7 @@ from builder.toolkit.sweep import parse_axis, variants
 from builder.workspace import find_lock
 
 
-@click.command("sweep")
+@click.command("sweep", cls=Command)
 @click.argument("recipe", type=RECIPE, metavar="RECIPE")
 @click.argument("axes", nargs=-1, required=True, metavar="KEY=VALUES...")
 @click.option("-o", "--output", type=NAME, metavar="FOLDER", help="The folder that all outputs go into.")

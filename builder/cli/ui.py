@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 
 from builder.base.errors import ExitCode, OutputError, Problem
+from builder.cli.command import Command
 from builder.cli.options import FILE, json_option
 from builder.cli.terminal import out
 from builder.web.folders import Folders
@@ -18,7 +19,7 @@ from builder.web.site import Site
 from builder.workspace import Settings
 
 
-@click.command("ui")
+@click.command("ui", cls=Command)
 @click.argument("folders", nargs=-1, type=FILE, metavar="[FOLDER…]")
 @click.option("--port", type=click.IntRange(0, 65535), default=0, help="Default: any that is free.")
 @click.option("--no-browser", is_flag=True, help="Print the address, and open nothing.")

@@ -12,6 +12,7 @@ from builder.base.errors import ExitCode, Problem, UsageError, printable
 from builder.build import verify
 from builder.build.many import read_recipes, recipes_below
 from builder.build.statements import verify_statement
+from builder.cli.command import Command
 from builder.cli.forms import Case
 from builder.cli.options import (
     FILE,
@@ -26,10 +27,12 @@ from builder.cli.options import (
 )
 from builder.cli.several import local, one_only, told
 from builder.cli.terminal import out
+from builder.recipe.names import SUFFIXES
+from builder.recipe.provenance import ENDING
 from builder.workspace import Workspace, find_lock
 
 
-@click.command("verify")
+@click.command("verify", cls=Command)
 @click.argument("recipes", nargs=-1, type=RECIPE, metavar="[RECIPE]... [FILE]")
 @click.option("--statement", type=FILE, metavar="FILE", help="Hold it to this statement of provenance.")
 @click.option(
@@ -63,6 +66,8 @@ def command(
         raise UsageError(Problem("name a RECIPE, or with `--statement FILE` a statement"))
     if statement is None and key is not None:
         raise UsageError(Problem("`--key` is of a statement", hint="`--statement FILE` names it"))
+    if statement is None:
+        _check_recipes(named)
     files: dict[Path, str] = {}
     about = None
     lines = []
@@ -102,6 +107,17 @@ def _split(named: Sequence[Path | str], *, stated: bool) -> tuple[Sequence[Path 
     if stated or (before and not (last.is_dir() and recipes_below(last))):
         return before, last
     return named, None
+
+
+def _check_recipes(named: Sequence[Path | str]) -> None:
+    """Raise UsageError for a model or a statement among recipes: what it is held to is not said then."""
+    for path in (p for p in named if isinstance(p, Path) and p.is_file()):
+        if path.name.endswith(ENDING):
+            hint = f"`ckpt verify --statement {path}` holds its files to it"
+            raise UsageError(Problem(f"`{path}` is a statement, not a recipe", hint=hint))
+        if path.suffix in SUFFIXES:
+            hint = f"`ckpt verify RECIPE {path}` holds it to one recipe"
+            raise UsageError(Problem(f"`{path}` is a model, not a recipe", hint=hint))
 
 
 def _signed(signed: bool, key: PublicKey | None, workspace: Workspace) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
 from builder.base import toml
-from builder.base.errors import Place, Problem, RecipeError, UsageError, did_you_mean
+from builder.base.errors import Place, Problem, RecipeError, UsageError, did_you_mean, nearest
 from builder.base.inside import leads_out
 from builder.base.kinds import WRONG, At, Item, listed, note
 from builder.base.toml import Document, Keys
@@ -150,6 +150,15 @@ def outside(named: str, why: str, place: Place | None, *, source: bool = False) 
     return Problem(f"`{named}` is outside the recipe's folder", place, (why,), hint)
 
 
+def _beside(path: Path) -> str | None:
+    """The hint that names the recipe beside a path whose name is most like it."""
+    with suppress(OSError, ValueError):
+        names = [p.name for p in path.parent.glob("*.toml") if not p.name.endswith(LOCK)]
+        if (near := nearest(path.name, names)) is not None and near != path.name:
+            return f"did you mean `{path.with_name(near)}`?"
+    return None
+
+
 def _document(path: Path, named: Place | None) -> Document:
     """The document in a file; `named` is the place that names it, if a recipe does.
 
@@ -162,6 +171,7 @@ def _document(path: Path, named: Place | None) -> Document:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         fact = f"cannot read `{path}`: {reason[:1].lower()}{reason[1:]}"
+        hint = _beside(path) if named is None else None
     else:
         if stat.S_ISDIR(status.st_mode):
             fact, hint = f"`{path}` is a folder, not a recipe", "name the recipe in it"

@@ -123,7 +123,8 @@ class BlockWeights(Kind):
             return at.wrong(f"{at.name} has {count} numbers, of blocks alone", hint=hint)
         else:
             due = ", ".join(map(str, self.lists))
-            return at.wrong(f"{at.name} has {count} numbers, and lists have {due}")
+            comma = "a number has a point, as `0.5`" if count == 2 else None
+            return at.wrong(f"{at.name} has {count} numbers, and lists have {due}", hint=comma)
         first = numbers[: count - len(blocks)]
         found = dict(zip(blocks, numbers[len(first) :], strict=True))
         if bases == (BASE,):

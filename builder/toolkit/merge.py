@@ -11,7 +11,7 @@ from typing import Any
 import tomli
 
 from builder.base.errors import Problem, UsageError, did_you_mean
-from builder.base.words import counted
+from builder.base.words import counted, listed
 from builder.operations import OPERATIONS
 from builder.recipe.names import recipe_name
 from builder.sources.opened import Sources
@@ -75,8 +75,8 @@ def merge_step(
     family, colon, _ = op.partition(":")
     operation = OPERATIONS.get(family)
     if operation is None or operation.makes_file or bool(colon) is not operation.of_methods:
-        hint = did_you_mean(op, [n for n, o in OPERATIONS.items() if not o.makes_file and not o.of_methods])
-        raise UsageError(Problem(f"no merge is called `{op}`", hint=hint))
+        known = did_you_mean(op, merges()) or f"known: {listed(merges())}"
+        raise UsageError(Problem(f"no merge is called `{op}`", hint=known))
     names = [name_of(path, sources) for path, _ in files]
     weights = [weight for _, weight in files]
     keys = operation.inputs
@@ -86,8 +86,8 @@ def merge_step(
     needed = operation.many is not None and not operation.of_methods
     if few < single + needed or (operation.many is None and few > single):
         wanted = f"{single + needed} or more" if operation.many is not None else str(single)
-        hint = "`--op` names another merge; `FILE=WEIGHT` for each makes the sum of any number"
-        raise UsageError(Problem(f"`{op}` is of {wanted} files, not of {few}", hint=hint))
+        fact = f"`{op}` is of {wanted} files, not of {few}"
+        raise UsageError(Problem(fact, hint=_of_as_many(few)))
     if stray := next((path for path, weight in files[:single] if weight is not None), None):
         hint = "`--alpha` says how much" if "alpha" in operation.params else None
         raise UsageError(Problem(f"no weight goes with this input of `{op}`: `{stray}`", hint=hint))
@@ -106,6 +106,18 @@ def merge_step(
             )
         step[key] = parse_value(text)
     return step
+
+
+def merges() -> tuple[str, ...]:
+    """The operations that make a model of files, but for those of other packages."""
+    return tuple(n for n, o in OPERATIONS.items() if not o.makes_file and not o.of_methods)
+
+
+def _of_as_many(files: int) -> str:
+    """The hint that says what merges so many files."""
+    some = [f"`--op {n}`" for n in merges() if len((o := OPERATIONS[n]).inputs) == files and not o.many][:2]
+    known = f"{', '.join(some)} and others are of {files}; " if some else ""
+    return f"{known}`FILE=WEIGHT` for each makes the sum of any number"
 
 
 def parse_file(model: str) -> tuple[Path, Any]:

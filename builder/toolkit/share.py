@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from builder.base.addresses import Address, Civitai, HuggingFace, parse_address
-from builder.base.disk import check_free, new_folder, write_bytes
+from builder.base.disk import check_free, check_place, new_folder, write_bytes
 from builder.base.errors import CkptError, LockError, OutputError, Problem, SourceError, printable
 from builder.base.files import read_bounded
 from builder.base.inside import leads_out
@@ -79,6 +79,7 @@ def share(
     assert recipe.path is not None
     folder = folder or recipe.path.with_name(f"{recipe.path.stem}-page")
     check_free(folder)
+    check_place(folder / "README.md" if folder.is_dir() else folder)
     lock = need_lock(recipe)
     if lock.recipe != recipe.digest or not lock.outputs.keys() >= {o.name for o in recipe.outputs}:
         fact = f"the lock says nothing of what `{recipe.path.name}` makes as it is now"

@@ -122,8 +122,12 @@ def variants(
     the recipe has no place for, RecipeError for a value that it cannot have.
     """
     said = dict(recipe.document.data)
-    for axis in axes:
+    for number, axis in enumerate(axes):
         _check(said, axis)
+        _check_meant(said, axis)
+        if axis.keys in (other.keys for other in axes[:number]):
+            hint = "name all of its values at once"
+            raise UsageError(Problem(f"`{'.'.join(axis.keys)}` is given twice", hint=hint))
     total = 1
     for axis in axes:
         total *= len(axis.values)
@@ -166,6 +170,17 @@ def _check(said: dict[str, Any], axis: Axis) -> None:
         name = ".".join(axis.keys[:-1])
         hint = "an output of several has no name on the command line" * isinstance(table, list) or None
         raise UsageError(Problem(f"`{name}` of the recipe is no table", hint=hint))
+
+
+def _check_meant(said: dict[str, Any], axis: Axis) -> None:
+    """Raise UsageError for the key of a step that is named without it."""
+    key, *more = axis.keys
+    if more or key in said:
+        return
+    steps = said.get("steps", {})
+    if (name := next((n for n, step in steps.items() if key in step), None)) is not None:
+        hint = f"as in `steps.{name}.{key}`"
+        raise UsageError(Problem(f"`{key}` is a key of a step, not of the recipe", hint=hint))
 
 
 def _variant(

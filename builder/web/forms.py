@@ -50,6 +50,12 @@ def button(label: str, **more: Any) -> Markup:
     return tag("button", label, **more)
 
 
+def anew(label: str, view: str, said: str = "") -> Markup:
+    """A button that shows a view anew with what its form says, and does nothing; `said` is its own name."""
+    named = {"name": said, "value": "1"} if said else {}
+    return button(label, formmethod="get", formaction=view, **named, class_="quiet", formnovalidate=True)
+
+
 def files(site: Site, name: str, chosen: str = "", *, optional: bool = False, **more: Any) -> Markup:
     """One of the checkpoints of the folders."""
     found = {"": "–" if optional else "choose a file"}

@@ -156,7 +156,7 @@ def test_a_page_is_refused_with_the_address_of_its_file(page: str, hint: str) ->
     st.text(max_size=60)
     | st.from_regex(r"(hf://|https://|civitai:|urn:air:|file:)[!-~]{0,50}", fullmatch=True)
 )
-@settings(deadline=None, max_examples=400)
+@settings(max_examples=400)
 def test_any_text_is_an_address_or_is_refused(text: str) -> None:
     if check_address(text) is None:
         address = parse_address(text)
@@ -195,7 +195,6 @@ def test_a_name_from_a_header_is_a_safe_name(header: str, name: str) -> None:
 
 
 @given(st.text(max_size=300))
-@settings(deadline=None)
 def test_any_name_becomes_one_part_of_a_path(text: str) -> None:
     name = safe_name(text)
     assert name and len(name) <= 129 and name not in {".", ".."}

@@ -192,7 +192,7 @@ class _Writer:
                     self.body((*path, "sub"))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.data())
 def test_every_key_of_any_document_is_found_at_its_true_place(data: st.DataObject) -> None:
     writer = _Writer(data.draw)

@@ -61,6 +61,7 @@ def test_each_is_as_if_built_alone(folder: Folder) -> None:
     said = folder("build", *recipes, "m9.toml")
     assert said.code == 0, said.err
     assert said.out.endswith("5 recipes: 5 built\n")
+    assert said.err.count("the VAE is that of `a`") == 1 == said.err.count("the VAE is that of `x`")
     assert made(folder) == made(alone) and len(made(folder)) == 10
 
 
@@ -365,3 +366,12 @@ def test_a_file_to_verify_may_be_a_folder(folder: Folder) -> None:
     said = folder("verify", recipe, "empty")
     assert said.code in (6, 7) and "there is no recipe" not in said.err
     assert folder("verify", recipe, ".").code == 0, "a folder of recipes"
+
+
+def test_recipes_that_are_made_after_each_other_write_no_file_twice(folder: Folder) -> None:
+    merges(folder, 1)
+    text = 'format = 1\nname = "n"\nbase = "x"\nsources.x.file = "{}.safetensors"\n'
+    folder.write("first.toml", text.format("a"))
+    folder.write("second.toml", text.format("m0"))
+    said = folder("build", "first.toml", "second.toml", "m0.toml")
+    assert said.code == 3 and "two recipes write the same file" in said.err

@@ -62,7 +62,8 @@ def test_a_wrong_header_only(folder: Folder) -> None:
     said = folder("verify", "tiny.toml")
     assert said.code == 7
     assert "every tensor is as it should be: only the header differs" in said.err
-    assert "expected SHA-256" in said.err and "found    SHA-256" in said.err
+    told = [line for line in said.err.splitlines() if "= expected " in line or "= found " in line]
+    assert [len(line) for line in told] == [78, 78], "one line each on a terminal of 80 columns"
 
 
 def test_without_a_lock(folder: Folder) -> None:
@@ -70,6 +71,23 @@ def test_without_a_lock(folder: Folder) -> None:
     said = folder("verify", "tiny.toml")
     assert said.code == 4
     assert golden(GOLDEN / "verify-no-lock.txt", said.err) == said.err
+
+
+@pytest.mark.parametrize(
+    ("line", "hint"),
+    [
+        ("tiny.safetensors", "`ckpt verify RECIPE tiny.safetensors` holds it to one recipe"),
+        (
+            "tiny.toml . tiny.safetensors",
+            "`ckpt verify RECIPE tiny.safetensors` holds it to one recipe",
+        ),
+        ("x.intoto.json", "`ckpt verify --statement x.intoto.json` holds its files to it"),
+    ],
+)
+def test_what_is_no_recipe_is_told_how_to_verify(folder: Folder, line: str, hint: str) -> None:
+    folder.write("x.intoto.json", "{}")
+    said = folder("verify", *line.split())
+    assert said.code == 2 and f"hint: {hint}\n" in said.err
 
 
 def test_expectations_without_a_lock(folder: Folder) -> None:

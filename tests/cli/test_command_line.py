@@ -11,8 +11,10 @@ import pytest
 
 from builder.base.errors import Place, Problem, render
 from builder.cli import run
+from builder.cli.command import Command, Group
 from builder.formats.write_safetensors import write
 from builder.tensors.lazy import DType, MemoryTensor
+from tests.help.commands import commands
 
 CKPT = [sys.executable, "-m", "builder"]
 
@@ -67,3 +69,56 @@ def test_a_message_is_never_longer_than_anyone_reads() -> None:
     long = "x" * 1_000_000
     text = render(Problem(f"tensor `{long}`", Place(long), (long, "y"), long))
     assert len(text) < 20_000 and "(1,000,000 characters)" in text and "   = y\n" in text
+
+
+def test_every_command_takes_a_value_once(capsys: pytest.CaptureFixture[str]) -> None:
+    assert not [words for words, command in commands() if not isinstance(command, Command | Group)]
+    for words in ("merge a b -o c --alpha 0.3 --alpha 0.5", "store gc --max-size 1MB --max-size=2MB"):
+        assert run(words.split()) == 2
+        assert "is given 2 times" in capsys.readouterr().err
+    assert run(["convert", "a", "-o", "b", "--output", "c"]) == 2
+    assert capsys.readouterr().err.startswith("error: Option '-o' / '--output' is given 2 times.\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("plan x.toml --dot --mermaid", "`--dot` and `--mermaid` exclude each other"),
+        ("plan x.toml --json --output-format sarif", "`--json` and `--output-format` exclude each other"),
+    ],
+)
+def test_one_form_is_asked_for(words: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(words.split()) == 2
+    assert told in "".join(capsys.readouterr())
+
+
+def test_what_may_be_said_again_may(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["store", "path", "--json", "--json"]) == 0
+    assert run(["inspect", "none", "--metric", "--no-metric", "-q", "-q"]) == 6, "the last of a switch counts"
+    assert "cannot open `none`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("build hf:/org/name/x.toml", "`hf:/org/name/x.toml` is neither a file nor the address of a recipe"),
+        ("plan htps://example.org/x.toml", "`htps://` begins no address of a recipe"),
+    ],
+)
+def test_what_is_meant_as_an_address_is_no_path(
+    words: str, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(words.split()) == 2
+    said = capsys.readouterr().err
+    assert told in said
+    assert "hint: a recipe's address is `https://…/x.toml`" in said
+
+
+def test_the_recipe_beside_one_that_is_not_there_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("mix.toml", "mix.lock.toml"):
+        (tmp_path / name).write_text("format = 1\n")
+    for command in ("build", "lock", "verify", "share"):
+        assert run([command, f"{tmp_path}/mx.toml"]) == 3
+        assert f"hint: did you mean `{tmp_path}/mix.toml`?" in capsys.readouterr().err

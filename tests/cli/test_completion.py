@@ -48,6 +48,7 @@ def path(tmp_path: Path) -> str:
         ("ckpt store g", {"gc"}),
         ("ckpt build --no-l", {"--no-lock"}),
         ("ckpt merge --overflow c", {"clamp"}),
+        ("ckpt merge --op wei", {"weighted-sum"}),
         ("ckpt components le", {"learn"}),
         ("ckpt components show vae-m", {"VAE-mini-SD"}),
         ("ckpt help me", {"merge"}),

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -176,10 +176,20 @@ def state() -> dict[str, object]:
     }
 
 
+@pytest.fixture
+def threads() -> Iterator[int]:
+    """How many torch may use in this process, which is not what a pass lets it use."""
+    found = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield 3
+    torch.set_num_threads(found)
+
+
 @pytest.mark.parametrize("what", WORK)
-def test_a_process_is_left_as_it_was(folder: Folder, what: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_process_is_left_as_it_was(
+    folder: Folder, threads: int, what: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     """After work that was done, that was cancelled and that failed."""
-    torch.set_num_threads(threads := 3)
     before = state()
     WORK[what](workspace(folder), folder, {"cancel": threading.Event()})
     cancel = threading.Event()
@@ -221,7 +231,7 @@ def test_what_threads_may_open_is_each_ones_own(folder: Folder) -> None:
     assert said[1] is not None and "outside the recipe's folder" in said[1]
 
 
-def test_threads_share_a_store(folder: Folder) -> None:
+def test_threads_share_a_store(folder: Folder, threads: int) -> None:
     """Eight that build different recipes of the same sources, and look into files, at once."""
 
     def recipe(work: Workspace, number: int) -> Result:
@@ -237,6 +247,7 @@ def test_threads_share_a_store(folder: Folder) -> None:
 
     def at_once(number: int) -> tuple[Result, object, int]:
         started = torch.get_num_threads()
+        assert started == threads
         barrier.wait()
         made = recipe(shared, number)
         report = shared.inspect(folder / "dirty.ckpt")
@@ -244,12 +255,12 @@ def test_threads_share_a_store(folder: Folder) -> None:
         assert torch.get_num_threads() == started
         return made, report.json, started
 
-    shared, barrier, before = workspace(folder), threading.Barrier(8), torch.get_num_threads()
+    shared, barrier = workspace(folder), threading.Barrier(8)
     where = "together"
     (folder / where).mkdir()
     with ThreadPoolExecutor(8) as pool:
         together = list(pool.map(at_once, range(8)))
-    assert torch.get_num_threads() == before
+    assert torch.get_num_threads() == threads
     where = "alone"
     (folder / where).mkdir()
     alone = workspace(folder, store=folder.path / "another store")

@@ -238,7 +238,7 @@ def test_folders(tmp_path: Path) -> None:
     )
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(st.binary(max_size=300))
 def test_any_bytes_are_a_checkpoint_or_one_clean_refusal(
     tmp_path_factory: pytest.TempPathFactory, data: bytes

@@ -92,7 +92,7 @@ values = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(values, st.integers(0, 5))
 def test_plain_values_are_what_python_reads(value: object, protocol: int) -> None:
     data = pickle.dumps(value, protocol)
@@ -101,7 +101,7 @@ def test_plain_values_are_what_python_reads(value: object, protocol: int) -> Non
     assert found.end == len(data)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(st.lists(values, min_size=1, max_size=4), st.integers(0, 5), st.binary(max_size=20))
 def test_pickles_in_a_row_end_where_they_end(parts: list[object], protocol: int, rest: bytes) -> None:
     data = b"".join(pickle.dumps(p, protocol) for p in parts) + rest

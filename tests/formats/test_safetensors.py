@@ -385,7 +385,7 @@ HOSTILE = [
 ]
 
 
-@settings(deadline=None, max_examples=1500)
+@settings(max_examples=1500)
 @given(st.randoms(use_true_random=False))
 def test_a_damaged_file_is_read_alike_or_refused(rng: random.Random) -> None:
     """Whatever is accepted, the reference implementation accepts, and reads the same."""
@@ -406,7 +406,7 @@ def test_a_damaged_file_is_read_alike_or_refused(rng: random.Random) -> None:
     assert found == theirs(bytes(data))
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(st.integers(0, len(VALID) - 1))
 def test_a_cut_file_is_refused(length: int) -> None:
     with pytest.raises(SourceError):

@@ -97,7 +97,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 NEW = {torch.uint16, torch.uint32, torch.uint64, torch.float8_e4m3fn, torch.float8_e5m2}
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(tensors(), st.booleans(), st.integers(2, 5), st.booleans())
 def test_we_read_what_torch_reads(
     path: Path, state: dict[str, torch.Tensor], legacy: bool, protocol: int, nested: bool
@@ -118,7 +118,7 @@ def _swapped(tensor: torch.Tensor) -> bytes:
     return np.frombuffer(bytes(tensor.untyped_storage()), f"V{size}").view(f"u{size}").byteswap().tobytes()
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(tensors())
 def test_files_of_big_endian_machines(path: Path, state: dict[str, torch.Tensor]) -> None:
     save(path, state)

@@ -65,7 +65,7 @@ def official(named: dict[str, LazyTensor], metadata: dict[str, str] | None) -> b
     return safetensors.torch.save(held, metadata)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(tensors(), st.none() | st.dictionaries(NAMES, st.text(max_size=20), min_size=1, max_size=1))
 def test_the_layout_is_the_official_one(
     named: dict[str, LazyTensor], metadata: dict[str, str] | None
@@ -76,7 +76,7 @@ def test_the_layout_is_the_official_one(
     assert layout.size == len(layout.head) + len(data)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(tensors(), st.integers(1, 5), st.booleans(), st.booleans(), st.sampled_from([1, 64, 100, 1 << 20]))
 def test_bytes_and_digests_do_not_depend_on_the_way(
     tmp_path_factory: pytest.TempPathFactory,

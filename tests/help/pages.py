@@ -87,12 +87,14 @@ class Client:
         query = f"?{urlencode(fields)}" if fields else ""
         return self.ask("GET", f"{self.server.session.path}{view}{query}")
 
-    def post(self, view: str, headers: dict[str, str | None] | None = None, **fields: str) -> Answer:
+    def post(
+        self, view: str, headers: dict[str, str | None] | None = None, **fields: str | list[str]
+    ) -> Answer:
         """Send a form."""
-        body = urlencode(fields).encode()
+        body = urlencode(fields, doseq=True).encode()
         return self.ask("POST", f"{self.server.session.path}{view}", body, headers)
 
-    def job(self, view: str, **fields: str) -> tuple[dict[str, Any], Answer]:
+    def job(self, view: str, **fields: str | list[str]) -> tuple[dict[str, Any], Answer]:
         """Send a form that starts work, and wait for it: the object and the page."""
         sent = self.post(view, **fields)
         assert sent.status == 303, sent.read

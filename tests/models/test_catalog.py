@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from builder.base.braces import BraceError, escape, expand
@@ -503,7 +503,6 @@ _shape = st.lists(st.sampled_from([RANK, 0, 1, 4]), max_size=3).map(tuple)
 _rule = st.builds(TensorRule, _shape, st.sampled_from([None, None, None, "I64"]), st.booleans())
 
 
-@settings(deadline=None)
 @given(st.dictionaries(_name, _shape.map(TensorRule) | _rule, max_size=40))
 @example({"a": TensorRule((1,)), "a.shape": TensorRule((1,)), ".x": TensorRule(()), "": TensorRule((2,))})
 @example({f"{a}.{b}.{w}": TensorRule((a * b,)) for a in range(3) for b in range(3) for w in ("x", "y")})

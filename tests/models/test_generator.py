@@ -54,7 +54,7 @@ def content(values: torch.Tensor) -> bytes:
     return bytes(values.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(table=tables(), nesting=st.sampled_from(["", "state_dict"]))
 def test_torch_and_our_reader_read_back_what_was_written(
     tmp_path_factory: pytest.TempPathFactory, table: dict[str, LazyTensor], nesting: str
@@ -197,7 +197,6 @@ def test_lightning_entries_load_where_lightning_is(tmp_path: Path, monkeypatch: 
         assert "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint" in checkpoint.globals
 
 
-@settings(deadline=None)
 @given(st.integers(1, 50), st.integers(0, 49), st.integers(0, 300), st.integers(0, 300))
 def test_a_repeated_block_is_endless(size: int, shift: int, start: int, length: int) -> None:
     block = bytes(range(size))

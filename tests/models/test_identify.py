@@ -266,7 +266,7 @@ def test_an_autoencoder_laid_out_as_diffusers_does_it(bare: bool, spelled: bool)
 PARTS = ["VAE-v1-SD", "CLIP-v1-SD", "CLIP-v2-SD", "LoRA-v1A-CLIP", "UNET-v1-EMA"]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.data())
 def test_any_tensor_lost_or_bent_unmakes_a_component(data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(PARTS))
@@ -285,7 +285,7 @@ def test_any_tensor_lost_or_bent_unmakes_a_component(data: st.DataObject) -> Non
     assert (why.present, why.total) == (len(required) - 1, len(required))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.dictionaries(st.text(max_size=30), st.tuples(st.integers(0, 9)), max_size=20), st.randoms())
 def test_strangers_and_order_change_nothing(extra: dict[str, tuple[int]], random: object) -> None:
     plain = tensors("VAE-v1-SD", "CLIP-v1-SD")

@@ -22,6 +22,7 @@ from builder.sources.net import git
 from ckpt_build import Workspace
 from tests.help.building import Folder, files, save_dirty
 from tests.help.network import Net, dirty, hosts, sha256, vae
+from tests.help.pages import served
 from tests.help.servers import (
     COMMIT,
     Server,
@@ -152,7 +153,7 @@ def test_what_is_no_address_of_a_recipe(text: str) -> None:
     | st.from_regex(r"(hf://|https://|git\+https://)[!-~]{0,40}\.toml(@[!-~]{0,10})?", fullmatch=True)
     | st.from_regex(r"git\+https://[a-z\[\]:.]{1,8}/[a-z]#[!-~]{1,20}\.toml", fullmatch=True)
 )
-@settings(deadline=None, max_examples=400)
+@settings(max_examples=400)
 def test_any_text_is_an_address_of_a_recipe_or_is_refused(text: str) -> None:
     with suppress(UsageError):
         address = parse_recipe_address(text)
@@ -277,6 +278,20 @@ def test_from_python(net: Net, author: Folder, monkeypatch: pytest.MonkeyPatch) 
         work.build(recipe)
     with pytest.raises(FetchError, match="network is off"):
         Workspace(environment=here.variables, offline=True).load(address)
+
+
+def test_on_the_page(net: Net, author: Folder) -> None:
+    address, here = serve(net, author), reader(net)
+    (here / "models").mkdir()
+    with served(here) as client:
+        done, page = client.job("build", address=address, folder="work/models")
+        assert done["state"] == "done", done
+        assert f"-o {here / 'models'}/" in page.read
+        (here / "models" / "tiny.safetensors").write_bytes(b"mine")
+        done, page = client.job("build", address=address, folder="work/models")
+        assert done["state"] == "failed" and "is there already" in page.read
+        assert client.post("build", address=address, folder="elsewhere").status == 422
+    assert files(here.path) == {"models", "models/tiny.safetensors"}
 
 
 def test_where_others_read_the_recipe_it_is_to_be_here(net: Net, author: Folder) -> None:

@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from builder.base.addresses import parse_address
@@ -243,7 +243,6 @@ def test_bytes_past_the_end_are_not_asked_for(server: Server, session: Session, 
     st.integers(0, 20),
     st.integers(1, 100),
 )
-@settings(deadline=None)
 def test_coalesced_requests_cover_every_byte(spans: list[tuple[int, int]], gap: int, most: int) -> None:
     moves, at = [], 0
     for skip, length in spans:

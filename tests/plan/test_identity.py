@@ -58,7 +58,7 @@ def test_names_that_look_like_labels(folder: Folder) -> None:
 _NAMES = st.text(st.sampled_from('a/# 2%".'), min_size=1, max_size=4).filter(lambda n: n.strip() == n)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(names=st.lists(_NAMES, min_size=2, max_size=3, unique=True), data=st.data())
 def test_no_two_jobs_share_a_node(folder: Folder, names: list[str], data: st.DataObject) -> None:
     """Whatever sources are called, each output is made of what it names, and of nothing else."""

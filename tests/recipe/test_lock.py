@@ -77,7 +77,7 @@ locks = st.builds(
 )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(lock=locks)
 def test_what_is_written_is_read(tmp_path_factory: pytest.TempPathFactory, lock: Lock) -> None:
     path = tmp_path_factory.mktemp("lock") / "x.lock.toml"
@@ -125,7 +125,7 @@ def test_frozen_is_locked_and_offline(locked: Folder) -> None:
 
 def test_locked_needs_a_lock(folder: Folder) -> None:
     said = folder("build", "tiny.toml", "--locked")
-    assert said.code == 4 and "there is no lock `tiny.lock.toml`" in said.err
+    assert said.code == 4 and "there is no lock `tiny.lock.toml`\n  --> tiny.toml\n" in said.err
     assert not (folder / "tiny.safetensors").exists()
 
 

@@ -325,7 +325,7 @@ def test_messages_about_included_recipes(
 # -- anything at all
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.text(alphabet=st.characters(codec="utf-8"), max_size=80))
 def test_any_text_is_read_or_refused(text: str) -> None:
     for start in ("", HEAD):

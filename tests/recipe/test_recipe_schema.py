@@ -108,7 +108,7 @@ def _mutants(draw: st.DrawFn) -> dict[str, Any]:
     return data
 
 
-@settings(deadline=None, max_examples=400)
+@settings(max_examples=400)
 @given(_mutants())
 def test_what_the_reader_takes_fits(data: dict[str, Any]) -> None:
     try:
@@ -118,7 +118,7 @@ def test_what_the_reader_takes_fits(data: dict[str, Any]) -> None:
     assert [e.message for e in VALIDATOR.iter_errors(data)] == []
 
 
-@settings(deadline=None, max_examples=400)
+@settings(max_examples=400)
 @given(_mutants())
 def test_what_does_not_fit_is_refused(data: dict[str, Any]) -> None:
     if VALIDATOR.is_valid(data):

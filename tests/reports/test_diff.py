@@ -330,7 +330,7 @@ pairs_of_bytes = st.integers(1, 40).flatmap(
 )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(pairs_of_bytes, st.sampled_from(list(FLOATS)), st.booleans())
 def test_distances_are_those_of_the_definition(both: tuple[bytes, bytes], dtype: DType, near: bool) -> None:
     size, code = dtype.itemsize, FLOATS[dtype]
@@ -359,7 +359,7 @@ def test_distances_are_those_of_the_definition(both: tuple[bytes, bytes], dtype:
         assert found.largest is not None and found.largest.difference == pytest.approx(largest)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=50))
 def test_rounding_is_told_from_change(numbers: list[float]) -> None:
     import torch

@@ -581,7 +581,7 @@ KNOWN["ckpt-build"] = {
     "steps": {"x": {"op": "weighted-sum", "inputs": {"a": "a", "b": "b"}, "params": {"alpha": 0.5}}},
     "base": "x",
 }
-FAST = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+FAST = settings(max_examples=60, suppress_health_check=list(HealthCheck))
 
 
 @pytest.mark.parametrize("kind", sorted(DIALECTS))

@@ -342,7 +342,7 @@ def test_names_without_end_are_cut(here: Path) -> None:
     assert len(text) < 20_000 and "(1,000,0" in text
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(width=st.integers(60, 200), case=st.sampled_from(sorted(CASES)), full=st.booleans())
 def test_no_line_is_wider_than_the_terminal(
     width: int, case: str, full: bool, tmp_path_factory: pytest.TempPathFactory
@@ -566,7 +566,6 @@ def test_a_known_file_is_named_and_what_is_known_of_it(here: Path, tmp_path: Pat
 
 
 @given(st.floats(0, 1e16))
-@settings(deadline=None)
 def test_sizes_are_short(count: float) -> None:
     number, unit = human_bytes(count).split()
     assert len(number) <= 5 or unit == "TB"

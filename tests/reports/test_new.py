@@ -141,6 +141,13 @@ def test_nothing_is_overwritten_without_being_told_to(folder: Folder) -> None:
     assert (folder / "mine.toml").read_text() == folder("new", "-q", "mine.safetensors").out
 
 
+def test_where_no_recipe_can_be_is_told_before_anything_is_read(folder: Folder) -> None:
+    said = folder("new", "none.safetensors", "-o", "none/mine.toml")
+    assert said.code == 7 and said.err.startswith("error: cannot write `none/mine.toml`\n")
+    said = folder("new", "none.safetensors", "-o", "library/")
+    assert said.code == 2 and "hint: `-o library/recipe.toml`" in said.err
+
+
 def test_a_model_of_the_library_is_an_input_too(folder: Folder) -> None:
     save(folder / "mine.safetensors", half(mixed(vae=8)))
     victim = folder / "library" / "text.safetensors"

@@ -54,7 +54,7 @@ def _of(dtype: DType, value: float) -> bytes:
     return raw(torch.tensor([value], dtype=torch.float64).to(dtype.torch))
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(source=sources(), precision=st.sampled_from(sorted(KINDS)))
 def test_casts_are_those_of_torch(source: LazyTensor, precision: str) -> None:
     """With `keep`, every value; and what `error` and `clamp` do is told by the same values."""
@@ -85,7 +85,7 @@ def test_casts_are_those_of_torch(source: LazyTensor, precision: str) -> None:
         assert raw(torch.frombuffer(clamped, dtype=dtype.torch)[~nan]) == raw(wanted[~nan])
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(count=st.integers(1, 3000), start=st.integers(0, 3000), length=st.integers(1, 3000))
 def test_any_part_may_be_read(count: int, start: int, length: int) -> None:
     generator = torch.Generator().manual_seed(count)

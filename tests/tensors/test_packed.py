@@ -371,7 +371,7 @@ _NUMBERS = st.floats(-60000, 60000, width=32) | st.floats(-(2**-10), 2**-10, wid
 
 
 @given(arrays(np.float32, (48, 32), elements=_NUMBERS))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_what_is_packed_is_near_what_it_was(weight: np.ndarray) -> None:
     tensor = MemoryTensor(DType.F32, weight.shape, weight.tobytes())
     for scheme in FORMS:

@@ -50,7 +50,7 @@ def histogram(values: torch.Tensor) -> np.ndarray:
     return np.bincount(bits, minlength=BINS)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(dtype=st.sampled_from(FLOATING), data=st.binary(max_size=400), threads=st.integers(1, 3))
 def test_any_bits_of_any_floating_type(dtype: DType, data: bytes, threads: int) -> None:
     count = len(data) // dtype.itemsize

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from builder.tensors.lazy import DType, MemoryTensor
@@ -25,7 +25,6 @@ def tensor(data: bytes) -> MemoryTensor:
     return MemoryTensor(DType.U8, (len(data),), data)
 
 
-@settings(deadline=None)
 @given(
     data=st.lists(st.tuples(st.integers(1, 3 * BLOCK), st.integers(1, 3 * BLOCK)), max_size=4),
     first=st.integers(0, 2),

@@ -52,7 +52,7 @@ def checkpoints(draw: st.DrawFn) -> dict[str, LazyTensor]:
     return tensors
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(checkpoints(), st.permutations(NAMES), st.integers(1, 40))
 def test_every_tensor_survives_every_container(
     tmp_path_factory: pytest.TempPathFactory, tensors: dict[str, LazyTensor], forms: list[str], size: int
@@ -325,7 +325,7 @@ def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
 # ── tensors made of others ──
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.data())
 def test_moved_elements_are_those_that_torch_moves(data: st.DataObject) -> None:
     height, width = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 9))

@@ -110,7 +110,11 @@ def test_the_name_that_is_written_is_no_part_of_the_bytes(folder: Folder) -> Non
     [
         ("a.safetensors b.safetensors --op weigted-sum", 2, "did you mean `weighted-sum`?"),
         ("a.safetensors --alpha 1", 2, "`weighted-sum` is of 2 files, not of 1"),
-        ("a.safetensors b.safetensors c.safetensors --alpha 1", 2, "not of 3"),
+        ("a.safetensors b.safetensors c.safetensors --alpha 1", 2, "`--op add-difference`, "),
+        ("a.safetensors b.safetensors --op soup", 2, "known: `weighted-sum`, `add-difference`, "),
+        ("a.safetensors b.safetensors --alpha 0,5", 2, "a number has a point, as `0.5`"),
+        ("a.safetensors b.safetensors --alpha 0.3 --set alpha=0.5", 2, "`alpha` is given twice"),
+        ("a.safetensors b.safetensors --set beta=0.3 --set beta=1", 2, "`beta` is given twice"),
         ("a.safetensors=1 b.safetensors --op slerp", 2, "no weight goes with this input of `slerp`"),
         ("a.safetensors=0.5 a.safetensors=0.5", 2, "is given twice"),
         ("a.safetensors b.safetensors --set a=c", 2, "`a` is `a` already"),

@@ -434,6 +434,12 @@ MODULE = "lora_te2_text_model_encoder_layers_0_mlp_fc1"
 LORA = {f"{MODULE}.lora_down.weight": small(4, 8), f"{MODULE}.lora_up.weight": small(8, 4)}
 
 
+def test_a_folder_with_nothing_in_it(folder: Folder) -> None:
+    (folder / "empty").mkdir()
+    note = "note: no checkpoint is there to prune; `--recursive` looks in the folders below, too\n"
+    assert folder("prune", "empty") == (0, "", note)
+
+
 def test_out_is_whole(folder: Folder) -> None:
     """What needs no pruning is copied, once, with its configuration; a file of another content stays."""
     (folder / "out").mkdir()

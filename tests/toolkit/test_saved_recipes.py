@@ -29,7 +29,7 @@ def folder(tmp_path: Path) -> Folder:
     return made
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(source=names, target=names, place=st.sampled_from(["", "out", "odd: out", ".."]))
 def test_every_saved_recipe_is_read(source: str, target: str, place: str) -> None:
     file = Path("/models") / f"{source}.ckpt"
@@ -102,7 +102,7 @@ def test_a_name_that_is_none_is_said_before_anything_is_made(folder: Folder) -> 
     assert files(folder.path) == {"a\nb.safetensors"}
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(name=names)
 def test_every_new_recipe_is_read(folder: Folder, name: str) -> None:
     path = folder / f"{name}.safetensors"

@@ -149,6 +149,8 @@ def test_nothing_is_replaced(folder: Folder) -> None:
     before = (folder / "tiny-page" / "README.md").read_bytes()
     said = folder("share", "tiny.toml", "--offline")
     assert said.code == 7 and "`tiny-page` exists already" in said.err
+    said = folder("share", "tiny.toml", "-o", "none/page")
+    assert said.code == 7 and said.err.startswith("error: cannot write `none/page`\n"), "before all else"
     assert (folder / "tiny-page" / "README.md").read_bytes() == before
     assert share(folder, "-o", "other")["folder"] == "other"
 

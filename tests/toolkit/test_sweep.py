@@ -101,10 +101,12 @@ def test_every_combination(folder: Folder) -> None:
         ("steps.half.alpha=x", 3, "alpha"),
         ("steps.half.alhpa=1", 3, "did you mean `alpha`?"),
         ("name.x=1", 2, "is no table"),
+        ("alpha=0.1,0.2", 2, "hint: as in `steps.half.alpha`"),
+        ("steps.half.alpha=0.1,0.2 steps.half.alpha=0.3", 2, "`steps.half.alpha` is given twice"),
     ],
 )
 def test_what_cannot_be_varied(folder: Folder, axis: str, code: int, words: str) -> None:
-    said = folder("sweep", "mix.toml", axis)
+    said = folder("sweep", "mix.toml", *axis.split())
     assert said.code == code and words in said.err
     assert not list(folder.path.glob("mix-*"))
 

@@ -434,6 +434,27 @@ def test_a_recipe_is_saved_and_built(client: Client, folder: Folder) -> None:
     assert again["result"]["outputs"][0]["state"] == "unchanged"
 
 
+def test_recipes_are_built_as_one(client: Client, folder: Folder) -> None:
+    text = (folder / "tiny.toml").read_text()
+    folder.write("other.toml", text.replace('name = "tiny"', 'name = "other"'))
+    folder.write(
+        "wrong.toml", text.replace("vae.safetensors", "gone.safetensors").replace("tiny", "wrong", 1)
+    )
+    both = ["work/tiny.toml", "work/other.toml"]
+    assert client.get("recipe").text.count('type="checkbox" name="file"') == 3
+    done, page = client.job("build", file=both)
+    assert done["state"] == "done", done
+    assert [r["state"] for r in done["result"]["recipes"]] == ["built", "built"]
+    assert folder(*commands(page)).out.endswith("2 recipes: 2 built\n")
+    done, page = client.job("build", file=[*both, "work/wrong.toml"])
+    assert done["state"] == "failed" and "nowhere to be found" in page.read
+    done, page = client.job("build", file=[*both, "work/wrong.toml"], keep_going="1", offline="1")
+    assert [r["state"] for r in done["result"]["recipes"]] == ["built", "built", "failed"]
+    assert "nowhere to be found" in page.read and "other.safetensors" in page.read
+    refused = client.post("build", address="somewhere", folder="work")
+    assert refused.status == 422 and "is no address of a recipe" in refused.read
+
+
 def test_a_recipe_that_changed_meanwhile_stays(client: Client, folder: Folder) -> None:
 
     page = client.get("recipe", file="work/tiny.toml")

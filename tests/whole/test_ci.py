@@ -296,7 +296,7 @@ def test_a_lock_of_another_recipe_is_refused(repository: Folder) -> None:
 
 
 def test_a_recipe_with_a_mistake_is_refused(repository: Folder) -> None:
-    every = ("tiny.toml", "tiny.lock.toml", "pyproject.toml", "gone.toml")
+    every = ("tiny.toml", "tiny.lock.toml", "pyproject.toml")
     assert repository("hook", "schema", *every) == (0, "", "")
     recipe = repository / "tiny.toml"
     recipe.write_text(recipe.read_text().replace("fixes", "fixs"))
@@ -328,6 +328,7 @@ def test_a_pickle_that_is_new_is_refused(repository: Folder) -> None:
     between = {"PRE_COMMIT_FROM_REF": "HEAD~1", "PRE_COMMIT_TO_REF": "HEAD"}
     said = Folder(repository.path, repository.store, between)("hook", "no-new-pickles", *names)
     assert said.code == 2 and said.err.count("is a new pickle") == 3
+    (repository.path.parent / "x").touch()
     outside = Folder(repository.path.parent, repository.store)("hook", "no-new-pickles", "x")
     assert outside.code == 2 and "git does not say what is added" in outside.err
 
@@ -370,6 +371,15 @@ def test_pre_commit_runs_them(repository: Folder, tmp_path: Path) -> None:
     done = run()
     assert done.returncode == 1 and done.stdout.count("Failed") == len(hooks), done.stdout + done.stderr
     assert "unknown key `fixs`" in done.stdout and "`new.ckpt` is a new pickle" in done.stdout
+
+
+def test_a_hook_is_of_files_that_are_there(tmp_path: Path) -> None:
+    folder = Folder.below(tmp_path)
+    for hook in ("lock-check", "schema"):
+        said = folder("hook", hook, "recipe.tml")
+        assert (said.code, "there is no `recipe.tml`" in said.err) == (2, True)
+        said = folder("hook", hook, ".")
+        assert (said.code, "`ckpt lock --check .` checks all recipes in it" in said.err) == (2, True)
 
 
 def test_the_hooks_are_those_of_the_command(tmp_path: Path) -> None:

@@ -12,7 +12,9 @@ import pytest
 from builder import cli
 from builder.base import signals
 from builder.base.errors import ExitCode
+from builder.cli import terminal
 from builder.toolkit.demo import write_sources
+from tests.help import keys
 from tests.help.building import ROOT, Folder
 from tests.help.commands import commands
 
@@ -42,10 +44,13 @@ def _shown(block: str, folder: Path) -> str:
 
 
 @pytest.mark.parametrize("path", [d for d in DOCS if _blocks(d.read_text())], ids=lambda p: p.name)
-def test_commands_show_what_they_print(path: Path, tmp_path: Path) -> None:
-    """Every block of a document, from top to bottom, in one folder that holds the demo's files."""
+def test_commands_show_what_they_print(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every block of a document, from top to bottom, in one folder with the demo's files and two keys."""
+    monkeypatch.setattr(terminal, "LINE_EVERY", 3600.0)  # of progress, which a machine at work would show
     folder = tmp_path / "demo"
     write_sources(folder)
+    keys.private(folder / "key.pem")
+    keys.public(folder / "pub.pem")
     text = path.read_text(encoding="utf-8")
     for block in _blocks(text):
         shown = _shown(block, folder)
@@ -88,6 +93,8 @@ def test_every_command_and_option_is_documented() -> None:
     assert not missing
     assert sections.keys() == {words.split()[0] for words, _ in commands()}
     assert list(sections) == sorted(sections)
+    named = re.findall(r"\[(\w+)\]\(#ckpt-\1\)", COMMANDS.read_text(encoding="utf-8").partition("\n## ")[0])
+    assert named == list(cli.COMMANDS), "in the order of `ckpt --help`"
 
 
 @pytest.mark.parametrize("name", sorted(_sections()))
@@ -95,7 +102,7 @@ def test_every_command_has_the_one_shape(name: str) -> None:
     """Usage, what it does, an example that is run, and what it prints as data."""
     text = _sections()[name]
     assert text.startswith(f"\n```\nckpt {name}")
-    assert _blocks(text) or name in ("demo", "ui"), "README shows the one, and the other does not end"
+    assert _blocks(text)
     assert re.search(r"(?m)^`--json`", text)
 
 

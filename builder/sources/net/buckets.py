@@ -47,7 +47,8 @@ def bucket_of(
     if not separator or scheme == "file":
         folder = Path(rest if separator else url).expanduser()
         if not folder.is_absolute():
-            raise UsageError(Problem(f"a shared store has a whole path, not `{url}`"))
+            hint = f"`{folder.absolute()}` is one"
+            raise UsageError(Problem(f"a shared store has a whole path, not `{url}`", hint=hint))
         return False, lambda: Folder(folder)
     if scheme in ("http", "https"):
         try:

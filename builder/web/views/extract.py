@@ -13,6 +13,7 @@ from builder.toolkit.command_recipe import run as build
 from builder.toolkit.extract import extraction, target_of
 from builder.toolkit.made import to_json
 from builder.web.forms import (
+    anew,
     button,
     field,
     files,
@@ -94,7 +95,7 @@ def show(site: Site, query: Form) -> Markup:
                 ),
                 class_="write",
             ),
-            button("Preview", formmethod="get", formaction="extract", class_="quiet", formnovalidate=True),
+            anew("Preview", "extract"),
             " ",
             button("Extract it"),
             method="post",

@@ -16,6 +16,7 @@ from builder.toolkit.command_recipe import run as build
 from builder.toolkit.made import to_json
 from builder.toolkit.merge import merging
 from builder.web.forms import (
+    anew,
     button,
     field,
     files,
@@ -72,27 +73,13 @@ def show(site: Site, query: Form) -> Markup:
                 "fieldset",
                 tag("legend", "Models"),
                 inputs,
-                button(
-                    "Show their blocks" if weighed else "Choose more",
-                    formmethod="get",
-                    formaction="merge",
-                    class_="quiet",
-                    formnovalidate=True,
-                ),
+                anew("Show their blocks" if weighed else "Choose more", "merge"),
             ),
             tag("fieldset", tag("legend", "Weights"), params) if params else None,
             tick("vae", "Merge the VAE, too", query.ticked("vae"), "Else it is that of the first model."),
             making(query),
             output(site, query, usual, home),
-            button(
-                "Preview",
-                formmethod="get",
-                formaction="merge",
-                name="preview",
-                value="1",
-                class_="quiet",
-                formnovalidate=True,
-            ),
+            anew("Preview", "merge", "preview"),
             " ",
             button("Merge them"),
             method="post",
@@ -200,15 +187,7 @@ def _weights(site: Site, query: Form, operation: Operation, name: str, param: Pa
             choices = {"": "none", **{p: p for p in presets()}}
             choose = [
                 field("Preset", select(f"preset.{name}", choices, query.get(f"preset.{name}"))),
-                button(
-                    "Set the sliders",
-                    formmethod="get",
-                    formaction="merge",
-                    name="apply",
-                    value="1",
-                    class_="quiet",
-                    formnovalidate=True,
-                ),
+                anew("Set the sliders", "merge", "apply"),
             ]
         parts.append(
             tag(

@@ -10,6 +10,7 @@ from builder.toolkit import prune_text
 from builder.toolkit.prune import Options, Pruning, Result, Share, plan_pruning, prune, recipe_of, unmatched
 from builder.web.drawing import bars
 from builder.web.forms import (
+    anew,
     button,
     field,
     files,
@@ -60,7 +61,7 @@ def show(site: Site, query: Form) -> Markup:
         ),
         tick("force", "Also what is broken or unknown, or mostly junk", query.ticked("force")),
         making(query),
-        button("Preview", formmethod="get", formaction="prune", class_="quiet", formnovalidate=True),
+        anew("Preview", "prune"),
     ]
     doing = [output(site, query, usual, home), button("Prune it")]
     return page(

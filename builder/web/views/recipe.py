@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 from builder.base.disk import write_bytes
 from builder.base.errors import CkptError, OutputError, Place, Problem, UsageError
 from builder.base.files import read_text
-from builder.base.words import command_line
+from builder.base.recipe_address import FORMS, is_address
+from builder.base.words import command_line, counted
 from builder.build import build_recipe
+from builder.build.many import build_recipes, check_all, read_recipes
 from builder.plan import Plan, explain
 from builder.recipe.read import MAX_SIZE
-from builder.toolkit.command_recipe import check_is_recipe
-from builder.toolkit.made import note_left_out, note_steps, to_json
+from builder.toolkit.command_recipe import check_is_recipe, place_of
+from builder.toolkit.made import note_left_out, note_steps, several_to_json, to_json
 from builder.web.forms import button, field, folder, hidden, recipe_named, text, the_same, tick
 from builder.web.html import Content, Markup, join, problem, tag, verbatim
 from builder.web.jobs import Job, Outcome
@@ -39,10 +42,33 @@ def show(site: Site, query: Form) -> Markup:
 
 def _list(site: Site) -> Markup:
     recipes = site.folders.listed().recipes
-    found = tag("ul", (tag("li", link("recipe", r, file=r)) for r in recipes), class_="list")
+    boxes = {r: tag("input", type="checkbox", name="file", value=r, aria_label=r) for r in recipes}
+    rows = (tag("li", box, " ", link("recipe", r, file=r)) for r, box in boxes.items())
+    several = tag(
+        "form",
+        tag("ul", rows, class_="list"),
+        tick("offline", "Use no network"),
+        tick("keep_going", "Build all that can be built, where one fails"),
+        button("Build those ticked as one"),
+        method="post",
+        action="build",
+    )
+    there = text("address", required=True, placeholder="https://…/x.toml, hf://… or git+https://…")
+    far = tag(
+        "form",
+        tag(
+            "fieldset",
+            tag("legend", "Build a recipe from elsewhere"),
+            field("Address", there),
+            field("Folder", folder(site, "folder"), "Its outputs go there; nothing there is replaced."),
+            button("Build it"),
+        ),
+        method="post",
+        action="build",
+    )
     none = tag("p", "No recipe lies in these folders.")
     new = tag("p", tag("a", "Write a new one", href="recipe?new=1", class_="button"))
-    return page("Recipes", found if recipes else none, new, current="recipes")
+    return page("Recipes", several if recipes else none, new, far, current="recipes")
 
 
 def _editor(site: Site, reference: str, said: str, seen: str, query: Form) -> Markup:
@@ -144,8 +170,10 @@ def save(site: Site, form: Form) -> Response:
 
 
 def build(site: Site, form: Form) -> Response:
-    """Build a recipe that is saved."""
-    path = _recipe(site, form.get("file"))
+    """Build a recipe that is saved or has an address, or several that are saved."""
+    if len(form.all("file")) > 1:
+        return _build_several(site, form)
+    path, into = _named(site, form)
     offline, locked, again = (form.ticked(n) for n in ("offline", "locked", "check"))
 
     def work(job: Job) -> Outcome:
@@ -156,11 +184,43 @@ def build(site: Site, form: Form) -> Response:
                 note_steps(plan, job)
 
             read = workspace.recipe(path)
-            made = build_recipe(workspace, read, sources, locked=locked, check=again, before=before)
+            how: dict[str, Any] = {"place": place_of(read, into), "locked": locked, "check": again}
+            made = build_recipe(workspace, read, sources, before=before, **how)
         return Outcome(outputs(site, made), to_json(made))
 
-    words = ["--offline"] * offline + ["--locked"] * locked + ["--check"] * again
-    return follow(site.jobs.add(f"Build {path.name}", work, command=command_line("build", path, *words)))
+    words = ["-o", into] if into is not None else []
+    words += ["--offline"] * offline + ["--locked"] * locked + ["--check"] * again
+    title = f"Build {str(path).rpartition('/')[2]}"
+    return follow(site.jobs.add(title, work, command=command_line("build", path, *words)))
+
+
+def _named(site: Site, form: Form) -> tuple[Path | str, str | None]:
+    """The recipe that is meant, and of one that has an address the folder that its outputs go into."""
+    if not (there := form.get("address").strip()):
+        return _recipe(site, form.get("file")), None
+    if not is_address(there):
+        raise UsageError(Problem(f"`{there}` is no address of a recipe", hint=f"it is {FORMS}"))
+    return there, f"{site.path(form.get('folder'))}/"
+
+
+def _build_several(site: Site, form: Form) -> Response:
+    """Build recipes that are saved as one."""
+    paths = [_recipe(site, reference) for reference in form.all("file")]
+    offline, keep_going = form.ticked("offline"), form.ticked("keep_going")
+
+    def work(job: Job) -> Outcome:
+        with site.workspace(job, offline=offline) as workspace, workspace.sources() as sources:
+            found = read_recipes(workspace, paths)
+            build_recipes(workspace, found, sources, keep_going=keep_going)
+            if not keep_going:
+                check_all(found)
+        made = (outputs(site, o.made) for o in found if o.made is not None)
+        failed = (problem(p) for o in found if o.error is not None for p in o.error.problems)
+        return Outcome(join(*failed, *made), several_to_json(found))
+
+    words = ["--offline"] * offline + ["--keep-going"] * keep_going
+    title = f"Build {counted(len(paths), 'recipe')}"
+    return follow(site.jobs.add(title, work, command=command_line("build", *paths, *words)))
 
 
 def data(site: Site, query: Form) -> Json:

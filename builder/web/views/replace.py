@@ -13,6 +13,7 @@ from builder.toolkit.command_recipe import run as build
 from builder.toolkit.made import to_json
 from builder.toolkit.replace import architecture_of, replacement
 from builder.web.forms import (
+    anew,
     button,
     field,
     fixes_of,
@@ -84,7 +85,7 @@ def show(site: Site, query: Form) -> Markup:
             tag("fieldset", tag("legend", f"Slots of {architecture.name}"), slots, more),
             making(query),
             output(site, query, usual, home_folder or folder_of(site)),
-            button("Preview", formmethod="get", formaction="replace", class_="quiet", formnovalidate=True),
+            anew("Preview", "replace"),
             " ",
             button("Write it"),
             method="post",
