@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import filecmp
 import os
 import re
 import secrets
@@ -20,6 +21,11 @@ from builder.base.errors import OutputError, Problem
 from builder.base.signals import go_on
 
 try:
+    import resource
+except ImportError:  # Windows, which bounds files otherwise
+    resource = None  # type: ignore[assignment]
+
+try:
     import fcntl
 except ImportError:  # Windows: nothing is ever locked there, and only age tells what is stale
     fcntl = None  # type: ignore[assignment]
@@ -27,12 +33,16 @@ except ImportError:  # Windows: nothing is ever locked there, and only age tells
 NAMELESS = hasattr(os, "O_TMPFILE")  # whether to try files without a name; tests unset it
 OLD = 24 * 3600  # seconds after which, where locks do not work, something unfinished counts as left behind
 
+_AT_ONCE = 64  # files that are written side by side
+_EACH = 6  # descriptors that one of them takes, mostly fewer
+_OPEN = 10_240  # descriptors that a command wants; macOS gives no more
 _FLUSH = 1 << 20  # bytes from which telling the system about a write is worth a call
 _NO_NAMELESS = {errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT}
 _TEMP = re.compile(r"\.ckpt-[0-9a-f]{16}\.tmp")
 _BINARY = getattr(os, "O_BINARY", 0)
 _HINTS = {
     errno.EACCES: "see who may write there, and which program holds it open",
+    errno.EMFILE: "`ulimit -n 65536` allows this shell's programs more",
     errno.ENOENT: "make its folder first",
     errno.ENOSPC: "make room there, or write to another folder",
     errno.EDQUOT: "make room there, or write to another folder",
@@ -134,6 +144,34 @@ def being_written(path: Path) -> bool:
 
 
 # -- files
+
+
+def files_at_once() -> int:
+    """How many files may be in the making side by side: 64, or what there are descriptors left for.
+
+    Each has its folder open, and files that what is made before comes from.
+    """
+    if resource is None:
+        return _AT_ONCE
+    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if most == resource.RLIM_INFINITY:
+        return _AT_ONCE
+    try:
+        lowest = os.open(os.devnull, os.O_RDONLY)
+    except OSError:  # none is left, which whoever opens the next file tells of
+        return 1
+    os.close(lowest)
+    return max(1, min(_AT_ONCE, (most - lowest) // _EACH))
+
+
+def open_more() -> None:
+    """Let this process, and those that it starts, have more files open, as far as it may."""
+    if resource is not None:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        more = _OPEN if hard == resource.RLIM_INFINITY else min(_OPEN, hard)
+        if resource.RLIM_INFINITY != soft < more:
+            with suppress(OSError, ValueError):
+                resource.setrlimit(resource.RLIMIT_NOFILE, (more, hard))
 
 
 @dataclass
@@ -504,7 +542,8 @@ def new_folder(path: Path, *, durable: bool = True, anew: bool = True) -> Iterat
 def new_set(index: Path, *, durable: bool = True, anew: bool = True) -> Iterator[Path]:
     """A new folder whose files are moved beside `index` when the block ends, and `index`, one of them, last.
 
-    So the index never names a file that is not there. Existing files are never replaced.
+    So the index never names a file that is not there. Existing files are never replaced; shards that are the
+    same already, as a killed process leaves them, serve.
     Raises OutputError when `index` or another name is taken, and as `new_folder` does.
     """
     if anew:
@@ -512,16 +551,15 @@ def new_set(index: Path, *, durable: bool = True, anew: bool = True) -> Iterator
     with _beside(index, index.parent) as temp:
         yield temp
         made = sorted(temp.iterdir(), key=lambda p: (p.name == index.name, p.name))
-        moved: list[Path] = []
+        made = [f for f in made if f.name == index.name or not _is_there(f, index.with_name(f.name))]
         try:
             for file in made:
-                target = index.with_name(file.name)
-                check_free(target)
-                file.rename(target)
-                moved.append(target)
+                check_free(index.with_name(file.name))
+                file.rename(index.with_name(file.name))
         except BaseException:
-            for target in moved:
-                target.unlink()
+            for file in made:
+                if not file.exists():
+                    index.with_name(file.name).unlink()
             raise
         if durable:
             sync_folder(index.parent)
@@ -603,6 +641,11 @@ def _remove_tree(path: Path) -> int:
     freed = sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
     shutil.rmtree(path)
     return freed
+
+
+def _is_there(file: Path, place: Path) -> bool:
+    """Whether a file with the same bytes is in a place, and no link."""
+    return place.is_file() and not place.is_symlink() and filecmp.cmp(file, place, shallow=False)
 
 
 def _is_empty_folder(path: Path) -> bool:

@@ -10,8 +10,9 @@ from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from builder.base.errors import CkptError, Place, Problem, RecipeError, UsageError
+from builder.base.errors import CkptError, FetchError, Place, Problem, RecipeError, UsageError
 from builder.base.files import read_bounded
+from builder.base.words import command_line
 from builder.build.carry_out import Build, Elsewhere, build_all
 from builder.build.recipes import (
     Held,
@@ -136,6 +137,7 @@ def plan_recipes(workspace: Workspace, outcomes: Sequence[Outcome], sources: Sou
         if outcome.recipe is not None and outcome.error is None:
             with outcome.failing(workspace):
                 outcome.plan = workspace.plan(outcome.recipe, sources, find_lock(outcome.recipe))
+    _name_makers(outcomes)
     _check_targets(outcomes)
     return [o.plan for o in outcomes if o.plan is not None and o.error is None]
 
@@ -274,14 +276,31 @@ def _again(outcome: Outcome, sources: Sources) -> bool:
     return again
 
 
-def _waves(outcomes: Sequence[Outcome], place: Placing | None) -> Iterator[list[Outcome]]:
-    """Recipes in an order in which none reads a file that one in the same or a later wave writes."""
-    writes = {
+def _name_makers(outcomes: Sequence[Outcome]) -> None:
+    """Have those recipes that lack a file say which of the others makes it."""
+    writes = _writers(outcomes, None)
+    for outcome in outcomes:
+        if outcome.recipe is None or not isinstance(outcome.error, FetchError):
+            continue
+        lacking = [f for f in _files(outcome.recipe) if f in writes and not os.path.lexists(f)]
+        if lacking:
+            hint = f"`{command_line('build', outcomes[writes[lacking[0]]].path)}` makes it"
+            outcome.error.problems = tuple(replace(p, hint=hint) for p in outcome.error.problems)
+
+
+def _writers(outcomes: Sequence[Outcome], place: Placing | None) -> dict[str, int]:
+    """Which recipe writes a file, by the file's real path."""
+    return {
         os.path.realpath(place(out) if place is not None else o.recipe.target(out)): n
         for n, o in enumerate(outcomes)
         if o.recipe is not None
         for out in o.recipe.outputs
     }
+
+
+def _waves(outcomes: Sequence[Outcome], place: Placing | None) -> Iterator[list[Outcome]]:
+    """Recipes in an order in which none reads a file that one in the same or a later wave writes."""
+    writes = _writers(outcomes, place)
     after = {
         n: {writes[f] for f in _files(o.recipe) if f in writes} - {n}
         for n, o in enumerate(outcomes)

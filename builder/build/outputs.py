@@ -48,7 +48,7 @@ from builder.sources.job import SourceJob
 from builder.store import DamagedEntry, Made
 from builder.store.entries import At, Entry, VerifiedTensor, identity
 from builder.tensors.digests import Row, component_digest, expression_key
-from builder.tensors.lazy import LazyTensor, MemoryTensor
+from builder.tensors.lazy import DType, LazyTensor, MemoryTensor
 from builder.tensors.scan import Passing, carry_out
 
 
@@ -104,6 +104,7 @@ class Assembly:
     naming: Naming | None = None
     _product: Product | None = None
     _rows: dict[str, dict[str, Row]] = field(default_factory=dict)
+    _digits: dict[str, str] = field(default_factory=dict)  # known before, whatever becomes of the store
 
     @cached_property
     def job(self) -> OutputJob:
@@ -209,8 +210,6 @@ class Assembly:
 
     def _written(self, composer: Composer | None) -> Passing[Product]:
         context, job = self.context, self.job
-        if not job.container.single and not self._is_locked():
-            check_free(job.target)
         with ExitStack() as opened:
             composer = composer or Composer(context, opened)
             missing = [key for _, key in job.slots.values() if not self._is_held(key)]
@@ -228,6 +227,8 @@ class Assembly:
                     # Digested as it is written, and compared before it is put in place.
                     plain = tensor.unchecked if isinstance(tensor, VerifiedTensor) else tensor
                     tensors[part.names.name(name)] = composer.common(part.key, name, plain)
+            if not job.container.single and not self._may_be(tensors):
+                check_free(job.target)
             made_by = composer
             written = yield from write_output(
                 job.container,
@@ -253,12 +254,15 @@ class Assembly:
         self._product.built = self._with_sidecar(self._product.built)
         return self._product
 
-    def _is_locked(self) -> bool:
-        """Whether what is in its place is what the lock says, and so may turn out to be just this."""
-        lock, name = self.context.plan.lock, self.job.output.name
-        if lock is None or name not in lock.outputs or not self.job.target.exists():
+    def _may_be(self, tensors: Mapping[str, LazyTensor]) -> bool:
+        """Whether what is in its place has the table of contents of this, and so may turn out to be it."""
+        if self.job.recipe.path is None:  # a command's, of which it may be the input
             return False
-        return self._is(self.job.target, lock.outputs[name].sha256)
+        try:
+            with open_checkpoint(self.job.target, self._catalog.layouts) as held:
+                return _specs(held) == _specs(tensors)
+        except CkptError:
+            return False
 
     def _is_held(self, key: Key) -> bool:
         made = self.context.made(key)
@@ -286,7 +290,9 @@ class Assembly:
     def _groups(self, parts: list[Part]) -> dict[str, str]:
         """The tensors to be counted for the metric, each with its class: of those not measured before."""
         store = self.context.store
-        new = (p for p in parts if p.stored is None or known_digits(store, p.cls, p.stored.digest) is None)
+        stored = {p.cls: known_digits(store, p.cls, p.stored.digest) for p in parts if p.stored is not None}
+        self._digits = {cls: digits for cls, digits in stored.items() if digits is not None}
+        new = (p for p in parts if p.cls not in self._digits)
         return counted({p.cls: {n: p.names.name(n) for n in p.tensors} for p in new}, self._catalog)
 
     # -- what was made
@@ -314,7 +320,7 @@ class Assembly:
         digits = {}
         for cls, m in made.items():
             if (scale := self._catalog.scales.get(cls)) is not None:
-                known = known_digits(store, cls, m.digest)
+                known = self._digits.get(cls) or known_digits(store, cls, m.digest)
                 counts = written.histograms.get(cls)
                 if known is None and counts is not None:
                     known = measured(store, cls, m.digest, counts, scale)
@@ -532,3 +538,7 @@ def lock_of(context: Context, products: Mapping[Key, Product]) -> Lock:
         )
     sources = locked_sources(context.plan.entries, context.sources)
     return Lock(context.plan.recipe.digest, sources, tuple(components), outputs)
+
+
+def _specs(tensors: Mapping[str, LazyTensor]) -> dict[str, tuple[DType, tuple[int, ...]]]:
+    return {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}

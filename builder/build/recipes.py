@@ -307,7 +307,7 @@ def _placing_elsewhere() -> Iterator[None]:
     try:
         yield
     except OutputError as error:
-        hint = "`--lock FILE` writes the lock elsewhere, `--no-lock` does without one"
+        hint = "`--lock FILE` writes the lock of one recipe elsewhere, `--no-lock` does without"
         error.problems = tuple(replace(p, hint=hint) for p in error.problems)
         raise
 

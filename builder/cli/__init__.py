@@ -15,6 +15,7 @@ from typing import Any
 import click
 
 from builder import __version__
+from builder.base.disk import open_more
 from builder.base.errors import CkptError, ExitCode, Place, Problem, UsageError, did_you_mean
 from builder.base.signals import WORDS, came, catch, code_of, leave
 from builder.cli.forms import FORMS
@@ -138,6 +139,7 @@ def main(args: list[str] | None = None) -> None:
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="backslashreplace")  # not every terminal has every character
     catch()
+    open_more()
     words = sys.argv[1:] if args is None else args
     output = output_of(words)
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -99,9 +99,11 @@ def command(
 
     Several recipes, or all in a folder and below it, are built as one: what they share is read and made once.
     """
-    _check_only(only, recipes, statement, sign)
-    if where is not None and (only is not None or partial):
-        raise UsageError(Problem(f"`--on` and `--{'partial' if partial else 'only'}` exclude each other"))
+    if where is not None and partial:
+        raise UsageError(Problem("`--on` and `--partial` exclude each other"))
+    if only is not None:
+        whole = {"on": where, "output": output, "locked": locked, "frozen": frozen, "partial": partial}
+        _check_only(recipes, whole | {"check": check, "statement": statement, "sign": sign})
     if no_lock and (locked or frozen):
         raise UsageError(Problem("`--locked` needs a lock, and `--no-lock` has none"))
     key = PrivateKey.read(sign, "--sign") if sign is not None else None
@@ -153,15 +155,13 @@ def command(
     return ExitCode.DONE
 
 
-def _check_only(only: str | None, recipes: Sequence[Path | str], statement: bool, sign: Path | None) -> None:
-    """Raise UsageError where a node alone is asked for with what it cannot have."""
-    if only is None:
-        return
+def _check_only(recipes: Sequence[Path | str], whole: Mapping[str, object]) -> None:
+    """Raise UsageError where options for a whole recipe, or several recipes, are given for a node alone."""
     if are_several(recipes):
         raise UsageError(Problem("`--only` is for one recipe", hint="name the one whose plan has the key"))
-    if statement or sign is not None:
-        fact = f"`--only` and `--{'sign' if sign is not None else 'statement'}` exclude each other"
-        raise UsageError(Problem(fact, hint="a statement is of a recipe that is built whole"))
+    if (named := next((name for name, given in whole.items() if given), None)) is not None:
+        hint = f"`--{named}` is for a recipe that is built whole"
+        raise UsageError(Problem(f"`--only` and `--{named}` exclude each other", hint=hint))
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from xml.sax.saxutils import escape, quoteattr
 
 from builder import __version__
 from builder.base.errors import ExitCode, Problem, printable, render
+from builder.base.recipe_address import is_address
 
 FORMS = ("text", "json", "github", "sarif", "junit")
 COLLECTING = ("json", "sarif", "junit")  # one document on stdout, and nothing else anywhere
@@ -107,6 +108,8 @@ def _result(problem: Problem, level: str, rule: str) -> dict[str, Any]:
 
 
 def _uri(path: str) -> str:
+    if is_address(path):
+        return quote(path, safe="%:/?#[]@!$&'()*+,;=")
     if Path(path).is_absolute():
         return Path(path).as_uri()
     return quote(Path(path).as_posix())

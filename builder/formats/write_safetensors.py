@@ -12,7 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from builder.base.disk import new_file, write_all, write_through
+from builder.base.disk import files_at_once, new_file, write_all, write_through
 from builder.base.errors import OutputError, Problem
 from builder.base.progress import SILENT, Reporter
 from builder.formats.safetensors import MAX_HEADER, METADATA, Entry
@@ -23,8 +23,6 @@ from builder.tensors.zeros import Stretch
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-
-AT_ONCE = 64  # files that are written side by side
 
 _ORDER = {dtype: index for index, dtype in enumerate(DType)}
 
@@ -197,8 +195,9 @@ def writing(
 
 
 def writing_files(works: Sequence[Passing[Written]]) -> Passing[list[Written]]:
-    """The work of writing several files, `AT_ONCE` of them side by side; raises what the first raises."""
+    """The work of writing several files, as many side by side as may be; raises what the first raises."""
     made: list[Written] = []
-    for at in range(0, len(works), AT_ONCE):
-        made += yield from side_by_side(works[at : at + AT_ONCE])
+    most = files_at_once()
+    for at in range(0, len(works), most):
+        made += yield from side_by_side(works[at : at + most])
     return made

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from builder.formats.write_safetensors import AT_ONCE
+from builder.base.disk import files_at_once
 from builder.plan.graph import Key, OutputJob, Plan
 from builder.sources.job import SourceJob
 
 
 def written_at_once(plan: Plan, outputs: Sequence[Key]) -> list[list[Key]]:
-    """The outputs that have sources in common, at most `AT_ONCE` files of them, like beside like.
+    """The outputs that have sources in common, at most `files_at_once()` of them, like beside like.
 
     A folder in diffusers' layout has its tensors in an order of its own: it is written beside its like alone.
     """
@@ -49,11 +49,12 @@ def _related(sources: Mapping[Key, Sequence[Key]]) -> list[list[Key]]:
 def _cut(plan: Plan, keys: Sequence[Key], sources: Mapping[Key, Sequence[Key]]) -> Iterator[list[Key]]:
     """As many outputs as are written at once; where that is not all, those with the same sources together."""
     files = {key: _files(plan, key) for key in keys}
-    if sum(files.values()) > AT_ONCE:
+    most = files_at_once()
+    if sum(files.values()) > most:
         keys = sorted(keys, key=lambda k: tuple(sources[k]))
     few: list[Key] = []
     for key in keys:
-        if few and sum(files[k] for k in few) + files[key] > AT_ONCE:
+        if few and sum(files[k] for k in few) + files[key] > most:
             yield few
             few = []
         few.append(key)
@@ -65,7 +66,7 @@ def _files(plan: Plan, key: Key) -> int:
     job, size = _job(plan, key), plan.nodes[key].writes or 0
     parts = len(job.slots) + 1 if job.container.layout else 1  # and one for the rest
     shards = 2 * size // job.container.shard_size if job.container.shard_size else 0
-    return min(AT_ONCE, parts + shards)
+    return min(files_at_once(), parts + shards)
 
 
 def _job(plan: Plan, key: Key) -> OutputJob:

@@ -473,24 +473,24 @@ def _nothing() -> Iterator[None]:
     yield
 
 
-class _Counter(threading.local):
-    """A thread's counts, with buffers of its own: fresh memory costs more than what is done with it."""
+class _Scratch(threading.local):
+    """A thread's buffers, whichever pass it works for: fresh memory costs more than what is done with it."""
 
-    def __init__(self, register: Callable[[_Counter], object]) -> None:
-        self.histograms: dict[str, torch.Tensor] = {}
-        self.numbers: dict[str, _Numbers] = {}
-        self.half: torch.Tensor | None = None
-        self.index: torch.Tensor | None = None
-        register(self)
+    half: torch.Tensor | None = None
+    index: torch.Tensor | None = None
+
+
+_scratch = _Scratch()  # which a thread takes with it when it ends
 
 
 class _Counters:
-    """What is counted in windows, by as many threads as there are."""
+    """What is counted in the windows of a pass, by as many threads as there are."""
 
     def __init__(self, groups: Mapping[str, str], numbers: bool) -> None:
-        self._groups, self._numbers = groups, numbers
-        self._counts: list[tuple[dict[str, torch.Tensor], dict[str, _Numbers]]] = []
-        self._counter = _Counter(lambda c: self._counts.append((c.histograms, c.numbers)))
+        self._groups, self._with_numbers = groups, numbers
+        self._adding = threading.Lock()
+        self._histograms: dict[str, torch.Tensor] = {}
+        self._numbers: dict[str, _Numbers] = {}
         self._zeros: dict[str, list[Stretch]] = {}
 
     def count(self, chunk: _Chunk, buffer: memoryview) -> None:
@@ -502,7 +502,7 @@ class _Counters:
             if length and (zeros := stretches(buffer[at : at + length])):
                 self._zeros.setdefault(span.name, []).extend((start + a, start + b) for a, b in zeros)
             if length and dtype.floating and dtype not in OPAQUE:
-                if self._numbers:
+                if self._with_numbers:
                     self._number(span.name, dtype, buffer[at : at + length])
                 if (group := self._groups.get(span.name)) is not None:
                     if run is not None and (run[0], run[1], run[3]) == (group, dtype, at):
@@ -516,9 +516,10 @@ class _Counters:
     def _number(self, name: str, dtype: DType, data: memoryview) -> None:
         import torch
 
-        values = torch.frombuffer(data, dtype=dtype.torch)
-        total = self._counter.numbers.setdefault(name, _Numbers())
-        total.add(values)
+        found = _Numbers()
+        found.add(torch.frombuffer(data, dtype=dtype.torch))
+        with self._adding:
+            self._numbers.setdefault(name, _Numbers()).merge(found)
 
     def _count(self, run: tuple[str, DType, int, int] | None, buffer: memoryview) -> None:
         if run is None:
@@ -526,29 +527,26 @@ class _Counters:
         import torch
 
         group, dtype, start, stop = run
-        counter = self._counter
         values = torch.frombuffer(buffer[start:stop], dtype=dtype.torch)
-        if counter.half is None or counter.index is None or len(counter.half) < len(values):
-            counter.half = torch.empty(len(buffer), dtype=torch.float16)
-            counter.index = torch.empty(len(buffer), dtype=torch.int32)
+        if _scratch.half is None or _scratch.index is None or len(_scratch.half) < len(values):
+            _scratch.half = torch.empty(len(buffer), dtype=torch.float16)
+            _scratch.index = torch.empty(len(buffer), dtype=torch.int32)
         half = values
         if dtype is not DType.F16:
-            half = counter.half[: len(values)]
+            half = _scratch.half[: len(values)]
             copy_into(half, values)
-        index = counter.index[: len(values)]
+        index = _scratch.index[: len(values)]
         index.copy_(half.view(torch.int16)).bitwise_and_(BINS - 1)
         counts = torch.bincount(index, minlength=BINS)
-        known = counter.histograms.get(group)
-        counter.histograms[group] = counts if known is None else known.add_(counts)
+        with self._adding:
+            known = self._histograms.get(group)
+            self._histograms[group] = counts if known is None else known.add_(counts)
 
     def result(self, spans: Sequence[Span], digests: Mapping[str, str]) -> Scan:
         """All that was counted, by any thread."""
         tensors = {}
         for span in spans:
-            total = _Numbers()
-            for _, numbers in self._counts:
-                if (more := numbers.get(span.name)) is not None:
-                    total.merge(more)
+            total = self._numbers.get(span.name, _NO_NUMBERS)
             tensors[span.name] = TensorScan(
                 digests.get(span.name),
                 total.nan,
@@ -557,12 +555,8 @@ class _Counters:
                 total.largest,
                 joined(self._zeros.get(span.name, ()), span.length),
             )
-        histograms: dict[str, NDArray[np.int64]] = {}
-        for group in dict.fromkeys(self._groups.values()):
-            counts = [h[group].numpy() for h, _ in self._counts if group in h]
-            if counts:
-                histograms[group] = sum(counts[1:], counts[0])
-        return Scan(tensors, histograms)
+        found = ((g, self._histograms.get(g)) for g in dict.fromkeys(self._groups.values()))
+        return Scan(tensors, {group: counts.numpy() for group, counts in found if counts is not None})
 
 
 @dataclass(slots=True)
@@ -591,8 +585,11 @@ class _Numbers:
             self.overflow += int(values.to(torch.float16).isinf().sum())
 
     def merge(self, other: _Numbers) -> None:
-        """Count what another thread has counted."""
+        """Count what was counted elsewhere."""
         self.nan += other.nan
         self.infinite += other.infinite
         self.overflow += other.overflow
         self.largest = max(self.largest, other.largest)
+
+
+_NO_NUMBERS = _Numbers()

@@ -144,6 +144,24 @@ def test_killed_midway_nothing_looks_whole(folder: Folder, kind: str) -> None:
     assert not [n for n in files(folder.path) if n.startswith(".ckpt-")]
 
 
+@pytest.mark.parametrize("kind", PARTS)
+@pytest.mark.parametrize("calls", [1, 2])
+def test_killed_at_the_end_the_next_build_takes_what_is_there(folder: Folder, kind: str, calls: int) -> None:
+    """What got its name, all of it or a first shard, although nothing is known of it, no lock either."""
+    kill = (
+        "import os, pathlib\nrename, calls = pathlib.Path.rename, []\n"
+        "def last(*paths):\n rename(*paths)\n calls.append(paths)\n"
+        f" if len(calls) == {calls} or {kind == 'folder'}: os.kill(os.getpid(), 9)\n"
+        "pathlib.Path.rename = last\n"
+    )
+    assert folder.process("build", f"{kind}.toml", before=kill).code == -signal.SIGKILL
+    assert [n for n in files(folder.path) if n.startswith(("model", "mini-", SET))]
+    said = folder("build", f"{kind}.toml", "--check")
+    assert said.code == 0, said.err
+    assert folder("verify", f"{kind}.toml").code == 0
+    assert not [n for n in files(folder.path) if n.startswith(".ckpt-")]
+
+
 def test_other_programs_load_the_set(folder: Folder) -> None:
     folder.build("set.toml")
     index = json.loads((folder / SET).read_text())

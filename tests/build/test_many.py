@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from dataclasses import replace
 from hashlib import sha256
@@ -122,10 +123,25 @@ def test_shared_sources_are_read_once(tmp_path: Path) -> None:
 def test_what_is_not_written_at_once_is_read_again(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     recipes = merges(folder, 4)
     once = folder("plan", *recipes, "--json").json["reads"]
-    monkeypatch.setattr("builder.plan.at_once.AT_ONCE", 2)
+    monkeypatch.setattr("builder.plan.at_once.files_at_once", lambda: 2)
     assert folder("plan", *recipes, "--json").json["reads"] == 2 * once
     assert folder("plan", *recipes[:2], "--json").json["reads"] == once
     assert folder("build", *recipes).code == 0
+
+
+def test_where_few_files_may_be_open(folder: Folder) -> None:
+    resource = pytest.importorskip("resource")
+    recipes = merges(folder, 8)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = os.open(os.devnull, os.O_RDONLY)
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + 14, limits[1]))
+    try:
+        said = folder("build", *recipes)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert said.code == 0, said.err
+    assert said.out.endswith("8 recipes: 8 built\n")
 
 
 def test_one_plan(folder: Folder) -> None:
@@ -200,6 +216,37 @@ def test_folders_of_what_was_not_built_are_gone(folder: Folder) -> None:
     assert "cannot write `m0.toml`" in said.err and "Not a directory" in said.err
 
 
+def test_what_is_not_begun_leaves_no_folder(folder: Folder) -> None:
+    merges(folder, 1)
+    folder.write("m0.toml", (folder / "m0.toml").read_text() + '[expect]\nmetric = "0001/0001/0001"\n')
+    save(folder / "c.safetensors", model(seed=3))
+    text = 'format = 1\nname = "n"\nbase = "c"\nsources.c.file = "c.safetensors"\n'
+    folder.write("n.toml", text + '[output]\nfile = "sub/deep/n.safetensors"\n')
+    said = folder("build", "m0.toml", "n.toml")
+    assert said.code == 7 and said.out.endswith("2 recipes: 1 failed, 1 not begun\n")
+    assert not (folder / "sub").exists() and not made(folder)
+
+
+@pytest.mark.skipif(not hasattr(os, "fstatvfs"), reason="asks otherwise what is free")
+def test_a_store_that_is_emptied_meanwhile_changes_no_lock(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (recipe,) = merges(folder, 1)
+    folder.build(recipe)
+    folder.write("m9.toml", MERGE.format(name="m9", alpha=0.5))
+    alone = folder.beside("alone", store="other")
+    alone.build("m9.toml")
+    ask = os.fstatvfs
+
+    def emptied(fd: int) -> os.statvfs_result:  # which is asked just before anything is written
+        shutil.rmtree(folder.store / "facts", ignore_errors=True)
+        return ask(fd)
+
+    monkeypatch.setattr(os, "fstatvfs", emptied)
+    folder.build("m9.toml")
+    assert made(folder) == made(alone)
+
+
 def test_two_recipes_that_write_one_file_are_refused(folder: Folder) -> None:
     merges(folder, 2)
     folder.write("m1.toml", (folder / "m0.toml").read_text())
@@ -223,6 +270,8 @@ def test_a_namesake_of_what_several_pin_is_passed_over_once(folder: Folder, tmp_
 def test_what_another_recipe_writes_is_made_first(folder: Folder) -> None:
     merges(folder, 1)
     folder.write("first.toml", 'format = 1\nname = "n"\nbase = "a"\nsources.a.file = "m0.safetensors"\n')
+    said = folder("plan", "first.toml", "m0.toml")
+    assert said.code == 5 and "hint: `ckpt build m0.toml` makes it" in said.err
     said = folder("build", "first.toml", "m0.toml")
     assert said.code == 0, said.err
     assert (folder / "n.safetensors").exists()

@@ -477,9 +477,12 @@ def test_what_is_no_address_of_workers(address: str, work: Folder) -> None:
 # -- one node
 
 
-def test_one_node_has_no_statement(work: Folder) -> None:
-    said = work("build", "family.toml", "--only", "0", "--statement")
-    assert said.code == 2 and "`--only` and `--statement` exclude each other" in said.err
+@pytest.mark.parametrize(
+    "option", ["--statement", "--check", "--locked", "--frozen", "--partial", "-o x.ckpt"]
+)
+def test_one_node_is_no_whole_recipe(work: Folder, option: str) -> None:
+    said = work("build", "family.toml", "--only", "0", *option.split())
+    assert said.code == 2 and "exclude each other" in said.err and "built whole" in said.err
 
 
 def test_one_node_at_a_time(work: Folder, truth: dict[str, bytes]) -> None:
@@ -493,7 +496,8 @@ def test_one_node_at_a_time(work: Folder, truth: dict[str, bytes]) -> None:
         assert said.code == 0, said.err
     assert made_in(work) == truth
     assert not (work / "family.lock.toml").exists()
-    assert work("build", "family.toml", "--only", "zzz").code == 2
+    said = work("build", "family.toml", "--only", "zzz")
+    assert said.code == 2 and "no key begins" in said.err
 
 
 def commands(snakefile: str) -> list[list[str]]:

@@ -120,6 +120,15 @@ def test_no_words_and_words_cut_short(folder: Folder) -> None:
     assert folder("plan", "tiny.toml", "--output-format", "xml").code == 2
 
 
+@pytest.mark.parametrize(
+    "address", ["https://h/a%20b/x.toml?v=1", "git+https://h/r#a/x.toml@v1", "hf://o/n/x.toml"]
+)
+def test_a_recipe_of_an_address_is_there(address: str) -> None:
+    cases = [Case(address, 5, [Problem("not there", Place(address))])]
+    (result,) = check_sarif(sarif(cases, [], 5))
+    assert result["locations"][0]["physicalLocation"]["artifactLocation"]["uri"] == address
+
+
 def test_hostile_words_stay_words() -> None:
     cases = [Case("a\x1b<", 3, [HOSTILE]), Case("b", 0), Case("c", 0, (), True)]
     (suite,) = ElementTree.fromstring(junit("ckpt build", cases).encode())

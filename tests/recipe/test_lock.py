@@ -257,5 +257,5 @@ def test_where_the_lock_lies(folder: Folder) -> None:
 
 def test_a_lock_that_could_not_be_written_is_said_first(folder: Folder) -> None:
     said = folder("build", "tiny.toml", "--lock", "none/tiny.lock.toml")
-    assert said.code == 7 and "`--lock FILE` writes the lock elsewhere" in said.err, said.err
+    assert said.code == 7 and "`--lock FILE` writes the lock of one recipe elsewhere" in said.err, said.err
     assert not (folder / "tiny.safetensors").exists()

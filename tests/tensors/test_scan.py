@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from pathlib import Path
 
@@ -203,6 +204,22 @@ def test_what_passes_have_in_common_is_read_once(monkeypatch: pytest.MonkeyPatch
         whole.tensors[n].digest for n in list(sources)[20:]
     ]
     assert {t.reads for t in sources.values()} == {1}
+
+
+def kilobytes(what: str) -> int:
+    """What the kernel says of this process's memory."""
+    return int(Path("/proc/self/status").read_text().split(f"{what}:")[1].split()[0])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the kernel's own account")
+def test_memory_hardly_grows_with_passes() -> None:
+    """Buffers are the threads', and a histogram is the pass's, not one of each thread."""
+    spans = spans_of({"t": held(torch.ones(8 * WINDOW // 2, dtype=torch.float16))})
+    before = kilobytes("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak is counted anew
+    run_passes([Pass(spans, groups={"t": "g"}) for _ in range(32)], threads=4)
+    histograms, windows = 32 * BINS * 8, 4 * 8 * WINDOW
+    assert (kilobytes("VmHWM") - before) * 1024 < 2 * (histograms + windows)
 
 
 def test_a_failure_gives_up_what_has_not_begun() -> None:
