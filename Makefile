@@ -17,6 +17,7 @@ test: lint types $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
+	CKPT_FUZZ=1 $(BIN)/python -m pytest -n 2 tests/whole/test_fuzz.py tests/whole/test_fuzz_commands.py tests/whole/test_fuzz_texts.py
 
 # In an environment of its own, with the lowest versions that are allowed.
 test-oldest:

@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 from builder import __version__
-from builder.base.disk import open_more
+from builder.base.descriptors import open_more
 from builder.base.errors import CkptError, ExitCode, Place, Problem, UsageError, did_you_mean
 from builder.base.signals import WORDS, came, catch, code_of, leave
 from builder.cli.forms import FORMS

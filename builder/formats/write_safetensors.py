@@ -12,7 +12,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from builder.base.disk import files_at_once, new_file, write_all, write_through
+from builder.base.descriptors import files_at_once
+from builder.base.disk import new_file, write_all, write_through
 from builder.base.errors import OutputError, Problem
 from builder.base.progress import SILENT, Reporter
 from builder.formats.safetensors import MAX_HEADER, METADATA, Entry

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from builder.base.disk import files_at_once
+from builder.base.descriptors import files_at_once
 from builder.plan.graph import Key, OutputJob, Plan
 from builder.sources.job import SourceJob
 

@@ -17,7 +17,7 @@ from tests.help.building import RECIPE, Folder, model, save, save_dirty
 from tests.whole.test_fuzz import cut, flip, number, splice
 from tests.whole.test_fuzz_texts import mutant
 
-TIMES = float(os.environ.get("CKPT_FUZZ", "1"))  # as many rounds as usual
+TIMES = float(os.environ.get("CKPT_FUZZ", "0.5"))  # of so many rounds: all of them in `make test-slow`
 SEED = 20221006
 SECONDS = 5  # of processor time that a command may take
 

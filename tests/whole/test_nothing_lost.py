@@ -160,7 +160,7 @@ def test_killed_at_any_call_that_changes_files(folder: Folder, product: bytes, t
     calls = int(count.read_text())
     assert calls > 60, "of the output, and of each record of the store"
     # The output comes first, then what is remembered of it, then the lock.
-    moments = range(1, calls + 2, 3)
+    moments = range(1, calls + 2, 5)
     early = 0
     for moment in moments:
         shutil.rmtree(folder.store, ignore_errors=True)
@@ -169,7 +169,7 @@ def test_killed_at_any_call_that_changes_files(folder: Folder, product: bytes, t
         process.join()
         assert process.exitcode in (0, -signal.SIGKILL)  # a few calls more or less: threads meet or not
         early += not intact(folder, old, product)
-        if moment % 5 == 0:
+        if moment % 4 == 0:
             recovers(folder, product)
     assert 6 <= early <= len(moments) - 6
     recovers(folder, product)
