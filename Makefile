@@ -16,7 +16,8 @@ test: lint types $(STAMP)
 	$(BIN)/python -m pytest -n 2
 
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n 2 -m slow tests/whole/test_budgets.py
+	$(BIN)/python -m pytest -m slow --ignore=tests/whole/test_budgets.py
 	CKPT_FUZZ=1 $(BIN)/python -m pytest -n 2 tests/whole/test_fuzz.py tests/whole/test_fuzz_commands.py tests/whole/test_fuzz_texts.py
 
 # In an environment of its own, with the lowest versions that are allowed.

@@ -461,6 +461,7 @@ def test_errors_name_files_as_they_were_given(work: Folder) -> None:
     assert said.code == 3 and "--> family.toml:" in said.err and str(work.path) not in said.err
 
 
+@pytest.mark.slow
 def test_where_nobody_answers(work: Folder) -> None:
     if find_spec("distributed") is None:
         pytest.skip("distributed is not installed: `pip install -e '.[dev]'`")

@@ -42,7 +42,7 @@ def test_help_is_the_same_without_docstrings() -> None:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="elsewhere names are Unicode")
-@pytest.mark.parametrize("flags", [(), ("-E",)], ids=str)
+@pytest.mark.parametrize("flags", [(), pytest.param(("-E",), marks=pytest.mark.slow)], ids=str)
 def test_an_ascii_locale_finds_what_recipes_name(tmp_path: Path, flags: tuple[str, ...]) -> None:
     folder = Folder.below(tmp_path)
     save(folder / "vä.safetensors", model("VAE-mini"))

@@ -709,6 +709,7 @@ def readers() -> Iterator[Callable[[str], Reader]]:
         reader.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_the_cost_of_a_hostile_input(tmp_path: Path, readers: Callable[[str], Reader], name: str) -> None:
     reader, make = CASES[name]

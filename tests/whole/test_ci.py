@@ -337,6 +337,7 @@ def test_a_pickle_that_is_new_is_refused(repository: Folder) -> None:
     assert outside.code == 2 and "git does not say what is added" in outside.err
 
 
+@pytest.mark.slow
 def test_pre_commit_runs_them(repository: Folder, tmp_path: Path) -> None:
     """With `language: system`, so that it takes the `ckpt` that is tested."""
     pre_commit = tool("pre-commit")

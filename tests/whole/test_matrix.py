@@ -61,6 +61,7 @@ def test_settings_of_the_process_decide_nothing(folder: Path, here: dict[str, An
     assert differences(here, found) == []
 
 
+@pytest.mark.slow
 def test_the_first_tensor_that_differs_is_named(here: dict[str, Any]) -> None:
     other = copy.deepcopy(here)
     first, second, third = list(other["outputs"])[:3]
