@@ -15,7 +15,7 @@ from builder.base.errors import FetchError, Problem, UsageError
 from builder.base.recipe_address import is_address
 from builder.base.toml import escaped
 from builder.build import build_recipe, verify
-from builder.build.many import Outcome, build_recipes, check_all, plan_recipes
+from builder.build.many import Outcome, Several, check_all, plan_recipes
 from builder.build.spread import Farm, means_of
 from builder.build.statements import Statements, verify_statement
 from builder.formats import open_checkpoint
@@ -336,7 +336,7 @@ class Workspace:
         with self._work(progress, cancel) as (inner, sources, listener):
             into = _name(folder, whole=elsewhere is not None)
             found = _begun(inner, recipes, lock, whole=elsewhere is not None)
-            build_recipes(
+            Several(
                 inner,
                 found,
                 sources,
@@ -348,7 +348,7 @@ class Workspace:
                 threads=threads,
                 statements=Statements.of(inner, key) if statement or key is not None else None,
                 elsewhere=elsewhere,
-            )
+            ).build()
             if not keep_going:
                 check_all(found)
             return results_of(found, listener)

@@ -10,6 +10,7 @@ try:
 except ImportError:  # Windows, which bounds files otherwise
     resource = None  # type: ignore[assignment]
 
+MORE = "`ulimit -n 65536` allows this shell's programs more"  # what helps where none is left
 _AT_ONCE = 64  # files that are written side by side
 _EACH = 6  # descriptors that one of them takes, mostly fewer
 _OPEN = 10_240  # descriptors that a command wants; macOS gives no more

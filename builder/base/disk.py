@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from builder.base.descriptors import MORE
 from builder.base.errors import OutputError, Problem
 from builder.base.signals import go_on
 
@@ -34,7 +35,7 @@ _TEMP = re.compile(r"\.ckpt-[0-9a-f]{16}\.tmp")
 _BINARY = getattr(os, "O_BINARY", 0)
 _HINTS = {
     errno.EACCES: "see who may write there, and which program holds it open",
-    errno.EMFILE: "`ulimit -n 65536` allows this shell's programs more",
+    errno.EMFILE: MORE,
     errno.ENOENT: "make its folder first",
     errno.ENOSPC: "make room there, or write to another folder",
     errno.EDQUOT: "make room there, or write to another folder",

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from builder.base.errors import CkptError, FetchError, Place, Problem, RecipeError, UsageError
 from builder.base.files import read_bounded
@@ -142,21 +142,13 @@ def plan_recipes(workspace: Workspace, outcomes: Sequence[Outcome], sources: Sou
     return [o.plan for o in outcomes if o.plan is not None and o.error is None]
 
 
-def build_recipes(workspace: Workspace, outcomes: Sequence[Outcome], sources: Sources, **how: Any) -> None:
-    """Build recipes that were read, and write the lock of each unless `locked`; failures are noted in them.
-
-    All are planned before anything is made, but those that read a file which another of them writes: they
-    come after it. `how` is as `Several` has it.
-    """
-    Several(workspace, outcomes, sources, **how).build()
-
-
 @dataclass
 class Several:
-    """Recipes that are built as one.
+    """Recipes that were read, to be built as one: the lock of each is written unless `locked`.
 
-    Unless it is to `keep_going`, nothing is made where one has failed. `before` sees the plans of what is
-    made together; all else is as for `build_recipe`.
+    All are planned before anything is made, but those that read a file which another of them writes: they
+    come after it. Failures are noted in them. Unless it is to `keep_going`, nothing is made where one has
+    failed. `before` sees the plans of what is made together; all else is as for `build_recipe`.
     """
 
     workspace: Workspace

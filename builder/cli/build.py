@@ -14,7 +14,7 @@ from builder.base.errors import ExitCode, Problem, UsageError, printable
 from builder.base.progress import Reporter
 from builder.build import build_recipe
 from builder.build.carry_out import Elsewhere
-from builder.build.many import Outcome, build_recipes, read_recipes
+from builder.build.many import Outcome, Several, read_recipes
 from builder.build.recipes import build_node
 from builder.build.spread import means_of
 from builder.build.statements import Statements
@@ -217,7 +217,7 @@ def build_several(
             note_steps(plan, once)
 
     once = _Once(workspace.reporter)
-    build_recipes(workspace, outcomes, sources, before=before, explained=explained, **how)
+    Several(workspace, outcomes, sources, before=before, explained=explained, **how).build()
     for outcome in outcomes:
         if outcome.made is not None:
             note_changes(outcome.made, once)

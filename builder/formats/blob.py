@@ -10,6 +10,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Protocol
 
+from builder.base.descriptors import MORE
 from builder.base.disk import read_at
 from builder.base.errors import Place, Problem, SourceError, did_you_mean
 from builder.base.files import NotRegular, open_regular
@@ -72,8 +73,7 @@ class FileBlob:
         except OSError as error:
             fact, why = f"cannot open `{self.name}`", str(error.strerror)
             if error.errno == errno.EMFILE:
-                more = "`ulimit -n 65536` allows this shell's programs more; or name fewer files"
-                raise TooManyOpen(Problem(fact, evidence=(why,), hint=more)) from None
+                raise TooManyOpen(Problem(fact, None, (why,), f"{MORE}; or name fewer files")) from None
             hint = _near(Path(path)) if isinstance(error, FileNotFoundError) else None
             raise SourceError(Problem(fact, evidence=(why,), hint=hint)) from None
         self.size = self.stat.st_size

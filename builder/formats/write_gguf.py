@@ -240,16 +240,7 @@ def writing_gguf(
             )
             if (error := packer.error(path.name)) is not None:
                 raise error
-            written = Written(
-                path,
-                layout.size,
-                whole.hexdigest() if sha256 else None,
-                {n: str(t.digest) for n, t in found.tensors.items()} if digests else {},
-                found.histograms,
-                {n: t.zeros for n, t in found.tensors.items() if t.zeros},
-                {},
-                os.fstat(file.fd),
-            )
+            written = Written.of(path, file.fd, whole.hexdigest() if sha256 else None, found, {})
             file.path = accept(written)
     finally:
         reporter.finish(task)

@@ -18,7 +18,7 @@ from builder.base.errors import OutputError, Problem
 from builder.base.progress import SILENT, Reporter
 from builder.formats.safetensors import MAX_HEADER, METADATA, Entry
 from builder.tensors.lazy import DType, LazyTensor
-from builder.tensors.scan import Pass, Passing, Span, alone, carry_out, side_by_side
+from builder.tensors.scan import Pass, Passing, Scan, Span, alone, carry_out, side_by_side
 from builder.tensors.zeros import Stretch
 
 if TYPE_CHECKING:
@@ -61,6 +61,15 @@ class Written(NamedTuple):
     stat: os.stat_result
     files: Mapping[str, tuple[str, os.stat_result]] = MappingProxyType({})
     autov3: str | None = None
+
+    @classmethod
+    def of(cls, path: Path, fd: int, sha256: str | None, found: Scan, offsets: Mapping[str, int]) -> Written:
+        """What a pass found of the file of a descriptor, all of which is written."""
+        stat = os.fstat(fd)
+        tensors = found.tensors.items()
+        digests = {n: t.digest for n, t in tensors if t.digest is not None}
+        zeros = {n: t.zeros for n, t in tensors if t.zeros}
+        return cls(path, stat.st_size, sha256, digests, found.histograms, zeros, offsets, stat)
 
 
 Accept = Callable[[Written], "Path | None"]
@@ -178,17 +187,9 @@ def writing(
                     advance=lambda count: reporter.advance(task, count),
                 )
             )
-            written = Written(
-                path,
-                layout.size,
-                whole.hexdigest() if sha256 else None,
-                {n: str(t.digest) for n, t in found.tensors.items()} if digests else {},
-                found.histograms,
-                {n: t.zeros for n, t in found.tensors.items() if t.zeros},
-                {s.name: s.offset for s in spans},
-                os.fstat(file.fd),
-                autov3=data.hexdigest() if autov3 else None,
-            )
+            digest = whole.hexdigest() if sha256 else None
+            written = Written.of(path, file.fd, digest, found, {s.name: s.offset for s in spans})
+            written = written._replace(autov3=data.hexdigest() if autov3 else None)
             file.path = accept(written)
     finally:
         reporter.finish(task)

@@ -88,16 +88,8 @@ def writing_torch(
                 write_all(file.fd, plain[record.path], record.start)
             known = {**{p: sums[n] for p, n in paths.items()}, **{p: zlib.crc32(d) for p, d in plain.items()}}
             _write_headers(file.fd, records, [known[r.path] for r in records])
-            written = Written(
-                path,
-                os.fstat(file.fd).st_size,
-                _sha256(file.fd) if sha256 else None,
-                {n: str(t.digest) for n, t in found.tensors.items()} if digests else {},
-                found.histograms,
-                {n: t.zeros for n, t in found.tensors.items() if t.zeros},
-                {s.name: s.offset for s in spans},
-                os.fstat(file.fd),
-            )
+            digest = _sha256(file.fd) if sha256 else None
+            written = Written.of(path, file.fd, digest, found, {s.name: s.offset for s in spans})
             file.path = accept(written)
     finally:
         reporter.finish(task)

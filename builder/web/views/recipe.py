@@ -12,7 +12,7 @@ from builder.base.files import read_text
 from builder.base.recipe_address import FORMS, is_address
 from builder.base.words import command_line, counted
 from builder.build import build_recipe
-from builder.build.many import build_recipes, check_all, read_recipes
+from builder.build.many import Several, check_all, read_recipes
 from builder.plan import Plan, explain
 from builder.recipe.read import MAX_SIZE
 from builder.toolkit.command_recipe import check_is_recipe, place_of
@@ -211,7 +211,7 @@ def _build_several(site: Site, form: Form) -> Response:
     def work(job: Job) -> Outcome:
         with site.workspace(job, offline=offline) as workspace, workspace.sources() as sources:
             found = read_recipes(workspace, paths)
-            build_recipes(workspace, found, sources, keep_going=keep_going)
+            Several(workspace, found, sources, keep_going=keep_going).build()
             if not keep_going:
                 check_all(found)
         made = (outputs(site, o.made) for o in found if o.made is not None)
